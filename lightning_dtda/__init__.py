@@ -1,0 +1,49 @@
+"""Distributional training data attribution for PyTorch Lightning.
+
+How does the *distribution* of trained models, over initialisation and batch order, change when training examples are
+removed? Record seeded runs with :class:`TrajectoryRecorder`, open them as an :class:`Ensemble`, and
+:func:`attribute` them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_dtda.version import __version__
+
+if TYPE_CHECKING:
+    from lightning_dtda.attribution import Attribution, attribute
+    from lightning_dtda.estimators import UnrolledDifferentiation
+    from lightning_dtda.recording import TrajectoryRecorder
+    from lightning_dtda.trajectory import Ensemble, Run
+
+_HOMES = {
+    "Attribution": "lightning_dtda.attribution",
+    "Ensemble": "lightning_dtda.trajectory",
+    "Run": "lightning_dtda.trajectory",
+    "TrajectoryRecorder": "lightning_dtda.recording",
+    "UnrolledDifferentiation": "lightning_dtda.estimators",
+    "attribute": "lightning_dtda.attribution",
+}
+
+__all__ = [
+    "Attribution",
+    "Ensemble",
+    "Run",
+    "TrajectoryRecorder",
+    "UnrolledDifferentiation",
+    "__version__",
+    "attribute",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # on first use: importing lightning takes seconds, which --help and reading an error should not cost
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

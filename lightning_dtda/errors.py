@@ -1,0 +1,21 @@
+"""The exceptions that lightning-dtda raises: what is wrong, where, and what to do about it."""
+
+
+class DTDAError(Exception):
+    """Base of every error that lightning-dtda raises on purpose."""
+
+
+class RecordingError(DTDAError):
+    """This training cannot be recorded, or its recording failed."""
+
+
+class TrajectoryError(DTDAError):
+    """A recorded run or ensemble is missing, damaged, incomplete or does not fit together."""
+
+
+class ReplayError(DTDAError):
+    """A recorded run cannot be reproduced: other data, another module, or randomness that was not recorded."""
+
+
+class AttributionError(DTDAError):
+    """An attribution was asked for that cannot be computed, or a stored one does not fit the question."""

@@ -1,0 +1,91 @@
+"""What every estimator is asked, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_dtda.replay import Drift, Examples, Measurement
+from lightning_dtda.trajectory import Run
+
+Advance = Callable[[float], None]
+"""Told, as work goes on, how many steps of runs were done since the last call (R steps for a step of R runs)."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of each run: how does the measurement of each query change when an example is removed?
+
+    Args:
+        module: The user's module; only its architecture counts.
+        examples: The N training examples.
+        queries: The Q queries.
+        measurement: m.
+        device: Where to compute.
+    """
+
+    module: LightningModule
+    examples: Examples
+    queries: Examples
+    measurement: Measurement
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How an estimator will go about it.
+
+    Args:
+        batches: The runs that are worked on together, in order.
+        queries_per_chunk: Queries that are worked on together.
+        memory: Peak memory in bytes.
+        seconds: Time that all of it will take.
+    """
+
+    batches: tuple[tuple[Run, ...], ...]
+    queries_per_chunk: int
+    memory: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The answer for some runs.
+
+    Args:
+        baseline: m(theta_T) ``(runs, queries)``.
+        responses: Predicted change of m when the example is removed ``(runs, queries, examples)``.
+        drift: How far the replay was from the record at the worst.
+    """
+
+    baseline: Tensor
+    responses: Tensor
+    drift: Drift
+
+
+class Estimator(Protocol):
+    """Predicts the response of measurements to the removal of training examples.
+
+    A new estimator is one class with these methods; the command line finds it by its import path.
+    """
+
+    def settings(self) -> dict[str, Any]:
+        """Return the constructor's arguments in JSON: what must agree for a stored answer to be one to this."""
+        ...
+
+    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
+        """Say how the runs will be batched, and what memory and time that takes.
+
+        Raises:
+            AttributionError: If it cannot be done within the estimator's memory budget.
+        """
+        ...
+
+    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
+        """Answer the question for one of the plan's batches."""
+        ...

@@ -1,0 +1,262 @@
+"""Unrolled differentiation: the exact derivative of the training that took place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, vmap
+
+from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
+from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.replay import Precision, Replay, shape_key
+from lightning_dtda.replay.batches import map_tensors
+from lightning_dtda.trajectory import Run
+
+_GIB = 2**30
+_WORTHWHILE = 0.95
+"""A larger batch of runs must take at most this share of the time per run; else the smaller one, which fits caches."""
+_TIMED_STEPS = 3
+"""Steps whose fastest is taken as the time of a step: the first warms up, one may be disturbed."""
+
+
+class UnrolledDifferentiation:
+    r"""Exact responses by differentiating the recorded training, in reverse mode.
+
+    The response of a measurement m to the removal of example n is minus the derivative with respect to its weight,
+
+    .. math:: r_n = -\frac{d\, m(\theta_T)}{d w_n},
+
+    where the training's step is :math:`\theta_{t+1}, s_{t+1} = U_t(\theta_t, s_t, g_t)` with
+    :math:`g_t(\theta, w) = \sum_{n \in b_t} c_n w_n \nabla l_n(\theta)`. One sweep backwards gives it for all N
+    examples: starting from :math:`\lambda_T = \nabla m(\theta_T)`, the adjoint of :math:`U_t` yields the cotangent
+    :math:`\bar g_t` of the gradient (:math:`-\eta_t \lambda_{t+1}` for plain SGD), and
+
+    .. math::
+        \frac{d m}{d w_n} \mathrel{+}= c_n \langle \nabla l_n(\theta_t), \bar g_t \rangle, \qquad
+        \lambda_t = \bar\theta_t + H_t \bar g_t,
+
+    both from one forward-over-reverse pass. This is the transpose of Mlodozeniec et al., *Distributional Training
+    Data Attribution*, NeurIPS 2025, arXiv 2506.12965, equation 6. It predicts removal as weight zero: order, batch
+    slots and the loss's divisor stay as they were.
+
+    Args:
+        runs_per_batch: Runs of equal shape that are swept together; ``"auto"`` takes the fastest that fits, from
+            timed steps.
+        precision: ``"recorded"``, or ``"float64"`` to replay and differentiate in double.
+        memory_budget: In GiB; queries are swept in chunks that stay below it.
+        tolerance: Largest deviation of a replay from its record; see ``lightning_dtda.replay.Replay``.
+
+    Raises:
+        AttributionError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        runs_per_batch: int | str = "auto",
+        precision: Precision = "recorded",
+        memory_budget: float = 4.0,
+        tolerance: float = 1e-3,
+    ) -> None:
+        if not (runs_per_batch == "auto" or (isinstance(runs_per_batch, int) and runs_per_batch > 0)):
+            raise AttributionError(f'runs_per_batch={runs_per_batch!r}; give "auto" or a positive number.')
+        if precision not in ("recorded", "float64"):
+            raise AttributionError(f'precision={precision!r}; choose "recorded" or "float64".')
+        if memory_budget <= 0 or tolerance <= 0:
+            raise AttributionError("memory_budget and tolerance must be positive.")
+        self.runs_per_batch = runs_per_batch
+        self.precision = precision
+        self.memory_budget = memory_budget
+        self.tolerance = tolerance
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the responses depend on; how the work is batched changes no more than rounding."""
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
+
+    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
+        """Batch runs and queries by measured memory and time.
+
+        Raises:
+            AttributionError: If not even one query of one run fits the memory budget.
+        """
+        queries = len(question.queries)
+        replay = self._replay(runs[:1], question)
+        per_run, per_pair = _memory(replay, queries, len(question.examples))
+        budget = self.memory_budget * _GIB
+        if per_run + per_pair > budget:
+            raise AttributionError(
+                f"One query of one run needs about {(per_run + per_pair) / _GIB:.2f} GiB; memory_budget is "
+                f"{self.memory_budget:g} GiB. Raise it, or record with a smaller checkpoint_every: all steps between "
+                "two checkpoints are held at once."
+            )
+        chunk = min(queries, int((budget - per_run) / per_pair))
+        most = max(1, int(budget / (per_run + chunk * per_pair))) if chunk == queries else 1
+        if self.runs_per_batch == "auto":
+            size, seconds_per_step = self._fastest(runs, question, min(most, len(runs)), chunk)
+        else:
+            size = int(self.runs_per_batch)
+            if size > most:
+                size, chunk = size, int((budget / size - per_run) / per_pair)
+                if chunk < 1:
+                    raise AttributionError(
+                        f"runs_per_batch={size} does not fit memory_budget={self.memory_budget:g} GiB; at most {most} do."
+                    )
+            seconds_per_step = _seconds_per_step(self._replay(_alike(runs, size), question), chunk)
+        batches: list[tuple[Run, ...]] = []
+        for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
+            alike = list(group)
+            batches += [tuple(alike[start : start + size]) for start in range(0, len(alike), size)]
+        chunks = -(-queries // chunk)
+        return Plan(
+            batches=tuple(batches),
+            queries_per_chunk=chunk,
+            memory=int(size * (per_run + chunk * per_pair)),
+            seconds=sum(batch[0].steps for batch in batches) * chunks * seconds_per_step,
+        )
+
+    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
+        """Sweep some runs backwards, once for each chunk of queries."""
+        replay = self._replay(runs, question)
+        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
+        numbers = torch.arange(len(queries)).split(plan.queries_per_chunk)
+        baselines, responses = [], []
+        for chunk in numbers:
+            baseline, adjoint = _measure(replay, queries.fetch(chunk), question)
+            baselines.append(baseline)
+            responses.append(
+                _sweep(replay, adjoint, len(question.examples), lambda steps: advance(steps / len(numbers)))
+            )
+        return Estimate(torch.cat(baselines, 1), torch.cat(responses, 1), replay.drift)
+
+    def _replay(self, runs: Sequence[Run], question: Question) -> Replay:
+        return Replay(
+            runs,
+            question.module,
+            question.examples,
+            precision=self.precision,
+            device=question.device,
+            tolerance=self.tolerance,
+        )
+
+    def _fastest(self, runs: Sequence[Run], question: Question, most: int, chunk: int) -> tuple[int, float]:
+        """Double the number of runs as long as that makes a run faster."""
+        size, seconds = 1, _seconds_per_step(self._replay(runs[:1], question), chunk)
+        while size < most:
+            larger = min(2 * size, most)
+            alike = _alike(runs, larger)
+            if len(alike) < larger:
+                break
+            timed = _seconds_per_step(self._replay(alike, question), chunk)
+            if timed / larger > _WORTHWHILE * seconds / size:
+                break
+            size, seconds = larger, timed
+        return size, seconds
+
+
+def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Tensor]:
+    """Return m(theta_T) ``(runs, queries)`` and its gradient ``(runs, queries, P)``."""
+    theta, _ = replay.checkpoint(replay.steps)
+    buffers = replay.buffers(replay.steps)
+
+    def of_one_query(theta: Tensor, buffers: dict[str, Tensor], query: Any) -> tuple[Tensor, Tensor]:
+        single = map_tensors(lambda leaf: leaf.unsqueeze(0), query)
+        value = replay.module.measure(theta, buffers, single, question.measurement)
+        if value.shape != (1,):
+            raise AttributionError(
+                f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a batch."
+            )
+        return value[0], value[0]
+
+    of_one_run = vmap(grad(of_one_query, has_aux=True), in_dims=(None, None, 0))
+    gradients, values = vmap(of_one_run, in_dims=(0, 0, None))(theta, buffers, batch)
+    for what, tensor in (("", values), ("the gradient of ", gradients)):
+        if not bool(torch.isfinite(tensor).all()):
+            number = int((~torch.isfinite(tensor.reshape(len(tensor), -1))).any(1).nonzero()[0])
+            raise AttributionError(
+                f"{what}the measurement is not finite at the end of {replay.runs[number].path}. The training diverged, "
+                "or the measurement has no value there; leave the run out."
+            )
+    return values.detach(), gradients.detach()
+
+
+def _sweep(replay: Replay, adjoint: Tensor, examples: int, advance: Advance) -> Tensor:
+    """Carry adjoints ``(runs, queries, P)`` back to step 0; return responses ``(runs, queries, examples)``."""
+    runs, queries, _ = adjoint.shape
+    responses = adjoint.new_zeros(runs, queries, examples)
+    state_adjoints = [
+        {key: torch.zeros_like(adjoint[..., part]) for key in state}
+        for part, state in zip(replay.update.slices, replay.checkpoint(replay.steps)[1], strict=True)
+    ]
+    for first, last in reversed(replay.segments):
+        points = replay.segment(first, last)
+        buffers = replay.buffers(first)
+        for step in reversed(range(first, last)):
+            point = points.pop()
+            direct, state_adjoints, gradient_cotangent = replay.update.adjoint(
+                point.theta.unsqueeze(1),
+                [{key: value.unsqueeze(1) for key, value in state.items()} for state in point.states],
+                point.gradient.unsqueeze(1),
+                replay.hyperparameters(step, ndim=3),
+                adjoint,
+                state_adjoints,
+                first=step == 0,
+            )
+            batch, slopes, products = replay.directional(step, point, gradient_cotangent, buffers)
+            where = batch.indices[:, None].expand(-1, queries, -1)
+            responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
+            adjoint = direct + products
+        advance(runs * (last - first))
+    if not bool(torch.isfinite(responses).all()):
+        raise ReplayError(
+            f"The responses of {', '.join(run.name for run in replay.runs)} are not finite: the adjoint overflowed. "
+            'Try precision="float64", or leave the run out.'
+        )
+    return responses
+
+
+def _alike(runs: Sequence[Run], size: int) -> list[Run]:
+    """Return up to ``size`` runs of the shape that most runs share with the first."""
+    return [run for run in runs if shape_key(run) == shape_key(runs[0])][:size]
+
+
+def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
+    """Measure the bytes that a run needs whatever the queries, and what each query adds."""
+    point = replay.point(0)
+    buffers = replay.buffers(0)
+    peaks = []
+    for count in (1, 2):
+        directions = torch.randn(1, count, replay.layout.size, dtype=replay.dtype, device=replay.device)
+        peaks.append(
+            peak_memory(lambda d=directions: replay.directional(0, point, d, buffers), replay.device)  # type: ignore[misc]
+        )
+    vector = replay.layout.size * replay.dtype.itemsize
+    states = sum(len(state) for state in point.states)
+    longest = max(last - first for first, last in replay.segments)
+    per_pair = max(peaks[1] - peaks[0], vector)
+    # the held segment; the responses and what is kept to join the chunks
+    per_run = (
+        max(peaks[0] - per_pair, 0)
+        + longest * (2 + states) * vector
+        + 2 * queries * examples * vector / replay.layout.size
+    )
+    # adjoints of parameters and state, before and after the step
+    return per_run, per_pair + 2 * (1 + states) * vector
+
+
+def _seconds_per_step(replay: Replay, queries: int) -> float:
+    """Time a step of the sweep: the products, which are almost all of it, and the bookkeeping around them."""
+    point = replay.point(0)
+    buffers = replay.buffers(0)
+    directions = torch.randn(len(replay.runs), queries, replay.layout.size, dtype=replay.dtype, device=replay.device)
+    fastest = float("inf")
+    for _ in range(_TIMED_STEPS):
+        start = time.perf_counter()
+        batch, slopes, _ = replay.directional(0, point, directions, buffers)
+        slopes.sum().item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - start)
+    return fastest

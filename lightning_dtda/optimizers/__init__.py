@@ -1,0 +1,16 @@
+"""Optimizer updates as pure functions with adjoints: the ground floor, used by trajectories and by replay alike.
+
+A new optimizer is one class with the interface of :class:`~lightning_dtda.optimizers.update.Update` and one line in
+``UPDATES``. The exact type counts: a subclass may compute anything.
+"""
+
+from __future__ import annotations
+
+from lightning_dtda.optimizers.grouped import GroupedUpdate
+from lightning_dtda.optimizers.sgd import SGD
+from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+
+UPDATES: dict[str, Update] = {"torch.optim.sgd.SGD": SGD()}
+"""The update of every supported optimizer, by the import path of its class."""
+
+__all__ = ["SGD", "UPDATES", "GroupedUpdate", "Hyperparameters", "State", "Update"]

@@ -1,0 +1,76 @@
+"""An update applied to a whole parameter vector, each parameter group with its own hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+
+
+@dataclass(frozen=True)
+class GroupedUpdate:
+    """One optimizer over several parameter groups.
+
+    Args:
+        update: The optimizer's update for one group.
+        slices: Where each group lies in the flat vector ``(..., P)``.
+    """
+
+    update: Update
+    slices: tuple[slice, ...]
+
+    def initial_states(self, theta: Tensor, hyperparameters: Sequence[Hyperparameters]) -> list[State]:
+        """Return each group's optimizer state before the first step."""
+        return [
+            self.update.initial_state(theta[..., part], group)
+            for part, group in zip(self.slices, hyperparameters, strict=True)
+        ]
+
+    def step(
+        self,
+        theta: Tensor,
+        states: Sequence[State],
+        gradient: Tensor,
+        hyperparameters: Sequence[Hyperparameters],
+        *,
+        first: bool,
+    ) -> tuple[Tensor, list[State]]:
+        """Apply one optimizer step to ``theta`` ``(..., P)`` and each group's state."""
+        results = [
+            self.update.step(theta[..., part], state, gradient[..., part], group, first=first)
+            for part, state, group in zip(self.slices, states, hyperparameters, strict=True)
+        ]
+        return torch.cat([theta for theta, _ in results], dim=-1), [state for _, state in results]
+
+    def adjoint(
+        self,
+        theta: Tensor,
+        states: Sequence[State],
+        gradient: Tensor,
+        hyperparameters: Sequence[Hyperparameters],
+        theta_cotangent: Tensor,
+        state_cotangents: Sequence[State],
+        *,
+        first: bool,
+    ) -> tuple[Tensor, list[State], Tensor]:
+        """Pull cotangents ``(..., P)`` back through one step: of the parameters, the states and the gradient."""
+        results = [
+            self.update.adjoint(
+                theta[..., part],
+                state,
+                gradient[..., part],
+                group,
+                theta_cotangent[..., part],
+                cotangent,
+                first=first,
+            )
+            for part, state, group, cotangent in zip(
+                self.slices, states, hyperparameters, state_cotangents, strict=True
+            )
+        ]
+        thetas, new_states, gradients = zip(*results, strict=True)
+        return torch.cat(thetas, dim=-1), list(new_states), torch.cat(gradients, dim=-1)

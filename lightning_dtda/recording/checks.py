@@ -1,0 +1,231 @@
+"""What cannot be recorded is refused before the first step, with the way out in the message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.plugins.precision.precision import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+from torch.func import jvp
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+
+from lightning_dtda.errors import RecordingError, ReplayError
+from lightning_dtda.optimizers import UPDATES
+from lightning_dtda.replay.fingerprint import fingerprint_bytes
+from lightning_dtda.replay.functional import FunctionalModule
+from lightning_dtda.replay.silence import coupling_layers
+from lightning_dtda.trajectory import ParameterLayout
+
+LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference between a batch's loss and the mean of its examples' losses: rounding stays far below
+(at most 3e-7 was seen in float32), a loss that is another function of the batch is far above."""
+
+_TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuse settings that are known before data are loaded.
+
+    Raises:
+        RecordingError: Naming the setting and what to do.
+    """
+    if not module.automatic_optimization:
+        raise RecordingError(
+            f"{type(module).__name__} uses manual optimization, so that its steps are not those of one loss. Use "
+            "automatic optimization, or train without the recorder."
+        )
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise RecordingError(
+            f"The strategy {type(trainer.strategy).__name__} spreads one training over processes. Train each seed on "
+            'one device: Trainer(devices=1, strategy="auto").'
+        )
+    plugin = trainer.precision_plugin
+    if type(plugin) not in (Precision, DoublePrecision):
+        raise RecordingError(
+            f'precision={plugin.precision!r} cannot be replayed. Train with Trainer(precision="32-true") or "64-true".'
+        )
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging) or type(callback).__name__ in (
+            "WeightAveraging",
+            "EMAWeightAveraging",
+        ):
+            raise RecordingError(
+                f"{type(callback).__name__} replaces the trained weights by averages, which are not the end of the "
+                "recorded steps. Remove it from the Trainer, or train without the recorder."
+            )
+    if trainer.gradient_clip_val:
+        raise RecordingError(
+            f"gradient_clip_val={trainer.gradient_clip_val} makes the step depend on the gradient's norm, which the "
+            "replay does not follow. Remove gradient_clip_val from the Trainer."
+        )
+    for hook in _TRANSFER_HOOKS:
+        for owner, base in ((module, pl.LightningModule), (trainer.datamodule, pl.LightningDataModule)):
+            if owner is not None and is_overridden(hook, owner, base):
+                raise RecordingError(
+                    f"{type(owner).__name__}.{hook} changes batches on their way to training_step, which a replay "
+                    "does not see. Do it in the data set, the collate_fn or training_step."
+                )
+    if layers := coupling_layers(module):
+        raise RecordingError(
+            f"Layer {layers[0]} is a BatchNorm in training mode: an example's loss depends on its batch, so that no "
+            "single example can be taken away. Use GroupNorm or LayerNorm, or put the layer in evaluation mode."
+        )
+
+
+def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:
+    """Return the training's only optimizer.
+
+    Raises:
+        RecordingError: If there are several, or there is no adjoint for its class.
+    """
+    if len(optimizers) != 1:
+        raise RecordingError(f"The training has {len(optimizers)} optimizers; recording needs one.")
+    optimizer = optimizers[0]
+    # LightningOptimizer and schedulers wrap instances, never the class: the exact class says what a step computes
+    if optimizer_path(optimizer) not in UPDATES:
+        supported = ", ".join(path.rsplit(".", 1)[1] for path in UPDATES)
+        raise RecordingError(
+            f"There is no adjoint for the optimizer {optimizer_path(optimizer)}. Train with one of torch.optim's "
+            f"{supported}."
+        )
+    return optimizer
+
+
+def optimizer_path(optimizer: Optimizer) -> str:
+    """Return the import path of the optimizer's exact class."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout:
+    """Return the layout of the parameters that the optimizer trains, group by group.
+
+    Raises:
+        RecordingError: If they are not all the module's own and of one dtype.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
+    parameters = [parameter for group in groups for parameter in group]
+    if any(id(parameter) not in names for parameter in parameters):
+        raise RecordingError(
+            "The optimizer trains parameters that are not in module.named_parameters(). Register them on the module."
+        )
+    if len(dtypes := {parameter.dtype for parameter in parameters}) != 1:
+        raise RecordingError(
+            f"The optimizer trains parameters of the dtypes {sorted(map(str, dtypes))}; recording needs exactly one."
+        )
+    return ParameterLayout(
+        tuple(names[id(parameter)] for parameter in parameters),
+        tuple(tuple(parameter.shape) for parameter in parameters),
+        tuple(len(group) for group in groups),
+    )
+
+
+def check_data_set(dataset: Any) -> None:
+    """Refuse a data set that gives another example each time it is asked.
+
+    Raises:
+        RecordingError: Saying what to do.
+    """
+    with isolate_rng():
+        first, second = dataset[0], dataset[0]
+    if fingerprint_bytes(first) != fingerprint_bytes(second):
+        raise RecordingError(
+            f"{type(dataset).__name__}[0] differs between two calls (random augmentation?), so that the recorded steps "
+            "could not be reproduced. Make the data set deterministic; augment inside training_step with torch's "
+            "random numbers, which are recorded."
+        )
+
+
+def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, batch: Any, batch_idx: int) -> None:
+    """Check that the mean of the per-example losses is the loss that is trained on, in value and in slope.
+
+    On the first batch and with dropout switched off, since each example of its own would draw another mask. The
+    slope along a random direction is compared too: losses can agree in value by accident.
+
+    Raises:
+        RecordingError: If they differ, or a per-example loss cannot be had.
+    """
+    remedy = (
+        f"Define {type(module).__name__}.example_losses(batch) -> (B,), the loss of each example, such that its mean is "
+        "the loss that training_step returns; where the loss is no mean over examples (a sum, class weights, "
+        "contrastive losses, mixup), divide by the batch size or train without the recorder."
+    )
+    pure = FunctionalModule(module, layout, evaluation_modules(module), device=module.device)
+    theta = layout.flatten([module.get_parameter(name) for name in layout.names])
+    with isolate_rng(), _no_dropout():
+        direction = torch.randn_like(theta)
+        try:
+            mean, slope_of_mean = jvp(
+                lambda point: pure.example_losses(point, {}, batch, batch_idx).mean(), (theta,), (direction,)
+            )
+            trained, slope_trained = jvp(
+                lambda point: pure.batch_loss(point, {}, batch, batch_idx), (theta,), (direction,)
+            )
+        except ReplayError as error:
+            raise RecordingError(str(error)) from error
+        except RuntimeError as error:
+            raise RecordingError(f"training_step cannot be differentiated as a function ({error}). {remedy}") from error
+    tolerance = LOSS_TOLERANCE.get(theta.dtype, LOSS_TOLERANCE[torch.float32])
+    for what, found, wanted in (("value", mean, trained), ("slope", slope_of_mean, slope_trained)):
+        difference = (found - wanted).abs() / wanted.abs().clamp_min(torch.finfo(theta.dtype).tiny)
+        # a loss of zero at the start has no relative scale; rounding then is all there is
+        if difference > tolerance and (found - wanted).abs() > tolerance * torch.finfo(theta.dtype).eps ** 0.5:
+            raise RecordingError(
+                f"The mean of the per-example losses is not the loss that is trained on: {what} {found.item():.6g} "
+                f"against {wanted.item():.6g} on the first batch. {remedy}"
+            )
+
+
+def evaluation_modules(module: nn.Module) -> list[str]:
+    """Name the submodules that are in evaluation mode while the module trains (frozen BatchNorm, say)."""
+    return [name for name, layer in module.named_modules() if name and not layer.training]
+
+
+def refuse_existing(directory: Path, overwrite: bool) -> None:
+    """Refuse to record over something.
+
+    Raises:
+        RecordingError: If the run directory exists and may not be overwritten.
+    """
+    if directory.exists() and not overwrite:
+        raise RecordingError(
+            f"{directory} exists. Choose another run name, seed or root, delete it, or record with overwrite=True."
+        )
+
+
+@contextmanager
+def _no_dropout() -> Iterator[None]:
+    with _DropoutOff():
+        yield
+
+
+class _DropoutOff(TorchFunctionMode):
+    """Turns ``torch.nn.functional``'s dropout functions into the identity."""
+
+    _FUNCTIONS = frozenset(
+        getattr(nn.functional, name)
+        for name in (
+            "dropout",
+            "dropout1d",
+            "dropout2d",
+            "dropout3d",
+            "alpha_dropout",
+            "feature_alpha_dropout",
+        )
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._FUNCTIONS:
+            return args[0] if args else (kwargs or {})["input"]
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,102 @@
+"""What all runs of an ensemble must share, in JSON: a run that differs here is no sample of the same distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Number
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from lightning_dtda.replay.fingerprint import dataset_fingerprint
+from lightning_dtda.version import __version__
+
+_NOT_SETTINGS = frozenset({"params", "initial_lr", "foreach", "fused", "capturable", "differentiable"})
+"""Entries of a parameter group that are no part of the update's mathematics; ``initial_lr`` is the scheduler's."""
+
+
+def configuration(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any]) -> dict[str, Any]:
+    """Describe module, data and training: what must not differ between the runs of an ensemble."""
+    return {
+        "module": {
+            "class": class_path(type(module)),
+            "hyperparameters": as_json(dict(module.hparams)),
+        },
+        "dataset": {
+            "class": class_path(type(loader.dataset)),
+            "length": len(loader.dataset),  # type: ignore[arg-type]
+            "fingerprint": dataset_fingerprint(loader.dataset),
+        },
+        "training": {
+            "batch_size": getattr(loader.batch_sampler, "batch_size", None),
+            "max_epochs": trainer.max_epochs,
+            "max_steps": trainer.max_steps,
+            "limit_train_batches": trainer.limit_train_batches,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            "gradient_clip_algorithm": trainer.gradient_clip_algorithm and str(trainer.gradient_clip_algorithm.value),
+            "precision": trainer.precision,
+        },
+    }
+
+
+def hyperparameters(optimizer: Optimizer) -> tuple[list[str], list[dict[str, Any]]]:
+    """Split the parameter groups' settings: names of the numbers, and each group's other settings."""
+    first = _flat(optimizer.param_groups[0])
+    numbers = [name for name, value in first.items() if is_number(value)]
+    options = [
+        {name: as_json(value) for name, value in _flat(group).items() if not is_number(value)}
+        for group in optimizer.param_groups
+    ]
+    return numbers, options
+
+
+def hyperparameter_values(optimizer: Optimizer, names: list[str]) -> list[list[float]]:
+    """Return the numbers of each parameter group at this moment, in the order of ``names``."""
+    rows = []
+    for group in optimizer.param_groups:
+        flat = _flat(group)
+        rows.append([float(flat[name]) for name in names])
+    return rows
+
+
+def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the settings of a parameter group, tuples (Adam's betas) spread to one entry each."""
+    settings: dict[str, Any] = {}
+    for name, value in group.items():
+        if name in _NOT_SETTINGS:
+            continue
+        if isinstance(value, tuple):
+            settings |= {f"{name}.{position}": part for position, part in enumerate(value)}
+        else:
+            settings[name] = value
+    return settings
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is recorded at every step: a number, or a tensor of one."""
+    return (isinstance(value, Number) and not isinstance(value, bool)) or isinstance(value, torch.Tensor)
+
+
+def as_json(value: Any) -> Any:
+    """Return a JSON value; of what JSON lacks, the class, since a repr may hold addresses that differ each time."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(item) for item in value]
+    return class_path(value if isinstance(value, type) else type(value))
+
+
+def class_path(cls: type) -> str:
+    """Return the import path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a run was recorded with."""
+    return {"torch": torch.__version__, "lightning": pl.__version__, "lightning-dtda": __version__}

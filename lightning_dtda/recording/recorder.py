@@ -1,0 +1,405 @@
+"""The callback that turns a training into a recorded run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from typing_extensions import override
+
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording import checks
+from lightning_dtda.recording.batch_tap import BatchTap
+from lightning_dtda.recording.configuration import (
+    configuration,
+    hyperparameter_values,
+    hyperparameters,
+    versions,
+)
+from lightning_dtda.recording.shard_buffer import ShardBuffer
+from lightning_dtda.trajectory import Manifest, MicroBatch, ParameterLayout, RunWriter
+
+_log = logging.getLogger(__name__)
+
+_UNKNOWN_LENGTH_INTERVAL = 100
+"""Steps between checkpoints under "sqrt" where the number of steps is not known beforehand: that of 10,000 steps."""
+
+_GIB = 2**30
+
+
+class TrajectoryRecorder(Callback):
+    r"""Records every optimizer step of a training, so that it can be replayed and attributed afterwards.
+
+    For each step: the data set indices of every micro-batch in order, every parameter group's learning rate and other
+    hyperparameters at that very step, the state of the random number generators where ``training_step`` draws, and the
+    gradient as applied (after accumulation and clipping); and checkpoints of parameters, optimizer state and buffers.
+    The training itself is unchanged to the bit. Files are written by a thread of their own; a training that is killed
+    leaves a readable prefix that says it is incomplete.
+
+    The recorder holds no state that a Trainer checkpoint would have to carry.
+
+    Args:
+        root: The ensemble's directory. Each run is a sub-directory.
+        run: The run's name; ``None`` takes it from the seed: ``seed-0007`` after ``seed_everything(7)``.
+        gradients: Precision in which gradients are stored. ``"auto"`` is ``"float32"`` as long as the whole run's
+            gradients stay under ``gradients_budget``, else ``"none"``; a replay then computes them anew.
+        gradients_budget: In GiB, for ``"auto"``.
+        checkpoint_every: Steps between checkpoints: ``"sqrt"`` of the number of steps (a replay then holds no more
+            steps than that in memory), ``"all"`` for every step, or a number.
+        overwrite: Whether an existing run of this name is replaced.
+
+    Raises:
+        RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
+            sets, several data loaders, manual optimization, several or unsupported optimizers, strategies of several
+            processes, mixed precision, BatchNorm, a loss that is no mean over examples, a run that exists, or a disk
+            that is too small. The message says what to do.
+
+    Example:
+        >>> recorder = TrajectoryRecorder("runs/concrete", gradients="none")
+        >>> trainer = pl.Trainer(callbacks=[recorder], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        run: str | None = None,
+        gradients: Literal["auto", "float32", "bfloat16", "none"] = "auto",
+        gradients_budget: float = 2.0,
+        checkpoint_every: Literal["sqrt", "all"] | int = "sqrt",
+        overwrite: bool = False,
+    ) -> None:
+        if gradients not in ("auto", "float32", "bfloat16", "none"):
+            raise RecordingError(f'gradients={gradients!r}; choose "auto", "float32", "bfloat16" or "none".')
+        if not (checkpoint_every in ("sqrt", "all") or (isinstance(checkpoint_every, int) and checkpoint_every > 0)):
+            raise RecordingError(f'checkpoint_every={checkpoint_every!r}; choose "sqrt", "all" or a positive number.')
+        if run is not None and (not run or Path(run).name != run):
+            raise RecordingError(f"run={run!r} must be the plain name of a sub-directory of root.")
+        self.root = Path(root)
+        self.run = run
+        self.gradients = gradients
+        self.gradients_budget = gradients_budget
+        self.checkpoint_every = checkpoint_every
+        self.overwrite = overwrite
+        self._tap: BatchTap | None = None
+        self._recording: _Recording | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        checks.refuse_existing(self._directory(), self.overwrite)
+        checks.refuse_trainer(trainer, pl_module)
+        self._tap = BatchTap(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._tap is not None  # set up in the same fit
+        if trainer.global_step:
+            raise RecordingError(
+                f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
+                "the start (no ckpt_path)."
+            )
+        loader = self._tap.loader
+        checks.check_data_set(loader.dataset)
+        optimizer = checks.refuse_optimizers(trainer.optimizers)
+        layout = checks.parameter_layout(pl_module, optimizer)
+        dtype = pl_module.get_parameter(layout.names[0]).dtype
+        planned = _planned_steps(trainer)
+        gradients = self._gradient_dtype(layout, planned)
+        interval = self._checkpoint_interval(planned)
+        buffers = sum(b.numel() * b.element_size() for b in _buffers(pl_module, layout, step=0).values())
+        self._check_disk(layout, dtype, gradients, interval, planned, buffers)
+        numbers, options = hyperparameters(optimizer)
+        manifest = Manifest(
+            seed=_global_seed(),
+            configuration=configuration(trainer, pl_module, loader),
+            parameters=[
+                {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
+            ],
+            group_lengths=list(layout.group_lengths),
+            dtype=_name(dtype),
+            optimizer=checks.optimizer_path(optimizer),
+            options=options,
+            hyperparameters=numbers,
+            gradients="none" if gradients is None else _name(gradients),
+            evaluation_modules=checks.evaluation_modules(pl_module),
+            threads=torch.get_num_threads(),
+            versions=versions(),
+            planned_steps=planned,
+        )
+        directory = self._directory()
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+        self._recording = _Recording(
+            module=pl_module,
+            optimizer=optimizer,
+            layout=layout,
+            writer=RunWriter(directory, manifest),
+            hyperparameter_names=numbers,
+            buffer=ShardBuffer(layout, gradients, pl_module.device),
+            interval=interval,
+        )
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._tap is not None
+        assert self._recording is not None
+        indices = self._tap.current_indices()
+        if not self._recording.checked:
+            checks.check_example_losses(pl_module, self._recording.layout, batch, batch_idx)
+            self._recording.checked = True
+        self._recording.begin_micro_batch(torch.tensor(indices), trainer.current_epoch, batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._recording is not None
+        self._recording.end_micro_batch(trainer.accumulate_grad_batches)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recording is not None:
+            recording, self._recording = self._recording, None
+            recording.close("complete", None)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop(f"{type(exception).__name__}: {exception}".rstrip(": "))
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop("the training ended early")
+
+    def _stop(self, reason: str) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+        if self._recording is not None:
+            recording, self._recording = self._recording, None
+            recording.close("incomplete", reason)
+
+    def _directory(self) -> Path:
+        if self.run is not None:
+            return self.root / self.run
+        seed = _global_seed()
+        if seed is None:
+            raise RecordingError(
+                "The run has no name: call lightning.seed_everything(seed) before the module is made (the runs of an "
+                "ensemble differ in it), or give TrajectoryRecorder(run=...)."
+            )
+        return self.root / run_name(seed)
+
+    def _gradient_dtype(self, layout: ParameterLayout, planned: int | None) -> torch.dtype | None:
+        if self.gradients == "none":
+            return None
+        if self.gradients != "auto":
+            dtype: torch.dtype = getattr(torch, self.gradients)
+            return dtype
+        needed = math.inf if planned is None else planned * layout.size * torch.float32.itemsize / _GIB
+        if needed <= self.gradients_budget:
+            return torch.float32
+        size = "unknown in advance" if planned is None else f"{needed:.1f} GiB"
+        _log.info(
+            "Gradients are not recorded: their size is %s, the budget %.1f GiB. A replay computes them anew.",
+            size,
+            self.gradients_budget,
+        )
+        return None
+
+    def _checkpoint_interval(self, planned: int | None) -> int:
+        if self.checkpoint_every == "all":
+            return 1
+        if self.checkpoint_every == "sqrt":
+            return _UNKNOWN_LENGTH_INTERVAL if planned is None else max(1, math.ceil(math.sqrt(planned)))
+        return int(self.checkpoint_every)
+
+    def _check_disk(
+        self,
+        layout: ParameterLayout,
+        dtype: torch.dtype,
+        gradients: torch.dtype | None,
+        interval: int,
+        planned: int | None,
+        buffers: int,
+    ) -> None:
+        if planned is None:
+            _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory())
+            return
+        per_step = 0 if gradients is None else layout.size * gradients.itemsize
+        # parameters and as much again for each kind of optimizer state; one kind is all that SGD has
+        per_checkpoint = 2 * layout.size * dtype.itemsize + buffers
+        needed = planned * per_step + (planned // interval + 2) * per_checkpoint
+        existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
+        free = shutil.disk_usage(existing).free
+        _log.info("Recording %s needs about %.3g GiB of disk.", self._directory(), needed / _GIB)
+        if needed > free:
+            raise RecordingError(
+                f"Recording {self._directory()} needs about {needed / _GIB:.1f} GiB of disk; {free / _GIB:.1f} GiB "
+                'are free. Free some, choose another root, record gradients="none" or set a larger checkpoint_every.'
+            )
+
+
+class _Recording:
+    """One run under way: gathers a step's pieces from the hooks at which they are known."""
+
+    def __init__(
+        self,
+        *,
+        module: pl.LightningModule,
+        optimizer: Optimizer,
+        layout: ParameterLayout,
+        writer: RunWriter,
+        hyperparameter_names: list[str],
+        buffer: ShardBuffer,
+        interval: int,
+    ) -> None:
+        self.layout = layout
+        self.checked = False
+        self._module = module
+        self._optimizer = optimizer
+        self._parameters = [module.get_parameter(name) for name in layout.names]
+        self._writer = writer
+        self._names = hyperparameter_names
+        self._buffer = buffer
+        self._interval = interval
+        self._step = 0
+        self._pending: list[MicroBatch] = []
+        self._applied: list[list[float]] | None = None
+        self._last_checkpoint = -1
+        self._checkpoint()
+        self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
+
+    def begin_micro_batch(self, indices: Tensor, epoch: int, batch_idx: int) -> None:
+        """Note what is about to be passed through the module."""
+        self._current = MicroBatch(indices, epoch, batch_idx, _rng_states(self._module.device))
+
+    def end_micro_batch(self, accumulate_grad_batches: int) -> None:
+        """Complete the step's record if the optimizer stepped on this micro-batch."""
+        before, after = self._current.rng_states, _rng_states(self._module.device)
+        drew = any(not torch.equal(before[device], after[device]) for device in before)
+        current = self._current
+        self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
+        if self._applied is None:
+            return
+        self._buffer.append(self._pending, self._applied, accumulate_grad_batches)
+        self._pending, self._applied = [], None
+        self._step += 1
+        if self._step % self._interval == 0:
+            self._checkpoint()
+        elif len(self._buffer) >= self._buffer.capacity:
+            self._flush()
+
+    def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
+        """Write what is left and the end of the run."""
+        self._handle.remove()
+        try:
+            if status == "complete" and self._last_checkpoint != self._step:
+                self._checkpoint()
+            else:  # stopped in mid-step, perhaps: whole steps only, and no parameters that belong to none
+                self._flush()
+        finally:
+            self._writer.close(status, reason)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # the gradient is what was applied, and the learning rate that of this step, only here: before the step the
+        # gradient is not yet clipped, after the batch the scheduler has moved on
+        gradients = []
+        for name, parameter in zip(self.layout.names, self._parameters, strict=True):
+            if parameter.grad is None:
+                raise RecordingError(
+                    f"Parameter {name} got no gradient at step {self._step}: it took no part in the loss, or "
+                    "training_step returned None. Freeze it (requires_grad=False) before the optimizer is made, or "
+                    "let the loss use it."
+                )
+            if parameter.grad.is_sparse:
+                raise RecordingError(f"The gradient of {name} is sparse. Use dense gradients (sparse=False).")
+            gradients.append(parameter.grad)
+        self._buffer.put_gradient(gradients)
+        self._applied = hyperparameter_values(optimizer, self._names)
+
+    def _flush(self) -> None:
+        if len(self._buffer):
+            self._writer.add_shard(*self._buffer.take())
+
+    def _checkpoint(self) -> None:
+        self._flush()
+        tensors: dict[str, Tensor] = {
+            f"parameters.{name}": parameter for name, parameter in zip(self.layout.names, self._parameters, strict=True)
+        }
+        start = 0
+        for number, length in enumerate(self.layout.group_lengths):
+            group = self._parameters[start : start + length]
+            start += length
+            for key in _state_names(self._optimizer, group):
+                parts = [self._optimizer.state[parameter][key].reshape(-1) for parameter in group]
+                tensors[f"state.{number}.{key}"] = torch.cat(parts)
+        tensors |= {
+            f"buffers.{name}": buffer for name, buffer in _buffers(self._module, self.layout, self._step).items()
+        }
+        # the copy must be taken now: the next step changes the parameters in place
+        self._writer.add_checkpoint(
+            self._step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        )
+        self._last_checkpoint = self._step
+
+
+def run_name(seed: int) -> str:
+    """Return the default name of the run with a seed.
+
+    Example:
+        >>> run_name(7)
+        'seed-0007'
+    """
+    return f"seed-{seed:04d}"
+
+
+def _state_names(optimizer: Optimizer, group: list[torch.nn.Parameter]) -> list[str]:
+    if not group or not optimizer.state[group[0]]:
+        return []
+    state = optimizer.state[group[0]]
+    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == group[0].shape]
+
+
+def _buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:
+    """Return the buffers, and at the start the frozen parameters, which no later checkpoint repeats."""
+    buffers = dict(module.named_buffers())
+    if step == 0:
+        trained = set(layout.names)
+        buffers |= {name: p.detach() for name, p in module.named_parameters() if name not in trained}
+    return buffers
+
+
+def _rng_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _planned_steps(trainer: pl.Trainer) -> int | None:
+    steps = trainer.estimated_stepping_batches
+    return None if math.isinf(steps) or steps < 0 else int(steps)
+
+
+def _global_seed() -> int | None:
+    seed = os.environ.get("PL_GLOBAL_SEED")
+    return None if seed is None else int(seed)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,98 @@
+"""Collects what happened at consecutive steps until there is enough for a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.trajectory import MicroBatch, ParameterLayout
+
+_SHARD_BYTES = 64 * 2**20
+"""Gradients held back before a shard is written: bounds the memory, and what a killed training loses."""
+
+_SHARD_STEPS = 512
+"""Steps in a shard without gradients, whose records are small."""
+
+
+@dataclass
+class ShardBuffer:
+    """The records of steps since ``first_step``; ``tensors`` gives them in the form of a shard.
+
+    Args:
+        layout: The recorded parameters.
+        gradients: Data type of the recorded gradients, or ``None`` to record none.
+        device: Where the gradients are; they stay there until the shard is full.
+        first_step: The step that is recorded next.
+    """
+
+    layout: ParameterLayout
+    gradients: torch.dtype | None
+    device: torch.device
+    first_step: int = 0
+    _micro_batches: list[list[MicroBatch]] = field(default_factory=list)
+    _hyperparameters: list[list[list[float]]] = field(default_factory=list)
+    _accumulations: list[int] = field(default_factory=list)
+    _gradients: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._micro_batches)
+
+    @property
+    def capacity(self) -> int:
+        """Number of steps in a full shard."""
+        if self.gradients is None:
+            return _SHARD_STEPS
+        return max(1, min(_SHARD_STEPS, _SHARD_BYTES // (self.layout.size * self.gradients.itemsize)))
+
+    def put_gradient(self, gradients: list[Tensor]) -> None:
+        """Copy the gradient that the optimizer just applied; ``append`` completes the step."""
+        if self.gradients is None:
+            return
+        if self._gradients is None:
+            self._gradients = torch.empty((self.capacity, self.layout.size), dtype=self.gradients, device=self.device)
+        self.layout.flatten(gradients, out=self._gradients[len(self)])
+
+    def append(
+        self, micro_batches: list[MicroBatch], hyperparameters: list[list[float]], accumulate_grad_batches: int
+    ) -> None:
+        """Add the record of one step."""
+        self._micro_batches.append(micro_batches)
+        self._hyperparameters.append(hyperparameters)
+        self._accumulations.append(accumulate_grad_batches)
+
+    def take(self) -> tuple[int, int, dict[str, Tensor]]:
+        """Return first step, last step and tensors of the shard, and start the next one."""
+        first, steps = self.first_step, len(self)
+        flat = [micro_batch for step in self._micro_batches for micro_batch in step]
+        tensors = {
+            "indices": torch.cat([micro_batch.indices for micro_batch in flat]),
+            "micro_batch_sizes": torch.tensor([len(micro_batch.indices) for micro_batch in flat]),
+            "micro_batches": torch.tensor([len(step) for step in self._micro_batches]),
+            "epochs": torch.tensor([micro_batch.epoch for micro_batch in flat]),
+            "batch_idx": torch.tensor([micro_batch.batch_idx for micro_batch in flat]),
+            "accumulate_grad_batches": torch.tensor(self._accumulations),
+            "hyperparameters": torch.tensor(self._hyperparameters, dtype=torch.float64),
+            **_rng_tensors(flat),
+        }
+        if self._gradients is not None:
+            tensors["gradients"] = self._gradients[:steps].cpu()
+        self.first_step += steps
+        self._micro_batches, self._hyperparameters, self._accumulations, self._gradients = [], [], [], None
+        return first, first + steps, tensors
+
+
+def _rng_tensors(micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
+    drawing = [number for number, micro_batch in enumerate(micro_batches) if micro_batch.rng_states]
+    if not drawing:
+        return {}
+    devices: Any = micro_batches[drawing[0]].rng_states
+    return {
+        "rng_micro_batches": torch.tensor(drawing),
+        **{
+            f"rng_states.{device}": torch.stack([micro_batches[m].rng_states[device] for m in drawing])
+            for device in devices
+        },
+    }

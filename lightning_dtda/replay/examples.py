@@ -1,0 +1,143 @@
+"""Training examples and queries, fetched by index as the training saw them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.replay.batches import concatenate, map_tensors, rows_of
+
+_COLLATE_CHUNK = 256
+"""Examples collated at a time while a data set is stacked: bounds the memory of the Python objects."""
+
+_STACK_LIMIT = 2 * 2**30
+"""Bytes up to which a data set is held stacked in memory; a larger one is fetched and collated step by step."""
+
+
+class Examples:
+    """A map-style data set as stacked tensors.
+
+    Args:
+        dataset: Any map-style data set whose items always are the same.
+        collate_fn: What makes a batch of a list of items; the DataLoader's own.
+        dtype: Pairs (recorded, wanted): floating point tensors of the first are cast to the second, for a replay in
+            another precision than the training's.
+        device: Where batches are put.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> examples = Examples(TensorDataset(torch.arange(6.0).reshape(3, 2), torch.arange(3)))
+        >>> examples.fetch(torch.tensor([2, 0]))
+        [tensor([[4., 5.],
+                [0., 1.]]), tensor([2, 0])]
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        collate_fn: Callable[[list[Any]], Any] = default_collate,
+        *,
+        dtype: tuple[torch.dtype, torch.dtype] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise AttributionError(
+                f"{type(dataset).__name__} has no indices. Attribution needs a map-style data set (__getitem__ and "
+                "__len__), since removal is of examples by index."
+            )
+        self.dataset = dataset
+        self._collate = collate_fn
+        self._dtype = dtype
+        self._device = torch.device(device)
+        self._stacked: Any = None
+        self._checked = False
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def to(self, dtype: tuple[torch.dtype, torch.dtype], device: torch.device | str) -> Examples:
+        """Return the same examples, cast and moved."""
+        return Examples(self.dataset, self._collate, dtype=dtype, device=device)
+
+    def fetch(self, indices: Tensor) -> Any:
+        """Return the examples at ``indices`` of any shape: each leaf gets shape ``(*indices.shape, *example)``."""
+        if not self._checked:
+            self._stacked = self._stack() if self._bytes() <= _STACK_LIMIT else None
+            self._checked = True
+        if self._stacked is not None:
+            where = indices.to(self._device)
+            return map_tensors(lambda leaf: leaf[where], self._stacked)
+        batch = self._prepare(self._collated(indices.flatten().tolist()))
+        return map_tensors(lambda leaf: leaf.reshape(*indices.shape, *leaf.shape[1:]), batch)
+
+    def all(self) -> Any:
+        """Return every example as one batch."""
+        return self.fetch(torch.arange(len(self)))
+
+    def _bytes(self) -> int:
+        leaves, _ = tree_flatten(self._collated([0]))
+        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor)) * len(self)
+
+    def _stack(self) -> Any:
+        chunks = torch.arange(len(self)).split(_COLLATE_CHUNK)
+        return self._prepare(concatenate([self._collated(chunk.tolist()) for chunk in chunks]))
+
+    def _collated(self, indices: list[int]) -> Any:
+        batch = self._collate([self.dataset[index] for index in indices])
+        rows_of(batch)
+        return batch
+
+    def _prepare(self, batch: Any) -> Any:
+        def prepare(leaf: Tensor) -> Tensor:
+            wanted = self._dtype[1] if self._dtype is not None and leaf.dtype == self._dtype[0] else leaf.dtype
+            return leaf.to(self._device, wanted)
+
+        return map_tensors(prepare, batch)
+
+
+def training_examples(data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any]) -> Examples:
+    """Return the training examples of a data module, a module with its own loader, a DataLoader or a Dataset.
+
+    Raises:
+        AttributionError: If ``data`` is none of these.
+    """
+    if isinstance(data, (LightningDataModule, LightningModule)):
+        prepare_fit(data)
+        data = data.train_dataloader()
+    return _examples(data, "data")
+
+
+def query_examples(queries: DataLoader[Any] | Dataset[Any]) -> Examples:
+    """Return the queries of a Dataset or a DataLoader, in the data set's order.
+
+    Raises:
+        AttributionError: If ``queries`` is neither, or is empty.
+    """
+    examples = _examples(queries, "queries")
+    if not len(examples):
+        raise AttributionError("There are no queries. Give a data set with at least one example.")
+    return examples
+
+
+def prepare_fit(data: LightningDataModule | LightningModule) -> None:
+    """Do what the Trainer does before it asks a data module for its loaders."""
+    data.prepare_data()
+    data.setup("fit")
+
+
+def _examples(source: Any, argument: str) -> Examples:
+    if isinstance(source, DataLoader):
+        return Examples(source.dataset, source.collate_fn)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, (list, tuple, dict)):
+        return Examples(source)
+    raise AttributionError(
+        f"{argument} is a {type(source).__name__}. Give a Dataset or one DataLoader"
+        + (" or a LightningDataModule with one training DataLoader." if argument == "data" else ".")
+    )

@@ -1,0 +1,104 @@
+"""The LightningModule as pure functions of its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.losses import batch_loss, example_losses
+from lightning_dtda.replay.measurements import Measurement
+from lightning_dtda.replay.silence import ReplayTrainer, silent_copy
+from lightning_dtda.trajectory import ParameterLayout
+
+
+class FunctionalModule:
+    """Losses and measurements of a LightningModule as functions of a flat parameter vector ``(P,)``.
+
+    All methods are pure: they can be differentiated, vmapped over parameters, and leave the user's module alone.
+
+    Args:
+        module: The user's module; only its architecture counts.
+        layout: The recorded parameters.
+        evaluation_modules: Submodules that were in evaluation mode during training.
+        dtype: Of the computation; the module's floating point buffers are cast to it.
+        device: Of the computation.
+
+    Raises:
+        ReplayError: If the module's parameters are not those of the layout.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        layout: ParameterLayout,
+        evaluation_modules: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        _check_parameters(module, layout)
+        self.layout = layout
+        self._silent = silent_copy(module, evaluation_modules).to(device=device, dtype=dtype)
+        self._call = _Call(self._silent)
+        self._training = {name for name, layer in self._silent.named_modules() if layer.training}
+
+    def set_clock(self, current_epoch: int, global_step: int) -> None:
+        """Let ``self.current_epoch`` and ``self.global_step`` be those of a recorded step."""
+        self._silent._trainer = ReplayTrainer(current_epoch, global_step)  # type: ignore[assignment]
+
+    def example_losses(self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, batch_idx: int = 0) -> Tensor:
+        """Return the training loss of each example of a batch ``(B,)`` at the parameters ``theta`` ``(P,)``."""
+        return self._apply(theta, buffers, example_losses, batch, batch_idx)
+
+    def batch_loss(self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, batch_idx: int = 0) -> Tensor:
+        """Return the scalar that ``training_step`` returns for the batch at the parameters ``theta`` ``(P,)``."""
+        return self._apply(theta, buffers, batch_loss, batch, batch_idx)
+
+    def measure(self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, measurement: Measurement) -> Tensor:
+        """Return the measurement of each query of a batch ``(B,)``, the module in evaluation mode."""
+        self._silent.eval()
+        try:
+            return self._apply(theta, buffers, measurement, batch)
+        finally:
+            for name, layer in self._silent.named_modules():
+                layer.training = name in self._training
+
+    def _apply(
+        self, theta: Tensor, buffers: dict[str, Tensor], function: Callable[..., Tensor], *arguments: Any
+    ) -> Tensor:
+        tensors = self.layout.unflatten(theta) | buffers
+        result: Tensor = functional_call(
+            self._call, {f"module.{name}": tensor for name, tensor in tensors.items()}, (function, *arguments)
+        )
+        return result
+
+
+class _Call(nn.Module):
+    """Gives ``functional_call`` a forward that applies any function to the module."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return function(self.module, *arguments)
+
+
+def _check_parameters(module: LightningModule, layout: ParameterLayout) -> None:
+    found = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in found:
+            raise ReplayError(
+                f"The recorded runs have a parameter {name} that {type(module).__name__} lacks. Give the module class "
+                "and arguments that were trained."
+            )
+        if found[name] != shape:
+            raise ReplayError(
+                f"Parameter {name} has shape {found[name]} in this {type(module).__name__} and {shape} in the "
+                "recorded runs. Give the arguments that were trained with."
+            )

@@ -1,0 +1,55 @@
+"""Per-example training losses of an unmodified LightningModule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.batches import map_tensors
+
+
+def example_losses(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    r"""Return :math:`l_n(\theta)` for every example of a batch ``(B,)``.
+
+    From the module's own ``example_losses(batch)`` where it defines one; else ``training_step``, mapped over batches
+    of a single example.
+
+    Raises:
+        ReplayError: If ``training_step`` cannot be mapped, or the losses do not have shape ``(B,)``.
+    """
+    if (own := getattr(module, "example_losses", None)) is not None:
+        losses: Tensor = own(batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 1:
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ReplayError(
+                f"{type(module).__name__}.example_losses must return a tensor of shape (B,), not {shape}."
+            )
+        return losses
+    try:
+        return torch.func.vmap(
+            lambda row: batch_loss(module, map_tensors(lambda leaf: leaf.unsqueeze(0), row), batch_idx)
+        )(batch)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ReplayError(
+            f"{type(module).__name__}.training_step cannot be run one example at a time ({error}). Define "
+            "example_losses(batch) -> (B,) on the module: the loss of each example of the batch."
+        ) from error
+
+
+def batch_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """Return the loss that ``training_step`` returns for a batch, a scalar."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor):
+        raise ReplayError(
+            f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor, or a dict "
+            'with the tensor "loss").'
+        )
+    return loss.reshape(())

@@ -1,0 +1,351 @@
+"""Recorded runs as a differentiable function: theta_t in either direction, and the products that adjoints need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.nn.utils.rnn import pad_sequence
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.optimizers import Hyperparameters, State
+from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.fingerprint import dataset_fingerprint
+from lightning_dtda.replay.functional import FunctionalModule
+from lightning_dtda.trajectory import Run
+
+Precision = Literal["recorded", "float64"]
+
+_ROUNDING_STEPS = 16
+"""Units in the last place that a step may lose: a replay on other kernels than the training's rounds differently."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The examples of one step of R runs; shorter batches are filled up with examples of coefficient 0.
+
+    Args:
+        indices: Data set indices ``(runs, B)``.
+        coefficients: What each example's loss is multiplied with in the step's loss ``(runs, B)``.
+        examples: The examples, each leaf ``(runs, B, ...)``.
+        batch_idx: As ``training_step`` got it.
+    """
+
+    indices: Tensor
+    coefficients: Tensor
+    examples: Any
+    batch_idx: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a step starts from: parameters and gradient ``(runs, P)``, and each group's optimizer state."""
+
+    theta: Tensor
+    states: list[State]
+    gradient: Tensor
+
+
+@dataclass
+class Drift:
+    """How far a replay was from the record, at the worst.
+
+    Args:
+        parameters: Largest difference between rebuilt and recorded parameters at the end of a segment, over the
+            largest parameter.
+        gradients: Largest difference between recomputed and recorded gradients along the adjoints, relative to what
+            a random direction of that length sees of the gradient; ``None`` where no gradients were recorded.
+    """
+
+    parameters: float = 0.0
+    gradients: float | None = None
+
+
+class Replay:
+    """Runs of equal shape, stacked, and rebuilt from their records.
+
+    Args:
+        runs: R runs with the same number of steps and the same checkpoints.
+        module: The user's module, unchanged.
+        examples: The training examples.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double: each segment then starts from its recorded
+            checkpoint and computes its gradients anew.
+        device: Where to compute; ``None`` is the module's own device.
+        tolerance: Largest difference at a segment's end that is taken for rounding, relative to the distance
+            travelled in the segment; and of a recomputed gradient, relative to its norm. A changed example or
+            unrecorded randomness is orders of magnitude above, float32 rounding one or two below.
+
+    Raises:
+        ReplayError: If the runs do not fit together, or the module or the data do not fit the runs.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        module: LightningModule,
+        examples: Examples,
+        *,
+        precision: Precision = "recorded",
+        device: torch.device | str | None = None,
+        tolerance: float = 1e-3,
+    ) -> None:
+        self.runs = tuple(runs)
+        first = self.runs[0]
+        if len({shape_key(run) for run in self.runs}) != 1:
+            raise ReplayError("Only runs with the same number of steps and the same checkpoints can be stacked.")
+        _check_data(first, examples)
+        self.layout = first.layout
+        self.steps = first.steps
+        self.update = first.update
+        self.checkpoint_steps = first.checkpoint_steps
+        self.recorded_dtype = first.manifest.torch_dtype
+        self.dtype = self.recorded_dtype if precision == "recorded" else torch.float64
+        self.device = torch.device(module.device if device is None else device)
+        self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
+        self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
+        self.drift = Drift()
+        self._tolerance = tolerance
+        self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
+        self._records_gradients = first.manifest.gradients != "none"
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """The stretches between checkpoints, as (first step, last step) with the last not included."""
+        return list(pairwise(self.checkpoint_steps))
+
+    def theta(self, step: int) -> Tensor:
+        """Return the parameters after ``step`` steps ``(runs, P)``, rebuilt from the checkpoint before."""
+        if step in self.checkpoint_steps:
+            return self.checkpoint(step)[0]
+        point = self.point(step - 1)
+        return self._advance(step - 1, point)[0]
+
+    def point(self, step: int) -> Point:
+        """Return what a step started from, rebuilt from the checkpoint before."""
+        start = max(t for t in self.checkpoint_steps if t <= step)
+        theta, states = self.checkpoint(start)
+        buffers = self.buffers(start)
+        point = Point(theta, states, self._gradient(start, theta, buffers))
+        for t in range(start, step):
+            theta, states = self._advance(t, point)
+            point = Point(theta, states, self._gradient(t + 1, theta, buffers))
+        return point
+
+    def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
+        """Read parameters ``(runs, P)`` and each group's optimizer state at a recorded checkpoint."""
+        checkpoints = [run.checkpoint(step) for run in self.runs]
+        theta = self._stack([checkpoint.theta for checkpoint in checkpoints])
+        states = [
+            {key: self._stack([checkpoint.states[group][key] for checkpoint in checkpoints]) for key in state}
+            for group, state in enumerate(checkpoints[0].states)
+        ]
+        return theta, states
+
+    def buffers(self, step: int) -> dict[str, Tensor]:
+        """Read buffers and frozen parameters at a recorded checkpoint, each ``(runs, ...)``."""
+        initial = [run.checkpoint(0).buffers for run in self.runs]
+        current = [run.checkpoint(step).buffers for run in self.runs]
+        merged = [first | later for first, later in zip(initial, current, strict=True)]
+        return {name: self._stack([buffers[name] for buffers in merged]) for name in merged[0]}
+
+    def batch(self, step: int) -> StepBatch:
+        """Return the examples of a step, with what each contributes to the loss.
+
+        Raises:
+            ReplayError: If the step drew random numbers, which a replay of single examples cannot draw again.
+        """
+        micro_batches = [run.micro_batches(step) for run in self.runs]
+        for run, parts in zip(self.runs, micro_batches, strict=True):
+            if any(part.rng_states for part in parts):
+                raise ReplayError(
+                    f"training_step of {run.path} drew random numbers at step {step} (dropout?). Their states are "
+                    "recorded, but the loss of a single example cannot draw them again. Train without dropout, or "
+                    "with it in evaluation mode."
+                )
+        indices = pad_sequence([run.batch_indices(step) for run in self.runs], batch_first=True)
+        coefficients = pad_sequence([run.coefficients(step) for run in self.runs], batch_first=True)
+        clock = micro_batches[0][0]
+        self.module.set_clock(clock.epoch, step)
+        return StepBatch(
+            indices.to(self.device),
+            coefficients.to(self.device, self.dtype),
+            self.examples.fetch(indices),
+            clock.batch_idx,
+        )
+
+    def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
+        """Return each group's hyperparameters: numbers where the runs agree, else tensors of ``ndim`` dimensions.
+
+        The first of these runs over runs, the others are there to broadcast: 2 for parameters ``(runs, P)``, 3 for
+        cotangents ``(runs, queries, P)``.
+        """
+        of_runs = [run.hyperparameters(step) for run in self.runs]
+        groups = range(len(self.layout.group_lengths))
+        return [self._merge([of_run[group] for of_run in of_runs], ndim) for group in groups]
+
+    def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None) -> Tensor:
+        r"""Compute the gradient of the step's loss anew.
+
+        .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta)
+
+        Args:
+            step: t.
+            theta: Parameters ``(runs, P)``.
+            buffers: As :meth:`buffers` gives them.
+            weights: w, one for each training example ``(N,)``; ``None`` is all ones.
+
+        Returns:
+            ``(runs, P)``.
+        """
+        batch = self.batch(step)
+        coefficients = batch.coefficients if weights is None else batch.coefficients * weights[batch.indices]
+
+        def loss(theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor) -> Tensor:
+            losses = self.module.example_losses(theta, buffers, examples, batch.batch_idx)
+            return (coefficients * losses).sum()
+
+        return vmap(grad(loss))(theta, buffers, batch.examples, coefficients)
+
+    def segment(self, first: int, last: int) -> list[Point]:
+        """Rebuild what each step from ``first`` to ``last - 1`` started from, and compare the end with the record.
+
+        Raises:
+            ReplayError: If the end differs from the recorded checkpoint by more than rounding.
+        """
+        theta, states = self.checkpoint(first)
+        start = theta
+        buffers = {} if self._rebuild_from_gradients else self.buffers(first)
+        points = []
+        for step in range(first, last):
+            points.append(Point(theta, states, self._gradient(step, theta, buffers)))
+            theta, states = self._advance(step, points[-1])
+        self._compare(first, last, start, theta, self.checkpoint(last)[0])
+        return points
+
+    def directional(
+        self, step: int, point: Point, directions: Tensor, buffers: dict[str, Tensor]
+    ) -> tuple[StepBatch, Tensor, Tensor]:
+        r"""Compute per-example directional derivatives and the Hessian product, in one pass.
+
+        With :math:`\phi(\theta) = \sum_n c_n d_n` and :math:`d_n = \langle \nabla l_n(\theta), v \rangle` from a
+        forward-mode derivative of the per-example losses along v, d is the per-example term and
+        :math:`\nabla \phi = H v` the Hessian product.
+
+        Args:
+            step: t.
+            point: Where the step started, from :meth:`segment`.
+            directions: v ``(runs, queries, P)``.
+            buffers: As :meth:`buffers` gives them.
+
+        Returns:
+            The step's batch, d ``(runs, queries, B)`` and H v ``(runs, queries, P)``.
+
+        Raises:
+            ReplayError: If d does not fit the recorded gradient, naming run and step.
+        """
+        batch = self.batch(step)
+
+        def of_one_query(
+            theta: Tensor, direction: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            def phi(theta: Tensor) -> tuple[Tensor, Tensor]:
+                _, slopes = jvp(
+                    lambda point: self.module.example_losses(point, buffers, examples, batch.batch_idx),
+                    (theta,),
+                    (direction,),
+                )
+                return (coefficients * slopes).sum(), slopes
+
+            product, slopes = grad(phi, has_aux=True)(theta)
+            return slopes, product
+
+        over_queries = vmap(of_one_query, in_dims=(None, 0, None, None, None))
+        slopes, products = vmap(over_queries)(point.theta, directions, buffers, batch.examples, batch.coefficients)
+        if self._records_gradients:
+            recorded = point.gradient if self._rebuild_from_gradients else self._recorded_gradient(step)
+            self._compare_gradient(step, directions, (slopes * batch.coefficients[:, None]).sum(-1), recorded)
+        return batch, slopes, products
+
+    def _gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        return self._recorded_gradient(step) if self._rebuild_from_gradients else self.gradient(step, theta, buffers)
+
+    def _advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
+        return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), first=step == 0)
+
+    def _recorded_gradient(self, step: int) -> Tensor:
+        return self._stack([run.gradient_vector(step) for run in self.runs])
+
+    def _compare(self, first: int, last: int, start: Tensor, rebuilt: Tensor, recorded: Tensor) -> None:
+        difference = (rebuilt - recorded).abs().amax(1)
+        travelled = (recorded - start).abs().amax(1)
+        size = recorded.abs().amax(1)
+        eps = torch.finfo(self.recorded_dtype).eps
+        allowed = self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
+        self.drift.parameters = max(self.drift.parameters, float((difference / size.clamp_min(eps)).max()))
+        # not "any above": a NaN compares false with everything
+        within = difference <= allowed
+        if not bool(within.all()):
+            number = int((~within).nonzero()[0])
+            raise ReplayError(
+                f"{self.runs[number].path} is not reproduced between step {first} and step {last}: parameters differ by "
+                f"{difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} of "
+                "that). The data or the module changed, or training_step depends on something that is not recorded."
+            )
+
+    def _compare_gradient(self, step: int, directions: Tensor, slopes: Tensor, recorded: Tensor) -> None:
+        """Compare the computed gradient, along the directions, with the recorded one: it costs one product."""
+        along = (directions @ recorded.unsqueeze(-1)).squeeze(-1)
+        # what a random direction sees of the gradient; a difference of the gradient shows in proportion
+        scale = directions.norm(dim=-1) * recorded.norm(dim=-1, keepdim=True) / self.layout.size**0.5
+        error = (slopes - along).abs() / scale.clamp_min(torch.finfo(self.dtype).tiny)
+        stored = torch.finfo(getattr(torch, self.runs[0].manifest.gradients)).eps
+        rounding = _ROUNDING_STEPS * (stored + self.layout.size**0.5 * torch.finfo(self.recorded_dtype).eps)
+        worst = float(error.max())
+        self.drift.gradients = max(self.drift.gradients or 0.0, worst)
+        if not worst <= self._tolerance + rounding:
+            number = int(error.amax(1).argmax())
+            raise ReplayError(
+                f"{self.runs[number].path}: the gradient of step {step} is not the recorded one (relative difference "
+                f"{worst:.2g}, tolerance {self._tolerance:g}). The data or the module changed, or training_step "
+                "depends on something that is not recorded."
+            )
+
+    def _merge(self, of_runs: list[Hyperparameters], ndim: int) -> Hyperparameters:
+        merged: dict[str, Any] = {}
+        for key, value in of_runs[0].items():
+            values = [hyperparameters[key] for hyperparameters in of_runs]
+            merged[key] = (
+                value
+                if all(other == value for other in values)
+                else torch.tensor(values, dtype=self.dtype, device=self.device).reshape(-1, *[1] * (ndim - 1))
+            )
+        return merged
+
+    def _stack(self, tensors: list[Tensor]) -> Tensor:
+        stacked = torch.stack(tensors)
+        return stacked.to(self.device, self.dtype if stacked.is_floating_point() else stacked.dtype)
+
+
+def _check_data(run: Run, examples: Examples) -> None:
+    recorded = run.manifest.configuration["dataset"]
+    if len(examples) != recorded["length"]:
+        raise ReplayError(
+            f"The training data have {len(examples)} examples; {run.path} was trained on {recorded['length']}. Give "
+            "the data that were trained on."
+        )
+    if dataset_fingerprint(examples.dataset) != recorded["fingerprint"]:
+        raise ReplayError(
+            f"The training data are not those of {run.path}: other content, or another order. Give the data that were "
+            "trained on."
+        )
+
+
+def shape_key(run: Run) -> tuple[Any, ...]:
+    """Return what runs must share to be stacked."""
+    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients

@@ -1,0 +1,9 @@
+"""A run on disk: manifest, shards, writer, ``Run``, ``Ensemble``. Knows tensors and files, no models."""
+
+from lightning_dtda.trajectory.ensemble import Ensemble
+from lightning_dtda.trajectory.layout import ParameterLayout
+from lightning_dtda.trajectory.manifest import Manifest
+from lightning_dtda.trajectory.run import Checkpoint, MicroBatch, Run
+from lightning_dtda.trajectory.writer import RunWriter
+
+__all__ = ["Checkpoint", "Ensemble", "Manifest", "MicroBatch", "ParameterLayout", "Run", "RunWriter"]

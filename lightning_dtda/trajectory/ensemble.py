@@ -1,0 +1,109 @@
+"""The runs of one configuration: samples of the distribution of trained models."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.manifest import MANIFEST
+from lightning_dtda.trajectory.run import Run
+
+
+class Ensemble(Sequence[Run]):
+    """Seeded runs of the same configuration.
+
+    Args:
+        runs: Complete runs.
+        root: The directory that holds them.
+
+    Raises:
+        TrajectoryError: If there is no run, or the runs' configurations differ; the message lists the fields.
+    """
+
+    def __init__(self, runs: Sequence[Run], root: str | Path) -> None:
+        if not runs:
+            raise TrajectoryError(
+                f"{root} holds no complete run. Record some: Trainer(callbacks=[TrajectoryRecorder(root)]) or "
+                "lightning-dtda record."
+            )
+        self.root = Path(root)
+        self.runs = tuple(runs)
+        first = _comparable(self.runs[0])
+        for run in self.runs[1:]:
+            if differences := _differences(first, _comparable(run)):
+                raise TrajectoryError(
+                    f"{run.path} and {self.runs[0].path} are runs of different configurations, hence not samples of "
+                    f"one distribution:\n{differences}\nKeep each configuration in a directory of its own."
+                )
+
+    @classmethod
+    def open(cls, root: str | Path) -> Ensemble:
+        """Open the complete runs below a directory; incomplete ones are left out with a warning that names them.
+
+        Args:
+            root: The recorder's ``root``.
+
+        Raises:
+            TrajectoryError: If there is no complete run, a file is damaged, or configurations differ.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise TrajectoryError(f"{root} is no directory. Give the root that the runs were recorded under.")
+        runs = [Run(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
+        incomplete = [run for run in runs if not run.complete]
+        if incomplete:
+            warnings.warn(
+                "left out as incomplete: "
+                + ", ".join(f"{run.name} ({run.steps} steps, {_how_it_ended(run)})" for run in incomplete),
+                stacklevel=2,
+            )
+        return cls([run for run in runs if run.complete], root)
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, index: Any) -> Any:
+        return Ensemble(self.runs[index], self.root) if isinstance(index, slice) else self.runs[index]
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self.runs)
+
+    def __repr__(self) -> str:
+        return f"Ensemble({str(self.root)!r}, runs={len(self)}, steps={sorted({run.steps for run in self})})"
+
+    @property
+    def examples(self) -> int:
+        """N, the number of training examples."""
+        length: int = self.runs[0].manifest.configuration["dataset"]["length"]
+        return length
+
+
+def _how_it_ended(run: Run) -> str:
+    return "still recording, or killed" if run.manifest.status == "recording" else str(run.manifest.reason)
+
+
+def _comparable(run: Run) -> dict[str, Any]:
+    manifest = run.manifest
+    return {
+        **manifest.configuration,
+        "parameters": {entry["name"]: entry["shape"] for entry in manifest.parameters},
+        "dtype": manifest.dtype,
+        "optimizer": manifest.optimizer,
+        "options": manifest.options,
+        "evaluation_modules": manifest.evaluation_modules,
+    }
+
+
+def _differences(first: Any, second: Any, where: str = "") -> str:
+    """List the leaves in which two JSON values differ, a line each."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        keys = [*first, *(key for key in second if key not in first)]
+        lines = [
+            _differences(first.get(key, "absent"), second.get(key, "absent"), f"{where}.{key}" if where else key)
+            for key in keys
+        ]
+        return "\n".join(line for line in lines if line)
+    return "" if first == second else f"  {where}: {first!r} against {second!r}"

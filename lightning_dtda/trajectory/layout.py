@@ -1,0 +1,67 @@
+"""Where each parameter lies in the flat vector that trajectories, gradients and adjoints are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Names and shapes of the trained parameters, in the order of the optimizer's parameter groups.
+
+    One group is one contiguous slice, so that an update with a group's hyperparameters is one operation on a view.
+
+    Args:
+        names: Parameter names as in ``module.named_parameters()``.
+        shapes: Their shapes.
+        group_lengths: Number of parameters (tensors) in each group.
+
+    Example:
+        >>> layout = ParameterLayout(("weight", "bias"), ((2, 3), (2,)), (1, 1))
+        >>> layout.size, layout.group_slices
+        (8, (slice(0, 6, None), slice(6, 8, None)))
+        >>> layout.unflatten(torch.arange(8.0))["bias"]
+        tensor([6., 7.])
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    group_lengths: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of entries of each parameter."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """P, the length of the flat vector."""
+        return sum(self.sizes)
+
+    @property
+    def group_slices(self) -> tuple[slice, ...]:
+        """Where each parameter group lies in the flat vector."""
+        slices, sizes, start = [], iter(self.sizes), 0
+        for length in self.group_lengths:
+            stop = start + sum(next(sizes) for _ in range(length))
+            slices.append(slice(start, stop))
+            start = stop
+        return tuple(slices)
+
+    def flatten(self, tensors: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
+        """Concatenate tensors, given in the layout's order, to one vector ``(P,)``."""
+        flat = [tensor.detach().reshape(-1) for tensor in tensors]
+        return torch.cat(flat) if out is None else torch.cat(flat, out=out)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Split the last dimension of ``(..., P)`` into the named parameters ``(..., *shape)``, as views."""
+        parts = torch.split(vector, self.sizes, dim=-1)
+        return {
+            name: part.reshape(*part.shape[:-1], *shape)
+            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
+        }

@@ -1,0 +1,104 @@
+"""What a run says about itself: ``manifest.json``, the only truth about what is complete."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.layout import ParameterLayout
+from lightning_dtda.trajectory.storage import read_json, write_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+Status = Literal["recording", "complete", "incomplete"]
+
+
+@dataclass
+class Manifest:
+    """Everything about a run that is not a tensor.
+
+    Args:
+        seed: What ``seed_everything`` was called with, if it was.
+        configuration: What all runs of an ensemble share: module class and hyperparameters, optimizer, data set,
+            trainer settings. Runs that differ here are not of one distribution.
+        parameters: Name and shape of every trained parameter, in the order of the flat vector.
+        group_lengths: Number of parameters (tensors) in each of the optimizer's groups.
+        dtype: Of the parameters, e.g. ``float32``.
+        optimizer: Import path of the optimizer's class.
+        options: Of each parameter group, the settings that are not numbers (``nesterov``, ``maximize``).
+        hyperparameters: Names of the numbers recorded at every step for every group.
+        gradients: Stored data type of the gradients, or ``none``.
+        evaluation_modules: Submodules that were in evaluation mode during training.
+        threads: ``torch.get_num_threads()``; replay is bitwise only with the same number.
+        versions: Of torch, lightning and lightning-dtda.
+        planned_steps: Number of steps the Trainer meant to take, ``None`` where it is unknown.
+        status: ``recording`` until the training ends; a run that is still so was killed or is under way.
+        reason: Why a run is incomplete.
+        steps: Number of optimizer steps whose record is on disk.
+        shards: Files of per-step records, each with its first and last step.
+        checkpoints: Files of parameters and optimizer state, each with its step.
+    """
+
+    seed: int | None
+    configuration: dict[str, Any]
+    parameters: list[dict[str, Any]]
+    group_lengths: list[int]
+    dtype: str
+    optimizer: str
+    options: list[dict[str, Any]]
+    hyperparameters: list[str]
+    gradients: str
+    evaluation_modules: list[str]
+    threads: int
+    versions: dict[str, str]
+    planned_steps: int | None
+    status: Status = "recording"
+    reason: str | None = None
+    steps: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies in the flat vector."""
+        return ParameterLayout(
+            tuple(entry["name"] for entry in self.parameters),
+            tuple(tuple(entry["shape"]) for entry in self.parameters),
+            tuple(self.group_lengths),
+        )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def save(self, directory: Path) -> None:
+        """Write ``manifest.json`` into a run directory."""
+        write_json(directory / MANIFEST, asdict(self))
+
+    @classmethod
+    def load(cls, directory: Path) -> Manifest:
+        """Read the manifest of a run directory.
+
+        Raises:
+            TrajectoryError: If there is none, or it is of a format this version does not know.
+        """
+        path = directory / MANIFEST
+        content = read_json(path)
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise TrajectoryError(
+                f"{path} has format version {version!r}; this lightning-dtda reads version {FORMAT_VERSION}. "
+                "Install the version that wrote it, or record the run again."
+            )
+        known = {item.name for item in fields(cls)}
+        if missing := sorted(known - content.keys()):
+            raise TrajectoryError(f"{path} lacks {', '.join(missing)}. Record the run again.")
+        return cls(**{name: content[name] for name in known})

@@ -1,0 +1,268 @@
+"""One recorded training, read lazily from its directory."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.optimizers import UPDATES, GroupedUpdate, Hyperparameters, State
+from lightning_dtda.trajectory.layout import ParameterLayout
+from lightning_dtda.trajectory.manifest import Manifest
+from lightning_dtda.trajectory.storage import check_size, read_tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Parameters and optimizer state after a number of steps.
+
+    Args:
+        step: t, the number of optimizer steps taken.
+        theta: Parameters ``(P,)``.
+        states: Optimizer state of each parameter group; empty where the optimizer has had none yet.
+        buffers: Buffers and frozen parameters by name.
+    """
+
+    step: int
+    theta: Tensor
+    states: list[State]
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass of a step.
+
+    Args:
+        indices: Data set indices in order ``(B,)``.
+        epoch: ``trainer.current_epoch``.
+        batch_idx: As ``training_step`` got it.
+        rng_states: State of the random number generators before the pass, by device type (``cpu``, ``cuda``); empty
+            where the pass drew no random numbers.
+    """
+
+    indices: Tensor
+    epoch: int
+    batch_idx: int
+    rng_states: dict[str, Tensor]
+
+
+class Run:
+    """One seeded training on disk: what happened at each of its T optimizer steps.
+
+    Files are read when they are needed and checked against the manifest then.
+
+    Args:
+        path: The run directory.
+
+    Raises:
+        TrajectoryError: If it holds no readable manifest, or files are missing or truncated.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        for entry in [*self.manifest.shards, *self.manifest.checkpoints]:
+            check_size(self.path, entry)
+        # a checkpoint is written after the shard that leads to it, so that none can be ahead of the prefix
+        self._checkpoints = {entry["step"]: entry for entry in self.manifest.checkpoints}
+        self._shard_starts = [entry["first_step"] for entry in self.manifest.shards]
+        self._shard: tuple[int, _Shard] | None = None
+        self._cursor: tuple[int, Tensor, list[State]] | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, steps={self.steps}, status={self.manifest.status!r})"
+
+    @property
+    def name(self) -> str:
+        """The run's name, that of its directory."""
+        return self.path.name
+
+    @property
+    def steps(self) -> int:
+        """T, the number of recorded optimizer steps."""
+        return self.manifest.steps
+
+    @property
+    def complete(self) -> bool:
+        """Whether the training came to its regular end."""
+        return self.manifest.status == "complete"
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies in the flat vectors."""
+        return self.manifest.layout
+
+    @property
+    def checkpoint_steps(self) -> list[int]:
+        """The steps t at which parameters and optimizer state are on disk, ascending, 0 first."""
+        return sorted(self._checkpoints)
+
+    @property
+    def has_exact_gradients(self) -> bool:
+        """Whether recorded gradients have the parameters' precision, so that theta_t can be rebuilt from them."""
+        return self.manifest.gradients == self.manifest.dtype
+
+    @property
+    def update(self) -> GroupedUpdate:
+        """The optimizer's update over its parameter groups."""
+        return GroupedUpdate(UPDATES[self.manifest.optimizer], self.layout.group_slices)
+
+    def theta(self, step: int) -> dict[str, Tensor]:
+        """Return the parameters after ``step`` optimizer steps, by name.
+
+        Read where there is a checkpoint, else rebuilt from the nearest earlier one with the recorded gradients.
+
+        Args:
+            step: t, from 0 (initialisation) to T (the trained model).
+
+        Raises:
+            TrajectoryError: If there is neither a checkpoint nor a gradient record of the parameters' precision;
+                ``lightning_dtda.replay.Replay`` rebuilds those by computing the gradients anew.
+        """
+        return self.layout.unflatten(self.theta_vector(step))
+
+    def theta_vector(self, step: int) -> Tensor:
+        """Return the parameters after ``step`` optimizer steps as one vector ``(P,)``; see :meth:`theta`."""
+        if not 0 <= step <= self.steps:
+            raise TrajectoryError(f"{self.path} has no step {step}; it has steps 0 to {self.steps}.")
+        if step in self._checkpoints:
+            return self.checkpoint(step).theta
+        if not self.has_exact_gradients:
+            raise TrajectoryError(
+                f"{self.path} holds no checkpoint at step {step} and no gradients in {self.manifest.dtype} to rebuild "
+                'it from. Record with gradients="float32" or checkpoint_every="all", or replay the run with its '
+                "module and data (lightning_dtda.replay.Replay)."
+            )
+        start = self._checkpoint_before(step)
+        if self._cursor is None or not start <= self._cursor[0] <= step:
+            checkpoint = self.checkpoint(start)
+            self._cursor = (start, checkpoint.theta, checkpoint.states)
+        t, theta, states = self._cursor
+        update = self.update
+        for t in range(t, step):  # noqa: B020 - the cursor moves on
+            theta, states = update.step(theta, states, self.gradient_vector(t), self.hyperparameters(t), first=t == 0)
+        self._cursor = (step, theta, states)
+        return theta
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Read the checkpoint after ``step`` optimizer steps, one of :attr:`checkpoint_steps`."""
+        tensors = read_tensors(self.path, self._checkpoints[step])
+        layout = self.layout
+        try:
+            theta = layout.flatten([tensors[f"parameters.{name}"] for name in layout.names])
+        except KeyError as error:
+            raise TrajectoryError(f"The checkpoint of {self.path} at step {step} lacks {error}.") from None
+        states: list[State] = [{} for _ in layout.group_lengths]
+        buffers = {}
+        for name, tensor in tensors.items():
+            kind, rest = name.split(".", 1)
+            if kind == "state":
+                group, key = rest.split(".", 1)
+                states[int(group)][key] = tensor
+            elif kind == "buffers":
+                buffers[rest] = tensor
+        if step == 0:
+            states = self.update.initial_states(theta, self.hyperparameters(0))
+        return Checkpoint(step, theta, states, buffers)
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """Return the forward passes whose gradients the step applied, in order."""
+        shard, row = self._locate(step)
+        return shard.micro_batches(row)
+
+    def batch_indices(self, step: int) -> Tensor:
+        """Return the data set indices of the examples in a step, all micro-batches in order ``(B,)``."""
+        return torch.cat([micro_batch.indices for micro_batch in self.micro_batches(step)])
+
+    def coefficients(self, step: int) -> Tensor:
+        """Return what each example's loss is multiplied with in the step's loss ``(B,)``, float64.
+
+        One over the size of its micro-batch times ``accumulate_grad_batches``: Lightning divides by that number even
+        where the last group of an epoch has fewer micro-batches.
+        """
+        shard, row = self._locate(step)
+        divisor = int(shard.tensors["accumulate_grad_batches"][row])
+        return torch.cat(
+            [
+                torch.full((len(micro_batch.indices),), 1 / (divisor * len(micro_batch.indices)), dtype=torch.float64)
+                for micro_batch in shard.micro_batches(row)
+            ]
+        )
+
+    def learning_rates(self, step: int) -> Tensor:
+        """Return the learning rate of each parameter group at the step ``(groups,)``, float64."""
+        shard, row = self._locate(step)
+        return shard.tensors["hyperparameters"][row, :, self.manifest.hyperparameters.index("lr")]
+
+    def hyperparameters(self, step: int) -> list[Hyperparameters]:
+        """Return each parameter group's hyperparameters at the step, by torch's names."""
+        shard, row = self._locate(step)
+        names = self.manifest.hyperparameters
+        return [
+            dict(zip(names, values.tolist(), strict=True)) | options
+            for values, options in zip(shard.tensors["hyperparameters"][row], self.manifest.options, strict=True)
+        ]
+
+    def gradient(self, step: int) -> dict[str, Tensor]:
+        """Return the gradient that the optimizer applied at the step (accumulated, unscaled, clipped), by name.
+
+        Raises:
+            TrajectoryError: If the run was recorded without gradients.
+        """
+        return self.layout.unflatten(self.gradient_vector(step))
+
+    def gradient_vector(self, step: int) -> Tensor:
+        """Return the applied gradient as one vector ``(P,)`` in its stored precision; see :meth:`gradient`."""
+        shard, row = self._locate(step)
+        if "gradients" not in shard.tensors:
+            raise TrajectoryError(
+                f'{self.path} was recorded without gradients. Record with gradients="float32", or compute them '
+                "anew from its module and data (lightning_dtda.replay.Replay)."
+            )
+        return shard.tensors["gradients"][row]
+
+    def _checkpoint_before(self, step: int) -> int:
+        steps = self.checkpoint_steps
+        return steps[bisect_right(steps, step) - 1]
+
+    def _locate(self, step: int) -> tuple[_Shard, int]:
+        """Return the shard that holds the step's record, read if need be, and the step's row in it."""
+        if not 0 <= step < self.steps:
+            raise TrajectoryError(f"{self.path} has no record of step {step}; it has {self.steps} steps, 0 first.")
+        number = bisect_right(self._shard_starts, step) - 1
+        if self._shard is None or self._shard[0] != number:
+            self._shard = (number, _Shard(read_tensors(self.path, self.manifest.shards[number])))
+        return self._shard[1], step - self._shard_starts[number]
+
+
+class _Shard:
+    """The records of consecutive steps; ragged data lie one after the other with their lengths beside them."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self._indices = torch.split(tensors["indices"], tensors["micro_batch_sizes"].tolist())
+        self._first_micro_batch = [0, *tensors["micro_batches"].cumsum(0).tolist()]
+        self._rng: dict[int, dict[str, Tensor]] = {}
+        for key in tensors:
+            if key.startswith("rng_states."):
+                device = key.removeprefix("rng_states.")
+                for micro_batch, state in zip(tensors["rng_micro_batches"].tolist(), tensors[key], strict=True):
+                    self._rng.setdefault(micro_batch, {})[device] = state
+
+    def micro_batches(self, row: int) -> list[MicroBatch]:
+        tensors: dict[str, Any] = self.tensors
+        return [
+            MicroBatch(
+                indices=self._indices[m],
+                epoch=int(tensors["epochs"][m]),
+                batch_idx=int(tensors["batch_idx"][m]),
+                rng_states=self._rng.get(m, {}),
+            )
+            for m in range(self._first_micro_batch[row], self._first_micro_batch[row + 1])
+        ]

@@ -1,0 +1,92 @@
+"""Writes a run off the training thread: whole files first, then the manifest that makes them count."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.trajectory.manifest import Manifest, Status
+from lightning_dtda.trajectory.storage import write_tensors
+
+_QUEUE_LENGTH = 2
+"""Files that may wait in memory; a third one makes the training wait for the disk, which bounds the memory."""
+
+
+class RunWriter:
+    """Accepts the checkpoints and shards of one run, in order, and writes them in a thread of its own.
+
+    The manifest is rewritten after each shard and lists only what is on disk, so that a killed training leaves a
+    readable prefix.
+
+    Args:
+        directory: The run directory; it must exist.
+        manifest: The run's manifest, status ``recording``; from here on it belongs to the writer.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._directory = directory
+        self._manifest = manifest
+        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | None]
+        self._queue = queue.Queue(_QUEUE_LENGTH)
+        self._failure: Exception | None = None
+        manifest.save(directory)
+        self._thread = threading.Thread(target=self._work, name="lightning-dtda-writer", daemon=True)
+        self._thread.start()
+
+    def add_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Queue parameters and optimizer state after ``step`` steps. The tensors must not change any more."""
+        self._put(f"checkpoint-{step:08d}.safetensors", {"step": step}, tensors)
+
+    def add_shard(self, first_step: int, last_step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Queue the records of steps ``first_step`` to ``last_step - 1``. The tensors must not change any more."""
+        self._put(f"steps-{first_step:08d}.safetensors", {"first_step": first_step, "last_step": last_step}, tensors)
+
+    def close(self, status: Status, reason: str | None = None) -> None:
+        """Wait until everything is on disk, then say in the manifest how the run ended.
+
+        Raises:
+            RecordingError: If a file could not be written; the manifest then says so too.
+        """
+        self._queue.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            status, reason = "incomplete", f"writing failed: {self._failure}"
+        self._manifest.status, self._manifest.reason = status, reason
+        try:
+            self._manifest.save(self._directory)
+        except OSError as error:
+            self._failure = self._failure or error
+        self._raise_failure()
+
+    def _put(self, name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self._raise_failure()
+        self._queue.put((name, entry, tensors))
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise RecordingError(
+                f"Writing to {self._directory} failed: {self._failure}. Free disk space or choose another root, then "
+                "record the run again."
+            ) from self._failure
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._failure is not None:
+                continue  # keep emptying the queue, so that the training thread is never stuck on it
+            name, entry, tensors = item
+            try:
+                written = write_tensors(self._directory / name, tensors) | entry
+                if "step" in entry:
+                    self._manifest.checkpoints.append(written)
+                else:
+                    self._manifest.shards.append(written)
+                    self._manifest.steps = entry["last_step"]
+                self._manifest.save(self._directory)
+            except Exception as error:
+                self._failure = error
