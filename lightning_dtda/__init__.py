@@ -8,6 +8,7 @@ removed? Record seeded runs with :class:`TrajectoryRecorder`, open them as an :c
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from lightning_dtda.version import __version__
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from lightning_dtda.estimators import UnrolledDifferentiation
     from lightning_dtda.recording import TrajectoryRecorder
     from lightning_dtda.trajectory import Ensemble, Run
+
+_log = logging.getLogger(__name__)
+_log.setLevel(logging.INFO)
+if not logging.root.hasHandlers():
+    # as Lightning does: what a recording will need is to be seen, unless the application set up logging itself
+    _log.addHandler(logging.StreamHandler())
+    _log.propagate = False
 
 _HOMES = {
     "Attribution": "lightning_dtda.attribution",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -68,24 +69,24 @@ class Estimate:
     drift: Drift
 
 
-class Estimator(Protocol):
+class Estimator(ABC):
     """Predicts the response of measurements to the removal of training examples.
 
     A new estimator is one class with these methods; the command line finds it by its import path.
     """
 
+    @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments in JSON: what must agree for a stored answer to be one to this."""
-        ...
 
+    @abstractmethod
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         """Say how the runs will be batched, and what memory and time that takes.
 
         Raises:
             AttributionError: If it cannot be done within the estimator's memory budget.
         """
-        ...
 
+    @abstractmethod
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
         """Answer the question for one of the plan's batches."""
-        ...

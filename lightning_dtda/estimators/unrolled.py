@@ -12,20 +12,20 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
+from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
 from lightning_dtda.estimators.memory import peak_memory
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.trajectory import Run
 
 _GIB = 2**30
-_WORTHWHILE = 0.95
-"""A larger batch of runs must take at most this share of the time per run; else the smaller one, which fits caches."""
-_TIMED_STEPS = 3
-"""Steps whose fastest is taken as the time of a step: the first warms up, one may be disturbed."""
+_WORTHWHILE = 0.85
+"""A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
+_TIMED_STEPS = 4
+"""Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
 
-class UnrolledDifferentiation:
+class UnrolledDifferentiation(Estimator):
     r"""Exact responses by differentiating the recorded training, in reverse mode.
 
     The response of a measurement m to the removal of example n is minus the derivative with respect to its weight,
@@ -104,7 +104,8 @@ class UnrolledDifferentiation:
                 size, chunk = size, int((budget / size - per_run) / per_pair)
                 if chunk < 1:
                     raise AttributionError(
-                        f"runs_per_batch={size} does not fit memory_budget={self.memory_budget:g} GiB; at most {most} do."
+                        f"runs_per_batch={size} does not fit memory_budget={self.memory_budget:g} GiB; "
+                        f"at most {most} do."
                     )
             seconds_per_step = _seconds_per_step(self._replay(_alike(runs, size), question), chunk)
         batches: list[tuple[Run, ...]] = []
@@ -116,7 +117,7 @@ class UnrolledDifferentiation:
             batches=tuple(batches),
             queries_per_chunk=chunk,
             memory=int(size * (per_run + chunk * per_pair)),
-            seconds=sum(batch[0].steps for batch in batches) * chunks * seconds_per_step,
+            seconds=sum(batch[0].steps * len(batch) for batch in batches) * chunks * seconds_per_step / size,
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
@@ -144,17 +145,18 @@ class UnrolledDifferentiation:
         )
 
     def _fastest(self, runs: Sequence[Run], question: Question, most: int, chunk: int) -> tuple[int, float]:
-        """Double the number of runs as long as that makes a run faster."""
-        size, seconds = 1, _seconds_per_step(self._replay(runs[:1], question), chunk)
-        while size < most:
-            larger = min(2 * size, most)
-            alike = _alike(runs, larger)
-            if len(alike) < larger:
+        """Halve the number of runs from the largest that fits as long as that makes a run faster.
+
+        Larger batches need less Python for a run, smaller ones fit caches.
+        """
+        size = min(most, len(_alike(runs, most)))
+        seconds = _seconds_per_step(self._replay(_alike(runs, size), question), chunk)
+        while size > 1:
+            smaller = -(-size // 2)
+            timed = _seconds_per_step(self._replay(_alike(runs, smaller), question), chunk)
+            if timed / smaller > _WORTHWHILE * seconds / size:
                 break
-            timed = _seconds_per_step(self._replay(alike, question), chunk)
-            if timed / larger > _WORTHWHILE * seconds / size:
-                break
-            size, seconds = larger, timed
+            size, seconds = smaller, timed
         return size, seconds
 
 
@@ -256,7 +258,7 @@ def _seconds_per_step(replay: Replay, queries: int) -> float:
     fastest = float("inf")
     for _ in range(_TIMED_STEPS):
         start = time.perf_counter()
-        batch, slopes, _ = replay.directional(0, point, directions, buffers)
+        _, slopes, _ = replay.directional(0, point, directions, buffers)
         slopes.sum().item()  # waits for the device
         fastest = min(fastest, time.perf_counter() - start)
     return fastest

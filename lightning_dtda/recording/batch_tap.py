@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,13 +33,13 @@ class BatchTap:
         self._tapped: list[tuple[DataLoader[Any], Any]] = []
         self._original: Callable[[Any], Any] = trainer.strategy.process_dataloader
         # an instance attribute shadows the method; `remove` deletes it again
-        trainer.strategy.process_dataloader = self._process_dataloader  # type: ignore[method-assign]
+        trainer.strategy.process_dataloader = self._process_dataloader  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
         """Give the Trainer and the user's loaders back as they were."""
         self._trainer.strategy.__dict__.pop("process_dataloader", None)
         for loader, batch_sampler in self._tapped:
-            loader.__dict__["batch_sampler"] = batch_sampler
+            _set_batch_sampler(loader, batch_sampler)
         self._tapped.clear()
 
     @property
@@ -48,11 +50,12 @@ class BatchTap:
             RecordingError: If there is not exactly one.
         """
         combined = self._trainer.fit_loop._combined_loader
-        if combined is None or len(combined.flattened) != 1 or not self._tapped:
+        # a collection of one is refused too: its batches come wrapped in a dict or a list
+        if combined is None or combined.flattened != [combined.iterables] or not self._tapped:
             count = 0 if combined is None else len(combined.flattened)
             raise RecordingError(
-                f"The training has {count} training DataLoaders; recording needs one. Join the data sets "
-                "(torch.utils.data.ConcatDataset) and return one DataLoader."
+                f"The training data are a collection of {count} DataLoaders; recording needs a single one. Join the "
+                "data sets (torch.utils.data.ConcatDataset) and return one DataLoader."
             )
         loader: DataLoader[Any] = combined.flattened[0]
         return loader
@@ -66,7 +69,7 @@ class BatchTap:
         """
         try:
             fetcher = self._trainer.fit_loop._data_fetcher
-            iterator = fetcher.combined_loader._iterator.iterators[0]  # type: ignore[union-attr]
+            iterator: Any = fetcher.combined_loader._iterator.iterators[0]  # type: ignore[union-attr]
             drawn: dict[int, Any] = iterator._sampler_iter.drawn
             ahead = len(getattr(fetcher, "batches", ()))
             indices = drawn.pop(iterator._num_yielded - 1 - ahead)
@@ -77,7 +80,7 @@ class BatchTap:
                 "lightning-dtda is tested with."
             ) from error
         try:
-            return [int(index) for index in indices]
+            return [operator.index(index) for index in indices]
         except (TypeError, ValueError) as error:
             raise RecordingError(
                 f"The sampler yields {indices!r}, not data set indices. Let it yield integers, so that removal can be "
@@ -89,9 +92,17 @@ class BatchTap:
             _refuse_unsupported(loader)
             if not isinstance(loader.batch_sampler, _TappedBatchSampler):
                 self._tapped.append((loader, loader.batch_sampler))
-                # DataLoader forbids setting the attribute; its __dict__ does not
-                loader.__dict__["batch_sampler"] = _TappedBatchSampler(loader.batch_sampler)
+                _set_batch_sampler(loader, _TappedBatchSampler(loader.batch_sampler))
         return self._original(loader)
+
+
+def _set_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> None:
+    # DataLoader forbids setting the attribute; its __dict__ does not
+    loader.__dict__["batch_sampler"] = batch_sampler
+    # an iterator with persistent workers outlives the epoch, perhaps the training, and holds the sampler itself
+    iterator: Any = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._index_sampler = batch_sampler
 
 
 class _TappedBatchSampler:
@@ -126,7 +137,8 @@ class _TappedIterator:
 
     def __next__(self) -> Any:
         indices = next(self._inner)
-        self.drawn[self._count] = indices
+        # a copy: a sampler may yield the same list again, filled anew, before this batch is trained on
+        self.drawn[self._count] = indices.tolist() if isinstance(indices, torch.Tensor) else copy.copy(indices)
         self._count += 1
         return indices
 

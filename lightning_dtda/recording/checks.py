@@ -26,10 +26,14 @@ from lightning_dtda.replay.fingerprint import fingerprint_bytes
 from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.replay.silence import coupling_layers
 from lightning_dtda.trajectory import ParameterLayout
+from lightning_dtda.trajectory.manifest import MANIFEST
 
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference between a batch's loss and the mean of its examples' losses: rounding stays far below
 (at most 3e-7 was seen in float32), a loss that is another function of the batch is far above."""
+
+_PROBED_EXAMPLES = 16
+"""Examples asked for twice: an augmentation that flips a coin for each goes unnoticed once in 2^16 trainings."""
 
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -55,7 +59,7 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         raise RecordingError(
             f'precision={plugin.precision!r} cannot be replayed. Train with Trainer(precision="32-true") or "64-true".'
         )
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging) or type(callback).__name__ in (
             "WeightAveraging",
             "EMAWeightAveraging",
@@ -70,12 +74,21 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "replay does not follow. Remove gradient_clip_val from the Trainer."
         )
     for hook in _TRANSFER_HOOKS:
-        for owner, base in ((module, pl.LightningModule), (trainer.datamodule, pl.LightningDataModule)):
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        for owner, base in ((module, pl.LightningModule), (data, pl.LightningDataModule)):
             if owner is not None and is_overridden(hook, owner, base):
                 raise RecordingError(
                     f"{type(owner).__name__}.{hook} changes batches on their way to training_step, which a replay "
                     "does not see. Do it in the data set, the collate_fn or training_step."
                 )
+
+
+def refuse_coupling_layers(module: nn.Module) -> None:
+    """Refuse layers through which examples of a batch act on each other.
+
+    Raises:
+        RecordingError: Naming the first.
+    """
     if layers := coupling_layers(module):
         raise RecordingError(
             f"Layer {layers[0]} is a BatchNorm in training mode: an example's loss depends on its batch, so that no "
@@ -132,19 +145,26 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
 
 
 def check_data_set(dataset: Any) -> None:
-    """Refuse a data set that gives another example each time it is asked.
+    """Refuse a data set that has no integer indices, or gives another example each time it is asked.
 
     Raises:
         RecordingError: Saying what to do.
     """
+    name = type(dataset).__name__
     with isolate_rng():
-        first, second = dataset[0], dataset[0]
-    if fingerprint_bytes(first) != fingerprint_bytes(second):
-        raise RecordingError(
-            f"{type(dataset).__name__}[0] differs between two calls (random augmentation?), so that the recorded steps "
-            "could not be reproduced. Make the data set deterministic; augment inside training_step with torch's "
-            "random numbers, which are recorded."
-        )
+        for index in range(min(len(dataset), _PROBED_EXAMPLES)):
+            try:
+                first, second = dataset[index], dataset[index]
+            except Exception as error:
+                raise RecordingError(
+                    f"{name}[{index}] fails ({error!r}). Let the data set take the indices 0 to {len(dataset) - 1}, so "
+                    "that removal can be of examples by index."
+                ) from error
+            if fingerprint_bytes(first) != fingerprint_bytes(second):
+                raise RecordingError(
+                    f"{name}[{index}] differs between two calls (random augmentation?), so that the "
+                    "recorded steps could not be reproduced. Make the data set deterministic."
+                )
 
 
 def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, batch: Any, batch_idx: int) -> None:
@@ -157,8 +177,8 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
         RecordingError: If they differ, or a per-example loss cannot be had.
     """
     remedy = (
-        f"Define {type(module).__name__}.example_losses(batch) -> (B,), the loss of each example, such that its mean is "
-        "the loss that training_step returns; where the loss is no mean over examples (a sum, class weights, "
+        f"Define {type(module).__name__}.example_losses(batch) -> (B,), the loss of each example, such that its mean "
+        "is the loss that training_step returns; where the loss is no mean over examples (a sum, class weights, "
         "contrastive losses, mixup), divide by the batch size or train without the recorder."
     )
     pure = FunctionalModule(module, layout, evaluation_modules(module), device=module.device)
@@ -166,10 +186,10 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
     with isolate_rng(), _no_dropout():
         direction = torch.randn_like(theta)
         try:
-            mean, slope_of_mean = jvp(
+            mean, slope_of_mean = jvp(  # type: ignore[misc]
                 lambda point: pure.example_losses(point, {}, batch, batch_idx).mean(), (theta,), (direction,)
             )
-            trained, slope_trained = jvp(
+            trained, slope_trained = jvp(  # type: ignore[misc]
                 lambda point: pure.batch_loss(point, {}, batch, batch_idx), (theta,), (direction,)
             )
         except ReplayError as error:
@@ -198,9 +218,20 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
     Raises:
         RecordingError: If the run directory exists and may not be overwritten.
     """
-    if directory.exists() and not overwrite:
+    if not directory.exists():
+        return
+    if not overwrite:
         raise RecordingError(
             f"{directory} exists. Choose another run name, seed or root, delete it, or record with overwrite=True."
+        )
+    # overwriting deletes: a wrong root or name must not cost anything but a run
+    is_run = directory.is_dir() and (
+        (directory / MANIFEST).exists() or all(path.suffix == ".partial" for path in directory.iterdir())
+    )
+    if not is_run:
+        raise RecordingError(
+            f"{directory} is no recorded run, so that overwrite=True does not delete it. Choose another run name, or "
+            "another root."
         )
 
 

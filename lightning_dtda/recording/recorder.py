@@ -83,7 +83,7 @@ class TrajectoryRecorder(Callback):
             raise RecordingError(f'gradients={gradients!r}; choose "auto", "float32", "bfloat16" or "none".')
         if not (checkpoint_every in ("sqrt", "all") or (isinstance(checkpoint_every, int) and checkpoint_every > 0)):
             raise RecordingError(f'checkpoint_every={checkpoint_every!r}; choose "sqrt", "all" or a positive number.')
-        if run is not None and (not run or Path(run).name != run):
+        if run is not None and (Path(run).name != run or run in ("", "..")):
             raise RecordingError(f"run={run!r} must be the plain name of a sub-directory of root.")
         self.root = Path(root)
         self.run = run
@@ -91,6 +91,9 @@ class TrajectoryRecorder(Callback):
         self.gradients_budget = gradients_budget
         self.checkpoint_every = checkpoint_every
         self.overwrite = overwrite
+        self.runs_to_fit = 1
+        """How many runs like this one the disk must hold; a loop over seeds sets it, so that the first run refuses
+        what would run out of disk in the middle, and 0 for the others."""
         self._tap: BatchTap | None = None
         self._recording: _Recording | None = None
 
@@ -110,10 +113,54 @@ class TrajectoryRecorder(Callback):
                 f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
                 "the start (no ckpt_path)."
             )
+        checks.check_data_set(self._tap.loader.dataset)
+        checks.refuse_optimizers(trainer.optimizers)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._tap is not None
+        indices = torch.tensor(self._tap.current_indices())
+        if self._recording is None:
+            # not at the start of the training: hooks before the first batch may still set parameters and modes
+            self._recording = self._begin(trainer, pl_module, batch, batch_idx)
+        self._recording.begin_micro_batch(indices, trainer.current_epoch, batch_idx)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._recording is not None
+        self._recording.end_micro_batch(trainer.accumulate_grad_batches)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._recording is not None:
+            recording, self._recording = self._recording, None
+            recording.close("complete", None)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        try:
+            self._stop(f"{type(exception).__name__}: {exception}".rstrip(": "))
+        except RecordingError as error:
+            # the user is to see what stopped the training, and the Trainer still has to clean up
+            if not isinstance(exception, RecordingError):
+                _log.error("%s", error)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop("the training ended early")
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> _Recording:
+        """Check what is about to be trained on, then make the run directory."""
+        assert self._tap is not None
         loader = self._tap.loader
-        checks.check_data_set(loader.dataset)
         optimizer = checks.refuse_optimizers(trainer.optimizers)
         layout = checks.parameter_layout(pl_module, optimizer)
+        checks.refuse_coupling_layers(pl_module)
+        checks.check_example_losses(pl_module, layout, batch, batch_idx)
         dtype = pl_module.get_parameter(layout.names[0]).dtype
         planned = _planned_steps(trainer)
         gradients = self._gradient_dtype(layout, planned)
@@ -138,52 +185,15 @@ class TrajectoryRecorder(Callback):
             versions=versions(),
             planned_steps=planned,
         )
-        directory = self._directory()
-        if directory.exists():
-            shutil.rmtree(directory)
-        directory.mkdir(parents=True)
-        self._recording = _Recording(
+        return _Recording(
             module=pl_module,
             optimizer=optimizer,
             layout=layout,
-            writer=RunWriter(directory, manifest),
+            writer=RunWriter(self._make_directory(), manifest),
             hyperparameter_names=numbers,
             buffer=ShardBuffer(layout, gradients, pl_module.device),
             interval=interval,
         )
-
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._tap is not None
-        assert self._recording is not None
-        indices = self._tap.current_indices()
-        if not self._recording.checked:
-            checks.check_example_losses(pl_module, self._recording.layout, batch, batch_idx)
-            self._recording.checked = True
-        self._recording.begin_micro_batch(torch.tensor(indices), trainer.current_epoch, batch_idx)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
-    ) -> None:
-        assert self._recording is not None
-        self._recording.end_micro_batch(trainer.accumulate_grad_batches)
-
-    @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._recording is not None:
-            recording, self._recording = self._recording, None
-            recording.close("complete", None)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop(f"{type(exception).__name__}: {exception}".rstrip(": "))
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stop("the training ended early")
 
     def _stop(self, reason: str) -> None:
         if self._tap is not None:
@@ -203,6 +213,16 @@ class TrajectoryRecorder(Callback):
                 "ensemble differ in it), or give TrajectoryRecorder(run=...)."
             )
         return self.root / run_name(seed)
+
+    def _make_directory(self) -> Path:
+        directory = self._directory()
+        try:
+            if directory.exists():
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True)
+        except OSError as error:
+            raise RecordingError(f"{directory} cannot be written ({error}). Choose another root.") from error
+        return directory
 
     def _gradient_dtype(self, layout: ParameterLayout, planned: int | None) -> torch.dtype | None:
         if self.gradients == "none":
@@ -237,19 +257,22 @@ class TrajectoryRecorder(Callback):
         planned: int | None,
         buffers: int,
     ) -> None:
+        if not self.runs_to_fit:
+            return
         if planned is None:
             _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory())
             return
         per_step = 0 if gradients is None else layout.size * gradients.itemsize
         # parameters and as much again for each kind of optimizer state; one kind is all that SGD has
         per_checkpoint = 2 * layout.size * dtype.itemsize + buffers
-        needed = planned * per_step + (planned // interval + 2) * per_checkpoint
+        needed = self.runs_to_fit * (planned * per_step + (planned // interval + 2) * per_checkpoint)
         existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
         free = shutil.disk_usage(existing).free
-        _log.info("Recording %s needs about %.3g GiB of disk.", self._directory(), needed / _GIB)
+        what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory())
+        _log.info("Recording %s needs about %.3g GiB of disk.", what, needed / _GIB)
         if needed > free:
             raise RecordingError(
-                f"Recording {self._directory()} needs about {needed / _GIB:.1f} GiB of disk; {free / _GIB:.1f} GiB "
+                f"Recording {what} needs about {needed / _GIB:.1f} GiB of disk; {free / _GIB:.1f} GiB "
                 'are free. Free some, choose another root, record gradients="none" or set a larger checkpoint_every.'
             )
 
@@ -269,7 +292,6 @@ class _Recording:
         interval: int,
     ) -> None:
         self.layout = layout
-        self.checked = False
         self._module = module
         self._optimizer = optimizer
         self._parameters = [module.get_parameter(name) for name in layout.names]
@@ -305,8 +327,11 @@ class _Recording:
             self._flush()
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
-        """Write what is left and the end of the run."""
+        """Write what is left and the end of the run; one that stops before its first step leaves nothing."""
         self._handle.remove()
+        if status == "incomplete" and self._step == 0:
+            self._writer.discard()
+            return
         try:
             if status == "complete" and self._last_checkpoint != self._step:
                 self._checkpoint()
@@ -369,9 +394,8 @@ def run_name(seed: int) -> str:
 
 
 def _state_names(optimizer: Optimizer, group: list[torch.nn.Parameter]) -> list[str]:
-    if not group or not optimizer.state[group[0]]:
-        return []
-    state = optimizer.state[group[0]]
+    # not state[...]: the optimizer's defaultdict would gain an entry
+    state = optimizer.state.get(group[0], {}) if group else {}
     return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == group[0].shape]
 
 

@@ -60,7 +60,7 @@ class Examples:
         self._checked = False
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]
+        return len(self.dataset)
 
     def to(self, dtype: tuple[torch.dtype, torch.dtype], device: torch.device | str) -> Examples:
         """Return the same examples, cast and moved."""

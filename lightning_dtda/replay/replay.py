@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -59,8 +59,8 @@ class Drift:
     Args:
         parameters: Largest difference between rebuilt and recorded parameters at the end of a segment, over the
             largest parameter.
-        gradients: Largest difference between recomputed and recorded gradients along the adjoints, relative to what
-            a random direction of that length sees of the gradient; ``None`` where no gradients were recorded.
+        gradients: Largest distance between a recomputed and the recorded gradient, over the latter's norm; ``None``
+            where no gradients were recorded.
     """
 
     parameters: float = 0.0
@@ -113,6 +113,7 @@ class Replay:
         self._tolerance = tolerance
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
+        self._stored_eps = torch.finfo(getattr(torch, first.manifest.gradients)).eps if self._records_gradients else 0.0
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -233,9 +234,15 @@ class Replay:
     ) -> tuple[StepBatch, Tensor, Tensor]:
         r"""Compute per-example directional derivatives and the Hessian product, in one pass.
 
-        With :math:`\phi(\theta) = \sum_n c_n d_n` and :math:`d_n = \langle \nabla l_n(\theta), v \rangle` from a
-        forward-mode derivative of the per-example losses along v, d is the per-example term and
-        :math:`\nabla \phi = H v` the Hessian product.
+        The forward-mode derivative along v of the step's gradient and per-example losses, computed together by
+        reverse mode:
+
+        .. math::
+            H_t v = \partial_v \sum_n c_n \nabla l_n(\theta), \qquad
+            d_n = \partial_v l_n(\theta) = \langle \nabla l_n(\theta), v \rangle
+
+        Forward over reverse, since then all queries share one forward and one backward pass of the model, and the
+        gradient comes along to be compared with the record.
 
         Args:
             step: t.
@@ -247,30 +254,30 @@ class Replay:
             The step's batch, d ``(runs, queries, B)`` and H v ``(runs, queries, P)``.
 
         Raises:
-            ReplayError: If d does not fit the recorded gradient, naming run and step.
+            ReplayError: If the gradient is not the recorded one, naming run and step.
         """
         batch = self.batch(step)
+        arguments = (point.theta, directions, buffers, batch.examples, batch.coefficients)
+        slopes, products, gradients = self._products(batch.batch_idx)(*arguments)
+        self._compare_gradient(step, gradients[:, 0], point.gradient)  # the same for every query
+        if self._records_gradients and not self._rebuild_from_gradients:
+            self._compare_gradient(step, gradients[:, 0], self._recorded_gradient(step))
+        return batch, slopes, products
+
+    def _products(self, batch_idx: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """Return slopes, Hessian products and gradients as a function over runs and queries."""
 
         def of_one_query(
             theta: Tensor, direction: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor
-        ) -> tuple[Tensor, Tensor]:
-            def phi(theta: Tensor) -> tuple[Tensor, Tensor]:
-                _, slopes = jvp(
-                    lambda point: self.module.example_losses(point, buffers, examples, batch.batch_idx),
-                    (theta,),
-                    (direction,),
-                )
-                return (coefficients * slopes).sum(), slopes
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
+                losses = self.module.example_losses(theta, buffers, examples, batch_idx)
+                return (coefficients * losses).sum(), losses
 
-            product, slopes = grad(phi, has_aux=True)(theta)
-            return slopes, product
+            primals, tangents = jvp(grad(loss, has_aux=True), (theta,), (direction,))  # type: ignore[misc]
+            return tangents[1], tangents[0], primals[0]
 
-        over_queries = vmap(of_one_query, in_dims=(None, 0, None, None, None))
-        slopes, products = vmap(over_queries)(point.theta, directions, buffers, batch.examples, batch.coefficients)
-        if self._records_gradients:
-            recorded = point.gradient if self._rebuild_from_gradients else self._recorded_gradient(step)
-            self._compare_gradient(step, directions, (slopes * batch.coefficients[:, None]).sum(-1), recorded)
-        return batch, slopes, products
+        return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None)))
 
     def _gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         return self._recorded_gradient(step) if self._rebuild_from_gradients else self.gradient(step, theta, buffers)
@@ -293,27 +300,24 @@ class Replay:
         if not bool(within.all()):
             number = int((~within).nonzero()[0])
             raise ReplayError(
-                f"{self.runs[number].path} is not reproduced between step {first} and step {last}: parameters differ by "
-                f"{difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} of "
-                "that). The data or the module changed, or training_step depends on something that is not recorded."
+                f"{self.runs[number].path} is not reproduced between step {first} and step {last}: parameters differ "
+                f"by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} "
+                "of that). The data or the module changed, or training_step depends on something that is not recorded."
             )
 
-    def _compare_gradient(self, step: int, directions: Tensor, slopes: Tensor, recorded: Tensor) -> None:
-        """Compare the computed gradient, along the directions, with the recorded one: it costs one product."""
-        along = (directions @ recorded.unsqueeze(-1)).squeeze(-1)
-        # what a random direction sees of the gradient; a difference of the gradient shows in proportion
-        scale = directions.norm(dim=-1) * recorded.norm(dim=-1, keepdim=True) / self.layout.size**0.5
-        error = (slopes - along).abs() / scale.clamp_min(torch.finfo(self.dtype).tiny)
-        stored = torch.finfo(getattr(torch, self.runs[0].manifest.gradients)).eps
-        rounding = _ROUNDING_STEPS * (stored + self.layout.size**0.5 * torch.finfo(self.recorded_dtype).eps)
-        worst = float(error.max())
-        self.drift.gradients = max(self.drift.gradients or 0.0, worst)
-        if not worst <= self._tolerance + rounding:
-            number = int(error.amax(1).argmax())
+    def _compare_gradient(self, step: int, computed: Tensor, expected: Tensor) -> None:
+        difference, size = (computed - expected).norm(dim=1), expected.norm(dim=1)
+        # where a gradient vanishes, what rounding leaves of it has no direction to compare
+        floor = torch.finfo(self.recorded_dtype).eps
+        relative = difference / size.clamp_min(floor)
+        if self._records_gradients:
+            self.drift.gradients = max(self.drift.gradients or 0.0, float(relative.max()))
+        if not bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all()):
+            number = int(relative.nan_to_num(torch.inf).argmax())
             raise ReplayError(
                 f"{self.runs[number].path}: the gradient of step {step} is not the recorded one (relative difference "
-                f"{worst:.2g}, tolerance {self._tolerance:g}). The data or the module changed, or training_step "
-                "depends on something that is not recorded."
+                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). The data or the module changed, or "
+                "training_step depends on something that is not recorded."
             )
 
     def _merge(self, of_runs: list[Hyperparameters], ndim: int) -> Hyperparameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +81,8 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Write ``manifest.json`` into a run directory."""
-        write_json(directory / MANIFEST, asdict(self))
+        # not asdict, which copies every entry of every file
+        write_json(directory / MANIFEST, {item.name: getattr(self, item.name) for item in fields(self)})
 
     @classmethod
     def load(cls, directory: Path) -> Manifest:

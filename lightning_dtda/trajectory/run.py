@@ -131,6 +131,8 @@ class Run:
         """Return the parameters after ``step`` optimizer steps as one vector ``(P,)``; see :meth:`theta`."""
         if not 0 <= step <= self.steps:
             raise TrajectoryError(f"{self.path} has no step {step}; it has steps 0 to {self.steps}.")
+        if not self._checkpoints:
+            raise TrajectoryError(f"{self.path} ended before its initial parameters were written. Record it again.")
         if step in self._checkpoints:
             return self.checkpoint(step).theta
         if not self.has_exact_gradients:
@@ -167,7 +169,7 @@ class Run:
                 states[int(group)][key] = tensor
             elif kind == "buffers":
                 buffers[rest] = tensor
-        if step == 0:
+        if step == 0 and self.steps:  # what state there is at the start, the first step's hyperparameters tell
             states = self.update.initial_states(theta, self.hyperparameters(0))
         return Checkpoint(step, theta, states, buffers)
 
@@ -253,7 +255,8 @@ class _Shard:
             if key.startswith("rng_states."):
                 device = key.removeprefix("rng_states.")
                 for micro_batch, state in zip(tensors["rng_micro_batches"].tolist(), tensors[key], strict=True):
-                    self._rng.setdefault(micro_batch, {})[device] = state
+                    # a copy: torch.set_rng_state crashes on a view into a larger tensor
+                    self._rng.setdefault(micro_batch, {})[device] = state.clone()
 
     def micro_batches(self, row: int) -> list[MicroBatch]:
         tensors: dict[str, Any] = self.tensors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +19,14 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file under another name and rename it into place, so that no reader ever sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_bytes(content)
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    replace_file(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write a JSON object, whole or not at all, a line for each of its entries."""
+    # not json's own indent, which leaves its encoder in C for one in Python, ten times slower
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

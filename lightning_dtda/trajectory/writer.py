@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,12 @@ class RunWriter:
         except OSError as error:
             self._failure = self._failure or error
         self._raise_failure()
+
+    def discard(self) -> None:
+        """Stop writing and delete the run."""
+        self._queue.put(None)
+        self._thread.join()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _put(self, name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._raise_failure()

@@ -1,0 +1,196 @@
+"""What recording costs: training with and without the recorder, side by side in one process.
+
+    python benchmarks/recording.py --steps 1000 --repeats 7
+
+Each repeat trains every variant once, in an order that rotates, so that a busy machine slows all of them alike; ratios
+are taken within a repeat, then the median over repeats. A step's time is that from the start of step ``WARM_UP`` until
+``fit`` returns, divided by the steps in between: the start-up (the check of the first batch, the run directory, caches)
+comes once and is reported by itself, while waiting for the writer's thread at the end belongs to what is measured.
+The CPU time is the process's, all threads together: on a machine with an idle core it shows what the wall clock hides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda import TrajectoryRecorder
+
+WARM_UP = 20
+"""Steps before the clock starts: allocators and caches have settled, the first batch is checked."""
+
+EXAMPLES = 4096
+
+VARIANTS = {"no recorder": None, 'gradients="none"': "none", 'gradients="float32"': "float32"}
+
+
+class Supervised(pl.LightningModule):
+    """A network, a loss and plain SGD with momentum: nothing beside the training itself."""
+
+    def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = loss
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return self.loss(self.net(inputs), targets)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+def mlp() -> tuple[Supervised, DataLoader]:
+    net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    data = TensorDataset(torch.randn(EXAMPLES, 8), torch.randn(EXAMPLES, 1))
+    return Supervised(net, nn.functional.mse_loss), DataLoader(data, 32, shuffle=True)
+
+
+def cnn() -> tuple[Supervised, DataLoader]:
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 10),
+    )
+    data = TensorDataset(torch.randn(EXAMPLES, 1, 28, 28), torch.randint(10, (EXAMPLES,)))
+    return Supervised(net, nn.functional.cross_entropy), DataLoader(data, 64, shuffle=True)
+
+
+MODELS = {"MLP 8-64-64-1, batch 32": mlp, "CNN 28x28, batch 64": cnn}
+
+
+@dataclass
+class Timing:
+    """One training; wall clock and CPU time in milliseconds per step, start-up in milliseconds."""
+
+    wall: float
+    cpu: float
+    start_up: float
+
+
+class Stopwatch(pl.Callback):
+    """Notes when the first batch arrives, when the first step is taken and when the warm-up is over."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.started = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        if trainer.global_step == WARM_UP:
+            self.wall, self.cpu = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        if trainer.global_step == 1:
+            self.first_step = time.perf_counter()
+
+
+def train(make: Callable[[], tuple[Supervised, DataLoader]], gradients: str | None, steps: int) -> Timing:
+    """Train once from seed 0, with a recorder unless ``gradients`` is ``None``."""
+    pl.seed_everything(0, verbose=False)
+    module, loader = make()
+    stopwatch = Stopwatch()
+    with tempfile.TemporaryDirectory() as root:
+        recorders = [] if gradients is None else [TrajectoryRecorder(root, gradients=gradients)]
+        trainer = pl.Trainer(
+            max_steps=steps,
+            callbacks=[stopwatch, *recorders],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader)
+        wall, cpu = time.perf_counter(), time.process_time()
+    measured = (steps - WARM_UP) / 1000
+    return Timing(
+        wall=(wall - stopwatch.wall) / measured,
+        cpu=(cpu - stopwatch.cpu) / measured,
+        start_up=1000 * (stopwatch.first_step - stopwatch.started),
+    )
+
+
+def compare(make: Callable[[], tuple[Supervised, DataLoader]], steps: int, repeats: int) -> dict[str, list[Timing]]:
+    """Time every variant ``repeats`` times, interleaved."""
+    timings: dict[str, list[Timing]] = {variant: [] for variant in VARIANTS}
+    order = list(VARIANTS)
+    for _ in range(repeats):
+        for variant in order:
+            timings[variant].append(train(make, VARIANTS[variant], steps))
+        order = [*order[1:], order[0]]
+    return timings
+
+
+def ratios(timings: dict[str, list[Timing]], variant: str, clock: str) -> list[float]:
+    """Return the variant's time over that without a recorder, of each repeat."""
+    pairs = zip(timings[variant], timings["no recorder"], strict=True)
+    return sorted(getattr(timing, clock) / getattr(baseline, clock) for timing, baseline in pairs)
+
+
+def table(model: str, timings: dict[str, list[Timing]]) -> str:
+    """Format medians, and ratios as median [least, greatest]."""
+    lines = [f"{model:28}{'wall ms/step':>14}{'cpu ms/step':>13}{'wall ratio':>24}{'cpu ratio':>24}{'start-up ms':>13}"]
+    for variant, values in timings.items():
+        cells = [f"  {variant:26}"]
+        cells += [f"{statistics.median(value.wall for value in values):14.3f}"]
+        cells += [f"{statistics.median(value.cpu for value in values):13.3f}"]
+        for clock in ("wall", "cpu"):
+            found = ratios(timings, variant, clock)
+            cells.append(f"{statistics.median(found):9.3f} [{found[0]:.3f}, {found[-1]:.3f}]".rjust(24))
+        cells.append(f"{statistics.median(value.start_up for value in values):13.1f}")
+        lines.append("".join(cells))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each training")
+    parser.add_argument("--repeats", type=int, default=7, help="trainings of each variant")
+    parser.add_argument("--json", type=Path, help="file for all timings")
+    arguments = parser.parse_args()
+    if arguments.steps <= WARM_UP:
+        parser.error(f"--steps must be more than {WARM_UP}, the steps of the warm-up")
+    # two threads on busy cores measure each other
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning_dtda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    setting = {
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "steps": arguments.steps,
+        "repeats": arguments.repeats,
+    }
+    print(", ".join(f"{name} {value}" for name, value in setting.items()), flush=True)
+    results = {}
+    for model, make in MODELS.items():
+        train(make, None, WARM_UP + 1)
+        timings = compare(make, arguments.steps, arguments.repeats)
+        print(table(model, timings), flush=True)
+        results[model] = {variant: [asdict(value) for value in values] for variant, values in timings.items()}
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"setting": setting, "timings": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

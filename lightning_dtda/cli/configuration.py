@@ -1,0 +1,125 @@
+"""The user's ordinary LightningCLI configuration, with a command's own options beside it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from typing_extensions import override
+
+from lightning_dtda.errors import DTDAError
+
+CONFIG = "config.yaml"
+
+_METHOD_OPTIONS = ("ckpt_path", "weights_only")
+"""What ``fit --print_config`` and ``SaveConfigCallback`` add to a configuration: options of ``Trainer.fit``."""
+
+
+class ConfigurationCLI(LightningCLI):
+    """Parses ``model``, ``data``, ``trainer``, ``optimizer``, ``lr_scheduler`` and builds them only when asked.
+
+    Args:
+        command: The command's name, for help texts.
+        description: One sentence for ``--help``.
+        arguments: Command line arguments.
+        **kwargs: To ``LightningCLI``.
+    """
+
+    own_options: tuple[str, ...] = ()
+    """The command's own options, no part of the saved configuration."""
+
+    def __init__(self, command: str, description: str, arguments: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(
+            args=list(arguments),
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=False,
+            parser_kwargs={"prog": f"lightning-dtda {command}", "description": description},
+            **kwargs,
+        )
+
+    @override
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_default_arguments_to_parser(parser)
+        for option in _METHOD_OPTIONS:
+            parser.add_argument(f"--{option}", type=Any, default=None, help="Must be null.")
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        # LightningCLI's own warns whenever sys.argv is not empty
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        if self.config.get("ckpt_path"):
+            raise DTDAError(
+                "ckpt_path is set: a training that starts from a checkpoint has steps that are in no record. Set it to "
+                "null."
+            )
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Do nothing yet: commands build the classes themselves, once a seed."""
+
+    def build(self) -> None:
+        """Make ``model``, ``datamodule`` and ``trainer`` afresh."""
+        super().instantiate_classes()
+
+    def dump(self) -> dict[str, Any]:
+        """Return the configuration in plain types, without the command's own options."""
+        text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
+        content: dict[str, Any] = yaml.safe_load(text)
+        for option in ("config", *_METHOD_OPTIONS, *self.own_options):
+            content.pop(option, None)
+        return content
+
+
+def save_configuration(root: Path, content: dict[str, Any]) -> None:
+    """Write an ensemble's configuration, or make sure that it is the one that is there.
+
+    Raises:
+        DTDAError: If the ensemble was recorded with another configuration; the message lists what differs.
+    """
+    path = root / CONFIG
+    # what seeds the ensemble is the command's business, not the configuration's
+    content = {key: value for key, value in content.items() if key != "seed_everything"}
+    if path.exists():
+        before = yaml.safe_load(path.read_text())
+        if changes := list(_changes(before, content)):
+            raise DTDAError(
+                f"{root} was recorded with another configuration:\n" + "\n".join(changes) + "\nChoose another "
+                "--ensemble, or delete that one."
+            )
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def _changes(before: Any, after: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in [*before, *(key for key in after if key not in before)]:
+            yield from _changes(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
+    elif before != after:
+        yield f"  {where}: {before!r} there, {after!r} now"
+
+
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """Silence what Lightning says at the start and end of every fit: with twenty seeds it hides everything else."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            # about Lightning's own code and number of workers: nothing that the user's configuration got wrong
+            warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,131 @@
+"""``lightning-dtda record``: many seeded, recorded trainings of one LightningCLI configuration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing_extensions import override
+
+from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, quiet_lightning, save_configuration
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording import TrajectoryRecorder
+from lightning_dtda.recording.jobs import record_in_jobs
+from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
+
+
+class RecordCLI(ConfigurationCLI):
+    """The user's configuration and which seeds of it to record where."""
+
+    own_options = ("ensemble", "seeds", "jobs", "recorder")
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--ensemble", type=str, required=True, help="Directory of the runs, one sub-directory a seed."
+        )
+        parser.add_argument(
+            "--seeds",
+            type=int | list[int],
+            default=20,
+            help="A number S for the seeds 0 to S-1, or a list: --seeds=[3,7].",
+        )
+        parser.add_argument("--jobs", type=int, default=1, help="Number of processes that train at the same time.")
+        parser.add_class_arguments(TrajectoryRecorder, "recorder", skip={"root", "run", "overwrite"}, instantiate=False)
+
+    @property
+    def root(self) -> Path:
+        """The ensemble's directory."""
+        return Path(self.config.ensemble)
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds to record.
+
+        Raises:
+            RecordingError: If there are none, or one is given twice or is negative.
+        """
+        given = self.config.seeds
+        seeds = list(range(given)) if isinstance(given, int) else list(given)
+        if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+            raise RecordingError(f"--seeds={given} is no set of seeds. Give a positive number, or different numbers.")
+        return seeds
+
+    def make_recorder(self, overwrite: bool) -> TrajectoryRecorder:
+        """Make the recorder of a run."""
+        return TrajectoryRecorder(self.root, overwrite=overwrite, **self.config.recorder.as_dict())
+
+    def make_training(self) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule | None]:
+        """Make Trainer, module and data afresh."""
+        self.build()
+        return self.trainer, self.model, self.datamodule
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        if self.config.trainer.default_root_dir is None:
+            # checkpoints and logs of parallel trainings would otherwise compete for lightning_logs/version_0
+            kwargs["default_root_dir"] = str(self.root / "logs" / run_name(int(os.environ["PL_GLOBAL_SEED"])))
+        trainer = super().instantiate_trainer(**kwargs)
+        if any(isinstance(callback, TrajectoryRecorder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise RecordingError(
+                "The configuration's trainer.callbacks have a TrajectoryRecorder; record adds one for each seed. "
+                "Remove it, and give its arguments as --recorder.gradients and so on."
+            )
+        return trainer
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Record an ensemble; exit code 1 if a seed failed.
+
+    Raises:
+        SystemExit: With code 1 if a seed could not be recorded; the others are.
+    """
+    cli = RecordCLI(
+        "record",
+        "Train a LightningCLI configuration (model, data, trainer) once for each seed and record every step.",
+        arguments,
+        # twenty bars and summaries of the same model hide the one bar that matters; a configuration may ask for them
+        trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
+    )
+    save_configuration(cli.root, cli.dump())
+    seeds = [seed for seed in cli.seeds if not is_complete(cli.root / run_name(seed))]
+    if skipped := len(cli.seeds) - len(seeds):
+        print(f"{skipped} of {len(cli.seeds)} runs are complete already in {cli.root}.")
+    with quiet_lightning(), _progress(len(seeds)) as finished:
+        if min(cli.config.jobs, len(seeds)) > 1:
+            failures = record_in_jobs(_command(cli), cli.root, seeds, cli.config.jobs, finished)
+        else:
+            failures = record_seeds(cli.make_training, cli.make_recorder, cli.root, seeds, finished)
+    for seed, reason in failures.items():
+        print(f"seed {seed} failed: {reason}")
+    print(f"{len(cli.seeds) - len(failures)} of {len(cli.seeds)} runs are complete in {cli.root}.")
+    if failures:
+        raise SystemExit(1)
+
+
+def _command(cli: RecordCLI) -> list[str]:
+    """Return the arguments with which another process records into the same ensemble."""
+    options = [f"--recorder.{key}={value}" for key, value in cli.config.recorder.as_dict().items()]
+    return ["record", "--config", str(cli.root / CONFIG), "--ensemble", str(cli.root), *options]
+
+
+@contextmanager
+def _progress(runs: int) -> Iterator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("recording", total=runs)
+        yield lambda seed: bar.advance(task)

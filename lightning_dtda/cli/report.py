@@ -1,0 +1,23 @@
+"""``lightning-dtda report``: an attribution as one HTML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.reporting import report
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Write the report and say where it is."""
+    parser = ArgumentParser(
+        prog="lightning-dtda report", description="Write an attribution as one HTML file that opens without a network."
+    )
+    parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
+    parser.add_argument("--output", type=str, default="report.html", help="The file to write.")
+    parser.add_argument("--k", type=int, default=10, help="Examples shown for each query and difference.")
+    options = parser.parse_args(list(arguments))
+    path = report(Attribution.load(options.attribution), options.output, k=options.k)
+    print(f"The report is {path}; open it in a browser.")

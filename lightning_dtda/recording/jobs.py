@@ -1,0 +1,75 @@
+"""Many seeded runs in parallel processes, each an ordinary ``lightning-dtda record`` of a few seeds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lightning_dtda.recording.recorder import run_name
+from lightning_dtda.recording.seeds import is_complete
+
+_POLL_SECONDS = 0.5
+_TAIL_LINES = 12
+"""Lines of a failed job's log that are shown: the end of a traceback."""
+
+
+def record_in_jobs(
+    command: Sequence[str], root: Path, seeds: Sequence[int], jobs: int, finished: Callable[[int], None]
+) -> dict[int, str]:
+    """Share seeds out to processes and wait for them.
+
+    Args:
+        command: Arguments of ``lightning-dtda`` that record into ``root``; ``--seeds`` is added.
+        root: The ensemble's directory; each job's output goes to ``root/logs/job-0.log`` and so on.
+        seeds: The seeds that are to be trained.
+        jobs: Number of processes.
+        finished: Called with each seed whose run is complete.
+
+    Returns:
+        What went wrong, by seed.
+    """
+    logs = root / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    # two thread pools on the same cores are many times slower than one thread each
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    processes = []
+    for job in range(jobs):
+        share = list(seeds[job::jobs])
+        if share:
+            with (logs / f"job-{job}.log").open("w") as log:
+                processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "lightning_dtda", *command, f"--seeds={share}"],
+                        env=environment,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        stdin=subprocess.DEVNULL,
+                    )
+                )
+    waiting = set(seeds)
+    try:
+        while waiting:
+            running = any(process.poll() is None for process in processes)
+            for seed in sorted(waiting):
+                if is_complete(root / run_name(seed)):
+                    waiting.discard(seed)
+                    finished(seed)
+            if not running:
+                break
+            time.sleep(_POLL_SECONDS)
+    finally:
+        for process in processes:
+            if process.poll() is None and waiting:
+                process.terminate()
+            process.wait()
+    return {seed: _reason(logs / f"job-{list(seeds).index(seed) % jobs}.log") for seed in sorted(waiting)}
+
+
+def _reason(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return f"see {log}, which ends:\n    " + "\n    ".join(lines[-_TAIL_LINES:])

@@ -1,0 +1,91 @@
+"""Many seeded runs of one configuration, in this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from lightning_dtda.errors import DTDAError, TrajectoryError
+from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
+from lightning_dtda.trajectory import Manifest
+
+MakeTraining = Callable[[], tuple[pl.Trainer, pl.LightningModule, "pl.LightningDataModule | None"]]
+
+
+def record_seeds(
+    make: MakeTraining,
+    make_recorder: Callable[[bool], TrajectoryRecorder],
+    root: Path,
+    seeds: Iterable[int],
+    finished: Callable[[int], None] = lambda seed: None,
+) -> dict[int, str]:
+    """Train and record one run for each seed; one that fails does not stop the others.
+
+    Runs that are complete are skipped, incomplete ones are recorded again.
+
+    Args:
+        make: Makes Trainer, module and data afresh, after the seed is set.
+        make_recorder: Makes a run's recorder; told whether it replaces an incomplete run.
+        root: The ensemble's directory.
+        seeds: The seeds.
+        finished: Called after each seed that was trained or failed.
+
+    Returns:
+        What went wrong, by seed.
+    """
+    failures = {}
+    to_fit = len(missing := [seed for seed in seeds if not is_complete(root / run_name(seed))])
+    for seed in missing:
+        name = run_name(seed)
+        recorder = make_recorder((root / name).exists())
+        recorder.runs_to_fit, to_fit = to_fit, 0
+        try:
+            with _weights_and_biases(root.name, name):
+                _record_seed(make, recorder, seed)
+        except Exception as error:
+            if not isinstance(error, DTDAError):  # the user's own code: show where
+                traceback.print_exc()
+            failures[seed] = f"{type(error).__name__}: {error}"
+        finished(seed)
+    return failures
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether a directory holds a run that came to its regular end."""
+    try:
+        return Manifest.load(directory).status == "complete"
+    except TrajectoryError:
+        return False
+
+
+def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) -> None:
+    pl.seed_everything(seed, workers=True, verbose=False)
+    trainer, module, data = make()
+    trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
+    trainer.fit(module, datamodule=data)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _weights_and_biases(group: str, name: str) -> Iterator[None]:
+    """Let a W&B logger that says nothing else put each run under its name in the ensemble's group."""
+    wanted = {"WANDB_RUN_GROUP": group, "WANDB_NAME": name, "WANDB_JOB_TYPE": "training"}
+    before = {key: os.environ.get(key) for key in wanted}
+    for key, value in wanted.items():
+        os.environ.setdefault(key, value)
+    try:
+        yield
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish()  # the logger of the next seed would go on with this run
+        for key, old in before.items():
+            if old is None:
+                os.environ.pop(key, None)

@@ -1,0 +1,290 @@
+"""Plotly figures of an attribution. Each function is pure: an attribution in, a figure out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from torch import Tensor
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
+from lightning_dtda.reporting.findings import CLEAR, is_clear, one_query, top_examples
+from lightning_dtda.reporting.formatting import MINUS
+from lightning_dtda.reporting.wording import counted, describe
+
+MOST_POINTS = 20_000
+"""Points drawn of one query's examples: about half a megabyte, and as much as a browser moves smoothly."""
+
+MOST_QUERIES = 60
+"""Boxes side by side that can still be told apart on a screen."""
+
+_SVG_POINTS = 5_000  # beyond this a browser draws SVG markers too slowly; WebGL takes over
+_LABELLED = 3  # examples named in the plot, for each of its two axes: more would overlap
+
+
+def influence_figure(attribution: Attribution, query: int, most_points: int = MOST_POINTS) -> go.Figure:
+    """Draw the mean shift of every example against its variance change, for one query.
+
+    Colours tell which of the two are clear of seed noise (more than two standard errors). With a single run there is
+    no variance; the mean shift is then drawn against the example's index.
+
+    Args:
+        attribution: The attribution.
+        query: Position of the query.
+        most_points: Examples drawn at the most. Of more, those of the largest shift and the largest variance change
+            are drawn, half of the points, and every n-th of the rest; the title says so.
+    """
+    selected, measurement = one_query(attribution, query), escape(attribution.measurement)
+    several = len(selected.runs) > 1
+    points = _points(selected)
+    drawn, examples = _drawn(points, most_points), len(points.shift)
+    thinned = f" ({len(drawn)} of {examples} examples)" if len(drawn) < examples else ""
+    change = f"variance change of the {measurement}<br>when removed (Var Y {MINUS} Var X)"
+    plot = figure(
+        f"Every training example, query {selected.queries[0]}{thinned}",
+        xaxis={"title": {"text": f"mean shift of the {measurement}<br>when removed (E Y {MINUS} E X)"}},
+        yaxis={"title": {"text": change if several else "training example (index);<br>a single run has no variance"}},
+        legend={"title": {"text": f"more than {CLEAR:g} standard errors:"}},
+        showlegend=several,
+    )
+    clear_shift = is_clear(points.shift, points.shift_error)
+    clear_change = is_clear(points.change, points.change_error)
+    for name, color, members in (
+        ("neither", MUTED, ~clear_shift & ~clear_change),
+        ("mean", BLUE, clear_shift & ~clear_change),
+        ("variance", VERMILLION, ~clear_shift & clear_change),
+        ("both", GREEN, clear_shift & clear_change),
+    ):
+        scatter = go.Scattergl if len(drawn) > _SVG_POINTS else go.Scatter
+        plot.add_trace(scatter(name=name, **_markers(points, drawn[members[drawn]], color, several)))
+    named = _largest(points.shift, _LABELLED)
+    if several:
+        named = np.union1d(named, _largest(points.change, _LABELLED))
+    plot.add_trace(_labels(points, named))
+    return plot
+
+
+def removal_figure(attribution: Attribution, query: int, removed: Sequence[int]) -> go.Figure:
+    """Draw one query's measurement in every run, as trained and predicted without some examples.
+
+    A line joins the two values of a run: lines that spread show variance that removal adds, lines that meet show
+    variance that it takes away. Beside the runs stand the mean and one standard deviation.
+
+    Args:
+        attribution: The attribution.
+        query: Position of the query.
+        removed: Training examples that are removed together.
+    """
+    selected = one_query(attribution, query)
+    trained, predicted = _numpy(selected.baseline[:, 0]), _numpy(selected.predict(removed)[:, 0])
+    without = _without(removed)
+    plot = figure(
+        f"Query {selected.queries[0]}, {without}",
+        xaxis={
+            "tickvals": [0, 1],
+            "ticktext": ["as trained<br>(X)", f"{without}<br>(Y), predicted"],
+            "range": [-0.35, 1.35],
+            "zeroline": False,
+            "showgrid": False,
+        },
+        yaxis={"title": {"text": f"{escape(attribution.measurement)} on the query"}, "zeroline": False},
+    )
+    for name, color, members in (("falls", BLUE, predicted <= trained), ("rises", VERMILLION, predicted > trained)):
+        runs = [escape(run) for run, member in zip(selected.runs, members, strict=True) if member]
+        pairs = np.stack([trained[members], predicted[members], np.full(len(runs), np.nan)], 1)
+        plot.add_trace(
+            go.Scatter(
+                x=[0, 1, None] * len(runs),
+                y=pairs.ravel(),
+                text=[run for run in runs for _ in range(3)],
+                mode="lines+markers",
+                line={"color": color, "width": 1.2},
+                marker={"size": 6, "opacity": 0.8},
+                opacity=0.75,
+                name=f"{counted(len(runs), 'run')}: {name}",
+                hovertemplate="%{text}: %{y:.4g}<extra></extra>",
+            )
+        )
+    if len(selected.runs) > 1:
+        means, spreads = [trained.mean(), predicted.mean()], [trained.std(ddof=1), predicted.std(ddof=1)]
+        plot.add_trace(
+            go.Scatter(
+                x=[-0.18, 1.18],
+                y=means,
+                error_y=_error_bars(np.array(spreads), thickness=2, width=8),
+                mode="markers",
+                marker={"color": INK, "size": 10, "symbol": "diamond"},
+                customdata=spreads,
+                name="mean ± standard deviation",
+                hovertemplate="mean %{y:.4g}, standard deviation %{customdata:.3g}<extra></extra>",
+            )
+        )
+    return plot
+
+
+def top_figure(attribution: Attribution, query: int, difference: str, k: int = 10) -> go.Figure:
+    """Draw the examples of the largest influence on one query, with their standard errors.
+
+    Bars in colour are more than two standard errors from zero.
+
+    Args:
+        attribution: The attribution.
+        query: Position of the query.
+        difference: ``mean``, ``variance`` or ``wasserstein``.
+        k: Number of examples.
+    """
+    words = describe(difference, escape(attribution.measurement))
+    top = top_examples(attribution, query, difference, k)
+    plot = figure(
+        f"{words.title}, query {attribution.queries[query]}",
+        xaxis={"title": {"text": f"{words.formula}: {words.short}"}},
+        yaxis={"title": {"text": "training example"}, "type": "category", "autorange": "reversed", "showgrid": False},
+        showlegend=False,
+    )
+    plot.add_trace(
+        go.Bar(
+            x=[row.influence for row in top],
+            y=[str(row.example) for row in top],
+            error_x=_error_bars(np.array([row.standard_error for row in top]), thickness=1, width=3),
+            customdata=[[row.standard_error, row.mean_shift, row.variance_change] for row in top],
+            orientation="h",
+            marker={"color": [BLUE if row.clear else MUTED for row in top]},
+            hovertemplate="<b>example %{y}</b><br>influence %{x:.3g} ± %{customdata[0]:.2g}<br>"
+            "mean shift %{customdata[1]:.3g}<br>variance change %{customdata[2]:.3g}<extra></extra>",
+        )
+    )
+    return plot
+
+
+def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = None) -> go.Figure:
+    """Draw every query's measurement over runs, the queries that depend most on the seed first.
+
+    Args:
+        attribution: The attribution.
+        queries: Positions of the queries; ``None`` is all. Of more than :data:`MOST_QUERIES` those of the largest
+            standard deviation are drawn, and the title says so.
+    """
+    positions = list(range(len(attribution.queries))) if queries is None else list(queries)
+    baseline = _numpy(attribution.baseline)
+    spread = baseline.std(0)
+    ordered = sorted(positions, key=lambda query: -spread[query])[:MOST_QUERIES]
+    kept = f"the {len(ordered)} least stable of {len(positions)} queries" if len(ordered) < len(positions) else ""
+    measurement = escape(attribution.measurement)
+    plot = figure(
+        f"The {measurement} as trained, over {counted(len(attribution.runs), 'run')}" + (f": {kept}" if kept else ""),
+        xaxis={"title": {"text": "query, most dependent on the seed first"}, "type": "category"},
+        yaxis={"title": {"text": f"{measurement} on the query"}, "zeroline": False},
+        showlegend=False,
+    )
+    runs = [escape(run) for run in attribution.runs]
+    for query in ordered:
+        plot.add_trace(
+            go.Box(
+                y=baseline[:, query],
+                name=str(attribution.queries[query]),
+                text=runs,
+                meta=query,
+                boxpoints="all",
+                jitter=0.5,
+                pointpos=0,
+                marker={"color": BLUE, "size": 4, "opacity": 0.6},
+                line={"color": INK, "width": 1},
+                fillcolor="rgba(0,114,178,0.12)",
+                hoveron="points",
+                hovertemplate="query %{x}<br>%{text}: %{y:.4g}<extra></extra>",
+            )
+        )
+    return plot
+
+
+@dataclass(frozen=True)
+class _Points:
+    """Mean shift and variance change of every example, with standard errors, each ``(examples,)``.
+
+    With a single run, the example's index stands in place of the variance change.
+    """
+
+    shift: np.ndarray
+    shift_error: np.ndarray
+    change: np.ndarray
+    change_error: np.ndarray
+
+
+def _points(selected: Attribution) -> _Points:
+    shift, shift_error = -_numpy(selected.influence("mean")[0]), _numpy(selected.standard_error("mean")[0])
+    if len(selected.runs) == 1:
+        return _Points(shift, shift_error, np.arange(len(shift), dtype=np.float64), np.full_like(shift, np.nan))
+    change, change_error = selected.influence("variance")[0], selected.standard_error("variance")[0]
+    return _Points(shift, shift_error, _numpy(change), _numpy(change_error))
+
+
+def _drawn(points: _Points, most_points: int) -> np.ndarray:
+    """Return the examples to draw: the notable ones, and an even thinning of the rest."""
+    examples = np.arange(len(points.shift))
+    if len(examples) <= most_points:
+        return examples
+    notable = np.union1d(_largest(points.shift, most_points // 4), _largest(points.change, most_points // 4))
+    rest = np.setdiff1d(examples, notable)
+    even = np.linspace(0, len(rest) - 1, most_points - len(notable)).astype(int)
+    return np.union1d(notable, rest[even])
+
+
+def _markers(points: _Points, chosen: np.ndarray, color: str, several: bool) -> dict[str, Any]:
+    """Return the arguments of a scatter trace of some examples."""
+    change = "<br>variance change %{y:.3g} ± %{customdata[2]:.2g}" if several else ""
+    return {
+        "x": _small(points.shift[chosen]),
+        "y": _small(points.change[chosen]),
+        "customdata": _small(np.stack([chosen, points.shift_error[chosen], points.change_error[chosen]], 1)),
+        "mode": "markers",
+        "marker": {"color": color, "size": 7, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
+        "hovertemplate": "<b>example %{customdata[0]:d}</b><br>mean shift %{x:.3g} ± %{customdata[1]:.2g}"
+        f"{change}<extra></extra>",
+    }
+
+
+def _labels(points: _Points, named: np.ndarray) -> go.Scatter:
+    """Return a trace that names some examples and shows their standard errors."""
+    return go.Scatter(
+        x=points.shift[named],
+        y=points.change[named],
+        error_x=_error_bars(points.shift_error[named], thickness=0.8, width=0),
+        error_y=_error_bars(points.change_error[named], thickness=0.8, width=0),
+        text=[str(n) for n in named],
+        textposition="top right",
+        cliponaxis=False,
+        mode="markers+text",
+        marker={"color": "rgba(0,0,0,0)", "size": 11, "line": {"color": INK, "width": 1}},
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def _largest(values: np.ndarray, number: int) -> np.ndarray:
+    return np.argsort(-np.abs(values), kind="stable")[:number]
+
+
+def _error_bars(errors: np.ndarray, thickness: float, width: float) -> dict[str, Any]:
+    # unknown errors would be drawn as zero
+    known = bool(np.isfinite(errors).all())
+    return {"array": errors, "visible": known, "color": INK, "thickness": thickness, "width": width}
+
+
+def _without(removed: Sequence[int]) -> str:
+    if len(removed) > 3:  # a longer list does not fit under an axis
+        return f"without {len(removed)} examples"
+    return f"without example{'s' if len(removed) > 1 else ''} {', '.join(str(n) for n in removed)}"
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().double().cpu().numpy()
+
+
+def _small(values: np.ndarray) -> np.ndarray:
+    # seven digits are more than a screen shows, and half the size; as a float they hold an index up to 16 million
+    return values.astype(np.float32)

@@ -1,0 +1,149 @@
+"""One HTML file that explains itself to colleagues: no server, no network, nothing beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.reporting import wording
+from lightning_dtda.reporting.figure_style import TEMPLATE
+from lightning_dtda.reporting.figures import baseline_figure, influence_figure, removal_figure, top_figure
+from lightning_dtda.reporting.findings import (
+    CLEAR,
+    TopExample,
+    available_differences,
+    most_interesting,
+    top_examples,
+    without_repeated_warnings,
+)
+from lightning_dtda.reporting.formatting import common_exponent, number, unit
+from lightning_dtda.version import __version__
+
+MOST_QUERIES = 50
+"""Queries in one report: with the points below and ten examples a table, a file of at most about 12 MB."""
+
+MOST_POINTS = 100_000
+"""Examples drawn in all figures of mean against variance influence together, at 27 bytes each."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The top examples of one difference, and the powers of ten in which their columns are printed."""
+
+    difference: str
+    words: wording.Wording
+    rows: list[TopExample]
+
+    @property
+    def influence_exponent(self) -> int:
+        return common_exponent(row.influence for row in self.rows)
+
+    @property
+    def shift_exponent(self) -> int:
+        return common_exponent(row.mean_shift for row in self.rows)
+
+    @property
+    def change_exponent(self) -> int:
+        return common_exponent(row.variance_change for row in self.rows)
+
+
+@dataclass(frozen=True)
+class _Query:
+    """What the page shows of one query: tables, and the figures' JSON by name."""
+
+    position: int
+    name: int
+    tables: list[_Table]
+    figures: Markup
+
+
+def report(attribution: Attribution, output: str | Path, k: int = 10) -> Path:
+    """Write one self-contained HTML file on an attribution.
+
+    It holds the top examples of each query and difference as tables with standard errors, and interactive figures. It
+    opens without network: plotly.js is inside. Of more than :data:`MOST_QUERIES` queries those are shown on which
+    one example changes the variance most; the page says so.
+
+    Args:
+        attribution: The attribution.
+        output: The file to write; its folder is made if need be.
+        k: Examples in each table.
+
+    Returns:
+        The file.
+
+    Raises:
+        AttributionError: If ``k`` is less than one.
+
+    Example:
+        >>> import tempfile, torch
+        >>> attribution = Attribution(torch.randn(9, 2), torch.randn(9, 2, 30), tuple("abcdefghi"), (0, 1))
+        >>> report(attribution, Path(tempfile.mkdtemp()) / "report.html").name
+        'report.html'
+    """
+    output = Path(output)
+    environment = Environment(
+        loader=PackageLoader("lightning_dtda.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(number=number, unit=unit)
+    with without_repeated_warnings():
+        page = environment.get_template("report.html.jinja").render(_content(attribution, k))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return output
+
+
+def _content(attribution: Attribution, k: int) -> dict[str, Any]:
+    shown = most_interesting(attribution, MOST_QUERIES)
+    return {
+        "question": wording.question(attribution),
+        "answer": wording.answer(attribution),
+        "estimator": wording.estimator(attribution),
+        "drift": wording.drift(attribution),
+        "cautions": wording.cautions(attribution),
+        "attribution": attribution,
+        "examples": attribution.responses.shape[2],
+        "about": json.dumps(attribution.about, indent=2, default=str),
+        "k": k,
+        "clear": CLEAR,
+        "queries": [_query(attribution, position, k, MOST_POINTS // len(shown)) for position in shown],
+        "overview": _embedded({"baseline": baseline_figure(attribution, shown)}),
+        "template": _script_safe(json.dumps(TEMPLATE.to_plotly_json())),
+        "plotly": Markup(get_plotlyjs()),
+        "version": __version__,
+    }
+
+
+def _query(attribution: Attribution, position: int, k: int, most_points: int) -> _Query:
+    tables = [
+        _Table(name, wording.describe(name, attribution.measurement), top_examples(attribution, position, name, k))
+        for name in available_differences(attribution)
+    ]
+    figures = {"influence": influence_figure(attribution, position, most_points)}
+    for table in tables:
+        figures[f"top-{table.difference}"] = top_figure(attribution, position, table.difference, k)
+        for row in table.rows:
+            figures[f"without-{row.example}"] = removal_figure(attribution, position, [row.example])
+    return _Query(position, attribution.queries[position], tables, _embedded(figures))
+
+
+def _embedded(figures: dict[str, go.Figure]) -> Markup:
+    """Return figures as JSON for a script element; the page adds the template, which they share."""
+    parts: Iterable[str] = (
+        f"{json.dumps(name)}: {figure.update_layout(template=None).to_json()}" for name, figure in figures.items()
+    )
+    return _script_safe("{" + ",\n".join(parts) + "}")
+
+
+def _script_safe(text: str) -> Markup:
+    # "<" stands in JSON only inside strings, where it may be written so; then nothing can close the script element
+    return Markup(text.replace("<", "\\u003c"))

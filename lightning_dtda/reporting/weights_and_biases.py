@@ -1,0 +1,126 @@
+"""One Weights & Biases run that sums up an attribution."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.reporting.figures import influence_figure
+from lightning_dtda.reporting.findings import (
+    available_differences,
+    largest_drift,
+    most_interesting,
+    one_query,
+    top_examples,
+    without_repeated_warnings,
+)
+
+MOST_QUERIES = 20
+"""Queries with a figure and histograms of their own: as many panels as a W&B page shows at once."""
+
+MOST_ROWS = 10_000
+"""Rows of the table of top examples: W&B shows no more."""
+
+_BINS = 32
+_COLUMNS = ("query", "difference", "rank", "example", "influence", "standard_error", "mean_shift", "variance_change")
+
+
+def log_to_wandb(
+    attribution: Attribution,
+    directory: str | Path,
+    *,
+    project: str | None = None,
+    group: str | None = None,
+    k: int = 10,
+) -> str:
+    """Log an attribution as one summary run of Weights & Biases.
+
+    The run has the configuration of the attribution, a table of the top examples, for each of up to
+    :data:`MOST_QUERIES` queries the figure of mean against variance influence and histograms of the measurement as
+    trained and without the example that changes it most, and the attribution's directory as an artifact. It is a run
+    of its own: one that is active goes on untouched.
+
+    Args:
+        attribution: The attribution.
+        directory: Where it is saved.
+        project: The project; without it, ``WANDB_PROJECT`` or ``lightning-dtda``.
+        group: The run's group; without it, the ensemble's name.
+        k: Examples for each query and difference.
+
+    Returns:
+        The run's id.
+
+    Raises:
+        AttributionError: If there is no such directory, or ``k`` is less than one.
+    """
+    import wandb  # takes a second, which the report and the terminal should not cost
+
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
+    with without_repeated_warnings():
+        table = wandb.Table(columns=list(_COLUMNS), data=list(_rows(attribution, k)))
+        panels = dict(_panels(attribution))
+    artifact = wandb.Artifact(_artifact_name(attribution), type="attribution", metadata=_facts(attribution))
+    artifact.add_dir(str(directory))
+    with wandb.init(
+        project=project or os.environ.get("WANDB_PROJECT") or "lightning-dtda",
+        group=group or attribution.about.get("ensemble"),
+        job_type="attribution",
+        config=attribution.about,
+        reinit="create_new",
+    ) as run:
+        run.log({"top_examples": table, **panels})
+        run.summary.update(_facts(attribution))
+        run.log_artifact(artifact)
+    return str(run.id)
+
+
+def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
+    differences = available_differences(attribution)
+    for query in most_interesting(attribution, max(MOST_ROWS // (k * len(differences)), 1)):
+        for difference in differences:
+            for row in top_examples(attribution, query, difference, k):
+                fields = {"query": attribution.queries[query], "difference": difference, **vars(row)}
+                yield [fields[column] for column in _COLUMNS]
+
+
+def _panels(attribution: Attribution) -> Iterator[tuple[str, Any]]:
+    """Yield each query's figure and histograms, those of a query on the same bins."""
+    import wandb
+
+    for query in most_interesting(attribution, MOST_QUERIES):
+        name = f"query {attribution.queries[query]}"
+        yield f"influence/{name}", wandb.Plotly(influence_figure(attribution, query))
+        [largest] = top_examples(attribution, query, "wasserstein", 1)
+        selected = one_query(attribution, query)
+        trained = selected.baseline[:, 0].cpu().numpy()
+        predicted = selected.predict([largest.example])[:, 0].cpu().numpy()
+        bins = np.histogram_bin_edges(np.concatenate([trained, predicted]), _BINS)
+        yield f"distribution/{name}, as trained", wandb.Histogram(np_histogram=np.histogram(trained, bins))
+        yield (
+            f"distribution/{name}, without example {largest.example}",
+            wandb.Histogram(np_histogram=np.histogram(predicted, bins)),
+        )
+
+
+def _facts(attribution: Attribution) -> dict[str, Any]:
+    runs, queries, examples = attribution.responses.shape
+    facts: dict[str, Any] = {"runs": runs, "queries": queries, "examples": examples}
+    for part in ("parameters", "gradients"):
+        drift = largest_drift(attribution, part)
+        if drift is not None:
+            facts[f"largest_drift/{part}"] = drift
+    return facts
+
+
+def _artifact_name(attribution: Attribution) -> str:
+    # W&B allows no other characters
+    return re.sub(r"[^\w.-]+", "-", f"attribution-{attribution.about.get('ensemble', 'ensemble')}", flags=re.ASCII)

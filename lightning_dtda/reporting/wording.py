@@ -1,0 +1,120 @@
+"""The sentences and table heads that reports share: what was asked, how sure it is, which sign means what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
+from lightning_dtda.reporting.findings import largest_drift
+from lightning_dtda.reporting.formatting import MINUS
+
+REMOVAL = "Removal means weight zero: order, slots and divisor are kept."
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a difference is introduced.
+
+    Args:
+        title: Its name.
+        question: What it answers.
+        formula: Its definition; X is the measurement as trained, Y with the example removed.
+        meaning: The influence's sign and unit in words.
+        short: The same for an axis.
+    """
+
+    title: str
+    question: str
+    formula: str
+    meaning: str
+    short: str
+
+
+def describe(difference: str, measurement: str) -> Wording:
+    """Return how a difference of a measurement's distributions is put into words."""
+    return {
+        "mean": Wording(
+            "Mean influence",
+            f"Which examples move the {measurement}?",
+            f"E X {MINUS} E Y",
+            f"fall of the mean {measurement} on this query if the example is removed",
+            f"fall of the mean {measurement} when removed",
+        ),
+        "variance": Wording(
+            "Variance influence",
+            f"Which examples make the {measurement} more or less dependent on the seed?",
+            f"Var Y {MINUS} Var X",
+            f"change of the {measurement}'s variance over runs on this query if the example is removed",
+            f"variance change of the {measurement} when removed",
+        ),
+        "wasserstein": Wording(
+            "Wasserstein influence",
+            f"Which examples change the {measurement}'s distribution in any way?",
+            "W₂(X, Y)",
+            f"distance by which the {measurement}'s distribution on this query moves if the example is removed",
+            f"how far the {measurement} moves when removed",
+        ),
+    }[difference]
+
+
+def question(attribution: Attribution) -> str:
+    """Return what was asked, as a question."""
+    examples, queries = attribution.responses.shape[2], len(attribution.queries)
+    return (
+        f"How does the {attribution.measurement} on {counted(queries, 'query', 'queries')} change if one of "
+        f"{examples} training examples is removed?"
+    )
+
+
+def answer(attribution: Attribution) -> str:
+    """Return how the question was answered."""
+    ensemble = attribution.about.get("ensemble")
+    of = f" of the ensemble {ensemble}" if ensemble else ""
+    return (
+        f"The {attribution.measurement} was measured after {counted(len(attribution.runs), 'seeded run')}{of}; its "
+        f"change in each run is predicted by {estimator(attribution)}. {REMOVAL}"
+    )
+
+
+def estimator(attribution: Attribution) -> str:
+    """Return the estimator's name with its settings."""
+    settings: Any = attribution.about.get("estimator")
+    if not isinstance(settings, dict):
+        return str(settings or "an estimator that is not named")
+    name = str(settings.get("class", "estimator")).rpartition(".")[2]
+    arguments = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "class")
+    return f"{name} ({arguments})" if arguments else name
+
+
+def drift(attribution: Attribution) -> str:
+    """Return how far the replayed runs were from the recorded ones at the worst."""
+    measured = {part: largest_drift(attribution, part) for part in ("parameters", "gradients")}
+    known = [f"{part} {value:.2g}" for part, value in measured.items() if value is not None]
+    return ", ".join(known) if known else "not measured"
+
+
+def cautions(attribution: Attribution) -> list[str]:
+    """Return what the reader has to know before believing a number; nothing if there are enough runs."""
+    runs = len(attribution.runs)
+    if runs == 1:
+        return [
+            "There is a single run: nothing here tells an effect from seed noise. The variance influence needs two "
+            "runs, standard errors need two for the mean and three for the variance. Record more seeds."
+        ]
+    if runs < ENOUGH_RUNS:
+        return [
+            f"There are {runs} runs; with fewer than {ENOUGH_RUNS} the standard errors are themselves uncertain by "
+            "more than a quarter. Record more seeds."
+        ]
+    return []
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> counted(1, "run"), counted(3, "query", "queries")
+        ('1 run', '3 queries')
+    """
+    return f"{number} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,43 @@
+"""Settings that every test needs."""
+
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    # sums round alike whatever the machine, and two threads on busy cores are many times slower than one
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet_lightning():
+    with warnings.catch_warnings():
+        for module in ("lightning.pytorch", "lightning.fabric"):
+            warnings.filterwarnings("ignore", module=module)
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*Found .* module.*in eval mode.*")
+        yield
+
+
+@pytest.fixture
+def fit():
+    """Train a module on the CPU with nothing but the given callbacks and Trainer arguments."""
+
+    def _fit(module, data, *callbacks, **arguments):
+        trainer = pl.Trainer(
+            callbacks=list(callbacks),
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **arguments,
+        )
+        trainer.fit(module, data)
+        return trainer
+
+    return _fit

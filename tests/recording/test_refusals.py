@@ -1,0 +1,239 @@
+"""What cannot be attributed is refused when fit starts, with the way out, and leaves nothing behind."""
+
+import random
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_dtda import TrajectoryRecorder
+from lightning_dtda.errors import RecordingError
+from tests.recording.modules import Classifier, IndexedExamples, Regressor, loader, shuffled
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from IndexedExamples()
+
+
+class Augmented(IndexedExamples):
+    """Mirrors every other example, by a coin."""
+
+    def __getitem__(self, index):
+        item = super().__getitem__(index)
+        return {**item, "inputs": item["inputs"] * random.choice([1, -1])}
+
+
+class Named(IndexedExamples):
+    def __getitem__(self, index):
+        return super().__getitem__(int(index.removeprefix("example-")))
+
+
+class EitherWay(Named):
+    def __getitem__(self, index):
+        return super().__getitem__(str(index))
+
+
+NAMES = [f"example-{number}" for number in range(9)]
+
+
+class Batches:
+    """Iterates over batches without being a DataLoader."""
+
+    def __len__(self):
+        return len(loader())
+
+    def __iter__(self):
+        return iter(loader())
+
+
+class Manual(Regressor):
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+class Halved(torch.optim.SGD):
+    """A subclass may compute anything."""
+
+
+class ManyOptimizers(Regressor):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.net[0], self.net[3])]
+
+
+class HalfUnused(Regressor):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(2, 2)
+
+
+class Moving(Regressor):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch
+
+
+class SparseEmbedding(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(23, 3, sparse=True)
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(self.net(self.embedding(batch["index"])), batch["index"] % 2)
+
+
+def mixed_dtypes():
+    module = Regressor()
+    module.extra = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    return module
+
+
+def foreign_parameter(module):
+    return torch.optim.SGD([*module.parameters(), nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+def with_optimizer(make):
+    return lambda: Regressor(optimizer=lambda module: make(module.parameters(), lr=0.1))
+
+
+# what is refused: module, data, Trainer arguments, and the remedy that the message has to name
+REFUSED = {
+    "an iterable data set": (Regressor, lambda: DataLoader(Stream(), 4), {}, "Use a map-style data set"),
+    "a dict of loaders": (Regressor, lambda: {"a": shuffled(), "b": shuffled()}, {}, "ConcatDataset"),
+    "a list of loaders": (Regressor, lambda: [shuffled(), shuffled()], {}, "ConcatDataset"),
+    "a list of one loader": (Regressor, lambda: [shuffled()], {}, "ConcatDataset"),
+    "batches that come from no DataLoader": (Regressor, Batches, {}, "Return a DataLoader"),
+    "no automatic batching": (
+        Regressor,
+        lambda: DataLoader(IndexedExamples(), batch_size=None),
+        {},
+        "Give the DataLoader a batch_size",
+    ),
+    "batches in the order of their arrival": (
+        Regressor,
+        lambda: shuffled(num_workers=1, in_order=False),
+        {},
+        "in_order=True",
+    ),
+    "a data set without integer indices": (Regressor, lambda: loader(Named(), sampler=NAMES), {}, "indices 0 to 22"),
+    "a sampler of other than integers": (Regressor, lambda: loader(EitherWay(), sampler=NAMES), {}, "yield integers"),
+    "random augmentation": (Regressor, lambda: shuffled(dataset=Augmented()), {}, "Make the data set deterministic"),
+    "a hook that changes batches": (Moving, shuffled, {}, "Do it in the data set"),
+    "manual optimization": (Manual, shuffled, {}, "Use automatic optimization"),
+    "bfloat16 mixed precision": (Regressor, shuffled, {"precision": "bf16-mixed"}, "32-true"),
+    "averaged weights": (
+        Regressor,
+        shuffled,
+        {"callbacks_before": [StochasticWeightAveraging(swa_lrs=0.01)]},
+        "Remove it from the Trainer",
+    ),
+    "an optimizer without an adjoint": (with_optimizer(torch.optim.Rprop), shuffled, {}, "Train with one of .*SGD"),
+    "a subclass of a supported optimizer": (with_optimizer(Halved), shuffled, {}, "Train with one of .*SGD"),
+    "BatchNorm in training mode": (
+        lambda: Classifier(nn.functional.cross_entropy, nn.BatchNorm1d(6)),
+        shuffled,
+        {},
+        "GroupNorm",
+    ),
+    "a parameter without a gradient": (HalfUnused, shuffled, {}, "unused.weight .*requires_grad=False"),
+    "sparse gradients": (SparseEmbedding, shuffled, {}, "sparse=False"),
+    "parameters of several dtypes": (mixed_dtypes, shuffled, {}, "exactly one"),
+    "a parameter that is not the module's": (lambda: Regressor(foreign_parameter), shuffled, {}, "Register them"),
+}
+
+
+def assert_nothing_left(root, trainer):
+    assert not root.exists() or not list(root.iterdir())
+    assert "process_dataloader" not in vars(trainer.strategy)
+
+
+@pytest.mark.parametrize(("make_module", "make_data", "arguments", "remedy"), REFUSED.values(), ids=REFUSED)
+def test_it_is_refused_with_the_remedy_and_leaves_nothing(fit, root, make_module, make_data, arguments, remedy):
+    module, data = make_module(), make_data()
+    loaders = [value for value in (data if isinstance(data, list) else [data]) if isinstance(value, DataLoader)]
+    samplers = [each.batch_sampler for each in loaders]
+    callbacks = arguments.get("callbacks_before", [])
+    arguments = {name: value for name, value in arguments.items() if name != "callbacks_before"}
+
+    with pytest.raises(RecordingError, match=remedy):
+        fit(module, data, *callbacks, TrajectoryRecorder(root, "run"), max_epochs=2, **arguments)
+
+    assert_nothing_left(root, module.trainer)
+    assert [each.batch_sampler for each in loaders] == samplers
+
+
+def test_several_optimizers_are_refused(fit, root):
+    module = ManyOptimizers()
+
+    # by Lightning itself, where it comes first
+    with pytest.raises((RecordingError, RuntimeError), match="optimizers"):
+        fit(module, shuffled(), TrajectoryRecorder(root, "run"), max_epochs=1)
+
+    assert_nothing_left(root, module.trainer)
+
+
+def test_a_strategy_of_several_processes_is_refused(fit, root):
+    module = Regressor()
+    try:
+        with pytest.raises(RecordingError, match=r"Trainer\(devices=1"):
+            fit(module, shuffled(), TrajectoryRecorder(root, "run"), max_epochs=1, strategy="ddp", devices=1)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    assert_nothing_left(root, module.trainer)
+
+
+def test_a_resumed_training_is_refused(fit, root, tmp_path):
+    fit(Regressor(), shuffled(), max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
+    trainer = pl.Trainer(
+        max_epochs=2,
+        callbacks=[TrajectoryRecorder(root, "run")],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+    with pytest.raises(RecordingError, match=r"resumes at step 6.*no ckpt_path"):
+        trainer.fit(Regressor(), shuffled(), ckpt_path=tmp_path / "first.ckpt")
+
+    assert_nothing_left(root, trainer)
+
+
+def test_a_disk_that_is_too_small_is_refused(fit, root, monkeypatch):
+    usage = type("Usage", (), {"free": 10_000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    module = Regressor()
+
+    with pytest.raises(RecordingError, match=r'GiB of disk.*gradients="none"'):
+        fit(module, shuffled(), TrajectoryRecorder(root, "run"), max_epochs=100)
+
+    assert_nothing_left(root, module.trainer)
+
+
+def test_a_root_that_cannot_be_written_is_refused(fit, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+
+    with pytest.raises(RecordingError, match=f"{tmp_path / 'runs' / 'run'} cannot be written.*Choose another root"):
+        fit(Regressor(), shuffled(), TrajectoryRecorder(tmp_path / "runs", "run"), max_epochs=1)
+
+
+def test_the_same_trainer_trains_again_after_the_refused_recorder_is_removed(fit, root):
+    module, data = HalfUnused(), shuffled()
+    with pytest.raises(RecordingError):
+        fit(module, data, TrajectoryRecorder(root, "run"), max_epochs=1)
+    trainer = module.trainer
+    trainer.callbacks.clear()
+
+    trainer.fit(Regressor(), data)
+
+    assert trainer.state.finished

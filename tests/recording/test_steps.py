@@ -1,0 +1,227 @@
+"""What is recorded of a step is what the Trainer did at that step: bit by bit, by a route of its own."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from tests.recording.modules import Regressor, assert_same, loader, parameters_of, sgd, shuffled
+
+
+class Watch(pl.Callback):
+    """Notes, beside the recorder, what each step started from, applied and led to."""
+
+    def __init__(self):
+        self.thetas = []
+        self.gradients = []
+        self.learning_rates = []
+
+    def on_train_start(self, trainer, pl_module):
+        self.thetas.append(parameters_of(pl_module))
+        self._named = dict(pl_module.named_parameters())
+        trainer.optimizers[0].register_step_post_hook(self._note)
+
+    def _note(self, optimizer, args, kwargs):
+        self.thetas.append({name: parameter.detach().clone() for name, parameter in self._named.items()})
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in self._named.items()})
+        self.learning_rates.append([group["lr"] for group in optimizer.param_groups])
+
+
+def two_groups_with_a_scheduler(module):
+    """The last layer first and faster; each step has a learning rate of its own."""
+    optimizer = torch.optim.SGD(
+        [
+            {"params": module.net[3].parameters(), "lr": 0.1, "weight_decay": 0.01},
+            {"params": module.net[0].parameters()},
+        ],
+        lr=0.03,
+        momentum=0.8,
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def nesterov(module):
+    return torch.optim.SGD(module.parameters(), lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.1)
+
+
+def plain(module):
+    return torch.optim.SGD(module.parameters(), lr=0.1)
+
+
+OPTIMIZERS = {"plain": plain, "momentum": sgd, "nesterov": nesterov, "two groups": two_groups_with_a_scheduler}
+
+
+@pytest.mark.parametrize("checkpoint_every", ["sqrt", "all", 5])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_theta_is_what_the_trainer_had_at_every_step(record, optimizer, checkpoint_every):
+    watch = Watch()
+
+    run = record(Regressor(optimizer), shuffled(), watch, max_epochs=2, recorder={"checkpoint_every": checkpoint_every})
+
+    assert run.steps == 12
+    for step in [*range(13), 3, 11, 0]:  # forwards, then anywhere
+        assert_same(run.theta(step), watch.thetas[step])
+
+
+@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3}], ids=["each batch", "accumulated"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_gradient_is_what_the_optimizer_applied(record, optimizer, arguments):
+    watch = Watch()
+
+    run = record(Regressor(optimizer, dropout=0.2), shuffled(), watch, max_epochs=2, **arguments)
+
+    assert run.steps == len(watch.gradients)
+    for step, gradient in enumerate(watch.gradients):
+        assert_same(run.gradient(step), gradient)
+
+
+def test_double_precision_is_recorded_in_double_precision(record):
+    watch = Watch()
+
+    run = record(
+        Regressor(), shuffled(), watch, max_epochs=1, precision="64-true", recorder={"checkpoint_every": "all"}
+    )
+
+    assert run.manifest.dtype == "float64"
+    for step, theta in enumerate(watch.thetas):
+        assert_same(run.theta(step), theta)
+
+
+def test_bfloat16_gradients_are_the_applied_ones_rounded(record):
+    watch = Watch()
+
+    run = record(Regressor(), shuffled(), watch, max_epochs=1, recorder={"gradients": "bfloat16"})
+
+    for step, gradient in enumerate(watch.gradients):
+        assert_same(run.gradient(step), {name: tensor.bfloat16() for name, tensor in gradient.items()})
+
+
+def test_learning_rates_are_those_of_the_very_step(record):
+    watch = Watch()
+
+    run = record(Regressor(two_groups_with_a_scheduler), shuffled(), watch, max_epochs=2)
+
+    assert [run.learning_rates(step).tolist() for step in range(run.steps)] == watch.learning_rates
+    # as the scheduler's formula has them
+    assert run.learning_rates(3).tolist() == pytest.approx([0.1 * 0.9**3, 0.03 * 0.9**3])
+
+
+def test_hyperparameters_are_those_of_each_group(record):
+    run = record(Regressor(two_groups_with_a_scheduler), shuffled(), max_epochs=1)
+
+    first, second = run.hyperparameters(0)
+    assert first == {**second, "lr": 0.1, "weight_decay": 0.01}
+    assert second == {
+        "lr": 0.03,
+        "momentum": 0.8,
+        "dampening": 0.0,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+    }
+    assert run.layout.names == ("net.3.weight", "net.3.bias", "net.0.weight", "net.0.bias")
+
+
+def test_recorded_random_states_draw_the_same_dropout_masks_again(record):
+    module, data = Regressor(dropout=0.5), shuffled()
+    run = record(module, data, max_epochs=2, accumulate_grad_batches=2)
+
+    for step in range(run.steps):
+        module.load_state_dict(run.theta(step))
+        module.zero_grad()
+        for part in run.micro_batches(step):
+            torch.set_rng_state(part.rng_states["cpu"])
+            batch = data.collate_fn([data.dataset[index] for index in part.indices])
+            (module.training_step(batch, part.batch_idx) / 2).backward()
+        assert_same({name: p.grad for name, p in module.named_parameters()}, run.gradient(step))
+
+
+def test_no_random_states_are_kept_where_no_number_is_drawn(record):
+    run = record(Regressor(dropout=0.0), shuffled(), max_epochs=1)
+
+    assert not any(part.rng_states for step in range(run.steps) for part in run.micro_batches(step))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "steps"),
+    [("all", list(range(13))), ("sqrt", [0, 4, 8, 12]), (5, [0, 5, 10, 12]), (100, [0, 12])],
+)
+def test_checkpoints_are_as_far_apart_as_asked_for(record, checkpoint_every, steps):
+    run = record(Regressor(), shuffled(), max_epochs=2, recorder={"checkpoint_every": checkpoint_every})
+
+    assert run.checkpoint_steps == steps
+
+
+def test_a_training_of_unknown_length_is_recorded_without_gradients_and_with_few_checkpoints(record):
+    class Enough(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 103
+
+    run = record(Regressor(), loader(batch_size=23), Enough(), max_epochs=-1)
+
+    assert run.manifest.planned_steps is None
+    assert run.manifest.gradients == "none"
+    assert run.checkpoint_steps == [0, 100, 103]
+
+
+def test_checkpoints_hold_the_momentum(record):
+    module = Regressor()
+    run = record(module, shuffled(), max_epochs=1, recorder={"checkpoint_every": 6})
+    optimizer = module.trainer.optimizers[0]
+
+    [state] = run.checkpoint(6).states
+
+    momentum = [optimizer.state[parameter]["momentum_buffer"].flatten() for parameter in module.parameters()]
+    assert torch.equal(state["momentum_buffer"], torch.cat(momentum))
+
+
+def test_checkpoints_hold_buffers_and_the_first_one_frozen_parameters(record):
+    module = Regressor(plain)
+    module.register_buffer("counter", torch.arange(3))
+    module.net[0].requires_grad_(False)
+
+    run = record(module, shuffled(), max_epochs=1)
+
+    assert run.layout.names == ("net.3.weight", "net.3.bias")
+    assert_same(
+        run.checkpoint(0).buffers,
+        {"counter": torch.arange(3), "net.0.weight": module.net[0].weight, "net.0.bias": module.net[0].bias},
+    )
+    assert_same(run.checkpoint(6).buffers, {"counter": torch.arange(3)})
+
+
+def test_parameters_set_in_a_hook_before_the_first_batch_are_the_initial_ones(record):
+    class Rescaled(Regressor):
+        def on_train_start(self):
+            with torch.no_grad():
+                self.net[0].weight.zero_()
+
+    run = record(Rescaled(), shuffled(), max_epochs=1)
+
+    assert not run.theta(0)["net.0.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("recorder", "stored"),
+    [
+        ({}, "float32"),
+        ({"gradients_budget": 1e-9}, "none"),  # one byte
+        ({"gradients": "float32", "gradients_budget": 1e-9}, "float32"),
+        ({"gradients": "none"}, "none"),
+    ],
+)
+def test_auto_gradients_are_kept_within_the_budget(record, recorder, stored):
+    run = record(Regressor(), loader(), max_epochs=1, recorder=recorder)
+
+    assert run.manifest.gradients == stored
+
+
+def test_the_optimizers_state_gains_nothing_from_being_recorded(fit, record):
+    states = []
+    for train in (fit, record):
+        pl.seed_everything(7, verbose=False)
+        module = Regressor(plain)
+        train(module, shuffled(), max_epochs=1)
+        states.append(module.trainer.optimizers[0].state_dict())
+
+    assert states[0] == states[1]

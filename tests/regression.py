@@ -1,0 +1,43 @@
+"""A small weighted regression: the loss that attribution differentiates, written out for a Trainer to minimise."""
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def weighted_data(examples=12, features=3, seed=0, dtype=torch.float64):
+    """Inputs, targets and example weights of one."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(examples, features, generator=generator, dtype=dtype)
+    targets = torch.sin(inputs[:, 0]) + inputs[:, 1] * inputs[:, 2]
+    return inputs, targets, torch.ones(examples, dtype=dtype)
+
+
+def loader(inputs, targets, weights, batch_size=4):
+    return DataLoader(TensorDataset(inputs, targets, weights), batch_size=batch_size, shuffle=True)
+
+
+class WeightedRegressor(pl.LightningModule):
+    """Minimises the mean of w_n times the squared error; smooth, so that finite differences converge.
+
+    Args:
+        optimizer: Takes the module, returns what ``configure_optimizers`` does.
+        layers: Makes the network.
+    """
+
+    def __init__(self, optimizer, features=3, dtype=torch.float64):
+        super().__init__()
+        self.optimizer = optimizer
+        self.net = torch.nn.Sequential(torch.nn.Linear(features, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).to(dtype)
+
+    def forward(self, inputs):
+        return self.net(inputs).squeeze(-1)
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets, weights = batch
+        loss = (weights * (self(inputs) - targets) ** 2).mean()
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return self.optimizer(self)

@@ -1,0 +1,31 @@
+"""One attribution whose influences stand out differently on each query."""
+
+import pytest
+import torch
+
+from lightning_dtda.attribution.attribution import Attribution
+
+RUNS, QUERIES, EXAMPLES = 12, (4, 7, 9), 40
+
+
+def make_attribution(runs=RUNS, **about):
+    generator = torch.Generator().manual_seed(0)
+    seed = torch.randn(runs, 3, generator=generator)
+    responses = 0.002 * torch.randn(runs, 3, EXAMPLES, generator=generator)
+    responses[..., 11] += torch.tensor([0.3, -0.2, 0.1])  # moves the mean
+    responses[..., 23] += 0.4 * seed  # moves with the seed: the variance
+    responses[..., 5] = 0.0  # never trained on
+    names = tuple(f"seed-{number:04d}" for number in range(runs))
+    settings = {
+        "measurement": "loss",
+        "estimator": {"class": "lightning_dtda.estimators.unrolled.UnrolledDifferentiation", "precision": "float64"},
+        "removal": "reweight",
+        "ensemble": "concrete",
+        "drift": {name: {"parameters": 1e-7 * (n + 1), "gradients": 2e-6} for n, name in enumerate(names)},
+    }
+    return Attribution(1.0 + 0.5 * seed, responses, names, QUERIES, settings | about)
+
+
+@pytest.fixture
+def attribution():
+    return make_attribution()

@@ -1,0 +1,95 @@
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.reporting.figures import baseline_figure, influence_figure, removal_figure, top_figure
+from tests.reporting.conftest import EXAMPLES, make_attribution
+
+
+def test_every_example_is_a_point_at_its_mean_shift_and_variance_change(attribution):
+    traces = [trace for trace in influence_figure(attribution, 1).data if trace.mode == "markers"]
+    points = {int(row[0]): (x, y, *row[1:]) for t in traces for x, y, row in zip(t.x, t.y, t.customdata, strict=True)}
+    expected = torch.stack(
+        [
+            -attribution.influence("mean")[1],
+            attribution.influence("variance")[1],
+            attribution.standard_error("mean")[1],
+            attribution.standard_error("variance")[1],
+        ],
+        1,
+    )
+    assert sorted(points) == list(range(EXAMPLES))
+    # 1e-6: points are stored in single precision
+    np.testing.assert_allclose([points[n] for n in range(EXAMPLES)], expected, rtol=1e-6, atol=1e-9)
+
+
+def test_groups_tell_what_is_clear_of_seed_noise(attribution):
+    groups = {trace.name: set(trace.customdata[:, 0]) for trace in influence_figure(attribution, 0).data if trace.name}
+    assert 11 in groups["mean"] | groups["both"]
+    assert 23 in groups["variance"] | groups["both"]
+    assert 5 in groups["neither"], "an example without any influence is not clear of anything"
+
+
+def test_axes_say_sign_and_unit_in_words(attribution):
+    layout = influence_figure(attribution, 0).layout
+    assert layout.xaxis.title.text == "mean shift of the loss<br>when removed (E Y \N{MINUS SIGN} E X)"
+    assert layout.yaxis.title.text == "variance change of the loss<br>when removed (Var Y \N{MINUS SIGN} Var X)"
+
+
+@pytest.mark.filterwarnings("ignore:Influences of")
+def test_a_single_run_has_a_mean_shift_and_no_variance():
+    figure = influence_figure(make_attribution(runs=1), 0)
+    assert "a single run has no variance" in figure.layout.yaxis.title.text
+    [points] = [trace for trace in figure.data if trace.name == "neither"]
+    np.testing.assert_array_equal(points.y, np.arange(EXAMPLES))
+
+
+def test_many_examples_are_thinned_but_the_notable_ones_stay():
+    examples = 12_000
+    responses = 1e-3 * torch.randn(9, 1, examples, generator=torch.Generator().manual_seed(0))
+    responses[..., 7777] += 1.0
+    many = Attribution(torch.zeros(9, 1), responses, tuple("abcdefghi"), (0,))
+    figure = influence_figure(many, 0, most_points=6_000)
+    drawn = np.concatenate([trace.customdata[:, 0] for trace in figure.data if trace.mode == "markers"])
+    assert len(drawn) == len(set(drawn)) == 6_000
+    assert 7777 in drawn
+    assert "6000 of 12000 examples" in figure.layout.title.text
+    assert isinstance(figure.data[0], go.Scattergl), "a browser cannot move so many SVG markers"
+
+
+def test_each_run_is_joined_to_its_own_prediction(attribution):
+    figure = removal_figure(attribution, 2, [11, 23])
+    pairs = {}
+    for trace in figure.data[:2]:
+        for start in range(0, len(trace.y), 3):
+            pairs[trace.text[start]] = tuple(trace.y[start : start + 2])
+    trained, predicted = attribution.baseline[:, 2], attribution.predict([11, 23])[:, 2]
+    for number, run in enumerate(attribution.runs):
+        assert pairs[run] == (float(trained[number]), float(predicted[number]))
+    summary = figure.data[2]
+    np.testing.assert_allclose(summary.y, [trained.double().mean(), predicted.double().mean()])
+    np.testing.assert_allclose(summary.customdata, [trained.double().std(), predicted.double().std()])
+
+
+@pytest.mark.parametrize("difference", ["mean", "variance", "wasserstein"])
+def test_bars_are_the_top_examples_with_their_standard_errors(attribution, difference):
+    [bars] = top_figure(attribution, 1, difference, k=6).data
+    top = attribution.top(6, difference, query=1)
+    assert list(bars.y) == [str(example) for example in top.example]
+    np.testing.assert_allclose(bars.x, top.influence)
+    np.testing.assert_allclose(bars.error_x.array, top.standard_error)
+
+
+def test_baselines_start_with_the_query_that_depends_most_on_the_seed(attribution):
+    boxes = baseline_figure(attribution).data
+    spread = attribution.baseline.std(0)
+    assert [box.meta for box in boxes] == spread.argsort(descending=True).tolist()
+    for box in boxes:
+        np.testing.assert_allclose(box.y, attribution.baseline[:, box.meta])
+
+
+def test_a_measurement_name_is_text_and_not_markup():
+    figure = influence_figure(make_attribution(measurement="<a href='x'>m</a>"), 0)
+    assert "&lt;a href" in figure.layout.xaxis.title.text

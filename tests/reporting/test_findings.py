@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.reporting.findings import (
+    available_differences,
+    largest_drift,
+    most_interesting,
+    one_query,
+    top_examples,
+)
+from lightning_dtda.reporting.formatting import common_exponent, number
+from tests.reporting.conftest import make_attribution
+
+
+def test_one_query_has_the_influences_of_that_query(attribution):
+    for difference in ("mean", "variance", "wasserstein"):
+        torch.testing.assert_close(
+            one_query(attribution, 2).influence(difference)[0], attribution.influence(difference)[2]
+        )
+    assert one_query(attribution, 2).queries == (9,)
+
+
+def test_the_interesting_queries_are_those_where_an_example_changes_the_variance():
+    responses = torch.zeros(9, 5, 3)
+    responses[:, 3, 0] = torch.linspace(-2, 2, 9)
+    responses[:, 1, 2] = torch.linspace(-1, 1, 9)
+    responses[:, 0, 1] = 10.0  # moves the mean only
+    attribution = Attribution(torch.zeros(9, 5), responses, tuple("abcdefghi"), tuple(range(5)))
+    assert most_interesting(attribution, 2) == [1, 3]
+    assert most_interesting(attribution, 5) == [0, 1, 2, 3, 4]
+
+
+def test_a_single_run_has_no_variance_influence():
+    assert available_differences(make_attribution(runs=1)) == ["mean", "wasserstein"]
+
+
+def test_the_largest_drift_skips_what_was_not_measured():
+    drift = {"a": {"parameters": 1e-6, "gradients": None}, "b": {"parameters": 3e-6, "gradients": None}}
+    attribution = make_attribution(drift=drift)
+    assert largest_drift(attribution, "parameters") == 3e-6
+    assert largest_drift(attribution, "gradients") is None
+
+
+def test_no_example_at_all_is_refused(attribution):
+    with pytest.raises(AttributionError, match="must be at least 1; it is 0"):
+        top_examples(attribution, 0, "mean", 0)
+
+
+@pytest.mark.parametrize(
+    ("largest", "exponent"), [(0.0, 0), (0.99, -3), (1.0, 0), (9999.0, 0), (10_000.0, 3), (1e-3, -3), (9.9e-4, -6)]
+)
+def test_a_column_shares_the_power_of_ten_of_its_largest_value(largest, exponent):
+    assert common_exponent([0.0, -largest, float("nan")]) == exponent
+
+
+def test_a_number_that_rounds_to_zero_has_no_sign():
+    assert number(-0.0001) == "0.000"

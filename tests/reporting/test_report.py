@@ -1,0 +1,206 @@
+"""The report as a file, and in a real browser."""
+
+import importlib
+import json
+import re
+import shutil
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from lightning_dtda.reporting import report
+from lightning_dtda.reporting.formatting import common_exponent, number
+from tests.reporting.conftest import QUERIES, make_attribution
+
+_WIDTH = "return document.documentElement.scrollWidth"
+_TABLE = "article:not([hidden]) .difference:not([hidden]) table"
+DIFFERENCES = ("mean", "variance", "wasserstein")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("needs Chromium and chromedriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--window-size=1280,2000",
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    # the driver's own path: selenium would look for one on the network
+    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as session:
+        yield session
+
+
+@pytest.fixture
+def page(browser, attribution, tmp_path):
+    return _open(browser, report(attribution, tmp_path / "report.html", k=5))
+
+
+def _open(browser, path):
+    browser.get_log("browser"), browser.get_log("performance")  # reading a log empties it
+    browser.get(path.as_uri())
+    WebDriverWait(browser, 30).until(lambda page: len(_figures(page)) == 4)
+    return browser
+
+
+def _figures(page):
+    return page.find_elements("css selector", ".js-plotly-plot svg.main-svg:first-of-type")
+
+
+def _choose(page, query=None, difference=None):
+    if query is not None:
+        Select(page.find_element("id", "query")).select_by_visible_text(str(query))
+    if difference is not None:
+        page.find_element("css selector", f"button[data-difference={difference}]").click()
+
+
+def _visible_rows(page):
+    rows = page.find_elements("css selector", f"{_TABLE} tbody tr")
+    return [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
+
+
+def _expected_rows(attribution, position, difference, k=5):
+    top = attribution.top(k, difference, query=position)
+    exponents = {column: common_exponent(top[column]) for column in ("influence", "mean_shift", "variance_change")}
+    return [
+        [
+            str(row.rank),
+            str(row.example),
+            f"{number(row.influence, exponents['influence'])} ± {number(row.standard_error, exponents['influence'])}",
+            number(row.mean_shift, exponents["mean_shift"]),
+            number(row.variance_change, exponents["variance_change"]),
+        ]
+        for row in top.itertuples()
+    ]
+
+
+@pytest.mark.browser
+def test_the_tables_show_the_top_examples_of_the_chosen_query_and_difference(page, attribution):
+    for position, query in enumerate(QUERIES):
+        for difference in DIFFERENCES:
+            _choose(page, query, difference)
+            assert _visible_rows(page) == _expected_rows(attribution, position, difference)
+
+
+@pytest.mark.browser
+def test_the_page_makes_no_request_and_logs_no_error(page):
+    for query in QUERIES:
+        _choose(page, query, "wasserstein")
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
+    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
+
+
+@pytest.mark.browser
+def test_choosing_an_example_shows_the_runs_without_it(page, attribution):
+    _choose(page, QUERIES[1], "variance")
+    example = attribution.top(5, "variance", query=1).example[2]
+    page.find_element("css selector", f"{_TABLE} tr[data-example='{example}'] button").click()
+    shown = page.execute_script(
+        "const slot = document.querySelector('article:not([hidden]) .removal');"
+        "return slot.calcdata.slice(0, 2).flat().map(point => point.y).filter(Number.isFinite)"
+    )
+    expected = [*attribution.baseline[:, 1].tolist(), *attribution.predict([example])[:, 1].tolist()]
+    assert sorted(shown) == pytest.approx(sorted(expected))
+
+
+@pytest.mark.browser
+def test_previous_and_next_walk_through_the_queries(page):
+    def chosen():
+        return page.execute_script("return document.getElementById('query').selectedOptions[0].text")
+
+    previous, following = page.find_element("id", "previous"), page.find_element("id", "next")
+    assert not previous.is_enabled()
+    following.click(), following.click()
+    assert chosen() == str(QUERIES[2])
+    assert not following.is_enabled()
+    previous.click()
+    assert chosen() == str(QUERIES[1])
+
+
+@pytest.mark.browser
+def test_a_click_on_a_baseline_goes_to_its_query(page):
+    page.execute_script("document.getElementById('baseline').emit('plotly_click', {points: [{data: {meta: 2}}]})")
+    assert page.find_element("css selector", "article:not([hidden])").get_attribute("data-query") == "2"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_is_never_wider_than_the_screen(page, width):
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    )
+    # figures follow the window a moment later
+    WebDriverWait(page, 10).until(lambda page: page.execute_script(_WIDTH) <= width)
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+@pytest.mark.browser
+def test_names_are_shown_as_text_wherever_they_appear(browser, tmp_path):
+    name = "<b>m</b></script><script>document.title = 'taken over'</script>"
+    page = _open(browser, report(make_attribution(measurement=name, ensemble=name), tmp_path / "report.html"))
+    assert name in page.find_element("css selector", "h1").text
+    assert "taken over" in page.title
+    assert page.title.startswith("How does the <b>m</b>")
+    axis = page.find_element("css selector", "#baseline .ytitle")
+    assert axis.text == f"{name} on the query"
+
+
+def test_influences_within_their_error_are_muted_and_the_page_says_so(attribution, tmp_path):
+    page = report(attribution, tmp_path / "report.html", k=40).read_text()
+    rows = re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)
+    muted = [bool(unclear) for _, unclear in rows]
+    expected = [
+        not abs(row.influence) > 2 * row.standard_error
+        for position in range(len(QUERIES))
+        for difference in DIFFERENCES
+        for row in attribution.top(40, difference, query=position).itertuples()
+    ]
+    assert muted == expected
+    assert True in muted
+    assert False in muted
+    assert "Grey: not more than 2 standard errors from zero" in page
+
+
+def test_the_page_says_what_was_asked_and_how_sure_it_is(attribution, tmp_path):
+    page = report(attribution, tmp_path / "deep" / "report.html").read_text()
+    for words in (
+        "How does the loss on 3 queries change if one of 40 training examples is removed?",
+        "Removal means weight zero: order, slots and divisor are kept.",
+        "UnrolledDifferentiation (precision=float64)",
+        "parameters 1.2e-06, gradients 2e-06",
+        "change of the mean loss on this query if the example is removed",
+    ):
+        assert words in page
+    assert "Caution" not in page
+
+
+@pytest.mark.parametrize(("runs", "caution"), [(1, "There is a single run"), (2, "There are 2 runs"), (7, "7 runs")])
+def test_few_runs_still_make_a_report_with_a_caution(runs, caution, tmp_path, recwarn):
+    page = report(make_attribution(runs), tmp_path / "report.html").read_text()
+    assert "Caution." in page
+    assert caution in page
+    assert not [warning for warning in recwarn if "Influences of" in str(warning.message)]
+
+
+def test_of_too_many_queries_the_page_says_which_are_shown(attribution, tmp_path, monkeypatch):
+    # the package's attribute of that name is the function
+    monkeypatch.setattr(importlib.import_module("lightning_dtda.reporting.report"), "MOST_QUERIES", 2)
+    page = report(attribution, tmp_path / "report.html").read_text()
+    assert "2 of 3 queries are shown" in page
+    assert page.count("<article") == 2

@@ -1,0 +1,46 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from lightning_dtda.reporting import print_summary
+from lightning_dtda.reporting.formatting import common_exponent, number
+from tests.reporting.conftest import make_attribution
+
+
+def _printed(attribution, **arguments):
+    console = Console(file=io.StringIO(), width=140, record=True)
+    print_summary(attribution, console=console, **arguments)
+    return console.export_text()
+
+
+def test_the_summary_holds_the_top_examples_with_their_errors(attribution):
+    text = _printed(attribution, k=4)
+    for difference in ("mean", "variance"):
+        for _, top in attribution.top(4, difference).groupby("query"):
+            exponent = common_exponent(top.influence)
+            for row in top.itertuples():
+                assert f"{number(row.influence, exponent)} ± {number(row.standard_error, exponent)}" in text
+
+
+def test_the_summary_says_what_was_asked_and_how_sure_it_is(attribution):
+    text = " ".join(_printed(attribution).split())
+    assert "How does the loss on 3 queries change if one of 40 training examples is removed?" in text
+    assert "after 12 seeded runs of the ensemble concrete" in text
+    assert "UnrolledDifferentiation (precision=float64)" in text
+    assert "parameters 1.2e-06, gradients 2e-06" in text
+    assert "Caution" not in text
+
+
+def test_the_summary_fits_a_hundred_columns(attribution):
+    assert max(len(line.rstrip()) for line in _printed(attribution).splitlines()) <= 100
+
+
+@pytest.mark.parametrize(("runs", "caution"), [(1, "There is a single run"), (4, "There are 4 runs")])
+def test_few_runs_are_cautioned_against_once(runs, caution, recwarn):
+    assert _printed(make_attribution(runs)).count(caution) == 1
+    assert not [warning for warning in recwarn if "Influences of" in str(warning.message)]
+
+
+def test_names_are_not_taken_for_markup():
+    assert "[red]m[/red]" in _printed(make_attribution(measurement="[red]m[/red]"))

@@ -1,0 +1,177 @@
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import wandb
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.reporting import log_to_wandb
+from tests.reporting.conftest import QUERIES, make_attribution
+from tests.reporting.wandb_log import read_records
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    """Keep W&B in a temporary directory, and fail on any name look-up or connection beyond this machine."""
+    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    connect, look_up = socket.socket.connect, socket.getaddrinfo
+
+    def local_connect(self, address):
+        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"connects to {address}"
+        return connect(self, address)
+
+    def local_look_up(host, *arguments, **keywords):
+        assert host in ("127.0.0.1", "::1", "localhost"), f"looks up {host}"
+        return look_up(host, *arguments, **keywords)
+
+    monkeypatch.setattr(socket.socket, "connect", local_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", local_look_up)
+    wandb.teardown()  # W&B reads the environment once in a process
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def saved(attribution, tmp_path):
+    attribution.save(tmp_path / "attribution")
+    return tmp_path / "attribution"
+
+
+class _Logged:
+    """What a run's log holds."""
+
+    def __init__(self, directory, run):
+        [path] = Path(directory).glob(f"wandb/offline-run-*-{run}/run-{run}.wandb")
+        self.files = path.parent / "files"
+        records = {}
+        for record in read_records(path):
+            records.setdefault(record.WhichOneof("record_type"), []).append(record)
+        self.run = records["run"][0].run
+        self.exit_code = records["exit"][0].exit.exit_code
+        self.artifacts = [record.artifact for record in records.get("artifact", [])]
+        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
+        for record in records.get("config", []):
+            self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        self.history = self._items(entry.history.item for entry in records["history"])
+        self.summary = self._items(entry.summary.update for entry in records["summary"])
+
+    @staticmethod
+    def _items(groups):
+        items = {}
+        for item in (item for group in groups for item in group):
+            *outer, last = item.nested_key or [item.key]
+            place = items
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = json.loads(item.value_json)
+        return items
+
+
+def test_the_table_holds_the_top_examples_of_every_query_and_difference(attribution, saved, tmp_path):
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
+    table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
+    columns = table["columns"]
+    assert columns[:2] == ["query", "difference"]
+    assert len(table["data"]) == len(QUERIES) * 3 * 6
+    for difference in ("mean", "variance", "wasserstein"):
+        top = attribution.top(6, difference)
+        rows = [row for row in table["data"] if row[1] == difference]
+        for column in top.columns:
+            np.testing.assert_allclose([row[columns.index(column)] for row in rows], top[column], rtol=1e-12)
+
+
+def test_histograms_count_the_runs_as_trained_and_without_the_top_example(attribution, saved, tmp_path):
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    for position, query in enumerate(QUERIES):
+        example = attribution.top(1, "wasserstein", query=position).example[0]
+        samples = {
+            "as trained": attribution.baseline[:, position],
+            f"without example {example}": attribution.predict([example])[:, position],
+        }
+        bins = []
+        for name, expected in samples.items():
+            histogram = logged.history[f"distribution/query {query}, {name}"]
+            counts, _ = np.histogram(expected, histogram["bins"])
+            assert histogram["values"] == counts.tolist()
+            assert sum(counts) == len(attribution.runs)
+            bins.append(histogram["bins"])
+        assert bins[0] == bins[1], "two histograms are compared on the same bins"
+
+
+def test_each_query_has_its_figure_with_every_example(attribution, saved, tmp_path):
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    for position, query in enumerate(QUERIES):
+        entry = logged.history[f"influence/query {query}"]
+        assert entry["_type"] == "plotly-file"
+        figure = json.loads((logged.files / entry["path"]).read_text())
+        traces = [trace for trace in figure["data"] if trace.get("name")]
+        points = [(x, y) for trace in traces for x, y in zip(trace["x"], trace["y"], strict=True)]
+        shift, change = -attribution.influence("mean")[position], attribution.influence("variance")[position]
+        expected = sorted(zip(shift.tolist(), change.tolist(), strict=True))
+        # points are stored in single precision
+        np.testing.assert_allclose(sorted(points), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_run_says_what_was_asked(attribution, saved, tmp_path):
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    assert (logged.run.project, logged.run.run_group, logged.run.job_type) == (
+        "lightning-dtda",
+        "concrete",
+        "attribution",
+    )
+    assert {key: logged.config[key] for key in attribution.about} == attribution.about
+    facts = {"runs": 12, "queries": 3, "examples": 40, "largest_drift/gradients": 2e-6}
+    assert {key: logged.summary[key] for key in facts} == facts
+    assert logged.summary["largest_drift/parameters"] == pytest.approx(1.2e-6)
+    assert logged.exit_code == 0
+
+
+def test_the_attribution_itself_is_an_artifact(attribution, saved, tmp_path):
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    [artifact] = [artifact for artifact in logged.artifacts if artifact.type == "attribution"]
+    assert artifact.name == "attribution-concrete"
+    assert {entry.path for entry in artifact.manifest.contents} == {path.name for path in saved.iterdir()}
+
+
+def test_project_and_group_can_be_chosen(attribution, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "from-the-environment")
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, group="mine"))
+    assert (logged.run.project, logged.run.run_group) == ("from-the-environment", "mine")
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, project="given"))
+    assert logged.run.project == "given"
+
+
+def test_a_run_that_is_active_goes_on_untouched(attribution, saved, tmp_path):
+    active = wandb.init(project="training")
+    summary = log_to_wandb(attribution, saved)
+    assert wandb.run is active
+    active.log({"loss": 1.0})
+    active.finish()
+    assert summary != active.id
+    history = _Logged(tmp_path, active.id).history
+    assert history["loss"] == 1.0
+    assert "top_examples" not in history
+
+
+def test_a_single_run_is_logged_without_variance(tmp_path, recwarn):
+    attribution = make_attribution(runs=1, ensemble="odd name / 1")
+    attribution.save(tmp_path / "attribution")
+    logged = _Logged(tmp_path, log_to_wandb(attribution, tmp_path / "attribution", k=2))
+    table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
+    assert {row[1] for row in table["data"]} == {"mean", "wasserstein"}
+    assert [artifact.name for artifact in logged.artifacts if artifact.type == "attribution"] == [
+        "attribution-odd-name-1"
+    ]
+    assert not [warning for warning in recwarn if "Influences of" in str(warning.message)]
+
+
+def test_an_attribution_that_is_not_saved_is_refused(attribution, tmp_path):
+    with pytest.raises(AttributionError, match="Save the attribution there first"):
+        log_to_wandb(attribution, tmp_path / "nowhere")

@@ -1,0 +1,95 @@
+"""The writer works in a thread of its own, and only what is on disk counts."""
+
+import threading
+
+import pytest
+import torch
+
+from lightning_dtda import Run
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.trajectory import RunWriter, writer
+from tests.trajectory.runs import manifest, records, write_run
+
+
+@pytest.fixture
+def directory(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def test_a_file_counts_only_once_it_is_whole(directory, monkeypatch):
+    seen = []
+    write = writer.write_tensors
+
+    def look_before_and_after(path, tensors):
+        before = len(Run(directory).manifest.shards)
+        entry = write(path, tensors)
+        seen.append((before, len(Run(directory).manifest.shards), path.stat().st_size == entry["bytes"]))
+        return entry
+
+    monkeypatch.setattr(writer, "write_tensors", look_before_and_after)
+    run_writer = RunWriter(directory, manifest(gradients="none"))
+    for first in (0, 2, 4):
+        run_writer.add_shard(first, first + 2, records(first, first + 2, None))
+    run_writer.close("complete")
+
+    assert seen == [(0, 0, True), (1, 1, True), (2, 2, True)]
+    assert Run(directory).steps == 6
+
+
+def test_the_caller_waits_only_when_too_many_files_are_under_way(directory, monkeypatch):
+    disk = threading.Event()
+    write = writer.write_tensors
+    monkeypatch.setattr(writer, "write_tensors", lambda *arguments: disk.wait() and write(*arguments))
+    run_writer = RunWriter(directory, manifest(gradients="none"))
+
+    # the queue's length does not wait for a disk that does not answer; with the file being written, one more
+    for step in range(writer._QUEUE_LENGTH):
+        run_writer.add_shard(step, step + 1, records(step, step + 1, None))
+    assert Run(directory).steps == 0
+    disk.set()
+    run_writer.close("complete")
+
+    assert Run(directory).steps == writer._QUEUE_LENGTH
+
+
+def test_a_failed_write_is_reported_at_the_next_opportunity_and_nothing_after_it_counts(directory, monkeypatch):
+    failing = threading.Event()
+    write = writer.write_tensors
+
+    def fail_at_the_second(path, tensors):
+        if path.name == "steps-00000001.safetensors":
+            failing.set()
+            raise OSError(5, "Input/output error")
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", fail_at_the_second)
+    run_writer = RunWriter(directory, manifest(gradients="none"))
+    with pytest.raises(RecordingError, match=f"Writing to {directory} failed.*Input/output error"):
+        # never more than the queue's length ahead of the failure
+        [run_writer.add_shard(step, step + 1, records(step, step + 1, None)) for step in range(10)]
+    assert failing.is_set()
+    with pytest.raises(RecordingError, match="choose another root"):
+        run_writer.close("complete")
+
+    run = Run(directory)
+    assert (run.steps, run.manifest.status) == (1, "incomplete")
+    assert run.manifest.reason == "writing failed: [Errno 5] Input/output error"
+
+
+def test_closing_waits_until_everything_is_on_disk(tmp_path):
+    run = write_run(tmp_path / "run").run
+
+    named = {entry["file"] for entry in [*run.manifest.shards, *run.manifest.checkpoints]}
+    assert {path.name for path in run.path.iterdir()} == {"manifest.json", *named}
+    assert not [thread for thread in threading.enumerate() if thread.name == "lightning-dtda-writer"]
+
+
+def test_a_discarded_run_leaves_nothing(directory):
+    run_writer = RunWriter(directory, manifest())
+    run_writer.add_checkpoint(0, {"parameters.weight": torch.zeros(3, 2)})
+
+    run_writer.discard()
+
+    assert not directory.exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "lightning-dtda-writer"]
