@@ -1,0 +1,219 @@
+"""The post-hoc step: from recorded runs to an attribution."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.store import AttributionStore
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators import Estimator, Plan, Question, UnrolledDifferentiation
+from lightning_dtda.replay import (
+    Drift,
+    Examples,
+    Measurement,
+    dataset_fingerprint,
+    query_examples,
+    resolve_measurement,
+    training_examples,
+)
+from lightning_dtda.trajectory import Ensemble, Run
+from lightning_dtda.units import human_bytes, human_seconds
+from lightning_dtda.version import __version__
+
+_log = logging.getLogger(__name__)
+
+
+def attribute(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
+    *,
+    queries: DataLoader[Any] | Dataset[Any],
+    measurement: str | Measurement = "loss",
+    estimator: Estimator | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Attribution:
+    r"""Predict how each query's measurement changes, in every run, when a training example is removed.
+
+    .. math:: r_{s,q,n} \approx m_q(\theta_T^{(s)} \text{ with } w_n = 0) - m_q(\theta_T^{(s)})
+
+    Removal means weight zero: order, batch slots and the loss's divisor stay (arXiv 2506.12965, section 2).
+
+    Args:
+        ensemble: The recorded runs, S of them.
+        module: The LightningModule that was trained, unchanged; only its architecture counts, not its weights.
+        data: What was trained on: a data module, a DataLoader, the training Dataset, or a module with its own
+            ``train_dataloader``. N examples.
+        queries: Inputs on which the measurement is taken, Q of them. The indices of a ``Subset`` become their names.
+        measurement: ``"loss"``, ``"margin"``, ``"prediction"``, or a callable ``(module, batch) -> (B,)``.
+        estimator: How responses are computed; exact unrolled differentiation if not given.
+        output: A directory for the result. Each batch of runs is stored there as soon as it is finished; after a
+            crash, the same call goes on where it stopped.
+        overwrite: Whether an answer to another question in ``output`` is replaced.
+        device: Where to compute; ``None`` is the module's own device.
+        progress: Whether to show a progress bar and the plan.
+
+    Returns:
+        The attribution: baseline ``(S, Q)`` and responses ``(S, Q, N)``.
+
+    Raises:
+        AttributionError: If the question cannot be answered, or memory or disk do not suffice.
+        ReplayError: If module or data are not those that were trained.
+    """
+    estimator = UnrolledDifferentiation() if estimator is None else estimator
+    name, function = resolve_measurement(measurement)
+    question = Question(
+        module=module,
+        examples=training_examples(data),
+        queries=query_examples(queries),
+        measurement=function,
+        device=torch.device(module.device if device is None else device),
+    )
+    about = {
+        "measurement": name,
+        "estimator": estimator.settings(),
+        "removal": "reweight",
+        "ensemble": ensemble.root.name,
+        "configuration": ensemble[0].manifest.configuration,
+        "queries_fingerprint": dataset_fingerprint(question.queries.dataset),
+        "version": __version__,
+    }
+    names = _query_names(question.queries)
+    if output is not None:
+        store = AttributionStore.create(
+            output, about, names, len(question.examples), [run.name for run in ensemble], overwrite
+        )
+        answer = _answer_to_disk(ensemble, question, estimator, store, progress)
+    else:
+        answer = _answer_in_memory(ensemble, question, estimator, about, names, progress)
+    drift = answer.about["drift"]
+    _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
+    return answer
+
+
+def _answer_to_disk(
+    ensemble: Ensemble, question: Question, estimator: Estimator, store: AttributionStore, progress: bool
+) -> Attribution:
+    finished = set(store.finished)
+    if remaining := [run for run in ensemble if run.name not in finished]:
+        if finished:
+            _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
+        for batch, estimate in _estimates(remaining, question, estimator, progress, store.path):
+            for number, run in enumerate(batch):
+                store.add(run.name, estimate.baseline[number], estimate.responses[number], _drift(estimate.drift))
+    return Attribution.load(store.path)
+
+
+def _answer_in_memory(
+    ensemble: Ensemble,
+    question: Question,
+    estimator: Estimator,
+    about: dict[str, Any],
+    names: tuple[int, ...],
+    progress: bool,
+) -> Attribution:
+    answers: dict[str, Any] = {}
+    drift = {}
+    for batch, estimate in _estimates(list(ensemble), question, estimator, progress, None):
+        for number, run in enumerate(batch):
+            answers[run.name] = estimate.baseline[number].cpu(), estimate.responses[number].cpu()
+            drift[run.name] = _drift(estimate.drift)
+    runs = tuple(sorted(answers))
+    baseline, responses = (torch.stack([answers[run][part] for run in runs]) for part in (0, 1))
+    return Attribution(baseline, responses, runs, names, {**about, "drift": drift})
+
+
+def _estimates(
+    runs: list[Run], question: Question, estimator: Estimator, progress: bool, path: Path | None
+) -> Iterator[Any]:
+    """Yield the estimator's answers batch by batch, after making sure that they will fit."""
+    plan = estimator.plan(runs, question)
+    _check_resources(plan, runs, question, path)
+    with _progress_bar(progress, plan, runs, question) as advance:
+        for batch in plan.batches:
+            yield batch, estimator.estimate(batch, question, plan, advance)
+
+
+def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path | None) -> None:
+    itemsize = runs[0].manifest.torch_dtype.itemsize
+    answer = len(runs) * len(question.queries) * len(question.examples) * itemsize
+    _log.info(
+        "Attributing %d runs, %d queries, %d examples: about %s of memory, %s of disk, %s.",
+        len(runs),
+        len(question.queries),
+        len(question.examples),
+        human_bytes(plan.memory + answer),
+        human_bytes(answer if path else 0),
+        human_seconds(plan.seconds),
+    )
+    available = available_memory(question.device)
+    if available is not None and plan.memory + answer > available:
+        raise AttributionError(
+            f"This needs about {human_bytes(plan.memory + answer)} of memory; {human_bytes(available)} are "
+            "available. Lower the estimator's memory_budget, or ask fewer queries at a time."
+        )
+    if path is not None and answer > (free := shutil.disk_usage(path).free):
+        raise AttributionError(
+            f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
+            "some, or choose another output."
+        )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on a device, ``None`` where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    for line in meminfo.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+@contextmanager
+def _progress_bar(show: bool, plan: Plan, runs: list[Run], question: Question) -> Iterator[Any]:
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(),
+        disable=not show,
+    )
+    with bar:
+        task = bar.add_task(f"{len(runs)} runs, {len(question.queries)} queries", total=sum(run.steps for run in runs))
+        yield lambda steps: bar.update(task, advance=steps)
+
+
+def _query_names(queries: Examples) -> tuple[int, ...]:
+    dataset = queries.dataset
+    return tuple(int(i) for i in dataset.indices) if isinstance(dataset, Subset) else tuple(range(len(queries)))
+
+
+def _drift(drift: Drift) -> dict[str, float | None]:
+    return {"parameters": drift.parameters, "gradients": drift.gradients}

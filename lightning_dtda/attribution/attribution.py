@@ -1,0 +1,227 @@
+"""What the data did to the distribution of models: baseline, responses, and the influences they imply."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.attribution.differences import DIFFERENCES, Difference, jackknife, resolve_difference
+from lightning_dtda.attribution.store import AttributionStore
+from lightning_dtda.errors import AttributionError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+ENOUGH_RUNS = 8
+"""Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
+influence and its error cannot be told apart reliably; a warning says so."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    r"""Measurements of an ensemble and their predicted changes under removal.
+
+    Removal means weight zero: the example keeps its slot in the batches and the loss's divisor stays
+    (``"reweight"``).
+
+    Args:
+        baseline: :math:`m(\theta_T)` ``(runs, queries)``.
+        responses: Predicted change of m when the example is removed ``(runs, queries, examples)``, in m's unit.
+        runs: Names of the runs.
+        queries: What the queries are called: their indices in the data set they came from.
+        about: What was asked and how it was answered, in JSON: measurement, estimator, removal, drift, versions.
+
+    Example:
+        >>> responses = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
+        >>> attribution = Attribution(torch.tensor([[5.0], [7.0]]), responses, ("seed-0000", "seed-0001"), (0,))
+        >>> attribution.predict(removed=[0])
+        tensor([[ 6.],
+                [10.]])
+        >>> attribution.influence("variance")
+        tensor([[6., 0.]], dtype=torch.float64)
+    """
+
+    baseline: Tensor
+    responses: Tensor
+    runs: tuple[str, ...]
+    queries: tuple[int, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        runs, queries, examples = self.responses.shape
+        return f"Attribution({runs} runs, {queries} queries, {examples} examples, {self.measurement})"
+
+    @property
+    def measurement(self) -> str:
+        """The name of the measurement."""
+        return str(self.about.get("measurement", "measurement"))
+
+    @property
+    def available_differences(self) -> list[str]:
+        """Names of the built-in differences for which there are enough runs."""
+        return [name for name, difference in DIFFERENCES.items() if len(self.runs) >= difference.least_runs]
+
+    def predict(self, removed: Sequence[int]) -> Tensor:
+        r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
+
+        .. math:: m(\theta_T) + \sum_{k \in S} r_k
+
+        Args:
+            removed: Indices of training examples, each at most once.
+
+        Raises:
+            AttributionError: If an index is out of range or given twice.
+        """
+        return self.baseline + self._response(removed).sum(-1)
+
+    def influence(self, difference: str | Difference, removed: Sequence[int] | None = None) -> Tensor:
+        """Return the distributional influence of every single example, or of a set that is removed together.
+
+        Args:
+            difference: ``mean``, ``variance``, ``wasserstein``, a class's import path, or a
+                :class:`~lightning_dtda.attribution.differences.Difference`.
+            removed: A set of training examples; ``None`` is each on its own.
+
+        Returns:
+            ``(queries, examples)``, or ``(queries,)`` for a set; float64. For the sign see the difference.
+
+        Raises:
+            AttributionError: If the difference needs more runs, or an index is out of range.
+        """
+        chosen = self._difference(difference)
+        return self._each_query(lambda baseline, predicted: chosen(baseline, predicted), removed)
+
+    def standard_error(self, difference: str | Difference, removed: Sequence[int] | None = None) -> Tensor:
+        """Return the standard error over runs of :meth:`influence`, by the jackknife; same arguments and shape.
+
+        It says how far the influence would move with other seeds, not how good the linear prediction is.
+        """
+        chosen = self._difference(difference)
+        return self._each_query(lambda baseline, predicted: jackknife(chosen, baseline, predicted), removed)
+
+    def top(self, k: int = 10, difference: str | Difference = "mean", query: int | None = None) -> pd.DataFrame:
+        """Return the examples of the largest absolute influence on each query.
+
+        Args:
+            k: Number of examples for each query.
+            difference: What to rank by.
+            query: Position of one query; ``None`` is all of them.
+
+        Returns:
+            One row an example: ``query``, ``rank`` (1 first), ``example``, ``influence``, ``standard_error``,
+            ``mean_shift`` (change of the mean when removed, E Y - E X) and ``variance_change`` (Var Y - Var X; NaN
+            with a single run).
+        """
+        import pandas as pd
+
+        influence, error = self.influence(difference), self.standard_error(difference)
+        mean_shift = -self.influence("mean")
+        several = len(self.runs) > 1
+        variance = self.influence("variance") if several else torch.full_like(mean_shift, torch.nan)
+        positions = range(len(self.queries)) if query is None else [query]
+        rows = []
+        for q in positions:
+            order = influence[q].abs().argsort(descending=True)[:k]
+            rows += [
+                {
+                    "query": self.queries[q],
+                    "rank": rank,
+                    "example": n,
+                    "influence": float(influence[q, n]),
+                    "standard_error": float(error[q, n]),
+                    "mean_shift": float(mean_shift[q, n]),
+                    "variance_change": float(variance[q, n]),
+                }
+                for rank, n in enumerate(order.tolist(), start=1)
+            ]
+        return pd.DataFrame(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
+
+        Raises:
+            AttributionError: If the directory holds another attribution.
+        """
+        store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2])
+        for number, run in enumerate(self.runs):
+            store.add(run, self.baseline[number], self.responses[number], self.about.get("drift", {}).get(run, {}))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Read an attribution; one that was broken off holds the runs that were finished, with a warning.
+
+        Raises:
+            TrajectoryError: If files are missing or damaged.
+        """
+        store = AttributionStore.open(path)
+        if unfinished := store.unfinished:
+            warnings.warn(
+                f"{path} is unfinished: {len(unfinished)} runs are missing ({', '.join(unfinished)}). Call attribute "
+                "again with this output to go on.",
+                stacklevel=2,
+            )
+        return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
+
+    def to_xarray(self) -> xr.Dataset:
+        """Return baseline, responses, influences and standard errors with named dimensions."""
+        import xarray as xr
+
+        data: dict[str, Any] = {
+            "baseline": (("run", "query"), self.baseline.cpu().numpy()),
+            "responses": (("run", "query", "example"), self.responses.cpu().numpy()),
+        }
+        for name in self.available_differences:
+            data[f"{name}_influence"] = (("query", "example"), self.influence(name).cpu().numpy())
+            data[f"{name}_standard_error"] = (("query", "example"), self.standard_error(name).cpu().numpy())
+        coordinates = {
+            "run": list(self.runs),
+            "query": list(self.queries),
+            "example": range(self.responses.shape[2]),
+        }
+        attributes = {key: str(value) for key, value in self.about.items()}
+        return xr.Dataset(data, coordinates, attributes)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return influences and standard errors, one row for each query and example."""
+        dataset = self.to_xarray().drop_vars(["baseline", "responses", "run"])
+        return dataset.to_dataframe().reset_index()
+
+    def _difference(self, difference: str | Difference) -> Difference:
+        chosen, runs = resolve_difference(difference), len(self.runs)
+        if runs < chosen.least_runs:
+            raise AttributionError(
+                f"The {chosen.name} influence needs {chosen.least_runs} runs; there are {runs}. Record more seeds."
+            )
+        if runs < ENOUGH_RUNS:
+            warnings.warn(
+                f"Influences of {runs} runs: with fewer than {ENOUGH_RUNS} the standard errors are themselves "
+                "uncertain. Record more seeds.",
+                stacklevel=3,
+            )
+        return chosen
+
+    def _each_query(self, function: Any, removed: Sequence[int] | None) -> Tensor:
+        # double: a change of the variance is a small difference of large squares. One query at a time: its memory
+        responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
+        rows = []
+        for q in range(len(self.queries)):
+            baseline = self.baseline[:, q, None].double()
+            rows.append(function(baseline, baseline + responses[:, q].double()))
+        stacked = torch.stack(rows)
+        return stacked if removed is None else stacked.squeeze(-1)
+
+    def _response(self, removed: Sequence[int]) -> Tensor:
+        indices, examples = [int(index) for index in removed], self.responses.shape[2]
+        if outside := [index for index in indices if not 0 <= index < examples]:
+            raise AttributionError(f"There is no training example {outside[0]}; they are 0 to {examples - 1}.")
+        if len(set(indices)) != len(indices):
+            twice = next(index for index in indices if indices.count(index) > 1)
+            raise AttributionError(f"Training example {twice} is given twice; it can be removed once.")
+        return self.responses[..., indices]

@@ -1,0 +1,146 @@
+"""An attribution on disk, run by run, so that a crash loses no finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
+
+FORMAT_VERSION = 1
+_INDEX = "attribution.json"
+
+
+class AttributionStore:
+    """A directory with ``attribution.json`` and a safetensors file for each finished run.
+
+    Each file holds ``baseline`` ``(queries,)`` and ``responses`` ``(queries, examples)``. The index is rewritten after
+    each run and lists only what is on disk.
+
+    Args:
+        path: The directory.
+        index: The content of ``attribution.json``.
+    """
+
+    def __init__(self, path: Path, index: dict[str, Any]) -> None:
+        self.path = path
+        self._index = index
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        about: dict[str, Any],
+        queries: Sequence[int],
+        examples: int,
+        wanted: Sequence[str] = (),
+        overwrite: bool = False,
+    ) -> AttributionStore:
+        """Start a store, or go on with one that was begun for the same question.
+
+        Args:
+            path: The directory.
+            about: What is asked and how.
+            queries: What the queries are called.
+            examples: N.
+            wanted: Names of the runs that will be added.
+            overwrite: Whether an answer to another question is replaced.
+
+        Raises:
+            AttributionError: If the directory holds an answer to another question, or something else.
+        """
+        path = Path(path)
+        question = {key: value for key, value in about.items() if key != "drift"}
+        index = {
+            "format_version": FORMAT_VERSION,
+            "about": question,
+            "queries": list(queries),
+            "examples": examples,
+            "wanted": list(wanted),
+            "runs": {},
+        }
+        if (path / _INDEX).exists():
+            if not overwrite:
+                found = read_json(path / _INDEX)
+                compared = ("format_version", "about", "queries", "examples")
+                if any(found.get(key) != index[key] for key in compared):
+                    raise AttributionError(
+                        f"{path} holds the answer to another question ({_changes(found, index)}). Choose another "
+                        "output, or overwrite it."
+                    )
+                index["runs"] = found["runs"]
+        elif path.exists() and any(path.iterdir()):
+            raise AttributionError(f"{path} is not empty and holds no attribution. Choose another output.")
+        path.mkdir(parents=True, exist_ok=True)
+        store = cls(path, index)
+        store._save()
+        return store
+
+    @classmethod
+    def open(cls, path: str | Path) -> AttributionStore:
+        """Open a stored attribution.
+
+        Raises:
+            TrajectoryError: If there is none, or it is of an unknown format.
+        """
+        path = Path(path)
+        index = read_json(path / _INDEX)
+        if index.get("format_version") != FORMAT_VERSION:
+            raise TrajectoryError(
+                f"{path / _INDEX} has format version {index.get('format_version')!r}; this lightning-dtda reads "
+                f"version {FORMAT_VERSION}. Attribute again."
+            )
+        return cls(path, index)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was asked and how it was answered, with each run's drift."""
+        drift = {name: entry["drift"] for name, entry in self._index["runs"].items()}
+        return {**self._index["about"], "drift": drift}
+
+    @property
+    def queries(self) -> tuple[int, ...]:
+        """What the queries are called."""
+        return tuple(self._index["queries"])
+
+    @property
+    def finished(self) -> tuple[str, ...]:
+        """Names of the runs whose responses are on disk."""
+        return tuple(sorted(self._index["runs"]))
+
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """Names of the runs that were meant to be added and are not there yet."""
+        return tuple(name for name in self._index["wanted"] if name not in self._index["runs"])
+
+    def add(self, run: str, baseline: Tensor, responses: Tensor, drift: dict[str, Any]) -> None:
+        """Write a run's answer: ``baseline`` ``(queries,)`` and ``responses`` ``(queries, examples)``."""
+        entry = write_tensors(self.path / f"{run}.safetensors", {"baseline": baseline, "responses": responses})
+        self._index["runs"][run] = entry | {"drift": drift}
+        self._save()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Read baseline ``(runs, queries)`` and responses ``(runs, queries, examples)`` of the finished runs.
+
+        Raises:
+            TrajectoryError: If no run is finished, or a file is damaged.
+        """
+        if not self.finished:
+            raise TrajectoryError(f"{self.path} holds no finished run. Call attribute again with this output.")
+        tensors = [read_tensors(self.path, self._index["runs"][run]) for run in self.finished]
+        return torch.stack([run["baseline"] for run in tensors]), torch.stack([run["responses"] for run in tensors])
+
+    def _save(self) -> None:
+        write_json(self.path / _INDEX, self._index)
+
+
+def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    before, after = found.get("about", {}), wanted["about"]
+    names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    names += [key for key in ("format_version", "queries", "examples") if found.get(key) != wanted[key]]
+    return "different " + ", ".join(names)

@@ -1,0 +1,126 @@
+"""The post-hoc step: what is asked, what is kept after a crash, what is refused."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.errors import AttributionError
+from tests.regression import WeightedRegressor, loader, weighted_data
+
+DATA = TensorDataset(*weighted_data(dtype=torch.float32))
+QUERIES = TensorDataset(*weighted_data(5, seed=1, dtype=torch.float32))
+
+
+def module():
+    return WeightedRegressor(lambda module: torch.optim.SGD(module.parameters(), lr=0.1), dtype=torch.float32)
+
+
+@pytest.fixture
+def ensemble(fit, tmp_path):
+    for seed in range(3):
+        pl.seed_everything(seed, verbose=False)
+        fit(module(), loader(*DATA.tensors), TrajectoryRecorder(tmp_path / "runs"), max_epochs=3)
+    return Ensemble.open(tmp_path / "runs")
+
+
+def ask(ensemble, data=DATA, queries=QUERIES, **arguments):
+    return attribute(ensemble, module(), data, queries=queries, progress=False, **arguments)
+
+
+def test_baseline_is_what_the_trained_models_measure(ensemble):
+    for measurement in ("loss", "prediction"):
+        attribution = ask(ensemble, measurement=measurement)
+        for run, measured in zip(ensemble, attribution.baseline, strict=True):
+            trained = module()
+            trained.load_state_dict(run.theta(run.steps))
+            predictions = trained(QUERIES.tensors[0])
+            expected = (predictions - QUERIES.tensors[1]) ** 2 if measurement == "loss" else predictions
+            torch.testing.assert_close(measured, expected.detach())
+
+
+def root_mean_square(module, batch):
+    return (module(batch[0]) - batch[1]).abs()
+
+
+def test_a_callable_measures(ensemble):
+    by_callable = ask(ensemble, measurement=root_mean_square)
+    assert by_callable.measurement == f"{__name__}.root_mean_square"
+    torch.testing.assert_close(by_callable.baseline, ask(ensemble).baseline.sqrt())
+    by_path = ask(ensemble, measurement=f"{__name__}.root_mean_square")
+    assert torch.equal(by_path.responses, by_callable.responses)
+
+
+def test_data_may_be_a_dataset_a_loader_a_module_or_a_data_module(ensemble):
+    class Data(pl.LightningDataModule):
+        def train_dataloader(self):
+            return loader(*DATA.tensors)
+
+    expected = ask(ensemble).responses
+    assert torch.equal(ask(ensemble, data=loader(*DATA.tensors)).responses, expected)
+    assert torch.equal(ask(ensemble, data=Data()).responses, expected)
+
+
+def test_queries_are_called_by_their_place_in_the_data_set(ensemble):
+    part = ask(ensemble, queries=Subset(QUERIES, [4, 2]))
+    assert part.queries == (4, 2)
+    torch.testing.assert_close(part.responses, ask(ensemble).responses[:, [4, 2]])
+    assert ask(ensemble, queries=DataLoader(QUERIES, batch_size=2)).queries == (0, 1, 2, 3, 4)
+
+
+def test_a_crash_loses_only_the_batch_of_runs_under_way(ensemble, tmp_path, monkeypatch):
+    expected = ask(ensemble).responses
+    original, swept = UnrolledDifferentiation.estimate, []
+
+    def estimate(self, runs, *arguments):
+        if len(swept) == 2:
+            raise KeyboardInterrupt
+        swept.append([run.name for run in runs])
+        return original(self, runs, *arguments)
+
+    arguments = {"estimator": UnrolledDifferentiation(runs_per_batch=1), "output": tmp_path / "answer"}
+    monkeypatch.setattr(UnrolledDifferentiation, "estimate", estimate)
+    with pytest.raises(KeyboardInterrupt):
+        ask(ensemble, **arguments)
+    with pytest.warns(UserWarning, match=r"1 runs are missing \(seed-0002\)"):
+        assert Attribution.load(tmp_path / "answer").runs == ("seed-0000", "seed-0001")
+
+    swept.clear()
+    resumed = ask(ensemble, **arguments)
+    assert swept == [["seed-0002"]]
+    torch.testing.assert_close(resumed.responses, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_answer_to_another_question_is_not_mixed_in(ensemble, tmp_path):
+    ask(ensemble, output=tmp_path / "answer")
+    with pytest.raises(AttributionError, match="different measurement"):
+        ask(ensemble, output=tmp_path / "answer", measurement="prediction")
+    with pytest.raises(AttributionError, match="queries"):
+        ask(ensemble, output=tmp_path / "answer", queries=Subset(QUERIES, [0]))
+    replaced = ask(ensemble, output=tmp_path / "answer", measurement="prediction", overwrite=True)
+    assert Attribution.load(tmp_path / "answer").measurement == replaced.measurement == "prediction"
+
+
+def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious.txt").write_text("")
+    with pytest.raises(AttributionError, match="holds no attribution"):
+        ask(ensemble, output=tmp_path / "full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"measurement": "accuracy"}, "loss, margin, prediction"),
+        ({"measurement": "margin"}, "class scores"),
+        ({"measurement": lambda module, batch: module(batch[0]).mean()}, "must return"),
+        ({"measurement": lambda module, batch: module(batch[0]) * torch.nan}, "not finite"),
+        ({"data": [1, 2, 3]}, "Give a Dataset"),
+        ({"queries": Subset(QUERIES, [])}, "no queries"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_question_without_an_answer_is_refused(ensemble, arguments, message):
+    with pytest.raises(AttributionError, match=message):
+        ask(ensemble, **arguments)

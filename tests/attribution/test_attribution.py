@@ -1,0 +1,128 @@
+"""The result: predictions, influences, tables, and what is on disk."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_dtda import Attribution
+from lightning_dtda.errors import AttributionError, TrajectoryError
+
+RUNS, QUERIES, EXAMPLES = 10, 3, 7
+
+
+@pytest.fixture
+def attribution():
+    generator = torch.Generator().manual_seed(0)
+    baseline = 40 + torch.randn(RUNS, QUERIES, generator=generator)
+    responses = 0.1 * torch.randn(RUNS, QUERIES, EXAMPLES, generator=generator)
+    drift = {f"seed-{s:04d}": {"parameters": 1e-7 * s, "gradients": None} for s in range(RUNS)}
+    about = {"measurement": "loss", "estimator": {"class": "E"}, "removal": "reweight", "drift": drift}
+    return Attribution(baseline, responses, tuple(drift), (4, 8, 15), about)
+
+
+def test_prediction_adds_the_responses_of_the_removed(attribution):
+    predicted = attribution.predict(removed=[1, 5])
+    expected = attribution.baseline + attribution.responses[..., 1] + attribution.responses[..., 5]
+    torch.testing.assert_close(predicted, expected)
+    assert torch.equal(attribution.predict(removed=[]), attribution.baseline)
+
+
+@pytest.mark.parametrize("difference", ["mean", "variance", "wasserstein"])
+def test_influence_of_a_set_of_one_is_that_of_the_example(attribution, difference):
+    each = attribution.influence(difference)
+    assert each.shape == (QUERIES, EXAMPLES)
+    torch.testing.assert_close(attribution.influence(difference, removed=[2]), each[:, 2])
+    torch.testing.assert_close(
+        attribution.standard_error(difference, removed=[2]), attribution.standard_error(difference)[:, 2]
+    )
+
+
+def test_small_variance_changes_survive_large_measurements(attribution):
+    # responses of 1e-4 on measurements of 40: in float32 the squares would cancel to noise
+    small = Attribution(attribution.baseline, attribution.responses * 1e-3, attribution.runs, attribution.queries)
+    x, r = small.baseline.double().numpy()[:, :, None], small.responses.double().numpy()
+    # Var(x + r) - Var(x) = 2 Cov(x, r) + Var(r), written so that nothing large cancels
+    covariance = ((x - x.mean(0)) * (r - r.mean(0))).sum(0) / (RUNS - 1)
+    np.testing.assert_allclose(small.influence("variance"), 2 * covariance + r.var(0, ddof=1), rtol=1e-6)
+
+
+def test_top_examples_are_the_largest_in_absolute_value(attribution):
+    top = attribution.top(2, "variance", query=1)
+    influence = attribution.influence("variance")[1]
+    best = influence.abs().argsort(descending=True)[:2]
+    assert top["example"].tolist() == best.tolist()
+    assert top["query"].tolist() == [8, 8]
+    assert top["rank"].tolist() == [1, 2]
+    np.testing.assert_allclose(top["influence"], influence[best])
+    np.testing.assert_allclose(top["mean_shift"], -attribution.influence("mean")[1, best])
+    np.testing.assert_allclose(top["variance_change"], influence[best])
+    np.testing.assert_allclose(top["standard_error"], attribution.standard_error("variance")[1, best])
+
+
+def test_a_saved_attribution_is_the_one_that_is_loaded(attribution, tmp_path):
+    attribution.save(tmp_path / "saved")
+    loaded = Attribution.load(tmp_path / "saved")
+    assert torch.equal(loaded.baseline, attribution.baseline)
+    assert torch.equal(loaded.responses, attribution.responses)
+    assert (loaded.runs, loaded.queries, loaded.about) == (attribution.runs, attribution.queries, attribution.about)
+
+
+def test_another_attribution_is_not_overwritten(attribution, tmp_path):
+    attribution.save(tmp_path / "saved")
+    attribution.save(tmp_path / "saved")  # the same again is fine
+    other = Attribution(
+        attribution.baseline, attribution.responses, attribution.runs, attribution.queries, {"measurement": "margin"}
+    )
+    with pytest.raises(AttributionError, match="different measurement"):
+        other.save(tmp_path / "saved")
+
+
+def test_a_damaged_file_is_named(attribution, tmp_path):
+    attribution.save(tmp_path / "saved")
+    path = tmp_path / "saved" / "seed-0003.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(TrajectoryError, match="seed-0003"):
+        Attribution.load(tmp_path / "saved")
+
+
+def test_a_newer_format_is_refused(attribution, tmp_path):
+    attribution.save(tmp_path / "saved")
+    index = tmp_path / "saved" / "attribution.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 99}))
+    with pytest.raises(TrajectoryError, match="99"):
+        Attribution.load(tmp_path / "saved")
+
+
+def test_xarray_has_named_dimensions(attribution):
+    dataset = attribution.to_xarray()
+    assert dict(dataset.sizes) == {"run": RUNS, "query": QUERIES, "example": EXAMPLES}
+    expected = attribution.responses[:, 2, 3].numpy()
+    np.testing.assert_array_equal(dataset["responses"].sel(query=15, example=3), expected)
+    np.testing.assert_allclose(dataset["variance_influence"], attribution.influence("variance"))
+
+
+def test_dataframe_has_a_row_for_each_query_and_example(attribution):
+    frame = attribution.to_dataframe()
+    assert len(frame) == QUERIES * EXAMPLES
+    row = frame[(frame["query"] == 8) & (frame["example"] == 4)].iloc[0]
+    assert row["mean_influence"] == pytest.approx(attribution.influence("mean")[1, 4].item())
+    assert row["wasserstein_standard_error"] == pytest.approx(attribution.standard_error("wasserstein")[1, 4].item())
+
+
+@pytest.mark.parametrize(("removed", "message"), [([7], "no training example 7"), ([-1], "-1"), ([2, 2], "twice")])
+def test_a_removal_that_cannot_be_is_refused(attribution, removed, message):
+    with pytest.raises(AttributionError, match=message):
+        attribution.influence("mean", removed=removed)
+
+
+def test_few_runs_warn_and_one_run_has_no_variance(attribution):
+    few = Attribution(attribution.baseline[:4], attribution.responses[:4], attribution.runs[:4], attribution.queries)
+    with pytest.warns(UserWarning, match="Influences of 4 runs"):
+        few.influence("mean")
+    one = Attribution(attribution.baseline[:1], attribution.responses[:1], attribution.runs[:1], attribution.queries)
+    with pytest.raises(AttributionError, match="needs 2 runs"):
+        one.influence("variance")
