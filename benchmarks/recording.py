@@ -47,10 +47,12 @@ class Supervised(pl.LightningModule):
         self.loss = loss
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of a batch of inputs and targets."""
         inputs, targets = batch
         return self.loss(self.net(inputs), targets)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return plain SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
@@ -91,13 +93,16 @@ class Stopwatch(pl.Callback):
     """Notes when the first batch arrives, when the first step is taken and when the warm-up is over."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that everything but the first batch is ready."""
         self.started = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+        """Start the clocks after the warm-up."""
         if trainer.global_step == WARM_UP:
             self.wall, self.cpu = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        """Note when the first step is taken."""
         if trainer.global_step == 1:
             self.first_step = time.perf_counter()
 
@@ -142,11 +147,11 @@ def compare(make: Callable[[], tuple[Supervised, DataLoader]], steps: int, repea
 def ratios(timings: dict[str, list[Timing]], variant: str, clock: str) -> list[float]:
     """Return the variant's time over that without a recorder, of each repeat."""
     pairs = zip(timings[variant], timings["no recorder"], strict=True)
-    return sorted(getattr(timing, clock) / getattr(baseline, clock) for timing, baseline in pairs)
+    return [getattr(timing, clock) / getattr(baseline, clock) for timing, baseline in pairs]
 
 
 def table(model: str, timings: dict[str, list[Timing]]) -> str:
-    """Format medians, and ratios as median [least, greatest]."""
+    """Format medians, and ratios as median [first quartile, third quartile]."""
     lines = [f"{model:28}{'wall ms/step':>14}{'cpu ms/step':>13}{'wall ratio':>24}{'cpu ratio':>24}{'start-up ms':>13}"]
     for variant, values in timings.items():
         cells = [f"  {variant:26}"]
@@ -154,7 +159,8 @@ def table(model: str, timings: dict[str, list[Timing]]) -> str:
         cells += [f"{statistics.median(value.cpu for value in values):13.3f}"]
         for clock in ("wall", "cpu"):
             found = ratios(timings, variant, clock)
-            cells.append(f"{statistics.median(found):9.3f} [{found[0]:.3f}, {found[-1]:.3f}]".rjust(24))
+            low, median, high = statistics.quantiles(found, n=4, method="inclusive")
+            cells.append(f"{median:.3f} [{low:.3f}, {high:.3f}]".rjust(24))
         cells.append(f"{statistics.median(value.start_up for value in values):13.1f}")
         lines.append("".join(cells))
     return "\n".join(lines)
@@ -168,6 +174,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}, the steps of the warm-up")
+    if arguments.repeats < 2:
+        parser.error("--repeats must be at least 2, to tell a spread")
     # two threads on busy cores measure each other
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
-from torch.func import jvp
+from torch.func import grad_and_value, jvp
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
@@ -83,12 +83,15 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 )
 
 
-def refuse_coupling_layers(module: nn.Module) -> None:
-    """Refuse layers through which examples of a batch act on each other.
+def refuse_layers(module: nn.Module) -> None:
+    """Refuse layers through which examples of a batch act on each other, and those with sparse gradients.
 
     Raises:
         RecordingError: Naming the first.
     """
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
+            raise RecordingError(f"The gradients of layer {name} are sparse. Use dense gradients (sparse=False).")
     if layers := coupling_layers(module):
         raise RecordingError(
             f"Layer {layers[0]} is a BatchNorm in training mode: an example's loss depends on its batch, so that no "
@@ -186,21 +189,23 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
     with isolate_rng(), _no_dropout():
         direction = torch.randn_like(theta)
         try:
-            mean, slope_of_mean = jvp(  # type: ignore[misc]
-                lambda point: pure.example_losses(point, {}, batch, batch_idx).mean(), (theta,), (direction,)
+            losses, slopes = jvp(  # type: ignore[misc]
+                lambda point: pure.example_losses(point, {}, batch, batch_idx), (theta,), (direction,)
             )
-            trained, slope_trained = jvp(  # type: ignore[misc]
-                lambda point: pure.batch_loss(point, {}, batch, batch_idx), (theta,), (direction,)
-            )
+            gradient, trained = grad_and_value(lambda point: pure.batch_loss(point, {}, batch, batch_idx))(theta)
         except ReplayError as error:
             raise RecordingError(str(error)) from error
         except RuntimeError as error:
             raise RecordingError(f"training_step cannot be differentiated as a function ({error}). {remedy}") from error
     tolerance = LOSS_TOLERANCE.get(theta.dtype, LOSS_TOLERANCE[torch.float32])
-    for what, found, wanted in (("value", mean, trained), ("slope", slope_of_mean, slope_trained)):
-        difference = (found - wanted).abs() / wanted.abs().clamp_min(torch.finfo(theta.dtype).tiny)
-        # a loss of zero at the start has no relative scale; rounding then is all there is
-        if difference > tolerance and (found - wanted).abs() > tolerance * torch.finfo(theta.dtype).eps ** 0.5:
+    # both can be near zero by cancellation, where relative differences are all rounding: hence scales that cannot
+    for what, found, wanted, scale in (
+        ("value", losses.mean(), trained, losses.abs().mean()),
+        ("slope", slopes.mean(), gradient @ direction, gradient.norm()),
+    ):
+        # a loss of zero at the start has no scale at all
+        allowed = tolerance * (torch.maximum(scale, wanted.abs()) + torch.finfo(theta.dtype).eps ** 0.5)
+        if wanted.isfinite() and not (found - wanted).abs() <= allowed:
             raise RecordingError(
                 f"The mean of the per-example losses is not the loss that is trained on: {what} {found.item():.6g} "
                 f"against {wanted.item():.6g} on the first batch. {remedy}"

@@ -159,7 +159,7 @@ class TrajectoryRecorder(Callback):
         loader = self._tap.loader
         optimizer = checks.refuse_optimizers(trainer.optimizers)
         layout = checks.parameter_layout(pl_module, optimizer)
-        checks.refuse_coupling_layers(pl_module)
+        checks.refuse_layers(pl_module)
         checks.check_example_losses(pl_module, layout, batch, batch_idx)
         dtype = pl_module.get_parameter(layout.names[0]).dtype
         planned = _planned_steps(trainer)
@@ -351,8 +351,6 @@ class _Recording:
                     "training_step returned None. Freeze it (requires_grad=False) before the optimizer is made, or "
                     "let the loss use it."
                 )
-            if parameter.grad.is_sparse:
-                raise RecordingError(f"The gradient of {name} is sparse. Use dense gradients (sparse=False).")
             gradients.append(parameter.grad)
         self._buffer.put_gradient(gradients)
         self._applied = hyperparameter_values(optimizer, self._names)

@@ -18,11 +18,15 @@ from lightning_dtda.trajectory.storage import write_tensors
 _QUEUE_LENGTH = 2
 """Files that may wait in memory; a third one makes the training wait for the disk, which bounds the memory."""
 
+_LISTED_FILES_PER_NEW = 64
+"""The manifest is rewritten once its new files are this fraction of the old: rewriting costs the same for each file
+however many there are, and a killed training loses at most that fraction (of fewer files, none)."""
+
 
 class RunWriter:
     """Accepts the checkpoints and shards of one run, in order, and writes them in a thread of its own.
 
-    The manifest is rewritten after each shard and lists only what is on disk, so that a killed training leaves a
+    The manifest is rewritten as files are added and lists only what is on disk, so that a killed training leaves a
     readable prefix.
 
     Args:
@@ -83,6 +87,7 @@ class RunWriter:
             ) from self._failure
 
     def _work(self) -> None:
+        unlisted = 0
         while (item := self._queue.get()) is not None:
             if self._failure is not None:
                 continue  # keep emptying the queue, so that the training thread is never stuck on it
@@ -94,6 +99,9 @@ class RunWriter:
                 else:
                     self._manifest.shards.append(written)
                     self._manifest.steps = entry["last_step"]
-                self._manifest.save(self._directory)
+                unlisted += 1
+                if unlisted * _LISTED_FILES_PER_NEW >= len(self._manifest.checkpoints) + len(self._manifest.shards):
+                    self._manifest.save(self._directory)
+                    unlisted = 0
             except Exception as error:
                 self._failure = error

@@ -153,6 +153,43 @@ def test_a_refused_loss_does_not_cost_the_run_that_was_to_be_overwritten(fit, re
     assert (root / "run" / "manifest.json").read_bytes() == before
 
 
+class Centred(Regressor):
+    """Subtracts from its losses their mean on the first batch, so that they cancel to rounding there.
+
+    Args:
+        batch: The first batch.
+    """
+
+    def __init__(self, batch):
+        super().__init__()
+        self.shift = self.example_errors(batch).mean().item()
+
+    def training_step(self, batch, batch_idx):
+        return 1000 * (self.example_errors(batch) - self.shift).mean()
+
+
+def test_a_loss_that_cancels_to_rounding_is_not_mistaken_for_another(record):
+    data = loader()
+
+    run = record(Centred(next(iter(data))), data, max_steps=1)
+
+    assert run.complete
+
+
+def test_a_slope_that_cancels_to_rounding_is_not_mistaken_for_another(record, monkeypatch):
+    data = loader()
+    module = Centred(next(iter(data)))
+    module.training_step(next(iter(data)), 0).backward()
+    gradient = torch.cat([parameter.grad.flatten() for parameter in module.parameters()])
+    random = torch.randn(len(gradient))
+    orthogonal = random - (random @ gradient) / (gradient @ gradient) * gradient
+    monkeypatch.setattr(torch, "randn_like", lambda theta: orthogonal)
+
+    run = record(module, data, max_steps=1)
+
+    assert run.complete
+
+
 class Note(pl.Callback):
     """Notes the module's Python state and the random state where the first batch is at hand, but not yet trained on."""
 

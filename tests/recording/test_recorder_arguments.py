@@ -24,7 +24,7 @@ def test_all_arguments_can_be_written_in_json_and_read_by_a_configuration():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrajectoryRecorder, "recorder")
 
-    made = parser.instantiate_classes(parser.parse_string(json.dumps({"recorder": ARGUMENTS}))).recorder
+    made = parser.instantiate(parser.parse_string(json.dumps({"recorder": ARGUMENTS}))).recorder
 
     assert {name: getattr(made, name) for name in ARGUMENTS} == {**ARGUMENTS, "root": made.root}
     assert str(made.root) == "runs"

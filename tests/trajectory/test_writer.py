@@ -7,7 +7,7 @@ import torch
 
 from lightning_dtda import Run
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.trajectory import RunWriter, writer
+from lightning_dtda.trajectory import Manifest, RunWriter, writer
 from tests.trajectory.runs import manifest, records, write_run
 
 
@@ -75,6 +75,25 @@ def test_a_failed_write_is_reported_at_the_next_opportunity_and_nothing_after_it
     run = Run(directory)
     assert (run.steps, run.manifest.status) == (1, "incomplete")
     assert run.manifest.reason == "writing failed: [Errno 5] Input/output error"
+
+
+def test_the_manifest_is_rewritten_less_often_the_more_it_lists(directory, monkeypatch):
+    rewritten = []
+    save = Manifest.save
+
+    def note(self, directory):
+        rewritten.append(self.steps)
+        save(self, directory)
+
+    monkeypatch.setattr(Manifest, "save", note)
+    run_writer = RunWriter(directory, manifest(gradients="none"))
+    for step in range(200):
+        run_writer.add_shard(step, step + 1, records(step, step + 1, None))
+    run_writer.close("complete")
+
+    # each of the first 64 files, every 2nd up to 128, every 3rd up to 192, ...; and at the end
+    assert rewritten == [*range(65), *range(66, 129, 2), *range(131, 192, 3), *range(195, 201, 4), 200]
+    assert Run(directory).steps == 200
 
 
 def test_closing_waits_until_everything_is_on_disk(tmp_path):
