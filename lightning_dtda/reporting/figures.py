@@ -18,12 +18,13 @@ from lightning_dtda.reporting.formatting import MINUS
 from lightning_dtda.reporting.wording import counted, describe
 
 MOST_POINTS = 20_000
-"""Points drawn of one query's examples: about half a megabyte, and as much as a browser moves smoothly."""
+"""Points drawn of one query's examples: about one megabyte, and as many as a browser moves smoothly."""
 
 MOST_QUERIES = 60
 """Boxes side by side that can still be told apart on a screen."""
 
 _SVG_POINTS = 5_000  # beyond this a browser draws SVG markers too slowly; WebGL takes over
+_POINT_DIGITS, _ERROR_DIGITS = 6, 3  # of the many points: more than a screen shows
 _LABELLED = 3  # examples named in the plot, for each of its two axes: more would overlap
 
 
@@ -100,7 +101,7 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
         plot.add_trace(
             go.Scatter(
                 x=[0, 1, None] * len(runs),
-                y=pairs.ravel(),
+                y=_numbers(pairs.ravel()),
                 text=[run for run in runs for _ in range(3)],
                 mode="lines+markers",
                 line={"color": color, "width": 1.2},
@@ -115,11 +116,11 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
         plot.add_trace(
             go.Scatter(
                 x=[-0.18, 1.18],
-                y=means,
+                y=_numbers(np.array(means)),
                 error_y=_error_bars(np.array(spreads), thickness=2, width=8),
                 mode="markers",
                 marker={"color": INK, "size": 10, "symbol": "diamond"},
-                customdata=spreads,
+                customdata=_numbers(np.array(spreads)),
                 name="mean ± standard deviation",
                 hovertemplate="mean %{y:.4g}, standard deviation %{customdata:.3g}<extra></extra>",
             )
@@ -185,7 +186,7 @@ def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = No
     for query in ordered:
         plot.add_trace(
             go.Box(
-                y=baseline[:, query],
+                y=_numbers(baseline[:, query]),
                 name=str(attribution.queries[query]),
                 text=runs,
                 meta=query,
@@ -237,10 +238,11 @@ def _drawn(points: _Points, most_points: int) -> np.ndarray:
 def _markers(points: _Points, chosen: np.ndarray, color: str, several: bool) -> dict[str, Any]:
     """Return the arguments of a scatter trace of some examples."""
     change = "<br>variance change %{y:.3g} ± %{customdata[2]:.2g}" if several else ""
+    errors = (_numbers(error[chosen], _ERROR_DIGITS) for error in (points.shift_error, points.change_error))
     return {
-        "x": _small(points.shift[chosen]),
-        "y": _small(points.change[chosen]),
-        "customdata": _small(np.stack([chosen, points.shift_error[chosen], points.change_error[chosen]], 1)),
+        "x": _numbers(points.shift[chosen], _POINT_DIGITS),
+        "y": _numbers(points.change[chosen], _POINT_DIGITS),
+        "customdata": list(zip(chosen.tolist(), *errors, strict=True)),
         "mode": "markers",
         "marker": {"color": color, "size": 7, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
         "hovertemplate": "<b>example %{customdata[0]:d}</b><br>mean shift %{x:.3g} ± %{customdata[1]:.2g}"
@@ -251,8 +253,8 @@ def _markers(points: _Points, chosen: np.ndarray, color: str, several: bool) -> 
 def _labels(points: _Points, named: np.ndarray) -> go.Scatter:
     """Return a trace that names some examples and shows their standard errors."""
     return go.Scatter(
-        x=points.shift[named],
-        y=points.change[named],
+        x=_numbers(points.shift[named]),
+        y=_numbers(points.change[named]),
         error_x=_error_bars(points.shift_error[named], thickness=0.8, width=0),
         error_y=_error_bars(points.change_error[named], thickness=0.8, width=0),
         text=[str(n) for n in named],
@@ -272,7 +274,7 @@ def _largest(values: np.ndarray, number: int) -> np.ndarray:
 def _error_bars(errors: np.ndarray, thickness: float, width: float) -> dict[str, Any]:
     # unknown errors would be drawn as zero
     known = bool(np.isfinite(errors).all())
-    return {"array": errors, "visible": known, "color": INK, "thickness": thickness, "width": width}
+    return {"array": _numbers(errors), "visible": known, "color": INK, "thickness": thickness, "width": width}
 
 
 def _without(removed: Sequence[int]) -> str:
@@ -285,6 +287,6 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().double().cpu().numpy()
 
 
-def _small(values: np.ndarray) -> np.ndarray:
-    # seven digits are more than a screen shows, and half the size; as a float they hold an index up to 16 million
-    return values.astype(np.float32)
+def _numbers(values: np.ndarray, digits: int = 8) -> list[float]:
+    # lists, since not every plotly.js reads plotly's binary arrays (W&B brings its own); as short as precision allows
+    return [float(f"{value:.{digits}g}") for value in values.tolist()]

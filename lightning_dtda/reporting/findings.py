@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import DIFFERENCES
 from lightning_dtda.errors import AttributionError
 
 CLEAR = 2.0
@@ -53,11 +52,6 @@ def one_query(attribution: Attribution, query: int) -> Attribution:
     )
 
 
-def available_differences(attribution: Attribution) -> list[str]:
-    """Return the names of the differences for which there are enough runs."""
-    return [name for name, difference in DIFFERENCES.items() if len(attribution.runs) >= difference.least_runs]
-
-
 def top_examples(attribution: Attribution, query: int, difference: str, k: int) -> list[TopExample]:
     """Return the k examples of the largest absolute influence on the query at a position.
 
@@ -82,7 +76,7 @@ def most_interesting(attribution: Attribution, most: int) -> list[int]:
     positions = range(len(attribution.queries))
     if len(positions) <= most:
         return list(positions)
-    difference = "variance" if "variance" in available_differences(attribution) else "mean"
+    difference = "variance" if "variance" in attribution.available_differences else "mean"
     # query by query: all influences at once are a copy of the responses
     largest = [float(one_query(attribution, query).influence(difference).abs().max()) for query in positions]
     return sorted(sorted(positions, key=lambda query: -largest[query])[:most])

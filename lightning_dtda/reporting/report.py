@@ -20,7 +20,6 @@ from lightning_dtda.reporting.figures import baseline_figure, influence_figure, 
 from lightning_dtda.reporting.findings import (
     CLEAR,
     TopExample,
-    available_differences,
     most_interesting,
     top_examples,
     without_repeated_warnings,
@@ -32,7 +31,7 @@ MOST_QUERIES = 50
 """Queries in one report: with the points below and ten examples a table, a file of at most about 12 MB."""
 
 MOST_POINTS = 100_000
-"""Examples drawn in all figures of mean against variance influence together, at 27 bytes each."""
+"""Examples drawn in all figures of mean against variance influence together, at about 50 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _content(attribution: Attribution, k: int) -> dict[str, Any]:
 def _query(attribution: Attribution, position: int, k: int, most_points: int) -> _Query:
     tables = [
         _Table(name, wording.describe(name, attribution.measurement), top_examples(attribution, position, name, k))
-        for name in available_differences(attribution)
+        for name in attribution.available_differences
     ]
     figures = {"influence": influence_figure(attribution, position, most_points)}
     for table in tables:

@@ -11,7 +11,6 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.findings import (
     CLEAR,
-    available_differences,
     most_interesting,
     top_examples,
     without_repeated_warnings,
@@ -22,6 +21,11 @@ MOST_QUERIES = 3
 """Queries in a summary: what fits one screen. The report shows more."""
 
 _COLUMNS = 100
+
+_HEADS = {
+    "mean": "change of the mean {} if removed",
+    "variance": "change of the {}'s variance if removed",
+}
 
 
 def print_summary(attribution: Attribution, k: int = 5, *, console: Console | None = None) -> None:
@@ -62,19 +66,23 @@ def _table(attribution: Attribution, query: int, k: int) -> Table:
     """Return one query's top examples, by mean and by variance side by side."""
     table = Table(title=f"Query {attribution.queries[query]}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     columns: list[list[str]] = []
-    for difference in available_differences(attribution):
+    for difference in attribution.available_differences:
         if difference == "wasserstein":  # mean and variance say which way; three do not fit the columns
             continue
-        words = wording.describe(difference, attribution.measurement)
         top = top_examples(attribution, query, difference, k)
-        exponent = common_exponent(row.influence for row in top)
+        # as a change by removal both, which is what one asks at a terminal; the mean influence is its negative
+        changes = [row.mean_shift if difference == "mean" else row.variance_change for row in top]
+        exponent = common_exponent(changes)
         table.add_column("example", justify="right")
-        table.add_column(escape(f"{words.short}\n{words.formula} ± standard error {unit(exponent)}"), justify="right")
+        table.add_column(
+            escape(f"{_HEADS[difference].format(attribution.measurement)} ± standard error {unit(exponent)}"),
+            justify="right",
+        )
         columns.append([_shade(str(row.example), row.clear) for row in top])
         columns.append(
             [
-                _shade(f"{number(row.influence, exponent)} ± {number(row.standard_error, exponent)}", row.clear)
-                for row in top
+                _shade(f"{number(change, exponent)} ± {number(row.standard_error, exponent)}", row.clear)
+                for change, row in zip(changes, top, strict=True)
             ]
         )
     for cells in zip(*columns, strict=True):

@@ -14,7 +14,6 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.figures import influence_figure
 from lightning_dtda.reporting.findings import (
-    available_differences,
     largest_drift,
     most_interesting,
     one_query,
@@ -84,8 +83,9 @@ def log_to_wandb(
 
 
 def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
-    differences = available_differences(attribution)
-    for query in most_interesting(attribution, max(MOST_ROWS // (k * len(differences)), 1)):
+    differences = attribution.available_differences
+    rows_of_a_query = max(k * len(differences), 1)
+    for query in most_interesting(attribution, max(MOST_ROWS // rows_of_a_query, 1)):
         for difference in differences:
             for row in top_examples(attribution, query, difference, k):
                 fields = {"query": attribution.queries[query], "difference": difference, **vars(row)}

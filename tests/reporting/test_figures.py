@@ -21,12 +21,18 @@ def test_every_example_is_a_point_at_its_mean_shift_and_variance_change(attribut
         1,
     )
     assert sorted(points) == list(range(EXAMPLES))
-    # 1e-6: points are stored in single precision
-    np.testing.assert_allclose([points[n] for n in range(EXAMPLES)], expected, rtol=1e-6, atol=1e-9)
+    drawn = np.array([points[n] for n in range(EXAMPLES)])
+    # half a unit of the last of six digits, and of three for standard errors
+    np.testing.assert_allclose(drawn[:, :2], expected[:, :2], rtol=5e-6, atol=1e-12)
+    np.testing.assert_allclose(drawn[:, 2:], expected[:, 2:], rtol=5e-3, atol=1e-12)
 
 
 def test_groups_tell_what_is_clear_of_seed_noise(attribution):
-    groups = {trace.name: set(trace.customdata[:, 0]) for trace in influence_figure(attribution, 0).data if trace.name}
+    groups = {
+        trace.name: {row[0] for row in trace.customdata}
+        for trace in influence_figure(attribution, 0).data
+        if trace.name
+    }
     assert 11 in groups["mean"] | groups["both"]
     assert 23 in groups["variance"] | groups["both"]
     assert 5 in groups["neither"], "an example without any influence is not clear of anything"
@@ -52,7 +58,7 @@ def test_many_examples_are_thinned_but_the_notable_ones_stay():
     responses[..., 7777] += 1.0
     many = Attribution(torch.zeros(9, 1), responses, tuple("abcdefghi"), (0,))
     figure = influence_figure(many, 0, most_points=6_000)
-    drawn = np.concatenate([trace.customdata[:, 0] for trace in figure.data if trace.mode == "markers"])
+    drawn = [row[0] for trace in figure.data if trace.mode == "markers" for row in trace.customdata]
     assert len(drawn) == len(set(drawn)) == 6_000
     assert 7777 in drawn
     assert "6000 of 12000 examples" in figure.layout.title.text
@@ -67,7 +73,7 @@ def test_each_run_is_joined_to_its_own_prediction(attribution):
             pairs[trace.text[start]] = tuple(trace.y[start : start + 2])
     trained, predicted = attribution.baseline[:, 2], attribution.predict([11, 23])[:, 2]
     for number, run in enumerate(attribution.runs):
-        assert pairs[run] == (float(trained[number]), float(predicted[number]))
+        assert pairs[run] == pytest.approx((float(trained[number]), float(predicted[number])))
     summary = figure.data[2]
     np.testing.assert_allclose(summary.y, [trained.double().mean(), predicted.double().mean()])
     np.testing.assert_allclose(summary.customdata, [trained.double().std(), predicted.double().std()])

@@ -4,7 +4,6 @@ import torch
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.findings import (
-    available_differences,
     largest_drift,
     most_interesting,
     one_query,
@@ -33,7 +32,7 @@ def test_the_interesting_queries_are_those_where_an_example_changes_the_variance
 
 
 def test_a_single_run_has_no_variance_influence():
-    assert available_differences(make_attribution(runs=1)) == ["mean", "wasserstein"]
+    assert make_attribution(runs=1).available_differences == ["mean", "wasserstein"]
 
 
 def test_the_largest_drift_skips_what_was_not_measured():

@@ -18,9 +18,10 @@ def test_the_summary_holds_the_top_examples_with_their_errors(attribution):
     text = _printed(attribution, k=4)
     for difference in ("mean", "variance"):
         for _, top in attribution.top(4, difference).groupby("query"):
-            exponent = common_exponent(top.influence)
+            column = "mean_shift" if difference == "mean" else "variance_change"
+            exponent = common_exponent(top[column])
             for row in top.itertuples():
-                assert f"{number(row.influence, exponent)} ± {number(row.standard_error, exponent)}" in text
+                assert f"{number(getattr(row, column), exponent)} ± {number(row.standard_error, exponent)}" in text
 
 
 def test_the_summary_says_what_was_asked_and_how_sure_it_is(attribution):
