@@ -70,7 +70,7 @@ class ConfigurationCLI(LightningCLI):
 
     def dump(self) -> dict[str, Any]:
         """Return the configuration in plain types, without the command's own options."""
-        text = self.parser.dump(self.config, skip_link_targets=False, skip_none=False)
+        text = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False)
         content: dict[str, Any] = yaml.safe_load(text)
         for option in ("config", *_METHOD_OPTIONS, *self.own_options):
             content.pop(option, None)

@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> None:
     from lightning_dtda.cli import attribute, record, report
 
     directory = Path(options.directory)
-    ensemble, attribution = directory / "runs", directory / "attribution"
+    ensemble, attribution = directory / "diabetes", directory / "attribution"
     configuration = files("lightning_dtda.demo") / "diabetes.yaml"
     seeds = ["--seeds", str(options.seeds), "--jobs", str(options.jobs)]
     record.run(["--config", str(configuration), "--ensemble", str(ensemble), *seeds])

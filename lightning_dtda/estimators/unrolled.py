@@ -17,8 +17,8 @@ from lightning_dtda.estimators.memory import peak_memory
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.trajectory import Run
+from lightning_dtda.units import GIB, human_bytes
 
-_GIB = 2**30
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
 _TIMED_STEPS = 4
@@ -87,10 +87,10 @@ class UnrolledDifferentiation(Estimator):
         queries = len(question.queries)
         replay = self._replay(runs[:1], question)
         per_run, per_pair = _memory(replay, queries, len(question.examples))
-        budget = self.memory_budget * _GIB
+        budget = self.memory_budget * GIB
         if per_run + per_pair > budget:
             raise AttributionError(
-                f"One query of one run needs about {(per_run + per_pair) / _GIB:.2f} GiB; memory_budget is "
+                f"One query of one run needs about {human_bytes(per_run + per_pair)}; memory_budget is "
                 f"{self.memory_budget:g} GiB. Raise it, or record with a smaller checkpoint_every: all steps between "
                 "two checkpoints are held at once."
             )

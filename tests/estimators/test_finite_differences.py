@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 STEP = 1e-4
 """Balances the truncation error, of order STEP squared, against rounding, of order 1e-16 / STEP."""
 
 TOLERANCE = 1e-6
-"""Relative to the largest response; about 1e-8 is reached. The promise is 1e-5."""
+"""Relative to the largest response; at most 5e-8 is reached. The promise is 1e-5."""
 
 
 def sgd(**arguments):

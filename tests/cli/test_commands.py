@@ -1,0 +1,179 @@
+"""The command line from configuration to attribution, in process."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from lightning_dtda import Attribution, Ensemble, attribute
+from lightning_dtda.cli import main
+from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
+
+pytest.importorskip("sklearn")
+
+CONFIG = {
+    "model": {"class_path": "lightning_dtda.demo.diabetes.DiabetesRegressor", "init_args": {"width": 4}},
+    "data": {"class_path": "lightning_dtda.demo.diabetes.DiabetesData"},
+    "trainer": {"max_steps": 12, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+@pytest.fixture
+def record(config, tmp_path):
+    def _record(*arguments):
+        main(["record", "--config", str(config), "--ensemble", str(tmp_path / "runs"), *arguments])
+        return tmp_path / "runs"
+
+    return _record
+
+
+def test_seeds_are_recorded_skipped_when_complete_and_redone_when_not(record, capsys):
+    root = record("--seeds", "2")
+    assert [run.name for run in Ensemble.open(root)] == ["seed-0000", "seed-0001"]
+    manifest = root / "seed-0001" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"status": "recording"}))
+    before = (root / "seed-0000" / "manifest.json").stat().st_mtime_ns
+    record("--seeds", "3")
+    assert "1 of 3 runs are complete already" in capsys.readouterr().out
+    assert [run.name for run in Ensemble.open(root)] == ["seed-0000", "seed-0001", "seed-0002"]
+    assert (root / "seed-0000" / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_seed_gives_the_same_run_whatever_was_trained_before_it(record, config, tmp_path):
+    root = record("--seeds=[0,1]")
+    main(["record", "--config", str(config), "--ensemble", str(tmp_path / "alone"), "--seeds=[1]"])
+    for name, expected in Ensemble.open(root)[1].theta(12).items():
+        assert torch.equal(Ensemble.open(tmp_path / "alone")[0].theta(12)[name], expected)
+
+
+@pytest.mark.slow
+def test_jobs_record_the_same_runs_in_parallel(record, config, tmp_path):
+    root = record("--seeds", "3")
+    main(["record", "--config", str(config), "--ensemble", str(tmp_path / "jobs"), "--seeds", "3", "--jobs", "2"])
+    for one, other in zip(Ensemble.open(root), Ensemble.open(tmp_path / "jobs"), strict=True):
+        for name, expected in one.theta(12).items():
+            torch.testing.assert_close(other.theta(12)[name], expected)
+
+
+def test_one_bad_seed_does_not_lose_the_others(record, capsys, monkeypatch):
+    original = DiabetesRegressor.training_step
+
+    def training_step(self, batch, batch_idx):
+        if torch.initial_seed() == 1 and self.global_step == 5:
+            raise RuntimeError("bad luck")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiabetesRegressor, "training_step", training_step)
+    with pytest.raises(SystemExit) as stop:
+        record("--seeds", "3")
+    assert stop.value.code == 1
+    output = capsys.readouterr()
+    assert "seed 1 failed: RuntimeError: bad luck" in output.out
+    assert "bad luck" in output.err
+
+
+def test_another_configuration_is_not_recorded_into_the_same_ensemble(record, capsys):
+    record("--seeds", "1")
+    with pytest.raises(SystemExit):
+        record("--seeds", "2", "--model.init_args.width=8")
+    assert "model.init_args.width: 4 there, 8 now" in capsys.readouterr().err
+
+
+def test_attribute_finds_the_ensembles_own_configuration(record, tmp_path, capsys):
+    root = record("--seeds", "3")
+    main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "answer"), "--queries.indices=[3,1]"])
+    assert "There are 3 runs" in " ".join(capsys.readouterr().out.split())
+    found = Attribution.load(tmp_path / "answer")
+    data = DiabetesData()
+    data.setup("fit")
+    expected = attribute(
+        Ensemble.open(root),
+        DiabetesRegressor(width=4),
+        data,
+        queries=torch.utils.data.Subset(data.validation, [3, 1]),
+        progress=False,
+    )
+    assert found.queries == (3, 1)
+    torch.testing.assert_close(found.responses, expected.responses, rtol=1e-4, atol=1e-6)
+
+
+def test_estimator_measurement_and_split_are_options(record, tmp_path):
+    root = record("--seeds", "2")
+    question = ["--measurement", "prediction", "--queries.split", "train", "--queries.indices=[0]"]
+    estimator = ["--estimator", "UnrolledDifferentiation", "--estimator.precision", "float64"]
+    main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "answer"), *question, *estimator])
+    found = Attribution.load(tmp_path / "answer")
+    assert found.responses.dtype == torch.float64
+    assert found.about["estimator"]["precision"] == "float64"
+    assert found.measurement == "prediction"
+
+
+def test_a_configuration_printed_can_be_used_again(config, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["record", "--config", str(config), "--ensemble", str(tmp_path / "runs"), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["width"] == 4
+    assert printed["recorder"]["checkpoint_every"] == "sqrt"
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(printed))
+    main(["record", "--config", str(tmp_path / "printed.yaml"), "--seeds", "1"])
+    assert len(Ensemble.open(tmp_path / "runs")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds=[1,1]"], "no set of seeds"),
+        (["--ckpt_path", "last"], "ckpt_path is set"),
+        (
+            ["--trainer.callbacks+=lightning_dtda.TrajectoryRecorder", "--trainer.callbacks.root=x", "--seeds", "1"],
+            "have a TrajectoryRecorder",
+        ),
+    ],
+    ids=["seeds", "ckpt_path", "recorder"],
+)
+def test_what_cannot_be_recorded_is_refused_in_words(record, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        record(*arguments)
+    assert stop.value.code == 1
+    output = capsys.readouterr()
+    assert message in output.err + output.out
+
+
+def test_an_ensemble_of_a_script_needs_a_configuration(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SystemExit):
+        main(["attribute", "--ensemble", str(tmp_path / "runs"), "--output", str(tmp_path / "answer")])
+    assert "Give --config" in capsys.readouterr().err
+
+
+def test_queries_out_of_range_are_refused(record, tmp_path, capsys):
+    root = record("--seeds", "1")
+    with pytest.raises(SystemExit):
+        main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "a"), "--queries.indices=[500]"])
+    assert "the validation split has the examples 0 to 88" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_help_needs_no_lightning(arguments):
+    import subprocess
+    import sys
+
+    code = f"import sys; from lightning_dtda.cli import main\ntry: main({arguments})\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules and 'lightning' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["atribute"])
+    assert stop.value.code == 2
+    assert "no command 'atribute'" in capsys.readouterr().err

@@ -1,0 +1,109 @@
+"""How runs and queries are batched must not show in the responses; what does not fit is refused."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.estimators import unrolled
+from tests.regression import WeightedRegressor, loader, weighted_data
+
+INPUTS, TARGETS, WEIGHTS = weighted_data(dtype=torch.float32)
+QUERIES = TensorDataset(*weighted_data(5, seed=1, dtype=torch.float32))
+
+
+def module():
+    return WeightedRegressor(
+        lambda module: torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9), dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Three runs of 12 steps, the last batch of an epoch with two of five examples; gradients recorded."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    for seed in range(3):
+        pl.seed_everything(seed, verbose=False)
+        pl.Trainer(
+            max_epochs=4,
+            callbacks=[TrajectoryRecorder(root)],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        ).fit(module(), loader(INPUTS, TARGETS, WEIGHTS, batch_size=5))
+    return root
+
+
+def attribution(root, *, inputs=INPUTS, **arguments):
+    return attribute(
+        Ensemble.open(root),
+        module(),
+        TensorDataset(inputs, TARGETS, WEIGHTS),
+        queries=QUERIES,
+        estimator=UnrolledDifferentiation(**arguments),
+        progress=False,
+    )
+
+
+def test_batches_of_runs_change_nothing_but_rounding(root):
+    single, stacked = (attribution(root, runs_per_batch=size).responses for size in (1, 3))
+    torch.testing.assert_close(single, stacked, rtol=1e-4, atol=1e-6)
+
+
+def test_chunks_of_queries_change_nothing_but_rounding(root, monkeypatch):
+    whole = attribution(root).responses
+    # as if a pair of run and query took 100 MiB: two queries at a time fit 0.25 GiB
+    monkeypatch.setattr(unrolled, "_memory", lambda *_: (0.0, 100 * 2**20))
+    plans = []
+    original = UnrolledDifferentiation.plan
+    monkeypatch.setattr(UnrolledDifferentiation, "plan", lambda *a: plans.append(original(*a)) or plans[-1])
+    chunked = attribution(root, memory_budget=0.25).responses
+    assert plans[0].queries_per_chunk == 2
+    torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_double_precision_agrees_with_single_up_to_its_rounding(root):
+    single, double = attribution(root), attribution(root, precision="float64")
+    assert double.responses.dtype == torch.float64
+    torch.testing.assert_close(single.responses.double(), double.responses, rtol=1e-3, atol=1e-5)
+
+
+def test_drift_is_reported_for_every_run(root):
+    drift = attribution(root, precision="float64").about["drift"]
+    assert sorted(drift) == ["seed-0000", "seed-0001", "seed-0002"]
+    for of_run in drift.values():
+        # float32 training against a float64 replay: rounding, and not nothing
+        assert 0 < of_run["parameters"] < 1e-5
+        assert 0 < of_run["gradients"] < 1e-4
+
+
+def test_what_does_not_fit_the_memory_is_refused_before_it_starts(root):
+    with pytest.raises(AttributionError, match="Raise it"):
+        attribution(root, memory_budget=1e-6)
+
+
+def test_changed_data_are_refused(root):
+    with pytest.raises(ReplayError, match="not those of"):
+        attribution(root, inputs=INPUTS + 1e-3)
+
+
+def test_data_that_changed_where_the_fingerprint_does_not_look_are_found_at_a_step(root, monkeypatch):
+    monkeypatch.setattr("lightning_dtda.replay.replay.dataset_fingerprint", lambda dataset: fingerprint)
+    fingerprint = Ensemble.open(root)[0].manifest.configuration["dataset"]["fingerprint"]
+    changed = INPUTS.clone()
+    changed[3] += 0.1
+    with pytest.raises(ReplayError, match=r"gradient of step \d+ is not the recorded one"):
+        attribution(root, inputs=changed)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"runs_per_batch": 0}, {"precision": "float16"}, {"memory_budget": 0}, {"tolerance": -1}], ids=str
+)
+def test_arguments_out_of_range_are_refused(arguments):
+    with pytest.raises(AttributionError):
+        UnrolledDifferentiation(**arguments)
