@@ -102,7 +102,7 @@ def attribute(
     names = _query_names(question.queries)
     if output is not None:
         store = AttributionStore.create(
-            output, about, names, len(question.examples), [run.name for run in ensemble], overwrite
+            output, about, names, len(question.examples), {run.name: run.checksum for run in ensemble}, overwrite
         )
         answer = _answer_to_disk(ensemble, question, estimator, store, progress)
     else:

@@ -149,7 +149,8 @@ class Attribution:
         Raises:
             AttributionError: If the directory holds another attribution.
         """
-        store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2])
+        wanted = dict.fromkeys(self.runs)
+        store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted)
         for number, run in enumerate(self.runs):
             store.add(run, self.baseline[number], self.responses[number], self.about.get("drift", {}).get(run, {}))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class AttributionStore:
         about: dict[str, Any],
         queries: Sequence[int],
         examples: int,
-        wanted: Sequence[str] = (),
+        wanted: Mapping[str, int | None],
         overwrite: bool = False,
     ) -> AttributionStore:
         """Start a store, or go on with one that was begun for the same question.
@@ -48,7 +48,8 @@ class AttributionStore:
             about: What is asked and how.
             queries: What the queries are called.
             examples: N.
-            wanted: Names of the runs that will be added.
+            wanted: Names of the runs that will be added, each with its checksum; more may be wanted than the last
+                time, but none may be another one under the same name.
             overwrite: Whether an answer to another question is replaced.
 
         Raises:
@@ -56,19 +57,20 @@ class AttributionStore:
         """
         path = Path(path)
         question = {key: value for key, value in about.items() if key != "drift"}
-        index = {
+        index: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "about": question,
             "queries": list(queries),
             "examples": examples,
-            "wanted": list(wanted),
+            "wanted": dict(wanted),
             "runs": {},
         }
         if (path / _INDEX).exists():
             if not overwrite:
                 found = read_json(path / _INDEX)
                 compared = ("format_version", "about", "queries", "examples")
-                if any(found.get(key) != index[key] for key in compared):
+                same_runs = found.get("wanted", {}).items() <= index["wanted"].items()
+                if not same_runs or any(found.get(key) != index[key] for key in compared):
                     raise AttributionError(
                         f"{path} holds the answer to another question ({_changes(found, index)}). Choose another "
                         "output, or overwrite it."
@@ -143,4 +145,6 @@ def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     before, after = found.get("about", {}), wanted["about"]
     names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     names += [key for key in ("format_version", "queries", "examples") if found.get(key) != wanted[key]]
+    if not found.get("wanted", {}).items() <= wanted["wanted"].items():
+        names.append("runs")
     return "different " + ", ".join(names)

@@ -211,7 +211,7 @@ def _sweep(replay: Replay, adjoint: Tensor, examples: int, advance: Advance) -> 
             batch, slopes, products = replay.directional(step, point, gradient_cotangent, buffers)
             where = batch.indices[:, None].expand(-1, queries, -1)
             responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
-            adjoint = direct + products
+            adjoint = products.add_(direct)
         advance(runs * (last - first))
     if not bool(torch.isfinite(responses).all()):
         raise ReplayError(

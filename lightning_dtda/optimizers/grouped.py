@@ -44,7 +44,7 @@ class GroupedUpdate:
             self.update.step(theta[..., part], state, gradient[..., part], group, first=first)
             for part, state, group in zip(self.slices, states, hyperparameters, strict=True)
         ]
-        return torch.cat([theta for theta, _ in results], dim=-1), [state for _, state in results]
+        return _join([theta for theta, _ in results]), [state for _, state in results]
 
     def adjoint(
         self,
@@ -73,4 +73,9 @@ class GroupedUpdate:
             )
         ]
         thetas, new_states, gradients = zip(*results, strict=True)
-        return torch.cat(thetas, dim=-1), list(new_states), torch.cat(gradients, dim=-1)
+        return _join(thetas), list(new_states), _join(gradients)
+
+
+def _join(parts: Sequence[Tensor]) -> Tensor:
+    # nothing to join with one group; a copy of the adjoints of all runs and queries takes as long as a layer
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)

@@ -89,8 +89,9 @@ class SGD:
             direction_cotangent = step_cotangent
         if _is_nonzero(weight_decay):
             theta_cotangent = theta_cotangent + weight_decay * direction_cotangent
-        sign = -1.0 if hyperparameters.get("maximize") else 1.0
-        return theta_cotangent, new_state, sign * direction_cotangent
+        if hyperparameters.get("maximize"):
+            direction_cotangent = -direction_cotangent
+        return theta_cotangent, new_state, direction_cotangent
 
 
 def _is_nonzero(value: float | Tensor | bool) -> bool:

@@ -35,6 +35,7 @@ LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _PROBED_EXAMPLES = 16
 """Examples asked for twice: an augmentation that flips a coin for each goes unnoticed once in 2^16 trainings."""
 
+_STEP_HOOKS = ("backward", "optimizer_step", "configure_gradient_clipping")
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -73,6 +74,12 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"gradient_clip_val={trainer.gradient_clip_val} makes the step depend on the gradient's norm, which the "
             "replay does not follow. Remove gradient_clip_val from the Trainer."
         )
+    for hook in _STEP_HOOKS:
+        if is_overridden(hook, module, pl.LightningModule):
+            raise RecordingError(
+                f"{type(module).__name__}.{hook} changes how a step is taken, which a replay does not follow. Remove "
+                "it, or train without the recorder."
+            )
     for hook in _TRANSFER_HOOKS:
         data = trainer.datamodule  # type: ignore[attr-defined]
         for owner, base in ((module, pl.LightningModule), (data, pl.LightningDataModule)):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -29,13 +30,12 @@ from lightning_dtda.recording.configuration import (
 )
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.trajectory import Manifest, MicroBatch, ParameterLayout, RunWriter
+from lightning_dtda.units import GIB, human_bytes
 
 _log = logging.getLogger(__name__)
 
 _UNKNOWN_LENGTH_INTERVAL = 100
 """Steps between checkpoints under "sqrt" where the number of steps is not known beforehand: that of 10,000 steps."""
-
-_GIB = 2**30
 
 
 class TrajectoryRecorder(Callback):
@@ -230,10 +230,10 @@ class TrajectoryRecorder(Callback):
         if self.gradients != "auto":
             dtype: torch.dtype = getattr(torch, self.gradients)
             return dtype
-        needed = math.inf if planned is None else planned * layout.size * torch.float32.itemsize / _GIB
+        needed = math.inf if planned is None else planned * layout.size * torch.float32.itemsize / GIB
         if needed <= self.gradients_budget:
             return torch.float32
-        size = "unknown in advance" if planned is None else f"{needed:.1f} GiB"
+        size = "unknown in advance" if planned is None else human_bytes(needed * GIB)
         _log.info(
             "Gradients are not recorded: their size is %s, the budget %.1f GiB. A replay computes them anew.",
             size,
@@ -269,10 +269,10 @@ class TrajectoryRecorder(Callback):
         existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
         free = shutil.disk_usage(existing).free
         what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory())
-        _log.info("Recording %s needs about %.3g GiB of disk.", what, needed / _GIB)
+        _log.info("Recording %s needs about %s of disk.", what, human_bytes(needed))
         if needed > free:
             raise RecordingError(
-                f"Recording {what} needs about {needed / _GIB:.1f} GiB of disk; {free / _GIB:.1f} GiB "
+                f"Recording {what} needs about {human_bytes(needed)} of disk; {human_bytes(free)} "
                 'are free. Free some, choose another root, record gradients="none" or set a larger checkpoint_every.'
             )
 
@@ -301,6 +301,7 @@ class _Recording:
         self._interval = interval
         self._step = 0
         self._pending: list[MicroBatch] = []
+        self._drew = False
         self._applied: list[list[float]] | None = None
         self._last_checkpoint = -1
         self._checkpoint()
@@ -314,6 +315,13 @@ class _Recording:
         """Complete the step's record if the optimizer stepped on this micro-batch."""
         before, after = self._current.rng_states, _rng_states(self._module.device)
         drew = any(not torch.equal(before[device], after[device]) for device in before)
+        if drew and not self._drew:
+            rank_zero_warn(
+                f"training_step draws random numbers (dropout?), first at step {self._step}. Their states are "
+                "recorded, but UnrolledDifferentiation will refuse this run: the loss of a single example cannot draw "
+                "them again. Train without dropout if the run is to be attributed."
+            )
+            self._drew = True
         current = self._current
         self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
         if self._applied is None:

@@ -89,6 +89,12 @@ class Run:
         return self.manifest.steps
 
     @property
+    def checksum(self) -> int:
+        """Checksum of the trained model: tells a run from another one that was recorded under its name."""
+        checksum: int = max(self.manifest.checkpoints, key=lambda entry: entry["step"])["crc32"]
+        return checksum
+
+    @property
     def complete(self) -> bool:
         """Whether the training came to its regular end."""
         return self.manifest.status == "complete"

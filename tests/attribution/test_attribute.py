@@ -102,6 +102,19 @@ def test_the_answer_to_another_question_is_not_mixed_in(ensemble, tmp_path):
     assert Attribution.load(tmp_path / "answer").measurement == replaced.measurement == "prediction"
 
 
+def test_more_runs_are_added_and_other_runs_are_refused(ensemble, fit, tmp_path):
+    ask(ensemble[:2], output=tmp_path / "answer")
+    assert ask(ensemble, output=tmp_path / "answer").runs == ("seed-0000", "seed-0001", "seed-0002")
+    with pytest.raises(AttributionError, match="different runs"):
+        ask(ensemble[:2], output=tmp_path / "answer")
+    # the same name, trained from another seed
+    pl.seed_everything(77, verbose=False)
+    recorder = TrajectoryRecorder(tmp_path / "runs", run="seed-0001", overwrite=True)
+    fit(module(), loader(*DATA.tensors), recorder, max_epochs=3)
+    with pytest.raises(AttributionError, match="different runs"):
+        ask(Ensemble.open(tmp_path / "runs"), output=tmp_path / "answer")
+
+
 def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("")

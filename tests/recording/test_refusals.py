@@ -80,6 +80,11 @@ class Moving(Regressor):
         return batch
 
 
+class Stepping(Regressor):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
 class SparseEmbedding(Classifier):
     def __init__(self):
         super().__init__()
@@ -125,6 +130,7 @@ REFUSED = {
     "a data set without integer indices": (Regressor, lambda: loader(Named(), sampler=NAMES), {}, "indices 0 to 22"),
     "a sampler of other than integers": (Regressor, lambda: loader(EitherWay(), sampler=NAMES), {}, "yield integers"),
     "random augmentation": (Regressor, lambda: shuffled(dataset=Augmented()), {}, "Make the data set deterministic"),
+    "a hook that changes steps": (Stepping, shuffled, {}, "Remove it"),
     "a hook that changes batches": (Moving, shuffled, {}, "Do it in the data set"),
     "manual optimization": (Manual, shuffled, {}, "Use automatic optimization"),
     "bfloat16 mixed precision": (Regressor, shuffled, {"precision": "bf16-mixed"}, "32-true"),
@@ -214,7 +220,7 @@ def test_a_disk_that_is_too_small_is_refused(fit, root, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     module = Regressor()
 
-    with pytest.raises(RecordingError, match=r'GiB of disk.*gradients="none"'):
+    with pytest.raises(RecordingError, match=r'KiB of disk.*gradients="none"'):
         fit(module, shuffled(), TrajectoryRecorder(root, "run"), max_epochs=100)
 
     assert_nothing_left(root, module.trainer)
