@@ -43,7 +43,7 @@ class TrajectoryRecorder(Callback):
 
     For each step: the data set indices of every micro-batch in order, every parameter group's learning rate and other
     hyperparameters at that very step, the state of the random number generators where ``training_step`` draws, and the
-    gradient as applied (after accumulation and clipping); and checkpoints of parameters, optimizer state and buffers.
+    gradient as the optimizer applied it; and checkpoints of parameters, optimizer state and buffers.
     The training itself is unchanged to the bit. Files are written by a thread of their own; a training that is killed
     leaves a readable prefix that says it is incomplete.
 
