@@ -101,6 +101,11 @@ def attribute(
     }
     names = _query_names(question.queries)
     if output is not None:
+        if "<" in name:
+            raise AttributionError(
+                f"The measurement {name} has no name of its own, so that its stored answers could not be told from "
+                "those to another. Define it as a function of a module, or give no output."
+            )
         store = AttributionStore.create(
             output, about, names, len(question.examples), {run.name: run.checksum for run in ensemble}, overwrite
         )

@@ -18,17 +18,28 @@ _NOT_SETTINGS = frozenset({"params", "initial_lr", "foreach", "fused", "capturab
 """Entries of a parameter group that are no part of the update's mathematics; ``initial_lr`` is the scheduler's."""
 
 
-def configuration(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any]) -> dict[str, Any]:
-    """Describe module, data and training: what must not differ between the runs of an ensemble."""
+def configuration(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any], optimizer: Optimizer
+) -> dict[str, Any]:
+    """Describe module, data, optimizer and training: what must not differ between the runs of an ensemble."""
+    names, _ = hyperparameters(optimizer)
     return {
         "module": {
             "class": class_path(type(module)),
-            "hyperparameters": as_json(dict(module.hparams)),
+            "hyperparameters": as_json(
+                {key: value for key, value in module.hparams.items() if not key.startswith("_")}
+            ),
+            # LightningCLI adds _class_path and _instantiator, which say how the module was made, not which
         },
         "dataset": {
             "class": class_path(type(loader.dataset)),
             "length": len(loader.dataset),  # type: ignore[arg-type]
             "fingerprint": dataset_fingerprint(loader.dataset),
+        },
+        # at the first step; what a scheduler does afterwards is recorded step by step
+        "hyperparameters": {
+            name: [values[number] for values in hyperparameter_values(optimizer, names)]
+            for number, name in enumerate(names)
         },
         "training": {
             "batch_size": getattr(loader.batch_sampler, "batch_size", None),

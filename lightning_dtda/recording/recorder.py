@@ -170,7 +170,7 @@ class TrajectoryRecorder(Callback):
         numbers, options = hyperparameters(optimizer)
         manifest = Manifest(
             seed=_global_seed(),
-            configuration=configuration(trainer, pl_module, loader),
+            configuration=configuration(trainer, pl_module, loader, optimizer),
             parameters=[
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],

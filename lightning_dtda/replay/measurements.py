@@ -89,8 +89,9 @@ def resolve_measurement(measurement: str | Measurement) -> tuple[str, Measuremen
         'margin'
     """
     if not isinstance(measurement, str):
-        name = getattr(measurement, "__qualname__", type(measurement).__qualname__)
-        return f"{measurement.__module__}.{name}", measurement
+        # an instance is known by its arguments only to itself: <...> marks what has no name of its own
+        name = getattr(measurement, "__qualname__", f"<{type(measurement).__qualname__}>")
+        return f"{getattr(measurement, '__module__', '')}.{name}", measurement
     if measurement in MEASUREMENTS:
         return measurement, MEASUREMENTS[measurement]
     module_name, _, attribute = measurement.rpartition(".")

@@ -58,7 +58,7 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     console.print()
     notes = f"Dim: not more than {CLEAR:g} standard errors (jackknife over runs) from zero."
     if len(shown) < len(attribution.queries):
-        notes += f" {len(shown)} of {len(attribution.queries)} queries, those with the largest influence."
+        notes += f" {len(shown)} of {len(attribution.queries)} queries, those with the largest variance influence."
     console.print(notes, style="dim", width=width, highlight=False)
 
 

@@ -115,6 +115,11 @@ def test_more_runs_are_added_and_other_runs_are_refused(ensemble, fit, tmp_path)
         ask(Ensemble.open(tmp_path / "runs"), output=tmp_path / "answer")
 
 
+def test_a_measurement_without_a_name_is_not_stored(ensemble, tmp_path):
+    with pytest.raises(AttributionError, match="no name of its own"):
+        ask(ensemble, output=tmp_path / "answer", measurement=lambda module, batch: module(batch[0]))
+
+
 def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious.txt").write_text("")
