@@ -85,6 +85,12 @@ class Stepping(Regressor):
         torch.nn.utils.clip_grad_norm_(self.parameters(), 0.1)
 
 
+def out_of_order():
+    data = shuffled(num_workers=1)
+    data.in_order = False  # the older versions of torch have no such argument
+    return data
+
+
 class SparseEmbedding(Classifier):
     def __init__(self):
         super().__init__()
@@ -123,7 +129,7 @@ REFUSED = {
     ),
     "batches in the order of their arrival": (
         Regressor,
-        lambda: shuffled(num_workers=1, in_order=False),
+        out_of_order,
         {},
         "in_order=True",
     ),
