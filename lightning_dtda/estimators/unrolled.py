@@ -13,7 +13,7 @@ from torch.func import grad, vmap
 
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.trajectory import Run
@@ -126,12 +126,13 @@ class UnrolledDifferentiation(Estimator):
         queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         numbers = torch.arange(len(queries)).split(plan.queries_per_chunk)
         baselines, responses = [], []
-        for chunk in numbers:
-            baseline, adjoint = _measure(replay, queries.fetch(chunk), question)
-            baselines.append(baseline)
-            responses.append(
-                _sweep(replay, adjoint, len(question.examples), lambda steps: advance(steps / len(numbers)))
-            )
+        with kept_pages(replay.device):
+            for chunk in numbers:
+                baseline, adjoint = _measure(replay, queries.fetch(chunk), question)
+                baselines.append(baseline)
+                responses.append(
+                    _sweep(replay, adjoint, len(question.examples), lambda steps: advance(steps / len(numbers)))
+                )
         return Estimate(torch.cat(baselines, 1), torch.cat(responses, 1), replay.drift)
 
     def _replay(self, runs: Sequence[Run], question: Question) -> Replay:
@@ -256,9 +257,10 @@ def _seconds_per_step(replay: Replay, queries: int) -> float:
     buffers = replay.buffers(0)
     directions = torch.randn(len(replay.runs), queries, replay.layout.size, dtype=replay.dtype, device=replay.device)
     fastest = float("inf")
-    for _ in range(_TIMED_STEPS):
-        start = time.perf_counter()
-        _, slopes, _ = replay.directional(0, point, directions, buffers)
-        slopes.sum().item()  # waits for the device
-        fastest = min(fastest, time.perf_counter() - start)
+    with kept_pages(replay.device):
+        for _ in range(_TIMED_STEPS):
+            start = time.perf_counter()
+            _, slopes, _ = replay.directional(0, point, directions, buffers)
+            slopes.sum().item()  # waits for the device
+            fastest = min(fastest, time.perf_counter() - start)
     return fastest
