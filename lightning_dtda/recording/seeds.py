@@ -86,6 +86,7 @@ def _weights_and_biases(group: str, name: str) -> Iterator[None]:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
             wandb.finish()  # the logger of the next seed would go on with this run
+            wandb.teardown()  # and W&B reads its environment once for each set-up: the next seed has another name
         for key, old in before.items():
             if old is None:
                 os.environ.pop(key, None)
