@@ -6,6 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, Plan, Question, UnrolledDifferentiation
 from lightning_dtda.replay import (
-    Drift,
     Examples,
     Measurement,
     dataset_fingerprint,
@@ -75,7 +75,7 @@ def attribute(
         progress: Whether to show a progress bar and the plan.
 
     Returns:
-        The attribution: baseline ``(S, Q)`` and responses ``(S, Q, N)``.
+        Baseline ``(S, Q)`` and responses ``(S, Q, N)``.
 
     Raises:
         AttributionError: If the question cannot be answered, or memory or disk do not suffice.
@@ -126,7 +126,8 @@ def _answer_to_disk(
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
         for batch, estimate in _estimates(remaining, question, estimator, progress, store.path):
             for number, run in enumerate(batch):
-                store.add(run.name, estimate.baseline[number], estimate.responses[number], _drift(estimate.drift))
+                drift = asdict(estimate.drift[number])
+                store.add(run.name, estimate.baseline[number], estimate.responses[number], drift)
     return Attribution.load(store.path)
 
 
@@ -143,7 +144,7 @@ def _answer_in_memory(
     for batch, estimate in _estimates(list(ensemble), question, estimator, progress, None):
         for number, run in enumerate(batch):
             answers[run.name] = estimate.baseline[number].cpu(), estimate.responses[number].cpu()
-            drift[run.name] = _drift(estimate.drift)
+            drift[run.name] = asdict(estimate.drift[number])
     runs = tuple(sorted(answers))
     baseline, responses = (torch.stack([answers[run][part] for run in runs]) for part in (0, 1))
     return Attribution(baseline, responses, runs, names, {**about, "drift": drift})
@@ -218,7 +219,3 @@ def _progress_bar(show: bool, plan: Plan, runs: list[Run], question: Question) -
 def _query_names(queries: Examples) -> tuple[int, ...]:
     dataset = queries.dataset
     return tuple(int(i) for i in dataset.indices) if isinstance(dataset, Subset) else tuple(range(len(queries)))
-
-
-def _drift(drift: Drift) -> dict[str, float | None]:
-    return {"parameters": drift.parameters, "gradients": drift.gradients}

@@ -115,9 +115,9 @@ class Attribution:
             query: Position of one query; ``None`` is all of them.
 
         Returns:
-            One row an example: ``query``, ``rank`` (1 first), ``example``, ``influence``, ``standard_error``,
-            ``mean_shift`` (change of the mean when removed, E Y - E X) and ``variance_change`` (Var Y - Var X; NaN
-            with a single run).
+            One row for each of these examples, with ``query``, ``rank`` (1 first), ``example``, ``influence``,
+            ``standard_error``, ``mean_shift`` (change of the mean when removed, E Y - E X) and ``variance_change``
+            (Var Y - Var X; NaN with a single run).
         """
         import pandas as pd
 
@@ -143,14 +143,20 @@ class Attribution:
             ]
         return pd.DataFrame(rows)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
 
+        Args:
+            path: The directory; it is made if it does not exist.
+            overwrite: Whether an attribution that is there is replaced.
+
         Raises:
-            AttributionError: If the directory holds another attribution.
+            AttributionError: If the directory holds an attribution that may not be replaced, or something else.
         """
+        if not overwrite and AttributionStore.is_at(path):
+            raise AttributionError(f"{path} holds an attribution. Choose another path, or save with overwrite=True.")
         wanted = dict.fromkeys(self.runs)
-        store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted)
+        store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
         for number, run in enumerate(self.runs):
             store.add(run, self.baseline[number], self.responses[number], self.about.get("drift", {}).get(run, {}))
 

@@ -65,8 +65,11 @@ class AttributionStore:
             "wanted": dict(wanted),
             "runs": {},
         }
-        if (path / _INDEX).exists():
-            if not overwrite:
+        left_over: list[Path] = []
+        if cls.is_at(path):
+            if overwrite:
+                left_over = list(path.glob("*.safetensors"))
+            else:
                 found = read_json(path / _INDEX)
                 compared = ("format_version", "about", "queries", "examples")
                 same_runs = found.get("wanted", {}).items() <= index["wanted"].items()
@@ -81,7 +84,15 @@ class AttributionStore:
         path.mkdir(parents=True, exist_ok=True)
         store = cls(path, index)
         store._save()
+        # only now: the index that named them is gone
+        for file in left_over:
+            file.unlink()
         return store
+
+    @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Say whether a directory holds an attribution, finished or not."""
+        return (Path(path) / _INDEX).exists()
 
     @classmethod
     def open(cls, path: str | Path) -> AttributionStore:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, Subset
 from typing_extensions import override
 
@@ -94,7 +95,10 @@ def query_loader(data: LightningDataModule | LightningModule, split: Split, indi
     """
     data.prepare_data()
     data.setup("test" if split == "test" else "fit")
-    loader = {"train": data.train_dataloader, "validation": data.val_dataloader, "test": data.test_dataloader}[split]()
+    name = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}[split]
+    if not is_overridden(name, data, LightningDataModule if isinstance(data, LightningDataModule) else LightningModule):
+        raise AttributionError(f"{type(data).__name__} has no {name}. Define it, or choose another --queries.split.")
+    loader = getattr(data, name)()
     if not isinstance(loader, DataLoader):
         raise AttributionError(
             f"The {split} split of {type(data).__name__} is a {type(loader).__name__}, not one DataLoader. Choose "

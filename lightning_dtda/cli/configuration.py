@@ -48,7 +48,7 @@ class ConfigurationCLI(LightningCLI):
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_default_arguments_to_parser(parser)
         for option in _METHOD_OPTIONS:
-            parser.add_argument(f"--{option}", type=Any, default=None, help="Must be null.")
+            parser.add_argument(f"--{option}", type=Any, default=None, help="Every run trains from the start.")
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

@@ -61,12 +61,12 @@ class Estimate:
     Args:
         baseline: m(theta_T) ``(runs, queries)``.
         responses: Predicted change of m when the example is removed ``(runs, queries, examples)``.
-        drift: How far the replay was from the record at the worst.
+        drift: How far each run's replay was from its record.
     """
 
     baseline: Tensor
     responses: Tensor
-    drift: Drift
+    drift: Sequence[Drift]
 
 
 class Estimator(ABC):

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _DEFAULT_THRESHOLD = 128 * 2**10
+_LARGEST_THRESHOLD = 32 * 2**20
 _KEEP_BYTES = 2**30
 """Freed memory that is kept, and the largest block that is taken from it: more than a sweep's temporaries."""
 
@@ -56,7 +57,8 @@ def kept_pages(device: torch.device) -> Iterator[None]:
         yield
         return
     libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
-    libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES)
+    # older versions of glibc refuse more than the largest threshold that they would choose themselves
+    libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) or libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     try:
         yield
     finally:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_dtda.errors import RecordingError, ReplayError
 from lightning_dtda.optimizers import UPDATES
+from lightning_dtda.replay.batches import rows_of
 from lightning_dtda.replay.fingerprint import fingerprint_bytes
 from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.replay.silence import coupling_layers
@@ -196,6 +197,7 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
     with isolate_rng(), _no_dropout():
         direction = torch.randn_like(theta)
         try:
+            rows = rows_of(batch)
             losses, slopes = jvp(  # type: ignore[misc]
                 lambda point: pure.example_losses(point, {}, batch, batch_idx), (theta,), (direction,)
             )
@@ -204,6 +206,8 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
             raise RecordingError(str(error)) from error
         except RuntimeError as error:
             raise RecordingError(f"training_step cannot be differentiated as a function ({error}). {remedy}") from error
+    if len(losses) != rows:
+        raise RecordingError(f"There are {len(losses)} per-example losses for the {rows} examples of a batch. {remedy}")
     tolerance = LOSS_TOLERANCE.get(theta.dtype, LOSS_TOLERANCE[torch.float32])
     # both can be near zero by cancellation, where relative differences are all rounding: hence scales that cannot
     for what, found, wanted, scale in (

@@ -35,9 +35,11 @@ def example_losses(module: LightningModule, batch: Any, batch_idx: int = 0) -> T
         return torch.func.vmap(
             lambda row: batch_loss(module, map_tensors(lambda leaf: leaf.unsqueeze(0), row), batch_idx)
         )(batch)
-    except (RuntimeError, ValueError, IndexError) as error:
+    except ReplayError:
+        raise
+    except Exception as error:  # whatever the user's code does with a batch of one
         raise ReplayError(
-            f"{type(module).__name__}.training_step cannot be run one example at a time ({error}). Define "
+            f"{type(module).__name__}.training_step cannot be run one example at a time ({error!r}). Define "
             "example_losses(batch) -> (B,) on the module: the loss of each example of the batch."
         ) from error
 

@@ -52,9 +52,9 @@ class Point:
     gradient: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Drift:
-    """How far a replay was from the record, at the worst.
+    """How far the replay of a run was from its record, at the worst.
 
     Args:
         parameters: Largest difference between rebuilt and recorded parameters at the end of a segment, over the
@@ -63,8 +63,8 @@ class Drift:
             where no gradients were recorded.
     """
 
-    parameters: float = 0.0
-    gradients: float | None = None
+    parameters: float
+    gradients: float | None
 
 
 class Replay:
@@ -109,11 +109,18 @@ class Replay:
         self.device = torch.device(module.device if device is None else device)
         self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
-        self.drift = Drift()
+        self._parameter_drift = torch.zeros(len(self.runs), dtype=self.dtype, device=self.device)
+        self._gradient_drift = torch.zeros_like(self._parameter_drift)
         self._tolerance = tolerance
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
         self._stored_eps = torch.finfo(getattr(torch, first.manifest.gradients)).eps if self._records_gradients else 0.0
+
+    @property
+    def drift(self) -> tuple[Drift, ...]:
+        """How far each run's replay was from its record so far."""
+        gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self.runs)
+        return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -294,7 +301,7 @@ class Replay:
         size = recorded.abs().amax(1)
         eps = torch.finfo(self.recorded_dtype).eps
         allowed = self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
-        self.drift.parameters = max(self.drift.parameters, float((difference / size.clamp_min(eps)).max()))
+        self._parameter_drift = torch.maximum(self._parameter_drift, difference / size.clamp_min(eps))
         # not "any above": a NaN compares false with everything
         within = difference <= allowed
         if not bool(within.all()):
@@ -310,8 +317,7 @@ class Replay:
         # where a gradient vanishes, what rounding leaves of it has no direction to compare
         floor = torch.finfo(self.recorded_dtype).eps
         relative = difference / size.clamp_min(floor)
-        if self._records_gradients:
-            self.drift.gradients = max(self.drift.gradients or 0.0, float(relative.max()))
+        self._gradient_drift = torch.maximum(self._gradient_drift, relative)
         if not bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all()):
             number = int(relative.nan_to_num(torch.inf).argmax())
             raise ReplayError(

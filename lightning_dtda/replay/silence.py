@@ -36,7 +36,7 @@ class ReplayTrainer:
     def __getattr__(self, name: str) -> Any:
         raise ReplayError(
             f"training_step reads self.trainer.{name}, which a replay does not have (it has current_epoch and "
-            "global_step). Keep what the loss depends on in the module, or define example_losses(batch) -> (B,)."
+            "global_step). Keep what the loss depends on in the module or its batches."
         )
 
 

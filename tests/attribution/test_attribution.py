@@ -69,14 +69,18 @@ def test_a_saved_attribution_is_the_one_that_is_loaded(attribution, tmp_path):
     assert (loaded.runs, loaded.queries, loaded.about) == (attribution.runs, attribution.queries, attribution.about)
 
 
-def test_another_attribution_is_not_overwritten(attribution, tmp_path):
+def test_a_saved_attribution_is_replaced_only_on_demand(attribution, tmp_path):
     attribution.save(tmp_path / "saved")
-    attribution.save(tmp_path / "saved")  # the same again is fine
-    other = Attribution(
-        attribution.baseline, attribution.responses, attribution.runs, attribution.queries, {"measurement": "margin"}
+    fewer = Attribution(
+        attribution.baseline[:2], attribution.responses[:2], attribution.runs[:2], attribution.queries, {}
     )
-    with pytest.raises(AttributionError, match="different measurement"):
-        other.save(tmp_path / "saved")
+    with pytest.raises(AttributionError, match=r"holds an attribution.*overwrite=True"):
+        fewer.save(tmp_path / "saved")
+    assert Attribution.load(tmp_path / "saved").runs == attribution.runs
+    fewer.save(tmp_path / "saved", overwrite=True)
+    assert Attribution.load(tmp_path / "saved").runs == fewer.runs
+    names = ["attribution.json", *(f"{run}.safetensors" for run in fewer.runs)]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == names
 
 
 def test_a_damaged_file_is_named(attribution, tmp_path):

@@ -162,6 +162,13 @@ def test_queries_out_of_range_are_refused(record, tmp_path, capsys):
     assert "the validation split has the examples 0 to 88" in capsys.readouterr().err
 
 
+def test_a_split_that_the_data_module_lacks_is_refused(record, tmp_path, capsys):
+    root = record("--seeds", "1")
+    with pytest.raises(SystemExit):
+        main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "a"), "--queries.split", "test"])
+    assert "DiabetesData has no test_dataloader" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_help_needs_no_lightning(arguments):
     import subprocess

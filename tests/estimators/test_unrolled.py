@@ -80,6 +80,7 @@ def test_drift_is_reported_for_every_run(root):
         # float32 training against a float64 replay: rounding, and not nothing
         assert 0 < of_run["parameters"] < 1e-5
         assert 0 < of_run["gradients"] < 1e-4
+    assert len({of_run["parameters"] for of_run in drift.values()}) == 3  # each run's own
 
 
 def test_what_does_not_fit_the_memory_is_refused_before_it_starts(root):

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from lightning_dtda import TrajectoryRecorder
 from lightning_dtda.errors import RecordingError
-from tests.recording.modules import Classifier, Regressor, loader, parameters_of, shuffled
+from tests.recording.modules import Classifier, IndexedExamples, Regressor, loader, parameters_of, shuffled
 
 CLASS_WEIGHTS = torch.tensor([1.0, 3.0])
 
@@ -119,6 +120,17 @@ class Branching(Regressor):
         return loss if loss.item() > 0 else 2 * loss
 
 
+class LossesOfPairs(Regressor):
+    def example_losses(self, batch):
+        return self.example_errors(batch).reshape(-1, 2).mean(1)
+
+
+class OneAtATimeFails(Regressor):
+    def training_step(self, batch, batch_idx):
+        assert len(batch["index"]) > 1, "a batch of one"
+        return super().training_step(batch, batch_idx)
+
+
 REFUSED = {
     "a sum": (WithoutAMean, "value .* against .*example_losses"),
     "class weights": (lambda: Classifier(weighted_cross_entropy), "value .* against .*example_losses"),
@@ -128,6 +140,8 @@ REFUSED = {
     "right in value only": (RightValueWrongSlope, "slope .* against .*example_losses"),
     "random beyond dropout": (Noisy, "example_losses"),
     "a branch on the loss": (Branching, "example_losses"),
+    "fewer losses than examples": (LossesOfPairs, "2 per-example losses for the 4 examples"),
+    "a training_step that fails on one example": (OneAtATimeFails, "a batch of one.*Define example_losses"),
 }
 
 
@@ -141,6 +155,16 @@ def test_other_losses_are_refused_before_the_first_step_with_the_remedy(record, 
 
     assert not (root / "run").exists()
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
+
+
+def test_batches_that_are_no_tensors_are_refused_though_example_losses_could_take_them(fit, root):
+    class Named(Regressor):
+        def example_losses(self, batch):
+            return self.example_errors(batch)
+
+    data = [{**item, "name": str(item["index"])} for item in map(IndexedExamples().__getitem__, range(8))]
+    with pytest.raises(RecordingError, match="this one holds str"):
+        fit(Named(), DataLoader(data, batch_size=4), TrajectoryRecorder(root, "run"), max_epochs=1)
 
 
 def test_a_refused_loss_does_not_cost_the_run_that_was_to_be_overwritten(fit, record, root):
