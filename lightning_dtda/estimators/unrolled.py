@@ -207,7 +207,7 @@ def _sweep(replay: Replay, adjoint: Tensor, examples: int, advance: Advance) -> 
                 replay.hyperparameters(step, ndim=3),
                 adjoint,
                 state_adjoints,
-                first=step == 0,
+                step=step,
             )
             batch, slopes, products = replay.directional(step, point, gradient_cotangent, buffers)
             where = batch.indices[:, None].expand(-1, queries, -1)

@@ -37,11 +37,11 @@ class GroupedUpdate:
         gradient: Tensor,
         hyperparameters: Sequence[Hyperparameters],
         *,
-        first: bool,
+        step: int,
     ) -> tuple[Tensor, list[State]]:
         """Apply one optimizer step to ``theta`` ``(..., P)`` and each group's state."""
         results = [
-            self.update.step(theta[..., part], state, gradient[..., part], group, first=first)
+            self.update.step(theta[..., part], state, gradient[..., part], group, step=step)
             for part, state, group in zip(self.slices, states, hyperparameters, strict=True)
         ]
         return _join([theta for theta, _ in results]), [state for _, state in results]
@@ -55,7 +55,7 @@ class GroupedUpdate:
         theta_cotangent: Tensor,
         state_cotangents: Sequence[State],
         *,
-        first: bool,
+        step: int,
     ) -> tuple[Tensor, list[State], Tensor]:
         """Pull cotangents ``(..., P)`` back through one step: of the parameters, the states and the gradient."""
         results = [
@@ -66,7 +66,7 @@ class GroupedUpdate:
                 group,
                 theta_cotangent[..., part],
                 cotangent,
-                first=first,
+                step=step,
             )
             for part, state, group, cotangent in zip(
                 self.slices, states, hyperparameters, state_cotangents, strict=True

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 State: TypeAlias = dict[str, Tensor]
 """The optimizer's state by torch's own names, e.g. ``momentum_buffer``; each tensor is shaped like the parameters."""
 
 Hyperparameters: TypeAlias = Mapping[str, "float | Tensor | bool"]
-"""One parameter group's hyperparameters at one step; tensors broadcast against the parameters."""
+"""One parameter group's hyperparameters at one step; tensors broadcast against the parameters. A tuple is spread to
+one entry for each of its numbers: Adam's betas are ``betas.0`` and ``betas.1``."""
 
 
-class Update(Protocol):
+class Update(ABC):
     r"""One optimizer's step and its adjoint, for one parameter group.
 
     The step is :math:`\theta_{t+1}, s_{t+1} = U_t(\theta_t, s_t, g_t)`. All vectors are flat, with any leading
-    dimensions: ``(..., P)``. Implementations are pure functions; nothing is changed in place.
+    dimensions: ``(..., P)``, and the update acts on each entry by itself. Implementations are pure functions; nothing
+    is changed in place.
+
+    A new optimizer needs :meth:`initial_state` and :meth:`step`. Its :meth:`adjoint` is had by automatic
+    differentiation unless the class has its own, which it needs where :meth:`step` has no derivative on the way (the
+    square root of a second moment of zero).
     """
 
+    @abstractmethod
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
-        """Return :math:`s_0`, the state before the first step."""
-        ...
+        """Return :math:`s_0`, the state before the first step; its keys are what is recorded of the state later on."""
 
+    @abstractmethod
     def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, first: bool
+        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
     ) -> tuple[Tensor, State]:
         """Apply :math:`U_t`, in the order of operations of torch's single-tensor implementation.
 
@@ -35,9 +44,11 @@ class Update(Protocol):
             state: Optimizer state before the step.
             gradient: The gradient as applied ``(..., P)``.
             hyperparameters: This group's hyperparameters at this very step.
-            first: Whether this is step 0 (some optimizers initialise their state from the first gradient).
+            step: t, the number of steps taken before; 0 is the first.
+
+        Returns:
+            Parameters and state after the step.
         """
-        ...
 
     def adjoint(
         self,
@@ -48,14 +59,21 @@ class Update(Protocol):
         theta_cotangent: Tensor,
         state_cotangent: State,
         *,
-        first: bool,
+        step: int,
     ) -> tuple[Tensor, State, Tensor]:
         r"""Pull cotangents of :math:`(\theta_{t+1}, s_{t+1})` back to :math:`(\theta_t, s_t, g_t)`.
 
         The direct dependence on :math:`\theta_t` only; that of the gradient on the parameters is the caller's
-        Hessian product.
+        Hessian product. The cotangents may have more entries in a leading dimension (queries) than the point.
 
         Returns:
             Cotangents of the parameters, the state and the gradient, each ``(..., P)``.
         """
-        ...
+        shape = theta_cotangent.shape
+        point = theta.expand(shape), {key: part.expand(shape) for key, part in state.items()}, gradient.expand(shape)
+        (_, after), pull_back = torch.func.vjp(  # type: ignore[misc]
+            lambda theta, state, gradient: self.step(theta, state, gradient, hyperparameters, step=step), *point
+        )
+        ordered = {key: state_cotangent[key] for key in after}
+        cotangents: tuple[Tensor, State, Tensor] = pull_back((theta_cotangent, ordered))
+        return cotangents

@@ -290,7 +290,7 @@ class Replay:
         return self._recorded_gradient(step) if self._rebuild_from_gradients else self.gradient(step, theta, buffers)
 
     def _advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
-        return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), first=step == 0)
+        return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), step=step)
 
     def _recorded_gradient(self, step: int) -> Tensor:
         return self._stack([run.gradient_vector(step) for run in self.runs])

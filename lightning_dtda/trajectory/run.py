@@ -154,9 +154,9 @@ class Run:
         t, theta, states = self._cursor
         update = self.update
         for t in range(t, step):  # noqa: B020 - the cursor moves on
-            theta, states = update.step(theta, states, self.gradient_vector(t), self.hyperparameters(t), first=t == 0)
+            theta, states = update.step(theta, states, self.gradient_vector(t), self.hyperparameters(t), step=t)
         self._cursor = (step, theta, states)
-        return theta
+        return theta.clone()  # what the caller does to it must not get into the next one
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Read the checkpoint after ``step`` optimizer steps, one of :attr:`checkpoint_steps`."""
@@ -233,7 +233,7 @@ class Run:
                 f'{self.path} was recorded without gradients. Record with gradients="float32", or compute them '
                 "anew from its module and data (lightning_dtda.replay.Replay)."
             )
-        return shard.tensors["gradients"][row]
+        return shard.tensors["gradients"][row].clone()
 
     def _checkpoint_before(self, step: int) -> int:
         steps = self.checkpoint_steps

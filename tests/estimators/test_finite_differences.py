@@ -43,6 +43,18 @@ def frozen(module):
     return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1, momentum=0.5)
 
 
+def of(optimizer, lr=0.02, **arguments):
+    return lambda module: optimizer(module.parameters(), lr=lr, **arguments)
+
+
+def adamw_scheduled(module):
+    first, last = module.net[0], module.net[2]
+    groups = [{"params": last.parameters(), "weight_decay": 0.2}, {"params": first.parameters(), "betas": (0.5, 0.9)}]
+    optimizer = torch.optim.AdamW(groups, lr=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.03, total_steps=15)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
 OPTIMIZERS = {
     "plain": sgd(),
     "momentum": sgd(momentum=0.9),
@@ -53,6 +65,13 @@ OPTIMIZERS = {
     "two groups": two_groups,
     "per-step schedule of rate and momentum": scheduled,
     "frozen parameter": frozen,
+    "Adam": of(torch.optim.Adam),
+    "Adam with weight decay and amsgrad": of(torch.optim.Adam, weight_decay=0.1, amsgrad=True),
+    "AdamW": of(torch.optim.AdamW, weight_decay=0.1),
+    "AdamW, two groups, per-step schedule of rate and betas": adamw_scheduled,
+    "RMSprop": of(torch.optim.RMSprop),
+    "RMSprop centered with momentum": of(torch.optim.RMSprop, 0.005, momentum=0.5, centered=True, weight_decay=0.1),
+    "Adagrad": of(torch.optim.Adagrad, 0.1, lr_decay=0.01),
 }
 
 TRAINERS = {

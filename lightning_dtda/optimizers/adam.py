@@ -1,0 +1,119 @@
+"""``torch.optim.Adam`` and ``AdamW``, with and without amsgrad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.optimizers.arithmetic import Scale, add_product, add_quotient, is_nonzero, slope_of_root
+from lightning_dtda.optimizers.direction import direction, direction_adjoint
+from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+
+MEAN, SECOND_MOMENT, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
+
+
+class Adam(Update):
+    r"""Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) as torch computes it, and its adjoint.
+
+    With learning rate :math:`\eta`, weight decay :math:`\gamma` and :math:`h_t = \pm g_t + \gamma\theta_t`, or
+    :math:`h_t = \pm g_t` where the decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2):
+
+    .. math::
+        m_{t+1} = \beta_1 m_t + (1 - \beta_1) h_t, \qquad v_{t+1} = \beta_2 v_t + (1 - \beta_2) h_t^2, \qquad
+        \theta_{t+1} = (1 - \eta\gamma)\theta_t - \frac{\eta}{1 - \beta_1^{t+1}}
+        \frac{m_{t+1}}{\sqrt{v_{t+1} / (1 - \beta_2^{t+1})} + \epsilon},
+
+    the factor :math:`1 - \eta\gamma` only where the decay is decoupled. With amsgrad (Reddi et al., arXiv 1904.09237)
+    the largest v so far stands under the root.
+
+    Args:
+        decoupled: Whether weight decay acts on the parameters (AdamW) and not on the gradient, where the parameter
+            group does not say.
+    """
+
+    def __init__(self, decoupled: bool) -> None:
+        self.decoupled = decoupled
+
+    def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
+        """Return zero moments."""
+        names = [MEAN, SECOND_MOMENT, *([LARGEST] if hyperparameters.get("amsgrad") else [])]
+        return {name: torch.zeros_like(theta) for name in names}
+
+    def step(
+        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    ) -> tuple[Tensor, State]:
+        """Return the parameters ``(..., P)`` and the state after one step."""
+        kept, h = self._decay(theta, gradient, hyperparameters)
+        new_state, root = _moments(state, h, hyperparameters)
+        rate, correction = _corrections(hyperparameters, step)
+        return add_quotient(kept, new_state[MEAN], root / correction + hyperparameters["eps"], -rate), new_state
+
+    def adjoint(
+        self,
+        theta: Tensor,
+        state: State,
+        gradient: Tensor,
+        hyperparameters: Hyperparameters,
+        theta_cotangent: Tensor,
+        state_cotangent: State,
+        *,
+        step: int,
+    ) -> tuple[Tensor, State, Tensor]:
+        """Return the cotangents of parameters, state and gradient before the step, each ``(..., P)``."""
+        beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
+        _, h = self._decay(theta, gradient, hyperparameters)
+        new_state, root = _moments(state, h, hyperparameters)
+        rate, correction = _corrections(hyperparameters, step)
+        # all that depends on the point alone has no dimension of queries yet: only what follows is expensive
+        denominator = root / correction + hyperparameters["eps"]
+        of_mean = -rate / denominator
+        of_root = rate * new_state[MEAN] / (denominator.square() * correction)
+        of_second_moment = of_root * slope_of_root(root)
+
+        mean = torch.addcmul(state_cotangent[MEAN], theta_cotangent, of_mean)
+        before: State = {}
+        if LARGEST in state:
+            largest = torch.addcmul(state_cotangent[LARGEST], theta_cotangent, of_second_moment)
+            is_largest = new_state[SECOND_MOMENT] >= state[LARGEST]
+            second_moment = state_cotangent[SECOND_MOMENT] + is_largest * largest
+            before[LARGEST] = ~is_largest * largest
+        else:
+            second_moment = torch.addcmul(state_cotangent[SECOND_MOMENT], theta_cotangent, of_second_moment)
+        direction_cotangent = torch.addcmul(mean * (1 - beta1), second_moment, 2 * (1 - beta2) * h)
+        before[MEAN], before[SECOND_MOMENT] = mean.mul_(beta1), second_moment.mul_(beta2)
+
+        if self._is_decoupled(hyperparameters):
+            theta_cotangent = theta_cotangent * (1 - hyperparameters["lr"] * hyperparameters["weight_decay"])
+            hyperparameters = {**hyperparameters, "weight_decay": 0.0}
+        theta_cotangent, gradient_cotangent = direction_adjoint(theta_cotangent, direction_cotangent, hyperparameters)
+        return theta_cotangent, before, gradient_cotangent
+
+    def _decay(self, theta: Tensor, gradient: Tensor, hyperparameters: Hyperparameters) -> tuple[Tensor, Tensor]:
+        """Return the decayed parameters and the direction h."""
+        if not self._is_decoupled(hyperparameters):
+            return theta, direction(theta, gradient, hyperparameters)
+        kept = theta * (1 - hyperparameters["lr"] * hyperparameters["weight_decay"])
+        return kept, direction(theta, gradient, {**hyperparameters, "weight_decay": 0.0})
+
+    def _is_decoupled(self, hyperparameters: Hyperparameters) -> bool:
+        decoupled = hyperparameters.get("decoupled_weight_decay", self.decoupled)
+        return bool(decoupled) and is_nonzero(hyperparameters["weight_decay"])
+
+
+def _moments(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
+    """Return the new state, and the root of the second moment that the update divides by."""
+    beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
+    new_state = {
+        MEAN: torch.lerp(state[MEAN], h, 1 - beta1),
+        SECOND_MOMENT: add_product(state[SECOND_MOMENT] * beta2, h, h, 1 - beta2),
+    }
+    if LARGEST not in state:
+        return new_state, new_state[SECOND_MOMENT].sqrt()
+    new_state[LARGEST] = torch.maximum(state[LARGEST], new_state[SECOND_MOMENT])
+    return new_state, new_state[LARGEST].sqrt()
+
+
+def _corrections(hyperparameters: Hyperparameters, step: int) -> tuple[Scale, Scale]:
+    """Return the learning rate over the mean's bias correction, and the root of the second moment's."""
+    rate = hyperparameters["lr"] / (1 - hyperparameters["betas.0"] ** (step + 1))
+    return rate, (1 - hyperparameters["betas.1"] ** (step + 1)) ** 0.5

@@ -1,0 +1,94 @@
+"""``torch.optim.RMSprop``: centered, with momentum, weight decay."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.optimizers.arithmetic import add_product, add_quotient, add_scaled, is_nonzero, slope_of_root
+from lightning_dtda.optimizers.direction import direction, direction_adjoint
+from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+
+SECOND_MOMENT, MEAN, MOMENTUM_BUFFER = "square_avg", "grad_avg", "momentum_buffer"
+
+
+class RMSprop(Update):
+    r"""RMSprop (Tieleman and Hinton, *Lecture 6.5*, 2012) as torch computes it, and its adjoint.
+
+    With learning rate :math:`\eta`, smoothing :math:`\alpha`, momentum :math:`\mu`, weight decay :math:`\gamma` and
+    :math:`h_t = \pm g_t + \gamma\theta_t`:
+
+    .. math::
+        v_{t+1} = \alpha v_t + (1 - \alpha) h_t^2, \qquad a_{t+1} = \alpha a_t + (1 - \alpha) h_t, \qquad
+        u_t = \frac{h_t}{\sqrt{v_{t+1} - a_{t+1}^2} + \epsilon}, \qquad
+        b_{t+1} = \mu b_t + u_t, \qquad \theta_{t+1} = \theta_t - \eta b_{t+1}.
+
+    The mean a only where it is centered (Graves, arXiv 1308.0850, equations 38 to 41); without momentum u takes the
+    place of b.
+    """
+
+    def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
+        """Return zero averages, those that are used."""
+        names = [SECOND_MOMENT]
+        names += [MEAN] if hyperparameters.get("centered") else []
+        names += [MOMENTUM_BUFFER] if is_nonzero(hyperparameters["momentum"]) else []
+        return {name: torch.zeros_like(theta) for name in names}
+
+    def step(
+        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    ) -> tuple[Tensor, State]:
+        """Return the parameters ``(..., P)`` and the state after one step."""
+        h = direction(theta, gradient, hyperparameters)
+        new_state, root = _averages(state, h, hyperparameters)
+        denominator = root + hyperparameters["eps"]
+        rate = hyperparameters["lr"]
+        if MOMENTUM_BUFFER not in state:
+            return add_quotient(theta, h, denominator, -rate), new_state
+        buffer = add_quotient(state[MOMENTUM_BUFFER] * hyperparameters["momentum"], h, denominator, 1)
+        return add_scaled(theta, buffer, -rate), new_state | {MOMENTUM_BUFFER: buffer}
+
+    def adjoint(
+        self,
+        theta: Tensor,
+        state: State,
+        gradient: Tensor,
+        hyperparameters: Hyperparameters,
+        theta_cotangent: Tensor,
+        state_cotangent: State,
+        *,
+        step: int,
+    ) -> tuple[Tensor, State, Tensor]:
+        """Return the cotangents of parameters, state and gradient before the step, each ``(..., P)``."""
+        alpha = hyperparameters["alpha"]
+        h = direction(theta, gradient, hyperparameters)
+        new_state, root = _averages(state, h, hyperparameters)
+        denominator = root + hyperparameters["eps"]
+        # of the variance under the root, not yet of its two moments
+        of_variance = -h / denominator.square() * slope_of_root(root)
+
+        before: State = {}
+        update = -hyperparameters["lr"] * theta_cotangent
+        if MOMENTUM_BUFFER in state:
+            update = update + state_cotangent[MOMENTUM_BUFFER]
+            before[MOMENTUM_BUFFER] = update * hyperparameters["momentum"]
+        second_moment = torch.addcmul(state_cotangent[SECOND_MOMENT], update, of_variance)
+        direction_cotangent = update / denominator
+        direction_cotangent = direction_cotangent.addcmul_(second_moment, 2 * (1 - alpha) * h)
+        if MEAN in state:
+            mean = torch.addcmul(state_cotangent[MEAN], update, -2 * new_state[MEAN] * of_variance)
+            direction_cotangent = direction_cotangent + (1 - alpha) * mean
+            before[MEAN] = mean * alpha
+        before[SECOND_MOMENT] = second_moment * alpha
+
+        theta_cotangent, gradient_cotangent = direction_adjoint(theta_cotangent, direction_cotangent, hyperparameters)
+        return theta_cotangent, before, gradient_cotangent
+
+
+def _averages(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
+    """Return the new averages, and the root of the variance that the update divides by."""
+    alpha = hyperparameters["alpha"]
+    second_moment = add_product(state[SECOND_MOMENT] * alpha, h, h, 1 - alpha)
+    if MEAN not in state:
+        return {SECOND_MOMENT: second_moment}, second_moment.sqrt()
+    mean = torch.lerp(state[MEAN], h, 1 - alpha)
+    return {SECOND_MOMENT: second_moment, MEAN: mean}, add_product(second_moment, mean, mean, -1).sqrt()
