@@ -13,6 +13,10 @@ class TrajectoryError(DTDAError):
     """A recorded run or ensemble is missing, damaged, incomplete or does not fit together."""
 
 
+class UnknownFormatError(TrajectoryError):
+    """A file is of a format that this version does not know; another version wrote it, and it may well be sound."""
+
+
 class ReplayError(DTDAError):
     """A recorded run cannot be reproduced: other data, another module, or randomness that was not recorded."""
 

@@ -57,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         # each command's module on its own: reading a report's options need not import lightning
         importlib.import_module(f"lightning_dtda.cli.{command}").run(rest)
+    except KeyboardInterrupt:
+        print(f"lightning-dtda {command}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
     except DTDAError as error:
         print(f"lightning-dtda {command}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_dtda.errors import DTDAError
+from lightning_dtda.trajectory.manifest import MANIFEST
 
 CONFIG = "config.yaml"
 
@@ -86,7 +87,7 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
     path = root / CONFIG
     # what seeds the ensemble is the command's business, not the configuration's
     content = {key: value for key, value in content.items() if key != "seed_everything"}
-    if path.exists():
+    if path.exists() and any(root.glob(f"*/{MANIFEST}")):  # what was refused before it recorded anything is no matter
         before = yaml.safe_load(path.read_text())
         if changes := list(_changes(before, content)):
             raise DTDAError(
@@ -94,8 +95,11 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
                 "--ensemble, or delete that one."
             )
         return
-    root.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+    except OSError as error:
+        raise DTDAError(f"{root} cannot be written ({error}). Choose another --ensemble.") from error
 
 
 def _changes(before: Any, after: Any, where: str = "") -> Iterator[str]:

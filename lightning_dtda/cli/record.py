@@ -54,7 +54,9 @@ class RecordCLI(ConfigurationCLI):
         given = self.config.seeds
         seeds = list(range(given)) if isinstance(given, int) else list(given)
         if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-            raise RecordingError(f"--seeds={given} is no set of seeds. Give a positive number, or different numbers.")
+            raise RecordingError(
+                f"--seeds={given} is no set of seeds. Give a positive number, or a list of different numbers from 0 on."
+            )
         return seeds
 
     def make_recorder(self, overwrite: bool) -> TrajectoryRecorder:
@@ -93,10 +95,13 @@ def run(arguments: Sequence[str]) -> None:
         # twenty bars and summaries of the same model hide the one bar that matters; a configuration may ask for them
         trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
     )
+    everything = cli.seeds
     save_configuration(cli.root, cli.dump())
-    seeds = [seed for seed in cli.seeds if not is_complete(cli.root / run_name(seed))]
-    if skipped := len(cli.seeds) - len(seeds):
-        print(f"{skipped} of {len(cli.seeds)} runs are complete already in {cli.root}.")
+    seeds = [seed for seed in everything if not is_complete(cli.root / run_name(seed))]
+    if skipped := len(everything) - len(seeds):
+        print(f"{skipped} of {len(everything)} runs are complete already in {cli.root}.")
+    if not seeds:
+        return
     with quiet_lightning(), _progress(len(seeds)) as finished:
         if min(cli.config.jobs, len(seeds)) > 1:
             failures = record_in_jobs(_command(cli), cli.root, seeds, cli.config.jobs, finished)
@@ -104,8 +109,9 @@ def run(arguments: Sequence[str]) -> None:
             failures = record_seeds(cli.make_training, cli.make_recorder, cli.root, seeds, finished)
     for seed, reason in failures.items():
         print(f"seed {seed} failed: {reason}")
-    print(f"{len(cli.seeds) - len(failures)} of {len(cli.seeds)} runs are complete in {cli.root}.")
-    if failures:
+    complete = sum(is_complete(cli.root / run_name(seed)) for seed in everything)
+    print(f"{complete} of {len(everything)} runs are complete in {cli.root}.")
+    if complete < len(everything):
         raise SystemExit(1)
 
 

@@ -123,6 +123,13 @@ class _TappedBatchSampler:
             raise AttributeError(name)
         return getattr(self._inner, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a callback may change the sampler in mid-training: batch_size, its epoch
+        if name == "_inner":
+            super().__setattr__(name, value)
+        else:
+            setattr(self._inner, name, value)
+
 
 class _TappedIterator:
     """Remembers the index batches drawn but not yet asked for, by their number."""

@@ -9,34 +9,31 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 from torch.func import grad_and_value, jvp
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_dtda.errors import RecordingError, ReplayError
 from lightning_dtda.optimizers import UPDATES
+from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
 from lightning_dtda.replay.batches import rows_of
-from lightning_dtda.replay.fingerprint import fingerprint_bytes
 from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.replay.silence import coupling_layers
-from lightning_dtda.trajectory import ParameterLayout
+from lightning_dtda.trajectory import ParameterLayout, is_being_written
 from lightning_dtda.trajectory.manifest import MANIFEST
 
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference between a batch's loss and the mean of its examples' losses: rounding stays far below
 (at most 3e-7 was seen in float32), a loss that is another function of the batch is far above."""
 
-_PROBED_EXAMPLES = 16
-"""Examples asked for twice: an augmentation that flips a coin for each goes unnoticed once in 2^16 trainings."""
-
-_STEP_HOOKS = ("backward", "optimizer_step", "configure_gradient_clipping")
+_STEP_HOOKS = ("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping")
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -69,6 +66,11 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             raise RecordingError(
                 f"{type(callback).__name__} replaces the trained weights by averages, which are not the end of the "
                 "recorded steps. Remove it from the Trainer, or train without the recorder."
+            )
+        if isinstance(callback, BaseFinetuning):
+            raise RecordingError(
+                f"{type(callback).__name__} changes which parameters are trained in mid-training; recording needs the "
+                "same ones at every step. Remove it from the Trainer, or train each phase on its own."
             )
     if trainer.gradient_clip_val:
         raise RecordingError(
@@ -111,7 +113,7 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:
     """Return the training's only optimizer.
 
     Raises:
-        RecordingError: If there are several, or there is no adjoint for its class.
+        RecordingError: If there are several, there is no adjoint for its class, or it was used before.
     """
     if len(optimizers) != 1:
         raise RecordingError(f"The training has {len(optimizers)} optimizers; recording needs one.")
@@ -123,7 +125,24 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:
             f"There is no adjoint for the optimizer {optimizer_path(optimizer)}. Train with one of torch.optim's "
             f"{supported}."
         )
+    for state in optimizer.state.values():
+        # torch counts steps for every optimizer but SGD, whose only state is there after the first
+        if any(isinstance(value, Tensor) for value in state.values()) and float(state.get("step", 1)) != 0:
+            raise RecordingError(
+                f"The {type(optimizer).__name__} has taken steps before, which are in no record. Make a new one in "
+                "configure_optimizers."
+            )
     return optimizer
+
+
+def state_names(optimizer: Optimizer) -> list[tuple[str, ...]]:
+    """Return what the optimizer keeps of each parameter, by parameter group, with its present hyperparameters."""
+    update = UPDATES[optimizer_path(optimizer)]
+    names, options = hyperparameters(optimizer)
+    return [
+        tuple(update.initial_state(torch.empty(0), dict(zip(names, values, strict=True)) | group))
+        for values, group in zip(hyperparameter_values(optimizer, names), options, strict=True)
+    ]
 
 
 def optimizer_path(optimizer: Optimizer) -> str:
@@ -153,29 +172,6 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
         tuple(tuple(parameter.shape) for parameter in parameters),
         tuple(len(group) for group in groups),
     )
-
-
-def check_data_set(dataset: Any) -> None:
-    """Refuse a data set that has no integer indices, or gives another example each time it is asked.
-
-    Raises:
-        RecordingError: Saying what to do.
-    """
-    name = type(dataset).__name__
-    with isolate_rng():
-        for index in range(min(len(dataset), _PROBED_EXAMPLES)):
-            try:
-                first, second = dataset[index], dataset[index]
-            except Exception as error:
-                raise RecordingError(
-                    f"{name}[{index}] fails ({error!r}). Let the data set take the indices 0 to {len(dataset) - 1}, so "
-                    "that removal can be of examples by index."
-                ) from error
-            if fingerprint_bytes(first) != fingerprint_bytes(second):
-                raise RecordingError(
-                    f"{name}[{index}] differs between two calls (random augmentation?), so that the "
-                    "recorded steps could not be reproduced. Make the data set deterministic."
-                )
 
 
 def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, batch: Any, batch_idx: int) -> None:
@@ -236,13 +232,15 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
     """
     if not directory.exists():
         return
+    if is_being_written(directory):
+        raise RecordingError(f"{directory} is being recorded by another process. Wait for it, or choose another run.")
     if not overwrite:
         raise RecordingError(
             f"{directory} exists. Choose another run name, seed or root, delete it, or record with overwrite=True."
         )
     # overwriting deletes: a wrong root or name must not cost anything but a run
     is_run = directory.is_dir() and (
-        (directory / MANIFEST).exists() or all(path.suffix == ".partial" for path in directory.iterdir())
+        (directory / MANIFEST).exists() or all(path.suffix in (".partial", ".lock") for path in directory.iterdir())
     )
     if not is_run:
         raise RecordingError(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from enum import Enum
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.version import __version__
 
 _NOT_SETTINGS = frozenset({"params", "initial_lr", "foreach", "fused", "capturable", "differentiable"})
@@ -19,23 +22,38 @@ _NOT_SETTINGS = frozenset({"params", "initial_lr", "foreach", "fused", "capturab
 
 
 def configuration(
-    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any], optimizer: Optimizer
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    loader: DataLoader[Any],
+    data: dict[str, Any],
+    optimizer: Optimizer,
+    seed: int | None,
 ) -> dict[str, Any]:
-    """Describe module, data, optimizer and training: what must not differ between the runs of an ensemble."""
+    """Describe module, data, optimizer and training: what must not differ between the runs of an ensemble.
+
+    Args:
+        trainer: The Trainer.
+        module: The module.
+        loader: The training DataLoader.
+        data: What is known of its data set.
+        optimizer: The optimizer.
+        seed: The run's, in which runs do differ.
+    """
     names, _ = hyperparameters(optimizer)
     return {
         "module": {
             "class": class_path(type(module)),
+            "architecture": hashlib.sha256(repr(module).encode()).hexdigest()[:16],
             "hyperparameters": as_json(
-                {key: value for key, value in module.hparams.items() if not key.startswith("_")}
+                {
+                    key: value
+                    for key, value in module.hparams.items()
+                    # LightningCLI adds _class_path and _instantiator, which say how the module was made, not which
+                    if not key.startswith("_") and not (key == "seed" and value == seed)
+                }
             ),
-            # LightningCLI adds _class_path and _instantiator, which say how the module was made, not which
         },
-        "dataset": {
-            "class": class_path(type(loader.dataset)),
-            "length": len(loader.dataset),  # type: ignore[arg-type]
-            "fingerprint": dataset_fingerprint(loader.dataset),
-        },
+        "dataset": data,
         # at the first step; what a scheduler does afterwards is recorded step by step
         "hyperparameters": {
             name: [values[number] for values in hyperparameter_values(optimizer, names)]
@@ -43,6 +61,8 @@ def configuration(
         },
         "training": {
             "batch_size": getattr(loader.batch_sampler, "batch_size", None),
+            "drop_last": getattr(loader.batch_sampler, "drop_last", None),
+            "sampler": class_path(type(loader.sampler)),
             "max_epochs": trainer.max_epochs,
             "max_steps": trainer.max_steps,
             "limit_train_batches": trainer.limit_train_batches,
@@ -56,12 +76,10 @@ def configuration(
 
 def hyperparameters(optimizer: Optimizer) -> tuple[list[str], list[dict[str, Any]]]:
     """Split the parameter groups' settings: names of the numbers, and each group's other settings."""
-    first = _flat(optimizer.param_groups[0])
-    numbers = [name for name, value in first.items() if is_number(value)]
-    options = [
-        {name: as_json(value) for name, value in _flat(group).items() if not is_number(value)}
-        for group in optimizer.param_groups
-    ]
+    groups = [_flat(group) for group in optimizer.param_groups]
+    # a group may have entries of its own: the user's notes
+    numbers = [name for name in groups[0] if all(is_number(group.get(name)) for group in groups)]
+    options = [{name: as_json(value) for name, value in group.items() if name not in numbers} for group in groups]
     return numbers, options
 
 
@@ -94,8 +112,14 @@ def is_number(value: Any) -> bool:
 
 def as_json(value: Any) -> Any:
     """Return a JSON value; of what JSON lacks, the class, since a repr may hold addresses that differ each time."""
+    if isinstance(value, Enum):
+        return as_json(value.value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if isinstance(value, Mapping):
         return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

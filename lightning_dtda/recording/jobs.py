@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_dtda.recording.recorder import run_name
 from lightning_dtda.recording.seeds import is_complete
@@ -52,6 +54,8 @@ def record_in_jobs(
                     )
                 )
     waiting = set(seeds)
+    # asked to end, Python would end at once and leave the trainings running
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         while waiting:
             running = any(process.poll() is None for process in processes)
@@ -63,11 +67,17 @@ def record_in_jobs(
                 break
             time.sleep(_POLL_SECONDS)
     finally:
+        signal.signal(signal.SIGTERM, before)
         for process in processes:
             if process.poll() is None and waiting:
                 process.terminate()
+        for process in processes:
             process.wait()
     return {seed: _reason(logs / f"job-{list(seeds).index(seed) % jobs}.log") for seed in sorted(waiting)}
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _reason(log: Path) -> str:

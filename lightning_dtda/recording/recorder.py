@@ -28,7 +28,9 @@ from lightning_dtda.recording.configuration import (
     hyperparameters,
     versions,
 )
+from lightning_dtda.recording.data import check_batch, describe_data
 from lightning_dtda.recording.shard_buffer import ShardBuffer
+from lightning_dtda.replay.batches import rows_of
 from lightning_dtda.trajectory import Manifest, MicroBatch, ParameterLayout, RunWriter
 from lightning_dtda.units import GIB, human_bytes
 
@@ -81,7 +83,7 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if gradients not in ("auto", "float32", "bfloat16", "none"):
             raise RecordingError(f'gradients={gradients!r}; choose "auto", "float32", "bfloat16" or "none".')
-        if not (checkpoint_every in ("sqrt", "all") or (isinstance(checkpoint_every, int) and checkpoint_every > 0)):
+        if not (checkpoint_every in ("sqrt", "all") or (type(checkpoint_every) is int and checkpoint_every > 0)):
             raise RecordingError(f'checkpoint_every={checkpoint_every!r}; choose "sqrt", "all" or a positive number.')
         if run is not None and (Path(run).name != run or run in ("", "..")):
             raise RecordingError(f"run={run!r} must be the plain name of a sub-directory of root.")
@@ -99,40 +101,70 @@ class TrajectoryRecorder(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        checks.refuse_existing(self._directory(), self.overwrite)
+        if sum(isinstance(callback, TrajectoryRecorder) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise RecordingError("The Trainer has several TrajectoryRecorders. Keep one of them.")
+        # the seed may be another one when the first batch comes
+        self._directory = self._choose_directory()
+        checks.refuse_existing(self._directory, self.overwrite)
         checks.refuse_trainer(trainer, pl_module)
         self._tap = BatchTap(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert self._tap is not None  # set up in the same fit
+        if self._tap is None:
+            return
         if trainer.global_step:
             raise RecordingError(
                 f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
                 "the start (no ckpt_path)."
             )
-        checks.check_data_set(self._tap.loader.dataset)
+        self._data = describe_data(self._tap.loader)
+        self._described = self._tap.loader.dataset
         checks.refuse_optimizers(trainer.optimizers)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._tap is None or self._tap.loader.dataset is self._described:
+            return
+        self._described = self._tap.loader.dataset
+        if describe_data(self._tap.loader) != self._data:
+            raise RecordingError(
+                f"The training data changed at epoch {trainer.current_epoch}: another data set than at the start. "
+                "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
+            )
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._tap is not None
+        if self._tap is None:
+            return
         indices = torch.tensor(self._tap.current_indices())
         if self._recording is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
+            check_batch(self._tap.loader, indices, batch, trainer.precision_plugin.convert_input)
             self._recording = self._begin(trainer, pl_module, batch, batch_idx)
+        self._check_indices(indices, batch)
         self._recording.begin_micro_batch(indices, trainer.current_epoch, batch_idx)
+
+    @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        if self._recording is not None:
+            self._recording.drop_pending()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._recording is not None:
+            self._recording.add_micro_batch()
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        assert self._recording is not None
-        self._recording.end_micro_batch(trainer.accumulate_grad_batches)
+        if self._recording is not None:
+            self._recording.end_micro_batch(trainer.accumulate_grad_batches)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -144,7 +176,7 @@ class TrajectoryRecorder(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         try:
             self._stop(f"{type(exception).__name__}: {exception}".rstrip(": "))
-        except RecordingError as error:
+        except Exception as error:
             # the user is to see what stopped the training, and the Trainer still has to clean up
             if not isinstance(exception, RecordingError):
                 _log.error("%s", error)
@@ -158,6 +190,7 @@ class TrajectoryRecorder(Callback):
         assert self._tap is not None
         loader = self._tap.loader
         optimizer = checks.refuse_optimizers(trainer.optimizers)
+        state_names = checks.state_names(optimizer)
         layout = checks.parameter_layout(pl_module, optimizer)
         checks.refuse_layers(pl_module)
         checks.check_example_losses(pl_module, layout, batch, batch_idx)
@@ -170,7 +203,7 @@ class TrajectoryRecorder(Callback):
         numbers, options = hyperparameters(optimizer)
         manifest = Manifest(
             seed=_global_seed(),
-            configuration=configuration(trainer, pl_module, loader, optimizer),
+            configuration=configuration(trainer, pl_module, loader, self._data, optimizer, _global_seed()),
             parameters=[
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],
@@ -191,6 +224,7 @@ class TrajectoryRecorder(Callback):
             layout=layout,
             writer=RunWriter(self._make_directory(), manifest),
             hyperparameter_names=numbers,
+            state_names=state_names,
             buffer=ShardBuffer(layout, gradients, pl_module.device),
             interval=interval,
         )
@@ -203,7 +237,15 @@ class TrajectoryRecorder(Callback):
             recording, self._recording = self._recording, None
             recording.close("incomplete", reason)
 
-    def _directory(self) -> Path:
+    def _check_indices(self, indices: Tensor, batch: Any) -> None:
+        length = self._data["length"]
+        if len(indices) != (rows := rows_of(batch)) or not 0 <= int(indices.min()) <= int(indices.max()) < length:
+            raise RecordingError(
+                f"A batch of {rows} examples was made of the indices {indices.tolist()} of {length}. Let the sampler "
+                f"yield indices from 0 to {length - 1}, and the collate_fn keep every example."
+            )
+
+    def _choose_directory(self) -> Path:
         if self.run is not None:
             return self.root / self.run
         seed = _global_seed()
@@ -215,7 +257,9 @@ class TrajectoryRecorder(Callback):
         return self.root / run_name(seed)
 
     def _make_directory(self) -> Path:
-        directory = self._directory()
+        directory = self._directory
+        # again: another process may have begun the same run meanwhile
+        checks.refuse_existing(directory, self.overwrite)
         try:
             if directory.exists():
                 shutil.rmtree(directory)
@@ -260,7 +304,7 @@ class TrajectoryRecorder(Callback):
         if not self.runs_to_fit:
             return
         if planned is None:
-            _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory())
+            _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory)
             return
         per_step = 0 if gradients is None else layout.size * gradients.itemsize
         # parameters and as much again for each kind of optimizer state; one kind is all that SGD has
@@ -268,7 +312,7 @@ class TrajectoryRecorder(Callback):
         needed = self.runs_to_fit * (planned * per_step + (planned // interval + 2) * per_checkpoint)
         existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
         free = shutil.disk_usage(existing).free
-        what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory())
+        what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
         _log.info("Recording %s needs about %s of disk.", what, human_bytes(needed))
         if needed > free:
             raise RecordingError(
@@ -288,6 +332,7 @@ class _Recording:
         layout: ParameterLayout,
         writer: RunWriter,
         hyperparameter_names: list[str],
+        state_names: list[tuple[str, ...]],
         buffer: ShardBuffer,
         interval: int,
     ) -> None:
@@ -297,12 +342,15 @@ class _Recording:
         self._parameters = [module.get_parameter(name) for name in layout.names]
         self._writer = writer
         self._names = hyperparameter_names
+        self._state_names = state_names
         self._buffer = buffer
         self._interval = interval
         self._step = 0
         self._pending: list[MicroBatch] = []
         self._drew = False
+        self._current: MicroBatch | None = None
         self._applied: list[list[float]] | None = None
+        self._last_applied: list[list[float]] | None = None
         self._last_checkpoint = -1
         self._checkpoint()
         self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
@@ -311,8 +359,16 @@ class _Recording:
         """Note what is about to be passed through the module."""
         self._current = MicroBatch(indices, epoch, batch_idx, _rng_states(self._module.device))
 
-    def end_micro_batch(self, accumulate_grad_batches: int) -> None:
-        """Complete the step's record if the optimizer stepped on this micro-batch."""
+    def drop_pending(self) -> None:
+        """Forget the micro-batches whose gradients are being thrown away."""
+        self._pending = []
+
+    def add_micro_batch(self) -> None:
+        """Add the micro-batch to the step: its loss is about to be differentiated.
+
+        Not before: a micro-batch for which ``training_step`` returns ``None`` contributes nothing.
+        """
+        assert self._current is not None
         before, after = self._current.rng_states, _rng_states(self._module.device)
         drew = any(not torch.equal(before[device], after[device]) for device in before)
         if drew and not self._drew:
@@ -324,6 +380,9 @@ class _Recording:
             self._drew = True
         current = self._current
         self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
+
+    def end_micro_batch(self, accumulate_grad_batches: int) -> None:
+        """Complete the step's record if the optimizer stepped on this micro-batch."""
         if self._applied is None:
             return
         self._buffer.append(self._pending, self._applied, accumulate_grad_batches)
@@ -351,6 +410,11 @@ class _Recording:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # the gradient is what was applied, and the learning rate that of this step, only here: before the step the
         # gradient is not yet clipped, after the batch the scheduler has moved on
+        if [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad] != self._parameters:
+            raise RecordingError(
+                f"Other parameters are trained at step {self._step} than at the start. Train the same ones throughout: "
+                "no parameters frozen, unfrozen or added in mid-training."
+            )
         gradients = []
         for name, parameter in zip(self.layout.names, self._parameters, strict=True):
             if parameter.grad is None:
@@ -361,7 +425,14 @@ class _Recording:
                 )
             gradients.append(parameter.grad)
         self._buffer.put_gradient(gradients)
-        self._applied = hyperparameter_values(optimizer, self._names)
+        applied = hyperparameter_values(optimizer, self._names)
+        if applied != self._last_applied and checks.state_names(optimizer) != self._state_names:
+            raise RecordingError(
+                f"The hyperparameters of step {self._step} need another optimizer state than those of the first step "
+                f"(momentum switched on or off?): {dict(zip(self._names, applied[0], strict=True))}. Keep it on "
+                "throughout, if need be with a tiny value."
+            )
+        self._applied = self._last_applied = applied
 
     def _flush(self) -> None:
         if len(self._buffer):
@@ -376,7 +447,7 @@ class _Recording:
         for number, length in enumerate(self.layout.group_lengths):
             group = self._parameters[start : start + length]
             start += length
-            for key in _state_names(self._optimizer, group):
+            for key in self._state_names[number] if self._step else ():
                 parts = [self._optimizer.state[parameter][key].reshape(-1) for parameter in group]
                 tensors[f"state.{number}.{key}"] = torch.cat(parts)
         tensors |= {
@@ -397,12 +468,6 @@ def run_name(seed: int) -> str:
         'seed-0007'
     """
     return f"seed-{seed:04d}"
-
-
-def _state_names(optimizer: Optimizer, group: list[torch.nn.Parameter]) -> list[str]:
-    # not state[...]: the optimizer's defaultdict would gain an entry
-    state = optimizer.state.get(group[0], {}) if group else {}
-    return [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == group[0].shape]
 
 
 def _buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_dtda.errors import DTDAError, TrajectoryError
+from lightning_dtda.errors import DTDAError, TrajectoryError, UnknownFormatError
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
-from lightning_dtda.trajectory import Manifest
+from lightning_dtda.trajectory import Run
 
 MakeTraining = Callable[[], tuple[pl.Trainer, pl.LightningModule, "pl.LightningDataModule | None"]]
 
@@ -57,9 +57,15 @@ def record_seeds(
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a directory holds a run that came to its regular end."""
+    """Whether a directory holds a run that came to its regular end, with all its files.
+
+    Raises:
+        UnknownFormatError: If another version of lightning-dtda wrote it: no reason to record over it.
+    """
     try:
-        return Manifest.load(directory).status == "complete"
+        return Run(directory).complete
+    except UnknownFormatError:
+        raise
     except TrajectoryError:
         return False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,11 +22,22 @@ def dataset_fingerprint(dataset: Any) -> str:
         False
     """
     length = len(dataset)
-    count = min(length, _FINGERPRINT_EXAMPLES)
-    digest = hashlib.sha256(str(length).encode())
     with isolate_rng():
-        for number in range(count):
-            digest.update(fingerprint_bytes(dataset[number * (length - 1) // max(count - 1, 1)]))
+        contents = [fingerprint_bytes(dataset[index]) for index in fingerprint_indices(length)]
+    return combine_fingerprint(length, contents)
+
+
+def fingerprint_indices(length: int) -> list[int]:
+    """Return the examples that the fingerprint of a data set is made of."""
+    count = min(length, _FINGERPRINT_EXAMPLES)
+    return [number * (length - 1) // max(count - 1, 1) for number in range(count)]
+
+
+def combine_fingerprint(length: int, contents: Iterable[bytes]) -> str:
+    """Return the fingerprint of a data set, from the contents of the examples at :func:`fingerprint_indices`."""
+    digest = hashlib.sha256(str(length).encode())
+    for content in contents:
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.losses import batch_loss, example_losses
@@ -72,9 +73,11 @@ class FunctionalModule:
         self, theta: Tensor, buffers: dict[str, Tensor], function: Callable[..., Tensor], *arguments: Any
     ) -> Tensor:
         tensors = self.layout.unflatten(theta) | buffers
-        result: Tensor = functional_call(
-            self._call, {f"module.{name}": tensor for name, tensor in tensors.items()}, (function, *arguments)
-        )
+        # of the attention kernels, only the composite one has forward derivatives
+        with sdpa_kernel(SDPBackend.MATH):
+            result: Tensor = functional_call(
+                self._call, {f"module.{name}": tensor for name, tensor in tensors.items()}, (function, *arguments)
+            )
         return result
 
 

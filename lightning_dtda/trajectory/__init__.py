@@ -4,6 +4,15 @@ from lightning_dtda.trajectory.ensemble import Ensemble
 from lightning_dtda.trajectory.layout import ParameterLayout
 from lightning_dtda.trajectory.manifest import Manifest
 from lightning_dtda.trajectory.run import Checkpoint, MicroBatch, Run
-from lightning_dtda.trajectory.writer import RunWriter
+from lightning_dtda.trajectory.writer import RunWriter, is_being_written
 
-__all__ = ["Checkpoint", "Ensemble", "Manifest", "MicroBatch", "ParameterLayout", "Run", "RunWriter"]
+__all__ = [
+    "Checkpoint",
+    "Ensemble",
+    "Manifest",
+    "MicroBatch",
+    "ParameterLayout",
+    "Run",
+    "RunWriter",
+    "is_being_written",
+]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.errors import TrajectoryError, UnknownFormatError
 from lightning_dtda.trajectory.layout import ParameterLayout
 from lightning_dtda.trajectory.storage import read_json, write_json
 
@@ -95,7 +95,7 @@ class Manifest:
         content = read_json(path)
         version = content.get("format_version")
         if version != FORMAT_VERSION:
-            raise TrajectoryError(
+            raise UnknownFormatError(
                 f"{path} has format version {version!r}; this lightning-dtda reads version {FORMAT_VERSION}. "
                 "Install the version that wrote it, or record the run again."
             )

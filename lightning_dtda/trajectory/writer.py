@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lightning_dtda.errors import RecordingError
@@ -21,6 +22,10 @@ _QUEUE_LENGTH = 2
 _LISTED_FILES_PER_NEW = 64
 """The manifest is rewritten once its new files are this fraction of the old: rewriting costs the same for each file
 however many there are, and a killed training loses at most that fraction (of fewer files, none)."""
+
+
+_LOCK = "recording.lock"
+"""Held while a run is written; the system lets go of it when the process ends, however it ends."""
 
 
 class RunWriter:
@@ -40,6 +45,8 @@ class RunWriter:
         self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | None]
         self._queue = queue.Queue(_QUEUE_LENGTH)
         self._failure: Exception | None = None
+        self._lock = FileLock(directory / _LOCK)
+        self._lock.acquire(timeout=0)
         manifest.save(directory)
         self._thread = threading.Thread(target=self._work, name="lightning-dtda-writer", daemon=True)
         self._thread.start()
@@ -67,13 +74,19 @@ class RunWriter:
             self._manifest.save(self._directory)
         except OSError as error:
             self._failure = self._failure or error
+        self._unlock()
         self._raise_failure()
 
     def discard(self) -> None:
         """Stop writing and delete the run."""
         self._queue.put(None)
         self._thread.join()
+        self._unlock()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _unlock(self) -> None:
+        self._lock.release()
+        (self._directory / _LOCK).unlink(missing_ok=True)
 
     def _put(self, name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self._raise_failure()
@@ -105,3 +118,14 @@ class RunWriter:
                     unlisted = 0
             except Exception as error:
                 self._failure = error
+
+
+def is_being_written(directory: Path) -> bool:
+    """Whether a process, this or another, is writing a run at this moment."""
+    if not (directory / _LOCK).exists():
+        return False
+    try:
+        with FileLock(directory / _LOCK, timeout=0):
+            return False
+    except Timeout:
+        return True

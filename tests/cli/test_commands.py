@@ -87,6 +87,33 @@ def test_another_configuration_is_not_recorded_into_the_same_ensemble(record, ca
     assert "model.init_args.width: 4 there, 8 now" in capsys.readouterr().err
 
 
+def test_a_refused_configuration_does_not_stand_in_the_way_of_the_next(record, capsys):
+    with pytest.raises(SystemExit):
+        record("--seeds", "1", "--trainer.gradient_clip_val=0.5", "--trainer.precision=bf16-mixed")
+    assert [run.name for run in Ensemble.open(record("--seeds", "1"))] == ["seed-0000"]
+
+
+def test_a_run_without_all_its_files_is_recorded_again(record, capsys):
+    root = record("--seeds", "1")
+    (root / "seed-0000" / "steps-00000000.safetensors").unlink()
+    assert Ensemble.open(record("--seeds", "1"))[0].steps == 12
+
+
+def test_a_run_of_another_version_is_not_recorded_over(record, capsys):
+    manifest = record("--seeds", "1") / "seed-0000" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
+    with pytest.raises(SystemExit):
+        record("--seeds", "1")
+    assert "format version 99" in capsys.readouterr().err
+    assert json.loads(manifest.read_text())["format_version"] == 99
+
+
+def test_a_training_without_steps_is_not_called_complete(record, capsys):
+    with pytest.raises(SystemExit):
+        record("--seeds", "1", "--trainer.max_steps=0")
+    assert "0 of 1 runs are complete" in capsys.readouterr().out
+
+
 def test_attribute_finds_the_ensembles_own_configuration(record, tmp_path, capsys):
     root = record("--seeds", "3")
     main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "answer"), "--queries.indices=[3,1]"])

@@ -65,6 +65,18 @@ class WeightedWithItsOwn(Classifier):
         return losses * len(labels) / CLASS_WEIGHTS[labels].sum()
 
 
+class Attending(nn.Module):
+    """Each example is three tokens that look at each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, batch_first=True)
+
+    def forward(self, inputs):
+        tokens = inputs.reshape(len(inputs), 3, 2)
+        return self.attention(tokens, tokens, tokens, need_weights=False)[0].flatten(1)
+
+
 ACCEPTED = {
     "a mean over examples": Regressor,
     "cross entropy": Classifier,
@@ -72,6 +84,7 @@ ACCEPTED = {
     "torchmetrics": WithMetric,
     "LayerNorm": lambda: Classifier(functional.cross_entropy, nn.LayerNorm(6)),
     "dropout": lambda: Classifier(functional.cross_entropy, nn.Dropout(0.5), nn.AlphaDropout(0.2)),
+    "attention": lambda: Classifier(functional.cross_entropy, Attending()),
     "BatchNorm in evaluation mode": FrozenBatchNorm,
     "L2 penalty": Penalized,
     "class weights with losses of its own": WeightedWithItsOwn,

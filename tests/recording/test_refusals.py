@@ -5,11 +5,11 @@ import random
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from lightning_dtda import TrajectoryRecorder
+from lightning_dtda import Run, TrajectoryRecorder
 from lightning_dtda.errors import RecordingError
 from tests.recording.modules import Classifier, IndexedExamples, Regressor, loader, shuffled
 
@@ -91,6 +91,72 @@ def out_of_order():
     return data
 
 
+class Opened(IndexedExamples):
+    """Opens its file when it is first asked, as data sets do that keep their content in one file."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        self.file = None
+
+    def __getitem__(self, index):
+        self.file = self.file or self.path.open("rb")
+        return super().__getitem__(index)
+
+
+class Shortened(IndexedExamples):
+    """Has another length each time it is made."""
+
+    lengths = iter(())
+
+    def __init__(self):
+        super().__init__()
+        self.length = next(self.lengths)
+
+    def __len__(self):
+        return self.length
+
+
+def mixing(items):
+    batch = default_collate(items)
+    return {**batch, "inputs": batch["inputs"] + torch.randn(())}
+
+
+def dropping(items):
+    return default_collate(items[1:])
+
+
+class Finetuning(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+class Unfreezing(pl.Callback):
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            pl_module.net[0].requires_grad_(True)
+
+
+class SwitchingMomentum(pl.Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        trainer.optimizers[0].param_groups[0]["momentum"] = 0.9 * (trainer.global_step > 1)
+
+
+def used_optimizer(module):
+    optimizer = torch.optim.AdamW(module.parameters())
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
 class SparseEmbedding(Classifier):
     def __init__(self):
         super().__init__()
@@ -136,6 +202,32 @@ REFUSED = {
     "a data set without integer indices": (Regressor, lambda: loader(Named(), sampler=NAMES), {}, "indices 0 to 22"),
     "a sampler of other than integers": (Regressor, lambda: loader(EitherWay(), sampler=NAMES), {}, "yield integers"),
     "random augmentation": (Regressor, lambda: shuffled(dataset=Augmented()), {}, "Make the data set deterministic"),
+    "a collate_fn that draws random numbers": (
+        Regressor,
+        lambda: shuffled(collate_fn=mixing),
+        {},
+        "Make the collate_fn deterministic",
+    ),
+    "a collate_fn that drops examples": (Regressor, lambda: shuffled(collate_fn=dropping), {}, "keep every example"),
+    "negative indices": (Regressor, lambda: loader(sampler=range(-8, 0)), {}, "yield indices from 0 to 22"),
+    "parameters that are trained later": (
+        Regressor,
+        shuffled,
+        {"callbacks_before": [Finetuning()]},
+        "train each phase on its own",
+    ),
+    "several recorders": (
+        Regressor,
+        shuffled,
+        {"callbacks_before": [TrajectoryRecorder("elsewhere", "run")]},
+        "Keep one of them",
+    ),
+    "an optimizer that has taken steps": (
+        lambda: Regressor(used_optimizer),
+        shuffled,
+        {},
+        "Make a new one in configure_optimizers",
+    ),
     "a hook that changes steps": (Stepping, shuffled, {}, "Remove it"),
     "a hook that changes batches": (Moving, shuffled, {}, "Do it in the data set"),
     "manual optimization": (Manual, shuffled, {}, "Use automatic optimization"),
@@ -203,6 +295,61 @@ def test_a_strategy_of_several_processes_is_refused(fit, root):
     assert_nothing_left(root, module.trainer)
 
 
+STOPPED = {
+    "parameters unfrozen in mid-training": (Unfreezing, "Train the same ones throughout"),
+    "momentum switched on in mid-training": (SwitchingMomentum, "momentum switched on or off.*Keep it on"),
+}
+
+
+@pytest.mark.parametrize(("callback", "remedy"), STOPPED.values(), ids=STOPPED)
+def test_a_training_that_changes_its_nature_is_stopped_at_that_step(fit, root, callback, remedy):
+    module = Regressor(lambda module: torch.optim.SGD(module.parameters(), lr=0.01))
+    with pytest.raises(RecordingError, match=remedy):
+        fit(module, shuffled(), callback(), TrajectoryRecorder(root, "run"), max_epochs=2)
+
+    run = Run(root / "run")
+    assert (run.manifest.status, run.steps) == ("incomplete", 2)
+
+
+def test_data_that_change_between_epochs_are_refused_when_they_do(fit, root):
+    Shortened.lengths = iter([23, 23, 9])
+
+    class Reloading(Regressor):
+        def train_dataloader(self):
+            return loader(Shortened())
+
+    with pytest.raises(RecordingError, match="changed at epoch 2"):
+        fit(Reloading(), None, TrajectoryRecorder(root, "run"), max_epochs=3, reload_dataloaders_every_n_epochs=1)
+
+    assert Run(root / "run").steps == 12
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_are_probed_where_they_are_read(record, tmp_path, workers):
+    # a file that is opened in this process shares its position with the workers that are forked from it later
+    (tmp_path / "content").write_bytes(b"")
+    data = Opened(tmp_path / "content")
+    record(Regressor(), loader(data, num_workers=workers), max_epochs=1)
+    assert (data.file is None) == (workers > 0)
+
+
+def test_a_run_that_appears_during_the_checks_is_not_overwritten(fit, root):
+    class Rival(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            (root / "run").mkdir(parents=True)
+            (root / "run" / "precious").write_text("")
+
+    with pytest.raises(RecordingError, match="exists"):
+        fit(Regressor(), shuffled(), Rival(), TrajectoryRecorder(root, "run"), max_epochs=1)
+
+    assert (root / "run" / "precious").exists()
+
+
+def test_a_trial_run_of_the_trainer_is_not_recorded(fit, root):
+    fit(Regressor(), shuffled(), TrajectoryRecorder(root, "run"), fast_dev_run=True)
+    assert not root.exists()
+
+
 def test_a_resumed_training_is_refused(fit, root, tmp_path):
     fit(Regressor(), shuffled(), max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
     trainer = pl.Trainer(
@@ -249,3 +396,16 @@ def test_the_same_trainer_trains_again_after_the_refused_recorder_is_removed(fit
     trainer.fit(Regressor(), data)
 
     assert trainer.state.finished
+
+
+def test_a_run_that_another_process_records_is_not_overwritten(fit, root):
+    class Rival(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 2:
+                with pytest.raises(RecordingError, match="being recorded by another process"):
+                    fit(Regressor(), loader(), TrajectoryRecorder(root, "run", overwrite=True), max_epochs=1)
+
+    fit(Regressor(), shuffled(), Rival(), TrajectoryRecorder(root, "run"), max_epochs=1)
+
+    run = Run(root / "run")
+    assert (run.complete, run.steps) == (True, 6)

@@ -48,7 +48,27 @@ def plain(module):
     return torch.optim.SGD(module.parameters(), lr=0.1)
 
 
-OPTIMIZERS = {"plain": plain, "momentum": sgd, "nesterov": nesterov, "two groups": two_groups_with_a_scheduler}
+def adamw(module):
+    return torch.optim.AdamW(module.parameters(), lr=0.03, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True)
+
+
+def rmsprop(module):
+    return torch.optim.RMSprop(module.parameters(), lr=0.003, momentum=0.5, centered=True)
+
+
+def adagrad(module):
+    return torch.optim.Adagrad(module.parameters(), lr=0.03, initial_accumulator_value=0.1, lr_decay=0.01)
+
+
+OPTIMIZERS = {
+    "plain": plain,
+    "momentum": sgd,
+    "nesterov": nesterov,
+    "two groups": two_groups_with_a_scheduler,
+    "AdamW": adamw,
+    "RMSprop": rmsprop,
+    "Adagrad": adagrad,
+}
 
 
 @pytest.mark.parametrize("checkpoint_every", ["sqrt", "all", 5])
@@ -226,3 +246,49 @@ def test_the_optimizers_state_gains_nothing_from_being_recorded(fit, record):
         states.append(module.trainer.optimizers[0].state_dict())
 
     assert states[0] == states[1]
+
+
+class Cutting(Regressor):
+    """Lightning ends the epoch where this hook returns -1."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if batch_idx == 3 else None
+
+
+class WithoutALoss(Regressor):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return None if batch_idx == 2 else loss
+
+
+def test_micro_batches_whose_gradients_are_thrown_away_are_no_part_of_a_step(record):
+    # the epoch ends before the second group is complete; the next one starts with a gradient of zero
+    run = record(Cutting(), loader(), max_epochs=2, accumulate_grad_batches=2)
+    steps = [[(part.epoch, part.batch_idx) for part in run.micro_batches(t)] for t in range(run.steps)]
+    assert steps == [[(0, 0), (0, 1)], [(1, 0), (1, 1)]]
+
+
+def test_a_micro_batch_without_a_loss_is_no_part_of_a_step(record):
+    run = record(WithoutALoss(), loader(), max_epochs=1, accumulate_grad_batches=2)
+    assert [[part.batch_idx for part in run.micro_batches(t)] for t in range(run.steps)] == [[0, 1], [3], [4, 5]]
+
+
+class Drawing(pl.Callback):
+    def on_train_batch_end(self, *args):
+        torch.randn(1)
+
+
+def test_random_numbers_of_other_callbacks_are_not_those_of_the_step(record):
+    run = record(Regressor(), shuffled(), Drawing(), max_epochs=1)
+    assert not any(part.rng_states for t in range(run.steps) for part in run.micro_batches(t))
+
+
+class GrowingBatches(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.train_dataloader.batch_sampler.batch_size = 8
+
+
+def test_a_callback_that_changes_the_batch_sampler_is_heard(record):
+    run = record(Regressor(), loader(), GrowingBatches(), max_epochs=2)
+    assert [len(run.batch_indices(t)) for t in range(run.steps)] == [4, 4, 4, 4, 4, 3, 8, 8, 7]

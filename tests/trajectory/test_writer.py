@@ -7,7 +7,7 @@ import torch
 
 from lightning_dtda import Run
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.trajectory import Manifest, RunWriter, writer
+from lightning_dtda.trajectory import Manifest, RunWriter, is_being_written, writer
 from tests.trajectory.runs import manifest, records, write_run
 
 
@@ -112,3 +112,14 @@ def test_a_discarded_run_leaves_nothing(directory):
 
     assert not directory.exists()
     assert not [thread for thread in threading.enumerate() if thread.name == "lightning-dtda-writer"]
+
+
+def test_a_run_is_locked_while_it_is_written(directory):
+    assert not is_being_written(directory)
+    run_writer = RunWriter(directory, manifest())
+    assert is_being_written(directory)
+    run_writer.close("complete")
+    assert not is_being_written(directory)
+    # a process that was killed leaves the file, not the lock
+    (directory / "recording.lock").touch()
+    assert not is_being_written(directory)
