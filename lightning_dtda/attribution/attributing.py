@@ -82,13 +82,20 @@ def attribute(
         ReplayError: If module or data are not those that were trained.
     """
     estimator = UnrolledDifferentiation() if estimator is None else estimator
+    for value, kind, example in (
+        (ensemble, Ensemble, 'Ensemble.open("runs/mine")'),
+        (module, LightningModule, "MyModule()"),
+        (estimator, Estimator, "UnrolledDifferentiation()"),
+    ):
+        if not isinstance(value, kind):
+            raise AttributionError(f"{value!r} is no {kind.__name__}. Give {example}, say.")
     name, function = resolve_measurement(measurement)
     question = Question(
         module=module,
         examples=training_examples(data),
         queries=query_examples(queries),
         measurement=function,
-        device=torch.device(module.device if device is None else device),
+        device=_usable_device(module.device if device is None else device),
     )
     about = {
         "measurement": name,
@@ -184,6 +191,16 @@ def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path
             f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
             "some, or choose another output."
         )
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise AttributionError(
+            f"There is no device {str(device)!r} ({reason}). Give cpu, cuda or cuda:0, say."
+        ) from error
 
 
 def available_memory(device: torch.device) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,16 +97,14 @@ class Attribution:
         Raises:
             AttributionError: If the difference needs more runs, or an index is out of range.
         """
-        chosen = self._difference(difference)
-        return self._each_query(lambda baseline, predicted: chosen(baseline, predicted), removed)
+        return self._influence(self._difference(difference), removed)
 
     def standard_error(self, difference: str | Difference, removed: Sequence[int] | None = None) -> Tensor:
         """Return the standard error over runs of :meth:`influence`, by the jackknife; same arguments and shape.
 
         It says how far the influence would move with other seeds, not how good the linear prediction is.
         """
-        chosen = self._difference(difference)
-        return self._each_query(lambda baseline, predicted: jackknife(chosen, baseline, predicted), removed)
+        return self._standard_error(self._difference(difference), removed)
 
     def top(self, k: int = 10, difference: str | Difference = "mean", query: int | None = None) -> pd.DataFrame:
         """Return the examples of the largest absolute influence on each query.
@@ -118,13 +118,23 @@ class Attribution:
             One row for each of these examples, with ``query``, ``rank`` (1 first), ``example``, ``influence``,
             ``standard_error``, ``mean_shift`` (change of the mean when removed, E Y - E X) and ``variance_change``
             (Var Y - Var X; NaN with a single run).
+
+        Raises:
+            AttributionError: If the difference needs more runs, there is no such query, or ``k`` is less than 1.
         """
         import pandas as pd
 
-        influence, error = self.influence(difference), self.standard_error(difference)
-        mean_shift = -self.influence("mean")
+        if k < 1:
+            raise AttributionError(f"k={k}; give the number of examples, at least 1.")
+        if query is not None and not 0 <= query < len(self.queries):
+            raise AttributionError(f"There is no query at position {query}; they are 0 to {len(self.queries) - 1}.")
+        chosen, mean = self._difference(difference), resolve_difference("mean")
+        influence, error = self._influence(chosen), self._standard_error(chosen)
+        mean_shift = -self._influence(mean)
         several = len(self.runs) > 1
-        variance = self.influence("variance") if several else torch.full_like(mean_shift, torch.nan)
+        variance = (
+            self._influence(resolve_difference("variance")) if several else torch.full_like(mean_shift, torch.nan)
+        )
         positions = range(len(self.queries)) if query is None else [query]
         rows = []
         for q in positions:
@@ -200,6 +210,12 @@ class Attribution:
         dataset = self.to_xarray().drop_vars(["baseline", "responses", "run"])
         return dataset.to_dataframe().reset_index()
 
+    def _influence(self, difference: Difference, removed: Sequence[int] | None = None) -> Tensor:
+        return self._each_query(lambda baseline, predicted: difference(baseline, predicted), removed)
+
+    def _standard_error(self, difference: Difference, removed: Sequence[int] | None = None) -> Tensor:
+        return self._each_query(lambda baseline, predicted: jackknife(difference, baseline, predicted), removed)
+
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
         if runs < chosen.least_runs:
@@ -225,7 +241,14 @@ class Attribution:
         return stacked if removed is None else stacked.squeeze(-1)
 
     def _response(self, removed: Sequence[int]) -> Tensor:
-        indices, examples = [int(index) for index in removed], self.responses.shape[2]
+        examples = self.responses.shape[2]
+        try:
+            values = removed.tolist() if isinstance(removed, (Tensor, np.ndarray)) else list(removed)
+            indices = [operator.index(value) for value in values]  # not int(): 1.5 is no index
+        except TypeError as error:
+            raise AttributionError(f"removed={removed!r} is no list of the indices of training examples.") from error
+        if any(isinstance(value, bool) for value in values):
+            raise AttributionError("removed is a mask. Give the indices of the removed examples.")
         if outside := [index for index in indices if not 0 <= index < examples]:
             raise AttributionError(f"There is no training example {outside[0]}; they are 0 to {examples - 1}.")
         if len(set(indices)) != len(indices):

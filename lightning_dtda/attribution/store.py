@@ -67,23 +67,26 @@ class AttributionStore:
         }
         left_over: list[Path] = []
         if cls.is_at(path):
-            if overwrite:
+            found = {} if overwrite else read_json(path / _INDEX)
+            if not found.get("runs"):  # an index without an answer stands in nobody's way
                 left_over = list(path.glob("*.safetensors"))
             else:
-                found = read_json(path / _INDEX)
                 compared = ("format_version", "about", "queries", "examples")
                 same_runs = found.get("wanted", {}).items() <= index["wanted"].items()
                 if not same_runs or any(found.get(key) != index[key] for key in compared):
                     raise AttributionError(
                         f"{path} holds the answer to another question ({_changes(found, index)}). Choose another "
-                        "output, or overwrite it."
+                        "output, or set overwrite (overwrite=True, --overwrite)."
                     )
                 index["runs"] = found["runs"]
-        elif path.exists() and any(path.iterdir()):
+        elif path.is_dir() and any(path.iterdir()):
             raise AttributionError(f"{path} is not empty and holds no attribution. Choose another output.")
-        path.mkdir(parents=True, exist_ok=True)
         store = cls(path, index)
-        store._save()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            store._save()
+        except OSError as error:
+            raise AttributionError(f"{path} cannot be written ({error}). Choose another output.") from error
         # only now: the index that named them is gone
         for file in left_over:
             file.unlink()
@@ -102,6 +105,10 @@ class AttributionStore:
             TrajectoryError: If there is none, or it is of an unknown format.
         """
         path = Path(path)
+        if not cls.is_at(path):
+            raise TrajectoryError(
+                f"{path} holds no attribution. Give the output of lightning_dtda.attribute or lightning-dtda attribute."
+            )
         index = read_json(path / _INDEX)
         if index.get("format_version") != FORMAT_VERSION:
             raise TrajectoryError(

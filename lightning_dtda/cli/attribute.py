@@ -18,6 +18,7 @@ from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, quiet_lig
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.trajectory import Ensemble
+from lightning_dtda.trajectory.manifest import MANIFEST
 
 Split = Literal["train", "validation", "test"]
 
@@ -31,7 +32,7 @@ class AttributeCLI(ConfigurationCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ensemble", type=str, required=True, help="Directory of the recorded runs.")
         parser.add_argument("--output", type=str, required=True, help="Directory for the attribution.")
-        parser.add_argument("--overwrite", type=bool, default=False, help="Replace the answer to another question.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
         parser.add_subclass_arguments(Estimator, "estimator", help="How responses are computed.")
         parser.set_defaults({"estimator": {"class_path": _class_path(UnrolledDifferentiation)}})
         parser.add_argument(
@@ -41,7 +42,10 @@ class AttributeCLI(ConfigurationCLI):
             "--queries.split", type=Split, default="validation", help="The data set that queries are taken from."
         )
         parser.add_argument(
-            "--queries.indices", type=list[int] | None, default=None, help="Which of its examples; all if not given."
+            "--queries.indices",
+            type=int | list[int] | None,
+            default=None,
+            help="Which of its examples; all if not given.",
         )
         parser.add_argument("--device", type=str | None, default=None, help="Where to compute, e.g. cuda.")
         parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
@@ -87,7 +91,7 @@ def run(arguments: Sequence[str]) -> None:
         log_to_wandb(attribution, config.output, project=_project(Path(config.ensemble)))
 
 
-def query_loader(data: LightningDataModule | LightningModule, split: Split, indices: list[int] | None) -> Any:
+def query_loader(data: LightningDataModule | LightningModule, split: Split, indices: int | list[int] | None) -> Any:
     """Return a DataLoader over the queries: examples of one of the data module's own data sets.
 
     Raises:
@@ -106,11 +110,13 @@ def query_loader(data: LightningDataModule | LightningModule, split: Split, indi
         )
     dataset: Dataset[Any] = loader.dataset
     length = len(dataset)  # type: ignore[arg-type]
-    chosen = list(range(length)) if indices is None else indices
+    chosen = list(range(length)) if indices is None else [indices] if isinstance(indices, int) else indices
     if outside := [index for index in chosen if not 0 <= index < length]:
         raise AttributionError(
             f"--queries.indices has {outside[0]}; the {split} split has the examples 0 to {length - 1}."
         )
+    if len(set(chosen)) != len(chosen):
+        raise AttributionError(f"--queries.indices={chosen} has a query twice.")
     return DataLoader(Subset(dataset, chosen), collate_fn=loader.collate_fn)
 
 
@@ -118,12 +124,19 @@ def _with_configuration(arguments: list[str]) -> list[str]:
     """Put the ensemble's own saved configuration in front, unless one is given."""
     given = any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in arguments)
     root = _value(arguments, "--ensemble")
-    if given or root is None:
+    if given:
         return arguments
+    if root is None:
+        raise AttributionError("Give --ensemble, the directory of the recorded runs. --help lists all options.")
+    if not Path(root).is_dir():
+        raise AttributionError(f"There is no directory {root}. Give the --ensemble of lightning-dtda record.")
     path = Path(root) / CONFIG
     if not path.exists():
+        is_run = (Path(root) / MANIFEST).exists()
         raise AttributionError(
-            f"{root} has no {CONFIG}: it was not recorded by lightning-dtda record. Give --config, or call "
+            f"{root} is a single run. Give its parent, the ensemble."
+            if is_run
+            else f"{root} has no {CONFIG}: it was not recorded by lightning-dtda record. Give --config, or call "
             "lightning_dtda.attribute from Python."
         )
     return ["--config", str(path), *arguments]

@@ -41,7 +41,12 @@ class ConfigurationCLI(LightningCLI):
             run=False,
             save_config_callback=None,
             seed_everything_default=False,
-            parser_kwargs={"prog": f"lightning-dtda {command}", "description": description},
+            # an own usage: the list of all options is longer than a screen and hides the error below it
+            parser_kwargs={
+                "prog": f"lightning-dtda {command}",
+                "usage": f"lightning-dtda {command} --ensemble DIR [--config FILE] [options]; --help lists them",
+                "description": description,
+            },
             **kwargs,
         )
 

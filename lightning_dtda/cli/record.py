@@ -95,6 +95,8 @@ def run(arguments: Sequence[str]) -> None:
         # twenty bars and summaries of the same model hide the one bar that matters; a configuration may ask for them
         trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
     )
+    if cli.config.jobs < 1:
+        raise RecordingError(f"--jobs={cli.config.jobs}; give the number of processes, at least 1.")
     everything = cli.seeds
     save_configuration(cli.root, cli.dump())
     seeds = [seed for seed in everything if not is_complete(cli.root / run_name(seed))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # the profiler otherwise says on the terminal that it starts and stops; it reads this when it is first used
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    gc.collect()  # what is freed in the meantime would be counted as if it came from the function
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     alive = peak = 0

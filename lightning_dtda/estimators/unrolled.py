@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.errors import AttributionError, DTDAError, ReplayError
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.replay import Precision, Replay, shape_key
@@ -176,7 +176,16 @@ def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Te
         return value[0], value[0]
 
     of_one_run = vmap(grad(of_one_query, has_aux=True), in_dims=(None, None, 0))
-    gradients, values = vmap(of_one_run, in_dims=(0, 0, None))(theta, buffers, batch)
+    try:
+        gradients, values = vmap(of_one_run, in_dims=(0, 0, None))(theta, buffers, batch)
+    except DTDAError:
+        raise
+    except Exception as error:  # whatever the user's code does
+        raise AttributionError(
+            f"The measurement fails ({error!r}). It is called with the module and a batch of one query, and torch.func "
+            "has to be able to differentiate it and to map it over queries: no .item(), float(), print, or branch on a "
+            "value."
+        ) from error
     for what, tensor in (("", values), ("the gradient of ", gradients)):
         if not bool(torch.isfinite(tensor).all()):
             number = int((~torch.isfinite(tensor.reshape(len(tensor), -1))).any(1).nonzero()[0])

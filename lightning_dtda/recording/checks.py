@@ -43,6 +43,11 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     Raises:
         RecordingError: Naming the setting and what to do.
     """
+    if not isinstance(trainer, pl.Trainer):
+        raise RecordingError(
+            f"The Trainer is a {type(trainer).__module__}.{type(trainer).__qualname__}, of another package than the "
+            "recorder. Import lightning.pytorch instead of pytorch_lightning throughout."
+        )
     if not module.automatic_optimization:
         raise RecordingError(
             f"{type(module).__name__} uses manual optimization, so that its steps are not those of one loss. Use "
@@ -122,8 +127,8 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:
     if optimizer_path(optimizer) not in UPDATES:
         supported = ", ".join(path.rsplit(".", 1)[1] for path in UPDATES)
         raise RecordingError(
-            f"There is no adjoint for the optimizer {optimizer_path(optimizer)}. Train with one of torch.optim's "
-            f"{supported}."
+            f"The optimizer {optimizer_path(optimizer)} is not known, so that its steps cannot be differentiated. "
+            f"Train with one of torch.optim's {supported}, or add its update to lightning_dtda.optimizers.UPDATES."
         )
     for state in optimizer.state.values():
         # torch counts steps for every optimizer but SGD, whose only state is there after the first

@@ -39,7 +39,8 @@ def example_losses(module: LightningModule, batch: Any, batch_idx: int = 0) -> T
         raise
     except Exception as error:  # whatever the user's code does with a batch of one
         raise ReplayError(
-            f"{type(module).__name__}.training_step cannot be run one example at a time ({error!r}). Define "
+            f"{type(module).__name__}.training_step cannot be run one example at a time ({error!r}). Leave "
+            "out what needs numbers instead of tensors (.item(), float(), print, a branch on a value), or define "
             "example_losses(batch) -> (B,) on the module: the loss of each example of the batch."
         ) from error
 

@@ -53,10 +53,11 @@ def margin(module: LightningModule, batch: Any) -> Tensor:
             'The measurement "margin" needs class scores (B, C) and integer labels as the batch\'s second element. '
             "Give a callable (module, batch) -> (B,) instead."
         )
-    # a mask, not masked_fill with -inf: its derivative stays finite
-    correct = torch.nn.functional.one_hot(labels, scores.shape[1]).to(scores.dtype)
-    lowest = torch.finfo(scores.dtype).min
-    return (scores * correct).sum(1) - torch.logsumexp(torch.where(correct.bool(), lowest, scores), 1)
+    # a comparison, not one_hot, which reads its argument's largest entry: nothing that vmap could do
+    correct = labels.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
+    # the lowest number, not minus infinity: its derivative stays finite
+    others = torch.where(correct, torch.finfo(scores.dtype).min, scores)
+    return (scores * correct).sum(1) - torch.logsumexp(others, 1)
 
 
 def _forward(module: LightningModule, batch: Any) -> Tensor:

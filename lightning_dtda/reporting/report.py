@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.figure_style import TEMPLATE
 from lightning_dtda.reporting.figures import baseline_figure, influence_figure, removal_figure, top_figure
@@ -96,8 +97,13 @@ def report(attribution: Attribution, output: str | Path, k: int = 10) -> Path:
     environment.filters.update(number=number, unit=unit)
     with without_repeated_warnings():
         page = environment.get_template("report.html.jinja").render(_content(attribution, k))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise AttributionError(
+            f"The report cannot be written to {output} ({error}). Give the name of a file."
+        ) from error
     return output
 
 

@@ -56,7 +56,7 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
             console.print()
             console.print(_table(attribution, query, k), width=width)
     console.print()
-    notes = f"Dim: not more than {CLEAR:g} standard errors (jackknife over runs) from zero."
+    notes = f"Dim, with a dot: not more than {CLEAR:g} standard errors (jackknife over runs) from zero."
     if len(shown) < len(attribution.queries):
         notes += f" {len(shown)} of {len(attribution.queries)} queries, those with the largest variance influence."
     console.print(notes, style="dim", width=width, highlight=False)
@@ -91,4 +91,4 @@ def _table(attribution: Attribution, query: int, k: int) -> Table:
 
 
 def _shade(text: str, clear: bool) -> str:
-    return text if clear else f"[dim]{text}[/]"
+    return text if clear else f"[dim]·{text}[/]"

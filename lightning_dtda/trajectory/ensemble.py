@@ -35,7 +35,7 @@ class Ensemble(Sequence[Run]):
         for run in self.runs[1:]:
             if differences := _differences(first, _comparable(run)):
                 raise TrajectoryError(
-                    f"{run.path} and {self.runs[0].path} are runs of different configurations, hence not samples of "
+                    f"{self.runs[0].path} and {run.path} are runs of different configurations, hence not samples of "
                     f"one distribution:\n{differences}\nKeep each configuration in a directory of its own."
                 )
 
@@ -52,6 +52,8 @@ class Ensemble(Sequence[Run]):
         root = Path(root)
         if not root.is_dir():
             raise TrajectoryError(f"{root} is no directory. Give the root that the runs were recorded under.")
+        if (root / MANIFEST).exists():
+            raise TrajectoryError(f"{root} is a single run. Give its parent, the root that it was recorded under.")
         runs = [Run(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
         incomplete = [run for run in runs if not run.complete]
         if incomplete:

@@ -142,3 +142,38 @@ def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
 def test_a_question_without_an_answer_is_refused(ensemble, arguments, message):
     with pytest.raises(AttributionError, match=message):
         ask(ensemble, **arguments)
+
+
+def raising(module, batch):
+    return module(batch[0]) if module(batch[0]).item() > 0 else batch[1]
+
+
+NONSENSE = {
+    "a path for the ensemble": (lambda ask, ensemble: ask("runs"), "'runs' is no Ensemble"),
+    "a class for the module": (
+        lambda ask, ensemble: attribute(ensemble, WeightedRegressor, DATA, queries=QUERIES),
+        "is no LightningModule",
+    ),
+    "a class for the estimator": (
+        lambda ask, ensemble: ask(ensemble, estimator=UnrolledDifferentiation),
+        "is no Estimator",
+    ),
+    "a measurement that needs numbers": (
+        lambda ask, ensemble: ask(ensemble, measurement=raising),
+        r"measurement fails.*no .item\(\)",
+    ),
+    "an unknown device": (lambda ask, ensemble: ask(ensemble, device="gpu"), "no device 'gpu'"),
+    "a file for the output": (lambda ask, ensemble: ask(ensemble, output=__file__), "cannot be written"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), NONSENSE.values(), ids=NONSENSE)
+def test_nonsense_is_refused_in_words(ensemble, call, message):
+    with pytest.raises(AttributionError, match=message):
+        call(ask, ensemble)
+
+
+def test_an_attribution_that_failed_does_not_stand_in_the_way(ensemble, tmp_path):
+    with pytest.raises(AttributionError, match="measurement fails"):
+        ask(ensemble, output=tmp_path / "answer", measurement=raising)
+    assert ask(ensemble, output=tmp_path / "answer").measurement == "loss"

@@ -117,7 +117,17 @@ def test_dataframe_has_a_row_for_each_query_and_example(attribution):
     assert row["wasserstein_standard_error"] == pytest.approx(attribution.standard_error("wasserstein")[1, 4].item())
 
 
-@pytest.mark.parametrize(("removed", "message"), [([7], "no training example 7"), ([-1], "-1"), ([2, 2], "twice")])
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ([7], "no training example 7"),
+        ([-1], "-1"),
+        ([2, 2], "twice"),
+        (3, "removed=3 is no list"),
+        ([1.5], "no list of the indices"),
+        (torch.arange(EXAMPLES) > 3, "is a mask"),
+    ],
+)
 def test_a_removal_that_cannot_be_is_refused(attribution, removed, message):
     with pytest.raises(AttributionError, match=message):
         attribution.influence("mean", removed=removed)
@@ -130,3 +140,20 @@ def test_few_runs_warn_and_one_run_has_no_variance(attribution):
     one = Attribution(attribution.baseline[:1], attribution.responses[:1], attribution.runs[:1], attribution.queries)
     with pytest.raises(AttributionError, match="needs 2 runs"):
         one.influence("variance")
+
+
+def test_indices_may_be_a_tensor_or_an_array(attribution):
+    expected = attribution.predict([1, 4])
+    assert torch.equal(attribution.predict(torch.tensor([1, 4])), expected)
+    assert torch.equal(attribution.predict(np.array([1, 4])), expected)
+
+
+def test_top_refuses_what_is_not_there_and_warns_once(attribution):
+    with pytest.raises(AttributionError, match="no query at position 77; they are 0 to 2"):
+        attribution.top(query=77)
+    with pytest.raises(AttributionError, match="at least 1"):
+        attribution.top(0)
+    few = Attribution(attribution.baseline[:4], attribution.responses[:4], attribution.runs[:4], attribution.queries)
+    with pytest.warns(UserWarning, match="Influences of 4 runs") as caught:
+        few.top()
+    assert [warning.filename for warning in caught] == [__file__]

@@ -154,7 +154,7 @@ REFUSED = {
     "random beyond dropout": (Noisy, "example_losses"),
     "a branch on the loss": (Branching, "example_losses"),
     "fewer losses than examples": (LossesOfPairs, "2 per-example losses for the 4 examples"),
-    "a training_step that fails on one example": (OneAtATimeFails, "a batch of one.*Define example_losses"),
+    "a training_step that fails on one example": (OneAtATimeFails, "a batch of one.*define example_losses"),
 }
 
 
