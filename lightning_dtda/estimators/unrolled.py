@@ -209,15 +209,7 @@ def _sweep(replay: Replay, adjoint: Tensor, examples: int, advance: Advance) -> 
         buffers = replay.buffers(first)
         for step in reversed(range(first, last)):
             point = points.pop()
-            direct, state_adjoints, gradient_cotangent = replay.update.adjoint(
-                point.theta.unsqueeze(1),
-                [{key: value.unsqueeze(1) for key, value in state.items()} for state in point.states],
-                point.gradient.unsqueeze(1),
-                replay.hyperparameters(step, ndim=3),
-                adjoint,
-                state_adjoints,
-                step=step,
-            )
+            direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
             batch, slopes, products = replay.directional(step, point, gradient_cotangent, buffers)
             where = batch.indices[:, None].expand(-1, queries, -1)
             responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
@@ -243,9 +235,12 @@ def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
     peaks = []
     for count in (1, 2):
         directions = torch.randn(1, count, replay.layout.size, dtype=replay.dtype, device=replay.device)
-        peaks.append(
-            peak_memory(lambda d=directions: replay.directional(0, point, d, buffers), replay.device)  # type: ignore[misc]
-        )
+
+        def products(directions: Tensor = directions) -> object:
+            return replay.directional(0, point, directions, buffers)
+
+        products()  # what the first call reads and keeps is none of a step's memory
+        peaks.append(peak_memory(products, replay.device))
     vector = replay.layout.size * replay.dtype.itemsize
     states = sum(len(state) for state in point.states)
     longest = max(last - first for first, last in replay.segments)

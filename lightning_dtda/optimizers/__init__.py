@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lightning_dtda.optimizers.adagrad import Adagrad
 from lightning_dtda.optimizers.adam import Adam
+from lightning_dtda.optimizers.clipping import Clipping, clipping
 from lightning_dtda.optimizers.grouped import GroupedUpdate
 from lightning_dtda.optimizers.rmsprop import RMSprop
 from lightning_dtda.optimizers.sgd import SGD
@@ -22,4 +23,16 @@ UPDATES: dict[str, Update] = {
 }
 """The update of every supported optimizer, by the import path of its class."""
 
-__all__ = ["SGD", "UPDATES", "Adagrad", "Adam", "GroupedUpdate", "Hyperparameters", "RMSprop", "State", "Update"]
+__all__ = [
+    "SGD",
+    "UPDATES",
+    "Adagrad",
+    "Adam",
+    "Clipping",
+    "GroupedUpdate",
+    "Hyperparameters",
+    "RMSprop",
+    "State",
+    "Update",
+    "clipping",
+]

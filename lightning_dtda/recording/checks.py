@@ -77,11 +77,6 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 f"{type(callback).__name__} changes which parameters are trained in mid-training; recording needs the "
                 "same ones at every step. Remove it from the Trainer, or train each phase on its own."
             )
-    if trainer.gradient_clip_val:
-        raise RecordingError(
-            f"gradient_clip_val={trainer.gradient_clip_val} makes the step depend on the gradient's norm, which the "
-            "replay does not follow. Remove gradient_clip_val from the Trainer."
-        )
     for hook in _STEP_HOOKS:
         if is_overridden(hook, module, pl.LightningModule):
             raise RecordingError(

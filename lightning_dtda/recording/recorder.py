@@ -12,6 +12,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -158,6 +159,13 @@ class TrajectoryRecorder(Callback):
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self._recording is not None:
             self._recording.add_micro_batch()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._recording is not None and trainer.gradient_clip_val and not _clips_by_value(trainer):
+            self._recording.before_clipping()
 
     @override
     def on_train_batch_end(
@@ -381,6 +389,12 @@ class _Recording:
         current = self._current
         self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
 
+    def before_clipping(self) -> None:
+        """Note what is lost when the gradient is scaled to a norm."""
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        if len(gradients) == len(self._parameters):  # else the step is refused when it is taken
+            self._buffer.put_norm(gradients)
+
     def end_micro_batch(self, accumulate_grad_batches: int) -> None:
         """Complete the step's record if the optimizer stepped on this micro-batch."""
         if self._applied is None:
@@ -468,6 +482,10 @@ def run_name(seed: int) -> str:
         'seed-0007'
     """
     return f"seed-{seed:04d}"
+
+
+def _clips_by_value(trainer: pl.Trainer) -> bool:
+    return trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
 
 
 def _buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:

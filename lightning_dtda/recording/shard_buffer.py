@@ -36,6 +36,8 @@ class ShardBuffer:
     _hyperparameters: list[list[list[float]]] = field(default_factory=list)
     _accumulations: list[int] = field(default_factory=list)
     _gradients: Tensor | None = None
+    _norm: Tensor | None = None
+    _norms: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self._micro_batches)
@@ -55,6 +57,11 @@ class ShardBuffer:
             self._gradients = torch.empty((self.capacity, self.layout.size), dtype=self.gradients, device=self.device)
         self.layout.flatten(gradients, out=self._gradients[len(self)])
 
+    def put_norm(self, gradients: list[Tensor]) -> None:
+        """Note the norm of the gradient that is about to be clipped by it."""
+        # of the norms of the tensors, as torch does it; it stays on the device, since to read it would wait for it
+        self._norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+
     def append(
         self, micro_batches: list[MicroBatch], hyperparameters: list[list[float]], accumulate_grad_batches: int
     ) -> None:
@@ -62,6 +69,9 @@ class ShardBuffer:
         self._micro_batches.append(micro_batches)
         self._hyperparameters.append(hyperparameters)
         self._accumulations.append(accumulate_grad_batches)
+        if self._norm is not None:
+            self._norms.append(self._norm)
+            self._norm = None
 
     def take(self) -> tuple[int, int, dict[str, Tensor]]:
         """Return first step, last step and tensors of the shard, and start the next one."""
@@ -79,7 +89,10 @@ class ShardBuffer:
         }
         if self._gradients is not None:
             tensors["gradients"] = self._gradients[:steps].cpu()
+        if self._norms:
+            tensors["gradient_norms"] = torch.stack(self._norms).cpu()
         self.first_step += steps
+        self._norms = []
         self._micro_batches, self._hyperparameters, self._accumulations, self._gradients = [], [], [], None
         return first, first + steps, tensors
 

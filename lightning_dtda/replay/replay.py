@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
+from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.replay.functional import FunctionalModule
@@ -45,11 +46,19 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Point:
-    """What a step starts from: parameters and gradient ``(runs, P)``, and each group's optimizer state."""
+    """What a step starts from, each ``(runs, P)``.
+
+    Args:
+        theta: Parameters.
+        states: Each group's optimizer state.
+        gradient: What the optimizer applied.
+        unclipped: The same before clipping, as far as the adjoint of clipping needs it.
+    """
 
     theta: Tensor
     states: list[State]
     gradient: Tensor
+    unclipped: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,7 @@ class Replay:
         self.layout = first.layout
         self.steps = first.steps
         self.update = first.update
+        self.clipping = first.clipping
         self.checkpoint_steps = first.checkpoint_steps
         self.recorded_dtype = first.manifest.torch_dtype
         self.dtype = self.recorded_dtype if precision == "recorded" else torch.float64
@@ -139,10 +149,10 @@ class Replay:
         start = max(t for t in self.checkpoint_steps if t <= step)
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
-        point = Point(theta, states, self._gradient(start, theta, buffers))
+        point = self._point(start, theta, states, buffers)
         for t in range(start, step):
             theta, states = self._advance(t, point)
-            point = Point(theta, states, self._gradient(t + 1, theta, buffers))
+            point = self._point(t + 1, theta, states, buffers)
         return point
 
     def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
@@ -231,10 +241,36 @@ class Replay:
         buffers = {} if self._rebuild_from_gradients else self.buffers(first)
         points = []
         for step in range(first, last):
-            points.append(Point(theta, states, self._gradient(step, theta, buffers)))
+            points.append(self._point(step, theta, states, buffers))
             theta, states = self._advance(step, points[-1])
         self._compare(first, last, start, theta, self.checkpoint(last)[0])
         return points
+
+    def adjoint(
+        self, step: int, point: Point, theta_cotangent: Tensor, state_cotangents: Sequence[State]
+    ) -> tuple[Tensor, list[State], Tensor]:
+        r"""Pull cotangents back through clipping and update of a step.
+
+        Args:
+            step: t.
+            point: Where the step started, from :meth:`segment`.
+            theta_cotangent: Of the parameters after the step ``(runs, queries, P)``.
+            state_cotangents: Of each group's optimizer state after the step.
+
+        Returns:
+            The cotangents of the parameters, as far as they act directly; of the states; and of the gradient of the
+            step's loss, from which :meth:`directional` goes on.
+        """
+        theta, states, cotangent = self.update.adjoint(
+            point.theta.unsqueeze(1),
+            [{key: value.unsqueeze(1) for key, value in state.items()} for state in point.states],
+            point.gradient.unsqueeze(1),
+            self.hyperparameters(step, ndim=3),
+            theta_cotangent,
+            state_cotangents,
+            step=step,
+        )
+        return theta, states, self.clipping.adjoint(point.unclipped.unsqueeze(1), cotangent)
 
     def directional(
         self, step: int, point: Point, directions: Tensor, buffers: dict[str, Tensor]
@@ -266,9 +302,10 @@ class Replay:
         batch = self.batch(step)
         arguments = (point.theta, directions, buffers, batch.examples, batch.coefficients)
         slopes, products, gradients = self._products(batch.batch_idx)(*arguments)
-        self._compare_gradient(step, gradients[:, 0], point.gradient)  # the same for every query
+        applied = self.clipping.apply(gradients[:, 0])  # the same for every query
+        self._compare_gradient(step, applied, point.gradient)
         if self._records_gradients and not self._rebuild_from_gradients:
-            self._compare_gradient(step, gradients[:, 0], self._recorded_gradient(step))
+            self._compare_gradient(step, applied, self._recorded_gradient(step))
         return batch, slopes, products
 
     def _products(self, batch_idx: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -286,8 +323,15 @@ class Replay:
 
         return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None)))
 
-    def _gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-        return self._recorded_gradient(step) if self._rebuild_from_gradients else self.gradient(step, theta, buffers)
+    def _point(self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]) -> Point:
+        if not self._rebuild_from_gradients:
+            unclipped = self.gradient(step, theta, buffers)
+            return Point(theta, states, self.clipping.apply(unclipped), unclipped)
+        applied = self._recorded_gradient(step)
+        if isinstance(self.clipping, NormClipping):
+            norms = self._stack([run.gradient_norm(step) for run in self.runs])
+            return Point(theta, states, applied, self.clipping.unclipped(applied, norms[:, None]))
+        return Point(theta, states, applied, applied)
 
     def _advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
         return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), step=step)

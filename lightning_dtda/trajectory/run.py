@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import TrajectoryError
-from lightning_dtda.optimizers import UPDATES, GroupedUpdate, Hyperparameters, State
+from lightning_dtda.optimizers import UPDATES, Clipping, GroupedUpdate, Hyperparameters, State, clipping
 from lightning_dtda.trajectory.layout import ParameterLayout
 from lightning_dtda.trajectory.manifest import Manifest
 from lightning_dtda.trajectory.storage import check_size, read_tensors
@@ -113,6 +113,12 @@ class Run:
     def has_exact_gradients(self) -> bool:
         """Whether recorded gradients have the parameters' precision, so that theta_t can be rebuilt from them."""
         return self.manifest.gradients == self.manifest.dtype
+
+    @property
+    def clipping(self) -> Clipping:
+        """What the Trainer did to gradients before the optimizer got them."""
+        training = self.manifest.configuration["training"]
+        return clipping(training["gradient_clip_val"], training["gradient_clip_algorithm"])
 
     @property
     def update(self) -> GroupedUpdate:
@@ -234,6 +240,17 @@ class Run:
                 "anew from its module and data (lightning_dtda.replay.Replay)."
             )
         return shard.tensors["gradients"][row].clone()
+
+    def gradient_norm(self, step: int) -> Tensor:
+        """Return the gradient's Euclidean norm before it was clipped by its norm, a scalar.
+
+        Raises:
+            TrajectoryError: If the run was not clipped by norm, and nothing recorded.
+        """
+        shard, row = self._locate(step)
+        if "gradient_norms" not in shard.tensors:
+            raise TrajectoryError(f"{self.path} has no gradient norms: its gradients were not clipped by norm.")
+        return shard.tensors["gradient_norms"][row]
 
     def _checkpoint_before(self, step: int) -> int:
         steps = self.checkpoint_steps

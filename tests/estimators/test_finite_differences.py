@@ -77,6 +77,9 @@ OPTIMIZERS = {
 TRAINERS = {
     "accumulated gradients, short last group": {"accumulate_grad_batches": 2},
     "stopped in mid-epoch": {"max_steps": 7},
+    "clipped by norm": {"gradient_clip_val": 0.5},
+    "clipped by value": {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    "accumulated and clipped by norm": {"gradient_clip_val": 0.3, "accumulate_grad_batches": 2},
 }
 
 
@@ -126,8 +129,9 @@ def test_responses_follow_the_trainer(fit, tmp_path, arguments):
     assert_finite_differences_agree(fit, tmp_path, sgd(momentum=0.9), **arguments)
 
 
-def test_responses_do_not_need_recorded_gradients(fit, tmp_path):
-    assert_finite_differences_agree(fit, tmp_path, sgd(momentum=0.9, nesterov=True), gradients="none")
+@pytest.mark.parametrize("arguments", [{}, *TRAINERS.values()], ids=["plain", *TRAINERS.keys()])
+def test_responses_do_not_need_recorded_gradients(fit, tmp_path, arguments):
+    assert_finite_differences_agree(fit, tmp_path, of(torch.optim.AdamW, 0.02), gradients="none", **arguments)
 
 
 def test_maximize_is_followed(fit, tmp_path):

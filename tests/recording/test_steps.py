@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from lightning_dtda.errors import TrajectoryError
 from tests.recording.modules import Regressor, assert_same, loader, parameters_of, sgd, shuffled
 
 
@@ -93,6 +94,42 @@ def test_gradient_is_what_the_optimizer_applied(record, optimizer, arguments):
     assert run.steps == len(watch.gradients)
     for step, gradient in enumerate(watch.gradients):
         assert_same(run.gradient(step), gradient)
+
+
+class NormsBeforeClipping(pl.Callback):
+    def __init__(self):
+        self.norms = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norms.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm())
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_recorded_as_clipped_and_norms_as_they_were(record, algorithm):
+    watch, before = Watch(), NormsBeforeClipping()
+
+    run = record(
+        Regressor(),
+        shuffled(),
+        watch,
+        before,
+        max_epochs=3,
+        gradient_clip_val=0.6,
+        gradient_clip_algorithm=algorithm,
+        recorder={"checkpoint_every": 7},
+    )
+
+    for step, (theta, gradient) in enumerate(zip(watch.thetas[:-1], watch.gradients, strict=True)):
+        assert_same(run.theta(step), theta)
+        assert_same(run.gradient(step), gradient)
+    if algorithm == "norm":
+        assert min(before.norms) < 0.6 < max(before.norms)  # some are clipped, some are not
+        torch.testing.assert_close(
+            torch.stack([run.gradient_norm(step) for step in range(run.steps)]), torch.stack(before.norms)
+        )
+    else:
+        with pytest.raises(TrajectoryError, match="not clipped by norm"):
+            run.gradient_norm(0)
 
 
 def test_double_precision_is_recorded_in_double_precision(record):
