@@ -22,13 +22,15 @@ class WeightedRegressor(pl.LightningModule):
 
     Args:
         optimizer: Takes the module, returns what ``configure_optimizers`` does.
-        layers: Makes the network.
+        network: Makes the network.
     """
 
-    def __init__(self, optimizer, features=3, dtype=torch.float64):
+    def __init__(self, optimizer, features=3, dtype=torch.float64, network=None):
         super().__init__()
         self.optimizer = optimizer
-        self.net = torch.nn.Sequential(torch.nn.Linear(features, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).to(dtype)
+        nn = torch.nn
+        made = nn.Sequential(nn.Linear(features, 5), nn.Tanh(), nn.Linear(5, 1)) if network is None else network()
+        self.net = made.to(dtype)
 
     def forward(self, inputs):
         return self.net(inputs).squeeze(-1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.func import grad_and_value, jvp
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 
 from lightning_dtda.errors import RecordingError, ReplayError
 from lightning_dtda.optimizers import UPDATES
 from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
 from lightning_dtda.replay.batches import rows_of
 from lightning_dtda.replay.functional import FunctionalModule
+from lightning_dtda.replay.random_states import random_states
 from lightning_dtda.replay.silence import coupling_layers
 from lightning_dtda.trajectory import ParameterLayout, is_being_written
 from lightning_dtda.trajectory.manifest import MANIFEST
@@ -177,8 +175,8 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
 def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, batch: Any, batch_idx: int) -> None:
     """Check that the mean of the per-example losses is the loss that is trained on, in value and in slope.
 
-    On the first batch and with dropout switched off, since each example of its own would draw another mask. The
-    slope along a random direction is compared too: losses can agree in value by accident.
+    On the first batch, with dropout's masks put in as in a replay. The slope along a random direction is compared too:
+    losses can agree in value by accident.
 
     Raises:
         RecordingError: If they differ, or a per-example loss cannot be had.
@@ -190,14 +188,17 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
     )
     pure = FunctionalModule(module, layout, evaluation_modules(module), device=module.device)
     theta = layout.flatten([module.get_parameter(name) for name in layout.names])
-    with isolate_rng(), _no_dropout():
+    with isolate_rng():
+        states = random_states(theta.device)
         direction = torch.randn_like(theta)
         try:
             rows = rows_of(batch)
+            pure.learn_dropout(theta, {}, batch, batch_idx, theta.dtype)
+            masks = pure.dropout.draw(states, rows, theta.dtype)
             losses, slopes = jvp(  # type: ignore[misc]
-                lambda point: pure.example_losses(point, {}, batch, batch_idx), (theta,), (direction,)
+                lambda point: pure.example_losses(point, {}, batch, batch_idx, masks), (theta,), (direction,)
             )
-            gradient, trained = grad_and_value(lambda point: pure.batch_loss(point, {}, batch, batch_idx))(theta)
+            gradient, trained = grad_and_value(lambda point: pure.batch_loss(point, {}, batch, batch_idx, masks))(theta)
         except ReplayError as error:
             raise RecordingError(str(error)) from error
         except RuntimeError as error:
@@ -247,30 +248,3 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
             f"{directory} is no recorded run, so that overwrite=True does not delete it. Choose another run name, or "
             "another root."
         )
-
-
-@contextmanager
-def _no_dropout() -> Iterator[None]:
-    with _DropoutOff():
-        yield
-
-
-class _DropoutOff(TorchFunctionMode):
-    """Turns ``torch.nn.functional``'s dropout functions into the identity."""
-
-    _FUNCTIONS = frozenset(
-        getattr(nn.functional, name)
-        for name in (
-            "dropout",
-            "dropout1d",
-            "dropout2d",
-            "dropout3d",
-            "alpha_dropout",
-            "feature_alpha_dropout",
-        )
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._FUNCTIONS:
-            return args[0] if args else (kwargs or {})["input"]
-        return func(*args, **(kwargs or {}))

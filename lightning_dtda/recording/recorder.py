@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,6 +31,7 @@ from lightning_dtda.recording.configuration import (
 from lightning_dtda.recording.data import check_batch, describe_data
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.replay.batches import rows_of
+from lightning_dtda.replay.random_states import random_states
 from lightning_dtda.trajectory import Manifest, MicroBatch, ParameterLayout, RunWriter
 from lightning_dtda.units import GIB, human_bytes
 
@@ -355,7 +355,6 @@ class _Recording:
         self._interval = interval
         self._step = 0
         self._pending: list[MicroBatch] = []
-        self._drew = False
         self._current: MicroBatch | None = None
         self._applied: list[list[float]] | None = None
         self._last_applied: list[list[float]] | None = None
@@ -365,7 +364,7 @@ class _Recording:
 
     def begin_micro_batch(self, indices: Tensor, epoch: int, batch_idx: int) -> None:
         """Note what is about to be passed through the module."""
-        self._current = MicroBatch(indices, epoch, batch_idx, _rng_states(self._module.device))
+        self._current = MicroBatch(indices, epoch, batch_idx, random_states(self._module.device))
 
     def drop_pending(self) -> None:
         """Forget the micro-batches whose gradients are being thrown away."""
@@ -377,15 +376,8 @@ class _Recording:
         Not before: a micro-batch for which ``training_step`` returns ``None`` contributes nothing.
         """
         assert self._current is not None
-        before, after = self._current.rng_states, _rng_states(self._module.device)
+        before, after = self._current.rng_states, random_states(self._module.device)
         drew = any(not torch.equal(before[device], after[device]) for device in before)
-        if drew and not self._drew:
-            rank_zero_warn(
-                f"training_step draws random numbers (dropout?), first at step {self._step}. Their states are "
-                "recorded, but UnrolledDifferentiation will refuse this run: the loss of a single example cannot draw "
-                "them again. Train without dropout if the run is to be attributed."
-            )
-            self._drew = True
         current = self._current
         self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
 
@@ -495,13 +487,6 @@ def _buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> 
         trained = set(layout.names)
         buffers |= {name: p.detach() for name, p in module.named_parameters() if name not in trained}
     return buffers
-
-
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def _planned_steps(trainer: pl.Trainer) -> int | None:

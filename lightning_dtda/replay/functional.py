@@ -12,6 +12,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.batches import concatenate, map_tensors, rows_of
+from lightning_dtda.replay.dropout import NO_DROPOUT, Dropout, Mask
 from lightning_dtda.replay.losses import batch_loss, example_losses
 from lightning_dtda.replay.measurements import Measurement
 from lightning_dtda.replay.silence import ReplayTrainer, silent_copy
@@ -46,19 +48,71 @@ class FunctionalModule:
         self.layout = layout
         self._silent = silent_copy(module, evaluation_modules).to(device=device, dtype=dtype)
         self._call = _Call(self._silent)
+        self.dropout = NO_DROPOUT
         self._training = {name for name, layer in self._silent.named_modules() if layer.training}
 
     def set_clock(self, current_epoch: int, global_step: int) -> None:
         """Let ``self.current_epoch`` and ``self.global_step`` be those of a recorded step."""
         self._silent._trainer = ReplayTrainer(current_epoch, global_step)  # type: ignore[assignment]
 
-    def example_losses(self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, batch_idx: int = 0) -> Tensor:
-        """Return the training loss of each example of a batch ``(B,)`` at the parameters ``theta`` ``(P,)``."""
-        return self._apply(theta, buffers, example_losses, batch, batch_idx)
+    def example_losses(
+        self,
+        theta: Tensor,
+        buffers: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int = 0,
+        masks: Sequence[Mask] = (),
+    ) -> Tensor:
+        """Return the training loss of each example of a batch ``(B,)`` at the parameters ``theta`` ``(P,)``.
 
-    def batch_loss(self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, batch_idx: int = 0) -> Tensor:
-        """Return the scalar that ``training_step`` returns for the batch at the parameters ``theta`` ``(P,)``."""
-        return self._apply(theta, buffers, batch_loss, batch, batch_idx)
+        Args:
+            theta: Parameters.
+            buffers: Buffers and frozen parameters by name; the module's own where there are none.
+            batch: B examples.
+            batch_idx: As ``training_step`` gets it.
+            masks: What :attr:`dropout` drew for the batch.
+        """
+        return self._apply(theta, buffers, example_losses, batch, batch_idx, self.dropout, masks)
+
+    def batch_loss(
+        self,
+        theta: Tensor,
+        buffers: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int = 0,
+        masks: Sequence[Mask] = (),
+    ) -> Tensor:
+        """Return the scalar that ``training_step`` returns for the batch; arguments as :meth:`example_losses`."""
+        with self.dropout.for_batch(masks):
+            return self._apply(theta, buffers, batch_loss, batch, batch_idx)
+
+    def learn_dropout(
+        self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, batch_idx: int, dtype: torch.dtype
+    ) -> None:
+        """Find out what the module draws in ``training_step``, for :attr:`dropout`.
+
+        Args:
+            theta: Parameters ``(P,)``.
+            buffers: As for :meth:`example_losses`.
+            batch: Any batch of the training.
+            batch_idx: As ``training_step`` got it.
+            dtype: Of the training.
+
+        Raises:
+            ReplayError: If it draws what cannot be drawn again.
+        """
+        if rows_of(batch) == 1:  # one example says nothing about the dimension over examples
+            batch = concatenate([batch, batch])
+        single = map_tensors(lambda leaf: leaf[:1], batch)
+        # an own example_losses may be all that a batch of one can be passed to
+        of_one = example_losses if hasattr(self._silent, "example_losses") else batch_loss
+        self.dropout = Dropout.trace(
+            lambda: self._apply(theta, buffers, batch_loss, batch, batch_idx),
+            lambda: self._apply(theta, buffers, of_one, single, batch_idx),
+            rows_of(batch),
+            dtype,
+            theta.device,
+        )
 
     def measure(self, theta: Tensor, buffers: dict[str, Tensor], batch: Any, measurement: Measurement) -> Tensor:
         """Return the measurement of each query of a batch ``(B,)``, the module in evaluation mode."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,29 +12,43 @@ from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.batches import map_tensors
+from lightning_dtda.replay.dropout import NO_DROPOUT, Dropout, Mask
 
 
-def example_losses(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+def example_losses(
+    module: LightningModule, batch: Any, batch_idx: int = 0, dropout: Dropout = NO_DROPOUT, masks: Sequence[Mask] = ()
+) -> Tensor:
     r"""Return :math:`l_n(\theta)` for every example of a batch ``(B,)``.
 
     From the module's own ``example_losses(batch)`` where it defines one; else ``training_step``, mapped over batches
     of a single example.
 
+    Args:
+        module: The module.
+        batch: B examples.
+        batch_idx: As ``training_step`` gets it.
+        dropout: What the module draws.
+        masks: What it drew for this batch, each part ``(B, ...)``.
+
     Raises:
         ReplayError: If ``training_step`` cannot be mapped, or the losses do not have shape ``(B,)``.
     """
     if (own := getattr(module, "example_losses", None)) is not None:
-        losses: Tensor = own(batch)
+        with dropout.for_batch(masks):
+            losses: Tensor = own(batch)
         if not isinstance(losses, Tensor) or losses.ndim != 1:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ReplayError(
                 f"{type(module).__name__}.example_losses must return a tensor of shape (B,), not {shape}."
             )
         return losses
+
+    def of_one(row: Any, masks: Sequence[Mask]) -> Tensor:
+        with dropout.for_example(masks):
+            return batch_loss(module, map_tensors(lambda leaf: leaf.unsqueeze(0), row), batch_idx)
+
     try:
-        return torch.func.vmap(
-            lambda row: batch_loss(module, map_tensors(lambda leaf: leaf.unsqueeze(0), row), batch_idx)
-        )(batch)
+        return torch.func.vmap(of_one)(batch, list(masks))
     except ReplayError:
         raise
     except Exception as error:  # whatever the user's code does with a batch of one

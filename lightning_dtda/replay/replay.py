@@ -16,10 +16,11 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
+from lightning_dtda.replay.dropout import Mask
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.replay.functional import FunctionalModule
-from lightning_dtda.trajectory import Run
+from lightning_dtda.trajectory import MicroBatch, Run
 
 Precision = Literal["recorded", "float64"]
 
@@ -36,12 +37,14 @@ class StepBatch:
         coefficients: What each example's loss is multiplied with in the step's loss ``(runs, B)``.
         examples: The examples, each leaf ``(runs, B, ...)``.
         batch_idx: As ``training_step`` got it.
+        masks: Those of dropout, each part ``(runs, B, ...)``.
     """
 
     indices: Tensor
     coefficients: Tensor
     examples: Any
     batch_idx: int
+    masks: list[Mask]
 
 
 @dataclass(frozen=True)
@@ -176,16 +179,9 @@ class Replay:
         """Return the examples of a step, with what each contributes to the loss.
 
         Raises:
-            ReplayError: If the step drew random numbers, which a replay of single examples cannot draw again.
+            ReplayError: If the step drew random numbers that a replay of single examples cannot draw again.
         """
         micro_batches = [run.micro_batches(step) for run in self.runs]
-        for run, parts in zip(self.runs, micro_batches, strict=True):
-            if any(part.rng_states for part in parts):
-                raise ReplayError(
-                    f"training_step of {run.path} drew random numbers at step {step} (dropout?). Their states are "
-                    "recorded, but the loss of a single example cannot draw them again. Train without dropout, or "
-                    "with it in evaluation mode."
-                )
         indices = pad_sequence([run.batch_indices(step) for run in self.runs], batch_first=True)
         coefficients = pad_sequence([run.coefficients(step) for run in self.runs], batch_first=True)
         clock = micro_batches[0][0]
@@ -195,7 +191,36 @@ class Replay:
             coefficients.to(self.device, self.dtype),
             self.examples.fetch(indices),
             clock.batch_idx,
+            self._masks(step, micro_batches),
         )
+
+    def _masks(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[Mask]:
+        """Draw the dropout masks of a step again, from the recorded states of the generators."""
+        if not any(part.rng_states for parts in micro_batches for part in parts):
+            return []
+        if not self.module.dropout.calls:
+            first = micro_batches[0][0]
+            theta, buffers = self.runs[0].checkpoint(0).theta, self.buffers(0)
+            self.module.learn_dropout(
+                theta.to(self.device, self.dtype),
+                {name: buffer[0] for name, buffer in buffers.items()},
+                self.examples.fetch(first.indices),
+                first.batch_idx,
+                self.recorded_dtype,
+            )
+        of_runs: list[list[Mask]] = []
+        for run, parts in zip(self.runs, micro_batches, strict=True):
+            if not self.module.dropout.calls or not all(part.rng_states for part in parts):
+                raise ReplayError(
+                    f"training_step of {run.path} drew random numbers at step {step}, and not always: not for all "
+                    "passes of the step, or not at the first step. Let it do so at every step, or at none."
+                )
+            drawn = [self.module.dropout.draw(part.rng_states, len(part.indices), self.dtype) for part in parts]
+            of_runs.append([tuple(map(torch.cat, zip(*masks, strict=True))) for masks in zip(*drawn, strict=True)])
+        return [
+            tuple(pad_sequence(list(runs), batch_first=True) for runs in zip(*masks, strict=True))
+            for masks in zip(*of_runs, strict=True)
+        ]
 
     def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
         """Return each group's hyperparameters: numbers where the runs agree, else tensors of ``ndim`` dimensions.
@@ -224,11 +249,13 @@ class Replay:
         batch = self.batch(step)
         coefficients = batch.coefficients if weights is None else batch.coefficients * weights[batch.indices]
 
-        def loss(theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor) -> Tensor:
-            losses = self.module.example_losses(theta, buffers, examples, batch.batch_idx)
+        def loss(
+            theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor, masks: list[Mask]
+        ) -> Tensor:
+            losses = self.module.example_losses(theta, buffers, examples, batch.batch_idx, masks)
             return (coefficients * losses).sum()
 
-        return vmap(grad(loss))(theta, buffers, batch.examples, coefficients)
+        return vmap(grad(loss))(theta, buffers, batch.examples, coefficients, batch.masks)
 
     def segment(self, first: int, last: int) -> list[Point]:
         """Rebuild what each step from ``first`` to ``last - 1`` started from, and compare the end with the record.
@@ -300,7 +327,7 @@ class Replay:
             ReplayError: If the gradient is not the recorded one, naming run and step.
         """
         batch = self.batch(step)
-        arguments = (point.theta, directions, buffers, batch.examples, batch.coefficients)
+        arguments = (point.theta, directions, buffers, batch.examples, batch.coefficients, batch.masks)
         slopes, products, gradients = self._products(batch.batch_idx)(*arguments)
         applied = self.clipping.apply(gradients[:, 0])  # the same for every query
         self._compare_gradient(step, applied, point.gradient)
@@ -312,16 +339,21 @@ class Replay:
         """Return slopes, Hessian products and gradients as a function over runs and queries."""
 
         def of_one_query(
-            theta: Tensor, direction: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor
+            theta: Tensor,
+            direction: Tensor,
+            buffers: dict[str, Tensor],
+            examples: Any,
+            coefficients: Tensor,
+            masks: list[Mask],
         ) -> tuple[Tensor, Tensor, Tensor]:
             def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
-                losses = self.module.example_losses(theta, buffers, examples, batch_idx)
+                losses = self.module.example_losses(theta, buffers, examples, batch_idx, masks)
                 return (coefficients * losses).sum(), losses
 
             primals, tangents = jvp(grad(loss, has_aux=True), (theta,), (direction,))  # type: ignore[misc]
             return tangents[1], tangents[0], primals[0]
 
-        return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None)))
+        return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None, None)))
 
     def _point(self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]) -> Point:
         if not self._rebuild_from_gradients:

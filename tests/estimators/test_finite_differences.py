@@ -83,25 +83,27 @@ TRAINERS = {
 }
 
 
-def train(fit, optimizer, inputs, targets, weights, *callbacks, **arguments):
+def train(fit, optimizer, inputs, targets, weights, *callbacks, network=None, **arguments):
     pl.seed_everything(3, verbose=False)
-    module = WeightedRegressor(optimizer)
+    module = WeightedRegressor(optimizer, network=network)
     fit(module, loader(inputs, targets, weights), *callbacks, **({"max_epochs": 5} | arguments))
     return module
 
 
 def measured(module, inputs, targets):
+    module.eval()
     with torch.no_grad():
         return (module(inputs) - targets) ** 2
 
 
-def assert_finite_differences_agree(fit, root, optimizer, gradients="float32", **arguments):
+def assert_finite_differences_agree(fit, root, optimizer, gradients="float32", network=None, **arguments):
     inputs, targets, weights = weighted_data()
     queries, wanted, ones = weighted_data(4, seed=1)
+    arguments["network"] = network
     train(fit, optimizer, inputs, targets, weights, TrajectoryRecorder(root, gradients=gradients), **arguments)
     attribution = attribute(
         Ensemble.open(root),
-        WeightedRegressor(optimizer),
+        WeightedRegressor(optimizer, network=network),
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(queries, wanted, ones),
         progress=False,
@@ -140,3 +142,66 @@ def test_maximize_is_followed(fit, tmp_path):
         return torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.5, weight_decay=0.1, maximize=True)
 
     assert_finite_differences_agree(fit, tmp_path, ascent, max_epochs=2)
+
+
+nn = torch.nn
+
+
+class Tokens(nn.Module):
+    """Passes each example through a layer of attention, as three tokens."""
+
+    def __init__(self, attention, batch_first):
+        super().__init__()
+        self.widen, self.attention, self.read = nn.Linear(1, 4), attention, nn.Linear(12, 1)
+        self.batch_first = batch_first
+
+    def forward(self, inputs):
+        tokens = self.widen(inputs.unsqueeze(-1))
+        turn = (lambda each: each) if self.batch_first else (lambda each: each.transpose(0, 1))
+        return self.read(turn(self.attention(turn(tokens))).flatten(1))
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, tokens):
+        return super().forward(tokens, tokens, tokens, need_weights=True)[0]
+
+
+class DroppedWeights(nn.Linear):
+    """One mask for all examples of a batch."""
+
+    def forward(self, inputs):
+        return nn.functional.linear(inputs, nn.functional.dropout(self.weight, 0.3, self.training), self.bias)
+
+
+def encoder(batch_first):
+    return nn.TransformerEncoderLayer(4, 2, 6, dropout=0.2, activation=torch.tanh, batch_first=batch_first)
+
+
+RANDOM_NETWORKS = {
+    "dropout": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.4), nn.Linear(5, 1), nn.Dropout(0.1)),
+    "alpha dropout": lambda: nn.Sequential(nn.Linear(3, 5), nn.SELU(), nn.AlphaDropout(0.3), nn.Linear(5, 1)),
+    "dropout of channels": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 6, 2), nn.Dropout1d(0.3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)
+    ),
+    "dropout of weights": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), DroppedWeights(5, 1)),
+    "attention with weights": lambda: Tokens(SelfAttention(4, 2, dropout=0.2, batch_first=True), batch_first=True),
+    "a transformer": lambda: Tokens(encoder(batch_first=True), batch_first=True),
+    "a transformer, tokens first": lambda: Tokens(encoder(batch_first=False), batch_first=False),
+}
+
+
+@pytest.mark.parametrize("network", RANDOM_NETWORKS.values(), ids=RANDOM_NETWORKS.keys())
+def test_dropout_is_replayed(fit, tmp_path, network):
+    assert_finite_differences_agree(fit, tmp_path, of(torch.optim.AdamW, 0.01), network=network)
+
+
+def test_dropout_is_replayed_over_accumulated_gradients_without_a_record_of_them(fit, tmp_path):
+    assert_finite_differences_agree(
+        fit,
+        tmp_path,
+        sgd(momentum=0.9),
+        gradients="none",
+        network=RANDOM_NETWORKS["dropout"],
+        accumulate_grad_batches=2,
+        max_epochs=3,
+    )

@@ -151,7 +151,7 @@ REFUSED = {
     "example_losses of another loss": (Disagreeing, "value .* against .*Disagreeing.example_losses"),
     "example_losses of the wrong shape": (ScalarLosses, r"example_losses must return a tensor of shape \(B,\)"),
     "right in value only": (RightValueWrongSlope, "slope .* against .*example_losses"),
-    "random beyond dropout": (Noisy, "example_losses"),
+    "random beyond dropout": (Noisy, "other than those of .*dropout"),
     "a branch on the loss": (Branching, "example_losses"),
     "fewer losses than examples": (LossesOfPairs, "2 per-example losses for the 4 examples"),
     "a training_step that fails on one example": (OneAtATimeFails, "a batch of one.*define example_losses"),
