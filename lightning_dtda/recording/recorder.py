@@ -348,6 +348,7 @@ class _Recording:
         self._module = module
         self._optimizer = optimizer
         self._parameters = [module.get_parameter(name) for name in layout.names]
+        self._identities = list(map(id, self._parameters))
         self._writer = writer
         self._names = hyperparameter_names
         self._state_names = state_names
@@ -416,7 +417,8 @@ class _Recording:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # the gradient is what was applied, and the learning rate that of this step, only here: before the step the
         # gradient is not yet clipped, after the batch the scheduler has moved on
-        if [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad] != self._parameters:
+        trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        if list(map(id, trained)) != self._identities:
             raise RecordingError(
                 f"Other parameters are trained at step {self._step} than at the start. Train the same ones throughout: "
                 "no parameters frozen, unfrozen or added in mid-training."
