@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
@@ -24,15 +23,14 @@ from lightning_dtda.recording import checks
 from lightning_dtda.recording.batch_tap import BatchTap
 from lightning_dtda.recording.configuration import (
     configuration,
-    hyperparameter_values,
     hyperparameters,
     versions,
 )
 from lightning_dtda.recording.data import check_batch, describe_data
+from lightning_dtda.recording.run_recording import RunRecording, buffers
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.replay.batches import rows_of
-from lightning_dtda.replay.random_states import random_states
-from lightning_dtda.trajectory import Manifest, MicroBatch, ParameterLayout, RunWriter
+from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
 from lightning_dtda.units import GIB, human_bytes
 
 _log = logging.getLogger(__name__)
@@ -98,7 +96,7 @@ class TrajectoryRecorder(Callback):
         """How many runs like this one the disk must hold; a loop over seeds sets it, so that the first run refuses
         what would run out of disk in the middle, and 0 for the others."""
         self._tap: BatchTap | None = None
-        self._recording: _Recording | None = None
+        self._recording: RunRecording | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -193,7 +191,7 @@ class TrajectoryRecorder(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop("the training ended early")
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> _Recording:
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> RunRecording:
         """Check what is about to be trained on, then make the run directory."""
         assert self._tap is not None
         loader = self._tap.loader
@@ -206,8 +204,9 @@ class TrajectoryRecorder(Callback):
         planned = _planned_steps(trainer)
         gradients = self._gradient_dtype(layout, planned)
         interval = self._checkpoint_interval(planned)
-        buffers = sum(b.numel() * b.element_size() for b in _buffers(pl_module, layout, step=0).values())
-        self._check_disk(layout, dtype, gradients, interval, planned, buffers)
+        kept = sum(b.numel() * b.element_size() for b in buffers(pl_module, layout, step=0).values())
+        kept += (1 + max(map(len, state_names))) * layout.size * dtype.itemsize
+        self._check_disk(layout, gradients, interval, planned, kept)
         numbers, options = hyperparameters(optimizer)
         manifest = Manifest(
             seed=_global_seed(),
@@ -226,7 +225,7 @@ class TrajectoryRecorder(Callback):
             versions=versions(),
             planned_steps=planned,
         )
-        return _Recording(
+        return RunRecording(
             module=pl_module,
             optimizer=optimizer,
             layout=layout,
@@ -303,11 +302,10 @@ class TrajectoryRecorder(Callback):
     def _check_disk(
         self,
         layout: ParameterLayout,
-        dtype: torch.dtype,
         gradients: torch.dtype | None,
         interval: int,
         planned: int | None,
-        buffers: int,
+        per_checkpoint: int,
     ) -> None:
         if not self.runs_to_fit:
             return
@@ -315,8 +313,6 @@ class TrajectoryRecorder(Callback):
             _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory)
             return
         per_step = 0 if gradients is None else layout.size * gradients.itemsize
-        # parameters and as much again for each kind of optimizer state; one kind is all that SGD has
-        per_checkpoint = 2 * layout.size * dtype.itemsize + buffers
         needed = self.runs_to_fit * (planned * per_step + (planned // interval + 2) * per_checkpoint)
         existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
         free = shutil.disk_usage(existing).free
@@ -327,145 +323,6 @@ class TrajectoryRecorder(Callback):
                 f"Recording {what} needs about {human_bytes(needed)} of disk; {human_bytes(free)} "
                 'are free. Free some, choose another root, record gradients="none" or set a larger checkpoint_every.'
             )
-
-
-class _Recording:
-    """One run under way: gathers a step's pieces from the hooks at which they are known."""
-
-    def __init__(
-        self,
-        *,
-        module: pl.LightningModule,
-        optimizer: Optimizer,
-        layout: ParameterLayout,
-        writer: RunWriter,
-        hyperparameter_names: list[str],
-        state_names: list[tuple[str, ...]],
-        buffer: ShardBuffer,
-        interval: int,
-    ) -> None:
-        self.layout = layout
-        self._module = module
-        self._optimizer = optimizer
-        self._parameters = [module.get_parameter(name) for name in layout.names]
-        self._identities = list(map(id, self._parameters))
-        self._writer = writer
-        self._names = hyperparameter_names
-        self._state_names = state_names
-        self._buffer = buffer
-        self._interval = interval
-        self._step = 0
-        self._pending: list[MicroBatch] = []
-        self._current: MicroBatch | None = None
-        self._applied: list[list[float]] | None = None
-        self._last_applied: list[list[float]] | None = None
-        self._last_checkpoint = -1
-        self._checkpoint()
-        self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
-
-    def begin_micro_batch(self, indices: Tensor, epoch: int, batch_idx: int) -> None:
-        """Note what is about to be passed through the module."""
-        self._current = MicroBatch(indices, epoch, batch_idx, random_states(self._module.device))
-
-    def drop_pending(self) -> None:
-        """Forget the micro-batches whose gradients are being thrown away."""
-        self._pending = []
-
-    def add_micro_batch(self) -> None:
-        """Add the micro-batch to the step: its loss is about to be differentiated.
-
-        Not before: a micro-batch for which ``training_step`` returns ``None`` contributes nothing.
-        """
-        assert self._current is not None
-        before, after = self._current.rng_states, random_states(self._module.device)
-        drew = any(not torch.equal(before[device], after[device]) for device in before)
-        current = self._current
-        self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
-
-    def before_clipping(self) -> None:
-        """Note what is lost when the gradient is scaled to a norm."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        if len(gradients) == len(self._parameters):  # else the step is refused when it is taken
-            self._buffer.put_norm(gradients)
-
-    def end_micro_batch(self, accumulate_grad_batches: int) -> None:
-        """Complete the step's record if the optimizer stepped on this micro-batch."""
-        if self._applied is None:
-            return
-        self._buffer.append(self._pending, self._applied, accumulate_grad_batches)
-        self._pending, self._applied = [], None
-        self._step += 1
-        if self._step % self._interval == 0:
-            self._checkpoint()
-        elif len(self._buffer) >= self._buffer.capacity:
-            self._flush()
-
-    def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
-        """Write what is left and the end of the run; one that stops before its first step leaves nothing."""
-        self._handle.remove()
-        if status == "incomplete" and self._step == 0:
-            self._writer.discard()
-            return
-        try:
-            if status == "complete" and self._last_checkpoint != self._step:
-                self._checkpoint()
-            else:  # stopped in mid-step, perhaps: whole steps only, and no parameters that belong to none
-                self._flush()
-        finally:
-            self._writer.close(status, reason)
-
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # the gradient is what was applied, and the learning rate that of this step, only here: before the step the
-        # gradient is not yet clipped, after the batch the scheduler has moved on
-        trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        if list(map(id, trained)) != self._identities:
-            raise RecordingError(
-                f"Other parameters are trained at step {self._step} than at the start. Train the same ones throughout: "
-                "no parameters frozen, unfrozen or added in mid-training."
-            )
-        gradients = []
-        for name, parameter in zip(self.layout.names, self._parameters, strict=True):
-            if parameter.grad is None:
-                raise RecordingError(
-                    f"Parameter {name} got no gradient at step {self._step}: it took no part in the loss, or "
-                    "training_step returned None. Freeze it (requires_grad=False) before the optimizer is made, or "
-                    "let the loss use it."
-                )
-            gradients.append(parameter.grad)
-        self._buffer.put_gradient(gradients)
-        applied = hyperparameter_values(optimizer, self._names)
-        if applied != self._last_applied and checks.state_names(optimizer) != self._state_names:
-            raise RecordingError(
-                f"The hyperparameters of step {self._step} need another optimizer state than those of the first step "
-                f"(momentum switched on or off?): {dict(zip(self._names, applied[0], strict=True))}. Keep it on "
-                "throughout, if need be with a tiny value."
-            )
-        self._applied = self._last_applied = applied
-
-    def _flush(self) -> None:
-        if len(self._buffer):
-            self._writer.add_shard(*self._buffer.take())
-
-    def _checkpoint(self) -> None:
-        self._flush()
-        tensors: dict[str, Tensor] = {
-            f"parameters.{name}": parameter for name, parameter in zip(self.layout.names, self._parameters, strict=True)
-        }
-        start = 0
-        for number, length in enumerate(self.layout.group_lengths):
-            group = self._parameters[start : start + length]
-            start += length
-            for key in self._state_names[number] if self._step else ():
-                parts = [self._optimizer.state[parameter][key].reshape(-1) for parameter in group]
-                tensors[f"state.{number}.{key}"] = torch.cat(parts)
-        tensors |= {
-            f"buffers.{name}": buffer for name, buffer in _buffers(self._module, self.layout, self._step).items()
-        }
-        # the copy must be taken now: the next step changes the parameters in place
-        self._writer.add_checkpoint(
-            self._step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        )
-        self._last_checkpoint = self._step
 
 
 def run_name(seed: int) -> str:
@@ -480,15 +337,6 @@ def run_name(seed: int) -> str:
 
 def _clips_by_value(trainer: pl.Trainer) -> bool:
     return trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
-
-
-def _buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:
-    """Return the buffers, and at the start the frozen parameters, which no later checkpoint repeats."""
-    buffers = dict(module.named_buffers())
-    if step == 0:
-        trained = set(layout.names)
-        buffers |= {name: p.detach() for name, p in module.named_parameters() if name not in trained}
-    return buffers
 
 
 def _planned_steps(trainer: pl.Trainer) -> int | None:
