@@ -23,7 +23,7 @@ from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
 class RecordCLI(ConfigurationCLI):
     """The user's configuration and which seeds of it to record where."""
 
-    own_options = ("ensemble", "seeds", "jobs", "recorder")
+    own_options = ("ensemble", "seeds", "jobs", "runs_to_fit", "recorder")
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -37,6 +37,12 @@ class RecordCLI(ConfigurationCLI):
             help="A number S for the seeds 0 to S-1, or a list: --seeds=[3,7].",
         )
         parser.add_argument("--jobs", type=int, default=1, help="Number of processes that train at the same time.")
+        parser.add_argument(
+            "--runs_to_fit",
+            type=int | None,
+            default=None,
+            help="Number of runs that the disk must hold; those of --seeds if not given. Set by --jobs.",
+        )
         parser.add_class_arguments(TrajectoryRecorder, "recorder", skip={"root", "run", "overwrite"}, instantiate=False)
 
     @property
@@ -108,7 +114,8 @@ def run(arguments: Sequence[str]) -> None:
         if min(cli.config.jobs, len(seeds)) > 1:
             failures = record_in_jobs(_command(cli), cli.root, seeds, cli.config.jobs, finished)
         else:
-            failures = record_seeds(cli.make_training, cli.make_recorder, cli.root, seeds, finished)
+            to_fit = cli.config.runs_to_fit
+            failures = record_seeds(cli.make_training, cli.make_recorder, cli.root, seeds, finished, to_fit)
     for seed, reason in failures.items():
         print(f"seed {seed} failed: {reason}")
     complete = sum(is_complete(cli.root / run_name(seed)) for seed in everything)

@@ -25,7 +25,8 @@ def record_in_jobs(
     """Share seeds out to processes and wait for them.
 
     Args:
-        command: Arguments of ``lightning-dtda`` that record into ``root``; ``--seeds`` is added.
+        command: Arguments of ``lightning-dtda`` that record into ``root``; ``--seeds`` and what is to
+            fit on the disk are added.
         root: The ensemble's directory; each job's output goes to ``root/logs/job-0.log`` and so on.
         seeds: The seeds that are to be trained.
         jobs: Number of processes.
@@ -46,7 +47,14 @@ def record_in_jobs(
             with (logs / f"job-{job}.log").open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "lightning_dtda", *command, f"--seeds={share}"],
+                        [
+                            sys.executable,
+                            "-m",
+                            "lightning_dtda",
+                            *command,
+                            f"--seeds={share}",
+                            f"--runs_to_fit={len(seeds)}",
+                        ],
                         env=environment,
                         stdout=log,
                         stderr=subprocess.STDOUT,

@@ -24,6 +24,7 @@ def record_seeds(
     root: Path,
     seeds: Iterable[int],
     finished: Callable[[int], None] = lambda seed: None,
+    to_fit: int | None = None,
 ) -> dict[int, str]:
     """Train and record one run for each seed; one that fails does not stop the others.
 
@@ -35,12 +36,15 @@ def record_seeds(
         root: The ensemble's directory.
         seeds: The seeds.
         finished: Called after each seed that was trained or failed.
+        to_fit: Number of runs that the disk must hold; as many as are missing if not given. Others may record into
+            the same root at the same time.
 
     Returns:
         What went wrong, by seed.
     """
     failures = {}
-    to_fit = len(missing := [seed for seed in seeds if not is_complete(root / run_name(seed))])
+    missing = [seed for seed in seeds if not is_complete(root / run_name(seed))]
+    to_fit = len(missing) if to_fit is None else to_fit
     for seed in missing:
         name = run_name(seed)
         recorder = make_recorder((root / name).exists())

@@ -377,7 +377,7 @@ class Replay:
         size = recorded.abs().amax(1)
         eps = torch.finfo(self.recorded_dtype).eps
         allowed = self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
-        self._parameter_drift = torch.maximum(self._parameter_drift, difference / size.clamp_min(eps))
+        torch.maximum(self._parameter_drift, difference / size.clamp_min(eps), out=self._parameter_drift)
         # not "any above": a NaN compares false with everything
         within = difference <= allowed
         if not bool(within.all()):
@@ -393,7 +393,7 @@ class Replay:
         # where a gradient vanishes, what rounding leaves of it has no direction to compare
         floor = torch.finfo(self.recorded_dtype).eps
         relative = difference / size.clamp_min(floor)
-        self._gradient_drift = torch.maximum(self._gradient_drift, relative)
+        torch.maximum(self._gradient_drift, relative, out=self._gradient_drift)
         if not bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all()):
             number = int(relative.nan_to_num(torch.inf).argmax())
             raise ReplayError(

@@ -58,6 +58,8 @@ def test_a_seed_gives_the_same_run_whatever_was_trained_before_it(record, config
 def test_jobs_record_the_same_runs_in_parallel(record, config, tmp_path):
     root = record("--seeds", "3")
     main(["record", "--config", str(config), "--ensemble", str(tmp_path / "jobs"), "--seeds", "3", "--jobs", "2"])
+    # each process makes sure that the runs of all of them fit
+    assert all("Recording 3 runs" in log.read_text() for log in (tmp_path / "jobs" / "logs").glob("job-*.log"))
     for one, other in zip(Ensemble.open(root), Ensemble.open(tmp_path / "jobs"), strict=True):
         for name, expected in one.theta(12).items():
             torch.testing.assert_close(other.theta(12)[name], expected)
