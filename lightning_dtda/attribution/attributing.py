@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.store import AttributionStore
+from lightning_dtda.attribution.trust import chaotic, response_norm
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators import Estimator, Plan, Question, UnrolledDifferentiation
+from lightning_dtda.estimators import Estimate, Estimator, Plan, Question, UnrolledDifferentiation
 from lightning_dtda.replay import (
     Examples,
     Measurement,
@@ -121,6 +122,13 @@ def attribute(
         answer = _answer_in_memory(ensemble, question, estimator, about, names, progress)
     drift = answer.about["drift"]
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
+    if answer.chaotic:
+        _log.warning(
+            '%d of %d runs are chaotic and left out of influences (runs="all" takes them in): %s',
+            len(answer.chaotic),
+            len(answer.runs),
+            ", ".join(answer.chaotic),
+        )
     return answer
 
 
@@ -133,8 +141,7 @@ def _answer_to_disk(
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
         for batch, estimate in _estimates(remaining, question, estimator, progress, store.path):
             for number, run in enumerate(batch):
-                drift = asdict(estimate.drift[number])
-                store.add(run.name, estimate.baseline[number], estimate.responses[number], drift)
+                store.add(run.name, estimate.baseline[number], estimate.responses[number], **_facts(estimate, number))
     return Attribution.load(store.path)
 
 
@@ -147,14 +154,22 @@ def _answer_in_memory(
     progress: bool,
 ) -> Attribution:
     answers: dict[str, Any] = {}
-    drift = {}
+    facts = {}
     for batch, estimate in _estimates(list(ensemble), question, estimator, progress, None):
         for number, run in enumerate(batch):
             answers[run.name] = estimate.baseline[number].cpu(), estimate.responses[number].cpu()
-            drift[run.name] = asdict(estimate.drift[number])
+            facts[run.name] = _facts(estimate, number)
     runs = tuple(sorted(answers))
     baseline, responses = (torch.stack([answers[run][part] for run in runs]) for part in (0, 1))
-    return Attribution(baseline, responses, runs, names, {**about, "drift": drift})
+    of_runs: dict[str, Any] = {key: {run: facts[run][key] for run in runs} for key in ("drift", "adjoint_norms")}
+    norms = {run: response_norm(responses[number]) for number, run in enumerate(runs)}
+    about = {**about, **of_runs, "response_norm": norms, "chaotic": chaotic(norms)}
+    return Attribution(baseline, responses, runs, names, about)
+
+
+def _facts(estimate: Estimate, number: int) -> dict[str, Any]:
+    norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
+    return {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms}
 
 
 def _estimates(

@@ -5,21 +5,31 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.differences import DIFFERENCES, Difference, jackknife, resolve_difference
+from lightning_dtda.attribution.differences import (
+    DIFFERENCES,
+    Difference,
+    Mean,
+    bootstrap,
+    jackknife,
+    resolve_difference,
+)
+from lightning_dtda.attribution.reliability import split_half
 from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.errors import AttributionError
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+Runs = Literal["trusted", "all"]
 
 ENOUGH_RUNS = 8
 """Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
@@ -66,9 +76,25 @@ class Attribution:
         return str(self.about.get("measurement", "measurement"))
 
     @property
+    def chaotic(self) -> tuple[str, ...]:
+        """Names of the runs whose responses are out of proportion to the others'.
+
+        The rule is that of :func:`~lightning_dtda.attribution.trust.chaotic`, applied when the runs were attributed.
+        """
+        named = self.about.get("chaotic", ())
+        return tuple(run for run in self.runs if run in named)
+
+    def trusted(self) -> Attribution:
+        """Return the attribution without the runs that :attr:`chaotic` names."""
+        if not self.chaotic:
+            return self
+        return self._of([position for position, run in enumerate(self.runs) if run not in self.chaotic])
+
+    @property
     def available_differences(self) -> list[str]:
         """Names of the built-in differences for which there are enough runs."""
-        return [name for name, difference in DIFFERENCES.items() if len(self.runs) >= difference.least_runs]
+        runs = len(self.runs) - len(self.chaotic)
+        return [name for name, difference in DIFFERENCES.items() if runs >= difference.least_runs]
 
     def predict(self, removed: Sequence[int]) -> Tensor:
         r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
@@ -83,13 +109,16 @@ class Attribution:
         """
         return self.baseline + self._response(removed).sum(-1)
 
-    def influence(self, difference: str | Difference, removed: Sequence[int] | None = None) -> Tensor:
+    def influence(
+        self, difference: str | Difference, removed: Sequence[int] | None = None, runs: Runs = "trusted"
+    ) -> Tensor:
         """Return the distributional influence of every single example, or of a set that is removed together.
 
         Args:
             difference: ``mean``, ``variance``, ``wasserstein``, a class's import path, or a
-                :class:`~lightning_dtda.attribution.differences.Difference`.
+                :class:`~lightning_dtda.attribution.differences.Difference`, such as ``Mean("median")``.
             removed: A set of training examples; ``None`` is each on its own.
+            runs: The ``"trusted"`` ones, without those that :attr:`chaotic` names; or ``"all"``.
 
         Returns:
             ``(queries, examples)``, or ``(queries,)`` for a set; float64. For the sign see the difference.
@@ -97,22 +126,52 @@ class Attribution:
         Raises:
             AttributionError: If the difference needs more runs, or an index is out of range.
         """
-        return self._influence(self._difference(difference), removed)
+        selected = self._selected(runs)
+        return selected._influence(selected._difference(difference), removed)
 
-    def standard_error(self, difference: str | Difference, removed: Sequence[int] | None = None) -> Tensor:
+    def standard_error(
+        self, difference: str | Difference, removed: Sequence[int] | None = None, runs: Runs = "trusted"
+    ) -> Tensor:
         """Return the standard error over runs of :meth:`influence`, by the jackknife; same arguments and shape.
 
-        It says how far the influence would move with other seeds, not how good the linear prediction is.
+        It says how far the influence would move with other seeds, not how good the linear prediction is. For
+        ``Mean("median")``, which hardly moves when one run is left out, it comes from the bootstrap.
         """
-        return self._standard_error(self._difference(difference), removed)
+        selected = self._selected(runs)
+        return selected._standard_error(selected._difference(difference), removed)
 
-    def top(self, k: int = 10, difference: str | Difference = "mean", query: int | None = None) -> pd.DataFrame:
+    def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
+        """Return how well the runs agree about the ranking of the examples, for each query ``(queries,)``.
+
+        1 where other seeds would rank them the same, 0 where the ranking is seed noise; where it is low, more runs
+        help. See :func:`~lightning_dtda.attribution.reliability.split_half`.
+
+        Raises:
+            AttributionError: If there are too few runs to be halved.
+        """
+        selected, chosen = self._selected(runs), resolve_difference(difference)
+        least = 2 * max(chosen.least_runs, 2)
+        if len(selected.runs) < least:
+            raise AttributionError(
+                f"The reliability of the {chosen.name} influence needs {least} runs; there are {len(selected.runs)}. "
+                "Record more seeds."
+            )
+        return split_half(lambda half: selected._of(half.tolist())._influence(chosen), len(selected.runs))
+
+    def top(
+        self,
+        k: int = 10,
+        difference: str | Difference = "mean",
+        query: int | None = None,
+        runs: Runs = "trusted",
+    ) -> pd.DataFrame:
         """Return the examples of the largest absolute influence on each query.
 
         Args:
             k: Number of examples for each query.
             difference: What to rank by.
             query: Position of one query; ``None`` is all of them.
+            runs: As for :meth:`influence`.
 
         Returns:
             One row for each of these examples, with ``query``, ``rank`` (1 first), ``example``, ``influence``,
@@ -128,13 +187,13 @@ class Attribution:
             raise AttributionError(f"k={k}; give the number of examples, at least 1.")
         if query is not None and not 0 <= query < len(self.queries):
             raise AttributionError(f"There is no query at position {query}; they are 0 to {len(self.queries) - 1}.")
-        chosen, mean = self._difference(difference), resolve_difference("mean")
-        influence, error = self._influence(chosen), self._standard_error(chosen)
-        mean_shift = -self._influence(mean)
-        several = len(self.runs) > 1
-        variance = (
-            self._influence(resolve_difference("variance")) if several else torch.full_like(mean_shift, torch.nan)
-        )
+        selected = self._selected(runs)
+        chosen, mean = selected._difference(difference), resolve_difference("mean")
+        influence, error = selected._influence(chosen), selected._standard_error(chosen)
+        mean_shift = -selected._influence(mean)
+        variance = torch.full_like(mean_shift, torch.nan)
+        if len(selected.runs) > 1:
+            variance = selected._influence(resolve_difference("variance"))
         positions = range(len(self.queries)) if query is None else [query]
         rows = []
         for q in positions:
@@ -168,7 +227,8 @@ class Attribution:
         wanted = dict.fromkeys(self.runs)
         store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
         for number, run in enumerate(self.runs):
-            store.add(run, self.baseline[number], self.responses[number], self.about.get("drift", {}).get(run, {}))
+            of_run = {key: self.about.get(key, {}).get(run, {}) for key in ("drift", "adjoint_norms")}
+            store.add(run, self.baseline[number], self.responses[number], **of_run)
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
@@ -210,11 +270,22 @@ class Attribution:
         dataset = self.to_xarray().drop_vars(["baseline", "responses", "run"])
         return dataset.to_dataframe().reset_index()
 
+    def _selected(self, runs: Runs) -> Attribution:
+        if runs not in get_args(Runs):
+            raise AttributionError(f"runs={runs!r}; choose from {', '.join(get_args(Runs))}.")
+        return self.trusted() if runs == "trusted" else self
+
+    def _of(self, positions: Sequence[int]) -> Attribution:
+        names = tuple(self.runs[position] for position in positions)
+        return replace(self, baseline=self.baseline[positions], responses=self.responses[positions], runs=names)
+
     def _influence(self, difference: Difference, removed: Sequence[int] | None = None) -> Tensor:
         return self._each_query(lambda baseline, predicted: difference(baseline, predicted), removed)
 
     def _standard_error(self, difference: Difference, removed: Sequence[int] | None = None) -> Tensor:
-        return self._each_query(lambda baseline, predicted: jackknife(difference, baseline, predicted), removed)
+        is_median = isinstance(difference, Mean) and difference.location == "median"
+        error = bootstrap if is_median else jackknife
+        return self._each_query(lambda baseline, predicted: error(difference, baseline, predicted), removed)
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)

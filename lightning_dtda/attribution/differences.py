@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+
+Location = Literal["mean", "median", "trimmed"]
 
 
 class Difference(Protocol):
@@ -38,17 +40,38 @@ class Mean:
 
     In the measurement's unit. Positive: the examples raise the measurement, and removing them lowers it.
 
+    Args:
+        location: How the shifts of the runs are summed up: their ``"mean"``; their ``"median"``; or the mean without
+            the largest and the smallest fifth, ``"trimmed"`` (Wilcox, *Introduction to Robust Estimation and Hypothesis
+            Testing*, 2012, section 3.3). The last two bear with a few runs that are far off.
+
+    Raises:
+        AttributionError: If the location is none of these.
+
     Example:
         >>> Mean()(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]))
+        tensor(1.)
+        >>> Mean("median")(torch.zeros(3), torch.tensor([-1.0, -2.0, 90.0]))
         tensor(1.)
     """
 
     name = "mean"
     least_runs = 1
 
+    def __init__(self, location: Location = "mean") -> None:
+        if location not in get_args(Location):
+            raise AttributionError(f"location={location!r}; choose from {', '.join(get_args(Location))}.")
+        self.location = location
+
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Return ``E X - E Y``."""
-        return baseline.mean(0) - predicted.mean(0)
+        """Return ``E X - E Y``, or the location of ``X - Y`` over runs."""
+        if self.location == "mean":
+            return baseline.mean(0) - predicted.mean(0)
+        falls = baseline - predicted
+        if self.location == "median":
+            return falls.quantile(0.5, dim=0)
+        cut = len(falls) // 5
+        return falls.sort(0).values[cut : len(falls) - cut].mean(0)
 
 
 class Variance:
@@ -153,3 +176,32 @@ def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Te
         total += replicate - shift
         squares += (replicate - shift).square()
     return ((runs - 1) / runs * (squares - total.square() / runs)).clamp_min(0).sqrt()
+
+
+def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:
+    """Standard error of a difference over runs, by drawing runs with replacement.
+
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.) For differences that hardly change when
+    one run is left out and much when several are, such as a median. The draws are always the same ones.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+        replicates: Number of draws.
+
+    Returns:
+        ``(...)``; NaN for a single run.
+    """
+    runs = len(predicted)
+    if runs <= max(difference.least_runs, 1):
+        return torch.full_like(predicted[0], torch.nan)
+    generator = torch.Generator().manual_seed(0)
+    total, squares = torch.zeros_like(predicted[0]), torch.zeros_like(predicted[0])
+    shift = difference(baseline, predicted)
+    for _ in range(replicates):
+        rows = torch.randint(runs, (runs,), generator=generator).to(predicted.device)
+        deviation = difference(baseline[rows], predicted[rows]) - shift
+        total += deviation
+        squares += deviation.square()
+    return ((squares - total.square() / replicates) / (replicates - 1)).clamp_min(0).sqrt()

@@ -62,11 +62,14 @@ class Estimate:
         baseline: m(theta_T) ``(runs, queries)``.
         responses: Predicted change of m when the example is removed ``(runs, queries, examples)``.
         drift: How far each run's replay was from its record.
+        adjoint_norms: For each run, by step t, the norm of the adjoint over its norm at the end of training (the median
+            of the queries); none for estimators without one.
     """
 
     baseline: Tensor
     responses: Tensor
     drift: Sequence[Drift]
+    adjoint_norms: Sequence[dict[str, float]] = ()
 
 
 class Estimator(ABC):

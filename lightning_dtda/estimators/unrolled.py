@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from lightning_dtda.errors import AttributionError, DTDAError, ReplayError
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.optimizers import State
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.trajectory import Run
@@ -21,6 +22,9 @@ from lightning_dtda.units import GIB, human_bytes
 
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
+_GROWN = 2.0
+"""With horizon="auto", a sweep ends where the adjoint of every run is so many times longer than at its shortest."""
+
 _TIMED_STEPS = 4
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
@@ -51,6 +55,11 @@ class UnrolledDifferentiation(Estimator):
         precision: ``"recorded"``, or ``"float64"`` to replay and differentiate in double.
         memory_budget: In GiB; queries are swept in chunks that stay below it.
         tolerance: Largest deviation of a replay from its record; see ``lightning_dtda.replay.Replay``.
+        horizon: How many of the last steps to unroll; ``None`` is all, the exact derivative. What an example did before
+            the horizon is then left out. ``"auto"`` goes back, for each run and query, to the checkpoint where the
+            adjoint is shortest: as long as it shrinks, the training forgets perturbations;
+            where it grows again on the way back, the training amplified them, and a derivative says little about
+            changes as large as a removal. That is so for the first steps of many trainings with Adam.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -62,6 +71,7 @@ class UnrolledDifferentiation(Estimator):
         precision: Precision = "recorded",
         memory_budget: float = 4.0,
         tolerance: float = 1e-3,
+        horizon: int | str | None = None,
     ) -> None:
         if not (runs_per_batch == "auto" or (isinstance(runs_per_batch, int) and runs_per_batch > 0)):
             raise AttributionError(f'runs_per_batch={runs_per_batch!r}; give "auto" or a positive number.')
@@ -69,14 +79,18 @@ class UnrolledDifferentiation(Estimator):
             raise AttributionError(f'precision={precision!r}; choose "recorded" or "float64".')
         if memory_budget <= 0 or tolerance <= 0:
             raise AttributionError("memory_budget and tolerance must be positive.")
+        if not (horizon in (None, "auto") or (isinstance(horizon, int) and horizon > 0)):
+            raise AttributionError(f'horizon={horizon!r}; give a positive number of steps, "auto", or nothing.')
         self.runs_per_batch = runs_per_batch
         self.precision = precision
         self.memory_budget = memory_budget
         self.tolerance = tolerance
+        self.horizon = horizon
 
     def settings(self) -> dict[str, Any]:
         """Return what the responses depend on; how the work is batched changes no more than rounding."""
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
+        settings = {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
+        return settings | ({} if self.horizon is None else {"horizon": self.horizon})
 
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         """Batch runs and queries by measured memory and time.
@@ -117,7 +131,7 @@ class UnrolledDifferentiation(Estimator):
             batches=tuple(batches),
             queries_per_chunk=chunk,
             memory=int(size * (per_run + chunk * per_pair)),
-            seconds=sum(batch[0].steps * len(batch) for batch in batches) * chunks * seconds_per_step / size,
+            seconds=sum(self._unrolled(batch[0]) * len(batch) for batch in batches) * chunks * seconds_per_step / size,
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
@@ -125,15 +139,34 @@ class UnrolledDifferentiation(Estimator):
         replay = self._replay(runs, question)
         queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         numbers = torch.arange(len(queries)).split(plan.queries_per_chunk)
-        baselines, responses = [], []
+        baselines, responses, norms = [], [], []
         with kept_pages(replay.device):
             for chunk in numbers:
                 baseline, adjoint = _measure(replay, queries.fetch(chunk), question)
                 baselines.append(baseline)
-                responses.append(
-                    _sweep(replay, adjoint, len(question.examples), lambda steps: advance(steps / len(numbers)))
+                part, lengths = _sweep(
+                    replay,
+                    adjoint,
+                    len(question.examples),
+                    self.horizon,
+                    lambda steps: advance(steps / len(numbers)),
                 )
-        return Estimate(torch.cat(baselines, 1), torch.cat(responses, 1), replay.drift)
+                responses.append(part)
+                norms.append(lengths)
+        # with "auto", sweeps of different queries may end at different checkpoints
+        steps = [step for step in norms[0] if all(step in lengths for lengths in norms)]
+        curves = torch.stack([torch.cat([part[step] for part in norms], 1) for step in steps])
+        curves = (curves / curves[0].clamp_min(torch.finfo(curves.dtype).tiny)).median(2).values.T
+        return Estimate(
+            torch.cat(baselines, 1),
+            torch.cat(responses, 1),
+            replay.drift,
+            [dict(zip(map(str, steps), curve, strict=True)) for curve in curves.tolist()],
+        )
+
+    def _unrolled(self, run: Run) -> int:
+        """Return the number of steps that are unrolled, at the most."""
+        return min(run.steps, self.horizon) if isinstance(self.horizon, int) else run.steps
 
     def _replay(self, runs: Sequence[Run], question: Question) -> Replay:
         return Replay(
@@ -196,31 +229,67 @@ def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Te
     return values.detach(), gradients.detach()
 
 
-def _sweep(replay: Replay, adjoint: Tensor, examples: int, advance: Advance) -> Tensor:
-    """Carry adjoints ``(runs, queries, P)`` back to step 0; return responses ``(runs, queries, examples)``."""
+def _sweep(
+    replay: Replay, adjoint: Tensor, examples: int, horizon: int | str | None, advance: Advance
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Carry adjoints ``(runs, queries, P)`` back from the end of training.
+
+    Returns:
+        Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
+        sweep came by a checkpoint or ended.
+    """
     runs, queries, _ = adjoint.shape
     responses = adjoint.new_zeros(runs, queries, examples)
-    state_adjoints = [
-        {key: torch.zeros_like(adjoint[..., part]) for key in state}
-        for part, state in zip(replay.update.slices, replay.checkpoint(replay.steps)[1], strict=True)
-    ]
+    state_adjoints = _no_state_cotangents(replay, adjoint)
+    norms = {replay.steps: adjoint.norm(dim=2)}
+    shortest = _Shortest(responses) if horizon == "auto" else None
+    start = max(0, replay.steps - horizon) if isinstance(horizon, int) else 0
     for first, last in reversed(replay.segments):
+        if last <= start or (shortest is not None and shortest.is_over):
+            advance(runs * (last - first))
+            continue
         points = replay.segment(first, last)
         buffers = replay.buffers(first)
-        for step in reversed(range(first, last)):
+        for step in reversed(range(max(first, start), last)):
             point = points.pop()
             direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
             batch, slopes, products = replay.directional(step, point, gradient_cotangent, buffers)
             where = batch.indices[:, None].expand(-1, queries, -1)
             responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
             adjoint = products.add_(direct)
+        norms[max(first, start)] = adjoint.norm(dim=2)
+        if shortest is not None:
+            shortest.compare(responses, norms[first])
         advance(runs * (last - first))
+    if shortest is not None:
+        responses = shortest.responses
     if not bool(torch.isfinite(responses).all()):
         raise ReplayError(
             f"The responses of {', '.join(run.name for run in replay.runs)} are not finite: the adjoint overflowed. "
-            'Try precision="float64", or leave the run out.'
+            'Try precision="float64" or horizon="auto", or leave the run out.'
         )
-    return responses
+    return responses, norms
+
+
+class _Shortest:
+    """The responses of each run and query where the adjoint was shortest so far.
+
+    Args:
+        responses: What they are before the first checkpoint is passed ``(runs, queries, examples)``.
+    """
+
+    def __init__(self, responses: Tensor) -> None:
+        self.responses = responses.clone()
+        self._norms = responses.new_full(responses.shape[:2], torch.inf)
+        self.is_over = False
+
+    def compare(self, responses: Tensor, norms: Tensor) -> None:
+        """Take the responses where the adjoint ``(runs, queries)`` is shorter than ever at this checkpoint."""
+        shorter = norms < self._norms
+        self.responses[shorter] = responses[shorter]
+        self._norms = torch.where(shorter, norms, self._norms)
+        # not "all above": an adjoint that overflowed compares false with everything, and does not come back
+        self.is_over = not bool((norms <= _GROWN * self._norms).any())
 
 
 def _alike(runs: Sequence[Run], size: int) -> list[Run]:
@@ -256,15 +325,25 @@ def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
 
 
 def _seconds_per_step(replay: Replay, queries: int) -> float:
-    """Time a step of the sweep: the products, which are almost all of it, and the bookkeeping around them."""
+    """Time a step of the sweep: the adjoint of the update and the products, which are almost all of it."""
     point = replay.point(0)
     buffers = replay.buffers(0)
-    directions = torch.randn(len(replay.runs), queries, replay.layout.size, dtype=replay.dtype, device=replay.device)
+    cotangents = torch.randn(len(replay.runs), queries, replay.layout.size, dtype=replay.dtype, device=replay.device)
+    states = _no_state_cotangents(replay, cotangents)
     fastest = float("inf")
     with kept_pages(replay.device):
         for _ in range(_TIMED_STEPS):
             start = time.perf_counter()
-            _, slopes, _ = replay.directional(0, point, directions, buffers)
-            slopes.sum().item()  # waits for the device
+            direct, _, directions = replay.adjoint(0, point, cotangents, states)
+            _, slopes, products = replay.directional(0, point, directions, buffers)
+            (products.add_(direct)[0, 0, 0] + slopes[0, 0, 0]).item()  # waits for the device
             fastest = min(fastest, time.perf_counter() - start)
     return fastest
+
+
+def _no_state_cotangents(replay: Replay, cotangents: Tensor) -> list[State]:
+    """Return zero cotangents for each group's optimizer state, after the last step."""
+    return [
+        {key: torch.zeros_like(cotangents[..., part]) for key in state}
+        for part, state in zip(replay.update.slices, replay.checkpoint(replay.steps)[1], strict=True)
+    ]

@@ -96,7 +96,7 @@ def report(attribution: Attribution, output: str | Path, k: int = 10) -> Path:
     )
     environment.filters.update(number=number, unit=unit)
     with without_repeated_warnings():
-        page = environment.get_template("report.html.jinja").render(_content(attribution, k))
+        page = environment.get_template("report.html.jinja").render(_content(attribution, attribution.trusted(), k))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(page, encoding="utf-8")
@@ -107,14 +107,16 @@ def report(attribution: Attribution, output: str | Path, k: int = 10) -> Path:
     return output
 
 
-def _content(attribution: Attribution, k: int) -> dict[str, Any]:
+def _content(everything: Attribution, attribution: Attribution, k: int) -> dict[str, Any]:
+    """Return what the page shows: of all runs what was asked, of the trusted ones what was found."""
     shown = most_interesting(attribution, MOST_QUERIES)
     return {
-        "question": wording.question(attribution),
-        "answer": wording.answer(attribution),
-        "estimator": wording.estimator(attribution),
-        "drift": wording.drift(attribution),
-        "cautions": wording.cautions(attribution),
+        "question": wording.question(everything),
+        "answer": wording.answer(everything),
+        "estimator": wording.estimator(everything),
+        "drift": wording.drift(everything),
+        "cautions": wording.cautions(everything),
+        "reliability": wording.reliability(attribution),
         "attribution": attribution,
         "examples": attribution.responses.shape[2],
         "about": json.dumps(attribution.about, indent=2, default=str),

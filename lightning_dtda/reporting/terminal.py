@@ -48,9 +48,17 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     console.print(
         f"Largest replay drift of a run: {wording.drift(attribution)} (relative).", width=width, highlight=False
     )
-    for caution in wording.cautions(attribution):
-        console.print(f"[yellow]Caution.[/] {escape(caution)}", width=width, highlight=False)
+    cautions = wording.cautions(attribution)
+    attribution = attribution.trusted()
     with without_repeated_warnings():
+        console.print(
+            f"Agreement of the runs about the mean influence (split-half reliability): "
+            f"{wording.reliability(attribution)}.",
+            width=width,
+            highlight=False,
+        )
+        for caution in cautions:
+            console.print(f"[yellow]Caution.[/] {escape(caution)}", width=width, highlight=False)
         shown = most_interesting(attribution, MOST_QUERIES)
         for query in shown:
             console.print()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,14 @@ def log_to_wandb(
     import wandb  # takes a second, which the report and the terminal should not cost
 
     directory = Path(directory)
+    facts = _facts(attribution)
+    attribution = attribution.trusted()
     if not directory.is_dir():
         raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
     with without_repeated_warnings():
         table = wandb.Table(columns=list(_COLUMNS), data=list(_rows(attribution, k)))
         panels = dict(_panels(attribution))
-    artifact = wandb.Artifact(_artifact_name(attribution), type="attribution", metadata=_facts(attribution))
+    artifact = wandb.Artifact(_artifact_name(attribution), type="attribution", metadata=facts)
     artifact.add_dir(str(directory))
     with wandb.init(
         project=project or os.environ.get("WANDB_PROJECT") or "lightning-dtda",
@@ -77,7 +80,7 @@ def log_to_wandb(
         reinit="create_new",
     ) as run:
         run.log({"top_examples": table, **panels})
-        run.summary.update(_facts(attribution))
+        run.summary.update(facts)
         run.log_artifact(artifact)
     return str(run.id)
 
@@ -114,6 +117,9 @@ def _panels(attribution: Attribution) -> Iterator[tuple[str, Any]]:
 def _facts(attribution: Attribution) -> dict[str, Any]:
     runs, queries, examples = attribution.responses.shape
     facts: dict[str, Any] = {"runs": runs, "queries": queries, "examples": examples}
+    facts["chaotic_runs"] = len(attribution.chaotic)
+    with without_repeated_warnings(), suppress(AttributionError):  # too few runs
+        facts["reliability"] = float(attribution.reliability("mean").median())
     for part in ("parameters", "gradients"):
         drift = largest_drift(attribution, part)
         if drift is not None:

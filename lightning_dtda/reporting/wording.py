@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.findings import largest_drift
 from lightning_dtda.reporting.formatting import MINUS
 
@@ -97,6 +100,28 @@ def drift(attribution: Attribution) -> str:
 def cautions(attribution: Attribution) -> list[str]:
     """Return what the reader has to know before believing a number; nothing if there are enough runs."""
     runs = len(attribution.runs)
+    left_out = []
+    if chaotic := attribution.chaotic:
+        left_out = [
+            f"{counted(len(chaotic), 'run is', 'runs are')} left out of {runs} ({', '.join(chaotic)}): their responses "
+            "are out of proportion to the others', since small changes grew in those trainings. What follows is of the "
+            'rest; runs="all" takes them in, and UnrolledDifferentiation(horizon="auto") may tame them.'
+        ]
+        runs -= len(chaotic)
+    return left_out + _about_the_number_of_runs(runs)
+
+
+def reliability(attribution: Attribution) -> str:
+    """Return how well halves of the runs agree about the ranking of the examples, over queries."""
+    try:
+        of_queries = attribution.reliability("mean")
+    except AttributionError:
+        return "too few runs to tell"
+    low, middle, high = of_queries.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=of_queries.dtype)).tolist()
+    return f"{middle:.2f}" if len(of_queries) == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f} over queries)"
+
+
+def _about_the_number_of_runs(runs: int) -> list[str]:
     if runs == 1:
         return [
             "There is a single run: nothing here tells an effect from seed noise. The variance influence needs two "

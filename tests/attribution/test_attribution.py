@@ -66,7 +66,8 @@ def test_a_saved_attribution_is_the_one_that_is_loaded(attribution, tmp_path):
     loaded = Attribution.load(tmp_path / "saved")
     assert torch.equal(loaded.baseline, attribution.baseline)
     assert torch.equal(loaded.responses, attribution.responses)
-    assert (loaded.runs, loaded.queries, loaded.about) == (attribution.runs, attribution.queries, attribution.about)
+    assert (loaded.runs, loaded.queries) == (attribution.runs, attribution.queries)
+    assert loaded.about.items() >= attribution.about.items()
 
 
 def test_a_saved_attribution_is_replaced_only_on_demand(attribution, tmp_path):

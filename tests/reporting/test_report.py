@@ -204,3 +204,12 @@ def test_of_too_many_queries_the_page_says_which_are_shown(attribution, tmp_path
     page = report(attribution, tmp_path / "report.html").read_text()
     assert "2 of 3 queries are shown" in page
     assert page.count("<article") == 2
+
+
+def test_a_report_is_of_the_trusted_runs(tmp_path):
+    chaotic = make_attribution(chaotic=["seed-0002", "seed-0005"])
+    chaotic.responses[[2, 5]] *= 1000
+    page = report(chaotic, tmp_path / "report.html").read_text()
+    assert "2 runs are left out of 12 (seed-0002, seed-0005)" in page
+    assert "over 10 runs" in page
+    assert "Agreement of the runs" in page

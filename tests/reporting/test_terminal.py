@@ -45,3 +45,20 @@ def test_few_runs_are_cautioned_against_once(runs, caution, recwarn):
 
 def test_names_are_not_taken_for_markup():
     assert "[red]m[/red]" in _printed(make_attribution(measurement="[red]m[/red]"))
+
+
+def test_runs_that_are_left_out_are_named_and_do_not_enter(attribution):
+    chaotic = make_attribution(chaotic=["seed-0002"])
+    chaotic.responses[2] *= 1000
+    text = " ".join(_printed(chaotic).split())
+    assert "1 run is left out of 12 (seed-0002)" in text
+    expected = chaotic.trusted().top(1, query=0)
+    mantissa = number(expected["mean_shift"][0], common_exponent(chaotic.trusted().top(5, query=0)["mean_shift"]))
+    assert mantissa in text
+
+
+def test_the_agreement_of_the_runs_is_shown(attribution):
+    text = " ".join(_printed(attribution).split())
+    of_queries = attribution.reliability()
+    assert f"(split-half reliability): {of_queries.median():.2f} ({of_queries.min():.2f} to" in text
+    assert "too few runs to tell" in " ".join(_printed(make_attribution(2)).split())

@@ -127,7 +127,8 @@ def test_the_run_says_what_was_asked(attribution, saved, tmp_path):
         "attribution",
     )
     assert {key: logged.config[key] for key in attribution.about} == attribution.about
-    facts = {"runs": 12, "queries": 3, "examples": 40, "largest_drift/gradients": 2e-6}
+    facts = {"runs": 12, "chaotic_runs": 0, "queries": 3, "examples": 40, "largest_drift/gradients": 2e-6}
+    assert logged.summary["reliability"] == pytest.approx(attribution.reliability().median().item())
     assert {key: logged.summary[key] for key in facts} == facts
     assert logged.summary["largest_drift/parameters"] == pytest.approx(1.2e-6)
     assert logged.exit_code == 0

@@ -1,0 +1,58 @@
+"""Which runs' responses may enter an average: telling the few that exploded from the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+OUTLYING = 3.5
+"""Modified z-score above which a value is an outlier, the value that Iglewicz and Hoaglin recommend (*How to Detect and
+Handle Outliers*, 1993, section 3.3)."""
+
+_DOUBLE = 2.0
+"""Times the median: a run below it counts less than double in an average and is not worth the loss of a sample."""
+
+FEWEST_RUNS = 8
+"""With fewer runs, their spread is not known well enough to call one an outlier; all of them are trusted."""
+
+
+def response_norm(responses: Tensor) -> float:
+    """Return the root mean square of a run's responses ``(queries, examples)``."""
+    return float(responses.double().square().mean().sqrt())
+
+
+def chaotic(norms: Mapping[str, float]) -> list[str]:
+    r"""Name the runs whose responses are out of proportion to those of the others.
+
+    Small changes of the weights grow exponentially in some trainings, most of all under Adam, where a second moment is
+    nearly zero. The derivative of such a run is right and useless: it holds for changes far smaller than a removal, and
+    its size wrecks every average over runs. With the norm :math:`\rho_s` of a run's responses, a run is chaotic if
+
+    .. math::
+        0.6745\, \frac{\log \rho_s - \mathrm{med}}{\mathrm{MAD}} > 3.5
+        \quad\text{and}\quad \rho_s > 2\, e^{\mathrm{med}},
+
+    med and MAD being the median of the :math:`\log\rho` and their median absolute deviation from it. Only large norms
+    are told out: a run on which removals do little does no harm.
+
+    Args:
+        norms: Each run's :func:`response_norm`, by name.
+
+    Returns:
+        Names; none for fewer than :data:`FEWEST_RUNS` runs.
+
+    Example:
+        >>> norms = [1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 30.0]
+        >>> chaotic({f"seed-{seed}": norm for seed, norm in enumerate(norms)})
+        ['seed-7']
+    """
+    if len(norms) < FEWEST_RUNS:
+        return []
+    logarithms = torch.tensor(list(norms.values()), dtype=torch.float64).log()
+    above = logarithms - logarithms.median()
+    outlying = 0.6745 * above > OUTLYING * above.abs().median()
+    verdicts = outlying & (above > math.log(_DOUBLE))
+    return [name for name, verdict in zip(norms, verdicts.tolist(), strict=True) if verdict]

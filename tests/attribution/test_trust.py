@@ -1,0 +1,122 @@
+"""Runs whose responses explode: told out by a rule, left out of influences, named in the result."""
+
+import pytest
+import torch
+
+from lightning_dtda import Attribution
+from lightning_dtda.attribution.differences import Mean, Variance, bootstrap, jackknife
+from lightning_dtda.attribution.trust import chaotic, response_norm
+from lightning_dtda.errors import AttributionError
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def norms(*values):
+    return {f"seed-{seed:04d}": value for seed, value in enumerate(values)}
+
+
+def test_runs_far_above_the_others_are_chaotic():
+    assert chaotic(norms(1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 30.0, 1.0, 8.0)) == ["seed-0007", "seed-0009"]
+
+
+def test_runs_below_the_others_and_runs_that_only_spread_are_trusted():
+    assert chaotic(norms(1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 0.001)) == []
+    assert chaotic(norms(*(2.0**k for k in range(12)))) == []  # no run stands out: they all differ by as much
+    assert chaotic(norms(*[1.0] * 10, 1.5)) == []  # the only one that differs, but less than twofold
+
+
+def test_few_runs_give_no_verdict():
+    assert chaotic(norms(*[1.0] * 6, 1000.0)) == []
+
+
+@pytest.fixture
+def attribution():
+    """Ten runs, of which one has responses a hundred times as large."""
+    baseline = torch.randn(10, 3, generator=GENERATOR)
+    responses = torch.randn(1, 3, 40, generator=GENERATOR) + 0.5 * torch.randn(10, 3, 40, generator=GENERATOR)
+    responses[4] *= 100
+    names = tuple(f"seed-{seed:04d}" for seed in range(10))
+    sizes = {name: response_norm(responses[number]) for number, name in enumerate(names)}
+    return Attribution(baseline, responses, names, (0, 1, 2), {"chaotic": chaotic(sizes)})
+
+
+def test_influences_are_of_the_trusted_runs_unless_all_are_asked_for(attribution):
+    rest = [0, 1, 2, 3, 5, 6, 7, 8, 9]
+    assert attribution.chaotic == ("seed-0004",)
+    assert attribution.trusted().runs == tuple(f"seed-{seed:04d}" for seed in rest)
+    torch.testing.assert_close(attribution.influence("mean"), -attribution.responses[rest].double().mean(0))
+    torch.testing.assert_close(attribution.influence("mean", runs="all"), -attribution.responses.double().mean(0))
+    assert (attribution.standard_error("mean") < attribution.standard_error("mean", runs="all")).all()
+    predicted = attribution.predict([3])[rest].double()
+    expected = predicted.var(0) - attribution.baseline[rest].double().var(0)
+    torch.testing.assert_close(attribution.influence("variance", removed=[3]), expected)
+    assert attribution.predict([3]).shape == (10, 3)  # samples of every run
+    top = attribution.top(1, query=0)
+    assert top["influence"][0] == pytest.approx(float(attribution.influence("mean")[0, top["example"][0]]))
+
+
+def test_what_names_no_runs_is_refused(attribution):
+    with pytest.raises(AttributionError, match="choose from trusted, all"):
+        attribution.influence("mean", runs="best")
+
+
+def test_a_verdict_is_kept_on_disk_and_its_runs_with_it(attribution, tmp_path):
+    attribution.save(tmp_path / "saved")
+    loaded = Attribution.load(tmp_path / "saved")
+    assert loaded.chaotic == ("seed-0004",)
+    assert len(loaded.runs) == 10
+    assert loaded.about["response_norm"]["seed-0004"] == pytest.approx(response_norm(attribution.responses[4]))
+
+
+@pytest.mark.parametrize("location", ["median", "trimmed"])
+def test_robust_locations_bear_with_a_run_that_is_far_off(attribution, location):
+    honest = attribution.influence("mean")
+    robust = attribution.influence(Mean(location), runs="all")
+    naive = attribution.influence("mean", runs="all")
+    assert (robust - honest).abs().max() < 0.1 * (naive - honest).abs().max()
+
+
+def test_locations_are_what_they_are_called():
+    falls = torch.tensor([[1.0], [2.0], [3.0], [4.0], [90.0]])
+    assert Mean("median")(falls, torch.zeros(5, 1)).item() == 3
+    assert Mean("trimmed")(falls, torch.zeros(5, 1)).item() == 3  # of 2, 3 and 4
+    assert Mean()(falls, torch.zeros(5, 1)).item() == 20
+    with pytest.raises(AttributionError, match="choose from mean, median, trimmed"):
+        Mean("mode")
+
+
+def test_the_bootstrap_agrees_with_the_jackknife_where_both_hold():
+    samples = torch.randn(60, 50, generator=GENERATOR, dtype=torch.float64)
+    for difference in (Mean(), Variance()):
+        by_draws = bootstrap(difference, torch.zeros_like(samples), samples, replicates=2000)
+        ratio = (by_draws / jackknife(difference, torch.zeros_like(samples), samples)).mean()
+        assert 0.9 < ratio < 1.1
+
+
+def test_the_error_of_a_median_is_that_of_a_median(attribution):
+    # of normal samples, the square root of pi / 2 times that of the mean
+    samples = torch.randn(200, 1, 300, generator=GENERATOR)
+    large = Attribution(torch.zeros(200, 1), samples, tuple(map(str, range(200))), (0,))
+    ratio = (large.standard_error(Mean("median")) / large.standard_error("mean")).mean().item()
+    assert ratio == pytest.approx((torch.pi / 2) ** 0.5, rel=0.1)
+
+
+def test_reliability_is_that_of_spearman_and_brown(attribution):
+    signal, noise = 1.0, 0.5
+    runs = 9
+    # correlation of two means of half the runs, carried to all of them
+    expected = signal**2 / (signal**2 + noise**2 / runs)
+    assert attribution.reliability().mean().item() == pytest.approx(expected, abs=0.03)
+    assert (attribution.reliability() > attribution.reliability(runs="all")).all()
+
+
+def test_noise_is_not_reliable():
+    responses = torch.randn(12, 2, 400, generator=GENERATOR)
+    pure = Attribution(torch.zeros(12, 2), responses, tuple(map(str, range(12))), (0, 1))
+    assert (pure.reliability() < 0.15).all()
+
+
+def test_three_runs_have_no_halves(attribution):
+    few = Attribution(attribution.baseline[:3], attribution.responses[:3], attribution.runs[:3], attribution.queries)
+    with pytest.raises(AttributionError, match="needs 4 runs; there are 3"):
+        few.reliability()
