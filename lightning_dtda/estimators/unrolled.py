@@ -142,11 +142,12 @@ class UnrolledDifferentiation(Estimator):
         baselines, responses, norms = [], [], []
         with kept_pages(replay.device):
             for chunk in numbers:
-                baseline, adjoint = _measure(replay, queries.fetch(chunk), question)
+                baseline, adjoint, of_statistics = _measure(replay, queries.fetch(chunk), question)
                 baselines.append(baseline)
                 part, lengths = _sweep(
                     replay,
                     adjoint,
+                    of_statistics,
                     len(question.examples),
                     self.horizon,
                     lambda steps: advance(steps / len(numbers)),
@@ -194,23 +195,27 @@ class UnrolledDifferentiation(Estimator):
         return size, seconds
 
 
-def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Tensor]:
-    """Return m(theta_T) ``(runs, queries)`` and its gradient ``(runs, queries, P)``."""
+def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return m(theta_T) ``(runs, queries)``, its gradient ``(runs, queries, P)`` and that by running statistics."""
     theta, _ = replay.checkpoint(replay.steps)
     buffers = replay.buffers(replay.steps)
 
-    def of_one_query(theta: Tensor, buffers: dict[str, Tensor], query: Any) -> tuple[Tensor, Tensor]:
+    def of_one_query(
+        theta: Tensor, statistics: dict[str, Tensor], buffers: dict[str, Tensor], query: Any
+    ) -> tuple[Tensor, Tensor]:
         single = map_tensors(lambda leaf: leaf.unsqueeze(0), query)
-        value = replay.module.measure(theta, buffers, single, question.measurement)
+        value = replay.module.measure(theta, buffers | statistics, single, question.measurement)
         if value.shape != (1,):
             raise AttributionError(
                 f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a batch."
             )
         return value[0], value[0]
 
-    of_one_run = vmap(grad(of_one_query, has_aux=True), in_dims=(None, None, 0))
+    derivative = grad(of_one_query, argnums=(0, 1), has_aux=True)
+    of_one_run = vmap(derivative, in_dims=(None, None, None, 0))
     try:
-        gradients, values = vmap(of_one_run, in_dims=(0, 0, None))(theta, buffers, batch)
+        arguments = (theta, replay.statistics(buffers), buffers, batch)
+        (gradients, of_statistics), values = vmap(of_one_run, in_dims=(0, 0, 0, None))(*arguments)
     except DTDAError:
         raise
     except Exception as error:  # whatever the user's code does
@@ -226,13 +231,18 @@ def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Te
                 f"{what}the measurement is not finite at the end of {replay.runs[number].path}. The training diverged, "
                 "or the measurement has no value there; leave the run out."
             )
-    return values.detach(), gradients.detach()
+    return values.detach(), gradients.detach(), of_statistics
 
 
 def _sweep(
-    replay: Replay, adjoint: Tensor, examples: int, horizon: int | str | None, advance: Advance
+    replay: Replay,
+    adjoint: Tensor,
+    statistics_adjoint: dict[str, Tensor],
+    examples: int,
+    horizon: int | str | None,
+    advance: Advance,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Carry adjoints ``(runs, queries, P)`` back from the end of training.
+    """Carry adjoints ``(runs, queries, P)``, and those of running statistics, back from the end of training.
 
     Returns:
         Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
@@ -253,7 +263,9 @@ def _sweep(
         for step in reversed(range(max(first, start), last)):
             point = points.pop()
             direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
-            batch, slopes, products = replay.directional(step, point, gradient_cotangent, buffers)
+            batch, slopes, products, statistics_adjoint = replay.directional(
+                step, point, gradient_cotangent, buffers, statistics_adjoint
+            )
             where = batch.indices[:, None].expand(-1, queries, -1)
             responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
             adjoint = products.add_(direct)
@@ -306,7 +318,7 @@ def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
         directions = torch.randn(1, count, replay.layout.size, dtype=replay.dtype, device=replay.device)
 
         def products(directions: Tensor = directions) -> object:
-            return replay.directional(0, point, directions, buffers)
+            return replay.directional(0, point, directions, buffers, _statistics_cotangents(replay, directions))
 
         products()  # what the first call reads and keeps is none of a step's memory
         peaks.append(peak_memory(products, replay.device))
@@ -335,10 +347,19 @@ def _seconds_per_step(replay: Replay, queries: int) -> float:
         for _ in range(_TIMED_STEPS):
             start = time.perf_counter()
             direct, _, directions = replay.adjoint(0, point, cotangents, states)
-            _, slopes, products = replay.directional(0, point, directions, buffers)
+            of_statistics = _statistics_cotangents(replay, cotangents)
+            _, slopes, products, _ = replay.directional(0, point, directions, buffers, of_statistics)
             (products.add_(direct)[0, 0, 0] + slopes[0, 0, 0]).item()  # waits for the device
             fastest = min(fastest, time.perf_counter() - start)
     return fastest
+
+
+def _statistics_cotangents(replay: Replay, directions: Tensor) -> dict[str, Tensor]:
+    """Return cotangents of the running statistics for directions ``(runs, queries, P)``, for measuring costs."""
+    statistics = replay.statistics(replay.buffers(0))
+    return {
+        name: part.unsqueeze(1).expand(-1, directions.shape[1], *part.shape[1:]) for name, part in statistics.items()
+    }
 
 
 def _no_state_cotangents(replay: Replay, cotangents: Tensor) -> list[State]:

@@ -20,12 +20,14 @@ from torch.optim import Optimizer
 from lightning_dtda.errors import RecordingError, ReplayError
 from lightning_dtda.optimizers import UPDATES
 from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
+from lightning_dtda.replay.batch_norm import batch_norm_layers
 from lightning_dtda.replay.batches import rows_of
 from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.replay.random_states import random_states
-from lightning_dtda.replay.silence import coupling_layers
 from lightning_dtda.trajectory import ParameterLayout, is_being_written
 from lightning_dtda.trajectory.manifest import MANIFEST
+
+_InstanceNorm = nn.modules.instancenorm._InstanceNorm
 
 LOSS_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference between a batch's loss and the mean of its examples' losses: rounding stays far below
@@ -92,7 +94,7 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 
 def refuse_layers(module: nn.Module) -> None:
-    """Refuse layers through which examples of a batch act on each other, and those with sparse gradients.
+    """Refuse layers whose state a replay does not follow, and those with sparse gradients.
 
     Raises:
         RecordingError: Naming the first.
@@ -100,11 +102,30 @@ def refuse_layers(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
             raise RecordingError(f"The gradients of layer {name} are sparse. Use dense gradients (sparse=False).")
-    if layers := coupling_layers(module):
-        raise RecordingError(
-            f"Layer {layers[0]} is a BatchNorm in training mode: an example's loss depends on its batch, so that no "
-            "single example can be taken away. Use GroupNorm or LayerNorm, or put the layer in evaluation mode."
-        )
+    for name, batch_norm in batch_norm_layers(module).items():
+        if not batch_norm.training:
+            continue
+        if not hasattr(module, "example_losses"):
+            raise RecordingError(
+                f"Layer {name} is a BatchNorm in training mode: the loss of an example depends on its batch and cannot "
+                f"be had from a batch of one. Define {type(module).__name__}.example_losses(batch) -> (B,), the loss "
+                "of each example in its batch; or use GroupNorm or LayerNorm; or put the layer in evaluation mode."
+            )
+        if not batch_norm.track_running_stats:
+            raise RecordingError(
+                f"Layer {name} keeps no running statistics, so that what is measured on a query depends on the other "
+                "queries. Set track_running_stats=True."
+            )
+        if batch_norm.momentum is None:
+            raise RecordingError(
+                f"Layer {name} averages its statistics over all batches (momentum=None), which a replay does not "
+                "follow. Give it a momentum."
+            )
+    for name, layer in module.named_modules():
+        if isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats:
+            raise RecordingError(
+                f"Layer {name} keeps running statistics, which a replay does not follow. Set track_running_stats=False."
+            )
 
 
 def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:

@@ -62,9 +62,9 @@ class TrajectoryRecorder(Callback):
 
     Raises:
         RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
-            sets, several data loaders, manual optimization, several or unsupported optimizers, strategies of several
-            processes, mixed precision, BatchNorm, a loss that is no mean over examples, a run that exists, or a disk
-            that is too small. The message says what to do.
+            sets, several data loaders, manual optimization, several or unknown optimizers, strategies of several
+            processes, mixed precision, BatchNorm without ``example_losses``, a loss that is no mean over examples, a
+            run that exists, or a disk that is too small. The message says what to do.
 
     Example:
         >>> recorder = TrajectoryRecorder("runs/concrete", gradients="none")

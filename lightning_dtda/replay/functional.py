@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.batch_norm import (
+    batch_norm_by_definition,
+    batch_norm_layers,
+    is_by_definition,
+    running_statistics,
+)
 from lightning_dtda.replay.batches import concatenate, map_tensors, rows_of
 from lightning_dtda.replay.dropout import NO_DROPOUT, Dropout, Mask
 from lightning_dtda.replay.losses import batch_loss, example_losses
@@ -49,6 +56,11 @@ class FunctionalModule:
         self._silent = silent_copy(module, evaluation_modules).to(device=device, dtype=dtype)
         self._call = _Call(self._silent)
         self.dropout = NO_DROPOUT
+        self.statistics = running_statistics(self._silent)
+        """Buffers that BatchNorm updates in training."""
+        self._counters = {f"{name}.num_batches_tracked" for name in batch_norm_layers(self._silent)}
+        for layer in batch_norm_layers(self._silent).values():
+            layer.num_batches_tracked = None  # counted in place, which a transformed function cannot do
         self._training = {name for name, layer in self._silent.named_modules() if layer.training}
 
     def set_clock(self, current_epoch: int, global_step: int) -> None:
@@ -73,6 +85,19 @@ class FunctionalModule:
             masks: What :attr:`dropout` drew for the batch.
         """
         return self._apply(theta, buffers, example_losses, batch, batch_idx, self.dropout, masks)
+
+    def losses_and_statistics(
+        self,
+        theta: Tensor,
+        buffers: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int = 0,
+        masks: Sequence[Mask] = (),
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return :meth:`example_losses` and what the pass makes of the buffers :attr:`statistics`."""
+        with batch_norm_by_definition({id(buffers[name]): name for name in self.statistics}) as updated:
+            losses = self.example_losses(theta, buffers, batch, batch_idx, masks)
+        return losses, updated
 
     def batch_loss(
         self,
@@ -127,12 +152,18 @@ class FunctionalModule:
         self, theta: Tensor, buffers: dict[str, Tensor], function: Callable[..., Tensor], *arguments: Any
     ) -> Tensor:
         tensors = self.layout.unflatten(theta) | buffers
+        for counter in self._counters & tensors.keys():
+            del tensors[counter]
         # of the attention kernels, only the composite one has forward derivatives
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), self._batch_norm():
             result: Tensor = functional_call(
                 self._call, {f"module.{name}": tensor for name, tensor in tensors.items()}, (function, *arguments)
             )
         return result
+
+    def _batch_norm(self) -> AbstractContextManager[Any]:
+        # not again where its statistics are watched
+        return batch_norm_by_definition({}) if self._counters and not is_by_definition() else nullcontext()
 
 
 class _Call(nn.Module):

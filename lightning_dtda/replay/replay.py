@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
+from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.replay.dropout import Mask
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
@@ -38,6 +39,8 @@ class StepBatch:
         examples: The examples, each leaf ``(runs, B, ...)``.
         batch_idx: As ``training_step`` got it.
         masks: Those of dropout, each part ``(runs, B, ...)``.
+        parts: Numbers of examples that pass through the module together: all of them, since the loss of an example does
+            not depend on the others; or those of each micro-batch, where BatchNorm makes it depend on them.
     """
 
     indices: Tensor
@@ -45,6 +48,7 @@ class StepBatch:
     examples: Any
     batch_idx: int
     masks: list[Mask]
+    parts: list[int]
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,19 @@ class Replay:
             self.examples.fetch(indices),
             clock.batch_idx,
             self._masks(step, micro_batches),
+            self._parts(step, micro_batches),
         )
+
+    def _parts(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[int]:
+        sizes = [[len(part.indices) for part in parts] for parts in micro_batches]
+        if not self.module.statistics:
+            return [max(sum(of_run) for of_run in sizes)]
+        if any(of_run != sizes[0] for of_run in sizes):
+            raise ReplayError(
+                f"The runs have batches of different sizes at step {step}. With BatchNorm, whose statistics are those "
+                "of a batch, such runs cannot be swept together: give the estimator runs_per_batch=1."
+            )
+        return sizes[0]
 
     def _masks(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[Mask]:
         """Draw the dropout masks of a step again, from the recorded states of the generators."""
@@ -252,10 +268,34 @@ class Replay:
         def loss(
             theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor, masks: list[Mask]
         ) -> Tensor:
-            losses = self.module.example_losses(theta, buffers, examples, batch.batch_idx, masks)
+            losses, _ = self._pass(theta, buffers, examples, masks, batch)
             return (coefficients * losses).sum()
 
         return vmap(grad(loss))(theta, buffers, batch.examples, coefficients, batch.masks)
+
+    def _pass(
+        self, theta: Tensor, buffers: dict[str, Tensor], examples: Any, masks: list[Mask], batch: StepBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pass a run's examples through the module, part by part; return losses ``(B,)`` and running statistics."""
+        if len(batch.parts) == 1 and not self.module.statistics:
+            return self.module.example_losses(theta, buffers, examples, batch.batch_idx, masks), {}
+        losses, statistics, start = [], {name: buffers[name] for name in self.module.statistics}, 0
+        for size in batch.parts:
+            rows = slice(start, start + size)
+            start += size
+            part, statistics = self.module.losses_and_statistics(
+                theta,
+                buffers | statistics,
+                map_tensors(lambda leaf, rows=rows: leaf[rows], examples),  # type: ignore[misc]
+                batch.batch_idx,
+                [tuple(part[rows] for part in mask) for mask in masks],
+            )
+            losses.append(part)
+        return torch.cat(losses), statistics
+
+    def statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of the buffers that the training updates by differentiable steps, each ``(runs, ...)``."""
+        return {name: buffers[name] for name in self.module.statistics}
 
     def segment(self, first: int, last: int) -> list[Point]:
         """Rebuild what each step from ``first`` to ``last - 1`` started from, and compare the end with the record.
@@ -300,8 +340,13 @@ class Replay:
         return theta, states, self.clipping.adjoint(point.unclipped.unsqueeze(1), cotangent)
 
     def directional(
-        self, step: int, point: Point, directions: Tensor, buffers: dict[str, Tensor]
-    ) -> tuple[StepBatch, Tensor, Tensor]:
+        self,
+        step: int,
+        point: Point,
+        directions: Tensor,
+        buffers: dict[str, Tensor],
+        statistics_cotangents: dict[str, Tensor],
+    ) -> tuple[StepBatch, Tensor, Tensor, dict[str, Tensor]]:
         r"""Compute per-example directional derivatives and the Hessian product, in one pass.
 
         The forward-mode derivative along v of the step's gradient and per-example losses, computed together by
@@ -314,29 +359,44 @@ class Replay:
         Forward over reverse, since then all queries share one forward and one backward pass of the model, and the
         gradient comes along to be compared with the record.
 
+        Running statistics of BatchNorm are part of the state, :math:`\sigma_{t+1} = F_t(\sigma_t, \theta_t)`. With the
+        cotangent :math:`\mu` of :math:`\sigma_{t+1}`, what is added to :math:`H_t v` is
+        :math:`\nabla_\theta \langle \mu, F_t \rangle`: the same derivative of a gradient, that of
+        :math:`\sum_n c_n l_n + \langle \nu, F_t \rangle` along :math:`\nu` from zero.
+
         Args:
             step: t.
             point: Where the step started, from :meth:`segment`.
             directions: v ``(runs, queries, P)``.
             buffers: As :meth:`buffers` gives them.
+            statistics_cotangents: Of the running statistics after the step, each ``(runs, queries, ...)``.
 
         Returns:
-            The step's batch, d ``(runs, queries, B)`` and H v ``(runs, queries, P)``.
+            The step's batch, d ``(runs, queries, B)``, H v ``(runs, queries, P)``, and the cotangents of the running
+            statistics before the step.
 
         Raises:
             ReplayError: If the gradient is not the recorded one, naming run and step.
         """
         batch = self.batch(step)
-        arguments = (point.theta, directions, buffers, batch.examples, batch.coefficients, batch.masks)
-        slopes, products, gradients = self._products(batch.batch_idx)(*arguments)
+        slopes, products, of_statistics, gradients = self._products(batch)(
+            point.theta,
+            directions,
+            buffers,
+            batch.examples,
+            batch.coefficients,
+            batch.masks,
+            self.statistics(buffers),
+            statistics_cotangents,
+        )
         applied = self.clipping.apply(gradients[:, 0])  # the same for every query
         self._compare_gradient(step, applied, point.gradient)
         if self._records_gradients and not self._rebuild_from_gradients:
             self._compare_gradient(step, applied, self._recorded_gradient(step))
-        return batch, slopes, products
+        return batch, slopes, products, of_statistics
 
-    def _products(self, batch_idx: int) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """Return slopes, Hessian products and gradients as a function over runs and queries."""
+    def _products(self, batch: StepBatch) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
+        """Return slopes, Hessian products, statistics' cotangents and gradients as a function over runs and queries."""
 
         def of_one_query(
             theta: Tensor,
@@ -345,15 +405,25 @@ class Replay:
             examples: Any,
             coefficients: Tensor,
             masks: list[Mask],
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            def loss(theta: Tensor) -> tuple[Tensor, Tensor]:
-                losses = self.module.example_losses(theta, buffers, examples, batch_idx, masks)
-                return (coefficients * losses).sum(), losses
+            statistics: dict[str, Tensor],
+            cotangents: dict[str, Tensor],
+        ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+            def loss(
+                theta: Tensor, statistics: dict[str, Tensor], multipliers: dict[str, Tensor]
+            ) -> tuple[Tensor, Tensor]:
+                losses, after = self._pass(theta, buffers | statistics, examples, masks, batch)
+                total = (coefficients * losses).sum()
+                for name, multiplier in multipliers.items():
+                    total = total + (multiplier * after[name]).sum()
+                return total, losses
 
-            primals, tangents = jvp(grad(loss, has_aux=True), (theta,), (direction,))  # type: ignore[misc]
-            return tangents[1], tangents[0], primals[0]
+            zeros = {name: torch.zeros_like(statistic) for name, statistic in statistics.items()}
+            derivative = grad(loss, argnums=(0, 1), has_aux=True)
+            at, along = (theta, statistics, zeros), (direction, zeros, cotangents)
+            ((gradient, _), _), ((product, of_statistics), slopes) = jvp(derivative, at, along)  # type: ignore[misc]
+            return slopes, product, of_statistics, gradient
 
-        return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None, None)))
+        return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None, None, None, 0)))
 
     def _point(self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]) -> Point:
         if not self._rebuild_from_gradients:

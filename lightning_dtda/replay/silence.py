@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_dtda.errors import ReplayError
@@ -84,9 +84,3 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 def _zero(*args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros(())
-
-
-def coupling_layers(module: nn.Module) -> list[str]:
-    """Name the layers in training mode that make an example's loss depend on the other examples of its batch."""
-    batch_norm = torch.nn.modules.batchnorm._BatchNorm
-    return [name for name, layer in module.named_modules() if isinstance(layer, batch_norm) and layer.training]

@@ -164,7 +164,7 @@ def test_other_losses_are_refused_before_the_first_step_with_the_remedy(record, 
     before = parameters_of(module)
 
     with pytest.raises(RecordingError, match=remedy):
-        record(module, shuffled(), max_epochs=1)
+        record(module, loader(), max_epochs=1)  # in order: a batch of one class has no class weights
 
     assert not (root / "run").exists()
     assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())

@@ -60,6 +60,11 @@ class Manual(Regressor):
         optimizer.step()
 
 
+class WithItsOwn(Classifier):
+    def example_losses(self, batch):
+        return nn.functional.cross_entropy(self.net(batch["inputs"]), batch["index"] % 2, reduction="none")
+
+
 class Halved(torch.optim.SGD):
     """A subclass may compute anything."""
 
@@ -240,11 +245,34 @@ REFUSED = {
     ),
     "an optimizer without an adjoint": (with_optimizer(torch.optim.Rprop), shuffled, {}, "Train with one of .*SGD"),
     "a subclass of a supported optimizer": (with_optimizer(Halved), shuffled, {}, "Train with one of .*SGD"),
-    "BatchNorm in training mode": (
+    "BatchNorm without losses of its own": (
         lambda: Classifier(nn.functional.cross_entropy, nn.BatchNorm1d(6)),
         shuffled,
         {},
-        "GroupNorm",
+        r"Define Classifier.example_losses\(batch\).*GroupNorm",
+    ),
+    "BatchNorm that averages over everything": (
+        lambda: WithItsOwn(nn.functional.cross_entropy, nn.BatchNorm1d(6, momentum=None)),
+        shuffled,
+        {},
+        "Give it a momentum",
+    ),
+    "BatchNorm without running statistics": (
+        lambda: WithItsOwn(nn.functional.cross_entropy, nn.BatchNorm1d(6, track_running_stats=False)),
+        shuffled,
+        {},
+        "track_running_stats=True",
+    ),
+    "InstanceNorm with running statistics": (
+        lambda: Classifier(
+            nn.functional.cross_entropy,
+            nn.Unflatten(1, (2, 3)),
+            nn.InstanceNorm1d(2, track_running_stats=True),
+            nn.Flatten(),
+        ),
+        shuffled,
+        {},
+        "track_running_stats=False",
     ),
     "a parameter without a gradient": (HalfUnused, shuffled, {}, "unused.weight .*requires_grad=False"),
     "sparse gradients": (SparseEmbedding, shuffled, {}, "sparse=False"),
