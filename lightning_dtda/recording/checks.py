@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
-from lightning.pytorch.plugins.precision import DoublePrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision
 from lightning.pytorch.plugins.precision.precision import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -59,9 +59,10 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             'one device: Trainer(devices=1, strategy="auto").'
         )
     plugin = trainer.precision_plugin
-    if type(plugin) not in (Precision, DoublePrecision):
+    if type(plugin) not in (Precision, DoublePrecision, MixedPrecision):
         raise RecordingError(
-            f'precision={plugin.precision!r} cannot be replayed. Train with Trainer(precision="32-true") or "64-true".'
+            f"precision={plugin.precision!r} cannot be replayed. Train with Trainer(precision=...) of "
+            '"32-true", "64-true", "bf16-mixed" or "16-mixed".'
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging) or type(callback).__name__ in (
@@ -128,11 +129,15 @@ def refuse_layers(module: nn.Module) -> None:
             )
 
 
-def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:
+def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False) -> Optimizer:
     """Return the training's only optimizer.
 
+    Args:
+        optimizers: The Trainer's.
+        scaled: Whether a gradient scaler is used.
+
     Raises:
-        RecordingError: If there are several, there is no adjoint for its class, or it was used before.
+        RecordingError: If there are several, it is not known, it was used before, or it hides its gradients.
     """
     if len(optimizers) != 1:
         raise RecordingError(f"The training has {len(optimizers)} optimizers; recording needs one.")
@@ -143,6 +148,11 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> Optimizer:
         raise RecordingError(
             f"The optimizer {optimizer_path(optimizer)} is not known, so that its steps cannot be differentiated. "
             f"Train with one of torch.optim's {supported}, or add its update to lightning_dtda.optimizers.UPDATES."
+        )
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and scaled:
+        raise RecordingError(
+            f"The fused {type(optimizer).__name__} unscales gradients itself, where they cannot be recorded. Make it "
+            "with fused=False."
         )
     for state in optimizer.state.values():
         # torch counts steps for every optimizer but SGD, whose only state is there after the first

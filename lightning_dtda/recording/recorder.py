@@ -63,7 +63,7 @@ class TrajectoryRecorder(Callback):
     Raises:
         RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
             sets, several data loaders, manual optimization, several or unknown optimizers, strategies of several
-            processes, mixed precision, BatchNorm without ``example_losses``, a loss that is no mean over examples, a
+            processes, half precision, BatchNorm without ``example_losses``, a loss that is no mean over examples, a
             run that exists, or a disk that is too small. The message says what to do.
 
     Example:
@@ -121,7 +121,8 @@ class TrajectoryRecorder(Callback):
             )
         self._data = describe_data(self._tap.loader)
         self._described = self._tap.loader.dataset
-        checks.refuse_optimizers(trainer.optimizers)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        checks.refuse_optimizers(trainer.optimizers, scaled)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

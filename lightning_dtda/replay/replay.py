@@ -29,6 +29,10 @@ _ROUNDING_STEPS = 16
 """Units in the last place that a step may lose: a replay on other kernels than the training's rounds differently."""
 
 
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """The examples of one step of R runs; shorter batches are filled up with examples of coefficient 0.
@@ -95,7 +99,8 @@ class Replay:
         device: Where to compute; ``None`` is the module's own device.
         tolerance: Largest difference at a segment's end that is taken for rounding, relative to the distance
             travelled in the segment; and of a recomputed gradient, relative to its norm. A changed example or
-            unrecorded randomness is orders of magnitude above, float32 rounding one or two below.
+            unrecorded randomness is orders of magnitude above, float32 rounding one or two below. The rounding of
+            mixed precision is allowed for on top: replays compute in the precision of the parameters.
 
     Raises:
         ReplayError: If the runs do not fit together, or the module or the data do not fit the runs.
@@ -128,7 +133,8 @@ class Replay:
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
         self._parameter_drift = torch.zeros(len(self.runs), dtype=self.dtype, device=self.device)
         self._gradient_drift = torch.zeros_like(self._parameter_drift)
-        self._tolerance = tolerance
+        mixed = _MIXED.get(first.manifest.configuration["training"]["precision"])
+        self._tolerance = tolerance + (0.0 if mixed is None else _ROUNDING_STEPS * torch.finfo(mixed).eps)
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
         self._stored_eps = torch.finfo(getattr(torch, first.manifest.gradients)).eps if self._records_gradients else 0.0

@@ -91,7 +91,7 @@ def test_another_configuration_is_not_recorded_into_the_same_ensemble(record, ca
 
 def test_a_refused_configuration_does_not_stand_in_the_way_of_the_next(record, capsys):
     with pytest.raises(SystemExit):
-        record("--seeds", "1", "--trainer.gradient_clip_val=0.5", "--trainer.precision=bf16-mixed")
+        record("--seeds", "1", "--trainer.gradient_clip_val=0.5", "--trainer.precision=bf16-true")
     assert [run.name for run in Ensemble.open(record("--seeds", "1"))] == ["seed-0000"]
 
 

@@ -108,3 +108,23 @@ def test_data_that_changed_where_the_fingerprint_does_not_look_are_found_at_a_st
 def test_arguments_out_of_range_are_refused(arguments):
     with pytest.raises(AttributionError):
         UnrolledDifferentiation(**arguments)
+
+
+@pytest.mark.parametrize("gradients", ["float32", "none"])
+def test_mixed_precision_is_replayed_in_single_and_the_distance_stated(fit, tmp_path, gradients):
+    answers = {}
+    for precision in ("32-true", "bf16-mixed"):
+        pl.seed_everything(0, verbose=False)
+        data = TensorDataset(*weighted_data(24, dtype=torch.float32))
+        recorder = TrajectoryRecorder(tmp_path / precision, "run", gradients=gradients)
+        module = WeightedRegressor(lambda m: torch.optim.AdamW(m.parameters(), lr=0.01), dtype=torch.float32)
+        fit(module, loader(*data.tensors), recorder, max_epochs=6, precision=precision)
+        answers[precision] = attribute(Ensemble.open(tmp_path / precision), module, data, queries=data, progress=False)
+    mixed, single = answers["bf16-mixed"], answers["32-true"]
+    assert (mixed.responses - single.responses).norm() < 0.2 * single.responses.norm()
+    drift = mixed.about["drift"]["run"]
+    if gradients == "none":
+        assert 1e-5 < drift["parameters"] < 0.1
+    else:
+        assert drift["parameters"] == 0
+        assert 1e-4 < drift["gradients"] < 0.13  # of bfloat16's rounding, 0.008 a step

@@ -236,7 +236,7 @@ REFUSED = {
     "a hook that changes steps": (Stepping, shuffled, {}, "Remove it"),
     "a hook that changes batches": (Moving, shuffled, {}, "Do it in the data set"),
     "manual optimization": (Manual, shuffled, {}, "Use automatic optimization"),
-    "bfloat16 mixed precision": (Regressor, shuffled, {"precision": "bf16-mixed"}, "32-true"),
+    "half precision": (Regressor, shuffled, {"precision": "bf16-true"}, "32-true.*bf16-mixed"),
     "averaged weights": (
         Regressor,
         shuffled,

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_dtda.errors import TrajectoryError
 from tests.recording.modules import Regressor, assert_same, loader, parameters_of, sgd, shuffled
@@ -328,3 +329,39 @@ class GrowingBatches(pl.Callback):
 def test_a_callback_that_changes_the_batch_sampler_is_heard(record):
     run = record(Regressor(), loader(), GrowingBatches(), max_epochs=2)
     assert [len(run.batch_indices(t)) for t in range(run.steps)] == [4, 4, 4, 4, 4, 3, 8, 8, 7]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_mixed_precision_is_recorded_as_applied(record, clip):
+    watch = Watch()
+    run = record(Regressor(adamw), shuffled(), watch, max_epochs=2, precision="bf16-mixed", gradient_clip_val=clip)
+
+    for step, gradient in enumerate(watch.gradients):
+        assert_same(run.gradient(step), gradient)
+        assert_same(run.theta(step), watch.thetas[step])
+    assert run.manifest.configuration["training"]["precision"] == "bf16-mixed"
+
+
+class Skipping(torch.amp.GradScaler):
+    """On the CPU, finds a gradient that is not finite at every third step."""
+
+    def __init__(self):
+        super().__init__("cpu", init_scale=8.0)
+        self.calls = 0
+
+    def step(self, optimizer, *args, **kwargs):
+        self.calls += 1
+        if self.calls % 3 == 0:
+            next(iter(self._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())).fill_(1.0)
+        return super().step(optimizer, *args, **kwargs)
+
+
+def test_steps_that_a_gradient_scaler_skips_are_none(record):
+    watch, plugin = Watch(), MixedPrecision("16-mixed", "cpu", Skipping())
+    run = record(Regressor(), loader(), watch, max_epochs=2, plugins=[plugin])
+
+    passes = [(part.epoch, part.batch_idx) for step in range(run.steps) for part in run.micro_batches(step)]
+    assert passes == [(0, 0), (0, 1), (0, 3), (0, 4), (1, 0), (1, 1), (1, 3), (1, 4)]
+    for step, gradient in enumerate(watch.gradients):
+        assert_same(run.gradient(step), gradient)  # unscaled
+        assert_same(run.theta(step), watch.thetas[step])
