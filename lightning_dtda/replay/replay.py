@@ -254,30 +254,60 @@ class Replay:
         groups = range(len(self.layout.group_lengths))
         return [self._merge([of_run[group] for of_run in of_runs], ndim) for group in groups]
 
-    def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None) -> Tensor:
+    def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         r"""Compute the gradient of the step's loss anew.
 
-        .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta)
+        .. math:: g_t(\theta) = \sum_n c_n \nabla l_n(\theta)
 
         Args:
             step: t.
             theta: Parameters ``(runs, P)``.
             buffers: As :meth:`buffers` gives them.
-            weights: w, one for each training example ``(N,)``; ``None`` is all ones.
 
         Returns:
             ``(runs, P)``.
         """
         batch = self.batch(step)
-        coefficients = batch.coefficients if weights is None else batch.coefficients * weights[batch.indices]
+        return self._weighted_gradient(batch, theta, buffers, batch.coefficients)[0]
+
+    def retrain(self, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""Train the runs again from their initialisation, in their own order, with example weights.
+
+        .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta)
+
+        Args:
+            weights: w ``(runs, N)``; ones give the recorded training, up to rounding.
+
+        Returns:
+            The trained parameters ``(runs, P)``, and buffers with the running statistics they were trained to, each
+            ``(runs, ...)``.
+        """
+        theta, states = self.checkpoint(0)
+        statistics = self.statistics(self.buffers(0))
+        for first, last in self.segments:
+            buffers = self.buffers(first)
+            for step in range(first, last):
+                batch = self.batch(step)
+                coefficients = batch.coefficients * weights.gather(1, batch.indices)
+                gradient, statistics = self._weighted_gradient(batch, theta, buffers | statistics, coefficients)
+                applied = self.clipping.apply(gradient)
+                theta, states = self._advance(step, Point(theta, states, applied, gradient))
+        return theta, self.buffers(self.steps) | statistics
+
+    def _weighted_gradient(
+        self, batch: StepBatch, theta: Tensor, buffers: dict[str, Tensor], coefficients: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the gradient of the coefficients' sum of losses ``(runs, P)``, and the running statistics after it."""
 
         def loss(
             theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor, masks: list[Mask]
-        ) -> Tensor:
-            losses, _ = self._pass(theta, buffers, examples, masks, batch)
-            return (coefficients * losses).sum()
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            losses, statistics = self._pass(theta, buffers, examples, masks, batch)
+            return (coefficients * losses).sum(), statistics
 
-        return vmap(grad(loss))(theta, buffers, batch.examples, coefficients, batch.masks)
+        derivative = vmap(grad(loss, has_aux=True))
+        result: tuple[Tensor, dict[str, Tensor]] = derivative(theta, buffers, batch.examples, coefficients, batch.masks)
+        return result
 
     def _pass(
         self, theta: Tensor, buffers: dict[str, Tensor], examples: Any, masks: list[Mask], batch: StepBatch

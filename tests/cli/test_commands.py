@@ -145,6 +145,21 @@ def test_estimator_measurement_and_split_are_options(record, tmp_path):
     assert found.measurement == "prediction"
 
 
+def test_check_says_in_words_whether_an_ensemble_can_be_trusted(record, capsys, monkeypatch):
+    root = record("--seeds", "4")
+    monkeypatch.setattr("lightning_dtda.attribution.checking._RELIABLE", 0.0)  # of 12 steps, and 4 runs
+    main(["check", "--ensemble", str(root), "--queries.indices=[0,1]", "--examples", "1"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "passed finite differences: relative error" in text
+    assert "1 examples and 2 queries of seed-0000" in text
+    assert "metasmoothness:" in text
+    monkeypatch.setattr("lightning_dtda.attribution.checking._AGREEMENT", 0.0)
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "--ensemble", str(root), "--queries.indices=[0,1]", "--examples", "1"])
+    assert stop.value.code == 1
+    assert "failed finite differences" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_configuration_printed_can_be_used_again(config, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["record", "--config", str(config), "--ensemble", str(tmp_path / "runs"), "--print_config"])

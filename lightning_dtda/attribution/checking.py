@@ -1,0 +1,247 @@
+"""Can attributions of these runs be trusted? Checked on the runs themselves, in words with figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.func import vmap
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_dtda.attribution.attributing import attribute
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.estimators import UnrolledDifferentiation
+from lightning_dtda.replay import Measurement, Replay, query_examples, resolve_measurement, training_examples
+from lightning_dtda.trajectory import Ensemble
+
+_STEP = 1e-6
+"""Change of a weight in the finite difference: below the linear range of trainings with Adam, far above what double
+precision rounds to."""
+
+_AGREEMENT = 0.05
+"""Relative error of responses against finite differences from which they are not those of the training. The replay in
+double precision starts at every checkpoint from the recorded parameters, the retraining only at the first."""
+
+_RELIABLE = 0.5
+"""Split-half reliability below which more of a ranking is seed noise than not."""
+
+_CHAOTIC = 0.25
+"""Share of chaotic runs from which leaving them out is no answer."""
+
+_TAME = 'UnrolledDifferentiation(horizon="auto") may help'
+
+_NOISE = (
+    "In double precision alone it may be a parameter whose gradient is zero but for rounding, which Adam turns into "
+    "steps: a bias in front of BatchNorm. Leave it out (bias=False), or recorded precision has to do."
+)
+
+_REMOVED = 0.2
+"""Share of the examples whose weight is lowered to probe metasmoothness."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked.
+
+    Args:
+        name: What.
+        passed: Whether it is as it should be.
+        figure: What was measured.
+        advice: What it means, and what to do if it did not pass.
+    """
+
+    name: str
+    passed: bool
+    figure: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found.
+
+    Args:
+        findings: One for each thing that was checked.
+        metasmoothness: See :func:`metasmoothness`; -1 to 1.
+    """
+
+    findings: tuple[Finding, ...]
+    metasmoothness: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is as it should be."""
+        return all(finding.passed for finding in self.findings)
+
+
+def check(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
+    *,
+    queries: DataLoader[Any] | Dataset[Any],
+    measurement: str | Measurement = "loss",
+    examples: int = 3,
+    device: torch.device | str | None = None,
+) -> Check:
+    """Replay runs, compare responses with finite differences of retraining, and see whether the runs agree.
+
+    The first run is retrained in double precision with one weight a little larger and a little smaller, for a few
+    examples, and the change of the measurement is compared with the response. All runs are attributed, which compares
+    each step with its record.
+
+    Args:
+        ensemble: The recorded runs.
+        module: As for :func:`~lightning_dtda.attribute`.
+        data: As for :func:`~lightning_dtda.attribute`.
+        queries: A few of them will do.
+        measurement: As for :func:`~lightning_dtda.attribute`.
+        examples: Number of training examples whose responses are compared; those of the largest ones.
+        device: Where to compute.
+
+    Returns:
+        What was found.
+
+    Raises:
+        AttributionError: If there are no examples to compare, or the question cannot be asked.
+    """
+    if examples < 1:
+        raise AttributionError(f"examples={examples}; give the number of examples to compare, at least 1.")
+    question = {"queries": queries, "measurement": measurement, "device": device, "progress": False}
+    try:
+        all_runs = attribute(ensemble, module, data, **question)  # type: ignore[arg-type]
+    except ReplayError as error:
+        return Check((Finding("replay", False, "stopped", str(error)),), float("nan"))
+    double = UnrolledDifferentiation(precision="float64")
+    try:
+        first = attribute(ensemble[:1], module, data, estimator=double, **question)  # type: ignore[arg-type]
+    except ReplayError as error:
+        found = [_replay(all_runs), Finding("replay in double precision", False, "stopped", f"{error} {_NOISE}")]
+        return Check((*found, _chaos(all_runs)), float("nan"))
+    responses = first.responses[0]
+    chosen = responses.abs().amax(0).argsort(descending=True)[:examples]
+    ones = torch.ones(responses.shape[1], dtype=torch.float64)
+    unit = torch.eye(len(ones), dtype=torch.float64)
+    moved = [ones + sign * _STEP * unit[n] for n in chosen for sign in (1, -1)]
+    lowered = _half_of_some(len(ones))
+    weights = torch.stack([*moved, ones, ones - lowered, ones - 2 * lowered])
+    thetas, measured = _retrained(ensemble, module, data, weights, queries, measurement, device)
+    pairs = measured[: len(moved)].reshape(len(chosen), 2, -1)
+    differences = -(pairs[:, 0] - pairs[:, 1]).T / (2 * _STEP)
+    findings = [
+        _replay(all_runs),
+        _finite_differences(responses[:, chosen], differences, ensemble[0].name),
+        _chaos(all_runs),
+    ]
+    if len(all_runs.trusted().runs) >= 4:
+        findings.append(_agreement(all_runs))
+    return Check(tuple(findings), metasmoothness(*thetas[len(moved) :]))
+
+
+def _replay(attribution: Attribution) -> Finding:
+    of_runs = attribution.about["drift"].values()
+    gradients = [drift["gradients"] for drift in of_runs if drift["gradients"] is not None]
+    figure = f"parameters {max(drift['parameters'] for drift in of_runs):.1e}, gradients "
+    figure += f"{max(gradients):.1e}" if gradients else "not recorded"
+    return Finding("replay", True, figure, "The runs are computed again step by step, up to rounding.")
+
+
+def _finite_differences(responses: Tensor, differences: Tensor, run: str) -> Finding:
+    scale = responses.abs().max().clamp_min(torch.finfo(responses.dtype).tiny)
+    distance = float((differences - responses).abs().max() / scale)
+    queries, examples = responses.shape
+    return Finding(
+        "finite differences",
+        distance < _AGREEMENT,
+        f"relative error {distance:.1e} over {examples} examples and {queries} queries of {run}",
+        "Responses are the derivatives of this training."
+        if distance < _AGREEMENT
+        else "Responses are not the derivatives of retraining. Either the training has kinks within a millionth of a "
+        "weight, or it does something that lightning-dtda misses: please report it.",
+    )
+
+
+def _chaos(attribution: Attribution) -> Finding:
+    chaotic, runs = attribution.chaotic, len(attribution.runs)
+    passed = len(chaotic) <= _CHAOTIC * runs
+    return Finding(
+        "chaotic runs",
+        passed,
+        f"{len(chaotic)} of {runs}" + (f" ({', '.join(chaotic)})" if chaotic else ""),
+        ("Influences leave them out." if chaotic else "No run's responses are out of proportion.")
+        if passed
+        else f"Too many to leave out. {_TAME}, or train with a smaller learning rate.",
+    )
+
+
+def _agreement(attribution: Attribution) -> Finding:
+    reliability = float(attribution.reliability().median())
+    return Finding(
+        "agreement of the runs",
+        reliability >= _RELIABLE,
+        f"{reliability:.2f} (split-half reliability of the mean influence, median over queries)",
+        "Other seeds would rank the examples much the same."
+        if reliability >= _RELIABLE
+        else f"The ranking is mostly seed noise: record more runs. {_TAME}.",
+    )
+
+
+def _half_of_some(count: int) -> Tensor:
+    """Return 0.5 for a random share of the examples, else 0."""
+    lowered = torch.zeros(count, dtype=torch.float64)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    lowered[order[: max(1, int(_REMOVED * count))]] = 0.5
+    return lowered
+
+
+def metasmoothness(first: Tensor, second: Tensor, third: Tensor) -> float:
+    r"""Return how far a training answers a change of its data in the same direction twice.
+
+    .. math:: \sum_p \frac{|\Delta_p|}{\lVert\Delta\rVert_1} \operatorname{sign}\Delta_p \operatorname{sign}\Delta'_p,
+        \qquad \Delta = \theta_2 - \theta_1, \quad \Delta' = \theta_3 - \theta_2
+
+    (Engstrom et al., arXiv 2503.13751, definition 2). 1: each parameter goes on in its direction. 0: the second half of
+    the change has nothing to do with the first, and no derivative predicts it.
+
+    Args:
+        first: Trained parameters ``(P,)``.
+        second: With weights changed.
+        third: With weights changed twice as much.
+
+    Example:
+        >>> metasmoothness(torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([3.0, 0.0]))
+        0.0
+    """
+    change, further = second - first, third - second
+    return float((change.abs() * change.sign() * further.sign()).sum() / change.abs().sum())
+
+
+def _retrained(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: Any,
+    weights: Tensor,
+    queries: Any,
+    measurement: str | Measurement,
+    device: torch.device | str | None,
+) -> tuple[Tensor, Tensor]:
+    """Retrain the first run with each row of weights ``(K, N)``.
+
+    Returns:
+        Parameters ``(K, P)`` and measured values ``(K, queries)``.
+    """
+    replay = Replay([ensemble[0]] * len(weights), module, training_examples(data), precision="float64", device=device)
+    theta, buffers = replay.retrain(weights.to(replay.device))
+    batch = query_examples(queries).to((replay.recorded_dtype, replay.dtype), replay.device).all()
+    _, function = resolve_measurement(measurement)
+
+    def measure(theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+        return replay.module.measure(theta, buffers, batch, function)
+
+    of_all: Callable[..., Tensor] = vmap(measure)
+    return theta, of_all(theta, buffers).detach()

@@ -1,0 +1,131 @@
+"""What is asked of an ensemble on the command line: its configuration, queries and measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, Dataset, Subset
+from typing_extensions import override
+
+from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, quiet_lightning
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.trajectory import Ensemble
+from lightning_dtda.trajectory.manifest import MANIFEST
+
+Split = Literal["train", "validation", "test"]
+
+
+class QuestionCLI(ConfigurationCLI):
+    """The ensemble's own configuration, unless another is given, and what every question has.
+
+    Args:
+        command: The command's name.
+        description: For ``--help``.
+        arguments: Command line arguments.
+    """
+
+    own_options: tuple[str, ...] = ("ensemble", "measurement", "queries", "device")
+
+    def __init__(self, command: str, description: str, arguments: Sequence[str]) -> None:
+        super().__init__(command, description, _with_configuration(list(arguments)))
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--ensemble", type=str, required=True, help="Directory of the recorded runs.")
+        parser.add_argument(
+            "--measurement", type=str, default="loss", help="loss, margin, prediction, or a callable's import path."
+        )
+        parser.add_argument(
+            "--queries.split", type=Split, default="validation", help="The data set that queries are taken from."
+        )
+        parser.add_argument(
+            "--queries.indices",
+            type=int | list[int] | None,
+            default=None,
+            help="Which of its examples; all if not given.",
+        )
+        parser.add_argument("--device", type=str | None, default=None, help="Where to compute, e.g. cuda.")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        """Make no Trainer: nothing is trained."""
+
+    def question(self) -> dict[str, Any]:
+        """Return the arguments of :func:`lightning_dtda.attribute` that say what is asked."""
+        ensemble = Ensemble.open(self.config.ensemble)
+        with quiet_lightning():
+            self.build()
+        data = self.model if self.datamodule is None else self.datamodule
+        return {
+            "ensemble": ensemble,
+            "module": self.model,
+            "data": data,
+            "queries": query_loader(data, self.config.queries.split, self.config.queries.indices),
+            "measurement": self.config.measurement,
+            "device": self.config.device,
+        }
+
+
+def query_loader(data: LightningDataModule | LightningModule, split: Split, indices: int | list[int] | None) -> Any:
+    """Return a DataLoader over the queries: examples of one of the data module's own data sets.
+
+    Raises:
+        AttributionError: If the split has no single DataLoader, or an index is out of range.
+    """
+    data.prepare_data()
+    data.setup("test" if split == "test" else "fit")
+    name = {"train": "train_dataloader", "validation": "val_dataloader", "test": "test_dataloader"}[split]
+    if not is_overridden(name, data, LightningDataModule if isinstance(data, LightningDataModule) else LightningModule):
+        raise AttributionError(f"{type(data).__name__} has no {name}. Define it, or choose another --queries.split.")
+    loader = getattr(data, name)()
+    if not isinstance(loader, DataLoader):
+        raise AttributionError(
+            f"The {split} split of {type(data).__name__} is a {type(loader).__name__}, not one DataLoader. Choose "
+            "another --queries.split."
+        )
+    dataset: Dataset[Any] = loader.dataset
+    length = len(dataset)  # type: ignore[arg-type]
+    chosen = list(range(length)) if indices is None else [indices] if isinstance(indices, int) else indices
+    if outside := [index for index in chosen if not 0 <= index < length]:
+        raise AttributionError(
+            f"--queries.indices has {outside[0]}; the {split} split has the examples 0 to {length - 1}."
+        )
+    if len(set(chosen)) != len(chosen):
+        raise AttributionError(f"--queries.indices={chosen} has a query twice.")
+    return DataLoader(Subset(dataset, chosen), collate_fn=loader.collate_fn)
+
+
+def _with_configuration(arguments: list[str]) -> list[str]:
+    """Put the ensemble's own saved configuration in front, unless one is given."""
+    given = any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in arguments)
+    root = _value(arguments, "--ensemble")
+    if given:
+        return arguments
+    if root is None:
+        raise AttributionError("Give --ensemble, the directory of the recorded runs. --help lists all options.")
+    if not Path(root).is_dir():
+        raise AttributionError(f"There is no directory {root}. Give the --ensemble of lightning-dtda record.")
+    path = Path(root) / CONFIG
+    if not path.exists():
+        is_run = (Path(root) / MANIFEST).exists()
+        raise AttributionError(
+            f"{root} is a single run. Give its parent, the ensemble."
+            if is_run
+            else f"{root} has no {CONFIG}: it was not recorded by lightning-dtda record. Give --config, or call "
+            "lightning_dtda.attribute from Python."
+        )
+    return ["--config", str(path), *arguments]
+
+
+def _value(arguments: list[str], option: str) -> str | None:
+    for number, argument in enumerate(arguments):
+        if argument == option and number + 1 < len(arguments):
+            return arguments[number + 1]
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+    return None

@@ -1,0 +1,101 @@
+"""The check finds what is wrong, and finds nothing wrong where nothing is."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from lightning_dtda import Ensemble, TrajectoryRecorder
+from lightning_dtda.attribution.checking import check, metasmoothness
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.optimizers import Adam
+from tests.regression import CoupledRegressor, WeightedRegressor, loader, weighted_data
+
+DATA = TensorDataset(*weighted_data(dtype=torch.float32))
+QUERIES = TensorDataset(*weighted_data(4, seed=1, dtype=torch.float32))
+
+
+def network():
+    nn = torch.nn
+    return nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 1))
+
+
+def make(kind=WeightedRegressor, **arguments):
+    return kind(lambda m: torch.optim.AdamW(m.parameters(), lr=0.01), dtype=torch.float32, **arguments)
+
+
+@pytest.fixture
+def recorded(fit, tmp_path):
+    def _recorded(make_module, seeds=4):
+        for seed in range(seeds):
+            pl.seed_everything(seed, verbose=False)
+            fit(make_module(), loader(*DATA.tensors), TrajectoryRecorder(tmp_path), max_epochs=4)
+        return Ensemble.open(tmp_path)
+
+    return _recorded
+
+
+def by_name(found):
+    return {finding.name: finding for finding in found.findings}
+
+
+@pytest.mark.parametrize(
+    "make_module", [make, lambda: make(CoupledRegressor, network=network)], ids=["plain", "BatchNorm and dropout"]
+)
+def test_a_sound_ensemble_passes(recorded, make_module):
+    found = check(recorded(make_module), make_module(), DATA, queries=QUERIES)
+    assert found.passed
+    names = ["replay", "finite differences", "chaotic runs", "agreement of the runs"]
+    assert [finding.name for finding in found.findings] == names
+    assert by_name(found)["chaotic runs"].figure == "0 of 4"
+    assert -1 <= found.metasmoothness <= 1
+
+
+def test_a_wrong_adjoint_is_found(recorded, monkeypatch):
+    ensemble = recorded(make)
+    right = Adam.adjoint
+
+    def wrong(self, *arguments, **keywords):
+        theta, state, gradient = right(self, *arguments, **keywords)
+        return theta, {key: 0.5 * part for key, part in state.items()}, gradient
+
+    monkeypatch.setattr(Adam, "adjoint", wrong)
+    found = check(ensemble, make(), DATA, queries=QUERIES)
+    assert not found.passed
+    assert "please report it" in by_name(found)["finite differences"].advice
+
+
+def test_other_data_are_found(recorded):
+    ensemble = recorded(make)
+    inputs, targets, weights = DATA.tensors
+    found = check(ensemble, make(), TensorDataset(inputs + 1, targets, weights), queries=QUERIES)
+    assert not found.passed
+    assert "not those of" in by_name(found)["replay"].advice
+
+
+def test_a_training_that_another_precision_does_not_reproduce_is_found(recorded):
+    # the gradient of a bias in front of BatchNorm is zero but for rounding, which Adam turns into steps
+    def with_bias():
+        return make(CoupledRegressor, network=lambda: torch.nn.Sequential(torch.nn.Linear(3, 5), *network()[1:]))
+
+    found = check(recorded(with_bias), with_bias(), DATA, queries=QUERIES)
+    assert not found.passed
+    assert "bias=False" in by_name(found)["replay in double precision"].advice
+
+
+def test_three_runs_say_nothing_about_their_agreement(recorded):
+    found = check(recorded(make, seeds=3), make(), DATA, queries=QUERIES)
+    assert "agreement of the runs" not in by_name(found)
+
+
+def test_at_least_one_example_is_compared(recorded):
+    with pytest.raises(AttributionError, match="at least 1"):
+        check(recorded(make, seeds=1), make(), DATA, queries=QUERIES, examples=0)
+
+
+def test_metasmoothness_is_the_weighted_agreement_of_signs():
+    start = torch.zeros(3)
+    middle = torch.tensor([1.0, -1.0, 2.0])
+    assert metasmoothness(start, middle, 2 * middle) == 1
+    assert metasmoothness(start, middle, start) == -1
+    assert metasmoothness(start, middle, middle + torch.tensor([1.0, -1.0, -5.0])) == pytest.approx((1 + 1 - 2) / 4)
