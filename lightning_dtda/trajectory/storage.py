@@ -14,6 +14,9 @@ from torch import Tensor
 
 from lightning_dtda.errors import TrajectoryError
 
+_CHECKSUM = "crc32"
+"""Entry of a JSON file that holds the checksum of the others."""
+
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file under another name and rename it into place, so that no reader ever sees half of it."""
@@ -23,9 +26,10 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all, a line for each of its entries."""
+    """Write a JSON object, whole or not at all, a line for each of its entries, its checksum last."""
     # not json's own indent, which leaves its encoder in C for one in Python, ten times slower
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+    entries = {**content, _CHECKSUM: _checksum(content)}
+    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items())
     replace_file(path, f"{{\n{lines}\n}}\n".encode())
 
 
@@ -33,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        TrajectoryError: If the file is missing or is not a JSON object.
+        TrajectoryError: If the file is missing, is not a JSON object, or is not what was written.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -43,7 +47,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise TrajectoryError(f"{path} cannot be read ({error}). Record or compute it again.") from error
     if not isinstance(content, dict):
         raise TrajectoryError(f"{path} holds no JSON object. Record or compute it again.")
+    if content.pop(_CHECKSUM, None) != _checksum(content):
+        raise TrajectoryError(f"{path} is not what was written (its checksum differs). Record or compute it again.")
     return content
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

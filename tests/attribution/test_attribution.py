@@ -1,13 +1,12 @@
 """The result: predictions, influences, tables, and what is on disk."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 
 from lightning_dtda import Attribution
 from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.trajectory.storage import read_json, write_json
 
 RUNS, QUERIES, EXAMPLES = 10, 3, 7
 
@@ -97,7 +96,7 @@ def test_a_damaged_file_is_named(attribution, tmp_path):
 def test_a_newer_format_is_refused(attribution, tmp_path):
     attribution.save(tmp_path / "saved")
     index = tmp_path / "saved" / "attribution.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 99}))
+    write_json(index, read_json(index) | {"format_version": 99})
     with pytest.raises(TrajectoryError, match="99"):
         Attribution.load(tmp_path / "saved")
 

@@ -1,7 +1,5 @@
 """The command line from configuration to attribution, in process."""
 
-import json
-
 import pytest
 import torch
 import yaml
@@ -9,6 +7,7 @@ import yaml
 from lightning_dtda import Attribution, Ensemble, attribute
 from lightning_dtda.cli import main
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
+from lightning_dtda.trajectory.storage import read_json, write_json
 
 pytest.importorskip("sklearn")
 
@@ -39,7 +38,7 @@ def test_seeds_are_recorded_skipped_when_complete_and_redone_when_not(record, ca
     root = record("--seeds", "2")
     assert [run.name for run in Ensemble.open(root)] == ["seed-0000", "seed-0001"]
     manifest = root / "seed-0001" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"status": "recording"}))
+    write_json(manifest, read_json(manifest) | {"status": "recording"})
     before = (root / "seed-0000" / "manifest.json").stat().st_mtime_ns
     record("--seeds", "3")
     assert "1 of 3 runs are complete already" in capsys.readouterr().out
@@ -103,11 +102,11 @@ def test_a_run_without_all_its_files_is_recorded_again(record, capsys):
 
 def test_a_run_of_another_version_is_not_recorded_over(record, capsys):
     manifest = record("--seeds", "1") / "seed-0000" / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 99}))
+    write_json(manifest, read_json(manifest) | {"format_version": 99})
     with pytest.raises(SystemExit):
         record("--seeds", "1")
     assert "format version 99" in capsys.readouterr().err
-    assert json.loads(manifest.read_text())["format_version"] == 99
+    assert read_json(manifest)["format_version"] == 99
 
 
 def test_a_training_without_steps_is_not_called_complete(record, capsys):

@@ -1,11 +1,10 @@
 """A damaged run is refused with the name of the file, never read as something else."""
 
-import json
-
 import pytest
 
 from lightning_dtda import Ensemble, Run
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.trajectory.runs import STEPS, write_run
 
 SHARD = "steps-00000003.safetensors"
@@ -19,9 +18,9 @@ def directory(tmp_path):
 
 def change_manifest(directory, change):
     path = directory / "manifest.json"
-    content = json.loads(path.read_text())
+    content = read_json(path)
     change(content)
-    path.write_text(json.dumps(content))
+    write_json(path, content)
 
 
 @pytest.mark.parametrize("name", [SHARD, CHECKPOINT])
