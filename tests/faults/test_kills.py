@@ -77,7 +77,8 @@ def test_fifty_kills_lose_at_most_what_was_not_yet_written(tmp_path):
             continue
         readable += 1
         prefixes.add(survivor.steps)
-        assert finished == survivor.complete == is_complete(run)
+        assert survivor.complete or not finished  # it may be killed between its end and that of its process
+        assert survivor.complete == is_complete(run)
         for step in range(survivor.steps + 1 if survivor.checkpoint_steps else 0):
             assert torch.equal(survivor.theta_vector(step), thetas[step])
         with warnings.catch_warnings():
