@@ -17,6 +17,7 @@ from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.replay.batches import map_tensors
+from lightning_dtda.replay.drift import Comparison, Drift
 from lightning_dtda.replay.dropout import Mask
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
@@ -24,13 +25,6 @@ from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.trajectory import MicroBatch, Run
 
 Precision = Literal["recorded", "float64"]
-
-_ROUNDING_STEPS = 16
-"""Units in the last place that a step may lose: a replay on other kernels than the training's rounds differently."""
-
-
-_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +64,6 @@ class Point:
     states: list[State]
     gradient: Tensor
     unclipped: Tensor
-
-
-@dataclass(frozen=True)
-class Drift:
-    """How far the replay of a run was from its record, at the worst.
-
-    Args:
-        parameters: Largest difference between rebuilt and recorded parameters at the end of a segment, over the
-            largest parameter.
-        gradients: Largest distance between a recomputed and the recorded gradient, over the latter's norm; ``None``
-            where no gradients were recorded.
-    """
-
-    parameters: float
-    gradients: float | None
 
 
 class Replay:
@@ -131,19 +110,14 @@ class Replay:
         self.device = torch.device(module.device if device is None else device)
         self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
-        self._parameter_drift = torch.zeros(len(self.runs), dtype=self.dtype, device=self.device)
-        self._gradient_drift = torch.zeros_like(self._parameter_drift)
-        mixed = _MIXED.get(first.manifest.configuration["training"]["precision"])
-        self._tolerance = tolerance + (0.0 if mixed is None else _ROUNDING_STEPS * torch.finfo(mixed).eps)
+        self._comparison = Comparison(self.runs, tolerance, self.dtype, self.device)
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
-        self._stored_eps = torch.finfo(getattr(torch, first.manifest.gradients)).eps if self._records_gradients else 0.0
 
     @property
     def drift(self) -> tuple[Drift, ...]:
         """How far each run's replay was from its record so far."""
-        gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self.runs)
-        return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
+        return self._comparison.drift
 
     @property
     def segments(self) -> list[tuple[int, int]]:
@@ -346,7 +320,7 @@ class Replay:
         for step in range(first, last):
             points.append(self._point(step, theta, states, buffers))
             theta, states = self._advance(step, points[-1])
-        self._compare(first, last, start, theta, self.checkpoint(last)[0])
+        self._comparison.parameters(first, last, start, theta, self.checkpoint(last)[0])
         return points
 
     def adjoint(
@@ -426,9 +400,9 @@ class Replay:
             statistics_cotangents,
         )
         applied = self.clipping.apply(gradients[:, 0])  # the same for every query
-        self._compare_gradient(step, applied, point.gradient)
+        self._comparison.gradient(step, applied, point.gradient)
         if self._records_gradients and not self._rebuild_from_gradients:
-            self._compare_gradient(step, applied, self._recorded_gradient(step))
+            self._comparison.gradient(step, applied, self._recorded_gradient(step))
         return batch, slopes, products, of_statistics
 
     def _products(self, batch: StepBatch) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
@@ -476,37 +450,6 @@ class Replay:
 
     def _recorded_gradient(self, step: int) -> Tensor:
         return self._stack([run.gradient_vector(step) for run in self.runs])
-
-    def _compare(self, first: int, last: int, start: Tensor, rebuilt: Tensor, recorded: Tensor) -> None:
-        difference = (rebuilt - recorded).abs().amax(1)
-        travelled = (recorded - start).abs().amax(1)
-        size = recorded.abs().amax(1)
-        eps = torch.finfo(self.recorded_dtype).eps
-        allowed = self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
-        torch.maximum(self._parameter_drift, difference / size.clamp_min(eps), out=self._parameter_drift)
-        # not "any above": a NaN compares false with everything
-        within = difference <= allowed
-        if not bool(within.all()):
-            number = int((~within).nonzero()[0])
-            raise ReplayError(
-                f"{self.runs[number].path} is not reproduced between step {first} and step {last}: parameters differ "
-                f"by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} "
-                "of that). The data or the module changed, or training_step depends on something that is not recorded."
-            )
-
-    def _compare_gradient(self, step: int, computed: Tensor, expected: Tensor) -> None:
-        difference, size = (computed - expected).norm(dim=1), expected.norm(dim=1)
-        # where a gradient vanishes, what rounding leaves of it has no direction to compare
-        floor = torch.finfo(self.recorded_dtype).eps
-        relative = difference / size.clamp_min(floor)
-        torch.maximum(self._gradient_drift, relative, out=self._gradient_drift)
-        if not bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all()):
-            number = int(relative.nan_to_num(torch.inf).argmax())
-            raise ReplayError(
-                f"{self.runs[number].path}: the gradient of step {step} is not the recorded one (relative difference "
-                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). The data or the module changed, or "
-                "training_step depends on something that is not recorded."
-            )
 
     def _merge(self, of_runs: list[Hyperparameters], ndim: int) -> Hyperparameters:
         merged: dict[str, Any] = {}

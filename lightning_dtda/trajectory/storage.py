@@ -90,6 +90,7 @@ def read_tensors(directory: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]
     if zlib.crc32(content) != entry["crc32"]:
         raise TrajectoryError(f"{path} is not what was written (its checksum differs). Record the run again.")
     try:
+        # no pickle: a header of names, shapes and offsets, bounded by the bytes whose checksum was just compared
         return safetensors.torch.load(content)
     except SafetensorError as error:
         raise TrajectoryError(f"{path} is not a safetensors file ({error}). Record the run again.") from error

@@ -1,0 +1,110 @@
+"""How far a replay is from its record, and where it is no replay any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.trajectory import Run
+
+_ROUNDING_STEPS = 16
+"""Units in the last place that a step may lose: a replay on other kernels than the training's rounds differently."""
+
+
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far the replay of a run was from its record, at the worst.
+
+    Args:
+        parameters: Largest difference between rebuilt and recorded parameters at the end of a segment, over the
+            largest parameter.
+        gradients: Largest distance between a recomputed and the recorded gradient, over the latter's norm; ``None``
+            where no gradients were recorded.
+    """
+
+    parameters: float
+    gradients: float | None
+
+
+class Comparison:
+    """Compares what a replay of stacked runs computes with what was recorded, and keeps the largest differences.
+
+    Args:
+        runs: R runs.
+        tolerance: As for :class:`~lightning_dtda.replay.Replay`.
+        dtype: Of the replay.
+        device: Of the replay.
+    """
+
+    def __init__(self, runs: Sequence[Run], tolerance: float, dtype: torch.dtype, device: torch.device) -> None:
+        manifest = runs[0].manifest
+        mixed = _MIXED.get(manifest.configuration["training"]["precision"])
+        self._runs = runs
+        self._recorded_dtype = manifest.torch_dtype
+        self._tolerance = tolerance + (0.0 if mixed is None else _ROUNDING_STEPS * torch.finfo(mixed).eps)
+        self._records_gradients = manifest.gradients != "none"
+        self._stored_eps = torch.finfo(getattr(torch, manifest.gradients)).eps if self._records_gradients else 0.0
+        self._parameter_drift = torch.zeros(len(runs), dtype=dtype, device=device)
+        self._gradient_drift = torch.zeros_like(self._parameter_drift)
+
+    @property
+    def drift(self) -> tuple[Drift, ...]:
+        """How far each run's replay was from its record so far."""
+        gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self._runs)
+        return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
+
+    def parameters(self, first: int, last: int, start: Tensor, rebuilt: Tensor, recorded: Tensor) -> None:
+        """Compare the parameters at the end of a segment, each ``(runs, P)``.
+
+        Args:
+            first: The segment's first step.
+            last: The step after its last.
+            start: What it started from.
+            rebuilt: What the replay came to.
+            recorded: What the training came to.
+
+        Raises:
+            ReplayError: If they differ by more than rounding, naming the run.
+        """
+        difference = (rebuilt - recorded).abs().amax(1)
+        travelled = (recorded - start).abs().amax(1)
+        size = recorded.abs().amax(1)
+        eps = torch.finfo(self._recorded_dtype).eps
+        allowed = self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
+        torch.maximum(self._parameter_drift, difference / size.clamp_min(eps), out=self._parameter_drift)
+        # not "any above": a NaN compares false with everything
+        within = difference <= allowed
+        if not bool(within.all()):
+            number = int((~within).nonzero()[0])
+            raise ReplayError(
+                f"{self._runs[number].path} is not reproduced between step {first} and step {last}: parameters differ "
+                f"by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} "
+                "of that). The data or the module changed, or training_step depends on something that is not recorded."
+            )
+
+    def gradient(self, step: int, computed: Tensor, expected: Tensor) -> None:
+        """Compare the gradient of a step ``(runs, P)`` with what it should be.
+
+        Raises:
+            ReplayError: If they differ by more than rounding, naming the run.
+        """
+        difference, size = (computed - expected).norm(dim=1), expected.norm(dim=1)
+        # where a gradient vanishes, what rounding leaves of it has no direction to compare
+        floor = torch.finfo(self._recorded_dtype).eps
+        relative = difference / size.clamp_min(floor)
+        torch.maximum(self._gradient_drift, relative, out=self._gradient_drift)
+        if not bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all()):
+            number = int(relative.nan_to_num(torch.inf).argmax())
+            raise ReplayError(
+                f"{self._runs[number].path}: the gradient of step {step} is not the recorded one (relative difference "
+                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). The data or the module changed, or "
+                "training_step depends on something that is not recorded."
+            )
