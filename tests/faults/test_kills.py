@@ -4,7 +4,7 @@ import os
 import random
 import shutil
 import signal
-import time
+import threading
 import warnings
 
 import lightning.pytorch as pl
@@ -24,7 +24,18 @@ DATA = TensorDataset(*weighted_data(dtype=torch.float32))
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")]
 
 
-def train(root, seed, overwrite):
+class Kill(pl.Callback):
+    """Kills the process a moment after a step, whatever it does by then."""
+
+    def __init__(self, step, seconds):
+        self.step, self.seconds = step, seconds
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+
+def train(root, seed, overwrite, *callbacks):
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
         max_epochs=60,
@@ -33,32 +44,28 @@ def train(root, seed, overwrite):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[TrajectoryRecorder(root, checkpoint_every=7, overwrite=overwrite)],
+        callbacks=[*callbacks, TrajectoryRecorder(root, checkpoint_every=7, overwrite=overwrite)],
     )
     module = WeightedRegressor(lambda m: torch.optim.AdamW(m.parameters(), lr=0.01), dtype=torch.float32)
     trainer.fit(module, loader(*DATA.tensors))
 
 
-def killed_training(root, seed, overwrite, seconds):
+def killed_training(root, seed, overwrite, kill):
     """Train in a process of its own and kill it; return whether it came to its end before."""
     child = os.fork()
     if child == 0:  # imports are done: a new interpreter would spend its life on them
         status = 1
         try:
-            train(root, seed, overwrite)
+            train(root, seed, overwrite, kill)
             status = 0
         finally:
             os._exit(status)
-    time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1] == 0
 
 
 def test_fifty_kills_lose_at_most_what_was_not_yet_written(tmp_path):
-    train(tmp_path, 1, overwrite=False)  # a bystander, and what is slow the first time
-    started = time.monotonic()
+    train(tmp_path, 1, overwrite=False)
     train(tmp_path, 0, overwrite=False)
-    undisturbed = time.monotonic() - started
     reference = Run(tmp_path / "seed-0000")
     thetas = [reference.theta_vector(step) for step in range(reference.steps + 1)]
     root = tmp_path / "killed"
@@ -67,7 +74,8 @@ def test_fifty_kills_lose_at_most_what_was_not_yet_written(tmp_path):
     run = root / "seed-0000"
     moments, readable, prefixes = random.Random(0), 0, set()
     for _ in range(KILLS):
-        finished = killed_training(root, 0, run.exists(), moments.uniform(0, undisturbed))
+        kill = Kill(moments.randint(1, reference.steps), moments.uniform(0, 0.02))
+        finished = killed_training(root, 0, run.exists(), kill)
         assert not is_being_written(run)
         try:
             survivor = Run(run)
