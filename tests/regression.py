@@ -13,8 +13,16 @@ def weighted_data(examples=12, features=3, seed=0, dtype=torch.float64):
     return inputs, targets, torch.ones(examples, dtype=dtype)
 
 
-def loader(inputs, targets, weights, batch_size=4):
-    return DataLoader(TensorDataset(inputs, targets, weights), batch_size=batch_size, shuffle=True)
+class Augmented(TensorDataset):
+    """Adds noise to the inputs, other noise each time."""
+
+    def __getitem__(self, index):
+        inputs, *rest = super().__getitem__(index)
+        return inputs + 0.3 * torch.randn_like(inputs), *rest
+
+
+def loader(inputs, targets, weights, batch_size=4, dataset=TensorDataset, workers=0):
+    return DataLoader(dataset(inputs, targets, weights), batch_size=batch_size, shuffle=True, num_workers=workers)
 
 
 class WeightedRegressor(pl.LightningModule):

@@ -18,8 +18,13 @@ _PROBED_EXAMPLES = 16
 """Examples asked for twice: an augmentation that flips a coin for each goes unnoticed once in 2^16 trainings."""
 
 
-def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
+def describe_data(loader: DataLoader[Any], stored: bool = False) -> dict[str, Any]:
     """Return what must not differ between runs: the data set's class, length and fingerprint.
+
+    Args:
+        loader: The training DataLoader.
+        stored: Whether batches are stored, so that examples may differ each time they are asked for; they have no
+            fingerprint then.
 
     Raises:
         RecordingError: If the data set has no integer indices, or gives another example each time it is asked.
@@ -29,6 +34,9 @@ def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
     if not hasattr(dataset, "__len__"):
         raise RecordingError(f"{name} has no length. Define __len__, so that removal can be of examples by index.")
     length = len(dataset)
+    description = {"class": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "length": length}
+    if stored:
+        return description | {"fingerprint": None}
     twice = [index for index in range(min(length, _PROBED_EXAMPLES)) for _ in range(2)]
     indices = [*twice, *fingerprint_indices(length)]
     contents = []
@@ -46,13 +54,10 @@ def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
         if contents[2 * index] != contents[2 * index + 1]:
             raise RecordingError(
                 f"{name}[{index}] differs between two calls (random augmentation?), so that the recorded steps could "
-                "not be reproduced. Make the data set deterministic."
+                'not be reproduced. Store the batches themselves, TrajectoryRecorder(batches="store"), or make the '
+                "data set deterministic."
             )
-    return {
-        "class": f"{type(dataset).__module__}.{type(dataset).__qualname__}",
-        "length": length,
-        "fingerprint": combine_fingerprint(length, contents[len(twice) :]),
-    }
+    return description | {"fingerprint": combine_fingerprint(length, contents[len(twice) :])}
 
 
 def check_batch(loader: DataLoader[Any], indices: Tensor, batch: Any, convert: Callable[[Any], Any]) -> None:
@@ -74,7 +79,8 @@ def check_batch(loader: DataLoader[Any], indices: Tensor, batch: Any, convert: C
     if not same:
         raise RecordingError(
             "The first batch is not what the collate_fn makes of its examples when it is asked again (random mixup, "
-            "other examples?), so that the recorded steps could not be reproduced. Make the collate_fn deterministic."
+            "other examples?), so that the recorded steps could not be reproduced. Store the batches themselves, "
+            'TrajectoryRecorder(batches="store"), or make the collate_fn deterministic.'
         )
 
 

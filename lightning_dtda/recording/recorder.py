@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
@@ -29,7 +30,7 @@ from lightning_dtda.recording.configuration import (
 from lightning_dtda.recording.data import check_batch, describe_data
 from lightning_dtda.recording.run_recording import RunRecording, buffers
 from lightning_dtda.recording.shard_buffer import ShardBuffer
-from lightning_dtda.replay.batches import rows_of
+from lightning_dtda.replay.batches import example_shapes, rows_of
 from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
 from lightning_dtda.units import GIB, human_bytes
 
@@ -56,6 +57,9 @@ class TrajectoryRecorder(Callback):
         gradients: Precision in which gradients are stored. ``"auto"`` is ``"float32"`` as long as the whole run's
             gradients stay under ``gradients_budget``, else ``"none"``; a replay then computes them anew.
         gradients_budget: In GiB, for ``"auto"``.
+        batches: ``"indices"`` records which examples are in a batch; a replay asks the data set for them. ``"store"``
+            records the batches themselves, for data sets with random augmentation. Row n of a batch is taken for the
+            example at its index: a ``collate_fn`` that mixes examples must not be used.
         checkpoint_every: Steps between checkpoints: ``"sqrt"`` of the number of steps (a replay then holds no more
             steps than that in memory), ``"all"`` for every step, or a number.
         overwrite: Whether an existing run of this name is replaced.
@@ -77,11 +81,14 @@ class TrajectoryRecorder(Callback):
         run: str | None = None,
         gradients: Literal["auto", "float32", "bfloat16", "none"] = "auto",
         gradients_budget: float = 2.0,
+        batches: Literal["indices", "store"] = "indices",
         checkpoint_every: Literal["sqrt", "all"] | int = "sqrt",
         overwrite: bool = False,
     ) -> None:
         if gradients not in ("auto", "float32", "bfloat16", "none"):
             raise RecordingError(f'gradients={gradients!r}; choose "auto", "float32", "bfloat16" or "none".')
+        if batches not in ("indices", "store"):
+            raise RecordingError(f'batches={batches!r}; choose "indices" or "store".')
         if not (checkpoint_every in ("sqrt", "all") or (type(checkpoint_every) is int and checkpoint_every > 0)):
             raise RecordingError(f'checkpoint_every={checkpoint_every!r}; choose "sqrt", "all" or a positive number.')
         if run is not None and (Path(run).name != run or run in ("", "..")):
@@ -90,6 +97,7 @@ class TrajectoryRecorder(Callback):
         self.run = run
         self.gradients = gradients
         self.gradients_budget = gradients_budget
+        self.batches = batches
         self.checkpoint_every = checkpoint_every
         self.overwrite = overwrite
         self.runs_to_fit = 1
@@ -97,6 +105,7 @@ class TrajectoryRecorder(Callback):
         what would run out of disk in the middle, and 0 for the others."""
         self._tap: BatchTap | None = None
         self._recording: RunRecording | None = None
+        self._shapes: list[tuple[int, ...]] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -106,6 +115,7 @@ class TrajectoryRecorder(Callback):
             raise RecordingError("The Trainer has several TrajectoryRecorders. Keep one of them.")
         # the seed may be another one when the first batch comes
         self._directory = self._choose_directory()
+        self._shapes = None
         checks.refuse_existing(self._directory, self.overwrite)
         checks.refuse_trainer(trainer, pl_module)
         self._tap = BatchTap(trainer)
@@ -119,7 +129,7 @@ class TrajectoryRecorder(Callback):
                 f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
                 "the start (no ckpt_path)."
             )
-        self._data = describe_data(self._tap.loader)
+        self._data = describe_data(self._tap.loader, self._stores_batches)
         self._described = self._tap.loader.dataset
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         checks.refuse_optimizers(trainer.optimizers, scaled)
@@ -129,7 +139,7 @@ class TrajectoryRecorder(Callback):
         if self._tap is None or self._tap.loader.dataset is self._described:
             return
         self._described = self._tap.loader.dataset
-        if describe_data(self._tap.loader) != self._data:
+        if describe_data(self._tap.loader, self._stores_batches) != self._data:
             raise RecordingError(
                 f"The training data changed at epoch {trainer.current_epoch}: another data set than at the start. "
                 "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
@@ -144,10 +154,12 @@ class TrajectoryRecorder(Callback):
         indices = torch.tensor(self._tap.current_indices())
         if self._recording is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
-            check_batch(self._tap.loader, indices, batch, trainer.precision_plugin.convert_input)
+            if not self._stores_batches:
+                check_batch(self._tap.loader, indices, batch, trainer.precision_plugin.convert_input)
             self._recording = self._begin(trainer, pl_module, batch, batch_idx)
         self._check_indices(indices, batch)
-        self._recording.begin_micro_batch(indices, trainer.current_epoch, batch_idx)
+        leaves = self._leaves(batch) if self._stores_batches else ()
+        self._recording.begin_micro_batch(indices, trainer.current_epoch, batch_idx, leaves)
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -207,7 +219,10 @@ class TrajectoryRecorder(Callback):
         interval = self._checkpoint_interval(planned)
         kept = sum(b.numel() * b.element_size() for b in buffers(pl_module, layout, step=0).values())
         kept += (1 + max(map(len, state_names))) * layout.size * dtype.itemsize
-        self._check_disk(layout, gradients, interval, planned, kept)
+        per_step = 0 if gradients is None else layout.size * gradients.itemsize
+        if self._stores_batches:
+            per_step += trainer.accumulate_grad_batches * sum(leaf.nbytes for leaf in tree_leaves(batch))
+        self._check_disk(per_step, interval, planned, kept)
         numbers, options = hyperparameters(optimizer)
         manifest = Manifest(
             seed=_global_seed(),
@@ -221,6 +236,7 @@ class TrajectoryRecorder(Callback):
             options=options,
             hyperparameters=numbers,
             gradients="none" if gradients is None else _name(gradients),
+            batches=self.batches,
             evaluation_modules=checks.evaluation_modules(pl_module),
             threads=torch.get_num_threads(),
             versions=versions(),
@@ -252,6 +268,17 @@ class TrajectoryRecorder(Callback):
                 f"A batch of {rows} examples was made of the indices {indices.tolist()} of {length}. Let the sampler "
                 f"yield indices from 0 to {length - 1}, and the collate_fn keep every example."
             )
+
+    def _leaves(self, batch: Any) -> tuple[Tensor, ...]:
+        """Copy the batch, which the training may change in place."""
+        if self._shapes is None:
+            self._shapes = example_shapes(batch)
+        if example_shapes(batch) != self._shapes:
+            raise RecordingError(
+                f"The examples of a batch have the shapes {example_shapes(batch)}, those of the first batch "
+                f"{self._shapes}. Stored batches need one shape throughout: pad the examples to it."
+            )
+        return tuple(leaf.clone() for leaf in tree_leaves(batch))
 
     def _choose_directory(self) -> Path:
         if self.run is not None:
@@ -300,20 +327,16 @@ class TrajectoryRecorder(Callback):
             return _UNKNOWN_LENGTH_INTERVAL if planned is None else max(1, math.ceil(math.sqrt(planned)))
         return int(self.checkpoint_every)
 
-    def _check_disk(
-        self,
-        layout: ParameterLayout,
-        gradients: torch.dtype | None,
-        interval: int,
-        planned: int | None,
-        per_checkpoint: int,
-    ) -> None:
+    @property
+    def _stores_batches(self) -> bool:
+        return self.batches == "store"
+
+    def _check_disk(self, per_step: int, interval: int, planned: int | None, per_checkpoint: int) -> None:
         if not self.runs_to_fit:
             return
         if planned is None:
             _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory)
             return
-        per_step = 0 if gradients is None else layout.size * gradients.itemsize
         needed = self.runs_to_fit * (planned * per_step + (planned // interval + 2) * per_checkpoint)
         existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
         free = shutil.disk_usage(existing).free
@@ -322,7 +345,8 @@ class TrajectoryRecorder(Callback):
         if needed > free:
             raise RecordingError(
                 f"Recording {what} needs about {human_bytes(needed)} of disk; {human_bytes(free)} "
-                'are free. Free some, choose another root, record gradients="none" or set a larger checkpoint_every.'
+                'are free. Free some, choose another root, record less (gradients="none", batches="indices"), or set a '
+                "larger checkpoint_every."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -52,9 +53,9 @@ class RunRecording:
         self._checkpoint()
         self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
 
-    def begin_micro_batch(self, indices: Tensor, epoch: int, batch_idx: int) -> None:
+    def begin_micro_batch(self, indices: Tensor, epoch: int, batch_idx: int, leaves: tuple[Tensor, ...]) -> None:
         """Note what is about to be passed through the module."""
-        self._current = MicroBatch(indices, epoch, batch_idx, random_states(self._module.device))
+        self._current = MicroBatch(indices, epoch, batch_idx, random_states(self._module.device), leaves)
 
     def drop_pending(self) -> None:
         """Forget the micro-batches whose gradients are being thrown away."""
@@ -68,8 +69,7 @@ class RunRecording:
         assert self._current is not None
         before, after = self._current.rng_states, random_states(self._module.device)
         drew = any(not torch.equal(before[device], after[device]) for device in before)
-        current = self._current
-        self._pending.append(current if drew else MicroBatch(current.indices, current.epoch, current.batch_idx, {}))
+        self._pending.append(self._current if drew else replace(self._current, rng_states={}))
 
     def before_clipping(self) -> None:
         """Note what is lost when the gradient is scaled to a norm."""
@@ -86,7 +86,7 @@ class RunRecording:
         self._step += 1
         if self._step % self._interval == 0:
             self._checkpoint()
-        elif len(self._buffer) >= self._buffer.capacity:
+        elif self._buffer.is_full:
             self._flush()
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
+from lightning_dtda.trajectory.run import LEAF
 
 _SHARD_BYTES = 64 * 2**20
-"""Gradients held back before a shard is written: bounds the memory, and what a killed training loses."""
+"""Gradients, or batches, held back before a shard is written: bounds the memory, and what a killed training loses."""
 
 _SHARD_STEPS = 512
 """Steps in a shard without gradients, whose records are small."""
@@ -35,6 +36,7 @@ class ShardBuffer:
     _micro_batches: list[list[MicroBatch]] = field(default_factory=list)
     _hyperparameters: list[list[list[float]]] = field(default_factory=list)
     _accumulations: list[int] = field(default_factory=list)
+    _leaf_bytes: int = 0
     _gradients: Tensor | None = None
     _norm: Tensor | None = None
     _norms: list[Tensor] = field(default_factory=list)
@@ -43,8 +45,13 @@ class ShardBuffer:
         return len(self._micro_batches)
 
     @property
+    def is_full(self) -> bool:
+        """Whether it is time to write a shard."""
+        return len(self) >= self.capacity or self._leaf_bytes >= _SHARD_BYTES
+
+    @property
     def capacity(self) -> int:
-        """Number of steps in a full shard."""
+        """Number of steps in a full shard, if their batches do not fill it before."""
         if self.gradients is None:
             return _SHARD_STEPS
         return max(1, min(_SHARD_STEPS, _SHARD_BYTES // (self.layout.size * self.gradients.itemsize)))
@@ -69,6 +76,7 @@ class ShardBuffer:
         self._micro_batches.append(micro_batches)
         self._hyperparameters.append(hyperparameters)
         self._accumulations.append(accumulate_grad_batches)
+        self._leaf_bytes += sum(leaf.nbytes for micro_batch in micro_batches for leaf in micro_batch.leaves)
         if self._norm is not None:
             self._norms.append(self._norm)
             self._norm = None
@@ -86,6 +94,10 @@ class ShardBuffer:
             "accumulate_grad_batches": torch.tensor(self._accumulations),
             "hyperparameters": torch.tensor(self._hyperparameters, dtype=torch.float64),
             **_rng_tensors(flat),
+            **{
+                f"{LEAF}{n}": torch.cat(parts).cpu()
+                for n, parts in enumerate(zip(*(m.leaves for m in flat), strict=True))
+            },
         }
         if self._gradients is not None:
             tensors["gradients"] = self._gradients[:steps].cpu()
@@ -93,6 +105,7 @@ class ShardBuffer:
             tensors["gradient_norms"] = torch.stack(self._norms).cpu()
         self.first_step += steps
         self._norms = []
+        self._leaf_bytes = 0
         self._micro_batches, self._hyperparameters, self._accumulations, self._gradients = [], [], [], None
         return first, first + steps, tensors
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from lightning_dtda.errors import AttributionError
-from lightning_dtda.replay.batches import concatenate, map_tensors, rows_of
+from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.replay.batches import concatenate, example_shapes, map_tensors, rows_of
 
 _COLLATE_CHUNK = 256
 """Examples collated at a time while a data set is stacked: bounds the memory of the Python objects."""
@@ -58,6 +59,7 @@ class Examples:
         self._device = torch.device(device)
         self._stacked: Any = None
         self._checked = False
+        self._template: Any = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -76,6 +78,24 @@ class Examples:
             return map_tensors(lambda leaf: leaf[where], self._stacked)
         batch = self._prepare(self._collated(indices.flatten().tolist()))
         return map_tensors(lambda leaf: leaf.reshape(*indices.shape, *leaf.shape[1:]), batch)
+
+    def restore(self, leaves: Sequence[Tensor]) -> Any:
+        """Return stored tensors of batches, each ``(..., *example)``, in the structure of a batch of this data set.
+
+        Raises:
+            ReplayError: If its batches consist of other tensors.
+        """
+        if self._template is None:
+            with isolate_rng():
+                self._template = self._collated([0])
+        wanted, structure = tree_flatten(self._template)
+        found = [tuple(leaf.shape[leaf.ndim - one.ndim + 1 :]) for leaf, one in zip(leaves, wanted, strict=False)]
+        if len(leaves) != len(wanted) or found != example_shapes(self._template):
+            raise ReplayError(
+                f"The stored batches hold {len(leaves)} tensors, of shapes {found} for an example; those of the data "
+                f"hold {len(wanted)}, of shapes {example_shapes(self._template)}. Give the data that were trained on."
+            )
+        return self._prepare(tree_unflatten(list(leaves), structure))
 
     def all(self) -> Any:
         """Return every example as one batch."""

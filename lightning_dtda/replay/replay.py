@@ -113,6 +113,7 @@ class Replay:
         self._comparison = Comparison(self.runs, tolerance, self.dtype, self.device)
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
+        self._stores_batches = first.manifest.batches == "store"
 
     @property
     def drift(self) -> tuple[Drift, ...]:
@@ -173,10 +174,18 @@ class Replay:
         return StepBatch(
             indices.to(self.device),
             coefficients.to(self.device, self.dtype),
-            self.examples.fetch(indices),
+            self._examples(indices, micro_batches),
             clock.batch_idx,
             self._masks(step, micro_batches),
             self._parts(step, micro_batches),
+        )
+
+    def _examples(self, indices: Tensor, micro_batches: list[list[MicroBatch]]) -> Any:
+        if not self._stores_batches:
+            return self.examples.fetch(indices)
+        of_runs = [[torch.cat(parts) for parts in zip(*(m.leaves for m in run), strict=True)] for run in micro_batches]
+        return self.examples.restore(
+            [pad_sequence(list(runs), batch_first=True) for runs in zip(*of_runs, strict=True)]
         )
 
     def _parts(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[int]:
@@ -200,7 +209,7 @@ class Replay:
             self.module.learn_dropout(
                 theta.to(self.device, self.dtype),
                 {name: buffer[0] for name, buffer in buffers.items()},
-                self.examples.fetch(first.indices),
+                map_tensors(lambda leaf: leaf[0], self._examples(first.indices[None], [[first]])),
                 first.batch_idx,
                 self.recorded_dtype,
             )
@@ -474,7 +483,7 @@ def _check_data(run: Run, examples: Examples) -> None:
             f"The training data have {len(examples)} examples; {run.path} was trained on {recorded['length']}. Give "
             "the data that were trained on."
         )
-    if dataset_fingerprint(examples.dataset) != recorded["fingerprint"]:
+    if recorded["fingerprint"] not in (None, dataset_fingerprint(examples.dataset)):
         raise ReplayError(
             f"The training data are not those of {run.path}: other content, or another order. Give the data that were "
             "trained on."
@@ -483,4 +492,4 @@ def _check_data(run: Run, examples: Examples) -> None:
 
 def shape_key(run: Run) -> tuple[Any, ...]:
     """Return what runs must share to be stacked."""
-    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients
+    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients, run.manifest.batches

@@ -33,6 +33,7 @@ class Manifest:
         options: Of each parameter group, the settings that are not numbers (``nesterov``, ``maximize``).
         hyperparameters: Names of the numbers recorded at every step for every group.
         gradients: Stored data type of the gradients, or ``none``.
+        batches: ``store`` where the batches themselves are stored, else ``indices``.
         evaluation_modules: Submodules that were in evaluation mode during training.
         threads: ``torch.get_num_threads()``; replay is bitwise only with the same number.
         versions: Of torch, lightning and lightning-dtda.
@@ -53,6 +54,7 @@ class Manifest:
     options: list[dict[str, Any]]
     hyperparameters: list[str]
     gradients: str
+    batches: str
     evaluation_modules: list[str]
     threads: int
     versions: dict[str, str]

@@ -16,6 +16,9 @@ from lightning_dtda.trajectory.layout import ParameterLayout
 from lightning_dtda.trajectory.manifest import Manifest
 from lightning_dtda.trajectory.storage import check_size, read_tensors
 
+LEAF = "leaves."
+"""Prefix of a shard's entries for stored batches, one for each tensor in them."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -44,12 +47,14 @@ class MicroBatch:
         batch_idx: As ``training_step`` got it.
         rng_states: State of the random number generators before the pass, by device type (``cpu``, ``cuda``); empty
             where the pass drew no random numbers.
+        leaves: The tensors of the batch, each ``(B, ...)``; none where batches were not stored.
     """
 
     indices: Tensor
     epoch: int
     batch_idx: int
     rng_states: dict[str, Tensor]
+    leaves: tuple[Tensor, ...] = ()
 
 
 class Run:
@@ -271,7 +276,10 @@ class _Shard:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
-        self._indices = torch.split(tensors["indices"], tensors["micro_batch_sizes"].tolist())
+        sizes = tensors["micro_batch_sizes"].tolist()
+        self._indices = torch.split(tensors["indices"], sizes)
+        leaves = sorted((key for key in tensors if key.startswith(LEAF)), key=lambda key: int(key.removeprefix(LEAF)))
+        self._leaves = list(zip(*(torch.split(tensors[key], sizes) for key in leaves), strict=True))
         self._first_micro_batch = [0, *tensors["micro_batches"].cumsum(0).tolist()]
         self._rng: dict[int, dict[str, Tensor]] = {}
         for key in tensors:
@@ -289,6 +297,7 @@ class _Shard:
                 epoch=int(tensors["epochs"][m]),
                 batch_idx=int(tensors["batch_idx"][m]),
                 rng_states=self._rng.get(m, {}),
+                leaves=self._leaves[m] if self._leaves else (),
             )
             for m in range(self._first_micro_batch[row], self._first_micro_batch[row + 1])
         ]

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
-from tests.regression import CoupledRegressor, WeightedRegressor, loader, weighted_data
+from tests.regression import Augmented, CoupledRegressor, WeightedRegressor, loader, weighted_data
 
 STEP = 1e-4
 """Balances the truncation error, of order STEP squared, against rounding, of order 1e-16 / STEP."""
@@ -83,10 +83,12 @@ TRAINERS = {
 }
 
 
-def train(fit, optimizer, inputs, targets, weights, *callbacks, make=WeightedRegressor, network=None, **arguments):
+def train(
+    fit, optimizer, inputs, targets, weights, *callbacks, make=WeightedRegressor, network=None, data=None, **arguments
+):
     pl.seed_everything(3, verbose=False)
     module = make(optimizer, network=network)
-    fit(module, loader(inputs, targets, weights), *callbacks, **({"max_epochs": 5} | arguments))
+    fit(module, loader(inputs, targets, weights, **(data or {})), *callbacks, **({"max_epochs": 5} | arguments))
     return module
 
 
@@ -97,12 +99,13 @@ def measured(module, inputs, targets):
 
 
 def assert_finite_differences_agree(
-    fit, root, optimizer, gradients="float32", make=WeightedRegressor, network=None, **arguments
+    fit, root, optimizer, gradients="float32", make=WeightedRegressor, network=None, batches="indices", **arguments
 ):
     inputs, targets, weights = weighted_data()
     queries, wanted, ones = weighted_data(4, seed=1)
     arguments |= {"make": make, "network": network}
-    train(fit, optimizer, inputs, targets, weights, TrajectoryRecorder(root, gradients=gradients), **arguments)
+    recorder = TrajectoryRecorder(root, gradients=gradients, batches=batches)
+    train(fit, optimizer, inputs, targets, weights, recorder, **arguments)
     attribution = attribute(
         Ensemble.open(root),
         make(optimizer, network=network),
@@ -244,4 +247,31 @@ def test_batch_norm_is_followed_through_its_statistics(fit, tmp_path, network, a
     optimizer = of(torch.optim.SGD, 0.05, momentum=0.9)
     assert_finite_differences_agree(
         fit, tmp_path, optimizer, make=CoupledRegressor, network=network, max_epochs=3, **arguments
+    )
+
+
+class Tied(nn.Module):
+    """Reads with the transpose of the weight that it writes with."""
+
+    def __init__(self):
+        super().__init__()
+        self.write, self.read, self.out = nn.Linear(3, 5), nn.Linear(3, 5, bias=False), nn.Linear(3, 1)
+        self.read.weight = self.write.weight
+
+    def forward(self, inputs):
+        return self.out(torch.tanh(self.write(inputs)) @ self.read.weight)
+
+
+@pytest.mark.parametrize("gradients", ["float32", "none"])
+def test_tied_weights_are_one_parameter(fit, tmp_path, gradients):
+    assert_finite_differences_agree(fit, tmp_path, of(torch.optim.AdamW), gradients, network=Tied)
+
+
+@pytest.mark.parametrize("gradients", ["float32", "none"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_random_augmentation_is_that_of_the_stored_batches(fit, tmp_path, workers, gradients):
+    # workers start slowly, and every finite difference starts two trainings
+    data = {"dataset": Augmented, "workers": workers}
+    assert_finite_differences_agree(
+        fit, tmp_path, sgd(momentum=0.9), gradients, batches="store", data=data, max_epochs=2, accumulate_grad_batches=2
     )

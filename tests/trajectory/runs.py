@@ -36,6 +36,7 @@ def manifest(**changes):
         "options": [{"nesterov": False, "maximize": False}] * 2,
         "hyperparameters": ["lr", "momentum", "dampening", "weight_decay"],
         "gradients": "float32",
+        "batches": "indices",
         "evaluation_modules": [],
         "threads": 1,
         "versions": {"torch": torch.__version__},
