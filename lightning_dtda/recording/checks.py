@@ -129,12 +129,13 @@ def refuse_layers(module: nn.Module) -> None:
             )
 
 
-def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False) -> Optimizer:
+def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False, resumed: bool = False) -> Optimizer:
     """Return the training's only optimizer.
 
     Args:
         optimizers: The Trainer's.
         scaled: Whether a gradient scaler is used.
+        resumed: Whether the training goes on from steps that are recorded.
 
     Raises:
         RecordingError: If there are several, it is not known, it was used before, or it hides its gradients.
@@ -154,7 +155,7 @@ def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False) -> Opti
             f"The fused {type(optimizer).__name__} unscales gradients itself, where they cannot be recorded. Make it "
             "with fused=False."
         )
-    for state in optimizer.state.values():
+    for state in () if resumed else optimizer.state.values():
         # torch counts steps for every optimizer but SGD, whose only state is there after the first
         if any(isinstance(value, Tensor) for value in state.values()) and float(state.get("step", 1)) != 0:
             raise RecordingError(

@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -28,6 +27,7 @@ from lightning_dtda.recording.configuration import (
     versions,
 )
 from lightning_dtda.recording.data import check_batch, describe_data
+from lightning_dtda.recording.resuming import resume
 from lightning_dtda.recording.run_recording import RunRecording, buffers
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.replay.batches import example_shapes, rows_of
@@ -49,7 +49,8 @@ class TrajectoryRecorder(Callback):
     The training itself is unchanged to the bit. Files are written by a thread of their own; a training that is killed
     leaves a readable prefix that says it is incomplete.
 
-    The recorder holds no state that a Trainer checkpoint would have to carry.
+    A training that goes on from a Trainer's checkpoint (``ckpt_path``) goes on in the same run: the checkpoint carries
+    the run's name and its number of steps, all of them on disk by then. Steps recorded after it are forgotten.
 
     Args:
         root: The ensemble's directory. Each run is a sub-directory.
@@ -105,6 +106,8 @@ class TrajectoryRecorder(Callback):
         what would run out of disk in the middle, and 0 for the others."""
         self._tap: BatchTap | None = None
         self._recording: RunRecording | None = None
+        self._progress: dict[str, Any] = {}
+        self._resumed: dict[str, Any] | None = None
         self._shapes: list[tuple[int, ...]] | None = None
 
     @override
@@ -113,26 +116,32 @@ class TrajectoryRecorder(Callback):
             return
         if sum(isinstance(callback, TrajectoryRecorder) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise RecordingError("The Trainer has several TrajectoryRecorders. Keep one of them.")
-        # the seed may be another one when the first batch comes
-        self._directory = self._choose_directory()
-        self._shapes = None
-        checks.refuse_existing(self._directory, self.overwrite)
         checks.refuse_trainer(trainer, pl_module)
+        self._shapes = None
         self._tap = BatchTap(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._tap is None:
             return
-        if trainer.global_step:
+        if not trainer.global_step:
+            self._resumed = None  # a checkpoint may have been loaded for another purpose than to train
+        elif self._resumed is None:
             raise RecordingError(
                 f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
-                "the start (no ckpt_path)."
+                "the start (no ckpt_path), or resume from a checkpoint that was saved while a TrajectoryRecorder was "
+                "among the Trainer's callbacks."
             )
+        if self._resumed is not None:
+            self._directory = self.root / self._resumed["run"]
+        else:
+            # the seed may be another one when the first batch comes
+            self._directory = self._choose_directory()
+            checks.refuse_existing(self._directory, self.overwrite)
         self._data = describe_data(self._tap.loader, self._stores_batches)
         self._described = self._tap.loader.dataset
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        checks.refuse_optimizers(trainer.optimizers, scaled)
+        checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -159,7 +168,9 @@ class TrajectoryRecorder(Callback):
             self._recording = self._begin(trainer, pl_module, batch, batch_idx)
         self._check_indices(indices, batch)
         leaves = self._leaves(batch) if self._stores_batches else ()
-        self._recording.begin_micro_batch(indices, trainer.current_epoch, batch_idx, leaves)
+        self._recording.begin_micro_batch(
+            indices, trainer.current_epoch, batch_idx, leaves, trainer.accumulate_grad_batches
+        )
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
@@ -179,17 +190,26 @@ class TrajectoryRecorder(Callback):
             self._recording.before_clipping()
 
     @override
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._recording is not None:
-            self._recording.end_micro_batch(trainer.accumulate_grad_batches)
+            # who resumes from the checkpoint needs every step before it
+            self._recording.sync()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._recording is not None:
+            self._progress = {"run": self._directory.name, "steps": self._recording.steps}
+        return self._progress
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._recording is not None:
-            recording, self._recording = self._recording, None
-            recording.close("complete", None)
+        self._close("complete", None)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -208,7 +228,7 @@ class TrajectoryRecorder(Callback):
         """Check what is about to be trained on, then make the run directory."""
         assert self._tap is not None
         loader = self._tap.loader
-        optimizer = checks.refuse_optimizers(trainer.optimizers)
+        optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
         state_names = checks.state_names(optimizer)
         layout = checks.parameter_layout(pl_module, optimizer)
         checks.refuse_layers(pl_module)
@@ -242,24 +262,38 @@ class TrajectoryRecorder(Callback):
             versions=versions(),
             planned_steps=planned,
         )
+        steps = 0
+        if self._resumed is not None:
+            steps = self._resumed["steps"]
+            theta = layout.flatten([pl_module.get_parameter(name) for name in layout.names])
+            manifest = resume(self._directory, manifest, steps, theta, self.gradients != "auto")
+            gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
+        else:
+            self._make_directory()
         return RunRecording(
             module=pl_module,
             optimizer=optimizer,
             layout=layout,
-            writer=RunWriter(self._make_directory(), manifest),
+            writer=RunWriter(self._directory, manifest),
             hyperparameter_names=numbers,
             state_names=state_names,
-            buffer=ShardBuffer(layout, gradients, pl_module.device),
+            buffer=ShardBuffer(layout, gradients, pl_module.device, first_step=steps),
             interval=interval,
+            checkpointed=any(entry["step"] == steps for entry in manifest.checkpoints),
         )
 
     def _stop(self, reason: str) -> None:
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+        self._resumed = None
+        self._close("incomplete", reason)
+
+    def _close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
         if self._recording is not None:
+            self.state_dict()  # for checkpoints that are saved after the end
             recording, self._recording = self._recording, None
-            recording.close("incomplete", reason)
+            recording.close(status, reason)
 
     def _check_indices(self, indices: Tensor, batch: Any) -> None:
         length = self._data["length"]
@@ -291,7 +325,7 @@ class TrajectoryRecorder(Callback):
             )
         return self.root / run_name(seed)
 
-    def _make_directory(self) -> Path:
+    def _make_directory(self) -> None:
         directory = self._directory
         # again: another process may have begun the same run meanwhile
         checks.refuse_existing(directory, self.overwrite)
@@ -301,7 +335,6 @@ class TrajectoryRecorder(Callback):
             directory.mkdir(parents=True)
         except OSError as error:
             raise RecordingError(f"{directory} cannot be written ({error}). Choose another root.") from error
-        return directory
 
     def _gradient_dtype(self, layout: ParameterLayout, planned: int | None) -> torch.dtype | None:
         if self.gradients == "none":

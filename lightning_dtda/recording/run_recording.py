@@ -33,6 +33,7 @@ class RunRecording:
         state_names: list[tuple[str, ...]],
         buffer: ShardBuffer,
         interval: int,
+        checkpointed: bool = False,
     ) -> None:
         self.layout = layout
         self._module = module
@@ -44,18 +45,22 @@ class RunRecording:
         self._state_names = state_names
         self._buffer = buffer
         self._interval = interval
-        self._step = 0
+        self.steps = buffer.first_step
         self._pending: list[MicroBatch] = []
         self._current: MicroBatch | None = None
-        self._applied: list[list[float]] | None = None
+        self._accumulate_grad_batches = 1
         self._last_applied: list[list[float]] | None = None
-        self._last_checkpoint = -1
-        self._checkpoint()
+        self._last_checkpoint = self.steps
+        if not checkpointed:
+            self._checkpoint()
         self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
 
-    def begin_micro_batch(self, indices: Tensor, epoch: int, batch_idx: int, leaves: tuple[Tensor, ...]) -> None:
+    def begin_micro_batch(
+        self, indices: Tensor, epoch: int, batch_idx: int, leaves: tuple[Tensor, ...], accumulate_grad_batches: int
+    ) -> None:
         """Note what is about to be passed through the module."""
         self._current = MicroBatch(indices, epoch, batch_idx, random_states(self._module.device), leaves)
+        self._accumulate_grad_batches = accumulate_grad_batches
 
     def drop_pending(self) -> None:
         """Forget the micro-batches whose gradients are being thrown away."""
@@ -77,26 +82,19 @@ class RunRecording:
         if len(gradients) == len(self._parameters):  # else the step is refused when it is taken
             self._buffer.put_norm(gradients)
 
-    def end_micro_batch(self, accumulate_grad_batches: int) -> None:
-        """Complete the step's record if the optimizer stepped on this micro-batch."""
-        if self._applied is None:
-            return
-        self._buffer.append(self._pending, self._applied, accumulate_grad_batches)
-        self._pending, self._applied = [], None
-        self._step += 1
-        if self._step % self._interval == 0:
-            self._checkpoint()
-        elif self._buffer.is_full:
-            self._flush()
+    def sync(self) -> None:
+        """Wait until every step so far is on disk."""
+        self._flush()
+        self._writer.sync()
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
         """Write what is left and the end of the run; one that stops before its first step leaves nothing."""
         self._handle.remove()
-        if status == "incomplete" and self._step == 0:
+        if status == "incomplete" and self.steps == 0:
             self._writer.discard()
             return
         try:
-            if status == "complete" and self._last_checkpoint != self._step:
+            if status == "complete" and self._last_checkpoint != self.steps:
                 self._checkpoint()
             else:  # stopped in mid-step, perhaps: whole steps only, and no parameters that belong to none
                 self._flush()
@@ -109,14 +107,14 @@ class RunRecording:
         trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
         if list(map(id, trained)) != self._identities:
             raise RecordingError(
-                f"Other parameters are trained at step {self._step} than at the start. Train the same ones throughout: "
+                f"Other parameters are trained at step {self.steps} than at the start. Train the same ones throughout: "
                 "no parameters frozen, unfrozen or added in mid-training."
             )
         gradients = []
         for name, parameter in zip(self.layout.names, self._parameters, strict=True):
             if parameter.grad is None:
                 raise RecordingError(
-                    f"Parameter {name} got no gradient at step {self._step}: it took no part in the loss, or "
+                    f"Parameter {name} got no gradient at step {self.steps}: it took no part in the loss, or "
                     "training_step returned None. Freeze it (requires_grad=False) before the optimizer is made, or "
                     "let the loss use it."
                 )
@@ -125,11 +123,18 @@ class RunRecording:
         applied = hyperparameter_values(optimizer, self._names)
         if applied != self._last_applied and checks.state_names(optimizer) != self._state_names:
             raise RecordingError(
-                f"The hyperparameters of step {self._step} need another optimizer state than those of the first step "
+                f"The hyperparameters of step {self.steps} need another optimizer state than those of the first step "
                 f"(momentum switched on or off?): {dict(zip(self._names, applied[0], strict=True))}. Keep it on "
                 "throughout, if need be with a tiny value."
             )
-        self._applied = self._last_applied = applied
+        self._last_applied = applied
+        self._buffer.append(self._pending, applied, self._accumulate_grad_batches)
+        self._pending = []
+        self.steps += 1
+        if self.steps % self._interval == 0:
+            self._checkpoint()
+        elif self._buffer.is_full:
+            self._flush()
 
     def _flush(self) -> None:
         if len(self._buffer):
@@ -144,17 +149,17 @@ class RunRecording:
         for number, length in enumerate(self.layout.group_lengths):
             group = self._parameters[start : start + length]
             start += length
-            for key in self._state_names[number] if self._step else ():
+            for key in self._state_names[number] if self.steps else ():
                 parts = [self._optimizer.state[parameter][key].reshape(-1) for parameter in group]
                 tensors[f"state.{number}.{key}"] = torch.cat(parts)
         tensors |= {
-            f"buffers.{name}": buffer for name, buffer in buffers(self._module, self.layout, self._step).items()
+            f"buffers.{name}": buffer for name, buffer in buffers(self._module, self.layout, self.steps).items()
         }
         # the copy must be taken now: the next step changes the parameters in place
         self._writer.add_checkpoint(
-            self._step, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self.steps, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         )
-        self._last_checkpoint = self._step
+        self._last_checkpoint = self.steps
 
 
 def buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_dtda.errors import TrajectoryError
-from lightning_dtda.trajectory.manifest import MANIFEST
+from lightning_dtda.trajectory.manifest import MANIFEST, differences
 from lightning_dtda.trajectory.run import Run
 
 
@@ -31,12 +31,12 @@ class Ensemble(Sequence[Run]):
             )
         self.root = Path(root)
         self.runs = tuple(runs)
-        first = _comparable(self.runs[0])
+        first = self.runs[0].manifest.comparable
         for run in self.runs[1:]:
-            if differences := _differences(first, _comparable(run)):
+            if found := differences(first, run.manifest.comparable):
                 raise TrajectoryError(
                     f"{self.runs[0].path} and {run.path} are runs of different configurations, hence not samples of "
-                    f"one distribution:\n{differences}\nKeep each configuration in a directory of its own."
+                    f"one distribution:\n{found}\nKeep each configuration in a directory of its own."
                 )
 
     @classmethod
@@ -85,27 +85,3 @@ class Ensemble(Sequence[Run]):
 
 def _how_it_ended(run: Run) -> str:
     return "still recording, or killed" if run.manifest.status == "recording" else str(run.manifest.reason)
-
-
-def _comparable(run: Run) -> dict[str, Any]:
-    manifest = run.manifest
-    return {
-        **manifest.configuration,
-        "parameters": {entry["name"]: entry["shape"] for entry in manifest.parameters},
-        "dtype": manifest.dtype,
-        "optimizer": manifest.optimizer,
-        "options": manifest.options,
-        "evaluation_modules": manifest.evaluation_modules,
-    }
-
-
-def _differences(first: Any, second: Any, where: str = "") -> str:
-    """List the leaves in which two JSON values differ, a line each."""
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        keys = [*first, *(key for key in second if key not in first)]
-        lines = [
-            _differences(first.get(key, "absent"), second.get(key, "absent"), f"{where}.{key}" if where else key)
-            for key in keys
-        ]
-        return "\n".join(line for line in lines if line)
-    return "" if first == second else f"  {where}: {first!r} against {second!r}"

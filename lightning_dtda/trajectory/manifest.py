@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -81,6 +82,28 @@ class Manifest:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
+    @property
+    def comparable(self) -> dict[str, Any]:
+        """What runs must share to be samples of one distribution."""
+        return {
+            **self.configuration,
+            "parameters": {entry["name"]: entry["shape"] for entry in self.parameters},
+            "dtype": self.dtype,
+            "optimizer": self.optimizer,
+            "options": self.options,
+            "evaluation_modules": self.evaluation_modules,
+        }
+
+    def cut(self, steps: int) -> None:
+        """Forget what came after a number of steps; a shard may go on beyond its last step."""
+        self.steps = min(self.steps, steps)
+        self.checkpoints = [entry for entry in self.checkpoints if entry["step"] <= steps]
+        self.shards = [
+            entry | {"last_step": min(entry["last_step"], steps)}
+            for entry in self.shards
+            if entry["first_step"] < steps
+        ]
+
     def save(self, directory: Path) -> None:
         """Write ``manifest.json`` into a run directory."""
         # not asdict, which copies every entry of every file
@@ -105,3 +128,15 @@ class Manifest:
         if missing := sorted(known - content.keys()):
             raise TrajectoryError(f"{path} lacks {', '.join(missing)}. Record the run again.")
         return cls(**{name: content[name] for name in known})
+
+
+def differences(first: Any, second: Any, where: str = "") -> str:
+    """List the leaves in which two JSON values differ, a line each."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        keys = [*first, *(key for key in second if key not in first)]
+        lines = [
+            differences(first.get(key, "absent"), second.get(key, "absent"), f"{where}.{key}" if where else key)
+            for key in keys
+        ]
+        return "\n".join(line for line in lines if line)
+    return "" if first == second else f"  {where}: {first!r} against {second!r}"

@@ -130,6 +130,10 @@ class Run:
         """The optimizer's update over its parameter groups."""
         return GroupedUpdate(UPDATES[self.manifest.optimizer], self.layout.group_slices)
 
+    def has_theta(self, step: int) -> bool:
+        """Whether theta_t can be had from the record alone."""
+        return step in self._checkpoints or self.has_exact_gradients
+
     def theta(self, step: int) -> dict[str, Tensor]:
         """Return the parameters after ``step`` optimizer steps, by name.
 
@@ -152,7 +156,7 @@ class Run:
             raise TrajectoryError(f"{self.path} ended before its initial parameters were written. Record it again.")
         if step in self._checkpoints:
             return self.checkpoint(step).theta
-        if not self.has_exact_gradients:
+        if not self.has_theta(step):
             raise TrajectoryError(
                 f"{self.path} holds no checkpoint at step {step} and no gradients in {self.manifest.dtype} to rebuild "
                 'it from. Record with gradients="float32" or checkpoint_every="all", or replay the run with its '

@@ -36,18 +36,23 @@ class RunWriter:
 
     Args:
         directory: The run directory; it must exist.
-        manifest: The run's manifest, status ``recording``; from here on it belongs to the writer.
+        manifest: The run's manifest, status ``recording``; from here on it belongs to the writer. Of a run that goes
+            on, it lists the files that are to be kept.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
         self._manifest = manifest
-        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | None]
+        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | threading.Event | None]
         self._queue = queue.Queue(_QUEUE_LENGTH)
         self._failure: Exception | None = None
         self._lock = FileLock(directory / _LOCK)
         self._lock.acquire(timeout=0)
         manifest.save(directory)
+        kept = {entry["file"] for entry in [*manifest.checkpoints, *manifest.shards]}
+        for path in directory.glob("*.safetensors"):
+            if path.name not in kept:
+                path.unlink()
         self._thread = threading.Thread(target=self._work, name="lightning-dtda-writer", daemon=True)
         self._thread.start()
 
@@ -58,6 +63,13 @@ class RunWriter:
     def add_shard(self, first_step: int, last_step: int, tensors: Mapping[str, Tensor]) -> None:
         """Queue the records of steps ``first_step`` to ``last_step - 1``. The tensors must not change any more."""
         self._put(f"steps-{first_step:08d}.safetensors", {"first_step": first_step, "last_step": last_step}, tensors)
+
+    def sync(self) -> None:
+        """Wait until all that was added is on disk and listed."""
+        written = threading.Event()
+        self._queue.put(written)
+        written.wait()
+        self._raise_failure()
 
     def close(self, status: Status, reason: str | None = None) -> None:
         """Wait until everything is on disk, then say in the manifest how the run ended.
@@ -70,10 +82,7 @@ class RunWriter:
         if self._failure is not None:
             status, reason = "incomplete", f"writing failed: {self._failure}"
         self._manifest.status, self._manifest.reason = status, reason
-        try:
-            self._manifest.save(self._directory)
-        except OSError as error:
-            self._failure = self._failure or error
+        self._save_manifest()
         self._unlock()
         self._raise_failure()
 
@@ -83,6 +92,12 @@ class RunWriter:
         self._thread.join()
         self._unlock()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _save_manifest(self) -> None:
+        try:
+            self._manifest.save(self._directory)
+        except OSError as error:
+            self._failure = self._failure or error
 
     def _unlock(self) -> None:
         self._lock.release()
@@ -102,6 +117,11 @@ class RunWriter:
     def _work(self) -> None:
         unlisted = 0
         while (item := self._queue.get()) is not None:
+            if isinstance(item, threading.Event):
+                self._save_manifest()
+                unlisted = 0
+                item.set()
+                continue
             if self._failure is not None:
                 continue  # keep emptying the queue, so that the training thread is never stuck on it
             name, entry, tensors = item

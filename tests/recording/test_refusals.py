@@ -226,12 +226,6 @@ REFUSED = {
         {"callbacks_before": [Finetuning()]},
         "train each phase on its own",
     ),
-    "several recorders": (
-        Regressor,
-        shuffled,
-        {"callbacks_before": [TrajectoryRecorder("elsewhere", "run")]},
-        "Keep one of them",
-    ),
     "an optimizer that has taken steps": (
         lambda: Regressor(used_optimizer),
         shuffled,
@@ -304,6 +298,17 @@ def test_it_is_refused_with_the_remedy_and_leaves_nothing(fit, root, make_module
 
     assert_nothing_left(root, module.trainer)
     assert [each.batch_sampler for each in loaders] == samplers
+
+
+def test_several_recorders_are_refused(fit, root):
+    class Appending(pl.Callback):
+        def setup(self, trainer, pl_module, stage):  # Lightning itself refuses those that it is given
+            trainer.callbacks.append(TrajectoryRecorder("elsewhere", "run"))
+
+    with pytest.raises(RecordingError, match="Keep one of them"):
+        fit(Regressor(), shuffled(), Appending(), TrajectoryRecorder(root, "run"), max_epochs=1)
+
+    assert not root.exists()
 
 
 def test_several_optimizers_are_refused(fit, root):
@@ -381,24 +386,6 @@ def test_a_run_that_appears_during_the_checks_is_not_overwritten(fit, root):
 def test_a_trial_run_of_the_trainer_is_not_recorded(fit, root):
     fit(Regressor(), shuffled(), TrajectoryRecorder(root, "run"), fast_dev_run=True)
     assert not root.exists()
-
-
-def test_a_resumed_training_is_refused(fit, root, tmp_path):
-    fit(Regressor(), shuffled(), max_epochs=1).save_checkpoint(tmp_path / "first.ckpt")
-    trainer = pl.Trainer(
-        max_epochs=2,
-        callbacks=[TrajectoryRecorder(root, "run")],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-    with pytest.raises(RecordingError, match=r"resumes at step 6.*no ckpt_path"):
-        trainer.fit(Regressor(), shuffled(), ckpt_path=tmp_path / "first.ckpt")
-
-    assert_nothing_left(root, trainer)
 
 
 def test_a_disk_that_is_too_small_is_refused(fit, root, monkeypatch):

@@ -85,6 +85,24 @@ def test_parameters_of_a_step_that_never_was_are_refused(tmp_path, step):
         run.theta(step)
 
 
+@pytest.mark.parametrize("steps", range(STEPS + 1))
+def test_a_run_that_is_cut_is_its_own_beginning(tmp_path, steps):
+    written = write_run(tmp_path / "run")
+    cut = written.run.manifest
+    cut.cut(steps)
+    cut.save(tmp_path / "run")
+
+    run = Run(tmp_path / "run")
+
+    assert run.steps == steps
+    for step in range(steps + 1):
+        assert torch.equal(run.theta_vector(step), written.thetas[step])
+    for step in range(steps):
+        assert torch.equal(run.gradient_vector(step), written.gradients[step])
+    with pytest.raises(TrajectoryError, match="no record"):
+        run.batch_indices(steps)
+
+
 @pytest.mark.parametrize("step", [-1, STEPS])
 def test_the_record_of_a_step_that_never_was_is_refused(tmp_path, step):
     run = write_run(tmp_path / "run").run
