@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
@@ -18,6 +20,8 @@ from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.jobs import record_in_jobs
 from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
+
+_log = logging.getLogger(__name__)
 
 
 class RecordCLI(ConfigurationCLI):
@@ -104,22 +108,25 @@ def run(arguments: Sequence[str]) -> None:
     if cli.config.jobs < 1:
         raise RecordingError(f"--jobs={cli.config.jobs}; give the number of processes, at least 1.")
     everything = cli.seeds
+    # in a training of several processes, the others run this command too
+    is_first = getattr(rank_zero_only, "rank", 0) == 0
+    say = print if is_first else _log.debug
     save_configuration(cli.root, cli.dump())
     seeds = [seed for seed in everything if not is_complete(cli.root / run_name(seed))]
     if skipped := len(everything) - len(seeds):
-        print(f"{skipped} of {len(everything)} runs are complete already in {cli.root}.")
+        say(f"{skipped} of {len(everything)} runs are complete already in {cli.root}.")
     if not seeds:
         return
-    with quiet_lightning(), _progress(len(seeds)) as finished:
+    with quiet_lightning(), _progress(len(seeds), is_first) as finished:
         if min(cli.config.jobs, len(seeds)) > 1:
             failures = record_in_jobs(_command(cli), cli.root, seeds, cli.config.jobs, finished)
         else:
             to_fit = cli.config.runs_to_fit
             failures = record_seeds(cli.make_training, cli.make_recorder, cli.root, seeds, finished, to_fit)
     for seed, reason in failures.items():
-        print(f"seed {seed} failed: {reason}")
+        say(f"seed {seed} failed: {reason}")
     complete = sum(is_complete(cli.root / run_name(seed)) for seed in everything)
-    print(f"{complete} of {len(everything)} runs are complete in {cli.root}.")
+    say(f"{complete} of {len(everything)} runs are complete in {cli.root}.")
     if complete < len(everything):
         raise SystemExit(1)
 
@@ -131,7 +138,7 @@ def _command(cli: RecordCLI) -> list[str]:
 
 
 @contextmanager
-def _progress(runs: int) -> Iterator[Callable[[int], None]]:
+def _progress(runs: int, shown: bool) -> Iterator[Callable[[int], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -141,6 +148,6 @@ def _progress(runs: int) -> Iterator[Callable[[int], None]]:
         TextColumn("left:"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, disable=not shown) as bar:
         task = bar.add_task("recording", total=runs)
         yield lambda seed: bar.advance(task)

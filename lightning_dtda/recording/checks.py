@@ -10,7 +10,14 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
 from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision
 from lightning.pytorch.plugins.precision.precision import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -53,11 +60,7 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"{type(module).__name__} uses manual optimization, so that its steps are not those of one loss. Use "
             "automatic optimization, or train without the recorder."
         )
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise RecordingError(
-            f"The strategy {type(trainer.strategy).__name__} spreads one training over processes. Train each seed on "
-            'one device: Trainer(devices=1, strategy="auto").'
-        )
+    refuse_strategy(trainer.strategy)
     plugin = trainer.precision_plugin
     if type(plugin) not in (Precision, DoublePrecision, MixedPrecision):
         raise RecordingError(
@@ -94,6 +97,33 @@ def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
                 )
 
 
+def refuse_strategy(strategy: Strategy) -> None:
+    """Refuse strategies under which no process sees the gradient that is applied.
+
+    Raises:
+        RecordingError: Naming the strategy, why, and which ones are followed.
+    """
+    if isinstance(strategy, SingleDeviceStrategy):
+        return
+    # subclasses change how gradients are reduced
+    if type(strategy) is not DDPStrategy:
+        why = (
+            "spreads parameters, gradients and the optimizer's state over processes, so that none of them has those of "
+            "a step"
+            if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy)
+            else "is not known to apply the mean of the processes' gradients"
+        )
+        raise RecordingError(
+            f'The strategy {type(strategy).__name__} {why}. Train with strategy="ddp", or on one device: '
+            'Trainer(devices=1, strategy="auto").'
+        )
+    if strategy._ddp_comm_hook is not None or strategy._model_averaging_period is not None:
+        raise RecordingError(
+            "The DDPStrategy has a communication hook or averages models, so that what is applied is not the mean of "
+            "the processes' gradients. Leave ddp_comm_hook and model_averaging_period out."
+        )
+
+
 def refuse_layers(module: nn.Module) -> None:
     """Refuse layers whose state a replay does not follow, and those with sparse gradients.
 
@@ -106,6 +136,11 @@ def refuse_layers(module: nn.Module) -> None:
     for name, batch_norm in batch_norm_layers(module).items():
         if not batch_norm.training:
             continue
+        if isinstance(batch_norm, nn.SyncBatchNorm):
+            raise RecordingError(
+                f"Layer {name} takes its statistics over all processes, which a replay does not follow. Use the "
+                "statistics of each process: Trainer(sync_batchnorm=False)."
+            )
         if not hasattr(module, "example_losses"):
             raise RecordingError(
                 f"Layer {name} is a BatchNorm in training mode: the loss of an example depends on its batch and cannot "

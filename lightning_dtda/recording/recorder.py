@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
@@ -27,17 +28,22 @@ from lightning_dtda.recording.configuration import (
     versions,
 )
 from lightning_dtda.recording.data import check_batch, describe_data
+from lightning_dtda.recording.extent import (
+    check_disk,
+    checkpoint_interval,
+    gradient_precision,
+    needed_bytes,
+    planned_steps,
+)
+from lightning_dtda.recording.processes import together
 from lightning_dtda.recording.resuming import resume
-from lightning_dtda.recording.run_recording import RunRecording, buffers
+from lightning_dtda.recording.run_recording import RunRecording
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.replay.batches import example_shapes, rows_of
 from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
-from lightning_dtda.units import GIB, human_bytes
+from lightning_dtda.trajectory.run import process_path
 
 _log = logging.getLogger(__name__)
-
-_UNKNOWN_LENGTH_INTERVAL = 100
-"""Steps between checkpoints under "sqrt" where the number of steps is not known beforehand: that of 10,000 steps."""
 
 
 class TrajectoryRecorder(Callback):
@@ -67,8 +73,8 @@ class TrajectoryRecorder(Callback):
 
     Raises:
         RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
-            sets, several data loaders, manual optimization, several or unknown optimizers, strategies of several
-            processes, half precision, BatchNorm without ``example_losses``, a loss that is no mean over examples, a
+            sets, several data loaders, manual optimization, several or unknown optimizers, strategies other than DDP,
+            half precision, BatchNorm without ``example_losses``, a loss that is no mean over examples, a
             run that exists, or a disk that is too small. The message says what to do.
 
     Example:
@@ -124,24 +130,12 @@ class TrajectoryRecorder(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._tap is None:
             return
-        if not trainer.global_step:
-            self._resumed = None  # a checkpoint may have been loaded for another purpose than to train
-        elif self._resumed is None:
-            raise RecordingError(
-                f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
-                "the start (no ckpt_path), or resume from a checkpoint that was saved while a TrajectoryRecorder was "
-                "among the Trainer's callbacks."
-            )
-        if self._resumed is not None:
-            self._directory = self.root / self._resumed["run"]
-        else:
-            # the seed may be another one when the first batch comes
-            self._directory = self._choose_directory()
-            checks.refuse_existing(self._directory, self.overwrite)
-        self._data = describe_data(self._tap.loader, self._stores_batches)
-        self._described = self._tap.loader.dataset
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
+        with together(trainer):
+            self._directory = self._choose_directory(trainer)
+            self._data = describe_data(self._tap.loader, self._stores_batches)
+            self._described = self._tap.loader.dataset
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+            checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -163,9 +157,7 @@ class TrajectoryRecorder(Callback):
         indices = torch.tensor(self._tap.current_indices())
         if self._recording is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
-            if not self._stores_batches:
-                check_batch(self._tap.loader, indices, batch, trainer.precision_plugin.convert_input)
-            self._recording = self._begin(trainer, pl_module, batch, batch_idx)
+            self._recording = self._begin(trainer, pl_module, indices, batch, batch_idx)
         self._check_indices(indices, batch)
         leaves = self._leaves(batch) if self._stores_batches else ()
         self._recording.begin_micro_batch(
@@ -224,63 +216,91 @@ class TrajectoryRecorder(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._stop("the training ended early")
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> RunRecording:
+    def _begin(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, indices: Tensor, batch: Any, batch_idx: int
+    ) -> RunRecording:
         """Check what is about to be trained on, then make the run directory."""
-        assert self._tap is not None
-        loader = self._tap.loader
-        optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
-        state_names = checks.state_names(optimizer)
-        layout = checks.parameter_layout(pl_module, optimizer)
-        checks.refuse_layers(pl_module)
-        checks.check_example_losses(pl_module, layout, batch, batch_idx)
-        dtype = pl_module.get_parameter(layout.names[0]).dtype
-        planned = _planned_steps(trainer)
-        gradients = self._gradient_dtype(layout, planned)
-        interval = self._checkpoint_interval(planned)
-        kept = sum(b.numel() * b.element_size() for b in buffers(pl_module, layout, step=0).values())
-        kept += (1 + max(map(len, state_names))) * layout.size * dtype.itemsize
-        per_step = 0 if gradients is None else layout.size * gradients.itemsize
-        if self._stores_batches:
-            per_step += trainer.accumulate_grad_batches * sum(leaf.nbytes for leaf in tree_leaves(batch))
-        self._check_disk(per_step, interval, planned, kept)
+        is_first = trainer.global_rank == 0
+        with together(trainer):
+            if not self._stores_batches:
+                check_batch(self._loader, indices, batch, trainer.precision_plugin.convert_input)
+            optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
+            layout = checks.parameter_layout(pl_module, optimizer)
+            checks.refuse_layers(pl_module)
+            checks.check_example_losses(pl_module, layout, batch, batch_idx)
+            manifest = self._manifest(trainer, pl_module, optimizer, layout)
+            if is_first:
+                if self.runs_to_fit:
+                    interval = checkpoint_interval(self.checkpoint_every, manifest.planned_steps)
+                    of_run = needed_bytes(trainer, pl_module, optimizer, manifest, interval, batch)
+                    what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
+                    check_disk(what, self.root, self.runs_to_fit * of_run)
+                manifest = self._prepare(self._directory, manifest, pl_module)
+        # the first process comes last: once its manifest is there, those of the others are
+        for turn in (False, True):
+            with together(trainer):
+                if turn == is_first:
+                    directory = process_path(self._directory, trainer.global_rank)
+                    if not is_first:
+                        self._check_root_is_shared()
+                        manifest = replace(manifest, processes=1, gradients="none")
+                        manifest = self._prepare(directory, manifest, pl_module)
+                    recording = self._record(directory, manifest, pl_module, optimizer, is_first)
+        return recording
+
+    def _manifest(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, layout: ParameterLayout
+    ) -> Manifest:
         numbers, options = hyperparameters(optimizer)
-        manifest = Manifest(
+        planned = planned_steps(trainer)
+        return Manifest(
             seed=_global_seed(),
-            configuration=configuration(trainer, pl_module, loader, self._data, optimizer, _global_seed()),
+            configuration=configuration(trainer, pl_module, self._loader, self._data, optimizer, _global_seed()),
             parameters=[
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],
             group_lengths=list(layout.group_lengths),
-            dtype=_name(dtype),
+            dtype=str(pl_module.get_parameter(layout.names[0]).dtype).removeprefix("torch."),
             optimizer=checks.optimizer_path(optimizer),
             options=options,
             hyperparameters=numbers,
-            gradients="none" if gradients is None else _name(gradients),
+            gradients=gradient_precision(self.gradients, self.gradients_budget, layout, planned),
             batches=self.batches,
+            processes=trainer.world_size,
             evaluation_modules=checks.evaluation_modules(pl_module),
             threads=torch.get_num_threads(),
             versions=versions(),
             planned_steps=planned,
         )
-        steps = 0
-        if self._resumed is not None:
-            steps = self._resumed["steps"]
-            theta = layout.flatten([pl_module.get_parameter(name) for name in layout.names])
-            manifest = resume(self._directory, manifest, steps, theta, self.gradients != "auto")
-            gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
-        else:
-            self._make_directory()
+
+    def _prepare(self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule) -> Manifest:
+        """Make a run directory, or cut the record that is there back to where the training goes on."""
+        if self._resumed is None:
+            self._make_directory(directory)
+            return manifest
+        theta = manifest.layout.flatten([pl_module.get_parameter(name) for name in manifest.layout.names])
+        return resume(directory, manifest, self._resumed["steps"], theta, self.gradients != "auto")
+
+    def _record(
+        self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule, optimizer: Optimizer, is_first: bool
+    ) -> RunRecording:
+        gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
         return RunRecording(
             module=pl_module,
             optimizer=optimizer,
-            layout=layout,
-            writer=RunWriter(self._directory, manifest),
-            hyperparameter_names=numbers,
-            state_names=state_names,
-            buffer=ShardBuffer(layout, gradients, pl_module.device, first_step=steps),
-            interval=interval,
-            checkpointed=any(entry["step"] == steps for entry in manifest.checkpoints),
+            layout=manifest.layout,
+            writer=RunWriter(directory, manifest),
+            hyperparameter_names=manifest.hyperparameters,
+            state_names=checks.state_names(optimizer),
+            buffer=ShardBuffer(manifest.layout, gradients, pl_module.device, manifest.steps),
+            interval=checkpoint_interval(self.checkpoint_every, manifest.planned_steps) if is_first else None,
+            checkpointed=any(entry["step"] == manifest.steps for entry in manifest.checkpoints),
         )
+
+    @property
+    def _loader(self) -> DataLoader[Any]:
+        assert self._tap is not None
+        return self._tap.loader
 
     def _stop(self, reason: str) -> None:
         if self._tap is not None:
@@ -314,19 +334,38 @@ class TrajectoryRecorder(Callback):
             )
         return tuple(leaf.clone() for leaf in tree_leaves(batch))
 
-    def _choose_directory(self) -> Path:
-        if self.run is not None:
-            return self.root / self.run
-        seed = _global_seed()
-        if seed is None:
+    def _choose_directory(self, trainer: pl.Trainer) -> Path:
+        if not trainer.global_step or (self._resumed and not self._resumed["steps"]):
+            self._resumed = None  # a checkpoint may have been loaded for another purpose, or before the first step
+        elif self._resumed is None:
+            raise RecordingError(
+                f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
+                "the start (no ckpt_path), or resume from a checkpoint that was saved while a TrajectoryRecorder was "
+                "among the Trainer's callbacks."
+            )
+        if self._resumed is not None:
+            directory = self.root / self._resumed["run"]
+        elif self.run is not None:
+            directory = self.root / self.run
+        elif (seed := _global_seed()) is not None:
+            directory = self.root / run_name(seed)
+        else:
             raise RecordingError(
                 "The run has no name: call lightning.seed_everything(seed) before the module is made (the runs of an "
                 "ensemble differ in it), or give TrajectoryRecorder(run=...)."
             )
-        return self.root / run_name(seed)
+        if self._resumed is None and trainer.is_global_zero:
+            checks.refuse_existing(directory, self.overwrite)
+        return directory
 
-    def _make_directory(self) -> None:
-        directory = self._directory
+    def _check_root_is_shared(self) -> None:
+        if not self._directory.is_dir():
+            raise RecordingError(
+                f"{self._directory}, which the first process made, is not there for the others. Choose a root on a "
+                "file system that all machines share."
+            )
+
+    def _make_directory(self, directory: Path) -> None:
         # again: another process may have begun the same run meanwhile
         checks.refuse_existing(directory, self.overwrite)
         try:
@@ -336,51 +375,9 @@ class TrajectoryRecorder(Callback):
         except OSError as error:
             raise RecordingError(f"{directory} cannot be written ({error}). Choose another root.") from error
 
-    def _gradient_dtype(self, layout: ParameterLayout, planned: int | None) -> torch.dtype | None:
-        if self.gradients == "none":
-            return None
-        if self.gradients != "auto":
-            dtype: torch.dtype = getattr(torch, self.gradients)
-            return dtype
-        needed = math.inf if planned is None else planned * layout.size * torch.float32.itemsize / GIB
-        if needed <= self.gradients_budget:
-            return torch.float32
-        size = "unknown in advance" if planned is None else human_bytes(needed * GIB)
-        _log.info(
-            "Gradients are not recorded: their size is %s, the budget %.1f GiB. A replay computes them anew.",
-            size,
-            self.gradients_budget,
-        )
-        return None
-
-    def _checkpoint_interval(self, planned: int | None) -> int:
-        if self.checkpoint_every == "all":
-            return 1
-        if self.checkpoint_every == "sqrt":
-            return _UNKNOWN_LENGTH_INTERVAL if planned is None else max(1, math.ceil(math.sqrt(planned)))
-        return int(self.checkpoint_every)
-
     @property
     def _stores_batches(self) -> bool:
         return self.batches == "store"
-
-    def _check_disk(self, per_step: int, interval: int, planned: int | None, per_checkpoint: int) -> None:
-        if not self.runs_to_fit:
-            return
-        if planned is None:
-            _log.info("The number of steps is unknown, and with it the disk that %s will need.", self._directory)
-            return
-        needed = self.runs_to_fit * (planned * per_step + (planned // interval + 2) * per_checkpoint)
-        existing = next(path for path in [self.root, *self.root.resolve().parents] if path.exists())
-        free = shutil.disk_usage(existing).free
-        what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
-        _log.info("Recording %s needs about %s of disk.", what, human_bytes(needed))
-        if needed > free:
-            raise RecordingError(
-                f"Recording {what} needs about {human_bytes(needed)} of disk; {human_bytes(free)} "
-                'are free. Free some, choose another root, record less (gradients="none", batches="indices"), or set a '
-                "larger checkpoint_every."
-            )
 
 
 def run_name(seed: int) -> str:
@@ -397,15 +394,6 @@ def _clips_by_value(trainer: pl.Trainer) -> bool:
     return trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
 
 
-def _planned_steps(trainer: pl.Trainer) -> int | None:
-    steps = trainer.estimated_stepping_batches
-    return None if math.isinf(steps) or steps < 0 else int(steps)
-
-
 def _global_seed() -> int | None:
     seed = os.environ.get("PL_GLOBAL_SEED")
     return None if seed is None else int(seed)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

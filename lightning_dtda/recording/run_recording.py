@@ -20,7 +20,19 @@ from lightning_dtda.trajectory import MicroBatch, ParameterLayout, RunWriter
 
 
 class RunRecording:
-    """One run under way: gathers a step's pieces from the hooks at which they are known."""
+    """One run under way: gathers a step's pieces from the hooks at which they are known.
+
+    Args:
+        module: The module.
+        optimizer: Its optimizer.
+        layout: The recorded parameters.
+        writer: Writes the run, or the part of it that this process sees.
+        hyperparameter_names: Of what is recorded at each step.
+        state_names: Of what the optimizer keeps, by parameter group.
+        buffer: Collects the steps from the first one on.
+        interval: Steps between checkpoints; ``None`` where another process writes them.
+        checkpointed: Whether the first step's checkpoint is there already.
+    """
 
     def __init__(
         self,
@@ -32,7 +44,7 @@ class RunRecording:
         hyperparameter_names: list[str],
         state_names: list[tuple[str, ...]],
         buffer: ShardBuffer,
-        interval: int,
+        interval: int | None,
         checkpointed: bool = False,
     ) -> None:
         self.layout = layout
@@ -51,7 +63,7 @@ class RunRecording:
         self._accumulate_grad_batches = 1
         self._last_applied: list[list[float]] | None = None
         self._last_checkpoint = self.steps
-        if not checkpointed:
+        if interval is not None and not checkpointed:
             self._checkpoint()
         self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
 
@@ -94,7 +106,7 @@ class RunRecording:
             self._writer.discard()
             return
         try:
-            if status == "complete" and self._last_checkpoint != self.steps:
+            if self._interval is not None and status == "complete" and self._last_checkpoint != self.steps:
                 self._checkpoint()
             else:  # stopped in mid-step, perhaps: whole steps only, and no parameters that belong to none
                 self._flush()
@@ -131,7 +143,7 @@ class RunRecording:
         self._buffer.append(self._pending, applied, self._accumulate_grad_batches)
         self._pending = []
         self.steps += 1
-        if self.steps % self._interval == 0:
+        if self._interval is not None and self.steps % self._interval == 0:
             self._checkpoint()
         elif self._buffer.is_full:
             self._flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -27,6 +27,19 @@ from lightning_dtda.trajectory import MicroBatch, Run
 Precision = Literal["recorded", "float64"]
 
 
+class Part(NamedTuple):
+    """Examples that pass through the module together.
+
+    Args:
+        size: Their number.
+        keeps_statistics: Whether running statistics are those after this pass: in the first process of a training,
+            whose buffers the others get.
+    """
+
+    size: int
+    keeps_statistics: bool = True
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """The examples of one step of R runs; shorter batches are filled up with examples of coefficient 0.
@@ -37,8 +50,8 @@ class StepBatch:
         examples: The examples, each leaf ``(runs, B, ...)``.
         batch_idx: As ``training_step`` got it.
         masks: Those of dropout, each part ``(runs, B, ...)``.
-        parts: Numbers of examples that pass through the module together: all of them, since the loss of an example does
-            not depend on the others; or those of each micro-batch, where BatchNorm makes it depend on them.
+        parts: The examples that pass through the module together: all of them, since the loss of an example does not
+            depend on the others; or those of each micro-batch, where BatchNorm makes it depend on them.
     """
 
     indices: Tensor
@@ -46,7 +59,7 @@ class StepBatch:
     examples: Any
     batch_idx: int
     masks: list[Mask]
-    parts: list[int]
+    parts: list[Part]
 
 
 @dataclass(frozen=True)
@@ -188,10 +201,10 @@ class Replay:
             [pad_sequence(list(runs), batch_first=True) for runs in zip(*of_runs, strict=True)]
         )
 
-    def _parts(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[int]:
-        sizes = [[len(part.indices) for part in parts] for parts in micro_batches]
+    def _parts(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[Part]:
+        sizes = [[Part(len(part.indices), part.process == 0) for part in parts] for parts in micro_batches]
         if not self.module.statistics:
-            return [max(sum(of_run) for of_run in sizes)]
+            return [Part(max(sum(part.size for part in of_run) for of_run in sizes))]
         if any(of_run != sizes[0] for of_run in sizes):
             raise ReplayError(
                 f"The runs have batches of different sizes at step {step}. With BatchNorm, whose statistics are those "
@@ -299,10 +312,10 @@ class Replay:
         if len(batch.parts) == 1 and not self.module.statistics:
             return self.module.example_losses(theta, buffers, examples, batch.batch_idx, masks), {}
         losses, statistics, start = [], {name: buffers[name] for name in self.module.statistics}, 0
-        for size in batch.parts:
+        for size, keeps_statistics in batch.parts:
             rows = slice(start, start + size)
             start += size
-            part, statistics = self.module.losses_and_statistics(
+            part, after = self.module.losses_and_statistics(
                 theta,
                 buffers | statistics,
                 map_tensors(lambda leaf, rows=rows: leaf[rows], examples),  # type: ignore[misc]
@@ -310,6 +323,7 @@ class Replay:
                 [tuple(part[rows] for part in mask) for mask in masks],
             )
             losses.append(part)
+            statistics = after if keeps_statistics else statistics
         return torch.cat(losses), statistics
 
     def statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -84,4 +84,5 @@ class Ensemble(Sequence[Run]):
 
 
 def _how_it_ended(run: Run) -> str:
-    return "still recording, or killed" if run.manifest.status == "recording" else str(run.manifest.reason)
+    manifest = next(process.manifest for process in run.processes if process.manifest.status != "complete")
+    return "still recording, or killed" if manifest.status == "recording" else str(manifest.reason)

@@ -35,6 +35,8 @@ class Manifest:
         hyperparameters: Names of the numbers recorded at every step for every group.
         gradients: Stored data type of the gradients, or ``none``.
         batches: ``store`` where the batches themselves are stored, else ``indices``.
+        processes: Number of processes that the training was spread over; the manifest is that of the first, those of
+            the others are in directories below.
         evaluation_modules: Submodules that were in evaluation mode during training.
         threads: ``torch.get_num_threads()``; replay is bitwise only with the same number.
         versions: Of torch, lightning and lightning-dtda.
@@ -56,6 +58,7 @@ class Manifest:
     hyperparameters: list[str]
     gradients: str
     batches: str
+    processes: int
     evaluation_modules: list[str]
     threads: int
     versions: dict[str, str]
@@ -89,6 +92,7 @@ class Manifest:
             **self.configuration,
             "parameters": {entry["name"]: entry["shape"] for entry in self.parameters},
             "dtype": self.dtype,
+            "processes": self.processes,
             "optimizer": self.optimizer,
             "options": self.options,
             "evaluation_modules": self.evaluation_modules,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class MicroBatch:
         rng_states: State of the random number generators before the pass, by device type (``cpu``, ``cuda``); empty
             where the pass drew no random numbers.
         leaves: The tensors of the batch, each ``(B, ...)``; none where batches were not stored.
+        process: The process that made the pass, 0 where there was one.
     """
 
     indices: Tensor
@@ -55,12 +56,14 @@ class MicroBatch:
     batch_idx: int
     rng_states: dict[str, Tensor]
     leaves: tuple[Tensor, ...] = ()
+    process: int = 0
 
 
 class Run:
     """One seeded training on disk: what happened at each of its T optimizer steps.
 
-    Files are read when they are needed and checked against the manifest then.
+    Files are read when they are needed and checked against the manifest then. A training that was spread over several
+    processes is one run: each step has the micro-batches of all of them, those of the first process first.
 
     Args:
         path: The run directory.
@@ -74,8 +77,9 @@ class Run:
         self.manifest = Manifest.load(self.path)
         for entry in [*self.manifest.shards, *self.manifest.checkpoints]:
             check_size(self.path, entry)
-        # a checkpoint is written after the shard that leads to it, so that none can be ahead of the prefix
-        self._checkpoints = {entry["step"]: entry for entry in self.manifest.checkpoints}
+        self.processes = (self, *(Run(process_path(self.path, n)) for n in range(1, self.manifest.processes)))
+        # of a killed training, the processes may have left different numbers of steps
+        self._checkpoints = {entry["step"]: entry for entry in self.manifest.checkpoints if entry["step"] <= self.steps}
         self._shard_starts = [entry["first_step"] for entry in self.manifest.shards]
         self._shard: tuple[int, _Shard] | None = None
         self._cursor: tuple[int, Tensor, list[State]] | None = None
@@ -91,7 +95,7 @@ class Run:
     @property
     def steps(self) -> int:
         """T, the number of recorded optimizer steps."""
-        return self.manifest.steps
+        return min(process.manifest.steps for process in self.processes)
 
     @property
     def checksum(self) -> int:
@@ -102,7 +106,7 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether the training came to its regular end."""
-        return self.manifest.status == "complete"
+        return all(process.manifest.status == "complete" for process in self.processes)
 
     @property
     def layout(self) -> ParameterLayout:
@@ -196,8 +200,11 @@ class Run:
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return the forward passes whose gradients the step applied, in order."""
-        shard, row = self._locate(step)
-        return shard.micro_batches(row)
+        micro_batches = []
+        for number, process in enumerate(self.processes):
+            shard, row = process._locate(step)
+            micro_batches += [replace(micro_batch, process=number) for micro_batch in shard.micro_batches(row)]
+        return micro_batches
 
     def batch_indices(self, step: int) -> Tensor:
         """Return the data set indices of the examples in a step, all micro-batches in order ``(B,)``."""
@@ -207,14 +214,15 @@ class Run:
         """Return what each example's loss is multiplied with in the step's loss ``(B,)``, float64.
 
         One over the size of its micro-batch times ``accumulate_grad_batches``: Lightning divides by that number even
-        where the last group of an epoch has fewer micro-batches.
+        where the last group of an epoch has fewer micro-batches. And over the number of processes, whose gradients are
+        averaged.
         """
         shard, row = self._locate(step)
-        divisor = int(shard.tensors["accumulate_grad_batches"][row])
+        divisor = int(shard.tensors["accumulate_grad_batches"][row]) * len(self.processes)
         return torch.cat(
             [
                 torch.full((len(micro_batch.indices),), 1 / (divisor * len(micro_batch.indices)), dtype=torch.float64)
-                for micro_batch in shard.micro_batches(row)
+                for micro_batch in self.micro_batches(step)
             ]
         )
 
@@ -273,6 +281,11 @@ class Run:
         if self._shard is None or self._shard[0] != number:
             self._shard = (number, _Shard(read_tensors(self.path, self.manifest.shards[number])))
         return self._shard[1], step - self._shard_starts[number]
+
+
+def process_path(path: Path, number: int) -> Path:
+    """Return the directory of a run in which one of its processes records."""
+    return path / f"process-{number}" if number else path
 
 
 class _Shard:

@@ -6,11 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_dtda import Run, TrajectoryRecorder
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording.checks import refuse_strategy
 from tests.recording.modules import Classifier, IndexedExamples, Regressor, loader, shuffled
 
 
@@ -321,16 +323,27 @@ def test_several_optimizers_are_refused(fit, root):
     assert_nothing_left(root, module.trainer)
 
 
-def test_a_strategy_of_several_processes_is_refused(fit, root):
-    module = Regressor()
-    try:
-        with pytest.raises(RecordingError, match=r"Trainer\(devices=1"):
-            fit(module, shuffled(), TrajectoryRecorder(root, "run"), max_epochs=1, strategy="ddp", devices=1)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+def test_strategies_whose_processes_do_not_see_the_gradient_are_refused():
+    for strategy in (FSDPStrategy(), DeepSpeedStrategy.__new__(DeepSpeedStrategy), ModelParallelStrategy()):
+        with pytest.raises(RecordingError, match=r"spreads parameters.*strategy=\"ddp\".*devices=1"):
+            refuse_strategy(strategy)
 
-    assert_nothing_left(root, module.trainer)
+
+def test_ddp_that_does_not_average_gradients_is_refused():
+    def hook(state, bucket):
+        pass
+
+    for strategy in (DDPStrategy(ddp_comm_hook=hook), DDPStrategy(model_averaging_period=3)):
+        with pytest.raises(RecordingError, match="not the mean of the processes' gradients"):
+            refuse_strategy(strategy)
+
+
+def test_a_strategy_of_ones_own_is_refused():
+    class Own(DDPStrategy):
+        pass
+
+    with pytest.raises(RecordingError, match="Own is not known to apply the mean"):
+        refuse_strategy(Own())
 
 
 STOPPED = {

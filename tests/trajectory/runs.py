@@ -37,6 +37,7 @@ def manifest(**changes):
         "hyperparameters": ["lr", "momentum", "dampening", "weight_decay"],
         "gradients": "float32",
         "batches": "indices",
+        "processes": 1,
         "evaluation_modules": [],
         "threads": 1,
         "versions": {"torch": torch.__version__},
