@@ -23,8 +23,8 @@ from rich.progress import (
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.store import AttributionStore
-from lightning_dtda.attribution.trust import chaotic, response_norm
+from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
+from lightning_dtda.attribution.trust import chaotic, sizes
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimate, Estimator, Plan, Question, UnrolledDifferentiation
 from lightning_dtda.replay import (
@@ -129,6 +129,14 @@ def attribute(
             len(answer.runs),
             ", ".join(answer.chaotic),
         )
+    if answer.ill_conditioned:
+        _log.warning(
+            "%d of %d runs are ill-conditioned: on a sample of steps, responses in single and in double precision "
+            'differ by more than 5 %%. Use UnrolledDifferentiation(precision="float64"). They are %s.',
+            len(answer.ill_conditioned),
+            len(answer.runs),
+            ", ".join(answer.ill_conditioned),
+        )
     return answer
 
 
@@ -141,7 +149,8 @@ def _answer_to_disk(
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
         for batch, estimate in _estimates(remaining, question, estimator, progress, store.path):
             for number, run in enumerate(batch):
-                store.add(run.name, estimate.baseline[number], estimate.responses[number], **_facts(estimate, number))
+                facts = _facts(estimate, number)
+                store.add(run.name, estimate.baseline[number], estimate.responses[number], facts)
     return Attribution.load(store.path)
 
 
@@ -161,15 +170,17 @@ def _answer_in_memory(
             facts[run.name] = _facts(estimate, number)
     runs = tuple(sorted(answers))
     baseline, responses = (torch.stack([answers[run][part] for run in runs]) for part in (0, 1))
-    of_runs: dict[str, Any] = {key: {run: facts[run][key] for run in runs} for key in ("drift", "adjoint_norms")}
-    norms = {run: response_norm(responses[number]) for number, run in enumerate(runs)}
-    about = {**about, **of_runs, "response_norm": norms, "chaotic": chaotic(norms)}
+    of_runs = {key: {run: facts[run][key] for run in runs} for key in OF_RUNS}
+    about = {**about, **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
     return Attribution(baseline, responses, runs, names, about)
 
 
 def _facts(estimate: Estimate, number: int) -> dict[str, Any]:
+    """Return what is known of one of an estimate's runs."""
     norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
-    return {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms}
+    diagnosis = asdict(estimate.diagnoses[number]) if estimate.diagnoses else {}
+    known = {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms, "diagnosis": diagnosis}
+    return known | sizes(estimate.responses[number])
 
 
 def _estimates(

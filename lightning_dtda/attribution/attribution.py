@@ -22,7 +22,8 @@ from lightning_dtda.attribution.differences import (
     resolve_difference,
 )
 from lightning_dtda.attribution.reliability import split_half
-from lightning_dtda.attribution.store import AttributionStore
+from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
+from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError
 
 if TYPE_CHECKING:
@@ -82,6 +83,18 @@ class Attribution:
         The rule is that of :func:`~lightning_dtda.attribution.trust.chaotic`, applied when the runs were attributed.
         """
         named = self.about.get("chaotic", ())
+        return tuple(run for run in self.runs if run in named)
+
+    @property
+    def ill_conditioned(self) -> tuple[str, ...]:
+        """Names of the runs whose responses are lost to rounding in the precision they were computed in.
+
+        None if they were computed in double precision, or were not diagnosed.
+        """
+        estimator = self.about.get("estimator")
+        if isinstance(estimator, dict) and estimator.get("precision") == "float64":
+            return ()
+        named = ill_conditioned(self.about.get("diagnosis", {}))
         return tuple(run for run in self.runs if run in named)
 
     def trusted(self) -> Attribution:
@@ -227,8 +240,9 @@ class Attribution:
         wanted = dict.fromkeys(self.runs)
         store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
         for number, run in enumerate(self.runs):
-            of_run = {key: self.about.get(key, {}).get(run, {}) for key in ("drift", "adjoint_norms")}
-            store.add(run, self.baseline[number], self.responses[number], **of_run)
+            known = {key: self.about[key][run] for key in OF_RUNS if run in self.about.get(key, {})}
+            facts = {key: {} for key in OF_RUNS} | sizes(self.responses[number]) | known
+            store.add(run, self.baseline[number], self.responses[number], facts)
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:

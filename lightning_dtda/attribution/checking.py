@@ -136,6 +136,7 @@ def check(
     findings = [
         _replay(all_runs),
         _finite_differences(responses[:, chosen], differences, ensemble[0].name),
+        _conditioning(all_runs),
         _chaos(all_runs),
     ]
     if len(all_runs.trusted().runs) >= 4:
@@ -163,6 +164,21 @@ def _finite_differences(responses: Tensor, differences: Tensor, run: str) -> Fin
         if distance < _AGREEMENT
         else "Responses are not the derivatives of retraining. Either the training has kinks within a millionth of a "
         "weight, or it does something that lightning-dtda misses: please report it.",
+    )
+
+
+def _conditioning(attribution: Attribution) -> Finding:
+    found = [diagnosis["precision"] for diagnosis in attribution.about["diagnosis"].values()]
+    worst = max((precision for precision in found if precision is not None), default=float("nan"))
+    failed, runs = attribution.ill_conditioned, len(attribution.runs)
+    return Finding(
+        "precision",
+        not failed,
+        f"responses in recorded and double precision differ by {worst:.1e} at the most, on a sample of steps"
+        + (f"; ill-conditioned: {len(failed)} of {runs} ({', '.join(failed)})" if failed else ""),
+        "The recorded precision is enough."
+        if not failed
+        else 'Rounding is part of these responses: use UnrolledDifferentiation(precision="float64").',
     )
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.trust import chaotic, response_norm
+from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
 
-_OF_RUNS = ("drift", "adjoint_norms", "response_norm")
+OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
 """What ``about`` says of each run."""
 
 FORMAT_VERSION = 1
@@ -60,7 +60,7 @@ class AttributionStore:
             AttributionError: If the directory holds an answer to another question, or something else.
         """
         path = Path(path)
-        question = {key: value for key, value in about.items() if key not in (*_OF_RUNS, "chaotic")}
+        question = {key: value for key, value in about.items() if key not in (*OF_RUNS, "chaotic")}
         index: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "about": question,
@@ -125,7 +125,7 @@ class AttributionStore:
     def about(self) -> dict[str, Any]:
         """What was asked and how it was answered, with what is known of each run, and which are chaotic."""
         runs = self._index["runs"]
-        of_runs = {key: {name: runs[name][key] for name in self.finished} for key in _OF_RUNS}
+        of_runs = {key: {name: runs[name][key] for name in self.finished} for key in OF_RUNS}
         return {**self._index["about"], **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
 
     @property
@@ -143,21 +143,17 @@ class AttributionStore:
         """Names of the runs that were meant to be added and are not there yet."""
         return tuple(name for name in self._index["wanted"] if name not in self._index["runs"])
 
-    def add(
-        self, run: str, baseline: Tensor, responses: Tensor, drift: dict[str, Any], adjoint_norms: dict[str, float]
-    ) -> None:
+    def add(self, run: str, baseline: Tensor, responses: Tensor, facts: Mapping[str, Any]) -> None:
         """Write a run's answer.
 
         Args:
             run: Its name.
             baseline: m(theta_T) ``(queries,)``.
             responses: ``(queries, examples)``.
-            drift: How far its replay was from the record.
-            adjoint_norms: By step, see :class:`~lightning_dtda.estimators.Estimate`.
+            facts: What ``about`` says of it, :data:`OF_RUNS`.
         """
         entry = write_tensors(self.path / f"{run}.safetensors", {"baseline": baseline, "responses": responses})
-        facts = {"drift": drift, "adjoint_norms": adjoint_norms, "response_norm": response_norm(responses)}
-        self._index["runs"][run] = entry | facts
+        self._index["runs"][run] = entry | {key: facts[key] for key in OF_RUNS}
         self._save()
 
     def read(self) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,38 @@ FEWEST_RUNS = 8
 """With fewer runs, their spread is not known well enough to call one an outlier; all of them are trusted."""
 
 
+_ILL_CONDITIONED = 0.05
+"""Relative difference between responses in the recorded precision and in double from which the former are not to be
+used."""
+
+
 def response_norm(responses: Tensor) -> float:
     """Return the root mean square of a run's responses ``(queries, examples)``."""
     return float(responses.double().square().mean().sqrt())
+
+
+def sizes(responses: Tensor) -> dict[str, float]:
+    """Return how large a run's responses ``(queries, examples)`` are."""
+    return {"response_norm": response_norm(responses), "largest_response": float(responses.abs().max())}
+
+
+def ill_conditioned(diagnoses: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Name the runs whose responses depend on the precision they are computed in.
+
+    Args:
+        diagnoses: By run, see :class:`~lightning_dtda.estimators.Diagnosis`; empty where none was made.
+
+    Example:
+        >>> ill_conditioned({"a": {"precision": 1e-6}, "b": {"precision": 0.2}, "c": {"precision": None}, "d": {}})
+        ['b', 'c']
+    """
+    found = []
+    for run, diagnosis in diagnoses.items():
+        # None: not even the parameters were reproduced in double precision
+        precision = diagnosis.get("precision", 0.0)
+        if precision is None or not precision <= _ILL_CONDITIONED:
+            found.append(run)
+    return found
 
 
 def chaotic(norms: Mapping[str, float]) -> list[str]:

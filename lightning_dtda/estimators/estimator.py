@@ -55,6 +55,22 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Diagnosis:
+    """How well a run's responses can be computed, on a sample of its steps; see ``diagnose``.
+
+    Args:
+        finite_differences: Distance of the responses' derivative from a finite difference of retraining, both along one
+            random direction of the weights, over the responses' norm. ``None`` where a replay in double precision
+            leaves the record.
+        precision: Distance of the responses in the recorded precision from those in double precision, over the latter's
+            norm; ``None`` as above.
+    """
+
+    finite_differences: float | None
+    precision: float | None
+
+
+@dataclass(frozen=True)
 class Estimate:
     """The answer for some runs.
 
@@ -64,12 +80,14 @@ class Estimate:
         drift: How far each run's replay was from its record.
         adjoint_norms: For each run, by step t, the norm of the adjoint over its norm at the end of training (the median
             of the queries); none for estimators without one.
+        diagnoses: How well each run's responses can be computed; none for estimators that do not differentiate runs.
     """
 
     baseline: Tensor
     responses: Tensor
     drift: Sequence[Drift]
     adjoint_norms: Sequence[dict[str, float]] = ()
+    diagnoses: Sequence[Diagnosis] = ()
 
 
 class Estimator(ABC):

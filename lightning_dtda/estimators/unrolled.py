@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import grad, vmap
 
-from lightning_dtda.errors import AttributionError, DTDAError, ReplayError
+from lightning_dtda.errors import AttributionError, DTDAError
+from lightning_dtda.estimators.diagnosis import diagnose
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
-from lightning_dtda.optimizers import State
+from lightning_dtda.estimators.sweep import no_state_cotangents, sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.trajectory import Run
@@ -22,8 +23,6 @@ from lightning_dtda.units import GIB, human_bytes
 
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
-_GROWN = 2.0
-"""With horizon="auto", a sweep ends where the adjoint of every run is so many times longer than at its shortest."""
 
 _TIMED_STEPS = 4
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
@@ -144,7 +143,7 @@ class UnrolledDifferentiation(Estimator):
             for chunk in numbers:
                 baseline, adjoint, of_statistics = _measure(replay, queries.fetch(chunk), question)
                 baselines.append(baseline)
-                part, lengths = _sweep(
+                part, lengths = sweep(
                     replay,
                     adjoint,
                     of_statistics,
@@ -163,18 +162,19 @@ class UnrolledDifferentiation(Estimator):
             torch.cat(responses, 1),
             replay.drift,
             [dict(zip(map(str, steps), curve, strict=True)) for curve in curves.tolist()],
+            diagnose(runs, lambda some, precision: self._replay(some, question, precision)),
         )
 
     def _unrolled(self, run: Run) -> int:
         """Return the number of steps that are unrolled, at the most."""
         return min(run.steps, self.horizon) if isinstance(self.horizon, int) else run.steps
 
-    def _replay(self, runs: Sequence[Run], question: Question) -> Replay:
+    def _replay(self, runs: Sequence[Run], question: Question, precision: Precision | None = None) -> Replay:
         return Replay(
             runs,
             question.module,
             question.examples,
-            precision=self.precision,
+            precision=precision or self.precision,
             device=question.device,
             tolerance=self.tolerance,
         )
@@ -234,76 +234,6 @@ def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Te
     return values.detach(), gradients.detach(), of_statistics
 
 
-def _sweep(
-    replay: Replay,
-    adjoint: Tensor,
-    statistics_adjoint: dict[str, Tensor],
-    examples: int,
-    horizon: int | str | None,
-    advance: Advance,
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """Carry adjoints ``(runs, queries, P)``, and those of running statistics, back from the end of training.
-
-    Returns:
-        Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
-        sweep came by a checkpoint or ended.
-    """
-    runs, queries, _ = adjoint.shape
-    responses = adjoint.new_zeros(runs, queries, examples)
-    state_adjoints = _no_state_cotangents(replay, adjoint)
-    norms = {replay.steps: adjoint.norm(dim=2)}
-    shortest = _Shortest(responses) if horizon == "auto" else None
-    start = max(0, replay.steps - horizon) if isinstance(horizon, int) else 0
-    for first, last in reversed(replay.segments):
-        if last <= start or (shortest is not None and shortest.is_over):
-            advance(runs * (last - first))
-            continue
-        points = replay.segment(first, last)
-        buffers = replay.buffers(first)
-        for step in reversed(range(max(first, start), last)):
-            point = points.pop()
-            direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
-            batch, slopes, products, statistics_adjoint = replay.directional(
-                step, point, gradient_cotangent, buffers, statistics_adjoint
-            )
-            where = batch.indices[:, None].expand(-1, queries, -1)
-            responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
-            adjoint = products.add_(direct)
-        norms[max(first, start)] = adjoint.norm(dim=2)
-        if shortest is not None:
-            shortest.compare(responses, norms[first])
-        advance(runs * (last - first))
-    if shortest is not None:
-        responses = shortest.responses
-    if not bool(torch.isfinite(responses).all()):
-        raise ReplayError(
-            f"The responses of {', '.join(run.name for run in replay.runs)} are not finite: the adjoint overflowed. "
-            'Try precision="float64" or horizon="auto", or leave the run out.'
-        )
-    return responses, norms
-
-
-class _Shortest:
-    """The responses of each run and query where the adjoint was shortest so far.
-
-    Args:
-        responses: What they are before the first checkpoint is passed ``(runs, queries, examples)``.
-    """
-
-    def __init__(self, responses: Tensor) -> None:
-        self.responses = responses.clone()
-        self._norms = responses.new_full(responses.shape[:2], torch.inf)
-        self.is_over = False
-
-    def compare(self, responses: Tensor, norms: Tensor) -> None:
-        """Take the responses where the adjoint ``(runs, queries)`` is shorter than ever at this checkpoint."""
-        shorter = norms < self._norms
-        self.responses[shorter] = responses[shorter]
-        self._norms = torch.where(shorter, norms, self._norms)
-        # not "all above": an adjoint that overflowed compares false with everything, and does not come back
-        self.is_over = not bool((norms <= _GROWN * self._norms).any())
-
-
 def _alike(runs: Sequence[Run], size: int) -> list[Run]:
     """Return up to ``size`` runs of the shape that most runs share with the first."""
     return [run for run in runs if shape_key(run) == shape_key(runs[0])][:size]
@@ -326,10 +256,10 @@ def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
     states = sum(len(state) for state in point.states)
     longest = max(last - first for first, last in replay.segments)
     per_pair = max(peaks[1] - peaks[0], vector)
-    # the held segment; the responses and what is kept to join the chunks
+    # the held segment, which the diagnosis holds in double; the responses and what is kept to join the chunks
     per_run = (
         max(peaks[0] - per_pair, 0)
-        + longest * (2 + states) * vector
+        + longest * (2 + states) * replay.layout.size * torch.float64.itemsize
         + 2 * queries * examples * vector / replay.layout.size
     )
     # adjoints of parameters and state, before and after the step
@@ -341,7 +271,7 @@ def _seconds_per_step(replay: Replay, queries: int) -> float:
     point = replay.point(0)
     buffers = replay.buffers(0)
     cotangents = torch.randn(len(replay.runs), queries, replay.layout.size, dtype=replay.dtype, device=replay.device)
-    states = _no_state_cotangents(replay, cotangents)
+    states = no_state_cotangents(replay, cotangents)
     fastest = float("inf")
     with kept_pages(replay.device):
         for _ in range(_TIMED_STEPS):
@@ -360,11 +290,3 @@ def _statistics_cotangents(replay: Replay, directions: Tensor) -> dict[str, Tens
     return {
         name: part.unsqueeze(1).expand(-1, directions.shape[1], *part.shape[1:]) for name, part in statistics.items()
     }
-
-
-def _no_state_cotangents(replay: Replay, cotangents: Tensor) -> list[State]:
-    """Return zero cotangents for each group's optimizer state, after the last step."""
-    return [
-        {key: torch.zeros_like(cotangents[..., part]) for key in state}
-        for part, state in zip(replay.update.slices, replay.checkpoint(replay.steps)[1], strict=True)
-    ]

@@ -19,6 +19,12 @@ _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
 
 
+_REASONS = (
+    "The data or the module changed, or training_step depends on something that is not recorded; or the data set is "
+    'random, for which there is TrajectoryRecorder(batches="store").'
+)
+
+
 @dataclass(frozen=True)
 class Drift:
     """How far the replay of a run was from its record, at the worst.
@@ -87,7 +93,7 @@ class Comparison:
             raise ReplayError(
                 f"{self._runs[number].path} is not reproduced between step {first} and step {last}: parameters differ "
                 f"by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} "
-                "of that). The data or the module changed, or training_step depends on something that is not recorded."
+                f"of that). {_REASONS}"
             )
 
     def gradient(self, step: int, computed: Tensor, expected: Tensor) -> None:
@@ -105,6 +111,5 @@ class Comparison:
             number = int(relative.nan_to_num(torch.inf).argmax())
             raise ReplayError(
                 f"{self._runs[number].path}: the gradient of step {step} is not the recorded one (relative difference "
-                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). The data or the module changed, or "
-                "training_step depends on something that is not recorded."
+                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). {_REASONS}"
             )

@@ -266,21 +266,26 @@ class Replay:
         batch = self.batch(step)
         return self._weighted_gradient(batch, theta, buffers, batch.coefficients)[0]
 
-    def retrain(self, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""Train the runs again from their initialisation, in their own order, with example weights.
+    def retrain(self, weights: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""Train the runs again from a checkpoint, in their own order, with example weights.
 
         .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta)
 
         Args:
             weights: w ``(runs, N)``; ones give the recorded training, up to rounding.
+            start: Step of a checkpoint.
+            stop: Step of a later one, or the end.
 
         Returns:
             The trained parameters ``(runs, P)``, and buffers with the running statistics they were trained to, each
             ``(runs, ...)``.
         """
-        theta, states = self.checkpoint(0)
-        statistics = self.statistics(self.buffers(0))
+        stop = self.steps if stop is None else stop
+        theta, states = self.checkpoint(start)
+        statistics = self.statistics(self.buffers(start))
         for first, last in self.segments:
+            if first < start or last > stop:
+                continue
             buffers = self.buffers(first)
             for step in range(first, last):
                 batch = self.batch(step)
@@ -288,7 +293,7 @@ class Replay:
                 gradient, statistics = self._weighted_gradient(batch, theta, buffers | statistics, coefficients)
                 applied = self.clipping.apply(gradient)
                 theta, states = self._advance(step, Point(theta, states, applied, gradient))
-        return theta, self.buffers(self.steps) | statistics
+        return theta, self.buffers(stop) | statistics
 
     def _weighted_gradient(
         self, batch: StepBatch, theta: Tensor, buffers: dict[str, Tensor], coefficients: Tensor

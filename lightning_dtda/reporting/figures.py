@@ -25,6 +25,7 @@ MOST_QUERIES = 60
 
 _SVG_POINTS = 5_000  # beyond this a browser draws SVG markers too slowly; WebGL takes over
 _POINT_DIGITS, _ERROR_DIGITS = 6, 3  # of the many points: more than a screen shows
+_FEW_DECADES = 1e3  # a logarithmic axis up to here has room for 1, 2 and 5 of each decade
 _LABELLED = 3  # examples named in the plot, for each of its two axes: more would overlap
 
 
@@ -198,6 +199,45 @@ def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = No
                 fillcolor="rgba(0,114,178,0.12)",
                 hoveron="points",
                 hovertemplate="query %{x}<br>%{text}: %{y:.4g}<extra></extra>",
+            )
+        )
+    return plot
+
+
+def adjoint_figure(attribution: Attribution) -> go.Figure:
+    """Draw the length of each run's adjoint over its steps, relative to that at the end of training.
+
+    It says how strongly a small change of the parameters at a step acts on the measurement at the end: the median over
+    queries. Runs that are left out as chaotic stand out.
+
+    Args:
+        attribution: The attribution; runs whose adjoint is not known are not drawn.
+    """
+    plot = figure(
+        "Length of the adjoint",
+        xaxis={"title": {"text": "step t"}, "zeroline": False},
+        yaxis={"title": {"text": "length of the adjoint over<br>that at the end"}, "type": "log"},
+        showlegend=bool(attribution.chaotic),
+    )
+    curves = attribution.about.get("adjoint_norms", {})
+    lengths = [length for curve in curves.values() for length in (curve or {}).values() if length > 0]
+    if lengths and max(lengths) < _FEW_DECADES * min(lengths):  # plotly labels but one tick there
+        ticks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
+        plot.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+    for number, run in enumerate(sorted(attribution.runs, key=lambda run: run in attribution.chaotic)):
+        is_chaotic = run in attribution.chaotic
+        points = sorted((int(step), length) for step, length in (curves.get(run) or {}).items())
+        plot.add_trace(
+            go.Scatter(
+                x=[step for step, _ in points],
+                y=_numbers(np.array([length for _, length in points])),
+                mode="lines",
+                line={"color": VERMILLION if is_chaotic else BLUE, "width": 1.5 if is_chaotic else 1},
+                opacity=0.8,
+                name="chaotic, left out" if is_chaotic else "trusted",
+                legendgroup=str(is_chaotic),
+                showlegend=number in (0, len(attribution.runs) - len(attribution.chaotic)),
+                hovertemplate=f"{escape(run)}, step %{{x}}: %{{y:.3g}}<extra></extra>",
             )
         )
     return plot

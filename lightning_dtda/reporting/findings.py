@@ -94,6 +94,18 @@ def largest_drift(attribution: Attribution, part: str) -> float | None:
     return max(measured, default=None)
 
 
+def worst_diagnosis(attribution: Attribution, part: str) -> float | None:
+    """Return the largest figure of the runs' diagnoses, ``None`` where none was made.
+
+    Args:
+        attribution: The attribution.
+        part: ``"finite_differences"`` or ``"precision"``.
+    """
+    diagnoses = attribution.about.get("diagnosis", {})
+    figures = [diagnoses.get(run, {}).get(part) for run in attribution.runs]
+    return max((figure for figure in figures if figure is not None), default=None)
+
+
 @contextmanager
 def without_repeated_warnings() -> Iterator[None]:
     """Silence the warning about few runs, which each influence repeats; every report says it once in its own words."""

@@ -17,7 +17,13 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.figure_style import TEMPLATE
-from lightning_dtda.reporting.figures import baseline_figure, influence_figure, removal_figure, top_figure
+from lightning_dtda.reporting.figures import (
+    adjoint_figure,
+    baseline_figure,
+    influence_figure,
+    removal_figure,
+    top_figure,
+)
 from lightning_dtda.reporting.findings import (
     CLEAR,
     TopExample,
@@ -115,6 +121,7 @@ def _content(everything: Attribution, attribution: Attribution, k: int) -> dict[
         "answer": wording.answer(everything),
         "estimator": wording.estimator(everything),
         "drift": wording.drift(everything),
+        "diagnosis": wording.diagnosis(attribution),
         "cautions": wording.cautions(everything),
         "reliability": wording.reliability(attribution),
         "attribution": attribution,
@@ -123,7 +130,8 @@ def _content(everything: Attribution, attribution: Attribution, k: int) -> dict[
         "k": k,
         "clear": CLEAR,
         "queries": [_query(attribution, position, k, MOST_POINTS // len(shown)) for position in shown],
-        "overview": _embedded({"baseline": baseline_figure(attribution, shown)}),
+        "has_adjoints": bool(attribution.about.get("adjoint_norms")),
+        "overview": _embedded({"baseline": baseline_figure(attribution, shown), "adjoint": adjoint_figure(everything)}),
         "template": _script_safe(json.dumps(TEMPLATE.to_plotly_json())),
         "plotly": Markup(get_plotlyjs()),
         "version": __version__,

@@ -50,6 +50,11 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     )
     cautions = wording.cautions(attribution)
     attribution = attribution.trusted()
+    console.print(
+        f"Largest error of responses, on a sample of steps: {wording.diagnosis(attribution)} (relative).",
+        width=width,
+        highlight=False,
+    )
     with without_repeated_warnings():
         console.print(
             f"Agreement of the runs about the mean influence (split-half reliability): "

@@ -20,6 +20,7 @@ from lightning_dtda.reporting.findings import (
     one_query,
     top_examples,
     without_repeated_warnings,
+    worst_diagnosis,
 )
 
 MOST_QUERIES = 20
@@ -124,6 +125,10 @@ def _facts(attribution: Attribution) -> dict[str, Any]:
         drift = largest_drift(attribution, part)
         if drift is not None:
             facts[f"largest_drift/{part}"] = drift
+    for part in ("finite_differences", "precision"):
+        error = worst_diagnosis(attribution, part)
+        if error is not None:
+            facts[f"largest_error/{part}"] = error
     return facts
 
 

@@ -9,7 +9,7 @@ import torch
 
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.reporting.findings import largest_drift
+from lightning_dtda.reporting.findings import largest_drift, worst_diagnosis
 from lightning_dtda.reporting.formatting import MINUS
 
 REMOVAL = "Removal means weight zero: order, slots and divisor are kept."
@@ -97,18 +97,31 @@ def drift(attribution: Attribution) -> str:
     return ", ".join(known) if known else "not measured"
 
 
+def diagnosis(attribution: Attribution) -> str:
+    """Return how well the responses could be computed at the worst, on a sample of steps."""
+    parts = {"finite_differences": "from finite differences", "precision": "from double precision"}
+    known = {words: worst_diagnosis(attribution, part) for part, words in parts.items()}
+    return ", ".join(f"{value:.1g} {words}" for words, value in known.items() if value is not None) or "not measured"
+
+
 def cautions(attribution: Attribution) -> list[str]:
     """Return what the reader has to know before believing a number; nothing if there are enough runs."""
     runs = len(attribution.runs)
-    left_out = []
+    said = []
     if chaotic := attribution.chaotic:
-        left_out = [
+        said = [
             f"{counted(len(chaotic), 'run is', 'runs are')} left out of {runs} ({', '.join(chaotic)}): their responses "
             "are out of proportion to the others', since small changes grew in those trainings. What follows is of the "
             'rest; runs="all" takes them in, and UnrolledDifferentiation(horizon="auto") may tame them.'
         ]
         runs -= len(chaotic)
-    return left_out + _about_the_number_of_runs(runs)
+    if failed := attribution.ill_conditioned:
+        said.append(
+            f"{counted(len(failed), 'run is', 'runs are')} ill-conditioned ({', '.join(failed)}): on a sample of "
+            "steps, responses in single and in double precision differ by more than 5 %. Attribute with "
+            'UnrolledDifferentiation(precision="float64").'
+        )
+    return said + _about_the_number_of_runs(runs)
 
 
 def reliability(attribution: Attribution) -> str:

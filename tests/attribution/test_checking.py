@@ -45,7 +45,7 @@ def by_name(found):
 def test_a_sound_ensemble_passes(recorded, make_module):
     found = check(recorded(make_module), make_module(), DATA, queries=QUERIES)
     assert found.passed
-    names = ["replay", "finite differences", "chaotic runs", "agreement of the runs"]
+    names = ["replay", "finite differences", "precision", "chaotic runs", "agreement of the runs"]
     assert [finding.name for finding in found.findings] == names
     assert by_name(found)["chaotic runs"].figure == "0 of 4"
     assert -1 <= found.metasmoothness <= 1

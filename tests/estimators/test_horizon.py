@@ -79,7 +79,7 @@ def test_a_horizon_beyond_the_start_is_the_exact_derivative(ask):
 
 
 def test_auto_goes_back_to_where_the_adjoint_is_shortest(ask, monkeypatch):
-    monkeypatch.setattr("lightning_dtda.estimators.unrolled._GROWN", float("inf"))  # so that all checkpoints are seen
+    monkeypatch.setattr("lightning_dtda.estimators.sweep._GROWN", float("inf"))  # so that all checkpoints are seen
     chosen = ask("auto")
     by_steps = {step: ask(STEPS - step).responses[0] for step in (12, 8, 4)} | {0: ask(None).responses[0]}
     # each query ends at one of the checkpoints, as far as its own adjoint says

@@ -21,6 +21,8 @@ def make_attribution(runs=RUNS, **about):
         "estimator": {"class": "lightning_dtda.estimators.unrolled.UnrolledDifferentiation", "precision": "float64"},
         "removal": "reweight",
         "ensemble": "concrete",
+        "adjoint_norms": {name: {"9": 1.0, "4": 0.5 + 0.1 * n, "0": 2.0} for n, name in enumerate(names)},
+        "diagnosis": {name: {"finite_differences": 2e-5, "precision": 1e-6 * n} for n, name in enumerate(names)},
         "drift": {name: {"parameters": 1e-7 * (n + 1), "gradients": 2e-6} for n, name in enumerate(names)},
     }
     return Attribution(1.0 + 0.5 * seed, responses, names, QUERIES, settings | about)

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.reporting.figures import baseline_figure, influence_figure, removal_figure, top_figure
+from lightning_dtda.reporting.figures import (
+    adjoint_figure,
+    baseline_figure,
+    influence_figure,
+    removal_figure,
+    top_figure,
+)
 from tests.reporting.conftest import EXAMPLES, make_attribution
 
 
@@ -99,3 +105,23 @@ def test_baselines_start_with_the_query_that_depends_most_on_the_seed(attributio
 def test_a_measurement_name_is_text_and_not_markup():
     figure = influence_figure(make_attribution(measurement="<a href='x'>m</a>"), 0)
     assert "&lt;a href" in figure.layout.xaxis.title.text
+
+
+def test_adjoints_are_drawn_over_the_steps_and_chaotic_runs_stand_out():
+    plot = adjoint_figure(make_attribution(chaotic=["seed-0003"]))
+
+    curves = {trace.name: trace for trace in plot.data}
+    assert len(plot.data) == 12
+    assert sorted(curves) == ["chaotic, left out", "trusted"]
+    chaotic = curves["chaotic, left out"]
+    assert "seed-0003" in chaotic.hovertemplate
+    assert list(zip(chaotic.x, chaotic.y, strict=True)) == [(0, 2.0), (4, pytest.approx(0.8)), (9, 1.0)]
+    assert chaotic.line.color != curves["trusted"].line.color
+    # one of each kind is in the legend
+    assert sum(trace.showlegend for trace in plot.data) == 2
+
+
+def test_runs_without_an_adjoint_are_not_drawn():
+    plot = adjoint_figure(make_attribution(adjoint_norms={}))
+
+    assert not any(trace.x for trace in plot.data)

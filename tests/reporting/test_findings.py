@@ -8,6 +8,7 @@ from lightning_dtda.reporting.findings import (
     most_interesting,
     one_query,
     top_examples,
+    worst_diagnosis,
 )
 from lightning_dtda.reporting.formatting import common_exponent, number
 from tests.reporting.conftest import make_attribution
@@ -40,6 +41,14 @@ def test_the_largest_drift_skips_what_was_not_measured():
     attribution = make_attribution(drift=drift)
     assert largest_drift(attribution, "parameters") == 3e-6
     assert largest_drift(attribution, "gradients") is None
+
+
+def test_the_worst_diagnosis_is_that_of_these_runs():
+    attribution = make_attribution(chaotic=["seed-0011"])
+
+    assert worst_diagnosis(attribution, "precision") == pytest.approx(11e-6)
+    assert worst_diagnosis(attribution.trusted(), "precision") == pytest.approx(10e-6)
+    assert worst_diagnosis(make_attribution(diagnosis={}), "precision") is None
 
 
 def test_no_example_at_all_is_refused(attribution):

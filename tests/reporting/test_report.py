@@ -52,7 +52,7 @@ def page(browser, attribution, tmp_path):
 def _open(browser, path):
     browser.get_log("browser"), browser.get_log("performance")  # reading a log empties it
     browser.get(path.as_uri())
-    WebDriverWait(browser, 30).until(lambda page: len(_figures(page)) == 4)
+    WebDriverWait(browser, 30).until(lambda page: len(_figures(page)) == 5)
     return browser
 
 
@@ -213,3 +213,24 @@ def test_a_report_is_of_the_trusted_runs(tmp_path):
     assert "2 runs are left out of 12 (seed-0002, seed-0005)" in page
     assert "over 10 runs" in page
     assert "Agreement of the runs" in page
+
+
+def test_ill_conditioned_runs_are_cautioned_against(tmp_path):
+    diagnosis = {"seed-0002": {"finite_differences": 1e-6, "precision": 0.3}}
+    estimator = {"class": "UnrolledDifferentiation", "precision": "recorded"}
+    text = report(make_attribution(diagnosis=diagnosis, estimator=estimator), tmp_path / "report.html").read_text()
+
+    assert "1 run is ill-conditioned (seed-0002)" in text
+    assert "0.3 from double precision" in text
+
+
+def test_the_adjoints_are_drawn(page):
+    curves = page.execute_script("return document.querySelector('[data-figure=adjoint]').data.length")
+
+    assert curves == 12
+
+
+def test_without_adjoints_there_is_no_empty_figure(tmp_path):
+    text = report(make_attribution(adjoint_norms={}), tmp_path / "report.html").read_text()
+
+    assert "How far back changes last" not in text

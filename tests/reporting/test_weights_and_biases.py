@@ -131,6 +131,8 @@ def test_the_run_says_what_was_asked(attribution, saved, tmp_path):
     assert logged.summary["reliability"] == pytest.approx(attribution.reliability().median().item())
     assert {key: logged.summary[key] for key in facts} == facts
     assert logged.summary["largest_drift/parameters"] == pytest.approx(1.2e-6)
+    assert logged.summary["largest_error/finite_differences"] == pytest.approx(2e-5)
+    assert logged.summary["largest_error/precision"] == pytest.approx(1.1e-5)
     assert logged.exit_code == 0
 
 

@@ -1,0 +1,122 @@
+"""The reverse sweep: adjoints carried back through the steps of recorded runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.estimators.estimator import Advance
+from lightning_dtda.optimizers import State
+from lightning_dtda.replay import Replay
+
+_GROWN = 2.0
+"""With horizon="auto", a sweep ends where the adjoint of every run is so many times longer than at its shortest."""
+
+
+def sweep(
+    replay: Replay,
+    adjoint: Tensor,
+    statistics_adjoint: dict[str, Tensor],
+    examples: int,
+    horizon: int | str | None,
+    advance: Advance,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Carry adjoints ``(runs, queries, P)``, and those of running statistics, back from the end of training.
+
+    Returns:
+        Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
+        sweep came by a checkpoint or ended.
+    """
+    runs, queries, _ = adjoint.shape
+    responses = adjoint.new_zeros(runs, queries, examples)
+    state_adjoints = no_state_cotangents(replay, adjoint)
+    norms = {replay.steps: adjoint.norm(dim=2)}
+    shortest = _Shortest(responses) if horizon == "auto" else None
+    start = max(0, replay.steps - horizon) if isinstance(horizon, int) else 0
+    for first, last in reversed(replay.segments):
+        if last <= start or (shortest is not None and shortest.is_over):
+            advance(runs * (last - first))
+            continue
+        adjoint, state_adjoints, statistics_adjoint = unroll(
+            replay, (first, last), responses, adjoint, state_adjoints, statistics_adjoint, start
+        )
+        norms[max(first, start)] = adjoint.norm(dim=2)
+        if shortest is not None:
+            shortest.compare(responses, norms[first])
+        advance(runs * (last - first))
+    if shortest is not None:
+        responses = shortest.responses
+    if not bool(torch.isfinite(responses).all()):
+        raise ReplayError(
+            f"The responses of {', '.join(run.name for run in replay.runs)} are not finite: the adjoint overflowed. "
+            'Try precision="float64" or horizon="auto", or leave the run out.'
+        )
+    return responses, norms
+
+
+def unroll(
+    replay: Replay,
+    segment: tuple[int, int],
+    responses: Tensor,
+    adjoint: Tensor,
+    state_adjoints: list[State],
+    statistics_adjoint: dict[str, Tensor],
+    start: int = 0,
+) -> tuple[Tensor, list[State], dict[str, Tensor]]:
+    """Carry adjoints back over the steps between two checkpoints, as far as ``start``.
+
+    Args:
+        replay: The runs.
+        segment: First step, and the step after the last.
+        responses: What the steps add is added to it ``(runs, queries, examples)``.
+        adjoint: Of the parameters at the end ``(runs, queries, P)``.
+        state_adjoints: Of each group's optimizer state.
+        statistics_adjoint: Of the running statistics.
+        start: Steps before it are left out.
+
+    Returns:
+        The three adjoints at the start.
+    """
+    first, last = segment
+    points = replay.segment(first, last)
+    buffers = replay.buffers(first)
+    for step in reversed(range(max(first, start), last)):
+        point = points.pop()
+        direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
+        batch, slopes, products, statistics_adjoint = replay.directional(
+            step, point, gradient_cotangent, buffers, statistics_adjoint
+        )
+        where = batch.indices[:, None].expand(-1, adjoint.shape[1], -1)
+        responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
+        adjoint = products.add_(direct)
+    return adjoint, state_adjoints, statistics_adjoint
+
+
+class _Shortest:
+    """The responses of each run and query where the adjoint was shortest so far.
+
+    Args:
+        responses: What they are before the first checkpoint is passed ``(runs, queries, examples)``.
+    """
+
+    def __init__(self, responses: Tensor) -> None:
+        self.responses = responses.clone()
+        self._norms = responses.new_full(responses.shape[:2], torch.inf)
+        self.is_over = False
+
+    def compare(self, responses: Tensor, norms: Tensor) -> None:
+        """Take the responses where the adjoint ``(runs, queries)`` is shorter than ever at this checkpoint."""
+        shorter = norms < self._norms
+        self.responses[shorter] = responses[shorter]
+        self._norms = torch.where(shorter, norms, self._norms)
+        # not "all above": an adjoint that overflowed compares false with everything, and does not come back
+        self.is_over = not bool((norms <= _GROWN * self._norms).any())
+
+
+def no_state_cotangents(replay: Replay, cotangents: Tensor) -> list[State]:
+    """Return zero cotangents for each group's optimizer state, after the last step."""
+    return [
+        {key: torch.zeros_like(cotangents[..., part]) for key in state}
+        for part, state in zip(replay.update.slices, replay.checkpoint(replay.steps)[1], strict=True)
+    ]
