@@ -1,12 +1,15 @@
 """What recording costs: training with and without the recorder, side by side in one process.
 
     python benchmarks/recording.py --steps 1000 --repeats 7
+    python benchmarks/recording.py --optimizer adamw --workers 2
+    python benchmarks/recording.py --optimizer adamw --processes 2
 
 Each repeat trains every variant once, in an order that rotates, so that a busy machine slows all of them alike; ratios
 are taken within a repeat, then the median over repeats. A step's time is that from the start of step ``WARM_UP`` until
 ``fit`` returns, divided by the steps in between: the start-up (the check of the first batch, the run directory, caches)
 comes once and is reported by itself, while waiting for the writer's thread at the end belongs to what is measured.
 The CPU time is the process's, all threads together: on a machine with an idle core it shows what the wall clock hides.
+With several processes (DDP on gloo) the figures are those of the first one; the others keep step with it.
 """
 
 from __future__ import annotations
@@ -15,16 +18,20 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -38,13 +45,30 @@ EXAMPLES = 4096
 VARIANTS = {"no recorder": None, 'gradients="none"': "none", 'gradients="float32"': "float32"}
 
 
-class Supervised(pl.LightningModule):
-    """A network, a loss and plain SGD with momentum: nothing beside the training itself."""
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+}
 
-    def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+
+@dataclass(frozen=True)
+class Setting:
+    """How the models are trained."""
+
+    steps: int
+    optimizer: str
+    workers: int
+    processes: int
+
+
+class Supervised(pl.LightningModule):
+    """A network, a loss and an optimizer: nothing beside the training itself."""
+
+    def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: str) -> None:
         super().__init__()
         self.net = net
         self.loss = loss
+        self.optimizer = optimizer
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch of inputs and targets."""
@@ -52,17 +76,25 @@ class Supervised(pl.LightningModule):
         return self.loss(self.net(inputs), targets)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return plain SGD with momentum."""
-        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+        """Return the optimizer of this name."""
+        return OPTIMIZERS[self.optimizer](self.parameters())
 
 
-def mlp() -> tuple[Supervised, DataLoader]:
+def loader(setting: Setting, batch_size: int, *tensors: Tensor) -> DataLoader:
+    """Return shuffled batches, from workers that live as long as the training."""
+    workers = setting.workers
+    return DataLoader(
+        TensorDataset(*tensors), batch_size, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+
+
+def mlp(setting: Setting) -> tuple[Supervised, DataLoader]:
     net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
-    data = TensorDataset(torch.randn(EXAMPLES, 8), torch.randn(EXAMPLES, 1))
-    return Supervised(net, nn.functional.mse_loss), DataLoader(data, 32, shuffle=True)
+    data = loader(setting, 32, torch.randn(EXAMPLES, 8), torch.randn(EXAMPLES, 1))
+    return Supervised(net, nn.functional.mse_loss, setting.optimizer), data
 
 
-def cnn() -> tuple[Supervised, DataLoader]:
+def cnn(setting: Setting) -> tuple[Supervised, DataLoader]:
     net = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),
@@ -73,11 +105,13 @@ def cnn() -> tuple[Supervised, DataLoader]:
         nn.Flatten(),
         nn.Linear(32 * 7 * 7, 10),
     )
-    data = TensorDataset(torch.randn(EXAMPLES, 1, 28, 28), torch.randint(10, (EXAMPLES,)))
-    return Supervised(net, nn.functional.cross_entropy), DataLoader(data, 64, shuffle=True)
+    data = loader(setting, 64, torch.randn(EXAMPLES, 1, 28, 28), torch.randint(10, (EXAMPLES,)))
+    return Supervised(net, nn.functional.cross_entropy, setting.optimizer), data
 
 
-MODELS = {"MLP 8-64-64-1, batch 32": mlp, "CNN 28x28, batch 64": cnn}
+Model = Callable[[Setting], tuple[Supervised, DataLoader]]
+
+MODELS: dict[str, Model] = {"MLP 8-64-64-1, batch 32": mlp, "CNN 28x28, batch 64": cnn}
 
 
 @dataclass
@@ -107,25 +141,29 @@ class Stopwatch(pl.Callback):
             self.first_step = time.perf_counter()
 
 
-def train(make: Callable[[], tuple[Supervised, DataLoader]], gradients: str | None, steps: int) -> Timing:
+def train(make: Model, setting: Setting, gradients: str | None, root: Path) -> Timing:
     """Train once from seed 0, with a recorder unless ``gradients`` is ``None``."""
     pl.seed_everything(0, verbose=False)
-    module, loader = make()
+    module, data = make(setting)
     stopwatch = Stopwatch()
-    with tempfile.TemporaryDirectory() as root:
-        recorders = [] if gradients is None else [TrajectoryRecorder(root, gradients=gradients)]
-        trainer = pl.Trainer(
-            max_steps=steps,
-            callbacks=[stopwatch, *recorders],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, loader)
-        wall, cpu = time.perf_counter(), time.process_time()
-    measured = (steps - WARM_UP) / 1000
+    recorders = [] if gradients is None else [TrajectoryRecorder(root, gradients=gradients)]
+    trainer = pl.Trainer(
+        max_steps=setting.steps,
+        callbacks=[stopwatch, *recorders],
+        accelerator="cpu",
+        devices=setting.processes,
+        strategy="auto" if setting.processes == 1 else "ddp",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.strategy.barrier()
+    if trainer.is_global_zero:
+        shutil.rmtree(root, ignore_errors=True)
+    measured = (setting.steps - WARM_UP) / 1000
     return Timing(
         wall=(wall - stopwatch.wall) / measured,
         cpu=(cpu - stopwatch.cpu) / measured,
@@ -133,13 +171,14 @@ def train(make: Callable[[], tuple[Supervised, DataLoader]], gradients: str | No
     )
 
 
-def compare(make: Callable[[], tuple[Supervised, DataLoader]], steps: int, repeats: int) -> dict[str, list[Timing]]:
+def compare(make: Model, setting: Setting, repeats: int, root: Path) -> dict[str, list[Timing]]:
     """Time every variant ``repeats`` times, interleaved."""
     timings: dict[str, list[Timing]] = {variant: [] for variant in VARIANTS}
     order = list(VARIANTS)
-    for _ in range(repeats):
+    train(make, replace(setting, steps=WARM_UP + 1), None, root)
+    for repeat in range(repeats):
         for variant in order:
-            timings[variant].append(train(make, VARIANTS[variant], steps))
+            timings[variant].append(train(make, setting, VARIANTS[variant], root / f"{repeat} {variant}"))
         order = [*order[1:], order[0]]
     return timings
 
@@ -166,38 +205,64 @@ def table(model: str, timings: dict[str, list[Timing]]) -> str:
     return "\n".join(lines)
 
 
+def measure(rank: int, setting: Setting, repeats: int, root: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Compare all models, as process ``rank``; the first one prints as it goes."""
+    # Lightning starts no processes of its own where these are set
+    os.environ |= environment | ({"LOCAL_RANK": str(rank)} if environment else {})
+    # two threads on busy cores measure each other
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning_dtda"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    results = {}
+    for model, make in MODELS.items():
+        timings = compare(make, setting, repeats, root / model.split()[0])
+        results[model] = {variant: [asdict(value) for value in values] for variant, values in timings.items()}
+        if rank == 0:
+            print(table(model, timings), flush=True)
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each training")
     parser.add_argument("--repeats", type=int, default=7, help="trainings of each variant")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of all models")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load the data of each training")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each training (DDP)")
     parser.add_argument("--json", type=Path, help="file for all timings")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}, the steps of the warm-up")
     if arguments.repeats < 2:
         parser.error("--repeats must be at least 2, to tell a spread")
-    # two threads on busy cores measure each other
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning_dtda"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    setting = {
+    setting = Setting(arguments.steps, arguments.optimizer, arguments.workers, arguments.processes)
+    about = {
         "torch": torch.__version__,
         "lightning": pl.__version__,
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0],
-        "steps": arguments.steps,
         "repeats": arguments.repeats,
+        **asdict(setting),
     }
-    print(", ".join(f"{name} {value}" for name, value in setting.items()), flush=True)
-    results = {}
-    for model, make in MODELS.items():
-        train(make, None, WARM_UP + 1)
-        timings = compare(make, arguments.steps, arguments.repeats)
-        print(table(model, timings), flush=True)
-        results[model] = {variant: [asdict(value) for value in values] for variant, values in timings.items()}
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+    environment = {}
+    if setting.processes > 1:
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port())}
+    with tempfile.TemporaryDirectory() as root:
+        others = [
+            get_context("spawn").Process(
+                target=measure, args=(rank, setting, arguments.repeats, Path(root), environment)
+            )
+            for rank in range(1, setting.processes)
+        ]
+        for other in others:
+            other.start()
+        results = measure(0, setting, arguments.repeats, Path(root), environment)
+        for other in others:
+            other.join()
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"setting": setting, "timings": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"setting": about, "timings": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 import gc
 import os
 import resource
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -34,6 +37,18 @@ def test_a_disk_that_fills_up_is_an_error_and_the_prefix_stays(fit, tmp_path):
     assert not run.complete
     assert 15 <= run.steps <= 25
     assert run.theta_vector(run.steps).isfinite().all()
+
+
+def test_a_small_disk_that_is_full_costs_only_what_was_not_yet_written(tmp_path):
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    mount = f"mount -t tmpfs -o size=4m none {tmp_path}"
+    if not shutil.which("unshare") or subprocess.run([*namespace, "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system lets no one mount a small disk")
+    script = [sys.executable, "-m", "tests.faults.on_a_small_disk", str(tmp_path)]
+    command = [*namespace, "sh", "-c", f'{mount} && exec "$@"', "sh", *script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8
 
 
 @pytest.mark.slow
