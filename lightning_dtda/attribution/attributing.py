@@ -26,7 +26,15 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
 from lightning_dtda.attribution.trust import chaotic, sizes
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators import Estimate, Estimator, Plan, Question, UnrolledDifferentiation
+from lightning_dtda.estimators import (
+    Estimate,
+    Estimator,
+    Plan,
+    Question,
+    UnrolledDifferentiation,
+    resolve_removals,
+)
+from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.replay import (
     Examples,
     Measurement,
@@ -52,12 +60,14 @@ def attribute(
     estimator: Estimator | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
+    removals: Any = LEAVE_ONE_OUT,
+    step: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Attribution:
-    r"""Predict how each query's measurement changes, in every run, when a training example is removed.
+    r"""Predict how each query's measurement changes, in every run, when training examples are removed.
 
-    .. math:: r_{s,q,n} \approx m_q(\theta_T^{(s)} \text{ with } w_n = 0) - m_q(\theta_T^{(s)})
+    .. math:: r_{s,q,k} \approx m_q(\theta_t^{(s)} \text{ with } w_n = 0 \text{ for } n \in S_k) - m_q(\theta_t^{(s)})
 
     Removal means weight zero: order, batch slots and the loss's divisor stay (arXiv 2506.12965, section 2).
 
@@ -72,11 +82,16 @@ def attribute(
         output: A directory for the result. Each batch of runs is stored there as soon as it is finished; after a
             crash, the same call goes on where it stopped.
         overwrite: Whether an answer to another question in ``output`` is replaced.
+        removals: What is removed: ``"leave-one-out"``, every example on its own; or groups of examples, whose weights
+            are lowered together. These are a list of groups, each the indices of its examples; a mapping from names to
+            such; a label for each example, one group for each label; or ``"column:KEY"``, where KEY is the position or
+            the key of the labels in the data set's items.
+        step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
         device: Where to compute; ``None`` is the module's own device.
         progress: Whether to show a progress bar and the plan.
 
     Returns:
-        Baseline ``(S, Q)`` and responses ``(S, Q, N)``.
+        Baseline ``(S, Q)`` and responses ``(S, Q, K)`` to K removals; K = N for leave-one-out.
 
     Raises:
         AttributionError: If the question cannot be answered, or memory or disk do not suffice.
@@ -91,12 +106,15 @@ def attribute(
         if not isinstance(value, kind):
             raise AttributionError(f"{value!r} is no {kind.__name__}. Give {example}, say.")
     name, function = resolve_measurement(measurement)
+    examples = training_examples(data)
     question = Question(
         module=module,
-        examples=training_examples(data),
+        examples=examples,
         queries=query_examples(queries),
         measurement=function,
         device=_usable_device(module.device if device is None else device),
+        removals=resolve_removals(removals, examples),
+        step=_usable_step(step, ensemble),
     )
     about = {
         "measurement": name,
@@ -115,7 +133,7 @@ def attribute(
                 "those to another. Define it as a function of a module, or give no output."
             )
         store = AttributionStore.create(
-            output, about, names, len(question.examples), {run.name: run.checksum for run in ensemble}, overwrite
+            output, about, names, len(question.removals), {run.name: run.checksum for run in ensemble}, overwrite
         )
         answer = _answer_to_disk(ensemble, question, estimator, store, progress)
     else:
@@ -196,12 +214,12 @@ def _estimates(
 
 def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path | None) -> None:
     itemsize = runs[0].manifest.torch_dtype.itemsize
-    answer = len(runs) * len(question.queries) * len(question.examples) * itemsize
+    answer = len(runs) * len(question.queries) * len(question.removals) * itemsize
     _log.info(
-        "Attributing %d runs, %d queries, %d examples: about %s of memory, %s of disk, %s.",
+        "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
         len(runs),
         len(question.queries),
-        len(question.examples),
+        len(question.removals),
         human_bytes(plan.memory + answer),
         human_bytes(answer if path else 0),
         human_seconds(plan.seconds),
@@ -217,6 +235,20 @@ def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path
             f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
             "some, or choose another output."
         )
+
+
+def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:
+    if step is None:
+        return None
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise AttributionError(f"step={step!r} is no number of steps. Give one, or None for the end of each run.")
+    shortest = min(ensemble, key=lambda run: run.steps)
+    if not 1 <= step <= shortest.steps:
+        raise AttributionError(
+            f"There is no step {step} in all runs: {shortest.path} took {shortest.steps}. Give 1 to {shortest.steps}, "
+            "or None for the end of each run."
+        )
+    return step
 
 
 def _usable_device(device: torch.device | str) -> torch.device:

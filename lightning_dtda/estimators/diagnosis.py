@@ -18,7 +18,9 @@ _STEP = 1e-6
 precision rounds to."""
 
 
-def diagnose(runs: Sequence[Run], make: Callable[[Sequence[Run], Precision], Replay]) -> list[Diagnosis]:
+def diagnose(
+    runs: Sequence[Run], make: Callable[[Sequence[Run], Precision], Replay], end: int | None = None
+) -> list[Diagnosis]:
     r"""Compare responses in two precisions, and with finite differences of retraining, over two segments of each run.
 
     Over the steps between two checkpoints, the first two and the last two, with a random direction u of the parameters
@@ -34,21 +36,23 @@ def diagnose(runs: Sequence[Run], make: Callable[[Sequence[Run], Precision], Rep
     Args:
         runs: Runs of equal shape.
         make: Stacks some of them in a precision.
+        end: The step that is asked about; segments that begin there or later do not count.
 
     Returns:
         One for each run.
     """
     try:
-        return _diagnose(make(runs, "float64"), make(runs, "recorded"))
+        return _diagnose(make(runs, "float64"), make(runs, "recorded"), end)
     except ReplayError:
         if len(runs) == 1:
             return [Diagnosis(None, None)]
-        return [diagnosis for run in runs for diagnosis in diagnose([run], make)]
+        return [diagnosis for run in runs for diagnosis in diagnose([run], make, end)]
 
 
-def _diagnose(double: Replay, recorded: Replay) -> list[Diagnosis]:
+def _diagnose(double: Replay, recorded: Replay, end: int | None) -> list[Diagnosis]:
     found = []
-    for segment in {double.segments[0], double.segments[-1]}:
+    segments = [segment for segment in double.segments if end is None or segment[0] < end]
+    for segment in {segments[0], segments[-1]}:
         responses = _responses(double, segment)
         norms = responses.norm(dim=1).clamp_min(torch.finfo(responses.dtype).tiny)
         again = responses if recorded.dtype == double.dtype else _responses(recorded, segment).to(responses)

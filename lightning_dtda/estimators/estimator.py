@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.replay import Drift, Examples, Measurement
 from lightning_dtda.trajectory import Run
 
@@ -20,7 +21,7 @@ Advance = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of each run: how does the measurement of each query change when an example is removed?
+    """What is asked of each run: how does the measurement of each query change with each removal?
 
     Args:
         module: The user's module; only its architecture counts.
@@ -28,6 +29,8 @@ class Question:
         queries: The Q queries.
         measurement: m.
         device: Where to compute.
+        removals: The K removals of training examples.
+        step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
     """
 
     module: LightningModule
@@ -35,6 +38,12 @@ class Question:
     queries: Examples
     measurement: Measurement
     device: torch.device
+    removals: Removals
+    step: int | None = None
+
+    def end(self, steps: int) -> int:
+        """Return the step that is measured of a run of so many."""
+        return steps if self.step is None else self.step
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,12 @@ class Estimate:
     """The answer for some runs.
 
     Args:
-        baseline: m(theta_T) ``(runs, queries)``.
-        responses: Predicted change of m when the example is removed ``(runs, queries, examples)``.
+        baseline: m(theta_t) ``(runs, queries)``, t being the step that is asked about.
+        responses: Predicted change of m with each removal ``(runs, queries, removals)``; of a group it is the
+            sum over its examples, see :meth:`~lightning_dtda.estimators.Removals.total`.
         drift: How far each run's replay was from its record.
-        adjoint_norms: For each run, by step t, the norm of the adjoint over its norm at the end of training (the median
-            of the queries); none for estimators without one.
+        adjoint_norms: For each run, by step, the norm of the adjoint over its norm at the step that is asked about (the
+            median of the queries); none for estimators without one.
         diagnoses: How well each run's responses can be computed; none for estimators that do not differentiate runs.
     """
 

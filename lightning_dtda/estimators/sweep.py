@@ -21,8 +21,18 @@ def sweep(
     examples: int,
     horizon: int | str | None,
     advance: Advance,
+    end: int | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Carry adjoints ``(runs, queries, P)``, and those of running statistics, back from the end of training.
+    """Carry adjoints ``(runs, queries, P)``, and those of running statistics, back from a step of training.
+
+    Args:
+        replay: The runs.
+        adjoint: Of the parameters at the end of the sweep ``(runs, queries, P)``.
+        statistics_adjoint: Of the running statistics there.
+        examples: N.
+        horizon: How many steps to go back, as for :class:`~lightning_dtda.estimators.UnrolledDifferentiation`.
+        advance: Told of the steps that are done, among them those of the training that are left out.
+        end: The step at which the sweep starts its way back; that of the last checkpoint if not given.
 
     Returns:
         Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
@@ -31,15 +41,16 @@ def sweep(
     runs, queries, _ = adjoint.shape
     responses = adjoint.new_zeros(runs, queries, examples)
     state_adjoints = no_state_cotangents(replay, adjoint)
-    norms = {replay.steps: adjoint.norm(dim=2)}
+    end = replay.steps if end is None else end
+    norms = {end: adjoint.norm(dim=2)}
     shortest = _Shortest(responses) if horizon == "auto" else None
-    start = max(0, replay.steps - horizon) if isinstance(horizon, int) else 0
+    start = max(0, end - horizon) if isinstance(horizon, int) else 0
     for first, last in reversed(replay.segments):
-        if last <= start or (shortest is not None and shortest.is_over):
+        if last <= start or first >= end or (shortest is not None and shortest.is_over):
             advance(runs * (last - first))
             continue
         adjoint, state_adjoints, statistics_adjoint = unroll(
-            replay, (first, last), responses, adjoint, state_adjoints, statistics_adjoint, start
+            replay, (first, last), responses, adjoint, state_adjoints, statistics_adjoint, start, end
         )
         norms[max(first, start)] = adjoint.norm(dim=2)
         if shortest is not None:
@@ -63,25 +74,29 @@ def unroll(
     state_adjoints: list[State],
     statistics_adjoint: dict[str, Tensor],
     start: int = 0,
+    end: int | None = None,
 ) -> tuple[Tensor, list[State], dict[str, Tensor]]:
-    """Carry adjoints back over the steps between two checkpoints, as far as ``start``.
+    """Carry adjoints back over the steps between two checkpoints, from ``end`` as far as ``start``.
 
     Args:
         replay: The runs.
         segment: First step, and the step after the last.
         responses: What the steps add is added to it ``(runs, queries, examples)``.
-        adjoint: Of the parameters at the end ``(runs, queries, P)``.
+        adjoint: Of the parameters where it starts ``(runs, queries, P)``.
         state_adjoints: Of each group's optimizer state.
         statistics_adjoint: Of the running statistics.
         start: Steps before it are left out.
+        end: Steps from it on are left out; they are replayed all the same, since the record to compare with is that of
+            the segment's end.
 
     Returns:
-        The three adjoints at the start.
+        The three adjoints at the first step.
     """
     first, last = segment
-    points = replay.segment(first, last)
+    stop = last if end is None else min(last, end)
+    points = replay.segment(first, last)[: stop - first]
     buffers = replay.buffers(first)
-    for step in reversed(range(max(first, start), last)):
+    for step in reversed(range(max(first, start), stop)):
         point = points.pop()
         direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
         batch, slopes, products, statistics_adjoint = replay.directional(

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
-from lightning_dtda.errors import AttributionError, DTDAError
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import diagnose
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.estimators.sweep import no_state_cotangents, sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
-from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
@@ -99,7 +99,7 @@ class UnrolledDifferentiation(Estimator):
         """
         queries = len(question.queries)
         replay = self._replay(runs[:1], question)
-        per_run, per_pair = _memory(replay, queries, len(question.examples))
+        per_run, per_pair = _memory(replay, queries, question.removals)
         budget = self.memory_budget * GIB
         if per_run + per_pair > budget:
             raise AttributionError(
@@ -130,18 +130,22 @@ class UnrolledDifferentiation(Estimator):
             batches=tuple(batches),
             queries_per_chunk=chunk,
             memory=int(size * (per_run + chunk * per_pair)),
-            seconds=sum(self._unrolled(batch[0]) * len(batch) for batch in batches) * chunks * seconds_per_step / size,
+            seconds=sum(self._unrolled(batch[0], question) * len(batch) for batch in batches)
+            * chunks
+            * seconds_per_step
+            / size,
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
         """Sweep some runs backwards, once for each chunk of queries."""
         replay = self._replay(runs, question)
+        end = question.end(replay.steps)
         queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         numbers = torch.arange(len(queries)).split(plan.queries_per_chunk)
         baselines, responses, norms = [], [], []
         with kept_pages(replay.device):
             for chunk in numbers:
-                baseline, adjoint, of_statistics = _measure(replay, queries.fetch(chunk), question)
+                baseline, adjoint, of_statistics = measure(replay, queries.fetch(chunk), question.measurement, end)
                 baselines.append(baseline)
                 part, lengths = sweep(
                     replay,
@@ -150,8 +154,10 @@ class UnrolledDifferentiation(Estimator):
                     len(question.examples),
                     self.horizon,
                     lambda steps: advance(steps / len(numbers)),
+                    end,
                 )
-                responses.append(part)
+                # chunk by chunk, so that of many queries' responses only the groups' are kept
+                responses.append(question.removals.total(part))
                 norms.append(lengths)
         # with "auto", sweeps of different queries may end at different checkpoints
         steps = [step for step in norms[0] if all(step in lengths for lengths in norms)]
@@ -159,15 +165,16 @@ class UnrolledDifferentiation(Estimator):
         curves = (curves / curves[0].clamp_min(torch.finfo(curves.dtype).tiny)).median(2).values.T
         return Estimate(
             torch.cat(baselines, 1),
-            torch.cat(responses, 1),
+            torch.cat(responses, 1) if len(responses) > 1 else responses[0],
             replay.drift,
             [dict(zip(map(str, steps), curve, strict=True)) for curve in curves.tolist()],
-            diagnose(runs, lambda some, precision: self._replay(some, question, precision)),
+            diagnose(runs, lambda some, precision: self._replay(some, question, precision), end),
         )
 
-    def _unrolled(self, run: Run) -> int:
+    def _unrolled(self, run: Run, question: Question) -> int:
         """Return the number of steps that are unrolled, at the most."""
-        return min(run.steps, self.horizon) if isinstance(self.horizon, int) else run.steps
+        end = question.end(run.steps)
+        return min(end, self.horizon) if isinstance(self.horizon, int) else end
 
     def _replay(self, runs: Sequence[Run], question: Question, precision: Precision | None = None) -> Replay:
         return Replay(
@@ -195,51 +202,12 @@ class UnrolledDifferentiation(Estimator):
         return size, seconds
 
 
-def _measure(replay: Replay, batch: Any, question: Question) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Return m(theta_T) ``(runs, queries)``, its gradient ``(runs, queries, P)`` and that by running statistics."""
-    theta, _ = replay.checkpoint(replay.steps)
-    buffers = replay.buffers(replay.steps)
-
-    def of_one_query(
-        theta: Tensor, statistics: dict[str, Tensor], buffers: dict[str, Tensor], query: Any
-    ) -> tuple[Tensor, Tensor]:
-        single = map_tensors(lambda leaf: leaf.unsqueeze(0), query)
-        value = replay.module.measure(theta, buffers | statistics, single, question.measurement)
-        if value.shape != (1,):
-            raise AttributionError(
-                f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a batch."
-            )
-        return value[0], value[0]
-
-    derivative = grad(of_one_query, argnums=(0, 1), has_aux=True)
-    of_one_run = vmap(derivative, in_dims=(None, None, None, 0))
-    try:
-        arguments = (theta, replay.statistics(buffers), buffers, batch)
-        (gradients, of_statistics), values = vmap(of_one_run, in_dims=(0, 0, 0, None))(*arguments)
-    except DTDAError:
-        raise
-    except Exception as error:  # whatever the user's code does
-        raise AttributionError(
-            f"The measurement fails ({error!r}). It is called with the module and a batch of one query, and torch.func "
-            "has to be able to differentiate it and to map it over queries: no .item(), float(), print, or branch on a "
-            "value."
-        ) from error
-    for what, tensor in (("", values), ("the gradient of ", gradients)):
-        if not bool(torch.isfinite(tensor).all()):
-            number = int((~torch.isfinite(tensor.reshape(len(tensor), -1))).any(1).nonzero()[0])
-            raise AttributionError(
-                f"{what}the measurement is not finite at the end of {replay.runs[number].path}. The training diverged, "
-                "or the measurement has no value there; leave the run out."
-            )
-    return values.detach(), gradients.detach(), of_statistics
-
-
 def _alike(runs: Sequence[Run], size: int) -> list[Run]:
     """Return up to ``size`` runs of the shape that most runs share with the first."""
     return [run for run in runs if shape_key(run) == shape_key(runs[0])][:size]
 
 
-def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
+def _memory(replay: Replay, queries: int, removals: Removals) -> tuple[float, float]:
     """Measure the bytes that a run needs whatever the queries, and what each query adds."""
     point = replay.point(0)
     buffers = replay.buffers(0)
@@ -260,10 +228,12 @@ def _memory(replay: Replay, queries: int, examples: int) -> tuple[float, float]:
     per_run = (
         max(peaks[0] - per_pair, 0)
         + longest * (2 + states) * replay.layout.size * torch.float64.itemsize
-        + 2 * queries * examples * vector / replay.layout.size
+        + 2 * queries * len(removals) * replay.dtype.itemsize
     )
+    # a group's response is summed up from those of its examples, which are there twice for a moment
+    of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     # adjoints of parameters and state, before and after the step
-    return per_run, per_pair + 2 * (1 + states) * vector
+    return per_run, per_pair + 2 * (1 + states) * vector + of_examples
 
 
 def _seconds_per_step(replay: Replay, queries: int) -> float:

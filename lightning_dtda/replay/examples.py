@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -17,6 +19,8 @@ from lightning_dtda.replay.batches import concatenate, example_shapes, map_tenso
 
 _COLLATE_CHUNK = 256
 """Examples collated at a time while a data set is stacked: bounds the memory of the Python objects."""
+
+_ARRAYS = (Tensor, np.ndarray, np.generic)
 
 _STACK_LIMIT = 2 * 2**30
 """Bytes up to which a data set is held stacked in memory; a larger one is fetched and collated step by step."""
@@ -78,6 +82,20 @@ class Examples:
             return map_tensors(lambda leaf: leaf[where], self._stacked)
         batch = self._prepare(self._collated(indices.flatten().tolist()))
         return map_tensors(lambda leaf: leaf.reshape(*indices.shape, *leaf.shape[1:]), batch)
+
+    def column(self, key: str) -> list[Any]:
+        """Return what every item of the data set has at a key of it, a tuple's position or a dictionary's key.
+
+        Numbers are Python's own, also those of a tensor or an array of one.
+
+        Raises:
+            LookupError: If the items have no such key; the message says which they have.
+        """
+        with isolate_rng():  # items may be random
+            values = [_entry(self.dataset[index], key) for index in range(len(self))]
+        return [
+            value.item() if isinstance(value, _ARRAYS) and math.prod(value.shape) == 1 else value for value in values
+        ]
 
     def restore(self, leaves: Sequence[Tensor]) -> Any:
         """Return stored tensors of batches, each ``(..., *example)``, in the structure of a batch of this data set.
@@ -150,6 +168,22 @@ def prepare_fit(data: LightningDataModule | LightningModule) -> None:
     """Do what the Trainer does before it asks a data module for its loaders."""
     data.prepare_data()
     data.setup("fit")
+
+
+def _entry(item: Any, key: str) -> Any:
+    """Return what an item has at a key, given as text."""
+    if isinstance(item, Mapping):
+        for known in item:
+            if str(known) == key:
+                return item[known]
+        raise LookupError(f"the items have no key {key!r}. Choose from {', '.join(map(str, item))}.")
+    if not isinstance(item, (tuple, list)):
+        raise LookupError(
+            f"the items are {type(item).__name__}, neither tuples nor dictionaries. Give a label for each example."
+        )
+    if not (key.isdecimal() and int(key) < len(item)):
+        raise LookupError(f"the items have no position {key!r}. Choose from 0 to {len(item) - 1}.")
+    return item[int(key)]
 
 
 def _examples(source: Any, argument: str) -> Examples:

@@ -145,6 +145,23 @@ class Replay:
         point = self.point(step - 1)
         return self._advance(step - 1, point)[0]
 
+    def trained(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what there was after ``step`` steps: parameters ``(runs, P)``, and buffers, each ``(runs, ...)``.
+
+        Both are rebuilt from the checkpoint before; of the buffers, only the running statistics change in between.
+        """
+        start = max(t for t in self.checkpoint_steps if t <= step)
+        buffers = self.buffers(start)
+        statistics = self.statistics(buffers)
+        theta, states = self.checkpoint(start)
+        for t in range(start, step):
+            point = self._point(t, theta, states, buffers)
+            if statistics:
+                batch = self.batch(t)
+                _, statistics = self._weighted_gradient(batch, theta, buffers | statistics, batch.coefficients)
+            theta, states = self._advance(t, point)
+        return theta, buffers | statistics
+
     def point(self, step: int) -> Point:
         """Return what a step started from, rebuilt from the checkpoint before."""
         start = max(t for t in self.checkpoint_steps if t <= step)

@@ -1,0 +1,233 @@
+"""What is removed: every training example on its own, or groups of them."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.replay import Examples
+
+LEAVE_ONE_OUT = "leave-one-out"
+"""What stands for every training example being a removal of its own."""
+
+COLUMN = "column:"
+"""What a key of the data set's items is announced by."""
+
+_FORMS = (
+    'Give "leave-one-out", a list of lists of indices, a mapping from names to lists of indices, a label for each '
+    'example, or "column:KEY"'
+)
+
+
+@dataclass(frozen=True)
+class Removals:
+    r"""K removals of N training examples.
+
+    Removing a group lowers the weights of its examples together, so that its response is the sum of theirs:
+
+    .. math:: r_k = -\sum_{n \in S_k} \frac{d\, m(\theta_T)}{d w_n}
+
+    Args:
+        examples: N.
+        groups: Indices of each group's examples; ``None`` is leave-one-out: every example its own removal, K = N.
+        names: What the groups are called, in the same order.
+
+    Raises:
+        AttributionError: If a group is empty, has an example twice or one that there is not, or two share a name.
+
+    Example:
+        >>> removals = Removals(4, ((0, 2), (1,)), ("cats", "dogs"))
+        >>> removals.total(torch.tensor([1.0, 10.0, 100.0, 1000.0]))
+        tensor([101.,  10.])
+    """
+
+    examples: int
+    groups: tuple[tuple[int, ...], ...] | None = None
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.groups is None:
+            return
+        if not self.groups:
+            raise AttributionError(f"removals has no group. {_FORMS}.")
+        if len(self.names) != len(self.groups):
+            raise AttributionError(
+                f"There are {len(self.groups)} groups and {len(self.names)} names. Give one to each."
+            )
+        name, times = Counter(self.names).most_common(1)[0]
+        if times > 1:
+            raise AttributionError(f"{times} groups of removals are called {name!r}. Give each a name of its own.")
+        for name, group in zip(self.names, self.groups, strict=True):
+            _check_group(name, group, self.examples)
+
+    def __len__(self) -> int:
+        return self.examples if self.groups is None else len(self.groups)
+
+    @property
+    def is_leave_one_out(self) -> bool:
+        """Whether every example is a removal of its own."""
+        return self.groups is None
+
+    def membership(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+        """Return 1 where a removal has an example and 0 elsewhere ``(K, N)``.
+
+        For leave-one-out, the identity of N times N numbers: :meth:`total` does without.
+        """
+        if self.groups is None:
+            return torch.eye(self.examples, dtype=dtype, device=device)
+        owners, members = self._pairs(device)
+        membership = torch.zeros(len(self), self.examples, dtype=dtype, device=device)
+        membership[owners, members] = 1
+        return membership
+
+    def total(self, responses: Tensor) -> Tensor:
+        """Sum the responses of single examples ``(..., N)`` over each removal ``(..., K)``.
+
+        For leave-one-out, the same tensor.
+        """
+        if self.groups is None:
+            return responses
+        owners, members = self._pairs(responses.device)
+        totals = responses.new_zeros(*responses.shape[:-1], len(self))
+        return totals.index_add_(-1, owners, responses.index_select(-1, members))
+
+    def _pairs(self, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Return, for each example in each group, the group's position and the example."""
+        assert self.groups is not None
+        sizes = torch.tensor([len(group) for group in self.groups])
+        owners = torch.arange(len(self.groups)).repeat_interleave(sizes)
+        members = torch.tensor([index for group in self.groups for index in group])
+        return owners.to(device), members.to(device)
+
+
+def resolve_removals(removals: Any, examples: Examples) -> Removals:
+    """Return the removals that are meant.
+
+    Args:
+        removals: ``"leave-one-out"``; a list of groups, each the indices of its examples; a mapping from names to such;
+            a label, an integer or a string, for each of the N examples, in a list, an array or a tensor: one group for
+            each label, in the order of the labels; or ``"column:KEY"``, where KEY is the position, or the key, of such
+            labels in the data set's items.
+        examples: The N training examples.
+
+    Raises:
+        AttributionError: If it is none of these, or does not fit the examples.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> examples = Examples(TensorDataset(torch.zeros(4, 2), torch.tensor([7, 5, 7, 5])))
+        >>> resolve_removals("column:1", examples)
+        Removals(examples=4, groups=((1, 3), (0, 2)), names=('5', '7'))
+        >>> resolve_removals([[0, 1, 2], [3]], examples).names
+        ('0', '1')
+    """
+    if isinstance(removals, Removals):
+        if removals.examples != len(examples):
+            raise AttributionError(
+                f"The removals are of {removals.examples} examples; the training data have {len(examples)}. Make them "
+                "for these data."
+            )
+        return removals
+    if isinstance(removals, str):
+        if removals == LEAVE_ONE_OUT:
+            return Removals(len(examples))
+        if removals.startswith(COLUMN):
+            return _by_label(_column(removals, examples), f"removals={removals!r}", len(examples))
+        raise AttributionError(f"removals={removals!r}. {_FORMS}.")
+    if isinstance(removals, Mapping):
+        groups = tuple(_indices(group, f"group {str(name)!r}") for name, group in removals.items())
+        return Removals(len(examples), groups, tuple(str(name) for name in removals))
+    given = _listed(removals)
+    if any(map(_is_group, given)):
+        if not all(map(_is_group, given)):
+            lone = next(value for value in given if not _is_group(value))
+            raise AttributionError(
+                f"removals has groups and, among them, {lone!r}. Give lists of indices only (a group of one is "
+                f"[{lone!r}]), or a label for each example."
+            )
+        groups = tuple(_indices(group, f"group {number}") for number, group in enumerate(given))
+        return Removals(len(examples), groups, tuple(str(number) for number in range(len(groups))))
+    return _by_label(given, "removals", len(examples))
+
+
+def _check_group(name: str, group: tuple[int, ...], examples: int) -> None:
+    if not group:
+        raise AttributionError(f"Group {name!r} of removals is empty. Leave it out, or give it an example.")
+    if outside := [index for index in group if not 0 <= index < examples]:
+        raise AttributionError(
+            f"Group {name!r} of removals has the index {outside[0]}; the training examples are 0 to {examples - 1}."
+        )
+    if len(set(group)) != len(group):
+        index = Counter(group).most_common(1)[0][0]
+        raise AttributionError(
+            f"Group {name!r} of removals has example {index} twice; it can be removed once. Give each index once."
+        )
+
+
+def _listed(removals: Any) -> list[Any]:
+    """Return the elements of what was given, numbers of tensors and arrays as Python's own."""
+    if hasattr(removals, "tolist"):
+        if getattr(removals, "ndim", 1) != 1:
+            raise AttributionError(
+                f"removals has shape {tuple(removals.shape)}. Give a label for each example, in one dimension, or a "
+                "list of lists of indices."
+            )
+        return list(removals.tolist())
+    if not isinstance(removals, Iterable):
+        raise AttributionError(f"removals={removals!r}. {_FORMS}.")
+    return [value.item() if getattr(value, "ndim", None) == 0 else value for value in removals]
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes))
+
+
+def _indices(group: Any, where: str) -> tuple[int, ...]:
+    values = group.tolist() if hasattr(group, "tolist") else group
+    try:
+        indices = tuple(operator.index(value) for value in values)  # not int(): 1.5 is no index
+    except TypeError as error:
+        raise AttributionError(
+            f"removals, {where}: {group!r} is no list of the indices of training examples."
+        ) from error
+    if any(isinstance(value, bool) for value in values):
+        raise AttributionError(f"removals, {where}: this is a mask. Give the indices of its examples.")
+    return indices
+
+
+def _by_label(labels: Sequence[Any], where: str, examples: int) -> Removals:
+    """Return one group for each label, in the labels' order."""
+    if len(labels) != examples:
+        raise AttributionError(
+            f"{where} has {len(labels)} labels for {examples} training examples. Give one for each; a single group is "
+            "a list in a list, [[3, 17]]."
+        )
+    for number, label in enumerate(labels):
+        if isinstance(label, bool) or not isinstance(label, (Integral, str)):
+            raise AttributionError(
+                f"{where}: the label of example {number} is {label!r}, a {type(label).__name__}. Labels are integers "
+                "or strings; give other groups as a mapping from names to lists of indices."
+            )
+    if len({isinstance(label, str) for label in labels}) > 1:
+        raise AttributionError(f"{where}: some labels are integers and some are strings. Give all of one kind.")
+    members: dict[Any, list[int]] = {label: [] for label in sorted(set(labels))}
+    for number, label in enumerate(labels):
+        members[label].append(number)
+    return Removals(examples, tuple(map(tuple, members.values())), tuple(map(str, members)))
+
+
+def _column(removals: str, examples: Examples) -> list[Any]:
+    """Return what each example's item has at the key."""
+    key = removals.removeprefix(COLUMN)
+    try:
+        return examples.column(key)
+    except LookupError as error:
+        raise AttributionError(f"removals={removals!r}: {error.args[0]}") from error
