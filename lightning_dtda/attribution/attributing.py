@@ -120,6 +120,8 @@ def attribute(
         "measurement": name,
         "estimator": estimator.settings(),
         "removal": "reweight",
+        "removals": question.removals.content(),
+        "step": question.step,
         "ensemble": ensemble.root.name,
         "configuration": ensemble[0].manifest.configuration,
         "queries_fingerprint": dataset_fingerprint(question.queries.dataset),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +20,12 @@ from lightning_dtda.attribution.differences import (
     resolve_difference,
 )
 from lightning_dtda.attribution.reliability import split_half
+from lightning_dtda.attribution.removed import (
+    group_members,
+    group_names,
+    positions_of_examples,
+    positions_of_groups,
+)
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError
@@ -42,14 +46,17 @@ class Attribution:
     r"""Measurements of an ensemble and their predicted changes under removal.
 
     Removal means weight zero: the example keeps its slot in the batches and the loss's divisor stays
-    (``"reweight"``).
+    (``"reweight"``). The removals are every training example on its own, or groups of them; see :attr:`removals`.
 
     Args:
-        baseline: :math:`m(\theta_T)` ``(runs, queries)``.
-        responses: Predicted change of m when the example is removed ``(runs, queries, examples)``, in m's unit.
+        baseline: :math:`m(\theta_t)` ``(runs, queries)``.
+        responses: Predicted change of m with each removal ``(runs, queries, removals)``, in m's unit.
         runs: Names of the runs.
         queries: What the queries are called: their indices in the data set they came from.
-        about: What was asked and how it was answered, in JSON: measurement, estimator, removal, drift, versions.
+        about: What was asked and how it was answered, in JSON: measurement, estimator, removals, drift, versions.
+
+    Raises:
+        AttributionError: If ``about`` names another number of groups than there are responses.
 
     Example:
         >>> responses = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
@@ -67,9 +74,33 @@ class Attribution:
     queries: tuple[int, ...]
     about: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.removals is not None and len(self.removals) != self.responses.shape[2]:
+            raise AttributionError(
+                f"about names {len(self.removals)} groups of removals; responses are of {self.responses.shape[2]}."
+            )
+
     def __repr__(self) -> str:
-        runs, queries, examples = self.responses.shape
-        return f"Attribution({runs} runs, {queries} queries, {examples} examples, {self.measurement})"
+        runs, queries, removals = self.responses.shape
+        what = "examples" if self.removals is None else "groups"
+        step = "" if self.step is None else f" after step {self.step}"
+        return f"Attribution({runs} runs, {queries} queries, {removals} {what}, {self.measurement}{step})"
+
+    @property
+    def removals(self) -> tuple[str, ...] | None:
+        """Names of the groups of examples that are removed; ``None`` where each example is a removal of its own."""
+        return group_names(self.about)
+
+    @property
+    def members(self) -> tuple[tuple[int, ...], ...] | None:
+        """Indices of each group's training examples, in the order of :attr:`removals`; ``None`` without groups."""
+        return group_members(self.about)
+
+    @property
+    def step(self) -> int | None:
+        """The step after which m was measured; ``None`` is the end of each run."""
+        step: int | None = self.about.get("step")
+        return step
 
     @property
     def measurement(self) -> str:
@@ -109,41 +140,42 @@ class Attribution:
         runs = len(self.runs) - len(self.chaotic)
         return [name for name, difference in DIFFERENCES.items() if runs >= difference.least_runs]
 
-    def predict(self, removed: Sequence[int]) -> Tensor:
+    def predict(self, removed: Sequence[int | str]) -> Tensor:
         r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
 
-        .. math:: m(\theta_T) + \sum_{k \in S} r_k
+        .. math:: m(\theta_t) + \sum_{k \in S} r_k
 
         Args:
-            removed: Indices of training examples, each at most once.
+            removed: Indices of training examples, each at most once; with groups, their names or positions.
 
         Raises:
-            AttributionError: If an index is out of range or given twice.
+            AttributionError: If there is no such example or group, or an example would be removed twice.
         """
         return self.baseline + self._response(removed).sum(-1)
 
     def influence(
-        self, difference: str | Difference, removed: Sequence[int] | None = None, runs: Runs = "trusted"
+        self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
     ) -> Tensor:
-        """Return the distributional influence of every single example, or of a set that is removed together.
+        """Return the distributional influence of every single removal, or of some that are made together.
 
         Args:
             difference: ``mean``, ``variance``, ``wasserstein``, a class's import path, or a
                 :class:`~lightning_dtda.attribution.differences.Difference`, such as ``Mean("median")``.
-            removed: A set of training examples; ``None`` is each on its own.
+            removed: Training examples, or groups, as for :meth:`predict`; ``None`` is each on its own.
             runs: The ``"trusted"`` ones, without those that :attr:`chaotic` names; or ``"all"``.
 
         Returns:
-            ``(queries, examples)``, or ``(queries,)`` for a set; float64. For the sign see the difference.
+            ``(queries, removals)``, or ``(queries,)`` for those made together; float64. For the sign see the
+            difference.
 
         Raises:
-            AttributionError: If the difference needs more runs, or an index is out of range.
+            AttributionError: If the difference needs more runs, or the removals cannot be made together.
         """
         selected = self._selected(runs)
         return selected._influence(selected._difference(difference), removed)
 
     def standard_error(
-        self, difference: str | Difference, removed: Sequence[int] | None = None, runs: Runs = "trusted"
+        self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
     ) -> Tensor:
         """Return the standard error over runs of :meth:`influence`, by the jackknife; same arguments and shape.
 
@@ -154,7 +186,7 @@ class Attribution:
         return selected._standard_error(selected._difference(difference), removed)
 
     def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
-        """Return how well the runs agree about the ranking of the examples, for each query ``(queries,)``.
+        """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
 
         1 where other seeds would rank them the same, 0 where the ranking is seed noise; where it is low, more runs
         help. See :func:`~lightning_dtda.attribution.reliability.split_half`.
@@ -178,18 +210,18 @@ class Attribution:
         query: int | None = None,
         runs: Runs = "trusted",
     ) -> pd.DataFrame:
-        """Return the examples of the largest absolute influence on each query.
+        """Return the removals of the largest absolute influence on each query.
 
         Args:
-            k: Number of examples for each query.
+            k: Number of removals for each query.
             difference: What to rank by.
             query: Position of one query; ``None`` is all of them.
             runs: As for :meth:`influence`.
 
         Returns:
-            One row for each of these examples, with ``query``, ``rank`` (1 first), ``example``, ``influence``,
-            ``standard_error``, ``mean_shift`` (change of the mean when removed, E Y - E X) and ``variance_change``
-            (Var Y - Var X; NaN with a single run).
+            One row for each of these, with ``query``, ``rank`` (1 first), ``example`` (with groups ``removal``, the
+            name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_shift`` (change of
+            the mean when removed, E Y - E X) and ``variance_change`` (Var Y - Var X; NaN with a single run).
 
         Raises:
             AttributionError: If the difference needs more runs, there is no such query, or ``k`` is less than 1.
@@ -197,7 +229,7 @@ class Attribution:
         import pandas as pd
 
         if k < 1:
-            raise AttributionError(f"k={k}; give the number of examples, at least 1.")
+            raise AttributionError(f"k={k}; give the number of removals to list, at least 1.")
         if query is not None and not 0 <= query < len(self.queries):
             raise AttributionError(f"There is no query at position {query}; they are 0 to {len(self.queries) - 1}.")
         selected = self._selected(runs)
@@ -215,7 +247,7 @@ class Attribution:
                 {
                     "query": self.queries[q],
                     "rank": rank,
-                    "example": n,
+                    **self._named(n),
                     "influence": float(influence[q, n]),
                     "standard_error": float(error[q, n]),
                     "mean_shift": float(mean_shift[q, n]),
@@ -261,26 +293,33 @@ class Attribution:
         return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
 
     def to_xarray(self) -> xr.Dataset:
-        """Return baseline, responses, influences and standard errors with named dimensions."""
+        """Return baseline, responses, influences and standard errors with named dimensions.
+
+        They are ``run``, ``query`` and ``example``; with groups ``removal`` in place of the last, along which ``size``
+        is the number of examples.
+        """
         import xarray as xr
 
+        removal = "example" if self.removals is None else "removal"
         data: dict[str, Any] = {
             "baseline": (("run", "query"), self.baseline.cpu().numpy()),
-            "responses": (("run", "query", "example"), self.responses.cpu().numpy()),
+            "responses": (("run", "query", removal), self.responses.cpu().numpy()),
         }
         for name in self.available_differences:
-            data[f"{name}_influence"] = (("query", "example"), self.influence(name).cpu().numpy())
-            data[f"{name}_standard_error"] = (("query", "example"), self.standard_error(name).cpu().numpy())
-        coordinates = {
+            data[f"{name}_influence"] = (("query", removal), self.influence(name).cpu().numpy())
+            data[f"{name}_standard_error"] = (("query", removal), self.standard_error(name).cpu().numpy())
+        coordinates: dict[str, Any] = {
             "run": list(self.runs),
             "query": list(self.queries),
-            "example": range(self.responses.shape[2]),
+            removal: range(self.responses.shape[2]) if self.removals is None else list(self.removals),
         }
+        if self.members is not None:
+            coordinates["size"] = removal, [len(group) for group in self.members]
         attributes = {key: str(value) for key, value in self.about.items()}
         return xr.Dataset(data, coordinates, attributes)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return influences and standard errors, one row for each query and example."""
+        """Return influences and standard errors, one row for each query and removal."""
         dataset = self.to_xarray().drop_vars(["baseline", "responses", "run"])
         return dataset.to_dataframe().reset_index()
 
@@ -293,10 +332,10 @@ class Attribution:
         names = tuple(self.runs[position] for position in positions)
         return replace(self, baseline=self.baseline[positions], responses=self.responses[positions], runs=names)
 
-    def _influence(self, difference: Difference, removed: Sequence[int] | None = None) -> Tensor:
+    def _influence(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
         return self._each_query(lambda baseline, predicted: difference(baseline, predicted), removed)
 
-    def _standard_error(self, difference: Difference, removed: Sequence[int] | None = None) -> Tensor:
+    def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
         is_median = isinstance(difference, Mean) and difference.location == "median"
         error = bootstrap if is_median else jackknife
         return self._each_query(lambda baseline, predicted: error(difference, baseline, predicted), removed)
@@ -315,7 +354,7 @@ class Attribution:
             )
         return chosen
 
-    def _each_query(self, function: Any, removed: Sequence[int] | None) -> Tensor:
+    def _each_query(self, function: Any, removed: Sequence[int | str] | None) -> Tensor:
         # double: a change of the variance is a small difference of large squares. One query at a time: its memory
         responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
         rows = []
@@ -325,18 +364,15 @@ class Attribution:
         stacked = torch.stack(rows)
         return stacked if removed is None else stacked.squeeze(-1)
 
-    def _response(self, removed: Sequence[int]) -> Tensor:
-        examples = self.responses.shape[2]
-        try:
-            values = removed.tolist() if isinstance(removed, (Tensor, np.ndarray)) else list(removed)
-            indices = [operator.index(value) for value in values]  # not int(): 1.5 is no index
-        except TypeError as error:
-            raise AttributionError(f"removed={removed!r} is no list of the indices of training examples.") from error
-        if any(isinstance(value, bool) for value in values):
-            raise AttributionError("removed is a mask. Give the indices of the removed examples.")
-        if outside := [index for index in indices if not 0 <= index < examples]:
-            raise AttributionError(f"There is no training example {outside[0]}; they are 0 to {examples - 1}.")
-        if len(set(indices)) != len(indices):
-            twice = next(index for index in indices if indices.count(index) > 1)
-            raise AttributionError(f"Training example {twice} is given twice; it can be removed once.")
-        return self.responses[..., indices]
+    def _response(self, removed: Sequence[int | str]) -> Tensor:
+        names, members = self.removals, self.members
+        if names is None or members is None:
+            return self.responses[..., positions_of_examples(removed, self.responses.shape[2])]
+        return self.responses[..., positions_of_groups(removed, names, members)]
+
+    def _named(self, position: int) -> dict[str, Any]:
+        """Return what a table says of the removal at a position."""
+        if self.removals is None:
+            return {"example": position}
+        group = self.about["removals"][position]
+        return {"removal": group["name"], "size": len(group["examples"])}

@@ -13,7 +13,7 @@ _SPLITS = 10
 
 
 def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
-    r"""Return the reliability of a ranking of examples from how well halves of the runs agree about it.
+    r"""Return the reliability of a ranking of removals from how well halves of the runs agree about it.
 
     Spearman's correlation :math:`\rho` between the influences from two halves of the runs, averaged over random
     halvings, and carried to all runs by Spearman and Brown's formula :math:`2\rho / (1 + \rho)` (Brown, *British
@@ -21,7 +21,7 @@ def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
     nothing about a bias that all runs share, of the linear prediction for example.
 
     Args:
-        influence: From the positions of some runs to their influences ``(queries, examples)``.
+        influence: From the positions of some runs to their influences ``(queries, removals)``.
         runs: Number of runs, at least 4.
 
     Returns:

@@ -23,7 +23,7 @@ _INDEX = "attribution.json"
 class AttributionStore:
     """A directory with ``attribution.json`` and a safetensors file for each finished run.
 
-    Each file holds ``baseline`` ``(queries,)`` and ``responses`` ``(queries, examples)``. The index is rewritten after
+    Each file holds ``baseline`` ``(queries,)`` and ``responses`` ``(queries, removals)``. The index is rewritten after
     each run and lists only what is on disk.
 
     Args:
@@ -41,7 +41,7 @@ class AttributionStore:
         path: str | Path,
         about: dict[str, Any],
         queries: Sequence[int],
-        examples: int,
+        removals: int,
         wanted: Mapping[str, int | None],
         overwrite: bool = False,
     ) -> AttributionStore:
@@ -49,9 +49,9 @@ class AttributionStore:
 
         Args:
             path: The directory.
-            about: What is asked and how.
+            about: What is asked and how, with the removals and the step.
             queries: What the queries are called.
-            examples: N.
+            removals: K.
             wanted: Names of the runs that will be added, each with its checksum; more may be wanted than the last
                 time, but none may be another one under the same name.
             overwrite: Whether an answer to another question is replaced.
@@ -65,7 +65,7 @@ class AttributionStore:
             "format_version": FORMAT_VERSION,
             "about": question,
             "queries": list(queries),
-            "examples": examples,
+            "removals": removals,
             "wanted": dict(wanted),
             "runs": {},
         }
@@ -75,7 +75,7 @@ class AttributionStore:
             if not found.get("runs"):  # an index without an answer stands in nobody's way
                 left_over = list(path.glob("*.safetensors"))
             else:
-                compared = ("format_version", "about", "queries", "examples")
+                compared = ("format_version", "about", "queries", "removals")
                 same_runs = found.get("wanted", {}).items() <= index["wanted"].items()
                 if not same_runs or any(found.get(key) != index[key] for key in compared):
                     raise AttributionError(
@@ -149,7 +149,7 @@ class AttributionStore:
         Args:
             run: Its name.
             baseline: m(theta_T) ``(queries,)``.
-            responses: ``(queries, examples)``.
+            responses: ``(queries, removals)``.
             facts: What ``about`` says of it, :data:`OF_RUNS`.
         """
         entry = write_tensors(self.path / f"{run}.safetensors", {"baseline": baseline, "responses": responses})
@@ -157,7 +157,7 @@ class AttributionStore:
         self._save()
 
     def read(self) -> tuple[Tensor, Tensor]:
-        """Read baseline ``(runs, queries)`` and responses ``(runs, queries, examples)`` of the finished runs.
+        """Read baseline ``(runs, queries)`` and responses ``(runs, queries, removals)`` of the finished runs.
 
         Raises:
             TrajectoryError: If no run is finished, or a file is damaged.
@@ -174,7 +174,7 @@ class AttributionStore:
 def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     before, after = found.get("about", {}), wanted["about"]
     names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    names += [key for key in ("format_version", "queries", "examples") if found.get(key) != wanted[key]]
+    names += [key for key in ("format_version", "queries", "removals") if found.get(key) != wanted[key]]
     if not found.get("wanted", {}).items() <= wanted["wanted"].items():
         names.append("runs")
-    return "different " + ", ".join(names)
+    return "different " + ", ".join(dict.fromkeys(names))

@@ -26,12 +26,12 @@ used."""
 
 
 def response_norm(responses: Tensor) -> float:
-    """Return the root mean square of a run's responses ``(queries, examples)``."""
+    """Return the root mean square of a run's responses ``(queries, removals)``."""
     return float(responses.double().square().mean().sqrt())
 
 
 def sizes(responses: Tensor) -> dict[str, float]:
-    """Return how large a run's responses ``(queries, examples)`` are."""
+    """Return how large a run's responses ``(queries, removals)`` are."""
     return {"response_norm": response_norm(responses), "largest_response": float(responses.abs().max())}
 
 

@@ -76,6 +76,12 @@ class Removals:
         """Whether every example is a removal of its own."""
         return self.groups is None
 
+    def content(self) -> str | list[dict[str, Any]]:
+        """Return them in JSON: ``"leave-one-out"``, or ``name`` and ``examples`` of each group, in order."""
+        if self.groups is None:
+            return LEAVE_ONE_OUT
+        return [{"name": name, "examples": list(group)} for name, group in zip(self.names, self.groups, strict=True)]
+
     def membership(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
         """Return 1 where a removal has an example and 0 elsewhere ``(K, N)``.
 
