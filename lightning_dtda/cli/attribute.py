@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,19 +14,31 @@ from typing_extensions import override
 from lightning_dtda.attribution import attribute
 from lightning_dtda.cli.configuration import CONFIG
 from lightning_dtda.cli.question import QuestionCLI
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
+from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 
 
 class AttributeCLI(QuestionCLI):
     """The ensemble's configuration and what is asked of it."""
 
-    own_options = (*QuestionCLI.own_options, "output", "overwrite", "estimator", "wandb")
+    own_options = (*QuestionCLI.own_options, "output", "overwrite", "estimator", "wandb", "removals", "step")
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         parser.add_argument("--output", type=str, required=True, help="Directory for the attribution.")
         parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
+        parser.add_argument(
+            "--removals",
+            type=str,
+            default=LEAVE_ONE_OUT,
+            help="leave-one-out; column:KEY for one group a label, found at a position or key of the data set's items; "
+            "or a JSON file with lists of indices, names and their lists of indices, or a label for each example.",
+        )
+        parser.add_argument(
+            "--step", type=int | None, default=None, help="The step that is measured; the end of training if not given."
+        )
         parser.add_subclass_arguments(Estimator, "estimator", help="How responses are computed.")
         parser.set_defaults({"estimator": {"class_path": _class_path(UnrolledDifferentiation)}})
         parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
@@ -46,6 +60,8 @@ def run(arguments: Sequence[str]) -> None:
     attribution = attribute(
         **cli.question(),
         estimator=cli.config_init.estimator,
+        removals=read_removals(config.removals),
+        step=config.step,
         output=config.output,
         overwrite=config.overwrite,
     )
@@ -55,6 +71,26 @@ def run(arguments: Sequence[str]) -> None:
     print(f"The attribution is in {config.output}; lightning-dtda report --attribution {config.output} shows it.")
     if config.wandb:
         log_to_wandb(attribution, config.output, project=_project(Path(config.ensemble)))
+
+
+def read_removals(removals: str) -> Any:
+    """Return what :func:`lightning_dtda.attribute` is given: the content of a JSON file, or the text itself.
+
+    Raises:
+        AttributionError: If the file cannot be read, or holds nothing of the kind.
+    """
+    if not removals.endswith(".json"):
+        return removals
+    try:
+        content = json.loads(Path(removals).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AttributionError(f"--removals {removals} cannot be read ({error}). Give a JSON file.") from error
+    if not isinstance(content, (dict, list)):
+        raise AttributionError(
+            f"--removals {removals} holds {content!r}. Write a list of lists of indices, an object with lists of "
+            "indices by name, or a list with a label for each example."
+        )
+    return content
 
 
 def _project(root: Path) -> str | None:

@@ -15,7 +15,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
 from lightning_dtda.reporting.findings import CLEAR, is_clear, one_query, top_examples
 from lightning_dtda.reporting.formatting import MINUS
-from lightning_dtda.reporting.wording import counted, describe
+from lightning_dtda.reporting.wording import counted, describe, noun
 
 MOST_POINTS = 20_000
 """Points drawn of one query's examples: about one megabyte, and as many as a browser moves smoothly."""
@@ -26,31 +26,36 @@ MOST_QUERIES = 60
 _SVG_POINTS = 5_000  # beyond this a browser draws SVG markers too slowly; WebGL takes over
 _POINT_DIGITS, _ERROR_DIGITS = 6, 3  # of the many points: more than a screen shows
 _FEW_DECADES = 1e3  # a logarithmic axis up to here has room for 1, 2 and 5 of each decade
-_LABELLED = 3  # examples named in the plot, for each of its two axes: more would overlap
+_LABELLED = 3  # removals named in the plot, for each of its two axes: more would overlap
 
 
 def influence_figure(attribution: Attribution, query: int, most_points: int = MOST_POINTS) -> go.Figure:
-    """Draw the mean shift of every example against its variance change, for one query.
+    """Draw the mean shift of every example, or group, against its variance change, for one query.
 
     Colours tell which of the two are clear of seed noise (more than two standard errors). With a single run there is
-    no variance; the mean shift is then drawn against the example's index.
+    no variance; the mean shift is then drawn against the example's index or the group's position.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
-        most_points: Examples drawn at the most. Of more, those of the largest shift and the largest variance change
-            are drawn, half of the points, and every n-th of the rest; the title says so.
+        most_points: Examples, or groups, drawn at the most. Of more, those of the largest shift and the largest
+            variance change are drawn, half of the points, and every n-th of the rest; the title says so.
     """
     selected, measurement = one_query(attribution, query), escape(attribution.measurement)
+    what = noun(attribution)
     several = len(selected.runs) > 1
     points = _points(selected)
-    drawn, examples = _drawn(points, most_points), len(points.shift)
-    thinned = f" ({len(drawn)} of {examples} examples)" if len(drawn) < examples else ""
+    drawn, removals = _drawn(points, most_points), len(points.shift)
+    thinned = f" ({len(drawn)} of {removals} {what}s)" if len(drawn) < removals else ""
     change = f"variance change of the {measurement}<br>when removed (Var Y {MINUS} Var X)"
+    every, place = "training example", "training example (index)"
+    if what == "group":
+        every, place = "group of training examples", "group (position)"
+    one_run = f"{place};<br>a single run has no variance"
     plot = figure(
-        f"Every training example, query {selected.queries[0]}{thinned}",
+        f"Every {every}, query {selected.queries[0]}{thinned}",
         xaxis={"title": {"text": f"mean shift of the {measurement}<br>when removed (E Y {MINUS} E X)"}},
-        yaxis={"title": {"text": change if several else "training example (index);<br>a single run has no variance"}},
+        yaxis={"title": {"text": change if several else one_run}},
         legend={"title": {"text": f"more than {CLEAR:g} standard errors:"}},
         showlegend=several,
     )
@@ -63,11 +68,11 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
         ("both", GREEN, clear_shift & clear_change),
     ):
         scatter = go.Scattergl if len(drawn) > _SVG_POINTS else go.Scatter
-        plot.add_trace(scatter(name=name, **_markers(points, drawn[members[drawn]], color, several)))
+        plot.add_trace(scatter(name=name, **_markers(points, drawn[members[drawn]], color, several, attribution)))
     named = _largest(points.shift, _LABELLED)
     if several:
         named = np.union1d(named, _largest(points.change, _LABELLED))
-    plot.add_trace(_labels(points, named))
+    plot.add_trace(_labels(points, named, attribution))
     return plot
 
 
@@ -80,11 +85,11 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
     Args:
         attribution: The attribution.
         query: Position of the query.
-        removed: Training examples that are removed together.
+        removed: Training examples, or groups by position, that are removed together.
     """
     selected = one_query(attribution, query)
     trained, predicted = _numpy(selected.baseline[:, 0]), _numpy(selected.predict(removed)[:, 0])
-    without = _without(removed)
+    without = _without(attribution, removed)
     plot = figure(
         f"Query {selected.queries[0]}, {without}",
         xaxis={
@@ -130,7 +135,7 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
 
 
 def top_figure(attribution: Attribution, query: int, difference: str, k: int = 10) -> go.Figure:
-    """Draw the examples of the largest influence on one query, with their standard errors.
+    """Draw the examples, or groups, of the largest influence on one query, with their standard errors.
 
     Bars in colour are more than two standard errors from zero.
 
@@ -138,25 +143,27 @@ def top_figure(attribution: Attribution, query: int, difference: str, k: int = 1
         attribution: The attribution.
         query: Position of the query.
         difference: ``mean``, ``variance`` or ``wasserstein``.
-        k: Number of examples.
+        k: Number of examples or groups.
     """
-    words = describe(difference, escape(attribution.measurement))
+    what = noun(attribution)
+    words = describe(difference, escape(attribution.measurement), what)
+    title = "training example" if what == "example" else "group of training examples"
     top = top_examples(attribution, query, difference, k)
     plot = figure(
         f"{words.title}, query {attribution.queries[query]}",
         xaxis={"title": {"text": f"{words.formula}: {words.short}"}},
-        yaxis={"title": {"text": "training example"}, "type": "category", "autorange": "reversed", "showgrid": False},
+        yaxis={"title": {"text": title}, "type": "category", "autorange": "reversed", "showgrid": False},
         showlegend=False,
     )
     plot.add_trace(
         go.Bar(
             x=[row.influence for row in top],
-            y=[str(row.example) for row in top],
+            y=[escape(row.name) for row in top],
             error_x=_error_bars(np.array([row.standard_error for row in top]), thickness=1, width=3),
             customdata=[[row.standard_error, row.mean_shift, row.variance_change] for row in top],
             orientation="h",
             marker={"color": [BLUE if row.clear else MUTED for row in top]},
-            hovertemplate="<b>example %{y}</b><br>influence %{x:.3g} ± %{customdata[0]:.2g}<br>"
+            hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}} ± %{{customdata[0]:.2g}}<br>"
             "mean shift %{customdata[1]:.3g}<br>variance change %{customdata[2]:.3g}<extra></extra>",
         )
     )
@@ -245,9 +252,9 @@ def adjoint_figure(attribution: Attribution) -> go.Figure:
 
 @dataclass(frozen=True)
 class _Points:
-    """Mean shift and variance change of every example, with standard errors, each ``(examples,)``.
+    """Mean shift and variance change of every removal, with standard errors, each ``(removals,)``.
 
-    With a single run, the example's index stands in place of the variance change.
+    With a single run, the removal's position stands in place of the variance change.
     """
 
     shift: np.ndarray
@@ -265,39 +272,42 @@ def _points(selected: Attribution) -> _Points:
 
 
 def _drawn(points: _Points, most_points: int) -> np.ndarray:
-    """Return the examples to draw: the notable ones, and an even thinning of the rest."""
-    examples = np.arange(len(points.shift))
-    if len(examples) <= most_points:
-        return examples
+    """Return the removals to draw: the notable ones, and an even thinning of the rest."""
+    removals = np.arange(len(points.shift))
+    if len(removals) <= most_points:
+        return removals
     notable = np.union1d(_largest(points.shift, most_points // 4), _largest(points.change, most_points // 4))
-    rest = np.setdiff1d(examples, notable)
+    rest = np.setdiff1d(removals, notable)
     even = np.linspace(0, len(rest) - 1, most_points - len(notable)).astype(int)
     return np.union1d(notable, rest[even])
 
 
-def _markers(points: _Points, chosen: np.ndarray, color: str, several: bool) -> dict[str, Any]:
-    """Return the arguments of a scatter trace of some examples."""
+def _markers(
+    points: _Points, chosen: np.ndarray, color: str, several: bool, attribution: Attribution
+) -> dict[str, Any]:
+    """Return the arguments of a scatter trace of some removals."""
     change = "<br>variance change %{y:.3g} ± %{customdata[2]:.2g}" if several else ""
     errors = (_numbers(error[chosen], _ERROR_DIGITS) for error in (points.shift_error, points.change_error))
     return {
         "x": _numbers(points.shift[chosen], _POINT_DIGITS),
         "y": _numbers(points.change[chosen], _POINT_DIGITS),
-        "customdata": list(zip(chosen.tolist(), *errors, strict=True)),
+        "customdata": list(zip(_names(attribution, chosen), *errors, strict=True)),
         "mode": "markers",
         "marker": {"color": color, "size": 7, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
-        "hovertemplate": "<b>example %{customdata[0]:d}</b><br>mean shift %{x:.3g} ± %{customdata[1]:.2g}"
+        "hovertemplate": f"<b>{noun(attribution)} %{{customdata[0]}}</b><br>"
+        "mean shift %{x:.3g} ± %{customdata[1]:.2g}"
         f"{change}<extra></extra>",
     }
 
 
-def _labels(points: _Points, named: np.ndarray) -> go.Scatter:
-    """Return a trace that names some examples and shows their standard errors."""
+def _labels(points: _Points, named: np.ndarray, attribution: Attribution) -> go.Scatter:
+    """Return a trace that names some removals and shows their standard errors."""
     return go.Scatter(
         x=_numbers(points.shift[named]),
         y=_numbers(points.change[named]),
         error_x=_error_bars(points.shift_error[named], thickness=0.8, width=0),
         error_y=_error_bars(points.change_error[named], thickness=0.8, width=0),
-        text=[str(n) for n in named],
+        text=[str(name) for name in _names(attribution, named)],
         textposition="top right",
         cliponaxis=False,
         mode="markers+text",
@@ -317,10 +327,18 @@ def _error_bars(errors: np.ndarray, thickness: float, width: float) -> dict[str,
     return {"array": _numbers(errors), "visible": known, "color": INK, "thickness": thickness, "width": width}
 
 
-def _without(removed: Sequence[int]) -> str:
+def _without(attribution: Attribution, removed: Sequence[int]) -> str:
+    what = noun(attribution)
     if len(removed) > 3:  # a longer list does not fit under an axis
-        return f"without {len(removed)} examples"
-    return f"without example{'s' if len(removed) > 1 else ''} {', '.join(str(n) for n in removed)}"
+        return f"without {len(removed)} {what}s"
+    names = ", ".join(str(name) for name in _names(attribution, np.array(removed, dtype=int)))
+    return f"without {what}{'s' if len(removed) > 1 else ''} {names}"
+
+
+def _names(attribution: Attribution, positions: np.ndarray) -> list[Any]:
+    """Return indices of examples as they are, since they are many; or names of groups, for HTML."""
+    names = attribution.removals
+    return positions.tolist() if names is None else [escape(names[position]) for position in positions.tolist()]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

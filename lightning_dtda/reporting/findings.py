@@ -19,10 +19,23 @@ many examples that do nothing, about one in twenty is beyond it all the same; re
 
 @dataclass(frozen=True)
 class TopExample:
-    """A training example of large influence on one query: a row of ``Attribution.top``."""
+    """A training example, or a group, of large influence on one query: a row of ``Attribution.top``.
+
+    Args:
+        rank: 1 for the largest.
+        position: The example's index, or the group's position.
+        name: The example's index, or the group's name.
+        size: Number of examples.
+        influence: Of removing it.
+        standard_error: Of the influence.
+        mean_shift: Change of the mean when removed.
+        variance_change: Change of the variance when removed.
+    """
 
     rank: int
-    example: int
+    position: int
+    name: str
+    size: int
     influence: float
     standard_error: float
     mean_shift: float
@@ -53,19 +66,34 @@ def one_query(attribution: Attribution, query: int) -> Attribution:
 
 
 def top_examples(attribution: Attribution, query: int, difference: str, k: int) -> list[TopExample]:
-    """Return the k examples of the largest absolute influence on the query at a position.
+    """Return the k examples, or groups, of the largest absolute influence on the query at a position.
 
     Raises:
         AttributionError: If ``k`` is less than one.
     """
     if k < 1:
-        raise AttributionError(f"k is the number of examples to show and must be at least 1; it is {k}.")
+        raise AttributionError(f"k is the number of removals to show and must be at least 1; it is {k}.")
     table = one_query(attribution, query).top(k, difference, query=0).drop(columns="query")
+    if attribution.removals is None:
+        table = table.rename(columns={"example": "position"})
+        table["name"], table["size"] = table["position"].map(str), 1
+    else:
+        positions = {name: position for position, name in enumerate(attribution.removals)}
+        table = table.rename(columns={"removal": "name"})
+        table["position"] = table["name"].map(positions)
     return [TopExample(**row) for row in table.to_dict("records")]
 
 
+def about_in_brief(attribution: Attribution) -> dict[str, Any]:
+    """Return what is known of an attribution, with the groups' sizes in place of their members, which may be many."""
+    if attribution.removals is None or attribution.members is None:
+        return attribution.about
+    sizes = [len(group) for group in attribution.members]
+    return {**attribution.about, "removals": dict(zip(attribution.removals, sizes, strict=True))}
+
+
 def most_interesting(attribution: Attribution, most: int) -> list[int]:
-    """Return the positions, in order, of the queries on which one example changes the variance most.
+    """Return the positions, in order, of the queries on which one removal changes the variance most.
 
     With a single run, those whose mean moves most.
 

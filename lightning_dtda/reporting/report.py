@@ -27,6 +27,7 @@ from lightning_dtda.reporting.figures import (
 from lightning_dtda.reporting.findings import (
     CLEAR,
     TopExample,
+    about_in_brief,
     most_interesting,
     top_examples,
     without_repeated_warnings,
@@ -43,7 +44,7 @@ MOST_POINTS = 100_000
 
 @dataclass(frozen=True)
 class _Table:
-    """The top examples of one difference, and the powers of ten in which their columns are printed."""
+    """The top examples, or groups, of one difference, and the powers of ten in which their columns are printed."""
 
     difference: str
     words: wording.Wording
@@ -75,14 +76,14 @@ class _Query:
 def report(attribution: Attribution, output: str | Path, k: int = 10) -> Path:
     """Write one self-contained HTML file on an attribution.
 
-    It holds the top examples of each query and difference as tables with standard errors, and interactive figures. It
-    opens without network: plotly.js is inside. Of more than :data:`MOST_QUERIES` queries those are shown on which
-    one example changes the variance most; the page says so.
+    It holds the top examples, or groups, of each query and difference as tables with standard errors, and interactive
+    figures. It opens without network: plotly.js is inside. Of more than :data:`MOST_QUERIES` queries those are shown on
+    which one removal changes the variance most; the page says so.
 
     Args:
         attribution: The attribution.
         output: The file to write; its folder is made if need be.
-        k: Examples in each table.
+        k: Examples, or groups, in each table.
 
     Returns:
         The file.
@@ -125,8 +126,10 @@ def _content(everything: Attribution, attribution: Attribution, k: int) -> dict[
         "cautions": wording.cautions(everything),
         "reliability": wording.reliability(attribution),
         "attribution": attribution,
-        "examples": attribution.responses.shape[2],
-        "about": json.dumps(attribution.about, indent=2, default=str),
+        "removals": attribution.responses.shape[2],
+        "noun": wording.noun(attribution),
+        "a_noun": "an example" if attribution.removals is None else "a group",
+        "about": json.dumps(about_in_brief(attribution), indent=2, default=str),
         "k": k,
         "clear": CLEAR,
         "queries": [_query(attribution, position, k, MOST_POINTS // len(shown)) for position in shown],
@@ -140,14 +143,18 @@ def _content(everything: Attribution, attribution: Attribution, k: int) -> dict[
 
 def _query(attribution: Attribution, position: int, k: int, most_points: int) -> _Query:
     tables = [
-        _Table(name, wording.describe(name, attribution.measurement), top_examples(attribution, position, name, k))
+        _Table(
+            name,
+            wording.describe(name, attribution.measurement, wording.noun(attribution)),
+            top_examples(attribution, position, name, k),
+        )
         for name in attribution.available_differences
     ]
     figures = {"influence": influence_figure(attribution, position, most_points)}
     for table in tables:
         figures[f"top-{table.difference}"] = top_figure(attribution, position, table.difference, k)
         for row in table.rows:
-            figures[f"without-{row.example}"] = removal_figure(attribution, position, [row.example])
+            figures[f"without-{row.position}"] = removal_figure(attribution, position, [row.position])
     return _Query(position, attribution.queries[position], tables, _embedded(figures))
 
 

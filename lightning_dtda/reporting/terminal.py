@@ -11,6 +11,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.findings import (
     CLEAR,
+    TopExample,
     most_interesting,
     top_examples,
     without_repeated_warnings,
@@ -29,13 +30,13 @@ _HEADS = {
 
 
 def print_summary(attribution: Attribution, k: int = 5, *, console: Console | None = None) -> None:
-    """Print what was asked, how sure the answer is, and the top examples of a few queries.
+    """Print what was asked, how sure the answer is, and the top examples, or groups, of a few queries.
 
-    Of more than :data:`MOST_QUERIES` queries those are printed on which one example changes the variance most.
+    Of more than :data:`MOST_QUERIES` queries those are printed on which one removal changes the variance most.
 
     Args:
         attribution: The attribution.
-        k: Examples for each query.
+        k: Examples, or groups, for each query.
         console: Where to print; the standard output if not given.
 
     Raises:
@@ -76,7 +77,7 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
 
 
 def _table(attribution: Attribution, query: int, k: int) -> Table:
-    """Return one query's top examples, by mean and by variance side by side."""
+    """Return one query's top removals, by mean and by variance side by side."""
     table = Table(title=f"Query {attribution.queries[query]}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     columns: list[list[str]] = []
     for difference in attribution.available_differences:
@@ -86,12 +87,12 @@ def _table(attribution: Attribution, query: int, k: int) -> Table:
         # as a change by removal both, which is what one asks at a terminal; the mean influence is its negative
         changes = [row.mean_shift if difference == "mean" else row.variance_change for row in top]
         exponent = common_exponent(changes)
-        table.add_column("example", justify="right")
+        table.add_column("example" if attribution.removals is None else "group (examples)", justify="right")
         table.add_column(
             escape(f"{_HEADS[difference].format(attribution.measurement)} ± standard error {unit(exponent)}"),
             justify="right",
         )
-        columns.append([_shade(str(row.example), row.clear) for row in top])
+        columns.append([_shade(_label(attribution, row), row.clear) for row in top])
         columns.append(
             [
                 _shade(f"{number(change, exponent)} ± {number(row.standard_error, exponent)}", row.clear)
@@ -101,6 +102,10 @@ def _table(attribution: Attribution, query: int, k: int) -> Table:
     for cells in zip(*columns, strict=True):
         table.add_row(*cells)
     return table
+
+
+def _label(attribution: Attribution, row: TopExample) -> str:
+    return row.name if attribution.removals is None else escape(f"{row.name} ({row.size})")
 
 
 def _shade(text: str, clear: bool) -> str:

@@ -15,6 +15,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.figures import influence_figure
 from lightning_dtda.reporting.findings import (
+    about_in_brief,
     largest_drift,
     most_interesting,
     one_query,
@@ -22,6 +23,7 @@ from lightning_dtda.reporting.findings import (
     without_repeated_warnings,
     worst_diagnosis,
 )
+from lightning_dtda.reporting.wording import noun
 
 MOST_QUERIES = 20
 """Queries with a figure and histograms of their own: as many panels as a W&B page shows at once."""
@@ -30,7 +32,7 @@ MOST_ROWS = 10_000
 """Rows of the table of top examples: W&B shows no more."""
 
 _BINS = 32
-_COLUMNS = ("query", "difference", "rank", "example", "influence", "standard_error", "mean_shift", "variance_change")
+_NUMBERS = ("influence", "standard_error", "mean_shift", "variance_change")
 
 
 def log_to_wandb(
@@ -43,17 +45,17 @@ def log_to_wandb(
 ) -> str:
     """Log an attribution as one summary run of Weights & Biases.
 
-    The run has the configuration of the attribution, a table of the top examples, for each of up to
+    The run has the configuration of the attribution, a table of the top examples or groups, for each of up to
     :data:`MOST_QUERIES` queries the figure of mean against variance influence and histograms of the measurement as
-    trained and without the example that changes it most, and the attribution's directory as an artifact. It is a run
-    of its own: one that is active goes on untouched.
+    trained and without the example or group that changes it most, and the attribution's directory as an artifact. It is
+    a run of its own: one that is active goes on untouched.
 
     Args:
         attribution: The attribution.
         directory: Where it is saved.
         project: The project; without it, ``WANDB_PROJECT`` or ``lightning-dtda``.
         group: The run's group; without it, the ensemble's name.
-        k: Examples for each query and difference.
+        k: Examples, or groups, for each query and difference.
 
     Returns:
         The run's id.
@@ -69,7 +71,7 @@ def log_to_wandb(
     if not directory.is_dir():
         raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
     with without_repeated_warnings():
-        table = wandb.Table(columns=list(_COLUMNS), data=list(_rows(attribution, k)))
+        table = wandb.Table(columns=[*_columns(attribution)], data=list(_rows(attribution, k)))
         panels = dict(_panels(attribution))
     artifact = wandb.Artifact(_artifact_name(attribution), type="attribution", metadata=facts)
     artifact.add_dir(str(directory))
@@ -77,13 +79,18 @@ def log_to_wandb(
         project=project or os.environ.get("WANDB_PROJECT") or "lightning-dtda",
         group=group or attribution.about.get("ensemble"),
         job_type="attribution",
-        config=attribution.about,
+        config=about_in_brief(attribution),
         reinit="create_new",
     ) as run:
         run.log({"top_examples": table, **panels})
         run.summary.update(facts)
         run.log_artifact(artifact)
     return str(run.id)
+
+
+def _columns(attribution: Attribution) -> list[str]:
+    removed = ["example"] if attribution.removals is None else ["removal", "size"]
+    return ["query", "difference", "rank", *removed, *_NUMBERS]
 
 
 def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
@@ -93,7 +100,8 @@ def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
         for difference in differences:
             for row in top_examples(attribution, query, difference, k):
                 fields = {"query": attribution.queries[query], "difference": difference, **vars(row)}
-                yield [fields[column] for column in _COLUMNS]
+                fields |= {"example": row.position, "removal": row.name}
+                yield [fields[column] for column in _columns(attribution)]
 
 
 def _panels(attribution: Attribution) -> Iterator[tuple[str, Any]]:
@@ -106,18 +114,18 @@ def _panels(attribution: Attribution) -> Iterator[tuple[str, Any]]:
         [largest] = top_examples(attribution, query, "wasserstein", 1)
         selected = one_query(attribution, query)
         trained = selected.baseline[:, 0].cpu().numpy()
-        predicted = selected.predict([largest.example])[:, 0].cpu().numpy()
+        predicted = selected.predict([largest.position])[:, 0].cpu().numpy()
         bins = np.histogram_bin_edges(np.concatenate([trained, predicted]), _BINS)
         yield f"distribution/{name}, as trained", wandb.Histogram(np_histogram=np.histogram(trained, bins))
         yield (
-            f"distribution/{name}, without example {largest.example}",
+            f"distribution/{name}, without {noun(attribution)} {largest.name}",
             wandb.Histogram(np_histogram=np.histogram(predicted, bins)),
         )
 
 
 def _facts(attribution: Attribution) -> dict[str, Any]:
-    runs, queries, examples = attribution.responses.shape
-    facts: dict[str, Any] = {"runs": runs, "queries": queries, "examples": examples}
+    runs, queries, removals = attribution.responses.shape
+    facts: dict[str, Any] = {"runs": runs, "queries": queries, f"{noun(attribution)}s": removals}
     facts["chaotic_runs"] = len(attribution.chaotic)
     with without_repeated_warnings(), suppress(AttributionError):  # too few runs
         facts["reliability"] = float(attribution.reliability("mean").median())

@@ -34,28 +34,39 @@ class Wording:
     short: str
 
 
-def describe(difference: str, measurement: str) -> Wording:
-    """Return how a difference of a measurement's distributions is put into words."""
+def noun(attribution: Attribution) -> str:
+    """Return what a removal takes away: an example or a group."""
+    return "example" if attribution.removals is None else "group"
+
+
+def describe(difference: str, measurement: str, removed: str = "example") -> Wording:
+    """Return how a difference of a measurement's distributions is put into words.
+
+    Args:
+        difference: A built-in one.
+        measurement: Its name.
+        removed: What a removal takes away, see :func:`noun`.
+    """
     return {
         "mean": Wording(
             "Mean influence",
-            f"Which examples move the {measurement}?",
+            f"Which {removed}s move the {measurement}?",
             f"E X {MINUS} E Y",
-            f"fall of the mean {measurement} on this query if the example is removed",
+            f"fall of the mean {measurement} on this query if the {removed} is removed",
             f"fall of the mean {measurement} when removed",
         ),
         "variance": Wording(
             "Variance influence",
-            f"Which examples make the {measurement} more or less dependent on the seed?",
+            f"Which {removed}s make the {measurement} more or less dependent on the seed?",
             f"Var Y {MINUS} Var X",
-            f"change of the {measurement}'s variance over runs on this query if the example is removed",
+            f"change of the {measurement}'s variance over runs on this query if the {removed} is removed",
             f"variance change of the {measurement} when removed",
         ),
         "wasserstein": Wording(
             "Wasserstein influence",
-            f"Which examples change the {measurement}'s distribution in any way?",
+            f"Which {removed}s change the {measurement}'s distribution in any way?",
             "W₂(X, Y)",
-            f"distance by which the {measurement}'s distribution on this query moves if the example is removed",
+            f"distance by which the {measurement}'s distribution on this query moves if the {removed} is removed",
             f"how far the {measurement} moves when removed",
         ),
     }[difference]
@@ -63,10 +74,14 @@ def describe(difference: str, measurement: str) -> Wording:
 
 def question(attribution: Attribution) -> str:
     """Return what was asked, as a question."""
-    examples, queries = attribution.responses.shape[2], len(attribution.queries)
+    number, queries, members = attribution.responses.shape[2], len(attribution.queries), attribution.members
+    what = f"one of {number} training examples"
+    if members is not None:
+        what = f"one of {number} groups of training examples"
+        if number == 1:
+            what = f"a group of {counted(len(members[0]), 'training example')}"
     return (
-        f"How does the {attribution.measurement} on {counted(queries, 'query', 'queries')} change if one of "
-        f"{examples} training examples is removed?"
+        f"How does the {attribution.measurement} on {counted(queries, 'query', 'queries')} change if {what} is removed?"
     )
 
 
@@ -74,9 +89,10 @@ def answer(attribution: Attribution) -> str:
     """Return how the question was answered."""
     ensemble = attribution.about.get("ensemble")
     of = f" of the ensemble {ensemble}" if ensemble else ""
+    step = "" if attribution.step is None else f"step {attribution.step} of "
     return (
-        f"The {attribution.measurement} was measured after {counted(len(attribution.runs), 'seeded run')}{of}; its "
-        f"change in each run is predicted by {estimator(attribution)}. {REMOVAL}"
+        f"The {attribution.measurement} was measured after {step}{counted(len(attribution.runs), 'seeded run')}{of}; "
+        f"its change in each run is predicted by {estimator(attribution)}. {REMOVAL}"
     )
 
 
@@ -125,7 +141,7 @@ def cautions(attribution: Attribution) -> list[str]:
 
 
 def reliability(attribution: Attribution) -> str:
-    """Return how well halves of the runs agree about the ranking of the examples, over queries."""
+    """Return how well halves of the runs agree about the ranking of the removals, over queries."""
     try:
         of_queries = attribution.reliability("mean")
     except AttributionError:
