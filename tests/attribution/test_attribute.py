@@ -102,6 +102,22 @@ def test_the_answer_to_another_question_is_not_mixed_in(ensemble, tmp_path):
     assert Attribution.load(tmp_path / "answer").measurement == replaced.measurement == "prediction"
 
 
+def test_a_group_and_a_step_are_part_of_the_question(ensemble, tmp_path):
+    groups = {"first": [0, 1, 2], "second": [5, 6]}
+    asked = ask(ensemble, output=tmp_path / "answer", removals=groups, step=5)
+    loaded = Attribution.load(tmp_path / "answer")
+    assert loaded.removals == asked.removals == ("first", "second")
+    assert loaded.members == ((0, 1, 2), (5, 6))
+    assert loaded.step == 5
+    assert torch.equal(loaded.responses, ask(ensemble, removals=groups, step=5).responses)
+    # the same groups in another order are other columns
+    turned = dict(reversed(groups.items()))
+    for another in ({"removals": groups}, {"step": 5}, {"removals": turned, "step": 5}):
+        with pytest.raises(AttributionError, match=r"another question \(different (removals|step)\W"):
+            ask(ensemble, output=tmp_path / "answer", **another)
+    assert ask(ensemble, output=tmp_path / "answer", removals=groups, step=5).removals == ("first", "second")
+
+
 def test_more_runs_are_added_and_other_runs_are_refused(ensemble, fit, tmp_path):
     ask(ensemble[:2], output=tmp_path / "answer")
     assert ask(ensemble, output=tmp_path / "answer").runs == ("seed-0000", "seed-0001", "seed-0002")
@@ -136,6 +152,10 @@ def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
         ({"measurement": lambda module, batch: module(batch[0]) * torch.nan}, "not finite"),
         ({"data": [1, 2, 3]}, "Give a Dataset"),
         ({"queries": Subset(QUERIES, [])}, "no queries"),
+        ({"removals": [[0, 12]]}, "index 12; the training examples are 0 to 11"),
+        ({"step": 10}, r"no step 10 in all runs: .*seed-0000 took 9. Give 1 to 9"),
+        ({"step": 0}, "no step 0"),
+        ({"step": 2.5}, "step=2.5 is no number of steps"),
     ],
     ids=lambda value: str(value)[:30],
 )

@@ -157,3 +157,74 @@ def test_top_refuses_what_is_not_there_and_warns_once(attribution):
     with pytest.warns(UserWarning, match="Influences of 4 runs") as caught:
         few.top()
     assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.fixture
+def grouped(attribution):
+    groups = [{"name": "web", "examples": [0, 1, 2]}, {"name": "books", "examples": [3]}]
+    groups.append({"name": "rare", "examples": [2, 5]})
+    about = {**attribution.about, "removals": groups, "step": 40}
+    return Attribution(
+        attribution.baseline, attribution.responses[..., :3], attribution.runs, attribution.queries, about
+    )
+
+
+def test_groups_are_removed_by_name_or_by_position(grouped):
+    expected = grouped.baseline + grouped.responses[..., 0] + grouped.responses[..., 1]
+    for removed in (["web", "books"], [0, "books"], [0, 1], torch.tensor([0, 1]), np.array([1, 0])):
+        torch.testing.assert_close(grouped.predict(removed), expected)
+    by_name = grouped.influence("variance", removed=["rare"])
+    torch.testing.assert_close(by_name, grouped.influence("variance")[:, 2])
+    assert repr(grouped) == "Attribution(10 runs, 3 queries, 3 groups, loss after step 40)"
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        (["web", "rare"], "Groups 'web' and 'rare' both have training example 2; it can be removed once"),
+        ([1, "books"], "Groups 'books' and 'books' both have training example 3"),
+        (["movies"], "no group 'movies' of removals; they are web, books, rare"),
+        ("web", r"is a single name. Give a list, \['web'\]"),
+        ([3], "no group at position 3; they are 0 to 2"),
+        (1, "no list of the indices of groups"),
+        ([True, False, False], "is a mask"),
+    ],
+)
+def test_groups_that_cannot_be_removed_together_are_refused(grouped, removed, message):
+    with pytest.raises(AttributionError, match=message):
+        grouped.predict(removed)
+
+
+def test_names_of_groups_are_no_examples(attribution):
+    with pytest.raises(AttributionError, match="no list of the indices of training examples"):
+        attribution.predict(["web"])
+
+
+def test_tables_name_groups_and_their_sizes(grouped):
+    top = grouped.top(3, "variance", query=1)
+    assert list(top.columns[:4]) == ["query", "rank", "removal", "size"]
+    order = grouped.influence("variance")[1].abs().argsort(descending=True).tolist()
+    assert top["removal"].tolist() == [("web", "books", "rare")[n] for n in order]
+    assert top["size"].tolist() == [(3, 1, 2)[n] for n in order]
+    dataset = grouped.to_xarray()
+    assert dict(dataset.sizes) == {"run": RUNS, "query": QUERIES, "removal": 3}
+    np.testing.assert_array_equal(
+        dataset["responses"].sel(query=15, removal="books"), grouped.responses[:, 2, 1].numpy()
+    )
+    frame = grouped.to_dataframe()
+    [row] = frame[(frame["query"] == 8) & (frame["removal"] == "rare")].itertuples()
+    assert row.size == 2
+    assert row.mean_influence == pytest.approx(grouped.influence("mean")[1, 2].item())
+
+
+def test_saved_groups_are_those_that_are_loaded(grouped, tmp_path):
+    grouped.save(tmp_path / "saved")
+    loaded = Attribution.load(tmp_path / "saved")
+    assert (loaded.removals, loaded.members, loaded.step) == (grouped.removals, grouped.members, 40)
+    assert torch.equal(loaded.responses, grouped.responses)
+
+
+def test_groups_are_as_many_as_responses(attribution):
+    about = {"removals": [{"name": "web", "examples": [0]}]}
+    with pytest.raises(AttributionError, match="names 1 groups of removals; responses are of 7"):
+        Attribution(attribution.baseline, attribution.responses, attribution.runs, attribution.queries, about)

@@ -1,5 +1,7 @@
 """The command line from configuration to attribution, in process."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -142,6 +144,50 @@ def test_estimator_measurement_and_split_are_options(record, tmp_path):
     assert found.responses.dtype == torch.float64
     assert found.about["estimator"]["precision"] == "float64"
     assert found.measurement == "prediction"
+
+
+def test_groups_are_read_from_a_file_and_a_step_is_asked_for(record, tmp_path, capsys):
+    root = record("--seeds", "2")
+    groups = {"old": [0, 5, 9], "young": [1]}
+    (tmp_path / "groups.json").write_text(json.dumps(groups))
+    question = ["--ensemble", str(root), "--queries.indices=[3,1]"]
+    arguments = ["--removals", str(tmp_path / "groups.json"), "--step", "7"]
+    main(["attribute", *question, "--output", str(tmp_path / "groups"), *arguments])
+    output = " ".join(capsys.readouterr().out.split())
+    assert "if one of 2 groups of training examples is removed?" in output
+    assert "was measured after step 7 of 2 seeded runs" in output
+    assert "old (3)" in output
+    found = Attribution.load(tmp_path / "groups")
+    assert (found.removals, found.members, found.step) == (("old", "young"), ((0, 5, 9), (1,)), 7)
+
+    main(["attribute", *question, "--output", str(tmp_path / "single"), "--removals", "leave-one-out", "--step", "7"])
+    single = Attribution.load(tmp_path / "single")
+    assert single.removals is None
+    expected = torch.stack([single.responses[..., group].sum(-1) for group in groups.values()], -1)
+    torch.testing.assert_close(found.responses, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("removals", "content", "message"),
+    [
+        ("column:1", None, "removals='column:1': the label of example 0 is"),
+        ("no.json", None, "no.json cannot be read"),
+        ("broken.json", "[[1, 2", "broken.json cannot be read"),
+        ("number.json", "3", "number.json holds 3. Write a list of lists"),
+        ("empty.json", "[[]]", "Group '0' of removals is empty"),
+    ],
+)
+def test_removals_that_cannot_be_are_refused_in_words(
+    record, tmp_path, capsys, monkeypatch, removals, content, message
+):
+    root = record("--seeds", "1")
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / removals).write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "answer"), "--removals", removals])
+    assert stop.value.code == 1
+    assert message in capsys.readouterr().err
 
 
 def test_check_says_in_words_whether_an_ensemble_can_be_trusted(record, capsys, monkeypatch):

@@ -31,3 +31,13 @@ def make_attribution(runs=RUNS, **about):
 @pytest.fixture
 def attribution():
     return make_attribution()
+
+
+GROUPS = tuple(f"<i>source {number}</i>" for number in range(EXAMPLES))
+
+
+@pytest.fixture
+def grouped():
+    """The same numbers, as the responses to groups of 1, 2, 3, 1, 2, 3 ... examples; names that are no markup."""
+    groups = [{"name": name, "examples": list(range(1 + n % 3))} for n, name in enumerate(GROUPS)]
+    return make_attribution(removals=groups, step=40)

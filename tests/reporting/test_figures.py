@@ -1,3 +1,5 @@
+from html import escape
+
 import numpy as np
 import plotly.graph_objects as go
 import pytest
@@ -11,7 +13,7 @@ from lightning_dtda.reporting.figures import (
     removal_figure,
     top_figure,
 )
-from tests.reporting.conftest import EXAMPLES, make_attribution
+from tests.reporting.conftest import EXAMPLES, GROUPS, make_attribution
 
 
 def test_every_example_is_a_point_at_its_mean_shift_and_variance_change(attribution):
@@ -125,3 +127,16 @@ def test_runs_without_an_adjoint_are_not_drawn():
     plot = adjoint_figure(make_attribution(adjoint_norms={}))
 
     assert not any(trace.x for trace in plot.data)
+
+
+def test_groups_are_drawn_by_name(grouped):
+    names = [escape(name) for name in GROUPS]
+    points = [
+        row[0] for trace in influence_figure(grouped, 0).data if trace.mode == "markers" for row in trace.customdata
+    ]
+    assert sorted(points) == sorted(names)
+    assert influence_figure(grouped, 0).layout.title.text == "Every group of training examples, query 4"
+    [bars] = top_figure(grouped, 0, "mean", 3).data
+    assert list(bars.y) == [escape(name) for name in grouped.top(3, "mean", query=0)["removal"]]
+    assert bars.hovertemplate.startswith("<b>group %{y}</b>")
+    assert removal_figure(grouped, 0, [2]).layout.title.text == f"Query 4, without group {names[2]}"

@@ -1,5 +1,6 @@
 """The report as a file, and in a real browser."""
 
+import html
 import importlib
 import json
 import re
@@ -234,3 +235,26 @@ def test_without_adjoints_there_is_no_empty_figure(tmp_path):
     text = report(make_attribution(adjoint_norms={}), tmp_path / "report.html").read_text()
 
     assert "How far back changes last" not in text
+
+
+def test_groups_are_named_with_their_sizes(grouped, tmp_path):
+    page = report(grouped, tmp_path / "report.html", k=4).read_text()
+    rows = re.findall(
+        r'<button type="button" title="show the runs without this group">(.*?)</button></td>\s*<td>(\d+)', page
+    )
+    tops = [grouped.top(4, difference, query=q) for q in range(len(QUERIES)) for difference in DIFFERENCES]
+    expected = [(name, size) for top in tops for name, size in zip(top["removal"], top["size"], strict=True)]
+    assert [(html.unescape(name), int(size)) for name, size in rows] == expected
+    for words in (
+        "if one of 40 groups of training examples is removed?",
+        "measured after step 40 of 12 seeded runs",
+        "Groups of training examples",
+        "change of the mean loss on this query if the group is removed",
+        "Which groups move the loss?",
+    ):
+        assert words in page
+    assert "<i>source" not in page
+    # the figures that a click shows are there, by the group's position
+    positions = {position for position, _ in re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)}
+    assert all(f'"without-{position}": ' in page for position in positions)
+    assert "&quot;examples&quot;: [" not in page

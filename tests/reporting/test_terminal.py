@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -62,3 +63,19 @@ def test_the_agreement_of_the_runs_is_shown(attribution):
     of_queries = attribution.reliability()
     assert f"(split-half reliability): {of_queries.median():.2f} ({of_queries.min():.2f} to" in text
     assert "too few runs to tell" in " ".join(_printed(make_attribution(2)).split())
+
+
+def test_groups_are_shown_by_name_and_size(grouped):
+    text = " ".join(_printed(grouped).split())
+    assert "How does the loss on 3 queries change if one of 40 groups of training examples is removed?" in text
+    assert "The loss was measured after step 40 of 12 seeded runs of the ensemble concrete" in text
+    assert "group (examples)" in text
+    largest = grouped.top(1, "mean", query=0)
+    assert f"{largest['removal'][0]} ({largest['size'][0]})" in text
+
+
+def test_a_single_group_is_told_by_its_size():
+    whole = make_attribution()
+    about = {**whole.about, "removals": [{"name": "all", "examples": [1, 4, 5]}]}
+    single = replace(whole, responses=whole.responses[..., 11:12], about=about)
+    assert "change if a group of 3 training examples is removed?" in " ".join(_printed(single).split())

@@ -8,7 +8,7 @@ import wandb
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import log_to_wandb
-from tests.reporting.conftest import QUERIES, make_attribution
+from tests.reporting.conftest import GROUPS, QUERIES, make_attribution
 from tests.reporting.wandb_log import read_records
 
 
@@ -184,3 +184,16 @@ def test_no_example_at_all_is_refused_before_a_run_is_made(attribution, saved, t
 def test_an_attribution_that_is_not_saved_is_refused(attribution, tmp_path):
     with pytest.raises(AttributionError, match="Save the attribution there first"):
         log_to_wandb(attribution, tmp_path / "nowhere")
+
+
+def test_groups_are_logged_by_name_and_size(grouped, tmp_path):
+    grouped.save(tmp_path / "attribution")
+    logged = _Logged(tmp_path, log_to_wandb(grouped, tmp_path / "attribution", k=2))
+    table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
+    assert table["columns"][2:5] == ["rank", "removal", "size"]
+    top = grouped.top(2, "mean", query=0)
+    assert [row[3:5] for row in table["data"][:2]] == top[["removal", "size"]].to_numpy().tolist()
+    largest = grouped.top(1, "wasserstein", query=0)["removal"][0]
+    assert f"distribution/query 4, without group {largest}" in logged.history
+    assert logged.summary["groups"] == len(GROUPS)
+    assert logged.config["removals"] == {name: 1 + n % 3 for n, name in enumerate(GROUPS)}
