@@ -27,6 +27,14 @@ class Clipping(ABC):
             cotangent: Of the gradient after clipping.
         """
 
+    def tangent(self, gradient: Tensor, tangent: Tensor) -> Tensor:
+        """Push a tangent of the gradient ``(..., P)`` forward to the clipped gradient.
+
+        The same as :meth:`adjoint`: each of the clippings here has a symmetric Jacobian. That of values is diagonal;
+        that of the norm, a multiple of the identity less one of the gradient's outer product with itself.
+        """
+        return self.adjoint(gradient, tangent)
+
 
 class NoClipping(Clipping):
     """The gradient as it is."""

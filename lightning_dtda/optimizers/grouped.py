@@ -75,6 +75,34 @@ class GroupedUpdate:
         thetas, new_states, gradients = zip(*results, strict=True)
         return _join(thetas), list(new_states), _join(gradients)
 
+    def tangent(
+        self,
+        theta: Tensor,
+        states: Sequence[State],
+        gradient: Tensor,
+        hyperparameters: Sequence[Hyperparameters],
+        theta_tangent: Tensor,
+        state_tangents: Sequence[State],
+        gradient_tangent: Tensor,
+        *,
+        step: int,
+    ) -> tuple[Tensor, list[State]]:
+        """Push tangents ``(..., P)`` forward through one step: to the parameters and the states after it."""
+        results = [
+            self.update.tangent(
+                theta[..., part],
+                state,
+                gradient[..., part],
+                group,
+                theta_tangent[..., part],
+                tangent,
+                gradient_tangent[..., part],
+                step=step,
+            )
+            for part, state, group, tangent in zip(self.slices, states, hyperparameters, state_tangents, strict=True)
+        ]
+        return _join([theta for theta, _ in results]), [state for _, state in results]
+
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
     # nothing to join with one group; a copy of the adjoints of all runs and queries takes as long as a layer

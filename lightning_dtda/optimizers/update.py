@@ -77,3 +77,37 @@ class Update(ABC):
         ordered = {key: state_cotangent[key] for key in after}
         cotangents: tuple[Tensor, State, Tensor] = pull_back((theta_cotangent, ordered))
         return cotangents
+
+    def tangent(
+        self,
+        theta: Tensor,
+        state: State,
+        gradient: Tensor,
+        hyperparameters: Hyperparameters,
+        theta_tangent: Tensor,
+        state_tangent: State,
+        gradient_tangent: Tensor,
+        *,
+        step: int,
+    ) -> tuple[Tensor, State]:
+        r"""Push tangents of :math:`(\theta_t, s_t, g_t)` forward to :math:`(\theta_{t+1}, s_{t+1})`.
+
+        .. math:: \langle \dot U, \bar u \rangle = \langle (\dot\theta, \dot s, \dot g), U^\top \bar u \rangle
+            \quad \text{for all } \bar u
+
+        The transpose of :meth:`adjoint`, which is linear in its cotangents. So there is one derivative of each
+        optimizer: finite where :meth:`adjoint` is, at a second moment of zero too, where forward-mode differentiation
+        of :meth:`step` is not.
+
+        Returns:
+            Tangents of the parameters and the state after the step, each ``(..., P)``, where the tangents may have more
+            entries in a leading dimension (removals) than the point.
+        """
+        before, transpose = torch.func.vjp(  # type: ignore[misc]
+            lambda *cotangents: self.adjoint(theta, state, gradient, hyperparameters, *cotangents, step=step),
+            torch.zeros_like(theta_tangent),
+            {key: torch.zeros_like(tangent) for key, tangent in state_tangent.items()},
+        )
+        ordered = {key: state_tangent[key] for key in before[1]}
+        after: tuple[Tensor, State] = transpose((theta_tangent, ordered, gradient_tangent))
+        return after
