@@ -5,7 +5,9 @@ from lightning_dtda.replay.examples import Examples, prepare_fit, query_examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.replay.measurements import Measurement, resolve_measurement
-from lightning_dtda.replay.replay import Point, Precision, Replay, StepBatch, shape_key
+from lightning_dtda.replay.replay import Precision, Replay, shape_key
+from lightning_dtda.replay.steps import Point, StepBatch
+from lightning_dtda.replay.tangents import Position, Tangents
 
 __all__ = [
     "Drift",
@@ -13,9 +15,11 @@ __all__ = [
     "FunctionalModule",
     "Measurement",
     "Point",
+    "Position",
     "Precision",
     "Replay",
     "StepBatch",
+    "Tangents",
     "dataset_fingerprint",
     "prepare_fit",
     "query_examples",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -22,61 +21,11 @@ from lightning_dtda.replay.dropout import Mask
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.replay.functional import FunctionalModule
+from lightning_dtda.replay.steps import Point, StepBatch, draw_masks, parts_of, pass_examples
+from lightning_dtda.replay.tangents import Position, gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, Run
 
 Precision = Literal["recorded", "float64"]
-
-
-class Part(NamedTuple):
-    """Examples that pass through the module together.
-
-    Args:
-        size: Their number.
-        keeps_statistics: Whether running statistics are those after this pass: in the first process of a training,
-            whose buffers the others get.
-    """
-
-    size: int
-    keeps_statistics: bool = True
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """The examples of one step of R runs; shorter batches are filled up with examples of coefficient 0.
-
-    Args:
-        indices: Data set indices ``(runs, B)``.
-        coefficients: What each example's loss is multiplied with in the step's loss ``(runs, B)``.
-        examples: The examples, each leaf ``(runs, B, ...)``.
-        batch_idx: As ``training_step`` got it.
-        masks: Those of dropout, each part ``(runs, B, ...)``.
-        parts: The examples that pass through the module together: all of them, since the loss of an example does not
-            depend on the others; or those of each micro-batch, where BatchNorm makes it depend on them.
-    """
-
-    indices: Tensor
-    coefficients: Tensor
-    examples: Any
-    batch_idx: int
-    masks: list[Mask]
-    parts: list[Part]
-
-
-@dataclass(frozen=True)
-class Point:
-    """What a step starts from, each ``(runs, P)``.
-
-    Args:
-        theta: Parameters.
-        states: Each group's optimizer state.
-        gradient: What the optimizer applied.
-        unclipped: The same before clipping, as far as the adjoint of clipping needs it.
-    """
-
-    theta: Tensor
-    states: list[State]
-    gradient: Tensor
-    unclipped: Tensor
 
 
 class Replay:
@@ -207,7 +156,7 @@ class Replay:
             self._examples(indices, micro_batches),
             clock.batch_idx,
             self._masks(step, micro_batches),
-            self._parts(step, micro_batches),
+            parts_of(step, micro_batches, bool(self.module.statistics)),
         )
 
     def _examples(self, indices: Tensor, micro_batches: list[list[MicroBatch]]) -> Any:
@@ -217,17 +166,6 @@ class Replay:
         return self.examples.restore(
             [pad_sequence(list(runs), batch_first=True) for runs in zip(*of_runs, strict=True)]
         )
-
-    def _parts(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[Part]:
-        sizes = [[Part(len(part.indices), part.process == 0) for part in parts] for parts in micro_batches]
-        if not self.module.statistics:
-            return [Part(max(sum(part.size for part in of_run) for of_run in sizes))]
-        if any(of_run != sizes[0] for of_run in sizes):
-            raise ReplayError(
-                f"The runs have batches of different sizes at step {step}. With BatchNorm, whose statistics are those "
-                "of a batch, such runs cannot be swept together: give the estimator runs_per_batch=1."
-            )
-        return sizes[0]
 
     def _masks(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[Mask]:
         """Draw the dropout masks of a step again, from the recorded states of the generators."""
@@ -243,19 +181,7 @@ class Replay:
                 first.batch_idx,
                 self.recorded_dtype,
             )
-        of_runs: list[list[Mask]] = []
-        for run, parts in zip(self.runs, micro_batches, strict=True):
-            if not self.module.dropout.calls or not all(part.rng_states for part in parts):
-                raise ReplayError(
-                    f"training_step of {run.path} drew random numbers at step {step}, and not always: not for all "
-                    "passes of the step, or not at the first step. Let it do so at every step, or at none."
-                )
-            drawn = [self.module.dropout.draw(part.rng_states, len(part.indices), self.dtype) for part in parts]
-            of_runs.append([tuple(map(torch.cat, zip(*masks, strict=True))) for masks in zip(*drawn, strict=True)])
-        return [
-            tuple(pad_sequence(list(runs), batch_first=True) for runs in zip(*masks, strict=True))
-            for masks in zip(*of_runs, strict=True)
-        ]
+        return draw_masks(self.module.dropout, step, [str(run.path) for run in self.runs], micro_batches, self.dtype)
 
     def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
         """Return each group's hyperparameters: numbers where the runs agree, else tensors of ``ndim`` dimensions.
@@ -320,33 +246,12 @@ class Replay:
         def loss(
             theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor, masks: list[Mask]
         ) -> tuple[Tensor, dict[str, Tensor]]:
-            losses, statistics = self._pass(theta, buffers, examples, masks, batch)
+            losses, statistics = pass_examples(self.module, theta, buffers, examples, masks, batch)
             return (coefficients * losses).sum(), statistics
 
         derivative = vmap(grad(loss, has_aux=True))
         result: tuple[Tensor, dict[str, Tensor]] = derivative(theta, buffers, batch.examples, coefficients, batch.masks)
         return result
-
-    def _pass(
-        self, theta: Tensor, buffers: dict[str, Tensor], examples: Any, masks: list[Mask], batch: StepBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pass a run's examples through the module, part by part; return losses ``(B,)`` and running statistics."""
-        if len(batch.parts) == 1 and not self.module.statistics:
-            return self.module.example_losses(theta, buffers, examples, batch.batch_idx, masks), {}
-        losses, statistics, start = [], {name: buffers[name] for name in self.module.statistics}, 0
-        for size, keeps_statistics in batch.parts:
-            rows = slice(start, start + size)
-            start += size
-            part, after = self.module.losses_and_statistics(
-                theta,
-                buffers | statistics,
-                map_tensors(lambda leaf, rows=rows: leaf[rows], examples),  # type: ignore[misc]
-                batch.batch_idx,
-                [tuple(part[rows] for part in mask) for mask in masks],
-            )
-            losses.append(part)
-            statistics = after if keeps_statistics else statistics
-        return torch.cat(losses), statistics
 
     def statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return those of the buffers that the training updates by differentiable steps, each ``(runs, ...)``."""
@@ -365,8 +270,22 @@ class Replay:
         for step in range(first, last):
             points.append(self._point(step, theta, states, buffers))
             theta, states = self._advance(step, points[-1])
-        self._comparison.parameters(first, last, start, theta, self.checkpoint(last)[0])
+        self.compare(first, last, start, theta)
         return points
+
+    def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:
+        """Compare what a replay came to at the end of a segment with the record.
+
+        Args:
+            first: The segment's first step.
+            last: The step after its last.
+            start: What it started from ``(runs, P)``.
+            theta: What it came to ``(runs, P)``.
+
+        Raises:
+            ReplayError: If the end differs from the recorded checkpoint by more than rounding.
+        """
+        self._comparison.parameters(first, last, start, theta, self.checkpoint(last)[0])
 
     def adjoint(
         self, step: int, point: Point, theta_cotangent: Tensor, state_cotangents: Sequence[State]
@@ -450,6 +369,52 @@ class Replay:
             self._comparison.gradient(step, applied, self._recorded_gradient(step))
         return batch, slopes, products, of_statistics
 
+    def push(self, position: Position, membership: Tensor) -> Position:
+        r"""Take a step forwards, the tangents of removals along with it.
+
+        With :math:`r_k` the tangent of the parameters and :math:`S_k` the examples of removal k, that of the step's
+        gradient is
+
+        .. math:: \dot g_k = H_t r_k - \sum_{n \in S_k \cap b_t} c_n \nabla l_n(\theta_t),
+
+        then clipping and the optimizer's update are differentiated forwards.
+
+        Args:
+            position: Before the step.
+            membership: 1 where an example is in a removal ``(removals, N)``.
+
+        Returns:
+            After the step.
+
+        Raises:
+            ReplayError: If the gradient is not the recorded one, naming run and step.
+        """
+        step, theta, states, buffers = position.step, position.theta, position.states, position.buffers
+        batch = self.batch(step)
+        change = -batch.coefficients[:, None] * membership[:, batch.indices].transpose(0, 1)
+        gradient, statistics, of_gradient, of_statistics = gradient_tangents(
+            self.module, batch, theta, buffers, change, position.tangents
+        )
+        applied = self.clipping.apply(gradient)
+        if self._records_gradients:
+            self._comparison.gradient(step, applied, self._recorded_gradient(step))
+        point = (
+            self._point(step, theta, states, buffers)
+            if self._rebuild_from_gradients
+            else Point(theta, states, applied, gradient)
+        )
+        tangents = push(
+            self.update,
+            self.clipping,
+            self.hyperparameters(step, ndim=3),
+            step,
+            point,
+            position.tangents,
+            of_gradient,
+            of_statistics,
+        )
+        return Position(step + 1, *self._advance(step, point), buffers | statistics, tangents)
+
     def _products(self, batch: StepBatch) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
         """Return slopes, Hessian products, statistics' cotangents and gradients as a function over runs and queries."""
 
@@ -466,7 +431,7 @@ class Replay:
             def loss(
                 theta: Tensor, statistics: dict[str, Tensor], multipliers: dict[str, Tensor]
             ) -> tuple[Tensor, Tensor]:
-                losses, after = self._pass(theta, buffers | statistics, examples, masks, batch)
+                losses, after = pass_examples(self.module, theta, buffers | statistics, examples, masks, batch)
                 total = (coefficients * losses).sum()
                 for name, multiplier in multipliers.items():
                     total = total + (multiplier * after[name]).sum()
