@@ -55,12 +55,14 @@ class Plan:
         queries_per_chunk: Queries that are worked on together.
         memory: Peak memory in bytes.
         seconds: Time that all of it will take.
+        removals_per_chunk: Removals that are worked on together, where an estimator works removal by removal.
     """
 
     batches: tuple[tuple[Run, ...], ...]
     queries_per_chunk: int
     memory: int
     seconds: float
+    removals_per_chunk: int | None = None
 
 
 @dataclass(frozen=True)

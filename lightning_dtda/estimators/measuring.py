@@ -1,16 +1,13 @@
-"""The measurement of recorded runs, and its gradient: where reverse sweeps start."""
+"""The measurement of recorded runs, and its derivatives: where reverse sweeps start and forward sweeps end."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
-from lightning_dtda.errors import AttributionError, DTDAError
 from lightning_dtda.replay import Measurement, Replay
-from lightning_dtda.replay.batches import map_tensors
+from lightning_dtda.replay.measured import measured
 
 
 def measure(
@@ -31,38 +28,11 @@ def measure(
     Raises:
         AttributionError: If the measurement cannot be differentiated, or is not finite.
     """
-    theta, buffers = replay.trained(replay.steps if step is None else step)
+    step = replay.steps if step is None else step
+    theta, buffers = replay.trained(step)
+    return measured(replay.module, theta, buffers, batch, measurement, places(replay, step))
 
-    def of_one_query(
-        theta: Tensor, statistics: dict[str, Tensor], buffers: dict[str, Tensor], query: Any
-    ) -> tuple[Tensor, Tensor]:
-        single = map_tensors(lambda leaf: leaf.unsqueeze(0), query)
-        value = replay.module.measure(theta, buffers | statistics, single, measurement)
-        if value.shape != (1,):
-            raise AttributionError(
-                f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a batch."
-            )
-        return value[0], value[0]
 
-    derivative = grad(of_one_query, argnums=(0, 1), has_aux=True)
-    of_one_run = vmap(derivative, in_dims=(None, None, None, 0))
-    try:
-        arguments = (theta, replay.statistics(buffers), buffers, batch)
-        (gradients, of_statistics), values = vmap(of_one_run, in_dims=(0, 0, 0, None))(*arguments)
-    except DTDAError:
-        raise
-    except Exception as error:  # whatever the user's code does
-        raise AttributionError(
-            f"The measurement fails ({error!r}). It is called with the module and a batch of one query, and torch.func "
-            "has to be able to differentiate it and to map it over queries: no .item(), float(), print, or branch on a "
-            "value."
-        ) from error
-    where = "the end" if step in (None, replay.steps) else f"step {step}"
-    for what, tensor in (("", values), ("the gradient of ", gradients)):
-        if not bool(torch.isfinite(tensor).all()):
-            number = int((~torch.isfinite(tensor.reshape(len(tensor), -1))).any(1).nonzero()[0])
-            raise AttributionError(
-                f"{what}the measurement is not finite at {where} of {replay.runs[number].path}. The training diverged, "
-                "or the measurement has no value there; leave the run out."
-            )
-    return values.detach(), gradients.detach(), of_statistics
+def places(replay: Replay, step: int) -> list[str]:
+    """Return what errors call the runs after a number of steps."""
+    return [f"{'the end' if step == replay.steps else f'step {step}'} of {run.path}" for run in replay.runs]

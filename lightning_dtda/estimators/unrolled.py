@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import diagnose
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.forward import estimate_forward, forward_memory, forward_seconds_per_step
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.estimators.modes import Costs, Mode, choose
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.estimators.sweep import no_state_cotangents, sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
@@ -29,7 +31,7 @@ _TIMED_STEPS = 4
 
 
 class UnrolledDifferentiation(Estimator):
-    r"""Exact responses by differentiating the recorded training, in reverse mode.
+    r"""Exact responses by differentiating the recorded training, in reverse or in forward mode.
 
     The response of a measurement m to the removal of example n is minus the derivative with respect to its weight,
 
@@ -48,6 +50,9 @@ class UnrolledDifferentiation(Estimator):
     Data Attribution*, NeurIPS 2025, arXiv 2506.12965, equation 6. It predicts removal as weight zero: order, batch
     slots and the loss's divisor stay as they were.
 
+    In forward mode the responses of the parameters are carried from the start to the end instead: one sweep for each
+    removal, whatever the number of queries, with no steps held in memory. Both modes give the same numbers.
+
     Args:
         runs_per_batch: Runs of equal shape that are swept together; ``"auto"`` takes the fastest that fits, from
             timed steps.
@@ -59,6 +64,8 @@ class UnrolledDifferentiation(Estimator):
             adjoint is shortest: as long as it shrinks, the training forgets perturbations;
             where it grows again on the way back, the training amplified them, and a derivative says little about
             changes as large as a removal. That is so for the first steps of many trainings with Adam.
+        mode: ``"reverse"``, which pays for each query; ``"forward"``, which pays for each removal; or ``"auto"``, the
+            cheaper one.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -71,6 +78,7 @@ class UnrolledDifferentiation(Estimator):
         memory_budget: float = 4.0,
         tolerance: float = 1e-3,
         horizon: int | str | None = None,
+        mode: Mode = "auto",
     ) -> None:
         if not (runs_per_batch == "auto" or (isinstance(runs_per_batch, int) and runs_per_batch > 0)):
             raise AttributionError(f'runs_per_batch={runs_per_batch!r}; give "auto" or a positive number.')
@@ -80,11 +88,19 @@ class UnrolledDifferentiation(Estimator):
             raise AttributionError("memory_budget and tolerance must be positive.")
         if not (horizon in (None, "auto") or (isinstance(horizon, int) and horizon > 0)):
             raise AttributionError(f'horizon={horizon!r}; give a positive number of steps, "auto", or nothing.')
+        if mode not in ("auto", "reverse", "forward"):
+            raise AttributionError(f'mode={mode!r}; choose "auto", "reverse" or "forward".')
+        if mode == "forward" and horizon == "auto":
+            raise AttributionError(
+                'horizon="auto" looks for the step from which adjoints grow on the way back; mode="forward" has none. '
+                'Give a number of steps, or mode="reverse".'
+            )
         self.runs_per_batch = runs_per_batch
         self.precision = precision
         self.memory_budget = memory_budget
         self.tolerance = tolerance
         self.horizon = horizon
+        self.mode = mode
 
     def settings(self) -> dict[str, Any]:
         """Return what the responses depend on; how the work is batched changes no more than rounding."""
@@ -97,49 +113,64 @@ class UnrolledDifferentiation(Estimator):
         Raises:
             AttributionError: If not even one query of one run fits the memory budget.
         """
-        queries = len(question.queries)
+        queries, removals = len(question.queries), len(question.removals)
         replay = self._replay(runs[:1], question)
-        per_run, per_pair = _memory(replay, queries, question.removals)
         budget = self.memory_budget * GIB
-        if per_run + per_pair > budget:
+        costs = choose(
+            self.mode,
+            self.horizon,
+            budget,
+            queries,
+            removals,
+            lambda: Costs("reverse", queries, *_memory(replay, queries, question.removals), _seconds_per_step),
+            lambda: Costs("forward", removals, *forward_memory(replay, queries, removals), forward_seconds_per_step),
+        )
+        per_run, per_direction = costs.per_run, costs.per_direction
+        if not costs.fit(budget):
+            needed = f"needs about {human_bytes(per_run + per_direction)}; memory_budget is {self.memory_budget:g} GiB."
             raise AttributionError(
-                f"One query of one run needs about {human_bytes(per_run + per_pair)}; memory_budget is "
-                f"{self.memory_budget:g} GiB. Raise it, or record with a smaller checkpoint_every: all steps between "
-                "two checkpoints are held at once."
+                f"One removal of one run {needed} Raise it."
+                if costs.mode == "forward"
+                else f"One query of one run {needed} Raise it, or record with a smaller checkpoint_every: all steps "
+                "between two checkpoints are held at once."
             )
-        chunk = min(queries, int((budget - per_run) / per_pair))
-        most = max(1, int(budget / (per_run + chunk * per_pair))) if chunk == queries else 1
+        chunk = min(costs.directions, int((budget - per_run) / per_direction))
+        most = max(1, int(budget / (per_run + chunk * per_direction))) if chunk == costs.directions else 1
         if self.runs_per_batch == "auto":
-            size, seconds_per_step = self._fastest(runs, question, min(most, len(runs)), chunk)
+            size, seconds_per_step = self._fastest(runs, question, min(most, len(runs)), chunk, costs.time)
         else:
             size = int(self.runs_per_batch)
             if size > most:
-                size, chunk = size, int((budget / size - per_run) / per_pair)
+                size, chunk = size, int((budget / size - per_run) / per_direction)
                 if chunk < 1:
                     raise AttributionError(
                         f"runs_per_batch={size} does not fit memory_budget={self.memory_budget:g} GiB; "
                         f"at most {most} do."
                     )
-            seconds_per_step = _seconds_per_step(self._replay(_alike(runs, size), question), chunk)
+            seconds_per_step = costs.time(self._replay(_alike(runs, size), question), chunk)
         batches: list[tuple[Run, ...]] = []
         for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
             alike = list(group)
             batches += [tuple(alike[start : start + size]) for start in range(0, len(alike), size)]
-        chunks = -(-queries // chunk)
+        chunks = -(-costs.directions // chunk)
+        is_forward = costs.mode == "forward"
         return Plan(
             batches=tuple(batches),
-            queries_per_chunk=chunk,
-            memory=int(size * (per_run + chunk * per_pair)),
+            queries_per_chunk=min(queries, int((budget / size - per_run) / per_direction)) if is_forward else chunk,
+            memory=int(size * (per_run + chunk * per_direction)),
             seconds=sum(self._unrolled(batch[0], question) * len(batch) for batch in batches)
             * chunks
             * seconds_per_step
             / size,
+            removals_per_chunk=chunk if is_forward else None,
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        """Sweep some runs backwards, once for each chunk of queries."""
+        """Sweep some runs: backwards, once for each chunk of queries, or forwards, once for each chunk of removals."""
         replay = self._replay(runs, question)
         end = question.end(replay.steps)
+        if plan.removals_per_chunk is not None:
+            return self._estimate_forward(replay, question, plan, advance)
         queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         numbers = torch.arange(len(queries)).split(plan.queries_per_chunk)
         baselines, responses, norms = [], [], []
@@ -171,6 +202,28 @@ class UnrolledDifferentiation(Estimator):
             diagnose(runs, lambda some, precision: self._replay(some, question, precision), end),
         )
 
+    def _estimate_forward(self, replay: Replay, question: Question, plan: Plan, advance: Advance) -> Estimate:
+        assert plan.removals_per_chunk is not None
+        end = question.end(replay.steps)
+        with kept_pages(replay.device):
+            baseline, responses = estimate_forward(
+                replay,
+                question.removals.membership(replay.dtype, replay.device),
+                question.queries.to((replay.recorded_dtype, replay.dtype), replay.device),
+                question.measurement,
+                removals_per_chunk=plan.removals_per_chunk,
+                queries_per_chunk=plan.queries_per_chunk,
+                start=end - self._unrolled(replay.runs[0], question),
+                step=end,
+                advance=advance,
+            )
+        # the diagnosis sweeps backwards, over the steps between two checkpoints
+        fits = _held_bytes(replay) * len(replay.runs) <= self.memory_budget * GIB
+        diagnoses = (
+            diagnose(replay.runs, lambda some, precision: self._replay(some, question, precision), end) if fits else ()
+        )
+        return Estimate(baseline, responses, replay.drift, diagnoses=diagnoses)
+
     def _unrolled(self, run: Run, question: Question) -> int:
         """Return the number of steps that are unrolled, at the most."""
         end = question.end(run.steps)
@@ -186,16 +239,18 @@ class UnrolledDifferentiation(Estimator):
             tolerance=self.tolerance,
         )
 
-    def _fastest(self, runs: Sequence[Run], question: Question, most: int, chunk: int) -> tuple[int, float]:
+    def _fastest(
+        self, runs: Sequence[Run], question: Question, most: int, chunk: int, time: Callable[[Replay, int], float]
+    ) -> tuple[int, float]:
         """Halve the number of runs from the largest that fits as long as that makes a run faster.
 
         Larger batches need less Python for a run, smaller ones fit caches.
         """
         size = min(most, len(_alike(runs, most)))
-        seconds = _seconds_per_step(self._replay(_alike(runs, size), question), chunk)
+        seconds = time(self._replay(_alike(runs, size), question), chunk)
         while size > 1:
             smaller = -(-size // 2)
-            timed = _seconds_per_step(self._replay(_alike(runs, smaller), question), chunk)
+            timed = time(self._replay(_alike(runs, smaller), question), chunk)
             if timed / smaller > _WORTHWHILE * seconds / size:
                 break
             size, seconds = smaller, timed
@@ -222,18 +277,22 @@ def _memory(replay: Replay, queries: int, removals: Removals) -> tuple[float, fl
         peaks.append(peak_memory(products, replay.device))
     vector = replay.layout.size * replay.dtype.itemsize
     states = sum(len(state) for state in point.states)
-    longest = max(last - first for first, last in replay.segments)
     per_pair = max(peaks[1] - peaks[0], vector)
     # the held segment, which the diagnosis holds in double; the responses and what is kept to join the chunks
     per_run = (
-        max(peaks[0] - per_pair, 0)
-        + longest * (2 + states) * replay.layout.size * torch.float64.itemsize
-        + 2 * queries * len(removals) * replay.dtype.itemsize
+        max(peaks[0] - per_pair, 0) + _held_bytes(replay) + 2 * queries * len(removals) * replay.dtype.itemsize
     )
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     # adjoints of parameters and state, before and after the step
     return per_run, per_pair + 2 * (1 + states) * vector + of_examples
+
+
+def _held_bytes(replay: Replay) -> float:
+    """Return the bytes of a run's longest segment, in double."""
+    longest = max(last - first for first, last in replay.segments)
+    states = sum(len(state) for state in replay.checkpoint(0)[1])
+    return longest * (2 + states) * replay.layout.size * torch.float64.itemsize
 
 
 def _seconds_per_step(replay: Replay, queries: int) -> float:
