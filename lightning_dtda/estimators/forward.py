@@ -15,6 +15,7 @@ from lightning_dtda.estimators.measuring import places
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.replay import Examples, Measurement, Position, Replay, Tangents
 from lightning_dtda.replay.measured import measured
+from lightning_dtda.replay.tangents import changes
 
 _TIMED_STEPS = 4
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
@@ -117,20 +118,6 @@ def estimate_forward(
             baseline = torch.cat([values for values, _ in parts], 1)
             responses.append(torch.cat([changes for _, changes in parts], 1))
     return baseline, torch.cat(responses, 2)
-
-
-def changes(gradients: Tensor, of_statistics: dict[str, Tensor], tangents: Tangents) -> Tensor:
-    """Return how measurements change ``(runs, queries, removals)``, from their derivatives and those of the models.
-
-    Args:
-        gradients: Of the measurements, by parameters ``(runs, queries, P)``.
-        of_statistics: Of the measurements, by running statistics, each ``(runs, queries, ...)``.
-        tangents: Of parameters and running statistics.
-    """
-    total = gradients @ tangents.theta.mT
-    for name, cotangent in of_statistics.items():
-        total = total + cotangent.flatten(2) @ tangents.statistics[name].flatten(2).mT
-    return total
 
 
 def _answer(replay: Replay, position: Position, batch: Any, measurement: Measurement) -> tuple[Tensor, Tensor]:

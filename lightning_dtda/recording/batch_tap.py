@@ -51,7 +51,12 @@ class BatchTap:
         """
         combined = self._trainer.fit_loop._combined_loader
         # a collection of one is refused too: its batches come wrapped in a dict or a list
-        if combined is None or combined.flattened != [combined.iterables] or not self._tapped:
+        # by whichever callback's tap: each sees to it that the loader is tapped
+        if (
+            combined is None
+            or combined.flattened != [combined.iterables]
+            or not isinstance(getattr(combined.flattened[0], "batch_sampler", None), _TappedBatchSampler)
+        ):
             count = 0 if combined is None else len(combined.flattened)
             raise RecordingError(
                 f"The training data are a collection of {count} DataLoaders; recording needs a single one. Join the "
@@ -72,13 +77,17 @@ class BatchTap:
             iterator: Any = fetcher.combined_loader._iterator.iterators[0]  # type: ignore[union-attr]
             drawn: dict[int, Any] = iterator._sampler_iter.drawn
             ahead = len(getattr(fetcher, "batches", ()))
-            indices = drawn.pop(iterator._num_yielded - 1 - ahead)
+            number = iterator._num_yielded - 1 - ahead
+            indices = drawn[number]
         except (AttributeError, KeyError) as error:
             raise RecordingError(
                 f"Cannot tell which examples are in the batch: lightning {pl.__version__} with torch "
                 f"{torch.__version__} keeps its iterators in an unknown way ({error!r}). Use versions that "
                 "lightning-dtda is tested with."
             ) from error
+        # this one stays: another callback may tap the same loader
+        for earlier in [key for key in drawn if key < number]:
+            del drawn[earlier]
         try:
             return [operator.index(index) for index in indices]
         except (TypeError, ValueError) as error:

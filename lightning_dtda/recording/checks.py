@@ -239,11 +239,16 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
     )
 
 
-def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, batch: Any, batch_idx: int) -> None:
+def check_example_losses(
+    module: pl.LightningModule, layout: ParameterLayout, batch: Any, batch_idx: int
+) -> FunctionalModule:
     """Check that the mean of the per-example losses is the loss that is trained on, in value and in slope.
 
     On the first batch, with dropout's masks put in as in a replay. The slope along a random direction is compared too:
     losses can agree in value by accident.
+
+    Returns:
+        The module as functions, which know its dropout.
 
     Raises:
         RecordingError: If they differ, or a per-example loss cannot be had.
@@ -285,6 +290,7 @@ def check_example_losses(module: pl.LightningModule, layout: ParameterLayout, ba
                 f"The mean of the per-example losses is not the loss that is trained on: {what} {found.item():.6g} "
                 f"against {wanted.item():.6g} on the first batch. {remedy}"
             )
+    return pure
 
 
 def evaluation_modules(module: nn.Module) -> list[str]:

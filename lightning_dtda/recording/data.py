@@ -12,10 +12,63 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.replay.batches import rows_of
 from lightning_dtda.replay.fingerprint import combine_fingerprint, fingerprint_bytes, fingerprint_indices
 
 _PROBED_EXAMPLES = 16
 """Examples asked for twice: an augmentation that flips a coin for each goes unnoticed once in 2^16 trainings."""
+
+
+class TrainingData:
+    """The data set that a training began with.
+
+    Args:
+        loader: The training DataLoader.
+        stored: As for :func:`describe_data`.
+
+    Raises:
+        RecordingError: As :func:`describe_data`.
+    """
+
+    def __init__(self, loader: DataLoader[Any], stored: bool = False) -> None:
+        self.description = describe_data(loader, stored)
+        self._stored = stored
+        self._described: Any = loader.dataset
+
+    def __len__(self) -> int:
+        return int(self.description["length"])
+
+    def refuse_change(self, loader: DataLoader[Any], epoch: int) -> None:
+        """Refuse another data set than that of the start.
+
+        Args:
+            loader: The training DataLoader as it is now.
+            epoch: The epoch that begins.
+
+        Raises:
+            RecordingError: If its content is another.
+        """
+        if loader.dataset is self._described:
+            return
+        self._described = loader.dataset
+        if describe_data(loader, self._stored) != self.description:
+            raise RecordingError(
+                f"The training data changed at epoch {epoch}: another data set than at the start. "
+                "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
+            )
+
+    def check_indices(self, indices: Tensor, batch: Any) -> None:
+        """Check that each row of a batch can be told by an index.
+
+        Raises:
+            RecordingError: If the indices are not those of examples, or not as many as the batch has rows.
+        """
+        length = len(self)
+        if len(indices) != (rows := rows_of(batch)) or not 0 <= int(indices.min()) <= int(indices.max()) < length:
+            raise RecordingError(
+                f"A batch of {rows} examples was made of the indices {indices.tolist()} of {length}. Let the sampler "
+                f"yield indices from 0 to {length - 1}, and the collate_fn keep every example."
+            )
 
 
 def describe_data(loader: DataLoader[Any], stored: bool = False) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lightning_dtda.recording.configuration import (
     hyperparameters,
     versions,
 )
-from lightning_dtda.recording.data import check_batch, describe_data
+from lightning_dtda.recording.data import TrainingData, check_batch
 from lightning_dtda.recording.extent import (
     check_disk,
     checkpoint_interval,
@@ -39,7 +39,7 @@ from lightning_dtda.recording.processes import together
 from lightning_dtda.recording.resuming import resume
 from lightning_dtda.recording.run_recording import RunRecording
 from lightning_dtda.recording.shard_buffer import ShardBuffer
-from lightning_dtda.replay.batches import example_shapes, rows_of
+from lightning_dtda.replay.batches import example_shapes
 from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
 from lightning_dtda.trajectory.run import process_path
 
@@ -132,21 +132,14 @@ class TrajectoryRecorder(Callback):
             return
         with together(trainer):
             self._directory = self._choose_directory(trainer)
-            self._data = describe_data(self._tap.loader, self._stores_batches)
-            self._described = self._tap.loader.dataset
+            self._data = TrainingData(self._tap.loader, self._stores_batches)
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
             checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tap is None or self._tap.loader.dataset is self._described:
-            return
-        self._described = self._tap.loader.dataset
-        if describe_data(self._tap.loader, self._stores_batches) != self._data:
-            raise RecordingError(
-                f"The training data changed at epoch {trainer.current_epoch}: another data set than at the start. "
-                "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
-            )
+        if self._tap is not None:
+            self._data.refuse_change(self._tap.loader, trainer.current_epoch)
 
     @override
     def on_train_batch_start(
@@ -158,7 +151,7 @@ class TrajectoryRecorder(Callback):
         if self._recording is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
             self._recording = self._begin(trainer, pl_module, indices, batch, batch_idx)
-        self._check_indices(indices, batch)
+        self._data.check_indices(indices, batch)
         leaves = self._leaves(batch) if self._stores_batches else ()
         self._recording.begin_micro_batch(
             indices, trainer.current_epoch, batch_idx, leaves, trainer.accumulate_grad_batches
@@ -255,7 +248,9 @@ class TrajectoryRecorder(Callback):
         planned = planned_steps(trainer)
         return Manifest(
             seed=_global_seed(),
-            configuration=configuration(trainer, pl_module, self._loader, self._data, optimizer, _global_seed()),
+            configuration=configuration(
+                trainer, pl_module, self._loader, self._data.description, optimizer, _global_seed()
+            ),
             parameters=[
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],
@@ -314,14 +309,6 @@ class TrajectoryRecorder(Callback):
             self.state_dict()  # for checkpoints that are saved after the end
             recording, self._recording = self._recording, None
             recording.close(status, reason)
-
-    def _check_indices(self, indices: Tensor, batch: Any) -> None:
-        length = self._data["length"]
-        if len(indices) != (rows := rows_of(batch)) or not 0 <= int(indices.min()) <= int(indices.max()) < length:
-            raise RecordingError(
-                f"A batch of {rows} examples was made of the indices {indices.tolist()} of {length}. Let the sampler "
-                f"yield indices from 0 to {length - 1}, and the collate_fn keep every example."
-            )
 
     def _leaves(self, batch: Any) -> tuple[Tensor, ...]:
         """Copy the batch, which the training may change in place."""

@@ -44,27 +44,50 @@ class Comparison:
     """Compares what a replay of stacked runs computes with what was recorded, and keeps the largest differences.
 
     Args:
-        runs: R runs.
+        names: What errors call each of R runs.
+        precision: The Trainer's.
+        recorded: Data type of the training's parameters.
+        gradients: Data type of the gradients to compare with; ``None`` where there are none.
         tolerance: As for :class:`~lightning_dtda.replay.Replay`.
         dtype: Of the replay.
         device: Of the replay.
+        reasons: Why a replay may differ, for errors.
     """
 
-    def __init__(self, runs: Sequence[Run], tolerance: float, dtype: torch.dtype, device: torch.device) -> None:
-        manifest = runs[0].manifest
-        mixed = _MIXED.get(manifest.configuration["training"]["precision"])
-        self._runs = runs
-        self._recorded_dtype = manifest.torch_dtype
+    def __init__(
+        self,
+        names: Sequence[str],
+        precision: str,
+        recorded: torch.dtype,
+        gradients: torch.dtype | None,
+        tolerance: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        reasons: str = _REASONS,
+    ) -> None:
+        mixed = _MIXED.get(precision)
+        self._names = names
+        self._reasons = reasons
+        self._recorded_dtype = recorded
         self._tolerance = tolerance + (0.0 if mixed is None else _ROUNDING_STEPS * torch.finfo(mixed).eps)
-        self._records_gradients = manifest.gradients != "none"
-        self._stored_eps = torch.finfo(getattr(torch, manifest.gradients)).eps if self._records_gradients else 0.0
-        self._parameter_drift = torch.zeros(len(runs), dtype=dtype, device=device)
+        self._records_gradients = gradients is not None
+        self._stored_eps = 0.0 if gradients is None else torch.finfo(gradients).eps
+        self._parameter_drift = torch.zeros(len(names), dtype=dtype, device=device)
         self._gradient_drift = torch.zeros_like(self._parameter_drift)
+
+    @classmethod
+    def of_runs(cls, runs: Sequence[Run], tolerance: float, dtype: torch.dtype, device: torch.device) -> Comparison:
+        """Compare with the records of R runs."""
+        manifest = runs[0].manifest
+        gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
+        precision = manifest.configuration["training"]["precision"]
+        names = [str(run.path) for run in runs]
+        return cls(names, precision, manifest.torch_dtype, gradients, tolerance, dtype, device)
 
     @property
     def drift(self) -> tuple[Drift, ...]:
         """How far each run's replay was from its record so far."""
-        gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self._runs)
+        gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self._names)
         return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
 
     def parameters(self, first: int, last: int, start: Tensor, rebuilt: Tensor, recorded: Tensor) -> None:
@@ -91,9 +114,9 @@ class Comparison:
         if not bool(within.all()):
             number = int((~within).nonzero()[0])
             raise ReplayError(
-                f"{self._runs[number].path} is not reproduced between step {first} and step {last}: parameters differ "
+                f"{self._names[number]} is not reproduced between step {first} and step {last}: parameters differ "
                 f"by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance {self._tolerance:g} "
-                f"of that). {_REASONS}"
+                f"of that). {self._reasons}"
             )
 
     def gradient(self, step: int, computed: Tensor, expected: Tensor) -> None:
@@ -110,6 +133,6 @@ class Comparison:
         if not bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all()):
             number = int(relative.nan_to_num(torch.inf).argmax())
             raise ReplayError(
-                f"{self._runs[number].path}: the gradient of step {step} is not the recorded one (relative difference "
-                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). {_REASONS}"
+                f"{self._names[number]}: the gradient of step {step} is not the recorded one (relative difference "
+                f"{relative[number]:.2g}, tolerance {self._tolerance:g}). {self._reasons}"
             )

@@ -72,7 +72,7 @@ class Replay:
         self.device = torch.device(module.device if device is None else device)
         self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
-        self._comparison = Comparison(self.runs, tolerance, self.dtype, self.device)
+        self._comparison = Comparison.of_runs(self.runs, tolerance, self.dtype, self.device)
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
         self._stores_batches = first.manifest.batches == "store"

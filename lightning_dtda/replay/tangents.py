@@ -161,3 +161,17 @@ def push(
             step=step,
         )
     return Tangents(theta, states, statistics_tangents)
+
+
+def changes(gradients: Tensor, of_statistics: dict[str, Tensor], tangents: Tangents) -> Tensor:
+    """Return how measurements change ``(runs, queries, removals)``, from their derivatives and those of the models.
+
+    Args:
+        gradients: Of the measurements, by parameters ``(runs, queries, P)``.
+        of_statistics: Of the measurements, by running statistics, each ``(runs, queries, ...)``.
+        tangents: Of parameters and running statistics.
+    """
+    total = gradients @ tangents.theta.mT
+    for name, cotangent in of_statistics.items():
+        total = total + cotangent.flatten(2) @ tangents.statistics[name].flatten(2).mT
+    return total
