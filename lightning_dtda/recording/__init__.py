@@ -1,5 +1,6 @@
-"""Inside ``Trainer.fit``: the recorder and the tap that learns which examples are in a batch."""
+"""Inside ``Trainer.fit``: the recorder, the response tracker and the tap that learns which examples are in a batch."""
 
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
+from lightning_dtda.recording.response_tracker import ResponseTracker
 
-__all__ = ["TrajectoryRecorder", "run_name"]
+__all__ = ["ResponseTracker", "TrajectoryRecorder", "run_name"]

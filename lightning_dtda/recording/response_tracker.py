@@ -1,0 +1,256 @@
+"""The callback that differentiates a training while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
+
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.optimizers import clipping
+from lightning_dtda.recording import checks
+from lightning_dtda.recording.batch_tap import BatchTap
+from lightning_dtda.recording.data import TrainingData
+from lightning_dtda.recording.response_tracking import ResponseTracking
+from lightning_dtda.replay import Measurement, Tangents, query_examples, resolve_measurement
+from lightning_dtda.replay.measured import measured
+from lightning_dtda.replay.tangents import changes
+from lightning_dtda.trajectory import ParameterLayout
+
+_GRADIENT_BYTES = 2**28
+"""Size up to which gradients of queries are computed together."""
+
+
+class ResponseTracker(Callback):
+    r"""Carries the responses of groups of examples along while a training runs; nothing is recorded.
+
+    .. math:: r_{k,t} = -\sum_{n \in S_k} \frac{d \theta_t}{d w_n}, \qquad r_{k,0} = 0
+
+    Unrolled differentiation in forward mode (arXiv 2506.12965, equation 6): after each step, its derivative takes the
+    responses a step further. The same numbers as those of a recorded run, in memory that does not depend on the length
+    of the training: for each group, a copy of the parameters and of the optimizer's state. A step takes longer by
+    about three passes for each group. The training itself is unchanged to the bit.
+
+    Row n of a batch is taken for the example at its index: a ``collate_fn`` that mixes examples must not be used.
+
+    A training that goes on from a Trainer's checkpoint goes on with the responses in it.
+
+    Args:
+        groups: Data set indices of the examples of each of K removals.
+        tolerance: Largest difference of a recomputed gradient from the applied one that is taken for rounding,
+            relative to its norm.
+
+    Raises:
+        RecordingError: At the start of ``fit``, where :class:`~lightning_dtda.TrajectoryRecorder` refuses a training
+            too; with several processes; or if a group is not of examples. At a step that cannot be followed.
+
+    Example:
+        >>> tracker = ResponseTracker(groups=[[0], [3, 17]])
+        >>> trainer = pl.Trainer(callbacks=[tracker], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]], tolerance: float = 1e-3) -> None:
+        if not groups or not all(len(group) for group in groups):
+            raise RecordingError("groups must be lists of data set indices, at least one of them and none empty.")
+        if tolerance <= 0:
+            raise RecordingError(f"tolerance={tolerance!r} must be positive.")
+        self.groups = [sorted({int(index) for index in group}) for group in groups]
+        self.tolerance = tolerance
+        self._tap: BatchTap | None = None
+        self._tracking: ResponseTracking | None = None
+        self._is_running = False
+        self._resumed: dict[str, Any] | None = None
+
+    @property
+    def responses(self) -> Tensor:
+        """Change of the parameters when each group is removed ``(groups, P)``, after the last step so far."""
+        return self._followed.tangents.theta[0]
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """Where each parameter lies: ``layout.unflatten(responses)`` gives them by name."""
+        return self._followed.layout
+
+    def measure(
+        self, queries: DataLoader[Any] | Dataset[Any], measurement: str | Measurement = "loss"
+    ) -> tuple[Tensor, Tensor]:
+        """Measure the model after the last step so far, and how the measurement changes when each group is removed.
+
+        Args:
+            queries: Q inputs.
+            measurement: As for :func:`~lightning_dtda.attribute`.
+
+        Returns:
+            Baseline ``(queries,)``, and responses ``(queries, groups)``.
+
+        Raises:
+            AttributionError: If the measurement cannot be differentiated, or is not finite.
+        """
+        followed = self._followed
+        theta = followed.theta
+        examples = query_examples(queries).to((theta.dtype, theta.dtype), theta.device)
+        _, function = resolve_measurement(measurement)
+        size = max(1, _GRADIENT_BYTES // (theta.shape[1] * theta.dtype.itemsize))
+        baseline, responses = [], []
+        for numbers in torch.arange(len(examples)).split(size):
+            values, gradients, of_statistics = measured(
+                followed.functions, theta, followed.current_buffers(), examples.fetch(numbers), function, ["its end"]
+            )
+            baseline.append(values[0])
+            responses.append(changes(gradients, of_statistics, followed.tangents)[0])
+        return torch.cat(baseline), torch.cat(responses)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        checks.refuse_trainer(trainer, pl_module)
+        if trainer.world_size > 1:
+            raise RecordingError(
+                f"The training has {trainer.world_size} processes, of which none sees all examples of a step. Train "
+                "with devices=1, or record the training and attribute the record."
+            )
+        self._tracking = None
+        self._tap = BatchTap(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._tap is not None
+        # batches are taken as they come, so that examples may differ each time
+        self._data = TrainingData(self._tap.loader, stored=True)
+        for group in self.groups:
+            if not 0 <= group[0] <= group[-1] < len(self._data):
+                raise RecordingError(
+                    f"The group {group} is not of the {len(self._data)} training examples. Give indices from 0 to "
+                    f"{len(self._data) - 1}."
+                )
+        if not trainer.global_step:
+            self._resumed = None  # a checkpoint may have been loaded from before the first step
+        elif self._resumed is None or self._resumed["groups"] != self.groups:
+            raise RecordingError(
+                f"The training resumes at step {trainer.global_step}; what these groups did before is not known. Train "
+                "from the start (no ckpt_path), or resume from a checkpoint that was saved while a ResponseTracker of "
+                "the same groups was among the Trainer's callbacks."
+            )
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._tap is not None:
+            self._data.refuse_change(self._tap.loader, trainer.current_epoch)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._tap is not None
+        indices = torch.tensor(self._tap.current_indices())
+        self._data.check_indices(indices, batch)
+        if not self._is_running:
+            # not at the start of the training: hooks before the first batch may still set parameters and modes
+            self._tracking = self._begin(trainer, pl_module, batch, batch_idx)
+            self._is_running = True
+        self._followed.begin_micro_batch(
+            indices, trainer.current_epoch, batch, batch_idx, trainer.accumulate_grad_batches
+        )
+
+    @override
+    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        if self._is_running:
+            self._followed.watch.drop_pending()
+
+    @override
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if self._is_running:
+            self._followed.watch.add_micro_batch()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._stop()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._stop()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._tracking is None:
+            return {}
+        tangents = self._tracking.tangents
+        return {
+            "groups": self.groups,
+            "steps": self._tracking.watch.steps,
+            "theta": tangents.theta,
+            "states": tangents.states,
+            "statistics": tangents.statistics,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict or None
+
+    def _begin(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> ResponseTracking:
+        optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
+        layout = checks.parameter_layout(pl_module, optimizer)
+        checks.refuse_layers(pl_module)
+        functions = checks.check_example_losses(pl_module, layout, batch, batch_idx)
+        like = pl_module.get_parameter(layout.names[0]).detach()
+        algorithm = trainer.gradient_clip_algorithm
+        membership = like.new_zeros(len(self.groups), len(self._data))
+        for number, group in enumerate(self.groups):
+            membership[number, group] = 1
+        return ResponseTracking(
+            module=pl_module,
+            functions=functions,
+            optimizer=optimizer,
+            layout=layout,
+            clipping=clipping(trainer.gradient_clip_val, algorithm and str(algorithm.value)),
+            precision=trainer.precision,
+            membership=membership,
+            tolerance=self.tolerance,
+            **_resumed(self._resumed, like),
+        )
+
+    def _close(self) -> None:
+        if self._is_running:
+            self._is_running = False
+            self._followed.close()
+
+    def _stop(self) -> None:
+        if self._tap is not None:
+            self._tap.remove()
+            self._tap = None
+        self._resumed = None
+        self._close()
+
+    @property
+    def _followed(self) -> ResponseTracking:
+        if self._tracking is None:
+            raise RecordingError("No training was followed yet. Fit with the tracker among the Trainer's callbacks.")
+        return self._tracking
+
+
+def _resumed(state: dict[str, Any] | None, like: Tensor) -> dict[str, Any]:
+    """Return steps and tangents of a checkpoint, on the training's device."""
+    if state is None:
+        return {}
+    tangents = Tangents(
+        state["theta"].to(like),
+        [{key: part.to(like) for key, part in of_group.items()} for of_group in state["states"]],
+        {name: part.to(like) for name, part in state["statistics"].items()},
+    )
+    return {"steps": state["steps"], "tangents": tangents}
