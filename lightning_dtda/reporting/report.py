@@ -133,7 +133,7 @@ def _content(everything: Attribution, attribution: Attribution, k: int) -> dict[
         "k": k,
         "clear": CLEAR,
         "queries": [_query(attribution, position, k, MOST_POINTS // len(shown)) for position in shown],
-        "has_adjoints": bool(attribution.about.get("adjoint_norms")),
+        "has_adjoints": any(attribution.about.get("adjoint_norms", {}).values()),
         "overview": _embedded({"baseline": baseline_figure(attribution, shown), "adjoint": adjoint_figure(everything)}),
         "template": _script_safe(json.dumps(TEMPLATE.to_plotly_json())),
         "plotly": Markup(get_plotlyjs()),

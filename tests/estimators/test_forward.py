@@ -143,21 +143,39 @@ def one_by_one(replay):
     return torch.eye(len(replay.examples), dtype=replay.dtype)
 
 
-def test_responses_on_the_way_are_those_of_a_training_that_was_stopped_there(fit, tmp_path):
-    optimizer = of(torch.optim.Adam, 0.02)
-    record(fit, tmp_path / "whole", optimizer)
+@pytest.mark.parametrize(
+    ("optimizer", "make", "network"),
+    [
+        (of(torch.optim.Adam, 0.02), WeightedRegressor, None),
+        (sgd(momentum=0.9), CoupledRegressor, NORMALISED_NETWORKS["BatchNorm"]),
+    ],
+    ids=["Adam", "BatchNorm"],
+)
+def test_responses_on_the_way_are_those_of_a_training_that_was_stopped_there(fit, tmp_path, optimizer, make, network):
+    arguments = {"make": make, "network": network}
+    record(fit, tmp_path / "whole", optimizer, **arguments)
     data = training_examples(TensorDataset(*weighted_data()))
-    replay = Replay([*Ensemble.open(tmp_path / "whole")], WeightedRegressor(optimizer), data)
+    replay = Replay([*Ensemble.open(tmp_path / "whole")], make(optimizer, network=network), data)
     function = resolve_measurement("loss")[1]
-    queries = training_examples(QUERIES)
+    chunks = {"removals_per_chunk": 5, "queries_per_chunk": 3}
     for step in (1, 4, 7, 15):
-        record(fit, tmp_path / str(step), optimizer, max_steps=step)
-        expected = answer(tmp_path / str(step), optimizer, mode="reverse")
-        baseline, found = estimate_forward(
-            replay, one_by_one(replay), queries, function, removals_per_chunk=5, queries_per_chunk=3, step=step
-        )
+        record(fit, tmp_path / str(step), optimizer, max_steps=step, **arguments)
+        expected = answer(tmp_path / str(step), optimizer, mode="reverse", **arguments)
+        queries = training_examples(QUERIES)
+        baseline, found = estimate_forward(replay, one_by_one(replay), queries, function, step=step, **chunks)
         assert_same(found, expected.responses)
         torch.testing.assert_close(baseline, expected.baseline, rtol=1e-12, atol=1e-12)
+
+
+def test_running_statistics_that_are_not_on_record_are_refused(fit, tmp_path):
+    arguments = {"make": CoupledRegressor, "network": NORMALISED_NETWORKS["BatchNorm"]}
+    record(fit, tmp_path, sgd(), **arguments)
+    module = CoupledRegressor(sgd(), network=arguments["network"])
+    replay = Replay([*Ensemble.open(tmp_path)], module, training_examples(TensorDataset(*weighted_data())))
+    batch, function = training_examples(QUERIES).all(), resolve_measurement("loss")[1]
+    assert measure(replay, batch, function, step=8)[0].shape == (1, 4)
+    with pytest.raises(AttributionError, match=r"Choose the step of a checkpoint \(0, 4, 8, 12, 15\)"):
+        measure(replay, batch, function, step=6)
 
 
 def test_responses_of_the_parameters_are_differences_of_retraining_at_every_checkpoint(replay):

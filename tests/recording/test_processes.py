@@ -11,7 +11,14 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, Run, TrajectoryRecorder, attribute
+from lightning_dtda import (
+    Ensemble,
+    ResponseTracker,
+    Run,
+    TrajectoryRecorder,
+    UnrolledDifferentiation,
+    attribute,
+)
 from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.trajectory import RunWriter
 from tests.recording.test_endings import Stop, fail
@@ -86,7 +93,7 @@ def train(*callbacks, optimizer=sgd, make=WeightedRegressor, network=None, weigh
     trainer.fit(make(optimizer, network=network), data, ckpt_path=ckpt_path)
 
 
-def ask(root, make=WeightedRegressor, network=None):
+def ask(root, make=WeightedRegressor, network=None, **settings):
     queries, wanted, ones = weighted_data(4, seed=1)
     inputs, targets, weights = weighted_data(EXAMPLES)
     return attribute(
@@ -94,6 +101,7 @@ def ask(root, make=WeightedRegressor, network=None):
         make(sgd, network=network),
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(queries, wanted, ones),
+        estimator=UnrolledDifferentiation(**settings),
         progress=False,
     )
 
@@ -181,6 +189,18 @@ def test_statistics_of_batch_norm_are_those_of_the_first_process(tmp_path):
         difference = -(values[0] - values[1]) / (2 * STEP)
         found = answer.responses[0, :, example]
         assert (found - difference).abs().max() < 1e-6 * difference.abs().max()
+
+
+def test_forward_and_reverse_mode_agree(tmp_path):
+    arguments = {"make": CoupledRegressor, "network": with_batch_norm}
+    train(TrajectoryRecorder(tmp_path), accumulate_grad_batches=2, **arguments)
+    forward, reverse = (ask(tmp_path, mode=mode, **arguments).responses for mode in ("forward", "reverse"))
+    assert (forward - reverse).abs().max() < 1e-9 * reverse.abs().max()
+
+
+def test_a_tracker_of_responses_refuses_several_processes():
+    with pytest.raises(Exception, match="2 processes, of which none sees all examples"):
+        train(ResponseTracker([[0]]))
 
 
 def test_it_goes_on_from_a_checkpoint(tmp_path):

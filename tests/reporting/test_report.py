@@ -231,8 +231,9 @@ def test_the_adjoints_are_drawn(page):
     assert curves == 12
 
 
-def test_without_adjoints_there_is_no_empty_figure(tmp_path):
-    text = report(make_attribution(adjoint_norms={}), tmp_path / "report.html").read_text()
+@pytest.mark.parametrize("norms", [{}, {"seed-0000": {}}], ids=["unknown", "of a forward sweep"])
+def test_without_adjoints_there_is_no_empty_figure(tmp_path, norms):
+    text = report(make_attribution(adjoint_norms=norms), tmp_path / "report.html").read_text()
 
     assert "How far back changes last" not in text
 
