@@ -168,7 +168,7 @@ def _finite_differences(responses: Tensor, differences: Tensor, run: str) -> Fin
 
 
 def _conditioning(attribution: Attribution) -> Finding:
-    found = [diagnosis["precision"] for diagnosis in attribution.about["diagnosis"].values()]
+    found = [diagnosis.get("precision") for diagnosis in attribution.about["diagnosis"].values()]
     worst = max((precision for precision in found if precision is not None), default=float("nan"))
     failed, runs = attribution.ill_conditioned, len(attribution.runs)
     return Finding(

@@ -35,8 +35,8 @@ class ResponseTracker(Callback):
 
     Unrolled differentiation in forward mode (arXiv 2506.12965, equation 6): after each step, its derivative takes the
     responses a step further. The same numbers as those of a recorded run, in memory that does not depend on the length
-    of the training: for each group, a copy of the parameters and of the optimizer's state. A step takes longer by
-    about three passes for each group. The training itself is unchanged to the bit.
+    of the training: for each group, a copy of the parameters and of the optimizer's state. Each group takes about as
+    long as two steps. The training itself is unchanged to the bit.
 
     Row n of a batch is taken for the example at its index: a ``collate_fn`` that mixes examples must not be used.
 
