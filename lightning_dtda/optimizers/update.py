@@ -26,7 +26,7 @@ class Update(ABC):
 
     A new optimizer needs :meth:`initial_state` and :meth:`step`. Its :meth:`adjoint` is had by automatic
     differentiation unless the class has its own, which it needs where :meth:`step` has no derivative on the way (the
-    square root of a second moment of zero).
+    square root of a second moment of zero). Its :meth:`tangent` is the transpose of that.
     """
 
     @abstractmethod
