@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.optimizers.arithmetic import Scale, add_product, add_quotient, slope_of_root
-from lightning_dtda.optimizers.direction import direction, direction_adjoint
+from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
 from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 SUM = "sum"
@@ -35,6 +35,10 @@ class Adagrad(Update):
         total = add_product(state[SUM], h, h, 1)
         denominator = total.sqrt() + hyperparameters["eps"]
         return add_quotient(theta, h, denominator, -_rate(hyperparameters, step)), {SUM: total}
+
+    def penalty(self, hyperparameters: Hyperparameters) -> float:
+        """Return the weight decay."""
+        return penalty(hyperparameters)
 
     def adjoint(
         self,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.optimizers.arithmetic import Scale, add_product, add_quotient, is_nonzero, slope_of_root
-from lightning_dtda.optimizers.direction import direction, direction_adjoint
+from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
 from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 MEAN, SECOND_MOMENT, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
@@ -47,6 +47,10 @@ class Adam(Update):
         new_state, root = _moments(state, h, hyperparameters)
         rate, correction = _corrections(hyperparameters, step)
         return add_quotient(kept, new_state[MEAN], root / correction + hyperparameters["eps"], -rate), new_state
+
+    def penalty(self, hyperparameters: Hyperparameters) -> float:
+        """Return the weight decay, unless it is decoupled."""
+        return 0.0 if self._is_decoupled(hyperparameters) else penalty(hyperparameters)
 
     def adjoint(
         self,

@@ -15,6 +15,12 @@ def direction(theta: Tensor, gradient: Tensor, hyperparameters: Hyperparameters)
     return add_scaled(signed, theta, weight_decay) if is_nonzero(weight_decay) else signed
 
 
+def penalty(hyperparameters: Hyperparameters) -> float:
+    r"""Return :math:`\pm\gamma`: what the decay adds to the Hessian of the loss, minus with ``maximize``."""
+    weight_decay = float(hyperparameters["weight_decay"])
+    return -weight_decay if hyperparameters.get("maximize") else weight_decay
+
+
 def direction_adjoint(
     theta_cotangent: Tensor, direction_cotangent: Tensor, hyperparameters: Hyperparameters
 ) -> tuple[Tensor, Tensor]:

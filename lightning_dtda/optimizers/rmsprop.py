@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.optimizers.arithmetic import add_product, add_quotient, add_scaled, is_nonzero, slope_of_root
-from lightning_dtda.optimizers.direction import direction, direction_adjoint
+from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
 from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 SECOND_MOMENT, MEAN, MOMENTUM_BUFFER = "square_avg", "grad_avg", "momentum_buffer"
@@ -46,6 +46,10 @@ class RMSprop(Update):
             return add_quotient(theta, h, denominator, -rate), new_state
         buffer = add_quotient(state[MOMENTUM_BUFFER] * hyperparameters["momentum"], h, denominator, 1)
         return add_scaled(theta, buffer, -rate), new_state | {MOMENTUM_BUFFER: buffer}
+
+    def penalty(self, hyperparameters: Hyperparameters) -> float:
+        """Return the weight decay."""
+        return penalty(hyperparameters)
 
     def adjoint(
         self,

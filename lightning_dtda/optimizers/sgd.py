@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.optimizers.arithmetic import add_scaled, is_nonzero
-from lightning_dtda.optimizers.direction import direction, direction_adjoint
+from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
 from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 MOMENTUM_BUFFER = "momentum_buffer"
@@ -47,6 +47,10 @@ class SGD(Update):
         buffer = h if step == 0 else add_scaled(state[MOMENTUM_BUFFER] * momentum, h, intake)
         update = add_scaled(h, buffer, momentum) if hyperparameters.get("nesterov") else buffer
         return add_scaled(theta, update, -hyperparameters["lr"]), {MOMENTUM_BUFFER: buffer}
+
+    def penalty(self, hyperparameters: Hyperparameters) -> float:
+        """Return the weight decay."""
+        return penalty(hyperparameters)
 
     def adjoint(
         self,

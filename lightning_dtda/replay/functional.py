@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -147,6 +148,17 @@ class FunctionalModule:
         finally:
             for name, layer in self._silent.named_modules():
                 layer.training = name in self._training
+
+    def materialize(self, theta: Tensor, buffers: dict[str, Tensor]) -> LightningModule:
+        """Return a copy of the module, in evaluation mode, that holds the parameters ``theta`` ``(P,)`` and buffers."""
+        module = copy.deepcopy(self._silent).eval()
+        tensors = self.layout.unflatten(theta) | buffers
+        with torch.no_grad():
+            for name, own in [*module.named_parameters(), *module.named_buffers()]:
+                if name in tensors:
+                    own.copy_(tensors[name])
+                own.requires_grad_(name in self.layout.names)
+        return module
 
     def _apply(
         self, theta: Tensor, buffers: dict[str, Tensor], function: Callable[..., Tensor], *arguments: Any

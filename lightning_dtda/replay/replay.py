@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -72,10 +73,18 @@ class Replay:
         self.device = torch.device(module.device if device is None else device)
         self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
+        self._tolerance = tolerance
         self._comparison = Comparison.of_runs(self.runs, tolerance, self.dtype, self.device)
         self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
         self._records_gradients = first.manifest.gradients != "none"
         self._stores_batches = first.manifest.batches == "store"
+
+    def alone(self, number: int) -> Replay:
+        """Return the replay of one of the runs, which shares module and examples with this one."""
+        one = copy.copy(self)
+        one.runs = (self.runs[number],)
+        one._comparison = Comparison.of_runs(one.runs, self._tolerance, self.dtype, self.device)
+        return one
 
     @property
     def drift(self) -> tuple[Drift, ...]:
@@ -208,6 +217,19 @@ class Replay:
         """
         batch = self.batch(step)
         return self._weighted_gradient(batch, theta, buffers, batch.coefficients)[0]
+
+    def check_step(self, step: int) -> None:
+        """Compare the gradient of one step with the record, for what replays no steps; nothing if none was recorded.
+
+        The step compared is the first after the checkpoint at or before ``step``, whose parameters are on disk.
+
+        Raises:
+            ReplayError: If the gradient is not the recorded one, naming run and step.
+        """
+        if self._records_gradients:
+            start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
+            gradient = self.gradient(start, self.checkpoint(start)[0], self.buffers(start))
+            self._comparison.gradient(start, self.clipping.apply(gradient), self._recorded_gradient(start))
 
     def retrain(self, weights: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         r"""Train the runs again from a checkpoint, in their own order, with example weights.

@@ -1,0 +1,266 @@
+"""The Gauss-Newton matrix: exact through the Gram matrix of output Jacobians, or by its products."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.curvatures.curvature import (
+    Curvature,
+    Damping,
+    FittedCurvature,
+    Solution,
+    check_damping,
+)
+from lightning_dtda.estimators.curvatures.exact_hessian import check_cutoff, default_cutoff
+from lightning_dtda.estimators.curvatures.root import Root
+from lightning_dtda.estimators.curvatures.solvers import (
+    check_iterations,
+    conjugate_gradients,
+    mean_eigenvalue,
+)
+from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
+from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.estimators.projection import Projection
+from lightning_dtda.replay.network import Network
+from lightning_dtda.units import human_bytes
+
+
+class GaussNewton(Curvature):
+    r"""The (generalised) Gauss-Newton matrix of the training objective, at any size.
+
+    .. math:: G = \frac1N \sum_n J_n^\top \nabla^2 \ell_n(z_n) J_n + \operatorname{diag}(\gamma)
+        = \frac1N A^\top A + \operatorname{diag}(\gamma)
+
+    with the Jacobian :math:`J_n` of the network's C outputs :math:`z_n`, the loss :math:`\ell_n` as a function of them,
+    and the weight decay :math:`\gamma` (Schraudolph, *Fast curvature matrix-vector products*, 2002). It has no negative
+    eigenvalues, and equals the Hessian where the residuals vanish.
+
+    ``solver="gram"`` is exact. By the identity of Woodbury, with :math:`D = \delta + \gamma`,
+
+    .. math:: (G + \delta)^{-1} = D^{-1} - D^{-1} \frac{A^\top}{\sqrt N} \left(I + \frac{A D^{-1} A^\top}{N}\right)^{-1}
+        \frac{A}{\sqrt N} D^{-1}, \qquad G^+ = \frac{A^\top}{\sqrt N} (K^+)^2 \frac{A}{\sqrt N},
+
+    the latter for a damping of zero without weight decay, with the Gram matrix :math:`K = A A^\top / N` of size N C.
+    That may be some tens of thousands, P is free. ``solver="cg"`` needs products with G only, several queries at once.
+
+    Args:
+        solver: ``"gram"`` or ``"cg"``.
+        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
+        iterations: Of conjugate gradients: where to stop at the latest, converged or not; ``None`` goes on until the
+            tolerance is reached. Few iterations leave small eigenvalues out, which regularises as a damping does.
+        tolerance: Of conjugate gradients: the relative residual at which to stop.
+        cutoff: Share of the largest eigenvalue below which the pseudo-inverse takes one for zero; ``None`` is N C
+            times the rounding of the precision.
+        projection: Dimensions that gradients are projected to at random, so that the root fits the memory; see
+            ``lightning_dtda.estimators.projection.Projection``. ``None`` is all of them.
+        seed: Of the projection.
+        network: The name of the submodule whose outputs count; ``None`` finds it, see
+            ``lightning_dtda.replay.network.Network``.
+
+    Raises:
+        AttributionError: If an argument is out of range.
+    """
+
+    arguments = ("solver", "damping", "iterations", "tolerance", "cutoff", "projection", "seed", "network")
+
+    def __init__(
+        self,
+        solver: Literal["gram", "cg"] = "gram",
+        damping: Damping = "auto",
+        iterations: int | None = None,
+        tolerance: float = 1e-4,
+        cutoff: float | None = None,
+        projection: int | None = None,
+        seed: int = 0,
+        network: str | None = None,
+    ) -> None:
+        if solver not in ("gram", "cg"):
+            raise AttributionError(f'solver={solver!r}; choose "gram" or "cg".')
+        check_iterations(iterations, tolerance)
+        self.solver = solver
+        self.damping = check_damping(damping)
+        self.iterations = iterations
+        self.tolerance = tolerance
+        self.cutoff = check_cutoff(cutoff)
+        self.projection = projection
+        self.seed = seed
+        self.network = network
+
+    @override
+    def fit(self, objective: Objective) -> FittedCurvature:
+        network = objective.find_network(self.network)
+        projection = None
+        if self.projection is not None:
+            projection = Projection(objective.size, self.projection, self.seed)
+            if len(objective.penalty.unique()) > 1:
+                raise AttributionError(
+                    f"The parameters of {objective.run.path} have different weight decays, which a projection mixes. "
+                    "Leave projection out, or use EKFAC()."
+                )
+        if self.solver == "cg":
+            return ImplicitGaussNewton(objective, network, projection, self.iterations, self.tolerance)
+        return GramMatrix(objective, network, projection, self.cutoff)
+
+    @override
+    def passes(self, objective: Objective) -> float:
+        # products with a root that is kept cost next to nothing
+        return 4.0 if self.solver == "gram" else 4.0 * (self.iterations or 20)
+
+
+class ImplicitGaussNewton(FittedCurvature):
+    """A Gauss-Newton matrix by its products: with its root where that fits the memory."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        network: Network,
+        projection: Projection | None,
+        iterations: int | None,
+        tolerance: float,
+    ) -> None:
+        self._objective = objective
+        self._network = network
+        self._projection = projection
+        self._iterations = iterations
+        self._tolerance = tolerance
+        rows = objective.examples * network.outputs
+        fits = rows * objective.size * objective.theta.itemsize <= objective.memory / 2
+        self._root = Root(objective, network, projection) if fits or projection is not None else None
+
+    @cached_property
+    def _mean_eigenvalue(self) -> float:
+        if self._root is None:
+            return mean_eigenvalue(self._products, self._objective.theta)
+        return (self._root.trace() + float(self._objective.penalty.sum())) / self._objective.size
+
+    @property
+    @override
+    def mean_eigenvalue(self) -> float:
+        return self._mean_eigenvalue
+
+    def _products(self, vectors: Tensor) -> Tensor:
+        if self._root is None:
+            return self._objective.gauss_newton_products(self._network, vectors)
+        penalty = self._objective.penalty if self._projection is None else self._objective.penalty[:1]
+        return (
+            self._root.transposed(self._root.times(vectors)).div_(self._objective.examples).addcmul_(vectors, penalty)
+        )
+
+    @override
+    def solve(self, vectors: Tensor, damping: float) -> Solution:
+        projected = vectors if self._projection is None else self._projection.forward(vectors)
+        solution, residuals = conjugate_gradients(
+            lambda vectors: self._products(vectors).add_(vectors, alpha=damping),
+            projected,
+            self._iterations,
+            self._tolerance,
+        )
+        return Solution(solution if self._projection is None else self._projection.transpose(solution), residuals)
+
+
+class GramMatrix(Spectrum):
+    """A Gauss-Newton matrix by the Gram matrix of its root.
+
+    Parameters of equal weight decay share a Gram matrix, so that any damping can be had of what is computed once.
+    """
+
+    def __init__(
+        self, objective: Objective, network: Network, projection: Projection | None, cutoff: float | None
+    ) -> None:
+        self._objective = objective
+        self._projection = projection
+        self._penalties, groups = objective.penalty.unique(return_inverse=True)
+        rows = objective.examples * network.outputs
+        needed = (len(self._penalties) + 2) * rows**2 * objective.theta.itemsize
+        if needed > objective.memory:
+            raise AttributionError(
+                f"The Gram matrix of {objective.examples} examples with {network.outputs} outputs takes "
+                f"{human_bytes(needed)}; {human_bytes(objective.memory)} may be used. Raise memory_budget, or use "
+                'GaussNewton(solver="cg").'
+            )
+        self._root = Root(objective, network, projection)
+        # the parameters' groups, or those of the projected dimensions, which all have the one weight decay
+        self._groups = groups if projection is None else groups.new_zeros(projection.dimension)
+        self._grams = objective.theta.new_zeros(len(self._penalties), rows, rows)
+        for gram, columns in zip(self._grams, self._columns_of_groups(), strict=True):
+            for _, block in self._root.columns(columns):
+                gram.addmm_(block, block.T)
+        self._grams /= objective.examples
+        self._mean = (
+            float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(objective.penalty.sum())
+        ) / objective.size
+        self._given_cutoff = cutoff
+
+    def _columns_of_groups(self) -> list[Tensor]:
+        return [(self._groups == number).nonzero()[:, 0] for number in range(len(self._penalties))]
+
+    @property
+    @override
+    def mean_eigenvalue(self) -> float:
+        return self._mean
+
+    @property
+    @override
+    def largest_eigenvalue(self) -> float:
+        return float((self._decomposition[0] + self._penalty).abs().max())
+
+    @property
+    def cutoff(self) -> float:  # type: ignore[override]
+        """The share of the largest eigenvalue that counts as zero."""
+        return default_cutoff(self._grams[0, 0]) if self._given_cutoff is None else self._given_cutoff
+
+    @property
+    def _penalty(self) -> float:
+        if len(self._penalties) > 1:
+            raise AttributionError(
+                f"The parameters of {self._objective.run.path} have different weight decays, so that the Gauss-Newton "
+                "matrix has no eigenvectors that the Gram matrix would give. Use a damping, or ExactHessian()."
+            )
+        return float(self._penalties)
+
+    @cached_property
+    def _decomposition(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors of the Gram matrix, without those that are zero."""
+        values, basis = torch.linalg.eigh(self._grams[0])
+        kept = values > max(self.cutoff, default_cutoff(values)) * values[-1].clamp_min(0)
+        return values[kept], basis[:, kept]
+
+    @override
+    def apply(self, function: Function, vectors: Tensor) -> Tensor:
+        r"""Return f(G) v for vectors ``(Q, P)``.
+
+        .. math:: f(G) = f(\gamma) + \frac{A^\top}{\sqrt N} U \frac{f(\lambda + \gamma) - f(\gamma)}{\lambda} U^\top
+            \frac{A}{\sqrt N}, \qquad K = U \lambda U^\top
+        """
+        values, basis = self._decomposition
+        vectors = vectors if self._projection is None else self._projection.forward(vectors)
+        at_zero = function(values.new_full((1,), self._penalty))
+        slopes = (function(values + self._penalty) - at_zero) / values / self._objective.examples
+        weights = basis @ (slopes[:, None] * (basis.T @ self._root.times(vectors)))
+        result = self._root.transposed(weights).addcmul_(vectors, at_zero)
+        return result if self._projection is None else self._projection.transpose(result)
+
+    @override
+    def solve(self, vectors: Tensor, damping: float) -> Solution:
+        if damping == 0 and not bool(self._penalties.any()):
+            return super().solve(vectors, damping)
+        damped = self._penalties + damping
+        if not bool((damped > 0).all()):
+            raise AttributionError(
+                f"The Gauss-Newton matrix of {self._objective.run.path} cannot be inverted with damping {damping:.3g}: "
+                f"damping and weight decay are {float(damped.min()):.3g} for some parameters. Give a larger damping."
+            )
+        vectors = vectors if self._projection is None else self._projection.forward(vectors)
+        scale = 1 / damped[self._groups]
+        gram = torch.einsum("gij,g->ij", self._grams, 1 / damped)
+        gram.diagonal().add_(1)
+        # a third of the work of eigenvectors, and for many dampings still less
+        weights = torch.cholesky_solve(self._root.times(vectors * scale), torch.linalg.cholesky(gram))
+        solution = (vectors - self._root.transposed(weights).div_(self._objective.examples)).mul_(scale)
+        return Solution(solution if self._projection is None else self._projection.transpose(solution))

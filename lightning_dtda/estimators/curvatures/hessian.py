@@ -1,0 +1,140 @@
+"""The Hessian by its products with vectors, at any size."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.curvatures.curvature import (
+    Curvature,
+    Damping,
+    FittedCurvature,
+    Solution,
+    check_damping,
+)
+from lightning_dtda.estimators.curvatures.solvers import (
+    Products,
+    check_iterations,
+    conjugate_gradients,
+    largest_eigenvalue,
+    lissa,
+    mean_eigenvalue,
+)
+from lightning_dtda.estimators.objective import Objective
+
+_PRODUCT = 4.0
+"""Time of a Hessian product over that of a directional derivative of the losses, which has no backward pass."""
+
+
+class Hessian(Curvature):
+    r"""The Hessian of the training objective by its products, for models of any size.
+
+    ``solver="cg"`` solves :math:`(H + \delta) x = v` by conjugate gradients, for all queries at once (Martens, *Deep
+    learning via Hessian-free optimization*, 2010; Koh and Liang, arXiv 1703.04730, section 3). ``solver="lissa"`` sums
+    a Neumann series of products with small samples of the examples (Agarwal, Bullins and Hazan, arXiv 1602.03943).
+
+    Both need :math:`H + \delta` to be positive definite, which the Hessian of a network is only with a damping above
+    its most negative eigenvalue. Solutions that are not converged are an error, unless ``iterations`` asks for them.
+
+    Args:
+        solver: ``"cg"`` or ``"lissa"``.
+        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue.
+        iterations: Where to stop at the latest, converged or not; ``None`` goes on until the tolerance is reached. Few
+            iterations leave small eigenvalues out, which regularises as a damping does.
+        tolerance: The relative residual at which to stop; ``None`` is 1e-4 for ``"cg"``, and 0.1 for ``"lissa"``, whose
+            samples leave noise.
+        batch_size: Examples of a term of ``"lissa"``; ``None`` is all of them.
+        repeats: Series of ``"lissa"`` that are averaged.
+
+    Raises:
+        AttributionError: If an argument is out of range.
+    """
+
+    arguments = ("solver", "damping", "iterations", "tolerance", "batch_size", "repeats")
+
+    def __init__(
+        self,
+        solver: Literal["cg", "lissa"] = "cg",
+        damping: Damping = "auto",
+        iterations: int | None = None,
+        tolerance: float | None = None,
+        batch_size: int | None = None,
+        repeats: int = 1,
+    ) -> None:
+        if solver not in ("cg", "lissa"):
+            raise AttributionError(f'solver={solver!r}; choose "cg" or "lissa".')
+        if repeats < 1 or (batch_size is not None and batch_size < 1):
+            raise AttributionError("batch_size and repeats must be at least 1.")
+        self.solver = solver
+        self.damping = check_damping(damping)
+        self.iterations = iterations
+        # a sampled series does not come closer to the solution than its noise
+        self.tolerance = (1e-4 if solver == "cg" else 0.1) if tolerance is None else tolerance
+        check_iterations(iterations, self.tolerance)
+        self.batch_size = batch_size
+        self.repeats = repeats
+
+    @override
+    def fit(self, objective: Objective) -> ImplicitHessian:
+        return ImplicitHessian(objective, self)
+
+    @override
+    def passes(self, objective: Objective) -> float:
+        return _PRODUCT * (20 if self.iterations is None else self.iterations)
+
+
+class ImplicitHessian(FittedCurvature):
+    """A Hessian of which nothing is kept."""
+
+    def __init__(self, objective: Objective, curvature: Hessian) -> None:
+        self._objective = objective
+        self._curvature = curvature
+
+    @cached_property
+    def _mean_eigenvalue(self) -> float:
+        return mean_eigenvalue(self._objective.hessian_products, self._objective.theta)
+
+    @property
+    @override
+    def mean_eigenvalue(self) -> float:
+        return self._mean_eigenvalue
+
+    @override
+    def solve(self, vectors: Tensor, damping: float) -> Solution:
+        curvature, objective = self._curvature, self._objective
+
+        def damped(vectors: Tensor) -> Tensor:
+            return objective.hessian_products(vectors).add_(vectors, alpha=damping)
+
+        if curvature.solver == "cg":
+            return Solution(*conjugate_gradients(damped, vectors, curvature.iterations, curvature.tolerance))
+        scale = largest_eigenvalue(damped, objective.theta)
+        depth = curvature.iterations
+        solution, residuals = lissa(
+            damped,
+            self._samples(damping),
+            vectors,
+            scale,
+            depth=depth,
+            repeats=curvature.repeats,
+            tolerance=curvature.tolerance,
+        )
+        return Solution(solution, residuals)
+
+    def _samples(self, damping: float) -> Products:
+        """Return products with the damped Hessian of a sample of the examples, another one each time."""
+        objective, size = self._objective, self._curvature.batch_size
+        if size is None or size >= objective.examples:
+            return lambda vectors: objective.hessian_products(vectors).add_(vectors, alpha=damping)
+        generator = torch.Generator().manual_seed(0)
+
+        def product(vectors: Tensor) -> Tensor:
+            drawn = torch.randperm(objective.examples, generator=generator)[:size]
+            return objective.hessian_products(vectors, drawn).add_(vectors, alpha=damping)
+
+        return product

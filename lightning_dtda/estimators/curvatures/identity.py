@@ -1,0 +1,58 @@
+"""No curvature at all."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, check_damping
+from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
+from lightning_dtda.estimators.objective import Objective
+
+
+class Identity(Curvature):
+    r"""The identity matrix, for responses that are products of gradients.
+
+    .. math:: r_k = \frac{1}{N (1 + \delta)} \nabla m(\theta_T)^\top \nabla l_k(\theta_T)
+
+    What other curvatures are to be compared with. It has no unit, so the scale of the responses means nothing.
+
+    Args:
+        damping: :math:`\delta`.
+
+    Raises:
+        AttributionError: If the damping is out of range.
+    """
+
+    def __init__(self, damping: Damping = 0.0) -> None:
+        self.damping = check_damping(damping)
+
+    @override
+    def fit(self, objective: Objective) -> DiagonalSpectrum:
+        return DiagonalSpectrum(objective.theta.new_ones(objective.size))
+
+    @override
+    def passes(self, objective: Objective) -> float:
+        return 0.0
+
+
+class DiagonalSpectrum(Spectrum):
+    """The spectrum of a diagonal matrix, given by its diagonal ``(P,)``."""
+
+    def __init__(self, values: Tensor, cutoff: float = 0.0) -> None:
+        self.values = values
+        self.cutoff = cutoff
+
+    @property
+    @override
+    def mean_eigenvalue(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    @override
+    def largest_eigenvalue(self) -> float:
+        return float(self.values.abs().max())
+
+    @override
+    def apply(self, function: Function, vectors: Tensor) -> Tensor:
+        return vectors * function(self.values)

@@ -1,0 +1,365 @@
+"""Kronecker-factored curvatures, layer by layer; the factors are those of curvlinops."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, check_damping
+from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
+from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.replay.network import Network
+from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
+
+_log = logging.getLogger(__name__)
+
+_VECTORS = 8
+"""Vectors of P numbers that an example takes at the most while eigenvalues are corrected: its gradient in two bases."""
+
+_CUTOFF = 1e-7
+"""Share of the largest eigenvalue that counts as zero: what single precision leaves of one in the factors."""
+
+
+class KFAC(Curvature):
+    r"""Kronecker-factored approximate curvature of the Gauss-Newton matrix.
+
+    A block for each linear or convolutional layer, weight and bias together, and nothing between layers: with inputs a
+    and the derivatives g of :math:`A_n` (see :class:`~lightning_dtda.estimators.GaussNewton`) by the layer's outputs,
+
+    .. math:: G_{\text{layer}} \approx \left(\frac1N \sum_n a_n a_n^\top\right) \otimes
+        \left(\frac1N \sum_n g_n g_n^\top\right)
+
+    (Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407, for convolutions; Eschenhagen et al.,
+    arXiv 2311.00636, "expand", for layers that share weights over positions). Parameters of other layers, and those
+    that several layers share, get the diagonal of the Gauss-Newton matrix; which ones is logged. Factors are computed
+    by `curvlinops <https://curvlinops.readthedocs.io>`_, which ``pip install "lightning-dtda[kfac]"`` brings.
+
+    Args:
+        damping: :math:`\delta`; ``"auto"`` is a tenth of the mean eigenvalue, 0 the pseudo-inverse.
+        samples: How many random combinations of the C outputs' derivatives stand for all of them; ``None`` is all of
+            them, exact.
+        seed: Of the samples.
+        cache: A directory where the factors of each run are kept, to be read by the next call.
+        network: As for :class:`~lightning_dtda.estimators.GaussNewton`.
+
+    Raises:
+        AttributionError: If an argument is out of range, or curvlinops is not installed.
+    """
+
+    arguments = ("damping", "samples", "seed", "network")
+    auto_damping: ClassVar[float] = 0.1
+    """As is usual since Grosse et al., arXiv 2308.03296, section 2.2: blocks without what couples layers have larger
+    eigenvalues where it matters, and bear less damping."""
+    is_corrected: ClassVar[bool] = False
+    """Whether the eigenvalues are corrected."""
+
+    def __init__(
+        self,
+        damping: Damping = "auto",
+        samples: int | None = None,
+        seed: int = 0,
+        cache: str | Path | None = None,
+        network: str | None = None,
+    ) -> None:
+        _check(samples)
+        self.damping = check_damping(damping)
+        self.samples = samples
+        self.seed = seed
+        self.cache = cache
+        self.network = network
+
+    @override
+    def fit(self, objective: Objective) -> KroneckerSpectrum:
+        return _fit(objective, self)
+
+    @override
+    def passes(self, objective: Objective) -> float:
+        return 10.0
+
+
+class EKFAC(KFAC):
+    r"""KFAC with corrected eigenvalues: in the eigenvectors of KFAC's factors, those that fit the matrix best.
+
+    .. math:: G_{\text{layer}} \approx U \Lambda U^\top, \qquad U = U_a \otimes U_g, \qquad
+        \Lambda_{ii} = \frac1N \sum_n (A_n U)_{ni}^2
+
+    (George et al., arXiv 1806.03884; Grosse et al., arXiv 2308.03296, for influence functions). Arguments, errors and
+    the treatment of other parameters are those of :class:`KFAC`.
+    """
+
+    is_corrected = True
+
+
+@dataclass(frozen=True)
+class Block:
+    """A layer's block in the eigenvectors of its factors.
+
+    Args:
+        weight: Where the weight lies in the parameters, as ``(d_out, d_in)``.
+        bias: Where the bias lies; ``None`` if there is none. It is the last column of the input side.
+        left: Eigenvectors of the derivatives' factor ``(d_out, d_out)``.
+        right: Eigenvectors of the inputs' factor ``(d_in, d_in)``, one more with a bias.
+        values: Eigenvalues ``(d_out, d_in)``, one column more with a bias.
+    """
+
+    weight: slice
+    bias: slice | None
+    left: Tensor
+    right: Tensor
+    values: Tensor
+
+
+class KroneckerSpectrum(Spectrum):
+    """Blocks of layers, and a diagonal for all else.
+
+    Args:
+        blocks: The layers'.
+        diagonal: ``(P,)``, of which entries that no block has count.
+    """
+
+    cutoff = _CUTOFF
+
+    def __init__(self, blocks: list[Block], diagonal: Tensor) -> None:
+        self._blocks = blocks
+        self._diagonal = diagonal
+        self._others = torch.ones_like(diagonal, dtype=torch.bool)
+        for block in blocks:
+            for part in (block.weight, *([] if block.bias is None else [block.bias])):
+                self._others[part] = False
+
+    @property
+    @override
+    def mean_eigenvalue(self) -> float:
+        total = float(self._diagonal[self._others].sum()) + sum(float(block.values.sum()) for block in self._blocks)
+        return total / len(self._diagonal)
+
+    @property
+    @override
+    def largest_eigenvalue(self) -> float:
+        parts = [block.values.flatten() for block in self._blocks]
+        return float(torch.cat([*parts, self._diagonal[self._others]]).abs().max())
+
+    @override
+    def apply(self, function: Function, vectors: Tensor) -> Tensor:
+        result = torch.empty_like(vectors)
+        result[:, self._others] = vectors[:, self._others] * function(self._diagonal[self._others])
+        for block in self._blocks:
+            rows = len(block.left)
+            matrix = vectors[:, block.weight].reshape(len(vectors), rows, -1)
+            if block.bias is not None:
+                matrix = torch.cat([matrix, vectors[:, block.bias, None]], 2)
+            turned = block.left.T @ matrix @ block.right * function(block.values)
+            matrix = block.left @ turned @ block.right.T
+            if block.bias is not None:
+                result[:, block.bias] = matrix[:, :, -1]
+                matrix = matrix[:, :, :-1]
+            result[:, block.weight] = matrix.flatten(1)
+        return result
+
+
+def _check(samples: int | None) -> None:
+    if samples is not None and samples < 1:
+        raise AttributionError(f"samples={samples}; give at least 1, or None for all outputs.")
+    try:
+        import curvlinops  # noqa: F401
+    except ImportError as error:
+        raise AttributionError(
+            f'Kronecker factors need curvlinops ({error}). pip install "lightning-dtda[kfac]", or use GaussNewton().'
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose parameters get Kronecker factors.
+
+    Args:
+        name: In the network.
+        weight: Where the weight lies in the parameters.
+        bias: Where the bias lies, if it is trained.
+        parameters: Names of both in the module.
+    """
+
+    name: str
+    weight: slice
+    bias: slice | None
+    parameters: tuple[str, ...]
+
+
+def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
+    """Compute the blocks of a run, or read them from the cache."""
+    network = objective.find_network(curvature.network)
+    module = objective.materialize()
+    layers = _layers(module, network, objective)
+    in_layers = {name for layer in layers for name in layer.parameters}
+    others = [name for name in objective.layout.names if name not in in_layers]
+    if others:
+        _log.info("The diagonal of the Gauss-Newton matrix stands for the curvature of %s.", ", ".join(others))
+    path = None if curvature.cache is None else _cache_file(objective, network, curvature)
+    tensors = None if path is None else _read(path)
+    if tensors is None:
+        tensors = _factors(objective, network, module, layers, curvature)
+        tensors["diagonal"] = _diagonal(objective, network) if others else torch.zeros_like(objective.theta)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
+    blocks = [_block(number, layer, tensors, objective) for number, layer in enumerate(layers)]
+    return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty)
+
+
+def _layers(module: LightningModule, network: Network, objective: Objective) -> list[_Layer]:
+    """Find the layers that factors can be had of: linear and convolutional, with a trained weight of their own."""
+    layout = objective.layout
+    starts = [0, *accumulate(layout.sizes)]
+    places = {name: slice(starts[i], starts[i + 1]) for i, name in enumerate(layout.names)}
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    # those that layers share have several names; a layer that is called twice has factors of neither call
+    own = {found: of_one[0] for found, of_one in names.items() if len(of_one) == 1 and of_one[0] in places}
+    layers = []
+    for name, layer in module.get_submodule(network.name).named_modules():
+        if type(layer) not in (nn.Linear, nn.Conv2d) or id(layer.weight) not in own:
+            continue
+        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
+            continue
+        bias = None if layer.bias is None else own.get(id(layer.bias))
+        parameters = (own[id(layer.weight)], *([] if bias is None else [bias]))
+        layers.append(_Layer(name, places[parameters[0]], None if bias is None else places[bias], parameters))
+    calls = network.calls_of([layer.name for layer in layers])
+    return [layer for layer, count in zip(layers, calls, strict=True) if count == 1]
+
+
+def _factors(
+    objective: Objective, network: Network, module: LightningModule, layers: list[_Layer], curvature: KFAC
+) -> dict[str, Tensor]:
+    """Compute eigenvectors and eigenvalues of the layers' blocks by curvlinops.
+
+    It knows three losses. Any other comes to it as a squared error: with targets :math:`z - A_c / 2`, the derivative of
+    :math:`(z - y)^2` by the outputs z is column c of the root, and the "empirical" Fisher matrix over all columns is
+    the Gauss-Newton matrix.
+    """
+    from curvlinops import EKFACLinearOperator, KFACLinearOperator
+
+    if not layers:
+        return {}
+    found = module.get_submodule(network.name)
+    holder = _Outputs(found)
+    by_name = dict(module.named_parameters())
+    parameters = [by_name[name] for layer in layers for name in layer.parameters]
+    columns = network.outputs if curvature.samples is None else min(curvature.samples, network.outputs)
+    operator = (EKFACLinearOperator if curvature.is_corrected else KFACLinearOperator)(
+        holder,
+        nn.MSELoss(reduction="sum"),
+        parameters,
+        _Targets(objective, network, columns, curvature.seed),
+        check_deterministic=False,
+        fisher_type="empirical",
+        separate_weight_and_bias=False,
+        num_data=objective.examples,
+        num_per_example_loss_terms=1,
+        batch_size_fn=lambda arguments: len(arguments["rows"]),
+    )
+    if curvature.is_corrected:
+        operator.compute_eigenvalue_correction()
+    else:
+        operator.compute_kronecker_factors()
+    state = operator.state_dict()
+    tensors: dict[str, Tensor] = {}
+    for number, layer in enumerate(layers):
+        name = f"network.{layer.name}".rstrip(".")
+        if curvature.is_corrected:
+            left = state["gradient_covariances_eigenvectors"][name]
+            right = state["input_covariances_eigenvectors"][name]
+            values = state["corrected_eigenvalues"][name]
+            # a layer without a bias has its eigenvalues parameter by parameter
+            values = next(iter(values.values())) if isinstance(values, dict) else values
+        else:
+            of_left, left = torch.linalg.eigh(state["gradient_covariances"][name])
+            # inputs were seen once for each column
+            of_right, right = torch.linalg.eigh(state["input_covariances"][name] / columns)
+            values = of_left[:, None] * of_right
+        # sums over the examples, as the loss that curvlinops is given
+        values = values / objective.examples
+        tensors |= {f"{number}.left": left, f"{number}.right": right, f"{number}.values": values}
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+class _Outputs(nn.Module):
+    """The network as curvlinops calls it: from its arguments to its outputs ``(B, C)``."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    @override
+    def forward(self, arguments: dict[str, Any]) -> Tensor:
+        result: Tensor = self.network(*arguments["positional"], **arguments["named"])
+        return result.flatten(1)
+
+
+class _Targets:
+    """The training data as curvlinops wants them: arguments of the network and targets, batch by batch.
+
+    Each batch comes once for each column of the root, or for each random combination of columns.
+    """
+
+    def __init__(self, objective: Objective, network: Network, columns: int, seed: int) -> None:
+        self._objective = objective
+        self._network = network
+        self._columns = columns
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        objective = self._objective
+        generator = torch.Generator().manual_seed(self._seed)
+        per_example = _VECTORS * objective.size * objective.theta.itemsize
+        for batch in objective.batches(max(1, int(objective.memory / per_example))):
+            outputs, roots = objective.loss_roots(self._network, batch)
+            if self._columns < self._network.outputs:
+                signs = torch.randint(2, (len(outputs), roots.shape[2], self._columns), generator=generator)
+                roots = roots @ (signs.to(roots) * 2 - 1) * self._columns**-0.5
+            positional, named = objective.network_inputs(self._network, batch)
+            arguments = {"positional": positional, "named": named, "rows": outputs}
+            for column in range(self._columns):
+                yield arguments, outputs - roots[:, :, column] / 2
+
+
+def _block(number: int, layer: _Layer, tensors: dict[str, Tensor], objective: Objective) -> Block:
+    left, right, values = (tensors[f"{number}.{part}"].to(objective.theta) for part in ("left", "right", "values"))
+    # of a bias with another weight decay, which no eigenvector of the block would have
+    penalty = objective.penalty[layer.weight.start]
+    return Block(layer.weight, layer.bias, left, right, values.clamp_min(0) + penalty)
+
+
+def _diagonal(objective: Objective, network: Network) -> Tensor:
+    diagonal = torch.zeros_like(objective.theta)
+    for _, part in objective.roots(network):
+        diagonal += part.square_().sum(0)
+    return diagonal.div_(objective.examples)
+
+
+def _cache_file(objective: Objective, network: Network, curvature: KFAC) -> Path:
+    settings = {key: value for key, value in curvature.settings().items() if key != "damping"}
+    facts = [settings, network.name, objective.run.checksum, objective.step, str(objective.theta.dtype)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(str(curvature.cache)) / f"{objective.run.name}-{digest}.safetensors"
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Read factors from the cache; ``None`` if they are not there, or damaged."""
+    try:
+        return read_tensors(path.parent, read_json(path.with_suffix(".json"))["factors"])
+    except (TrajectoryError, KeyError):
+        return None

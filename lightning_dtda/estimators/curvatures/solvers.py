@@ -1,0 +1,178 @@
+"""Solving (H + damping) x = v for a matrix that is known by its products only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import AttributionError
+
+Products = Callable[[Tensor], Tensor]
+"""Vectors ``(Q, P)`` to the matrix times each of them."""
+
+_SLACK = 2.0
+"""How far a real residual may be above the recurrence's, which ended the iterations."""
+
+_SIGNS = 16
+"""Random vectors of which the trace of a matrix is estimated."""
+
+_POWERS = 30
+"""Products by which the largest eigenvalue is found, to some per cent."""
+
+_ABOVE = 1.1
+"""What the largest eigenvalue found is multiplied with, to be above the true one."""
+
+_LONGEST = 10_000
+"""Terms of a Neumann series after which it is given up."""
+
+_TERMS = 100
+"""Terms of a Neumann series between looks at its residual."""
+
+
+def conjugate_gradients(
+    products: Products, vectors: Tensor, iterations: int | None, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    r"""Solve :math:`A x = v` for several v at once, by conjugate gradients from zero (Hestenes and Stiefel, 1952).
+
+    Args:
+        products: A, positive definite.
+        vectors: v ``(Q, P)``.
+        iterations: Where to stop at the latest, converged or not: fewer leave small eigenvalues out, and regularise.
+            ``None`` goes on until the tolerance is reached.
+        tolerance: Of the residual, relative.
+
+    Returns:
+        x ``(Q, P)`` and relative residuals ``(Q,)``.
+
+    Raises:
+        AttributionError: If A is seen not to be positive definite, or the tolerance is not reached in 2 P iterations.
+    """
+    solution = torch.zeros_like(vectors)
+    residual, direction = vectors.clone(), vectors.clone()
+    squared = residual.square().sum(1)
+    size = squared.clamp_min(torch.finfo(vectors.dtype).tiny)
+    going = squared > tolerance**2 * size
+    most = 2 * vectors.shape[1] if iterations is None else iterations
+    for _ in range(most):
+        if not bool(going.any()):
+            break
+        along = products(direction)
+        curvature = (direction * along).sum(1)
+        if bool((curvature[going] <= 0).any()):
+            if iterations is None:
+                raise AttributionError(
+                    "The damped curvature is not positive definite: conjugate gradients met a direction in which it is "
+                    "negative. Raise the damping, or use GaussNewton(...), whose matrix has no negative eigenvalues."
+                )
+            # a truncated solution ends where the matrix stops being one that can be inverted so
+            going = going & (curvature > 0)
+        step = torch.where(going, squared / torch.where(going, curvature, 1), 0)
+        solution.addcmul_(step[:, None], direction)
+        residual.addcmul_(step[:, None], along, value=-1)
+        before, squared = squared, residual.square().sum(1)
+        ratio = squared / before.clamp_min(torch.finfo(vectors.dtype).tiny)
+        direction = torch.addcmul(residual, ratio[:, None], direction)
+        going = going & (squared > tolerance**2 * size)
+    if iterations is None:
+        # what the recurrence makes of the residual falls on when rounding keeps the real one from doing so
+        squared = (products(solution) - vectors).square().sum(1)
+        if not bool((squared <= (_SLACK * tolerance) ** 2 * size).all()):
+            raise AttributionError(
+                f"Conjugate gradients came to a relative residual of {float((squared / size).sqrt().max()):.2g} in at "
+                f"most {most} iterations; {tolerance:g} was asked for. Raise the damping or the tolerance, compute in "
+                'double (precision="float64"), or give iterations=..., which takes a truncated solution for a '
+                "regularised one."
+            )
+    return solution, (squared / size).sqrt()
+
+
+def lissa(
+    products: Products,
+    samples: Products,
+    vectors: Tensor,
+    scale: float,
+    *,
+    depth: int | None,
+    repeats: int,
+    tolerance: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Estimate :math:`A^{-1} v` from products with samples of A (Agarwal et al., arXiv 1602.03943, algorithm 1).
+
+    The Neumann series, another sample of A for each term:
+
+    .. math:: x_{j+1} = x_j + \frac{v - A_j x_j}{\sigma}, \qquad x_0 = \frac v\sigma
+
+    Args:
+        products: A.
+        samples: :math:`A_j`, whose mean is A.
+        vectors: v ``(Q, P)``.
+        scale: :math:`\sigma`, above the largest eigenvalue.
+        depth: Number of terms, converged or not; ``None`` goes on until the tolerance is reached.
+        repeats: Series that are averaged.
+        tolerance: Of the residual, relative.
+
+    Returns:
+        x ``(Q, P)`` and its relative residuals ``(Q,)``, by A itself.
+
+    Raises:
+        AttributionError: If the series diverges, or does not reach the tolerance.
+    """
+    size = vectors.norm(dim=1).clamp_min(torch.finfo(vectors.dtype).tiny)
+    series = [vectors / scale for _ in range(repeats)]
+    terms = 0
+    while True:
+        for _ in range(_TERMS if depth is None else min(_TERMS, depth - terms)):
+            series = [x.add_(vectors - samples(x), alpha=1 / scale) for x in series]
+            terms += 1
+        solution = torch.stack(series).mean(0)
+        residuals = (products(solution) - vectors).norm(dim=1) / size
+        worst = float(residuals.max())
+        if not worst < 1 + tolerance:
+            raise AttributionError(
+                f"The Neumann series diverges (relative residual {worst:.2g} after {terms} terms): the damped Hessian "
+                "has eigenvalues that are negative, or those of small samples are too large. Raise the damping or "
+                'batch_size, or use GaussNewton(solver="cg").'
+            )
+        if (depth is not None and terms >= depth) or (depth is None and worst <= tolerance):
+            return solution, residuals
+        if terms >= _LONGEST:
+            raise AttributionError(
+                f"The Neumann series came to a relative residual of {worst:.2g} in {terms} terms; {tolerance:g} was "
+                "asked for. Raise the damping, batch_size, repeats or the tolerance, or give iterations=..., which "
+                "takes what so many terms give."
+            )
+
+
+def mean_eigenvalue(products: Products, theta: Tensor) -> float:
+    r"""Estimate the mean eigenvalue of a matrix from its products with random signs u: of :math:`u^\top H u / P`.
+
+    Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(2, (_SIGNS, len(theta)), generator=generator).to(theta) * 2 - 1
+    return float((signs * products(signs)).sum(1).mean()) / len(theta)
+
+
+def largest_eigenvalue(products: Products, theta: Tensor) -> float:
+    """Estimate, from above, the largest absolute eigenvalue of a matrix by the power method."""
+    generator = torch.Generator().manual_seed(0)
+    vector = torch.randn(1, len(theta), generator=generator, dtype=torch.float64).to(theta)
+    size = 0.0
+    for _ in range(_POWERS):
+        vector = products(vector / vector.norm())
+        size = float(vector.norm())
+    return _ABOVE * size
+
+
+def check_iterations(iterations: int | None, tolerance: float) -> None:
+    """Check the arguments of iterative solvers.
+
+    Raises:
+        AttributionError: If one is out of range.
+    """
+    if iterations is not None and iterations < 1:
+        raise AttributionError(f"iterations={iterations}; give at least 1, or None to go on until convergence.")
+    if not 0 < tolerance < 1:
+        raise AttributionError(f"tolerance={tolerance}; give a relative residual between 0 and 1.")

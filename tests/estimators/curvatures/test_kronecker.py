@@ -1,0 +1,165 @@
+"""Kronecker factors: exact where the matrix has their structure, else against the same written out layer by layer."""
+
+import logging
+
+import pytest
+import torch
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators import EKFAC, KFAC
+from lightning_dtda.estimators.curvatures import kronecker
+from tests.estimators.curvatures.conftest import Classifier, Regressor
+from tests.estimators.curvatures.test_spectra import close
+
+pytest.importorskip("curvlinops", reason="Kronecker factors need the extra [kfac]")
+
+
+def places(run):
+    """Where each parameter lies in the flat vector."""
+    found, start = {}, 0
+    for name, size in zip(run.names, run.replay.layout.sizes, strict=True):
+        found[name] = slice(start, start + size)
+        start += size
+    return found
+
+
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_linear_layer_with_squared_errors_is_exact(trained, vectors, curvature, bias):
+    # the loss's Hessian is the same for all examples: the matrix is a Kronecker product
+    run = trained(Regressor(weight_decay=0.05, network=lambda: torch.nn.Linear(4, 2, bias=bias)))
+    v, dense = vectors(len(run.theta)), run.gauss_newton()
+    fitted = curvature().fit(run.objective())
+    identity = torch.eye(len(dense), dtype=torch.float64)
+    close(fitted.solve(v, 0.1).vectors, torch.linalg.solve(dense + 0.1 * identity, v.T).T)
+    close(fitted.apply(lambda values: values, v), v @ dense)
+    assert fitted.mean_eigenvalue == pytest.approx(float(dense.trace()) / len(dense), rel=1e-10)
+
+
+def layer_factors(run, name, number):
+    """Inputs with a one for the bias ``(N, d + 1)`` and derivatives of root columns ``(N, C, d_out)`` of a layer."""
+    layer, seen = run.module.net[number], []
+    handle = layer.register_forward_hook(lambda _layer, inputs, output: seen.append((inputs[0], output)))
+    outputs = run.module(run.data.tensors[0])
+    handle.remove()
+    inputs, of_layer = seen[0]
+    one = torch.ones(len(inputs), 1, dtype=inputs.dtype)
+    probabilities = outputs.softmax(1).detach()
+    derivatives = []
+    for n in range(len(outputs)):
+        p = probabilities[n]
+        values, basis = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
+        root = basis * values.clamp_min(0).sqrt() @ basis.T
+        columns = [
+            torch.autograd.grad((outputs[n] * column).sum(), of_layer, retain_graph=True)[0][n] for column in root
+        ]
+        derivatives.append(torch.stack(columns))
+    return torch.cat([inputs.detach(), one], 1), torch.stack(derivatives)
+
+
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+def test_blocks_of_a_network_are_those_written_out(trained, vectors, curvature):
+    run = trained(Classifier())
+    v, where = vectors(len(run.theta)), places(run)
+    fitted = curvature().fit(run.objective())
+    result = fitted.solve(v, 0.3).vectors
+    for number in (0, 2):
+        weight, bias = where[f"net.{number}.weight"], where[f"net.{number}.bias"]
+        a, g = layer_factors(run, "net", number)
+        of_inputs = a.T @ a / len(a)
+        of_derivatives = torch.einsum("nci,ncj->ij", g, g) / len(a)
+        values_a, basis_a = torch.linalg.eigh(of_inputs)
+        values_g, basis_g = torch.linalg.eigh(of_derivatives)
+        values = values_g[:, None] * values_a
+        if curvature is EKFAC:
+            values = torch.einsum("nci,ip,nj,jq->ncpq", g, basis_g, a, basis_a).square().sum((0, 1)) / len(a)
+        matrix = torch.cat([v[:, weight].reshape(len(v), len(basis_g), -1), v[:, bias, None]], 2)
+        expected = basis_g @ ((basis_g.T @ matrix @ basis_a) / (values + 0.3)) @ basis_a.T
+        close(result[:, weight], expected[:, :, :-1].flatten(1))
+        close(result[:, bias], expected[:, :, -1])
+
+
+class Convolutional(torch.nn.Sequential):
+    def __init__(self):
+        nn = torch.nn
+        super().__init__(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.LayerNorm(48), nn.Linear(48, 3))
+
+
+def test_other_parameters_get_the_diagonal_and_are_named(trained, vectors, caplog):
+    run = trained(Classifier(network=Convolutional), shape=(1, 4, 4))
+    with caplog.at_level(logging.INFO, "lightning_dtda"):
+        logging.getLogger("lightning_dtda").propagate = True
+        fitted = EKFAC().fit(run.objective())
+    assert "stands for the curvature of net.3.weight, net.3.bias." in caplog.text
+    v, where = vectors(len(run.theta)), places(run)
+    diagonal = run.gauss_newton().diagonal()
+    result = fitted.solve(v, 0.2).vectors
+    for name in ("net.3.weight", "net.3.bias"):
+        close(result[:, where[name]], v[:, where[name]] / (diagonal[where[name]] + 0.2))
+    # corrected eigenvalues keep the trace of each block
+    assert fitted.mean_eigenvalue == pytest.approx(float(diagonal.mean()), rel=1e-8)
+
+
+def test_a_layer_that_is_called_twice_gets_the_diagonal(trained, vectors):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            return self.last(self.first(self.first(inputs).tanh()))
+
+    run = trained(Classifier(network=Twice))
+    v, where = vectors(len(run.theta)), places(run)["net.first.weight"]
+    result = EKFAC().fit(run.objective()).solve(v, 0.2).vectors
+    close(result[:, where], v[:, where] / (run.gauss_newton().diagonal()[where] + 0.2))
+
+
+def test_frozen_biases_have_no_part(trained, vectors):
+    class Frozen(Regressor):
+        def configure_optimizers(self):
+            self.net.bias.requires_grad_(False)
+            return torch.optim.SGD([self.net.weight], lr=0.2)
+
+    module = Frozen(network=lambda: torch.nn.Linear(4, 2))
+    module.net.bias.requires_grad_(False)
+    run = trained(module)
+    v, dense = vectors(8), run.gauss_newton()
+    expected = torch.linalg.solve(dense + 0.1 * torch.eye(8, dtype=torch.float64), v.T).T
+    close(EKFAC().fit(run.objective()).solve(v, 0.1).vectors, expected)
+
+
+def test_samples_of_the_outputs_come_near_all_of_them(trained):
+    run = trained(Classifier(), examples=200)
+    exact, sampled = EKFAC().fit(run.objective()), EKFAC(samples=2).fit(run.objective())
+    assert sampled.mean_eigenvalue == pytest.approx(exact.mean_eigenvalue, rel=0.1)
+    assert sampled.mean_eigenvalue != exact.mean_eigenvalue
+
+
+def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch):
+    run = trained(Classifier())
+    v = vectors(len(run.theta))
+    first = EKFAC(cache=tmp_path / "factors").fit(run.objective()).solve(v, 0.1).vectors
+    monkeypatch.setattr(kronecker, "_factors", lambda *_: pytest.fail("the factors were computed again"))
+    again = EKFAC(cache=tmp_path / "factors", damping=3.0).fit(run.objective()).solve(v, 0.1).vectors
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("other", [{"curvature": KFAC}, {"seed": 1}, {"step": 7}, {"damage": True}])
+def test_a_cache_of_something_else_is_not_read(trained, vectors, tmp_path, other):
+    run = trained(Classifier())
+    v, cache = vectors(len(run.theta)), tmp_path / "factors"
+    EKFAC(cache=cache).fit(run.objective())
+    if "damage" in other:
+        file = next(cache.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-8])
+    curvature = other.get("curvature", EKFAC)
+    arguments = {"seed": other.get("seed", 0)}
+    objective = run.objective(step=other.get("step"))
+    found = curvature(cache=cache, **arguments).fit(objective).solve(v, 0.1).vectors
+    torch.testing.assert_close(found, curvature(**arguments).fit(objective).solve(v, 0.1).vectors, rtol=0, atol=0)
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(AttributionError, match="samples=0; give at least 1"):
+        EKFAC(samples=0)

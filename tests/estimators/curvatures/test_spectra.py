@@ -1,0 +1,140 @@
+"""Exact inverses against those of the matrices written out, in double precision."""
+
+import pytest
+import torch
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators import Diagonal, ExactHessian, GaussNewton, Identity
+from lightning_dtda.estimators.curvatures import root
+from tests.estimators.curvatures.conftest import Classifier, Regressor
+
+TOLERANCE = 1e-8  # relative: what is asked of the Gram matrix's solutions; reached: about 1e-11
+
+
+def close(found, expected, tolerance=TOLERANCE):
+    torch.testing.assert_close(found, expected, rtol=0, atol=float(tolerance * expected.abs().max()))
+
+
+CASES = {
+    "classifier": lambda: Classifier(),
+    "regressor": lambda: Regressor(),
+    "weight decay": lambda: Classifier(weight_decay=0.05),
+    "weight decay of some parameters": lambda: Classifier(weight_decay=0.05, decayed_bias=False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("damping", [1.0, 0.01])
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_gram_equals_dense_gauss_newton(trained, vectors, monkeypatch, case, damping, is_kept):
+    run = trained(CASES[case]())
+    if not is_kept:
+        monkeypatch.setattr(root, "_SHARE", 2e-6)  # of 1 GB: five columns at a time
+    objective = run.objective()
+    v = vectors(objective.size)
+    fitted = GaussNewton().fit(objective)
+    assert fitted._root.is_kept == is_kept
+    dense = run.gauss_newton()
+    identity = torch.eye(objective.size, dtype=torch.float64)
+    close(fitted.solve(v, damping).vectors, torch.linalg.solve(dense + damping * identity, v.T).T)
+    assert fitted.mean_eigenvalue == pytest.approx(float(dense.trace()) / objective.size, rel=1e-10)
+
+
+def test_gram_without_damping_is_the_pseudo_inverse(trained, vectors):
+    run = trained(Regressor(), examples=6)  # 12 outputs, 37 parameters
+    fitted, v = GaussNewton().fit(run.objective()), vectors(37)
+    dense = run.gauss_newton()
+    assert torch.linalg.matrix_rank(dense, hermitian=True) == 12
+    close(fitted.solve(v, 0.0).vectors, v @ torch.linalg.pinv(dense, hermitian=True, rtol=1e-12))
+    projection = v @ dense @ torch.linalg.pinv(dense, hermitian=True, rtol=1e-12)
+    close(fitted.project(v), projection)
+
+
+def test_gram_and_dense_agree_on_any_function(trained, vectors):
+    run = trained(Classifier(weight_decay=0.05))
+    fitted, dense = GaussNewton().fit(run.objective()), run.gauss_newton()
+    v = vectors(len(dense))
+    close(fitted.apply(lambda values: torch.exp(-3 * values), v), v @ torch.linalg.matrix_exp(-3 * dense))
+
+
+def test_weight_decay_stands_in_for_damping(trained, vectors):
+    run = trained(Classifier(weight_decay=0.05))
+    v = vectors(len(run.theta))
+    close(GaussNewton().fit(run.objective()).solve(v, 0.0).vectors, torch.linalg.solve(run.gauss_newton(), v.T).T)
+
+
+def test_parameters_without_any_damping_are_refused(trained, vectors):
+    run = trained(Classifier(weight_decay=0.05, decayed_bias=False))
+    fitted = GaussNewton().fit(run.objective())
+    with pytest.raises(AttributionError, match="cannot be inverted with damping 0"):
+        fitted.solve(vectors(len(run.theta)), 0.0)
+    with pytest.raises(AttributionError, match="different weight decays"):
+        fitted.project(vectors(len(run.theta)))
+
+
+def test_a_gram_matrix_that_does_not_fit_the_memory_is_refused(trained):
+    with pytest.raises(AttributionError, match="The Gram matrix of 14 examples with 3 outputs takes"):
+        GaussNewton().fit(trained(Classifier()).objective(memory=4e4))
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("damping", [10.0, 0.3])
+def test_exact_hessian_equals_the_hessian_written_out(trained, vectors, case, damping):
+    run = trained(CASES[case]())
+    v, dense = vectors(len(run.theta)), run.hessian()
+    identity = torch.eye(len(dense), dtype=torch.float64)
+    fitted = ExactHessian().fit(run.objective())
+    close(fitted.solve(v, damping).vectors, torch.linalg.solve(dense + damping * identity, v.T).T)
+    assert fitted.mean_eigenvalue == pytest.approx(float(dense.trace()) / len(dense), rel=1e-10)
+
+
+def test_exact_hessian_without_damping_is_the_pseudo_inverse(trained, vectors):
+    run = trained(Regressor(), examples=4)
+    v, dense = vectors(len(run.theta)), run.hessian()
+    expected = v @ torch.linalg.pinv(dense, hermitian=True, rtol=1e-6)
+    close(ExactHessian(cutoff=1e-6).fit(run.objective()).solve(v, 0.0).vectors, expected, 1e-6)
+
+
+def test_a_damping_that_cancels_an_eigenvalue_is_refused(trained, vectors):
+    run = trained(Regressor())
+    fitted = ExactHessian().fit(run.objective())
+    smallest = float(fitted.values.min())
+    assert smallest < 0
+    with pytest.raises(AttributionError, match="is singular: it has the eigenvalue"):
+        fitted.solve(vectors(len(run.theta)), -smallest)
+
+
+def test_a_hessian_that_does_not_fit_the_memory_is_refused(trained):
+    with pytest.raises(AttributionError, match=r"The Hessian of 37 parameters takes 42\.8 KiB"):
+        ExactHessian().fit(trained(Regressor()).objective(memory=1e4))
+
+
+def test_diagonal_and_identity(trained, vectors):
+    run = trained(Classifier(weight_decay=0.05))
+    v = vectors(len(run.theta))
+    diagonal = Diagonal().fit(run.objective())
+    close(diagonal.solve(v, 0.2).vectors, v / (run.gauss_newton().diagonal() + 0.2))
+    close(Identity().fit(run.objective()).solve(v, 0.0).vectors, v)
+
+
+def test_a_projection_to_many_dimensions_changes_little(trained, vectors):
+    run = trained(Classifier())
+    v = vectors(len(run.theta), 40)
+    exact = GaussNewton().fit(run.objective()).solve(v, 0.1).vectors
+    projected = GaussNewton(projection=20_000).fit(run.objective()).solve(v, 0.1).vectors
+    by_products = GaussNewton("cg", projection=20_000, tolerance=1e-8).fit(run.objective()).solve(v, 0.1).vectors
+    # inner products are kept to about 1 / sqrt(20,000)
+    assert torch.nn.functional.cosine_similarity(projected, exact).min() > 0.99
+    close(by_products, projected, 1e-6)
+
+
+def test_a_projection_mixes_weight_decays(trained):
+    with pytest.raises(AttributionError, match="different weight decays, which a projection mixes"):
+        GaussNewton(projection=5).fit(trained(Classifier(weight_decay=0.1, decayed_bias=False)).objective())
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton, ExactHessian, Diagonal, Identity])
+@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf"), "large", True])
+def test_a_damping_that_is_none_is_refused(curvature, damping):
+    with pytest.raises(AttributionError, match="not negative"):
+        curvature(damping=damping)
