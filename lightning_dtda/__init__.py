@@ -15,7 +15,7 @@ from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution import Attribution, attribute
-    from lightning_dtda.estimators import UnrolledDifferentiation
+    from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
     from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
     from lightning_dtda.trajectory import Ensemble, Run
 
@@ -29,6 +29,7 @@ if not logging.root.hasHandlers():
 _HOMES = {
     "Attribution": "lightning_dtda.attribution",
     "Ensemble": "lightning_dtda.trajectory",
+    "InfluenceFunctions": "lightning_dtda.estimators",
     "ResponseTracker": "lightning_dtda.recording",
     "Run": "lightning_dtda.trajectory",
     "TrajectoryRecorder": "lightning_dtda.recording",
@@ -39,6 +40,7 @@ _HOMES = {
 __all__ = [
     "Attribution",
     "Ensemble",
+    "InfluenceFunctions",
     "ResponseTracker",
     "Run",
     "TrajectoryRecorder",

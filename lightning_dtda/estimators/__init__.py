@@ -1,7 +1,39 @@
 """Estimators of responses: what a removal does to a measurement, run by run."""
 
+from lightning_dtda.estimators.curvatures import (
+    EKFAC,
+    KFAC,
+    Curvature,
+    Diagonal,
+    ExactHessian,
+    FittedCurvature,
+    GaussNewton,
+    Hessian,
+    Identity,
+    Spectrum,
+)
 from lightning_dtda.estimators.estimator import Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.influence import InfluenceFunctions
 from lightning_dtda.estimators.removals import Removals, resolve_removals
 from lightning_dtda.estimators.unrolled import UnrolledDifferentiation
 
-__all__ = ["Estimate", "Estimator", "Plan", "Question", "Removals", "UnrolledDifferentiation", "resolve_removals"]
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Curvature",
+    "Diagonal",
+    "Estimate",
+    "Estimator",
+    "ExactHessian",
+    "FittedCurvature",
+    "GaussNewton",
+    "Hessian",
+    "Identity",
+    "InfluenceFunctions",
+    "Plan",
+    "Question",
+    "Removals",
+    "Spectrum",
+    "UnrolledDifferentiation",
+    "resolve_removals",
+]

@@ -279,9 +279,7 @@ def _memory(replay: Replay, queries: int, removals: Removals) -> tuple[float, fl
     states = sum(len(state) for state in point.states)
     per_pair = max(peaks[1] - peaks[0], vector)
     # the held segment, which the diagnosis holds in double; the responses and what is kept to join the chunks
-    per_run = (
-        max(peaks[0] - per_pair, 0) + _held_bytes(replay) + 2 * queries * len(removals) * replay.dtype.itemsize
-    )
+    per_run = max(peaks[0] - per_pair, 0) + _held_bytes(replay) + 2 * queries * len(removals) * replay.dtype.itemsize
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     # adjoints of parameters and state, before and after the step

@@ -1,0 +1,174 @@
+"""Influence functions, end to end: against closed forms, against each other, and what they refuse."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian
+
+DECAY = 0.3
+
+
+class Ridge(pl.LightningModule):
+    """Linear regression with weight decay: converges to the solution of ridge regression."""
+
+    def __init__(self, rate=0.3):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1, bias=False, dtype=torch.float64)
+        self.rate = rate
+
+    def forward(self, inputs):
+        return self.layer(inputs).squeeze(-1)
+
+    def training_step(self, batch, batch_idx):
+        return ((self(batch[0]) - batch[1]) ** 2).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.rate, weight_decay=DECAY)
+
+
+def regression(examples=15, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(examples, 4, generator=generator, dtype=torch.float64)
+    return TensorDataset(inputs, inputs[:, 0] + torch.randn(examples, generator=generator, dtype=torch.float64))
+
+
+def solution(data, weights):
+    """The minimum of the weighted mean of squared errors plus half the decay times the squared norm."""
+    inputs, targets = data.tensors
+    gram = 2 / len(inputs) * inputs.T * weights @ inputs + DECAY * torch.eye(4, dtype=torch.float64)
+    return torch.linalg.solve(gram, 2 / len(inputs) * inputs.T @ (weights * targets))
+
+
+@pytest.fixture
+def converged(fit, tmp_path):
+    """Two runs of ridge regression that came to their end, the data, and queries."""
+    data, queries = regression(), regression(3, seed=1)
+    for seed in range(2):
+        pl.seed_everything(seed, verbose=False)
+        loader = DataLoader(data, batch_size=15, shuffle=True)
+        fit(Ridge(), loader, TrajectoryRecorder(tmp_path / "runs"), max_steps=300, max_epochs=-1)
+    return Ensemble.open(tmp_path / "runs"), data, queries
+
+
+def ask(converged, estimator, **arguments):
+    ensemble, data, queries = converged
+    return attribute(
+        ensemble,
+        Ridge(),
+        data,
+        queries=queries,
+        estimator=estimator,
+        **({"measurement": "prediction", "progress": False} | arguments),
+    )
+
+
+def test_influences_on_ridge_regression_are_those_of_the_closed_form(converged):
+    _, data, queries = converged
+    ones = torch.ones(15, dtype=torch.float64)
+    of_weights = torch.func.jacrev(lambda weights: solution(data, weights))(ones)
+    expected = -queries.tensors[0] @ of_weights
+    for curvature in (ExactHessian(damping=0), GaussNewton(damping=0), Hessian(damping=0, tolerance=1e-12)):
+        found = ask(converged, InfluenceFunctions(curvature))
+        for responses in found.responses:
+            torch.testing.assert_close(responses, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found.baseline[0], queries.tensors[0] @ solution(data, ones), rtol=1e-9, atol=1e-11)
+
+
+def test_they_are_where_unrolled_differentiation_comes_to(converged):
+    unrolled = ask(converged, UnrolledDifferentiation())
+    influence = ask(converged, InfluenceFunctions(ExactHessian(damping=0)))
+    torch.testing.assert_close(influence.responses, unrolled.responses, rtol=1e-7, atol=1e-9)
+
+
+def test_responses_are_of_the_step_that_is_asked_for(converged, fit, tmp_path):
+    _, data, queries = converged
+    pl.seed_everything(0, verbose=False)
+    loader = DataLoader(data, batch_size=15, shuffle=True)
+    fit(Ridge(), loader, TrajectoryRecorder(tmp_path / "stopped"), max_steps=3, max_epochs=-1)
+    stopped = ask((Ensemble.open(tmp_path / "stopped"), data, queries), InfluenceFunctions())
+    found = ask(converged, InfluenceFunctions(), step=3)
+    torch.testing.assert_close(found.baseline[0], stopped.baseline[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.responses[0], stopped.responses[0], rtol=1e-10, atol=1e-12)
+
+
+def test_a_group_is_the_sum_of_its_examples(converged):
+    alone = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)))
+    groups = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)), removals=[[0, 3], [7]])
+    expected = torch.stack([alone.responses[..., [0, 3]].sum(-1), alone.responses[..., 7]], -1)
+    torch.testing.assert_close(groups.responses, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_queries_in_chunks_give_the_same(converged, monkeypatch):
+    whole = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)))
+    from lightning_dtda.estimators import influence
+
+    monkeypatch.setattr(influence, "_VECTORS", 2**29 / 32)  # of a budget of 1 GiB: one query of 4 doubles at a time
+    chunked = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)))
+    torch.testing.assert_close(chunked.responses, whole.responses, rtol=1e-12, atol=1e-14)
+
+
+def test_answers_are_stored_and_told_from_others(converged, tmp_path):
+    output = tmp_path / "attribution"
+    found = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)), output=output)
+    again = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)), output=output)
+    torch.testing.assert_close(again.responses, found.responses, rtol=0, atol=0)
+    assert found.about["estimator"]["curvature"]["damping"] == 0.1
+    with pytest.raises(AttributionError, match="another question"):
+        ask(converged, InfluenceFunctions(GaussNewton(damping=0.2)), output=output)
+
+
+def test_other_data_are_found_out(converged):
+    ensemble, data, queries = converged
+    ensemble[0].manifest.configuration["dataset"]["fingerprint"] = None  # as for data that have none
+    other = TensorDataset(data.tensors[0], data.tensors[1] + 1)
+    with pytest.raises(ReplayError, match="gradient of step"):
+        ask((ensemble, other, queries), InfluenceFunctions())
+
+
+def test_a_singular_curvature_without_damping_is_the_pseudo_inverse_or_an_error(fit, tmp_path):
+    class Wide(Ridge):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = regression(3)  # three examples for four parameters
+    pl.seed_everything(0, verbose=False)
+    fit(Wide(), DataLoader(data, 3), TrajectoryRecorder(tmp_path), max_steps=20, max_epochs=-1)
+    arguments = {"queries": regression(2, 1), "measurement": "prediction", "progress": False}
+
+    def answer(curvature):
+        return attribute(
+            Ensemble.open(tmp_path), Wide(), data, estimator=InfluenceFunctions(curvature), **arguments
+        ).responses
+
+    torch.testing.assert_close(answer(GaussNewton(damping=0)), answer(ExactHessian(damping=0)), rtol=1e-9, atol=1e-12)
+    with pytest.raises(AttributionError, match=r"relative residual|not positive definite"):
+        answer(GaussNewton("cg", damping=0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"precision": "half"}, "choose"),
+        ({"memory_budget": 0}, "must be positive"),
+        ({"curvature": "gram"}, "is no Curvature"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(AttributionError, match=message):
+        InfluenceFunctions(**arguments)
+
+
+def test_a_query_that_does_not_fit_the_memory_is_refused(converged):
+    with pytest.raises(AttributionError, match="memory_budget is 1e-09 GiB"):
+        ask(converged, InfluenceFunctions(memory_budget=1e-9))
+
+
+def test_queries_of_another_shape_are_refused(converged):
+    ensemble, data, _ = converged
+    wrong = TensorDataset(torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(AttributionError, match="The measurement fails"):
+        ask((ensemble, data, wrong), InfluenceFunctions())
