@@ -1,0 +1,225 @@
+r"""Influence functions beside those of kronfluence, dattri and TRAK: time, memory and fidelity. UCI Concrete.
+
+    python -m benchmarks.influence_functions --data concrete.txt --runs runs/concrete --environment peers \
+        --truth concrete_truth.safetensors --exact exact.safetensors --json result.json
+
+20 runs x 20 queries x 927 examples, as ``examples/concrete`` trains them; the measurement is the prediction. The runs,
+the ground truth (``concrete_truth.py``: 40 removals of a tenth of the rows, 192 retrainings each) and the exact
+responses (``UnrolledDifferentiation``) are made if they are not there. So is an environment with the other packages,
+from PyPI.
+
+Every method runs in a process of its own with the same number of threads, and is timed inside: all runs, reading
+included, imports not. In each repeat the reference, the first of ``--ours``, runs directly before every other method,
+and the first table's ratios are taken between the two; the second table has those of each package to each of ours,
+within a repeat. Seconds, memory and ratios are medians over repeats; CPU time stands beside wall time in brackets,
+for machines that others use too.
+
+The scores (see ``scoring.py``) are Spearman's correlations over removals with real retraining. Variance and Wasserstein
+distance need responses in the measurement's unit: in brackets stands what a method would reach with the single factor
+for all its scores that fits the exact responses best. Scale is the slope of the scores over the exact responses, in the
+median of the queries.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import ours, scoring
+from benchmarks.concrete_truth import NAMES, QUERIES, RATE, WIDTH, check, concrete, record, truth
+from examples.concrete.concrete import ConcreteRegressor
+from lightning_dtda import Ensemble
+
+ROOT = Path(__file__).parent.parent
+# the released versions that peers.py was written for
+PACKAGES = ("kronfluence==1.0.1", "dattri==0.3.0", "traker==0.3.2", "torchvision")
+PEERS = ("dattri-cg-10", "dattri-cg-50", "dattri-trak", "trak", "kronfluence-ekfac", "kronfluence-ekfac-heuristic")
+
+
+def environment(directory: Path) -> Path:
+    """Return the Python of the environment with the other packages, made if there is none."""
+    python = directory / "bin" / "python"
+    if not python.exists():
+        venv.create(directory, with_pip=True)
+        torch_version = f"torch=={torch.__version__.partition('+')[0]}"  # the same for both sides
+        subprocess.run([python, "-m", "pip", "install", "--quiet", torch_version, *PACKAGES], check=True)
+    return python
+
+
+def hand_over(ensemble: Ensemble, data, path: Path) -> None:
+    """Write what the other packages need: parameters at the end of training, rows and queries."""
+    final = [run.theta(run.steps) for run in ensemble]
+    parameters = {name.removeprefix("network."): torch.stack([theta[name] for theta in final]) for name in NAMES}
+    rows = dict(zip(("inputs", "targets"), data.train.tensors, strict=True))
+    task = parameters | rows | {"queries": data.validation.tensors[0][:QUERIES]}
+    save_file({name: each.contiguous() for name, each in task.items()}, path)
+
+
+def check_exact(exact: dict[str, torch.Tensor], ensemble: Ensemble, data) -> None:
+    """Refuse the exact responses of other runs, by what the networks predict."""
+    module = ConcreteRegressor(WIDTH, RATE)
+    for run, measured in zip(ensemble, exact["baseline"], strict=True):
+        module.load_state_dict(run.theta(run.steps))
+        with torch.no_grad():
+            predictions = module(data.validation.tensors[0][:QUERIES])
+        torch.testing.assert_close(measured.float(), predictions, msg=f"--exact is not about {run.name}. Delete it.")
+
+
+def measure(command: list[str], threads: int) -> dict[str, float]:
+    """Run a worker; return what it says about itself."""
+    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(figures: dict[str, list[list[dict[str, float]]]], own: list[str]) -> dict[str, dict[str, float]]:
+    """Return for each method the median over repeats of its seconds over those of each of ours in the same repeat."""
+    seconds = {
+        name: [statistics.median(figure["seconds"] for figure in repeat) for repeat in repeats]
+        for name, repeats in figures.items()
+    }
+    return {
+        name: {
+            each: statistics.median(a / b for a, b in zip(seconds[name], seconds[each], strict=True)) for each in own
+        }
+        for name in figures
+    }
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def row(name: str, result: dict) -> list[str]:
+    """Return a method's line of the table."""
+
+    def of(difference: str) -> str:
+        (raw, error), (rescaled, _) = (result[kind][difference] for kind in ("score", "score rescaled"))
+        brackets = "" if difference == "mean" else f" ({rescaled:.3f})"
+        return f"{raw:.3f} ± {error:.3f}{brackets}"
+
+    return [
+        name,
+        f"{result['seconds']:.1f} ({result['cpu']:.1f})",
+        f"{result['ratio']['seconds']:.2f} ({result['ratio']['cpu']:.2f})",
+        f"{result['peak MiB']:.0f}",
+        *(of(difference) for difference in scoring.DIFFERENCES),
+        f"{result['score of the mean, one run alone']:.3f}",
+        f"{result['scale']:.3g}",
+    ]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="the table as text")
+    parser.add_argument("--runs", required=True, type=Path, help="the directory of the recorded runs")
+    parser.add_argument("--truth", required=True, type=Path, help="the file of the retrained measurements")
+    parser.add_argument("--exact", required=True, type=Path, help="the file of the exact responses")
+    parser.add_argument("--environment", required=True, type=Path, help="the directory of the other packages")
+    parser.add_argument("--ours", nargs="*", default=list(ours.METHODS), choices=ours.METHODS)
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--scores", type=Path, help="keep the scores of all methods in this directory")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args()
+    if not options.ours:
+        parser.error("--ours needs at least one method, the reference of the ratios")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    workspace = (options.scores or Path(tempfile.mkdtemp())).resolve()
+    workspace.mkdir(parents=True, exist_ok=True)
+    data_path, runs, exact_path = (str(path.resolve()) for path in (options.data, options.runs, options.exact))
+    python = str(environment(options.environment.absolute())) if options.peers else ""  # resolved, it is no environment
+    data, ensemble = concrete(data_path), record(data_path, options.runs)
+    print(check(ensemble, data), flush=True)
+    retrained = truth(data, options.truth)
+    hand_over(ensemble, data, workspace / "task.safetensors")
+
+    def of_ours(name: str, output: str) -> dict[str, float]:
+        command = [sys.executable, "-m", "benchmarks.ours", "--data", data_path, "--runs", runs]
+        command += ["--method", name, "--output", output, "--threads", str(options.threads)]
+        return measure(command, options.threads)
+
+    def run(name: str) -> dict[str, float]:
+        output = str(workspace / f"{name}.safetensors")
+        if name in ours.METHODS:
+            return of_ours(name, output)
+        command = [python, "-m", "benchmarks.peers", "--task", str(workspace / "task.safetensors")]
+        command += ["--method", name, "--output", output, "--threads", str(options.threads)]
+        return measure(command, options.threads)
+
+    if not options.exact.exists():
+        of_ours("unrolled", exact_path)
+    exact = load_file(exact_path)
+    check_exact(exact, ensemble, data)
+    reference, *others = [*options.ours, *options.peers]
+    # of each method, by repeat; the reference is measured several times in each
+    figures: dict[str, list[list[dict[str, float]]]] = {name: [] for name in (reference, *others)}
+    beside: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu": []} for name in others}
+    for repeat in range(options.repeats):
+        figures[reference].append([])
+        for name in others or [reference]:
+            figures[reference][-1].append(before := run(reference))
+            if name != reference:
+                figures[name].append([figure := run(name)])
+                for clock, quotients in beside[name].items():
+                    quotients.append(figure[clock] / before[clock])
+            print(f"repeat {repeat + 1}: {name} {figures[name][-1][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+
+    results = {}
+    for name, repeats in figures.items():
+        measured = [figure for repeat in repeats for figure in repeat]
+        scores = load_file(workspace / f"{name}.safetensors")["scores"]
+        results[name] = scoring.evaluate(scores, exact["scores"], exact["baseline"], retrained) | {
+            key: statistics.median(figure[key] for figure in measured) for key in measured[0]
+        }
+        quotients = beside.get(name, {"seconds": [1.0], "cpu": [1.0]})
+        results[name] |= {"ratio": {clock: statistics.median(each) for clock, each in quotients.items()}}
+        results[name]["repeats"] = repeats
+        # a wrong sign, or another order of the examples, would be ours to mend
+        assert results[name]["correlation with exact responses"] > 0, name
+    limits = scoring.ceiling(retrained["baseline"], retrained["measurements"])
+
+    header = [
+        "method",
+        "seconds (CPU)",
+        f"times {reference}",
+        "peak MiB",
+        "mean",
+        "variance",
+        "W2",
+        "one run alone",
+        "scale",
+    ]
+    rows = [row(name, result) for name, result in results.items()]
+    for label, key in (("half of the retrainings against the other", "halves"), ("noise ceiling", "ceiling")):
+        rows.append([label, "", "", "", *(f"{limit[key]:.3f}" for limit in limits.values()), "", ""])
+    print(table(header, rows), end="\n\n")
+    times = ratios(figures, options.ours)
+    header = ["seconds over those of", *options.ours]
+    print(table(header, [[name, *(f"{times[name][own]:.2f}" for own in options.ours)] for name in options.peers]))
+    if options.json:
+        settings = {"threads": options.threads, "repeats": options.repeats, "torch": torch.__version__}
+        everything = {"settings": settings, "packages": PACKAGES, "methods": results, "noise": limits, "ratios": times}
+        options.json.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    main()
