@@ -32,13 +32,14 @@ def influence(curvature: str, **settings: object) -> Estimator:
 
 # called for their result only in the process that needs it
 METHODS: dict[str, Callable[[], Estimator]] = {
-    "gram-1e-1": lambda: influence("GaussNewton", solver="gram", damping=1e-1),
-    "gram-1e-2": lambda: influence("GaussNewton", solver="gram", damping=1e-2),
-    "gram-1e-3": lambda: influence("GaussNewton", solver="gram", damping=1e-3),
-    "cg-10": lambda: influence("GaussNewton", solver="cg", damping=1e-2, iterations=10),
-    "cg-50": lambda: influence("GaussNewton", solver="cg", damping=1e-1, iterations=50),
-    "ekfac-1e-1": lambda: influence("EKFAC", damping=1e-1),
-    "ekfac-1e-2": lambda: influence("EKFAC", damping=1e-2),
+    "gram": lambda: influence("GaussNewton"),
+    "gram-3e-2": lambda: influence("GaussNewton", damping=3e-2),
+    "gram-1e-1": lambda: influence("GaussNewton", damping=1e-1),
+    "cg-20": lambda: influence("GaussNewton", solver="cg", iterations=20),
+    "cg-10": lambda: influence("GaussNewton", solver="cg", damping=3e-2, iterations=10),
+    "hessian-cg-10": lambda: influence("Hessian", solver="cg", iterations=10),
+    "ekfac": lambda: influence("EKFAC"),
+    "ekfac-1e-4": lambda: influence("EKFAC", damping=1e-4),
     "unrolled": UnrolledDifferentiation,
 }
 

@@ -167,15 +167,23 @@ def test_responses_on_the_way_are_those_of_a_training_that_was_stopped_there(fit
         torch.testing.assert_close(baseline, expected.baseline, rtol=1e-12, atol=1e-12)
 
 
-def test_running_statistics_that_are_not_on_record_are_refused(fit, tmp_path):
+def test_running_statistics_between_checkpoints_are_rebuilt(fit, tmp_path):
     arguments = {"make": CoupledRegressor, "network": NORMALISED_NETWORKS["BatchNorm"]}
     record(fit, tmp_path, sgd(), **arguments)
     module = CoupledRegressor(sgd(), network=arguments["network"])
     replay = Replay([*Ensemble.open(tmp_path)], module, training_examples(TensorDataset(*weighted_data())))
-    batch, function = training_examples(QUERIES).all(), resolve_measurement("loss")[1]
-    assert measure(replay, batch, function, step=8)[0].shape == (1, 4)
-    with pytest.raises(AttributionError, match=r"Choose the step of a checkpoint \(0, 4, 8, 12, 15\)"):
-        measure(replay, batch, function, step=6)
+    function = resolve_measurement("loss")[1]
+    baseline, _ = estimate_forward(
+        replay,
+        one_by_one(replay),
+        training_examples(QUERIES),
+        function,
+        removals_per_chunk=12,
+        queries_per_chunk=4,
+        step=6,
+    )
+    expected, _, _ = measure(replay, training_examples(QUERIES).all(), function, step=6)
+    torch.testing.assert_close(baseline, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_responses_of_the_parameters_are_differences_of_retraining_at_every_checkpoint(replay):

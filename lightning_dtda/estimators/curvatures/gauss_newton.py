@@ -113,6 +113,19 @@ class GaussNewton(Curvature):
         return 4.0 if self.solver == "gram" else 4.0 * (self.iterations or 20)
 
 
+_STRIPS = 6
+"""Parts of a Gram matrix's rows, each computed from the diagonal on: little more than half of the matrix in all."""
+
+
+def _add_gram(gram: Tensor, block: Tensor) -> None:
+    """Add the Gram matrix of a block's rows ``(N * C, n)``."""
+    for rows in torch.arange(len(gram)).split(-(-len(gram) // _STRIPS)):
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        strip = block[first:last] @ block[first:].T
+        gram[first:last, first:] += strip
+        gram[last:, first:last] += strip[:, last - first :].T
+
+
 class ImplicitGaussNewton(FittedCurvature):
     """A Gauss-Newton matrix by its products: with its root where that fits the memory."""
 
@@ -190,7 +203,7 @@ class GramMatrix(Spectrum):
         self._grams = objective.theta.new_zeros(len(self._penalties), rows, rows)
         for gram, columns in zip(self._grams, self._columns_of_groups(), strict=True):
             for _, block in self._root.columns(columns):
-                gram.addmm_(block, block.T)
+                _add_gram(gram, block)
         self._grams /= objective.examples
         self._mean = (
             float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(objective.penalty.sum())

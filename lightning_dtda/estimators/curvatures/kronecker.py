@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, check_damping
+from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, Solution, check_damping
+from lightning_dtda.estimators.curvatures.solvers import Products
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay.network import Network
@@ -46,11 +48,18 @@ class KFAC(Curvature):
     that several layers share, get the diagonal of the Gauss-Newton matrix; which ones is logged. Factors are computed
     by `curvlinops <https://curvlinops.readthedocs.io>`_, which ``pip install "lightning-dtda[kfac]"`` brings.
 
+    Blocks without what couples layers give solutions that point well and are several times too long. Each solution x
+    for a vector v is therefore rescaled, for which one product with the true matrix is needed (Martens and Grosse,
+    section 6.4), and responses are in the measurement's unit:
+
+    .. math:: x \leftarrow \frac{\langle v, x \rangle}{\langle x, (G + \delta) x \rangle}\, x
+
     Args:
-        damping: :math:`\delta`; ``"auto"`` is a tenth of the mean eigenvalue, 0 the pseudo-inverse.
+        damping: :math:`\delta`; ``"auto"`` is a hundredth of the mean eigenvalue, 0 the pseudo-inverse.
         samples: How many random combinations of the C outputs' derivatives stand for all of them; ``None`` is all of
             them, exact.
         seed: Of the samples.
+        rescale: Whether solutions are rescaled.
         cache: A directory where the factors of each run are kept, to be read by the next call.
         network: As for :class:`~lightning_dtda.estimators.GaussNewton`.
 
@@ -58,10 +67,9 @@ class KFAC(Curvature):
         AttributionError: If an argument is out of range, or curvlinops is not installed.
     """
 
-    arguments = ("damping", "samples", "seed", "network")
-    auto_damping: ClassVar[float] = 0.1
-    """As is usual since Grosse et al., arXiv 2308.03296, section 2.2: blocks without what couples layers have larger
-    eigenvalues where it matters, and bear less damping."""
+    arguments = ("damping", "samples", "seed", "rescale", "network")
+    auto_damping: ClassVar[float] = 0.01
+    """Less than elsewhere: the length of solutions, which is what small eigenvalues spoil first, is set by rescaling."""
     is_corrected: ClassVar[bool] = False
     """Whether the eigenvalues are corrected."""
 
@@ -70,6 +78,7 @@ class KFAC(Curvature):
         damping: Damping = "auto",
         samples: int | None = None,
         seed: int = 0,
+        rescale: bool = True,
         cache: str | Path | None = None,
         network: str | None = None,
     ) -> None:
@@ -77,6 +86,7 @@ class KFAC(Curvature):
         self.damping = check_damping(damping)
         self.samples = samples
         self.seed = seed
+        self.rescale = rescale
         self.cache = cache
         self.network = network
 
@@ -127,12 +137,14 @@ class KroneckerSpectrum(Spectrum):
     Args:
         blocks: The layers'.
         diagonal: ``(P,)``, of which entries that no block has count.
+        products: Vectors ``(Q, P)`` to the true matrix times each of them, for rescaling; ``None`` for no rescaling.
     """
 
     cutoff = _CUTOFF
 
-    def __init__(self, blocks: list[Block], diagonal: Tensor) -> None:
+    def __init__(self, blocks: list[Block], diagonal: Tensor, products: Products | None = None) -> None:
         self._blocks = blocks
+        self._products = products
         self._diagonal = diagonal
         self._others = torch.ones_like(diagonal, dtype=torch.bool)
         for block in blocks:
@@ -150,6 +162,15 @@ class KroneckerSpectrum(Spectrum):
     def largest_eigenvalue(self) -> float:
         parts = [block.values.flatten() for block in self._blocks]
         return float(torch.cat([*parts, self._diagonal[self._others]]).abs().max())
+
+    @override
+    def solve(self, vectors: Tensor, damping: float) -> Solution:
+        solution = super().solve(vectors, damping).vectors
+        if self._products is None:
+            return Solution(solution)
+        curved = ((self._products(solution) + damping * solution) * solution).sum(1, keepdim=True)
+        length = (vectors * solution).sum(1, keepdim=True) / curved.clamp_min(torch.finfo(curved.dtype).tiny)
+        return Solution(solution * length)
 
     @override
     def apply(self, function: Function, vectors: Tensor) -> Tensor:
@@ -215,7 +236,8 @@ def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
     blocks = [_block(number, layer, tensors, objective) for number, layer in enumerate(layers)]
-    return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty)
+    products = partial(objective.gauss_newton_products, network) if curvature.rescale else None
+    return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, products)
 
 
 def _layers(module: LightningModule, network: Network, objective: Objective) -> list[_Layer]:
@@ -351,7 +373,7 @@ def _diagonal(objective: Objective, network: Network) -> Tensor:
 
 
 def _cache_file(objective: Objective, network: Network, curvature: KFAC) -> Path:
-    settings = {key: value for key, value in curvature.settings().items() if key != "damping"}
+    settings = {key: value for key, value in curvature.settings().items() if key not in ("damping", "rescale")}
     facts = [settings, network.name, objective.run.checksum, objective.step, str(objective.theta.dtype)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(str(curvature.cache)) / f"{objective.run.name}-{digest}.safetensors"

@@ -61,7 +61,7 @@ def layer_factors(run, name, number):
 def test_blocks_of_a_network_are_those_written_out(trained, vectors, curvature):
     run = trained(Classifier())
     v, where = vectors(len(run.theta)), places(run)
-    fitted = curvature().fit(run.objective())
+    fitted = curvature(rescale=False).fit(run.objective())
     result = fitted.solve(v, 0.3).vectors
     for number in (0, 2):
         weight, bias = where[f"net.{number}.weight"], where[f"net.{number}.bias"]
@@ -89,7 +89,7 @@ def test_other_parameters_get_the_diagonal_and_are_named(trained, vectors, caplo
     run = trained(Classifier(network=Convolutional), shape=(1, 4, 4))
     with caplog.at_level(logging.INFO, "lightning_dtda"):
         logging.getLogger("lightning_dtda").propagate = True
-        fitted = EKFAC().fit(run.objective())
+        fitted = EKFAC(rescale=False).fit(run.objective())
     assert "stands for the curvature of net.3.weight, net.3.bias." in caplog.text
     v, where = vectors(len(run.theta)), places(run)
     diagonal = run.gauss_newton().diagonal()
@@ -111,7 +111,7 @@ def test_a_layer_that_is_called_twice_gets_the_diagonal(trained, vectors):
 
     run = trained(Classifier(network=Twice))
     v, where = vectors(len(run.theta)), places(run)["net.first.weight"]
-    result = EKFAC().fit(run.objective()).solve(v, 0.2).vectors
+    result = EKFAC(rescale=False).fit(run.objective()).solve(v, 0.2).vectors
     close(result[:, where], v[:, where] / (run.gauss_newton().diagonal()[where] + 0.2))
 
 
@@ -127,6 +127,17 @@ def test_frozen_biases_have_no_part(trained, vectors):
     v, dense = vectors(8), run.gauss_newton()
     expected = torch.linalg.solve(dense + 0.1 * torch.eye(8, dtype=torch.float64), v.T).T
     close(EKFAC().fit(run.objective()).solve(v, 0.1).vectors, expected)
+
+
+def test_solutions_are_as_long_as_the_true_matrix_wants_them(trained, vectors):
+    run = trained(Classifier(weight_decay=0.05))
+    v, dense = vectors(len(run.theta)), run.gauss_newton() + 0.01 * torch.eye(len(run.theta), dtype=torch.float64)
+    plain = EKFAC(rescale=False).fit(run.objective()).solve(v, 0.01).vectors
+    rescaled = EKFAC().fit(run.objective()).solve(v, 0.01).vectors
+    # the minimum of <x, G x> / 2 - <v, x> along the solution
+    for x, direction, vector in zip(rescaled, plain, v, strict=True):
+        close(x, (vector @ direction) / (direction @ dense @ direction) * direction)
+        assert abs(direction @ dense @ x - direction @ vector) < 1e-9
 
 
 def test_samples_of_the_outputs_come_near_all_of_them(trained):
