@@ -8,15 +8,24 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.differences import Difference, Mean, Variance, Wasserstein, jackknife
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution.attributing import attribute
+    from lightning_dtda.attribution.attributing import attribute, attribute_dampings
 
-__all__ = ["Attribution", "Difference", "Mean", "Variance", "Wasserstein", "attribute", "jackknife"]
+__all__ = [
+    "Attribution",
+    "Difference",
+    "Mean",
+    "Variance",
+    "Wasserstein",
+    "attribute",
+    "attribute_dampings",
+    "jackknife",
+]
 
 
 def __getattr__(name: str) -> Any:
     # on first use: it imports lightning, which takes seconds and which reading a stored attribution does not need
-    if name == "attribute":
-        from lightning_dtda.attribution.attributing import attribute
+    if name in ("attribute", "attribute_dampings"):
+        from lightning_dtda.attribution import attributing
 
-        return attribute
+        return getattr(attributing, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -29,11 +29,13 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
     Estimate,
     Estimator,
+    InfluenceFunctions,
     Plan,
     Question,
     UnrolledDifferentiation,
     resolve_removals,
 )
+from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.replay import (
     Examples,
@@ -98,36 +100,10 @@ def attribute(
         ReplayError: If module or data are not those that were trained.
     """
     estimator = UnrolledDifferentiation() if estimator is None else estimator
-    for value, kind, example in (
-        (ensemble, Ensemble, 'Ensemble.open("runs/mine")'),
-        (module, LightningModule, "MyModule()"),
-        (estimator, Estimator, "UnrolledDifferentiation()"),
-    ):
-        if not isinstance(value, kind):
-            raise AttributionError(f"{value!r} is no {kind.__name__}. Give {example}, say.")
-    name, function = resolve_measurement(measurement)
-    examples = training_examples(data)
-    question = Question(
-        module=module,
-        examples=examples,
-        queries=query_examples(queries),
-        measurement=function,
-        device=_usable_device(module.device if device is None else device),
-        removals=resolve_removals(removals, examples),
-        step=_usable_step(step, ensemble),
+    question, about, names = _ask(
+        ensemble, module, data, queries, measurement, estimator, removals=removals, step=step, device=device
     )
-    about = {
-        "measurement": name,
-        "estimator": estimator.settings(),
-        "removal": "reweight",
-        "removals": question.removals.content(),
-        "step": question.step,
-        "ensemble": ensemble.root.name,
-        "configuration": ensemble[0].manifest.configuration,
-        "queries_fingerprint": dataset_fingerprint(question.queries.dataset),
-        "version": __version__,
-    }
-    names = _query_names(question.queries)
+    name = about["measurement"]
     if output is not None:
         if "<" in name:
             raise AttributionError(
@@ -160,6 +136,114 @@ def attribute(
     return answer
 
 
+def attribute_dampings(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
+    *,
+    queries: DataLoader[Any] | Dataset[Any],
+    dampings: Sequence[Damping],
+    estimator: InfluenceFunctions | None = None,
+    measurement: str | Measurement = "loss",
+    removals: Any = LEAVE_ONE_OUT,
+    step: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[Damping, Attribution]:
+    """Attribute by influence functions with several dampings, of which one fit of the curvature serves all.
+
+    Args:
+        ensemble: As for :func:`attribute`, as all arguments that are not described here.
+        module: The module.
+        data: The training data.
+        queries: The queries.
+        dampings: In place of the curvature's own: numbers, or ``"auto"``.
+        estimator: Influence functions; the default ones if not given.
+        measurement: The measurement.
+        removals: What is removed.
+        step: The step whose parameters are measured.
+        device: Where to compute.
+        progress: Whether to show a progress bar and the plan.
+
+    Returns:
+        An attribution for each damping; :meth:`Attribution.save` keeps one.
+
+    Raises:
+        AttributionError: As :func:`attribute`; or if there is no damping, or one is given twice.
+        ReplayError: As :func:`attribute`.
+    """
+    estimator = InfluenceFunctions() if estimator is None else estimator
+    if not isinstance(estimator, InfluenceFunctions):
+        raise AttributionError(f"{type(estimator).__name__} has no damping. Give InfluenceFunctions(...).")
+    if not dampings or len(set(dampings)) != len(dampings):
+        raise AttributionError(f"dampings={dampings!r}; give at least one, each once.")
+    for damping in dampings:
+        check_damping(damping)
+    question, about, names = _ask(
+        ensemble, module, data, queries, measurement, estimator, removals=removals, step=step, device=device
+    )
+    runs = list(ensemble)
+    plan = estimator.plan(runs, question)
+    _check_resources(plan, runs, question, None, answers=len(dampings))
+    found: list[list[tuple[tuple[Run, ...], Estimate]]] = [[] for _ in dampings]
+    with _progress_bar(progress, plan, runs, question) as advance:
+        for batch in plan.batches:
+            estimates = estimator.estimate_dampings(batch, question, plan, advance, dampings)
+            for of_damping, estimate in zip(found, estimates, strict=True):
+                of_damping.append((batch, estimate))
+    attributions = {}
+    for damping, of_damping in zip(dampings, found, strict=True):
+        settings = estimator.settings()
+        settings["curvature"] = settings["curvature"] | {"damping": damping}
+        attributions[damping] = _assembled(of_damping, about | {"estimator": settings}, names)
+    return attributions
+
+
+def _ask(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
+    queries: DataLoader[Any] | Dataset[Any],
+    measurement: str | Measurement,
+    estimator: Estimator,
+    *,
+    removals: Any,
+    step: int | None,
+    device: torch.device | str | None,
+) -> tuple[Question, dict[str, Any], tuple[int, ...]]:
+    """Return the question, what an answer's ``about`` says of it, and the names of the queries."""
+    for value, kind, example in (
+        (ensemble, Ensemble, 'Ensemble.open("runs/mine")'),
+        (module, LightningModule, "MyModule()"),
+        (estimator, Estimator, "UnrolledDifferentiation()"),
+    ):
+        if not isinstance(value, kind):
+            raise AttributionError(f"{value!r} is no {kind.__name__}. Give {example}, say.")
+    name, function = resolve_measurement(measurement)
+    examples = training_examples(data)
+    question = Question(
+        module=module,
+        examples=examples,
+        queries=query_examples(queries),
+        measurement=function,
+        device=_usable_device(module.device if device is None else device),
+        removals=resolve_removals(removals, examples),
+        step=_usable_step(step, ensemble),
+    )
+    about = {
+        "measurement": name,
+        "estimator": estimator.settings(),
+        "removal": "reweight",
+        "removals": question.removals.content(),
+        "step": question.step,
+        "ensemble": ensemble.root.name,
+        "configuration": ensemble[0].manifest.configuration,
+        "queries_fingerprint": dataset_fingerprint(question.queries.dataset),
+        "version": __version__,
+    }
+    return question, about, _query_names(question.queries)
+
+
 def _answer_to_disk(
     ensemble: Ensemble, question: Question, estimator: Estimator, store: AttributionStore, progress: bool
 ) -> Attribution:
@@ -182,9 +266,16 @@ def _answer_in_memory(
     names: tuple[int, ...],
     progress: bool,
 ) -> Attribution:
+    return _assembled(_estimates(list(ensemble), question, estimator, progress, None), about, names)
+
+
+def _assembled(
+    estimates: Iterable[tuple[tuple[Run, ...], Estimate]], about: dict[str, Any], names: tuple[int, ...]
+) -> Attribution:
+    """Put the answers of batches of runs together."""
     answers: dict[str, Any] = {}
     facts = {}
-    for batch, estimate in _estimates(list(ensemble), question, estimator, progress, None):
+    for batch, estimate in estimates:
         for number, run in enumerate(batch):
             answers[run.name] = estimate.baseline[number].cpu(), estimate.responses[number].cpu()
             facts[run.name] = _facts(estimate, number)
@@ -214,9 +305,9 @@ def _estimates(
             yield batch, estimator.estimate(batch, question, plan, advance)
 
 
-def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path | None) -> None:
+def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int = 1) -> None:
     itemsize = runs[0].manifest.torch_dtype.itemsize
-    answer = len(runs) * len(question.queries) * len(question.removals) * itemsize
+    answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
     _log.info(
         "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
         len(runs),

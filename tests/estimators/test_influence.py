@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.attribution import attribute_dampings
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian
 
@@ -119,6 +120,27 @@ def test_answers_are_stored_and_told_from_others(converged, tmp_path):
     assert found.about["estimator"]["curvature"]["damping"] == 0.1
     with pytest.raises(AttributionError, match="another question"):
         ask(converged, InfluenceFunctions(GaussNewton(damping=0.2)), output=output)
+
+
+def test_one_fit_serves_many_dampings(converged, tmp_path, monkeypatch):
+    ensemble, data, queries = converged
+    fits = []
+    fit_once = GaussNewton.fit
+    monkeypatch.setattr(GaussNewton, "fit", lambda self, objective: fits.append(1) or fit_once(self, objective))
+    found = attribute_dampings(
+        ensemble, Ridge(), data, queries=queries, dampings=[0.1, "auto", 0.0], measurement="prediction", progress=False
+    )
+    assert len(fits) == len(ensemble)
+    for damping, attribution in found.items():
+        alone = ask(converged, InfluenceFunctions(GaussNewton(damping=damping)))
+        torch.testing.assert_close(attribution.responses, alone.responses, rtol=1e-12, atol=1e-14)
+        assert attribution.about["estimator"] == alone.about["estimator"]
+    with pytest.raises(AttributionError, match="each once"):
+        attribute_dampings(ensemble, Ridge(), data, queries=queries, dampings=[0.1, 0.1])
+    with pytest.raises(AttributionError, match="has no damping"):
+        attribute_dampings(
+            ensemble, Ridge(), data, queries=queries, dampings=[0.1], estimator=UnrolledDifferentiation()
+        )
 
 
 def test_other_data_are_found_out(converged):

@@ -69,7 +69,7 @@ class KFAC(Curvature):
 
     arguments = ("damping", "samples", "seed", "rescale", "network")
     auto_damping: ClassVar[float] = 0.01
-    """Less than elsewhere: the length of solutions, which is what small eigenvalues spoil first, is set by rescaling."""
+    """Less than elsewhere: the length of solutions, which small eigenvalues spoil first, is set by rescaling."""
     is_corrected: ClassVar[bool] = False
     """Whether the eigenvalues are corrected."""
 
