@@ -13,6 +13,7 @@ from lightning_dtda.estimators.curvatures import (
     Spectrum,
 )
 from lightning_dtda.estimators.estimator import Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.gradient_products import GradientCosine, GradientDot
 from lightning_dtda.estimators.influence import InfluenceFunctions
 from lightning_dtda.estimators.removals import Removals, resolve_removals
 from lightning_dtda.estimators.unrolled import UnrolledDifferentiation
@@ -27,6 +28,8 @@ __all__ = [
     "ExactHessian",
     "FittedCurvature",
     "GaussNewton",
+    "GradientCosine",
+    "GradientDot",
     "Hessian",
     "Identity",
     "InfluenceFunctions",
