@@ -16,6 +16,7 @@ from lightning_dtda.estimators.estimator import Estimate, Estimator, Plan, Quest
 from lightning_dtda.estimators.gradient_products import GradientCosine, GradientDot
 from lightning_dtda.estimators.influence import InfluenceFunctions
 from lightning_dtda.estimators.removals import Removals, resolve_removals
+from lightning_dtda.estimators.tracin import TracIn
 from lightning_dtda.estimators.unrolled import UnrolledDifferentiation
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Question",
     "Removals",
     "Spectrum",
+    "TracIn",
     "UnrolledDifferentiation",
     "resolve_removals",
 ]
