@@ -17,11 +17,13 @@ from lightning_dtda.estimators.gradient_products import GradientCosine, Gradient
 from lightning_dtda.estimators.influence import InfluenceFunctions
 from lightning_dtda.estimators.removals import Removals, resolve_removals
 from lightning_dtda.estimators.tracin import TracIn
+from lightning_dtda.estimators.trak import TRAK
 from lightning_dtda.estimators.unrolled import UnrolledDifferentiation
 
 __all__ = [
     "EKFAC",
     "KFAC",
+    "TRAK",
     "Curvature",
     "Diagonal",
     "Estimate",

@@ -102,9 +102,9 @@ class AtCheckpoints:
         versions = zip(*(responses for _, responses in answers), strict=True)
         return [Estimate(baselines, torch.stack(responses), drift) for responses in versions]
 
-    def objective(self, replay: Replay, step: int | None) -> Objective:
-        """Return the training objective of a run at a step, on half of the memory."""
-        return Objective(replay, step, memory=self.memory_budget * GIB / 2, chunks=self._chunks)
+    def objective(self, replay: Replay, step: int | None, share: float = 0.5) -> Objective:
+        """Return the training objective of a run at a step, whose work gets a share of the memory."""
+        return Objective(replay, step, memory=self.memory_budget * GIB * share, chunks=self._chunks)
 
     def replay(self, runs: Sequence[Run], question: Question) -> Replay:
         """Stack the runs."""

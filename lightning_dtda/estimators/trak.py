@@ -1,0 +1,174 @@
+"""TRAK: influences of a model that is linear in randomly projected gradients of its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.at_checkpoints import AtCheckpoints
+from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
+from lightning_dtda.estimators.curvatures.exact_hessian import DenseSpectrum
+from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.estimators.projection import Projection
+from lightning_dtda.replay import Precision, Replay
+from lightning_dtda.replay.measurements import loss
+from lightning_dtda.trajectory import Run
+from lightning_dtda.units import GIB, human_bytes
+
+_VECTORS = 2
+"""Vectors of P numbers that each query needs at once: its gradient, and one of the backward pass."""
+
+_MATRICES = 4
+"""Matrices of k x k numbers that are held at once: the kernel, its eigenvectors, and the work of finding them."""
+
+_GRADIENTS = 0.25
+"""Share of the memory for gradients of losses; those of outputs take as much, features the rest."""
+
+
+class TRAK(Estimator):
+    r"""Responses of a kernel machine whose features are gradients of the model's output, randomly projected.
+
+    .. math:: r_k = \frac1N \phi_q^\top \left(\frac1N \Phi^\top \Phi + \delta\right)^{-1} \phi_k
+        \frac{\partial l_k}{\partial f}, \qquad \phi = S^\top \nabla f(\theta_T)
+
+    with the measurement for the output f, taken of queries and, as the rows of :math:`\Phi`, of the training examples:
+    ``"margin"`` of a classification, ``"prediction"`` of a regression (Park et al., *TRAK: Attributing Model Behavior
+    at Scale*, arXiv 2303.14186, section 3). Of the loss it takes no second derivative, as there: responses have the
+    sign of predicted changes of m when the example is removed, but not their scale.
+
+    How much the loss depends on f is found from two gradients,
+
+    .. math:: \frac{\partial l_k}{\partial f} =
+        \frac{\langle \nabla l_k, \nabla f_k \rangle}{\langle \nabla f_k, \nabla f_k \rangle},
+
+    which is exact where the loss depends on the parameters through f only, as cross entropy does through the margin
+    (where it is the paper's :math:`-(1 - p_k)`), and a projection elsewhere.
+
+    Each run gets responses of its own, so that the mean influence is the mean over runs of products. The paper averages
+    :math:`\partial l / \partial f` and the kernel's part over runs separately, then multiplies the averages; and it
+    draws another S for each run, where all runs share one here.
+
+    Args:
+        projection: k, the dimensions that gradients are projected to at random, see
+            ``lightning_dtda.estimators.projection.Projection``. ``None``, or a model of no more parameters than that,
+            leaves gradients as they are.
+        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue of the matrix, 0 the pseudo-inverse as in the paper.
+        seed: Of the projection.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double.
+        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it. The features of all
+            examples, N x k numbers, are held.
+
+    Raises:
+        AttributionError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        projection: int | None = 2048,
+        damping: Damping = "auto",
+        seed: int = 0,
+        precision: Precision = "recorded",
+        memory_budget: float = 1.0,
+    ) -> None:
+        if projection is not None and (
+            isinstance(projection, bool) or not isinstance(projection, int) or projection < 1
+        ):
+            raise AttributionError(f"projection={projection!r}; give a positive number of dimensions, or None.")
+        self._work = AtCheckpoints(precision, memory_budget)
+        self.projection = projection
+        self.damping = check_damping(damping)
+        self.seed = seed
+        self.precision = precision
+        self.memory_budget = memory_budget
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "projection": self.projection,
+            "damping": self.damping,
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+    @override
+    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
+        if question.measurement is loss:
+            raise AttributionError(
+                'TRAK takes the measurement for the model\'s output, whose loss it is that is trained; the "loss" is '
+                'none. Give measurement="margin" for a classification, or "prediction" for a regression.'
+            )
+        dimension = self._dimension(runs[0].layout.size)
+        examples = len(question.examples)
+        itemsize = (runs[0].manifest.torch_dtype if self.precision == "recorded" else torch.float64).itemsize
+        needed = (examples + _MATRICES * dimension) * dimension * itemsize
+        if needed > self.memory_budget * GIB / 2:
+            raise AttributionError(
+                f"The features of {examples} examples in {dimension} dimensions, and their kernel, take "
+                f"{human_bytes(needed)}, which may be half of memory_budget={self.memory_budget:g} GiB. Raise it, or "
+                "give a smaller projection."
+            )
+        # gradients of losses and of outputs, each a forward and a backward pass
+        return self._work.plan(runs, question, _VECTORS, lambda _: 4.0)
+
+    @override
+    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
+        return self._work.estimates(runs, question, advance, lambda replay: self._answer(replay, question, plan))[0]
+
+    def _answer(self, replay: Replay, question: Question, plan: Plan) -> tuple[Tensor, list[Tensor]]:
+        """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
+        objective = self._work.objective(replay, question.step, share=_GRADIENTS)
+        replay.check_step(objective.step - 1)
+        dimension = self._dimension(objective.size)
+        projection = Projection(objective.size, dimension, self.seed) if dimension < objective.size else None
+        features, slopes = _of_examples(replay, objective, question, projection)
+        kernel = DenseSpectrum(features.T @ features / objective.examples, None)
+        damping = self._resolved_damping(kernel.mean_eigenvalue)
+        weighted = features.mul_(slopes[:, None]).T / objective.examples
+        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
+        baselines, responses = [], []
+        for chunk in torch.arange(len(queries)).split(plan.queries_per_chunk):
+            values, of_outputs, _ = measure(replay, queries.fetch(chunk), question.measurement, question.step)
+            baselines.append(values[0])
+            solution = kernel.solve(_projected(of_outputs[0], projection), damping).vectors
+            responses.append(question.removals.total(solution @ weighted))
+        return torch.cat(baselines), [torch.cat(responses)]
+
+    def _dimension(self, size: int) -> int:
+        """Return k for a number of parameters."""
+        return size if self.projection is None else min(self.projection, size)
+
+    def _resolved_damping(self, mean_eigenvalue: float) -> float:
+        if self.damping != "auto":
+            return float(self.damping)
+        if not mean_eigenvalue > 0:
+            raise AttributionError(
+                'damping="auto" is relative to the mean eigenvalue, which is zero here: the measurement of no training '
+                "example depends on the parameters. Give another measurement."
+            )
+        return mean_eigenvalue
+
+
+def _of_examples(
+    replay: Replay, objective: Objective, question: Question, projection: Projection | None
+) -> tuple[Tensor, Tensor]:
+    r"""Return the examples' features ``(N, k)`` and :math:`\partial l / \partial f` ``(N,)``."""
+    features, slopes = [], []
+    for indices, of_losses in objective.gradients():
+        _, found, _ = measure(replay, replay.examples.fetch(indices), question.measurement, question.step)
+        of_outputs = found[0]
+        squares = of_outputs.square().sum(1)
+        slopes.append(torch.where(squares > 0, (of_losses * of_outputs).sum(1) / squares, 0))
+        features.append(_projected(of_outputs, projection))
+    return torch.cat(features), torch.cat(slopes)
+
+
+def _projected(gradients: Tensor, projection: Projection | None) -> Tensor:
+    return gradients if projection is None else projection.forward(gradients)
