@@ -104,7 +104,7 @@ def unroll(
         )
         where = batch.indices[:, None].expand(-1, adjoint.shape[1], -1)
         responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
-        adjoint = products.add_(direct)
+        adjoint = products + direct  # not in place: products of a loss without curvature are one zero, expanded
     return adjoint, state_adjoints, statistics_adjoint
 
 

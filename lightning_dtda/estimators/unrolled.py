@@ -306,7 +306,7 @@ def _seconds_per_step(replay: Replay, queries: int) -> float:
             direct, _, directions = replay.adjoint(0, point, cotangents, states)
             of_statistics = _statistics_cotangents(replay, cotangents)
             _, slopes, products, _ = replay.directional(0, point, directions, buffers, of_statistics)
-            (products.add_(direct)[0, 0, 0] + slopes[0, 0, 0]).item()  # waits for the device
+            ((products + direct)[0, 0, 0] + slopes[0, 0, 0]).item()  # waits for the device
             fastest = min(fastest, time.perf_counter() - start)
     return fastest
 

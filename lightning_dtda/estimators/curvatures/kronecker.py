@@ -27,8 +27,9 @@ from lightning_dtda.trajectory.storage import read_json, read_tensors, write_jso
 
 _log = logging.getLogger(__name__)
 
-_VECTORS = 8
-"""Vectors of P numbers that an example takes at the most while eigenvalues are corrected: its gradient in two bases."""
+_VECTORS = 24
+"""Vectors of P numbers that an example takes at the most while eigenvalues are corrected: its gradient in two bases,
+steps between them, and activations, which are fewer."""
 
 _CUTOFF = 1e-7
 """Share of the largest eigenvalue that counts as zero: what single precision leaves of one in the factors."""
