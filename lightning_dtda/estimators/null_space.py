@@ -1,0 +1,147 @@
+"""What influence functions cannot see: responses and gradients outside the range of the curvature."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.curvatures.curvature import Curvature
+from lightning_dtda.estimators.curvatures.spectrum import Spectrum
+from lightning_dtda.estimators.forward import forward_sweep
+from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.estimators.removals import LEAVE_ONE_OUT, resolve_removals
+from lightning_dtda.replay import Measurement, Replay, query_examples, resolve_measurement, training_examples
+from lightning_dtda.trajectory import Run
+from lightning_dtda.units import GIB
+
+_FITTING = 'GaussNewton(solver="gram"), ExactHessian() or EKFAC()'
+"""Curvatures with a spectrum, for messages."""
+
+Data = LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any]
+
+
+def range_share(
+    run: Run,
+    module: LightningModule,
+    data: Data,
+    queries: DataLoader[Any] | Dataset[Any],
+    measurement: str | Measurement,
+    curvature: Curvature,
+    step: int | None = None,
+    *,
+    memory_budget: float = 1.0,
+) -> Tensor:
+    r"""Return which share of the measurement's gradient lies in the range of the curvature.
+
+    .. math:: \frac{\lVert P\, \nabla m_q(\theta_t) \rVert^2}{\lVert \nabla m_q(\theta_t) \rVert^2}, \qquad
+        P = \sum_{|\lambda_i| > c\, |\lambda|_{\max}} u_i u_i^\top
+
+    with eigenvalues :math:`\lambda_i` and eigenvectors :math:`u_i` of the curvature at :math:`\theta_t`, and its
+    cut-off c (its argument ``cutoff``, where it has one). At 1, responses outside the range
+    (:func:`null_space_response`) leave m alone, and the pseudo-inverse of influence functions misses nothing of it
+    (Mlodozeniec et al., arXiv 2506.12965, theorem 2 and figure 3).
+
+    Args:
+        run: A recorded run.
+        module: The LightningModule that was trained.
+        data: What was trained on, as for :func:`~lightning_dtda.attribute`.
+        queries: Q queries.
+        measurement: m: ``"loss"``, ``"margin"``, ``"prediction"``, or a callable ``(module, batch) -> (B,)``.
+        curvature: One whose fit is a :class:`~lightning_dtda.estimators.Spectrum`; its damping plays no part.
+        step: t; ``None`` is the end of the training.
+        memory_budget: In GiB.
+
+    Returns:
+        Shares between 0 and 1 ``(queries,)``; ``nan`` where the gradient vanishes.
+
+    Raises:
+        AttributionError: If the curvature has no spectrum, there is no such step, or the measurement cannot be
+            differentiated.
+        ReplayError: If module or data are not those that were trained.
+    """
+    replay, step = _open(run, module, data, step)
+    spectrum = _fit(curvature, replay, step, memory_budget)
+    examples = query_examples(queries).to((replay.recorded_dtype, replay.dtype), replay.device)
+    gradients = measure(replay, examples.all(), resolve_measurement(measurement)[1], step)[1][0]
+    return spectrum.project(gradients).square().sum(1) / gradients.square().sum(1)
+
+
+def null_space_response(
+    run: Run,
+    module: LightningModule,
+    data: Data,
+    curvature: Curvature,
+    removals: Any = LEAVE_ONE_OUT,
+    step: int | None = None,
+    *,
+    memory_budget: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Return what of the parameters' unrolled responses lies outside the range of the curvature.
+
+    .. math:: r^{NS}_k = r^{UD}_k - P\, r^{UD}_k, \qquad r^{UD}_k = -\sum_{n \in S_k} \frac{d \theta_t}{d w_n}
+
+    with P as in :func:`range_share`, and the responses of unrolled differentiation carried forwards through the
+    training. Influence functions know nothing of this part (Mlodozeniec et al., arXiv 2506.12965, theorem 2 and
+    figure 3).
+
+    Args:
+        run: A recorded run.
+        module: The LightningModule that was trained.
+        data: What was trained on, as for :func:`~lightning_dtda.attribute`.
+        curvature: One whose fit is a :class:`~lightning_dtda.estimators.Spectrum`; its damping plays no part.
+        removals: K removals, as for :func:`~lightning_dtda.attribute`. All are carried at once: K P numbers, and as
+            many again for each of the optimizer's states.
+        step: t; ``None`` is the end of the training.
+        memory_budget: Of the curvature, in GiB.
+
+    Returns:
+        The part outside the range :math:`r^{NS}` and the whole :math:`r^{UD}`, ``(removals, P)`` each: predicted
+        changes of the parameters when the examples are removed.
+
+    Raises:
+        AttributionError: If the curvature has no spectrum, or there is no such step or removal.
+        ReplayError: If module or data are not those that were trained, or the responses are not finite.
+    """
+    replay, step = _open(run, module, data, step)
+    spectrum = _fit(curvature, replay, step, memory_budget)
+    membership = resolve_removals(removals, replay.examples).membership(replay.dtype, replay.device)
+    (position,) = forward_sweep(replay, membership, (step,))
+    responses = position.tangents.theta[0]
+    return responses - spectrum.project(responses), responses
+
+
+def _open(run: Run, module: LightningModule, data: Data, step: int | None) -> tuple[Replay, int]:
+    """Return the run's replay, checked against its record, and t."""
+    step = run.steps if step is None else step
+    if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= run.steps:
+        raise AttributionError(
+            f"There is no step {step!r} in {run.path}. Give 1 to {run.steps}, or None for the end of the training."
+        )
+    replay = Replay([run], module, training_examples(data), device=module.device)
+    replay.check_step(step - 1)
+    return replay, step
+
+
+def _fit(curvature: Curvature, replay: Replay, step: int, memory_budget: float) -> Spectrum:
+    if getattr(curvature, "projection", None) is not None:
+        raise AttributionError(
+            f"{type(curvature).__name__}(projection={curvature.projection}) mixes the range with what is outside of "  # type: ignore[attr-defined]
+            "it. Leave projection out."
+        )
+    fitted = curvature.fit(Objective(replay, step, memory=memory_budget * GIB / 2))
+    if not isinstance(fitted, Spectrum):
+        raise AttributionError(
+            f"{type(curvature).__name__}({_arguments(curvature)}) is known by its products only: it has no spectrum, "
+            f"hence no range to project onto. Use {_FITTING}."
+        )
+    return fitted
+
+
+def _arguments(curvature: Curvature) -> str:
+    solver = getattr(curvature, "solver", None)
+    return "" if solver is None else f"solver={solver!r}"
