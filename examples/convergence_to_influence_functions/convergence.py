@@ -1,0 +1,162 @@
+"""Unrolled differentiation comes to influence functions as training goes on, the closer the smaller the steps.
+
+Theorem 2 of Mlodozeniec et al. (arXiv 2506.12965), on UCI Concrete: trainings of equal length in training time, which
+is the sum of the learning rates, with large, middling and small steps.
+
+    python -m examples.convergence_to_influence_functions.convergence --data concrete.txt --output convergence
+"""
+
+import argparse
+import csv
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+import plotly.graph_objects as go
+import torch
+from plotly.subplots import make_subplots
+from torch.utils.data import Subset
+
+from examples.concrete.concrete import ConcreteData, ConcreteRegressor
+from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.estimators import GaussNewton
+from lightning_dtda.estimators.null_space import range_share
+
+RATES = {0.05: 1500, 0.02: 3750, 0.01: 7500}
+"""Learning rates and numbers of steps: a cosine schedule makes each of them a training time of 37.5."""
+
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)
+MOMENTS = (0.1, 0.25, 0.5, 1.0)
+"""When to compare, as shares of the steps. What is unrolled costs as many steps as lie before."""
+
+COLOURS = ("#d62728", "#ff7f0e", "#1f77b4")
+
+
+def record(root, data, rate, steps, seeds):
+    """Record the runs that are not recorded yet."""
+    for seed in range(seeds):
+        if (root / f"seed-{seed:04d}" / "manifest.json").exists():
+            continue
+        pl.seed_everything(seed, verbose=False)
+        trainer = pl.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[TrajectoryRecorder(root)],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            limit_val_batches=0,
+        )
+        trainer.fit(ConcreteRegressor(learning_rate=rate), data)
+    return Ensemble.open(root)[:seeds]
+
+
+def correlation(a, b):
+    """Pearson's, over queries and examples."""
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1].item()
+
+
+def compare(ensemble, data, queries, step, output):
+    """Return a row for each damping: how influence functions at a step correlate with unrolled differentiation."""
+
+    def responses(estimator, name):
+        return attribute(
+            ensemble,
+            ConcreteRegressor(),
+            data,
+            queries=queries,
+            measurement="prediction",
+            estimator=estimator,
+            step=step,
+            output=output / f"{name}-{step}",
+            progress=False,
+        ).responses
+
+    unrolled = responses(UnrolledDifferentiation(), "unrolled")
+    time = sum(float(ensemble[0].learning_rates(t)) for t in range(step))
+    shares = [
+        range_share(run, ConcreteRegressor(), data, queries, "prediction", GaussNewton(), step) for run in ensemble
+    ]
+    for damping in DAMPINGS:
+        influence = responses(InfluenceFunctions(GaussNewton(damping=damping)), f"influence-{damping:g}")
+        of_runs = [correlation(u, i) for u, i in zip(unrolled, influence, strict=True)]
+        yield {
+            "step": step,
+            "training time": time,
+            "damping": damping,
+            "seed averages": correlation(unrolled.mean(0), influence.mean(0)),
+            "single runs": sum(of_runs) / len(of_runs),
+            "range share": torch.stack(shares).mean().item(),
+        }
+
+
+def draw(rows):
+    """Draw the correlations at the damping that is best for each rate and moment, and the range share."""
+    titles = ("seed averages", "single runs", "range share of the measurement's gradient")
+    figure = make_subplots(1, 3, subplot_titles=titles)
+    for rate, colour in zip(RATES, COLOURS, strict=True):
+        if not any(row["learning rate"] == rate for row in rows):
+            continue  # not there yet
+        for column, name in enumerate(("seed averages", "single runs", "range share"), 1):
+            best = {}
+            for row in rows:
+                if row["learning rate"] == rate:
+                    best[row["training time"]] = max(best.get(row["training time"], -1.0), row[name])
+            figure.add_scatter(
+                x=list(best),
+                y=list(best.values()),
+                name=f"learning rate {rate:g}",
+                legendgroup=f"{rate:g}",
+                showlegend=column == 1,
+                mode="lines+markers",
+                line_color=colour,
+                row=1,
+                col=column,
+            )
+    figure.update_yaxes(range=[0.9, 1], col=3)
+    figure.update_xaxes(title_text="training time (sum of learning rates)")
+    figure.update_yaxes(title_text="Pearson correlation, best damping", col=1)
+    title = "Unrolled differentiation and influence functions come together as training goes on"
+    return figure.update_layout(title=title, template="plotly_white", width=1180, height=460)
+
+
+def write(rows, output):
+    """Write the table and the figure, and print the table."""
+    with (output / "convergence.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figure: go.Figure = draw(rows)
+    figure.write_html(output / "convergence.html")
+    print("  ".join(rows[0]))
+    for row in rows:
+        print("  ".join(f"{value:>{len(name)}.4g}" for name, value in row.items()), flush=True)
+
+
+def main():
+    """Record, attribute, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="the table as text: 1,030 rows, nine columns")
+    parser.add_argument("--output", type=Path, default=Path("convergence"))
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--queries", type=int, default=10)
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+    data = ConcreteData(options.data)
+    data.setup("fit")
+    queries = Subset(data.validation, range(options.queries))
+    rows = []
+    for rate, steps in RATES.items():
+        output = options.output / f"{rate:g}"
+        ensemble = record(output / "runs", data, rate, steps, options.seeds)
+        for moment in MOMENTS:
+            for row in compare(ensemble, data, queries, round(moment * steps), output):
+                rows.append({"learning rate": rate, **row})
+        write(rows, options.output)
+
+
+if __name__ == "__main__":
+    main()
