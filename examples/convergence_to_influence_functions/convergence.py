@@ -18,7 +18,7 @@ from plotly.subplots import make_subplots
 from torch.utils.data import Subset
 
 from examples.concrete.concrete import ConcreteData, ConcreteRegressor
-from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda import Ensemble, InfluenceFunctions, Run, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.estimators import GaussNewton
 from lightning_dtda.estimators.null_space import range_share
 
@@ -35,13 +35,14 @@ COLOURS = ("#d62728", "#ff7f0e", "#1f77b4")
 def record(root, data, rate, steps, seeds):
     """Record the runs that are not recorded yet."""
     for seed in range(seeds):
-        if (root / f"seed-{seed:04d}" / "manifest.json").exists():
+        path = root / f"seed-{seed:04d}"
+        if (path / "manifest.json").exists() and Run(path).complete:
             continue
         pl.seed_everything(seed, verbose=False)
         trainer = pl.Trainer(
             max_steps=steps,
             max_epochs=-1,
-            callbacks=[TrajectoryRecorder(root)],
+            callbacks=[TrajectoryRecorder(root, overwrite=True)],
             accelerator="cpu",
             logger=False,
             enable_checkpointing=False,
@@ -119,7 +120,7 @@ def draw(rows):
     figure.update_xaxes(title_text="training time (sum of learning rates)")
     figure.update_yaxes(title_text="Pearson correlation, best damping", col=1)
     title = "Unrolled differentiation and influence functions come together as training goes on"
-    return figure.update_layout(title=title, template="plotly_white", width=1180, height=460)
+    return figure.update_layout(title=title, template="plotly_white", width=1150, height=440)
 
 
 def write(rows, output):
@@ -129,7 +130,7 @@ def write(rows, output):
         writer.writeheader()
         writer.writerows(rows)
     figure: go.Figure = draw(rows)
-    figure.write_html(output / "convergence.html")
+    figure.write_html(output / "convergence.html", config={"displayModeBar": False})
     print("  ".join(rows[0]))
     for row in rows:
         print("  ".join(f"{value:>{len(name)}.4g}" for name, value in row.items()), flush=True)
