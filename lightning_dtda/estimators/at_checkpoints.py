@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
-from lightning_dtda.estimators.memory import kept_pages
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
@@ -20,6 +19,10 @@ from lightning_dtda.units import GIB, human_bytes
 
 _TOGETHER = 8
 """Runs that share a copy of the module and of the data, and whose answers are stored together."""
+
+_SHARE = 0.4
+"""Share of the memory for the training objective's derivatives. The rest is for the queries' vectors, and for what
+convolutions take on top of their tensors."""
 
 Answer = Callable[[Replay], tuple[Tensor, Sequence[Tensor]]]
 """Returns of one run m ``(Q,)``, and the responses ``(Q, K)``, once or in several versions."""
@@ -92,17 +95,16 @@ class AtCheckpoints:
         """Ask for an answer run by run, and return an estimate for each version of the responses."""
         replay = self.replay(runs, question)
         answers, drift = [], []
-        with kept_pages(replay.device):
-            for number, run in enumerate(runs):
-                alone = replay.alone(number)
-                answers.append(answer(alone))
-                drift.append(alone.drift[0])
-                advance(run.steps)
+        for number, run in enumerate(runs):
+            alone = replay.alone(number)
+            answers.append(answer(alone))
+            drift.append(alone.drift[0])
+            advance(run.steps)
         baselines = torch.stack([baseline for baseline, _ in answers])
         versions = zip(*(responses for _, responses in answers), strict=True)
         return [Estimate(baselines, torch.stack(responses), drift) for responses in versions]
 
-    def objective(self, replay: Replay, step: int | None, share: float = 0.5) -> Objective:
+    def objective(self, replay: Replay, step: int | None, share: float = _SHARE) -> Objective:
         """Return the training objective of a run at a step, whose work gets a share of the memory."""
         return Objective(replay, step, memory=self.memory_budget * GIB * share, chunks=self._chunks)
 
