@@ -37,14 +37,25 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # the profiler otherwise says on the terminal that it starts and stops; it reads this when it is first used
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    gc.collect()  # what is freed in the meantime would be counted as if it came from the function
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with _without_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         function()
     alive = peak = 0
     for event in sorted(record.events() or [], key=lambda event: event.time_range.start):
         alive += event.self_cpu_memory_usage
         peak = max(peak, alive)
     return peak
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Leave what garbage there is alone: what is freed would be counted as if it came from the function."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
