@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,17 @@ from lightning_dtda.units import human_bytes
 
 _SPLIT_TOLERANCE = 1e-3
 """Relative difference of a gradient from the one through the network's outputs that is taken for rounding."""
+
+
+class RootRows(NamedTuple):
+    """Rows of a root of the Gauss-Newton matrix, those of B examples."""
+
+    indices: Tensor
+    """Which examples."""
+    rows: Tensor
+    """By the parameters that were asked for ``(B * C, n)``."""
+    layers: list[tuple[Tensor, Tensor]]
+    """By the outputs of each layer that was asked for ``(B * C, d_out)``, and its inputs ``(B, d_in)``."""
 
 
 class Objective:
@@ -136,31 +147,52 @@ class Objective:
 
         return self._mean("Gauss-Newton products", products, vectors)
 
-    def roots(self, network: Network) -> Iterator[tuple[Tensor, Tensor]]:
-        r"""Yield rows of a root of the Gauss-Newton matrix, ``(B * C, P)`` for B examples at a time.
+    def roots(self, network: Network, columns: Tensor | None = None, layers: Sequence[str] = ()) -> Iterator[RootRows]:
+        r"""Yield rows of a root of the Gauss-Newton matrix, those of B examples at a time.
 
         .. math:: A_n = \left(\nabla^2\ell_n(z_n)\right)^{1/2} J_n, \qquad
             G = \frac1N \sum_n A_n^\top A_n + \operatorname{diag}(\gamma)
 
         Args:
             network: What has C outputs.
+            columns: The parameters by which to differentiate; ``None`` is all of them.
+            layers: Names of submodules of the network that are called once, with one tensor, and whose inputs and
+                derivatives are wanted as well.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.
         """
+        width = self.size if columns is None else len(columns)
+        sizes = ("Jacobians", width + sum(network.sizes_of(layers)))
+        for indices in self._split(*sizes, lambda batch: self._root_rows(network, batch, columns, layers)):
+            yield RootRows(indices, *self._root_rows(network, self._fetch(indices), columns, layers))
 
-        def of_each(batch: Any) -> Tensor:
-            _, roots = self.loss_roots(network, batch)
+    def first_root_rows(self, network: Network, layers: Sequence[str]) -> RootRows:
+        """Return what :meth:`roots` yields, of the first example alone."""
+        first = torch.arange(1)
+        return RootRows(first, *self._root_rows(network, self._fetch(first), None, layers))
 
-            def of_one(example: Any, root: Tensor) -> Tensor:
-                _, pull_back = vjp(lambda theta: self._output(network, theta, example), self.theta)  # type: ignore[misc]
-                rows: Tensor = vmap(lambda direction: pull_back(direction)[0])(root)
-                return rows
+    def _root_rows(
+        self, network: Network, batch: Any, columns: Tensor | None, layers: Sequence[str]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        _, roots = self.loss_roots(network, batch)
+        shifts = [self.theta.new_zeros(size) for size in network.sizes_of(layers)]
 
-            return vmap(of_one)(batch, roots).flatten(0, 1)
+        def of_one(example: Any, root: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+            def outputs(chosen: Tensor, shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+                theta = chosen if columns is None else self.theta.index_copy(0, columns, chosen)
+                return self._of_one(
+                    theta, example, lambda module, one: network.output_and_inputs(module, one, layers, shifts)
+                )
 
-        for indices in self._split("Jacobians", 1, of_each):
-            yield indices, of_each(self._fetch(indices))
+            chosen = self.theta if columns is None else self.theta[columns]
+            _, pull_back, inputs = vjp(outputs, chosen, shifts, has_aux=True)  # type: ignore[misc]
+            rows, derivatives = vmap(pull_back)(root)
+            return rows, derivatives, inputs
+
+        rows, derivatives, inputs = vmap(of_one)(batch, roots)
+        pairs = zip(derivatives, inputs, strict=True)
+        return rows.flatten(0, 1), [(of_outputs.flatten(0, 1), of_inputs) for of_outputs, of_inputs in pairs]
 
     def materialize(self) -> LightningModule:
         """Return a module, in evaluation mode, that holds the run's parameters and buffers."""
@@ -243,7 +275,7 @@ class Objective:
         # whatever the parameters: the loss has nothing of them but the outputs
         return self._of_one(self.theta, example, lambda module, batch: network.loss_of_output(module, batch, output))
 
-    def _of_one(self, theta: Tensor, example: Any, function: Callable[[Any, Any], Tensor]) -> Tensor:
+    def _of_one(self, theta: Tensor, example: Any, function: Callable[[Any, Any], Any]) -> Any:
         batch = map_tensors(lambda leaf: leaf.unsqueeze(0), example)
         return self._replay.module.measure(theta, self._buffers, batch, function)
 

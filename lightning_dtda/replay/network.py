@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,7 +60,10 @@ class Network:
         self.outputs = calls[name][0].numel()
         """C, the number of outputs for an example."""
         prefix = f"{name}." if name else ""
-        self._calls = {found.removeprefix(prefix): len(of_one) for found, of_one in calls.items()}
+        self._calls = {
+            found.removeprefix(prefix): [result.numel() if isinstance(result, Tensor) else 0 for result in of_one]
+            for found, of_one in calls.items()
+        }
 
     def output(self, module: LightningModule, batch: Any) -> Tensor:
         """Return the outputs z for a batch of one ``(C,)``."""
@@ -74,9 +77,45 @@ class Network:
         with _replaced(module.get_submodule(self.name), output.reshape(self._shape)):
             return loss_of_one(module, batch)
 
-    def calls_of(self, names: list[str]) -> list[int]:
+    def calls_of(self, names: Sequence[str]) -> list[int]:
         """Return how often each of some submodules of the network is called for a loss."""
-        return [self._calls.get(name, 0) for name in names]
+        return [len(self._calls.get(name, ())) for name in names]
+
+    def sizes_of(self, names: Sequence[str]) -> list[int]:
+        """Return how many outputs each of some submodules, which are called once, has for an example."""
+        return [self._calls[name][0] for name in names]
+
+    def output_and_inputs(
+        self, module: LightningModule, batch: Any, names: Sequence[str], shifts: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the outputs z for a batch of one ``(C,)``, and what some submodules are called with, each flat.
+
+        Args:
+            module: The module.
+            batch: A batch of one.
+            names: Of submodules of the network.
+            shifts: What is added to the output of each, flat: zeros, by which to differentiate.
+        """
+        inputs: dict[str, Tensor] = {}
+        network = module.get_submodule(self.name)
+
+        def shifted(name: str, shift: Tensor) -> Callable[..., Tensor]:
+            def hook(_module: nn.Module, arguments: tuple[Tensor, ...], result: Tensor) -> Tensor:
+                inputs[name] = arguments[0].flatten()
+                return result + shift.reshape(result.shape)
+
+            return hook
+
+        handles = [
+            network.get_submodule(name).register_forward_hook(shifted(name, shift))
+            for name, shift in zip(names, shifts, strict=True)
+        ]
+        try:
+            output = self.output(module, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output, [inputs[name] for name in names]
 
     def inputs(self, module: LightningModule, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments that the network is called with for a whole batch, positional and by name."""

@@ -113,19 +113,6 @@ class GaussNewton(Curvature):
         return 4.0 if self.solver == "gram" else 4.0 * (self.iterations or 20)
 
 
-_STRIPS = 6
-"""Parts of a Gram matrix's rows, each computed from the diagonal on: little more than half of the matrix in all."""
-
-
-def _add_gram(gram: Tensor, block: Tensor) -> None:
-    """Add the Gram matrix of a block's rows ``(N * C, n)``."""
-    for rows in torch.arange(len(gram)).split(-(-len(gram) // _STRIPS)):
-        first, last = int(rows[0]), int(rows[-1]) + 1
-        strip = block[first:last] @ block[first:].T
-        gram[first:last, first:] += strip
-        gram[last:, first:last] += strip[:, last - first :].T
-
-
 class ImplicitGaussNewton(FittedCurvature):
     """A Gauss-Newton matrix by its products: with its root where that fits the memory."""
 
@@ -142,9 +129,8 @@ class ImplicitGaussNewton(FittedCurvature):
         self._projection = projection
         self._iterations = iterations
         self._tolerance = tolerance
-        rows = objective.examples * network.outputs
-        fits = rows * objective.size * objective.theta.itemsize <= objective.memory / 2
-        self._root = Root(objective, network, projection) if fits or projection is not None else None
+        root = Root(objective, network, projection)
+        self._root = root if root.is_kept or projection is not None else None
 
     @cached_property
     def _mean_eigenvalue(self) -> float:
@@ -200,18 +186,12 @@ class GramMatrix(Spectrum):
         self._root = Root(objective, network, projection)
         # the parameters' groups, or those of the projected dimensions, which all have the one weight decay
         self._groups = groups if projection is None else groups.new_zeros(projection.dimension)
-        self._grams = objective.theta.new_zeros(len(self._penalties), rows, rows)
-        for gram, columns in zip(self._grams, self._columns_of_groups(), strict=True):
-            for _, block in self._root.columns(columns):
-                _add_gram(gram, block)
+        self._grams = torch.stack([self._root.gram(self._groups == group) for group in range(len(self._penalties))])
         self._grams /= objective.examples
         self._mean = (
             float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(objective.penalty.sum())
         ) / objective.size
         self._given_cutoff = cutoff
-
-    def _columns_of_groups(self) -> list[Tensor]:
-        return [(self._groups == number).nonzero()[:, 0] for number in range(len(self._penalties))]
 
     @property
     @override

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,8 @@ from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, Solution, check_damping
+from lightning_dtda.estimators.curvatures.diagonal import gauss_newton_diagonal
+from lightning_dtda.estimators.curvatures.layers import Layer, layers_of
 from lightning_dtda.estimators.curvatures.solvers import Products
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
@@ -202,28 +203,16 @@ def _check(samples: int | None) -> None:
         ) from error
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer whose parameters get Kronecker factors.
-
-    Args:
-        name: In the network.
-        weight: Where the weight lies in the parameters.
-        bias: Where the bias lies, if it is trained.
-        parameters: Names of both in the module.
-    """
-
-    name: str
-    weight: slice
-    bias: slice | None
-    parameters: tuple[str, ...]
-
-
 def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
     """Compute the blocks of a run, or read them from the cache."""
     network = objective.find_network(curvature.network)
     module = objective.materialize()
-    layers = _layers(module, network, objective)
+    submodule = module.get_submodule(network.name).get_submodule
+    layers = [
+        layer
+        for layer in layers_of(module, network, objective, (nn.Linear, nn.Conv2d))
+        if _has_factors(submodule(layer.name))
+    ]
     in_layers = {name for layer in layers for name in layer.parameters}
     others = [name for name in objective.layout.names if name not in in_layers]
     if others:
@@ -232,7 +221,7 @@ def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
     tensors = None if path is None else _read(path)
     if tensors is None:
         tensors = _factors(objective, network, module, layers, curvature)
-        tensors["diagonal"] = _diagonal(objective, network) if others else torch.zeros_like(objective.theta)
+        tensors["diagonal"] = gauss_newton_diagonal(objective, network) if others else torch.zeros_like(objective.theta)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
@@ -241,31 +230,12 @@ def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
     return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, products)
 
 
-def _layers(module: LightningModule, network: Network, objective: Objective) -> list[_Layer]:
-    """Find the layers that factors can be had of: linear and convolutional, with a trained weight of their own."""
-    layout = objective.layout
-    starts = [0, *accumulate(layout.sizes)]
-    places = {name: slice(starts[i], starts[i + 1]) for i, name in enumerate(layout.names)}
-    names: dict[int, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    # those that layers share have several names; a layer that is called twice has factors of neither call
-    own = {found: of_one[0] for found, of_one in names.items() if len(of_one) == 1 and of_one[0] in places}
-    layers = []
-    for name, layer in module.get_submodule(network.name).named_modules():
-        if type(layer) not in (nn.Linear, nn.Conv2d) or id(layer.weight) not in own:
-            continue
-        if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or layer.padding_mode != "zeros"):
-            continue
-        bias = None if layer.bias is None else own.get(id(layer.bias))
-        parameters = (own[id(layer.weight)], *([] if bias is None else [bias]))
-        layers.append(_Layer(name, places[parameters[0]], None if bias is None else places[bias], parameters))
-    calls = network.calls_of([layer.name for layer in layers])
-    return [layer for layer, count in zip(layers, calls, strict=True) if count == 1]
+def _has_factors(layer: nn.Module) -> bool:
+    return not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
 
 
 def _factors(
-    objective: Objective, network: Network, module: LightningModule, layers: list[_Layer], curvature: KFAC
+    objective: Objective, network: Network, module: LightningModule, layers: list[Layer], curvature: KFAC
 ) -> dict[str, Tensor]:
     """Compute eigenvectors and eigenvalues of the layers' blocks by curvlinops.
 
@@ -359,18 +329,11 @@ class _Targets:
                 yield arguments, outputs - roots[:, :, column] / 2
 
 
-def _block(number: int, layer: _Layer, tensors: dict[str, Tensor], objective: Objective) -> Block:
+def _block(number: int, layer: Layer, tensors: dict[str, Tensor], objective: Objective) -> Block:
     left, right, values = (tensors[f"{number}.{part}"].to(objective.theta) for part in ("left", "right", "values"))
     # of a bias with another weight decay, which no eigenvector of the block would have
     penalty = objective.penalty[layer.weight.start]
     return Block(layer.weight, layer.bias, left, right, values.clamp_min(0) + penalty)
-
-
-def _diagonal(objective: Objective, network: Network) -> Tensor:
-    diagonal = torch.zeros_like(objective.theta)
-    for _, part in objective.roots(network):
-        diagonal += part.square_().sum(0)
-    return diagonal.div_(objective.examples)
 
 
 def _cache_file(objective: Objective, network: Network, curvature: KFAC) -> Path:

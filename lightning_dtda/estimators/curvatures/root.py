@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from lightning_dtda.estimators.curvatures.layers import outer_products
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection
 from lightning_dtda.replay.network import Network
@@ -14,68 +17,214 @@ from lightning_dtda.replay.network import Network
 _SHARE = 0.5
 """Share of the memory that the root, or a part of it, may take; the rest is for computing it."""
 
+_STRIPS = 6
+"""Parts of a Gram matrix's rows, each computed from the diagonal on: little more than half of the matrix in all."""
+
+_LARGEST = 2**22
+"""Numbers in a temporary of products with outer products: about what a cache holds, so that more gain nothing."""
+
+
+@dataclass(frozen=True)
+class OuterProducts:
+    r"""The root's columns of a linear layer's weight, which are never written out: :math:`g_{nc} a_n^\top` in each row.
+
+    Args:
+        place: Where the weight lies in the parameters.
+        derivatives: g, by the layer's outputs ``(N * C, d_out)``.
+        inputs: a ``(N, d_in)``.
+    """
+
+    place: slice
+    derivatives: Tensor
+    inputs: Tensor
+
+    def gram(self, rows: slice, others: slice) -> Tensor:
+        r"""Return some rows and columns of the Gram matrix, :math:`\langle g, g' \rangle \langle a, a' \rangle`.
+
+        Args:
+            rows: Examples.
+            others: Examples.
+        """
+        outputs = len(self.derivatives) // len(self.inputs)
+        of_inputs = self.inputs[rows] @ self.inputs[others].T
+        first, second = (self.derivatives.unflatten(0, (-1, outputs))[part].flatten(0, 1) for part in (rows, others))
+        result = first @ second.T
+        result.view(len(of_inputs), outputs, -1, outputs).mul_(of_inputs[:, None, :, None])
+        return result
+
+    def times(self, vectors: Tensor) -> Tensor:
+        """Return the product ``(N * C, Q)`` with vectors ``(Q, d_out * d_in)``."""
+        examples, d_in = self.inputs.shape
+        of_examples = self.derivatives.unflatten(0, (examples, -1)).mT
+        products = [
+            (self.inputs @ some.reshape(-1, d_in).T).unflatten(1, (len(some), -1)) @ of_examples
+            for some in vectors.split(self._at_once)
+        ]
+        return torch.cat(products, 1).mT.flatten(0, 1)
+
+    def transposed(self, weights: Tensor) -> Tensor:
+        """Return the transpose's product ``(Q, d_out * d_in)`` with ``weights`` ``(N * C, Q)``."""
+        examples = len(self.inputs)
+        of_examples = self.derivatives.unflatten(0, (examples, -1))
+        products = [
+            (some.unflatten(0, (examples, -1)).mT @ of_examples).flatten(1).T @ self.inputs
+            for some in weights.split(self._at_once, 1)
+        ]
+        return torch.cat(products).reshape(weights.shape[1], -1)
+
+    @property
+    def _at_once(self) -> int:
+        """How many vectors are multiplied at once: each has N d_out numbers on the way."""
+        return max(1, _LARGEST // (len(self.inputs) * self.derivatives.shape[1]))
+
+    def squared_norm(self) -> float:
+        """Return the sum of all squares."""
+        per_example = self.derivatives.square().sum(1).unflatten(0, (len(self.inputs), -1)).sum(1)
+        return float(per_example @ self.inputs.square().sum(1))
+
 
 class Root:
-    r"""A of :math:`G = A^\top A / N + \operatorname{diag}(\gamma)`, held in memory where it fits, else computed again.
+    r"""A of :math:`G = A^\top A / N + \operatorname{diag}(\gamma)`.
+
+    Its columns of linear layers' weights are outer products of two factors each, of which products and Gram matrices
+    are had without the columns (they cost N (d_out + d_in) of memory in place of N d_out d_in, and as little of the
+    time of a Gram matrix). The other columns are held in memory where they fit, else computed again.
 
     Args:
         objective: The objective.
         network: What has C outputs.
-        projection: If there is one, of P to k dimensions, the root is A S, ``(N * C, k)``.
+        projection: If there is one, of P to k dimensions, the root is A S, ``(N * C, k)``, and has no factors.
     """
 
     def __init__(self, objective: Objective, network: Network, projection: Projection | None = None) -> None:
         self.objective = objective
+        self.outputs = network.outputs
         self.rows = objective.examples * network.outputs
         self.size = objective.size if projection is None else projection.dimension
         self._network = network
         self._projection = projection
-        itemsize = objective.theta.itemsize
-        self._width = max(1, int(_SHARE * objective.memory / (self.rows * itemsize)))
-        self._kept: Tensor | None = None
-        if self.size <= self._width:
-            self._kept = objective.theta.new_empty(self.rows, self.size)
-            for rows, part in self._parts():
-                self._kept[rows] = part
+        self._layers = [] if projection is not None else outer_products(network, objective)
+        sizes = network.sizes_of([layer.name for layer in self._layers])
+        # numbers that an example has in the factors of a layer
+        factors = sum(
+            network.outputs * size + (layer.weight.stop - layer.weight.start) // size
+            for layer, size in zip(self._layers, sizes, strict=True)
+        )
+        most = _SHARE * objective.memory / objective.theta.itemsize
+        if factors * objective.examples > most / 2:
+            self._layers, factors = [], 0
+        plain = torch.ones(self.size, dtype=torch.bool)
+        for layer in self._layers:
+            plain[layer.weight] = False
+        self._plain = plain.nonzero()[:, 0].to(objective.theta.device)
+        """Columns that are no layer's."""
+        self._width = max(1, int((most - factors * objective.examples) / self.rows))
 
     @property
     def is_kept(self) -> bool:
-        """Whether the root is in memory."""
-        return self._kept is not None
+        """Whether the whole root is in memory."""
+        return len(self._plain) <= self._width
 
-    def columns(self, chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield some of the columns ``(N * C, n)``, as many at once as the memory holds, and which ones they are."""
-        if self._kept is not None:
-            yield chosen, self._kept if len(chosen) == self.size else self._kept[:, chosen]
-            return
-        for part in chosen.split(self._width):
-            block = self.objective.theta.new_empty(self.rows, len(part))
-            for rows, of_examples in self._parts():
-                block[rows] = of_examples[:, part]
-            yield part, block
+    @cached_property
+    def _kept(self) -> tuple[list[OuterProducts], Tensor]:
+        """The layers' columns, and all others ``(N * C, n)`` if they fit."""
+        objective, names = self.objective, [layer.name for layer in self._layers]
+        columns = self._plain if self.is_kept else self._plain[:0]
+        plain = objective.theta.new_empty(self.rows, len(columns))
+        parts = []
+        for indices, rows, of_layers in objective.roots(self._network, self._columns(columns), names):
+            plain[self._place(indices)] = rows if self._projection is None else self._projection.forward(rows)
+            parts.append(of_layers)
+        factors = [[torch.cat(factor) for factor in zip(*of_one, strict=True)] for of_one in zip(*parts, strict=True)]
+        found = [OuterProducts(layer.weight, *pair) for layer, pair in zip(self._layers, factors, strict=True)]
+        return found, plain
+
+    def gram(self, chosen: Tensor) -> Tensor:
+        """Return the Gram matrix ``(N * C, N * C)`` of some columns: those of whole parameters.
+
+        Args:
+            chosen: Which columns, of the parameters or the projected dimensions, as a mask.
+        """
+        layers, plain = self._kept
+        result = plain.new_zeros(self.rows, self.rows)
+        columns = chosen[self._plain].nonzero()[:, 0]
+        if self.is_kept:
+            blocks = iter([plain if len(columns) == plain.shape[1] else plain[:, columns]])
+        else:
+            blocks = self._blocks(self._plain[columns])
+        layers = [layer for layer in layers if chosen[layer.place.start]]
+        for examples in torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS)):
+            first, last = int(examples[0]), int(examples[-1]) + 1
+            for layer in layers:
+                self._add(result, first, last, layer.gram(slice(first, last), slice(first, None)))
+        for block in blocks:
+            for examples in torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS)):
+                first, last = int(examples[0]), int(examples[-1]) + 1
+                rows = slice(first * self.outputs, last * self.outputs)
+                self._add(result, first, last, block[rows] @ block[rows.start :].T)
+        return result
 
     def times(self, vectors: Tensor) -> Tensor:
         """Return A v ``(N * C, Q)`` for vectors ``(Q, P)``."""
-        if self._kept is not None:
-            return self._kept @ vectors.T
-        return torch.cat([part @ vectors.T for _, part in self._parts()])
+        layers, plain = self._kept
+        if self.is_kept:
+            result = plain @ self._of_plain(vectors).T
+        else:
+            result = torch.cat([part @ self._of_plain(vectors).T for _, part in self._parts()])
+        for layer in layers:
+            result += layer.times(vectors[:, layer.place])
+        return result
 
     def transposed(self, weights: Tensor) -> Tensor:
         """Return the products of the transpose with ``weights`` ``(N * C, Q)``, as ``(Q, P)``."""
-        if self._kept is not None:
-            return weights.T @ self._kept
-        result = weights.new_zeros(weights.shape[1], self.size)
-        for rows, part in self._parts():
-            result.addmm_(weights[rows].T, part)
+        layers, plain = self._kept
+        if self.is_kept:
+            of_plain = weights.T @ plain
+        else:
+            of_plain = weights.new_zeros(weights.shape[1], len(self._plain))
+            for rows, part in self._parts():
+                of_plain.addmm_(weights[rows].T, part)
+        if not layers:
+            return of_plain
+        result = weights.new_empty(weights.shape[1], self.size)
+        result[:, self._plain] = of_plain
+        for layer in layers:
+            result[:, layer.place] = layer.transposed(weights)
         return result
 
     def trace(self) -> float:
         r"""Return the trace of :math:`A^\top A / N`."""
-        parts = [self._kept] if self._kept is not None else (part for _, part in self._parts())
-        return sum(float(part.square().sum()) for part in parts) / self.objective.examples
+        layers, plain = self._kept
+        parts = [plain] if self.is_kept else (part for _, part in self._parts())
+        total = sum(float(part.square().sum()) for part in parts) + sum(layer.squared_norm() for layer in layers)
+        return total / self.objective.examples
+
+    def _add(self, gram: Tensor, first: int, last: int, strip: Tensor) -> None:
+        """Add rows of some examples, from the diagonal on, and the columns that mirror them."""
+        start, stop = first * self.outputs, last * self.outputs
+        gram[start:stop, start:] += strip
+        gram[stop:, start:stop] += strip[:, stop - start :].T
+
+    def _columns(self, columns: Tensor) -> Tensor | None:
+        return columns if self._projection is None and len(columns) < self.size else None
+
+    def _of_plain(self, vectors: Tensor) -> Tensor:
+        return vectors[:, self._plain] if self._layers else vectors
+
+    def _place(self, indices: Tensor) -> slice:
+        return slice(int(indices[0]) * self.outputs, (int(indices[-1]) + 1) * self.outputs)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the rows of some examples at a time, and where they stand."""
-        for indices, part in self.objective.roots(self._network):
-            first, last = int(indices[0]) * self._network.outputs, (int(indices[-1]) + 1) * self._network.outputs
-            yield slice(first, last), part if self._projection is None else self._projection.forward(part)
+        """Yield the plain columns' rows of some examples at a time, and where they stand."""
+        for indices, rows, _ in self.objective.roots(self._network, self._columns(self._plain)):
+            yield self._place(indices), rows if self._projection is None else self._projection.forward(rows)
+
+    def _blocks(self, columns: Tensor) -> Iterator[Tensor]:
+        """Yield some of the plain columns ``(N * C, n)``, as many at once as the memory holds."""
+        for chosen in columns.split(self._width):
+            block = self.objective.theta.new_empty(self.rows, len(chosen))
+            for indices, rows, _ in self.objective.roots(self._network, self._columns(chosen)):
+                block[self._place(indices)] = (
+                    rows if self._projection is None else self._projection.forward(rows)[:, chosen]
+                )
+            yield block
