@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from lightning_dtda.attribution import attribute
+from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
+from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.cli.configuration import CONFIG
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
@@ -22,7 +23,16 @@ from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 class AttributeCLI(QuestionCLI):
     """The ensemble's configuration and what is asked of it."""
 
-    own_options = (*QuestionCLI.own_options, "output", "overwrite", "estimator", "wandb", "removals", "step")
+    own_options = (
+        *QuestionCLI.own_options,
+        "output",
+        "overwrite",
+        "estimator",
+        "dampings",
+        "wandb",
+        "removals",
+        "step",
+    )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -41,6 +51,13 @@ class AttributeCLI(QuestionCLI):
         )
         parser.add_subclass_arguments(Estimator, "estimator", help="How responses are computed.")
         parser.set_defaults({"estimator": {"class_path": _class_path(UnrolledDifferentiation)}})
+        parser.add_argument(
+            "--dampings",
+            type=list[float | Literal["auto"]] | None,
+            default=None,
+            help="Several dampings of influence functions, from one fit of the curvature: --dampings=[0.01,0.1,auto] "
+            "writes the attributions OUTPUT/damping-0.01 and so on.",
+        )
         parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
 
 
@@ -57,20 +74,33 @@ def run(arguments: Sequence[str]) -> None:
         arguments,
     )
     config = cli.config
-    attribution = attribute(
-        **cli.question(),
-        estimator=cli.config_init.estimator,
-        removals=read_removals(config.removals),
-        step=config.step,
-        output=config.output,
-        overwrite=config.overwrite,
-    )
     from lightning_dtda.reporting import log_to_wandb, print_summary
 
-    print_summary(attribution)
-    print(f"The attribution is in {config.output}; lightning-dtda report --attribution {config.output} shows it.")
-    if config.wandb:
-        log_to_wandb(attribution, config.output, project=_project(Path(config.ensemble)))
+    for path, attribution in _attributions(cli):
+        print_summary(attribution)
+        print(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
+        if config.wandb:
+            log_to_wandb(attribution, path, project=_project(Path(config.ensemble)))
+
+
+def _attributions(cli: AttributeCLI) -> Iterator[tuple[Path, Attribution]]:
+    """Yield what was asked for, and where it is: one attribution, or one for each damping."""
+    config, output = cli.config, Path(cli.config.output)
+    paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
+    for path in paths.values():
+        # before the work, not after it
+        if AttributionStore.is_at(path) and not config.overwrite:
+            raise AttributionError(f"{path} holds an attribution. Choose another --output, or set --overwrite.")
+    question = cli.question() | {"removals": read_removals(config.removals), "step": config.step}
+    estimator = cli.config_init.estimator
+    if config.dampings is None:
+        yield output, attribute(**question, estimator=estimator, output=output, overwrite=config.overwrite)
+        return
+    found = attribute_dampings(**question, estimator=estimator, dampings=config.dampings)
+    for damping, attribution in found.items():
+        attribution.save(paths[damping], overwrite=config.overwrite)
+    for damping, attribution in found.items():
+        yield paths[damping], attribution
 
 
 def read_removals(removals: str) -> Any:

@@ -146,6 +146,28 @@ def test_estimator_measurement_and_split_are_options(record, tmp_path):
     assert found.measurement == "prediction"
 
 
+def test_several_dampings_are_answered_from_one_fit(record, tmp_path, capsys):
+    root = record("--seeds", "2")
+    arguments = ["attribute", "--ensemble", str(root), "--output", str(tmp_path / "grid"), "--queries.indices=[3,1]"]
+    influence = ["--estimator", "InfluenceFunctions", "--estimator.curvature", "GaussNewton"]
+    main([*arguments, *influence, "--dampings=[0.1,auto]"])
+    first, automatic = (Attribution.load(tmp_path / "grid" / f"damping-{damping}") for damping in ("0.1", "auto"))
+    assert not torch.allclose(first.responses, automatic.responses)
+    alone = [*arguments[:3], "--output", str(tmp_path / "alone"), "--queries.indices=[3,1]", *influence]
+    main([*alone, "--estimator.curvature.damping", "0.1"])
+    found = Attribution.load(tmp_path / "alone")
+    torch.testing.assert_close(found.responses, first.responses, rtol=1e-5, atol=1e-7)
+    assert found.about["estimator"] == first.about["estimator"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*arguments, *influence, "--dampings=[0.2,0.1]"])
+    assert "damping-0.1 holds an attribution" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "grid" / "damping-0.2").exists()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--overwrite", "--dampings=[0.2]"])
+    assert "UnrolledDifferentiation has no damping" in " ".join(capsys.readouterr().err.split())
+
+
 def test_groups_are_read_from_a_file_and_a_step_is_asked_for(record, tmp_path, capsys):
     root = record("--seeds", "2")
     groups = {"old": [0, 5, 9], "young": [1]}
