@@ -135,6 +135,8 @@ def _read(replay: Replay, first: int, start: int, removals: int, before: Positio
     if first < start:
         point = replay.point(start)
         theta, states = point.theta, point.states
+        if replay.module.statistics:  # what the steps left out made of them is part of the model that is measured
+            buffers = replay.trained(start)[1]
     tangents = (
         Tangents.zeros(theta, states, replay.statistics(buffers), removals) if before is None else before.tangents
     )

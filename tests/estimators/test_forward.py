@@ -99,6 +99,18 @@ def test_a_horizon_leaves_out_the_same_steps_in_both_modes(fit, tmp_path, horizo
     assert_same(forward.responses, reverse.responses)
 
 
+@pytest.mark.parametrize("network", NORMALISED_NETWORKS.values(), ids=NORMALISED_NETWORKS.keys())
+def test_statistics_of_the_steps_that_a_horizon_leaves_out_are_measured(fit, tmp_path, network):
+    optimizer = of(torch.optim.SGD, 0.05, momentum=0.9)
+    arguments = {"make": CoupledRegressor, "network": network}
+    record(fit, tmp_path, optimizer, max_epochs=3, **arguments)
+    forward, reverse = (
+        answer(tmp_path, optimizer, **arguments, mode=mode, horizon=2) for mode in ("forward", "reverse")
+    )
+    assert_same(forward.responses, reverse.responses)
+    torch.testing.assert_close(forward.baseline, reverse.baseline, rtol=1e-12, atol=1e-12)
+
+
 def single_precision(root):
     for seed in range(3):
         pl.seed_everything(seed, verbose=False)
