@@ -12,6 +12,7 @@ from torch.func import grad, hessian, jvp, vjp, vmap
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.optimizers import Hyperparameters
 from lightning_dtda.replay import Replay
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.replay.network import Network, loss_of_one
@@ -39,13 +40,17 @@ class Objective:
     .. math:: L(\theta) = \frac1N \sum_n l_n(\theta) + \frac12 \sum_p \gamma_p \theta_p^2
 
     with :math:`\gamma` the weight decay of optimizers that add it to the gradient (a decoupled one is no part of any
-    objective). Examples pass through the module one by one: an influence function takes the loss for a sum over them.
+    objective), and minus the losses for an optimizer that maximizes them. Examples pass through the module one by one:
+    an influence function takes the loss for a sum over them.
 
     Args:
         replay: One run.
         step: t; ``None`` is the end of the training.
         memory: Bytes that what is computed at once may take.
         chunks: How many examples at a time stay within it, as found for runs of the same shape before.
+
+    Raises:
+        AttributionError: If the optimizer minimises by some parameters and maximizes by others.
     """
 
     def __init__(
@@ -65,10 +70,12 @@ class Objective:
         self._replay = replay
         self._buffers = {name: buffer[0] for name, buffer in buffers.items()}
         self._chunks = {} if chunks is None else chunks
+        groups = replay.hyperparameters(max(step - 1, 0))
+        self._sign = self._descended(groups)
         self.penalty = torch.cat(
             [
                 self.theta.new_full((part.stop - part.start,), replay.update.update.penalty(group))
-                for part, group in zip(replay.update.slices, replay.hyperparameters(max(step - 1, 0)), strict=True)
+                for part, group in zip(replay.update.slices, groups, strict=True)
             ]
         )
         r""":math:`\gamma` ``(P,)``."""
@@ -265,15 +272,27 @@ class Objective:
             )
         return network
 
+    def _descended(self, groups: Sequence[Hyperparameters]) -> float:
+        """Return the sign of the loss in what the optimizer descends."""
+        maximizes = {bool(group.get("maximize")) for group in groups}
+        if len(maximizes) > 1:
+            raise AttributionError(
+                f"The optimizer of {self.run.path} minimises the loss by some parameters and maximizes it by others, "
+                "which is the training of no objective. Use UnrolledDifferentiation(), which follows the steps."
+            )
+        return -1.0 if maximizes.pop() else 1.0
+
     def _loss(self, theta: Tensor, example: Any) -> Tensor:
-        return self._of_one(theta, example, loss_of_one)
+        return self._sign * self._of_one(theta, example, loss_of_one)
 
     def _output(self, network: Network, theta: Tensor, example: Any) -> Tensor:
         return self._of_one(theta, example, network.output)
 
     def _loss_of_output(self, network: Network, output: Tensor, example: Any) -> Tensor:
         # whatever the parameters: the loss has nothing of them but the outputs
-        return self._of_one(self.theta, example, lambda module, batch: network.loss_of_output(module, batch, output))
+        return self._sign * self._of_one(
+            self.theta, example, lambda module, batch: network.loss_of_output(module, batch, output)
+        )
 
     def _of_one(self, theta: Tensor, example: Any, function: Callable[[Any, Any], Any]) -> Any:
         batch = map_tensors(lambda leaf: leaf.unsqueeze(0), example)

@@ -36,8 +36,7 @@ class TracIn(Estimator):
 
     For plain SGD it is unrolled differentiation without curvature, with m's gradient at each checkpoint in place of the
     one at the end. It knows nothing of momentum, of the scaling of Adam, or of clipping. Parameter groups have their
-    own learning rates, with the other sign for an optimizer that maximizes. Losses are those of the module in
-    evaluation mode.
+    own learning rates. Losses are those of the module in evaluation mode.
 
     Args:
         checkpoints: How many of the recorded checkpoints are taken, evenly spaced from the first; ``None`` is all of
@@ -118,8 +117,7 @@ class TracIn(Estimator):
 def _used(replay: Replay, first: int, last: int) -> list[tuple[list[slice], Tensor]]:
     """Return the sum of rates times coefficients for each example ``(N,)``, by the parameter groups that share it."""
     run = replay.runs[0]
-    signs = torch.tensor([-1.0 if group.get("maximize") else 1.0 for group in run.hyperparameters(first)])
-    rates = torch.stack([run.learning_rates(step) * signs for step in range(first, last)])  # (steps, groups)
+    rates = torch.stack([run.learning_rates(step) for step in range(first, last)])  # (steps, groups)
     of_rates, owners = rates.unique(dim=1, return_inverse=True)
     weights = torch.zeros(of_rates.shape[1], len(replay.examples), dtype=rates.dtype)
     for step, rate in zip(range(first, last), of_rates, strict=True):

@@ -16,9 +16,8 @@ def direction(theta: Tensor, gradient: Tensor, hyperparameters: Hyperparameters)
 
 
 def penalty(hyperparameters: Hyperparameters) -> float:
-    r"""Return :math:`\pm\gamma`: what the decay adds to the Hessian of the loss, minus with ``maximize``."""
-    weight_decay = float(hyperparameters["weight_decay"])
-    return -weight_decay if hyperparameters.get("maximize") else weight_decay
+    r"""Return :math:`\gamma`: what the decay adds to the Hessian of the loss, or of its negative with ``maximize``."""
+    return float(hyperparameters["weight_decay"])
 
 
 def direction_adjoint(

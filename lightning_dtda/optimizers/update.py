@@ -53,8 +53,9 @@ class Update(ABC):
     def penalty(self, hyperparameters: Hyperparameters) -> float:
         r"""Return :math:`\gamma` where the step adds :math:`\gamma\theta` to the gradient of the loss that it descends.
 
-        It is then :math:`L + \frac\gamma2 \lVert\theta\rVert^2` that is minimised. Zero unless the class says
-        otherwise: a decay that acts on the parameters beside the gradient is no part of any objective.
+        It is then :math:`L + \frac\gamma2 \lVert\theta\rVert^2` that is minimised, L being minus the loss with
+        ``maximize``. Zero unless the class says otherwise: a decay that acts on parameters beside the gradient is no
+        part of any objective.
         """
         return 0.0
 
