@@ -11,6 +11,8 @@ from lightning_dtda.reporting import log_to_wandb
 from tests.reporting.conftest import GROUPS, QUERIES, make_attribution
 from tests.reporting.wandb_log import read_records
 
+HERE = ("127.0.0.1", "::1", "localhost")
+
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
@@ -24,11 +26,11 @@ def offline(tmp_path, monkeypatch):
     connect, look_up = socket.socket.connect, socket.getaddrinfo
 
     def local_connect(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1"), f"connects to {address}"
+        assert self.family == socket.AF_UNIX or address[0] in HERE, f"connects to {address}"
         return connect(self, address)
 
     def local_look_up(host, *arguments, **keywords):
-        assert host in ("127.0.0.1", "::1", "localhost"), f"looks up {host}"
+        assert host in HERE, f"looks up {host}"
         return look_up(host, *arguments, **keywords)
 
     monkeypatch.setattr(socket.socket, "connect", local_connect)
