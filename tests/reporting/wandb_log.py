@@ -21,6 +21,8 @@ def read_records(path, seconds=20.0):
 
 def _parse(data):
     """Yield records: LevelDB's log format after a header of seven bytes."""
+    if len(data) < _HEADER:
+        return  # nothing is written yet
     assert struct.unpack("<4sHB", data[:_HEADER]) == (b":W&B", 0xBEE1, 0)
     at, parts = _HEADER, b""
     while at + _HEADER <= len(data):
