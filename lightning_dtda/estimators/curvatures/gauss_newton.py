@@ -22,6 +22,7 @@ from lightning_dtda.estimators.curvatures.root import Root
 from lightning_dtda.estimators.curvatures.solvers import (
     check_iterations,
     conjugate_gradients,
+    largest_eigenvalue,
     mean_eigenvalue,
 )
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
@@ -113,6 +114,11 @@ class GaussNewton(Curvature):
         return 4.0 if self.solver == "gram" else 4.0 * (self.iterations or 20)
 
 
+_ROUNDING = 0.1
+"""Largest eigenvalue over the damping, in units in the last place, at which solutions by the identity of Woodbury are
+refused: the order of their relative error, of which a tenth (a large model) to ten times (a small one) was seen."""
+
+
 class ImplicitGaussNewton(FittedCurvature):
     """A Gauss-Newton matrix by its products: with its root where that fits the memory."""
 
@@ -201,7 +207,8 @@ class GramMatrix(Spectrum):
     @property
     @override
     def largest_eigenvalue(self) -> float:
-        return float((self._decomposition[0] + self._penalty).abs().max())
+        values, _ = self._decomposition
+        return self._penalty + (float(values.max()) if len(values) else 0.0)
 
     @property
     def cutoff(self) -> float:  # type: ignore[override]
@@ -252,8 +259,24 @@ class GramMatrix(Spectrum):
         vectors = vectors if self._projection is None else self._projection.forward(vectors)
         scale = 1 / damped[self._groups]
         gram = torch.einsum("gij,g->ij", self._grams, 1 / damped)
+        self._refuse_rounding(gram, damping)
         gram.diagonal().add_(1)
         # a third of the work of eigenvectors, and for many dampings still less
         weights = torch.cholesky_solve(self._root.times(vectors * scale), torch.linalg.cholesky(gram))
         solution = (vectors - self._root.transposed(weights).div_(self._objective.examples)).mul_(scale)
         return Solution(solution if self._projection is None else self._projection.transpose(solution))
+
+    def _refuse_rounding(self, gram: Tensor, damping: float) -> None:
+        """Refuse a damping so small that of the difference of two long vectors, the solution, rounding is left.
+
+        Args:
+            gram: The Gram matrix over damping and weight decay.
+            damping: The damping.
+        """
+        ratio = largest_eigenvalue(lambda vectors: vectors @ gram, gram[0])
+        if not ratio * torch.finfo(gram.dtype).eps <= _ROUNDING:
+            raise AttributionError(
+                f"Damping {damping:.3g} is so far below the largest eigenvalue, by a factor of {ratio:.2g}, that "
+                f"rounding would decide on the responses of {self._objective.run.path}. Give a larger damping, 0 for "
+                'the pseudo-inverse, or compute in double (precision="float64").'
+            )

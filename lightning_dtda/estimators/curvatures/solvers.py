@@ -47,7 +47,8 @@ def conjugate_gradients(
         x ``(Q, P)`` and relative residuals ``(Q,)``.
 
     Raises:
-        AttributionError: If A is seen not to be positive definite, or the tolerance is not reached in 2 P iterations.
+        AttributionError: If A is seen not to be positive definite, with ``iterations`` in the first one; or the
+            tolerance is not reached in 2 P iterations.
     """
     solution = torch.zeros_like(vectors)
     residual, direction = vectors.clone(), vectors.clone()
@@ -55,16 +56,17 @@ def conjugate_gradients(
     size = squared.clamp_min(torch.finfo(vectors.dtype).tiny)
     going = squared > tolerance**2 * size
     most = 2 * vectors.shape[1] if iterations is None else iterations
-    for _ in range(most):
+    for number in range(most):
         if not bool(going.any()):
             break
         along = products(direction)
         curvature = (direction * along).sum(1)
         if bool((curvature[going] <= 0).any()):
-            if iterations is None:
+            if iterations is None or number == 0:  # of which not even a truncated solution comes
                 raise AttributionError(
                     "The damped curvature is not positive definite: conjugate gradients met a direction in which it is "
-                    "negative. Raise the damping, or use GaussNewton(...), whose matrix has no negative eigenvalues."
+                    "zero or negative. Raise the damping; or use GaussNewton(...) for the Hessian, whose matrix has no "
+                    "negative eigenvalues."
                 )
             # a truncated solution ends where the matrix stops being one that can be inverted so
             going = going & (curvature > 0)
@@ -163,6 +165,8 @@ def largest_eigenvalue(products: Products, theta: Tensor) -> float:
     for _ in range(_POWERS):
         vector = products(vector / vector.norm())
         size = float(vector.norm())
+        if size == 0:
+            break
     return _ABOVE * size
 
 

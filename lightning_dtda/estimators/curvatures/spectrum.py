@@ -12,6 +12,9 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import FittedCurvature, Solution
 
+_ROUNDING = 16
+"""Units in the last place of the largest eigenvalue that a negative one may be wrong by; at most 6 were seen."""
+
 Function = Callable[[Tensor], Tensor]
 """From eigenvalues to the values of a function, entry by entry."""
 
@@ -42,14 +45,14 @@ class Spectrum(FittedCurvature):
 
     @override
     def solve(self, vectors: Tensor, damping: float) -> Solution:
-        floor = self.cutoff * self.largest_eigenvalue
         if damping == 0:
-            return Solution(self.apply(pseudo_inverse(floor), vectors))
+            return Solution(self.apply(pseudo_inverse(self.cutoff * self.largest_eigenvalue), vectors))
         singular: list[float] = []
+        rounding = _ROUNDING * torch.finfo(vectors.dtype).eps * self.largest_eigenvalue
 
         def inverse(values: Tensor) -> Tensor:
             damped = values + damping
-            singular.extend(values[damped.abs() <= floor * torch.finfo(damped.dtype).eps].tolist()[:1])
+            singular.extend(values[(values < 0) & (damped.abs() <= rounding)].tolist()[:1])
             return 1 / damped
 
         solution = self.apply(inverse, vectors)

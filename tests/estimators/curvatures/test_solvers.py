@@ -61,6 +61,15 @@ def test_an_indefinite_matrix_is_refused(trained, vectors):
         Hessian("lissa").fit(run.objective()).solve(vectors(len(run.theta)), 0.0)
 
 
+def test_truncated_iterations_that_cannot_begin_are_refused():
+    matrix = torch.diag(torch.tensor([-1.0, 2.0, 3.0]))
+    v = torch.tensor([[1.0, 0.1, 0.1], [0.0, 1.0, 1.0]])  # the first one points where the matrix is negative
+    with pytest.raises(AttributionError, match="not positive definite"):
+        conjugate_gradients(lambda x: x @ matrix, v, 2, 1e-4)
+    solution, _ = conjugate_gradients(lambda x: x @ matrix, v[1:], 2, 1e-4)
+    torch.testing.assert_close(solution, torch.tensor([[0, 1 / 2, 1 / 3]]))
+
+
 def test_a_solution_that_does_not_converge_is_refused(trained, vectors):
     run = trained(Regressor(), examples=6)  # rank 12 of 37: what is outside the range has no solution
     with pytest.raises(AttributionError, match=r"relative residual of|not positive definite"):

@@ -72,6 +72,31 @@ def test_parameters_without_any_damping_are_refused(trained, vectors):
         fitted.project(vectors(len(run.theta)))
 
 
+def test_a_damping_of_which_rounding_leaves_nothing_is_refused(trained, vectors):
+    run = trained(Classifier())
+    fitted, dense, v = GaussNewton().fit(run.objective()), run.gauss_newton(), vectors(len(run.theta))
+    values, basis = torch.linalg.eigh(dense)
+    for damping in (1e-15 * float(values[-1]), 1e-30):
+        with pytest.raises(AttributionError, match=r"so far below the largest eigenvalue, .* Give a larger damping"):
+            fitted.solve(v, damping)
+    # at a damping far enough above, what gradients of losses see of the solution is right
+    damping = 1e-9 * float(values[-1])
+    close(fitted.solve(v, damping).vectors @ dense, v @ basis * (values / (values + damping)) @ basis.T, 1e-5)
+
+
+class Unmoved(Classifier):
+    """Has a loss that does not depend on the parameters."""
+
+    def training_step(self, batch, batch_idx):
+        return 0 * self(batch[0]).sum()
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton(), ExactHessian(), Diagonal()])
+def test_the_pseudo_inverse_of_zero_is_zero(trained, vectors, curvature):
+    run = trained(Unmoved())
+    assert not curvature.fit(run.objective()).solve(vectors(len(run.theta)), 0.0).vectors.any()
+
+
 def test_a_gram_matrix_that_does_not_fit_the_memory_is_refused(trained):
     with pytest.raises(AttributionError, match="The Gram matrix of 14 examples with 3 outputs takes"):
         GaussNewton().fit(trained(Classifier()).objective(memory=4e4))
@@ -100,8 +125,12 @@ def test_a_damping_that_cancels_an_eigenvalue_is_refused(trained, vectors):
     fitted = ExactHessian().fit(run.objective())
     smallest = float(fitted.values.min())
     assert smallest < 0
-    with pytest.raises(AttributionError, match="is singular: it has the eigenvalue"):
-        fitted.solve(vectors(len(run.theta)), -smallest)
+    v = vectors(len(run.theta))
+    for damping in (-smallest, -smallest * (1 + 1e-15)):  # equal, and equal but for rounding
+        with pytest.raises(AttributionError, match="is singular: it has the eigenvalue"):
+            fitted.solve(v, damping)
+    dense = run.hessian() - 2 * smallest * torch.eye(len(run.theta), dtype=torch.float64)
+    close(fitted.solve(v, -2 * smallest).vectors, torch.linalg.solve(dense, v.T).T)
 
 
 def test_a_hessian_that_does_not_fit_the_memory_is_refused(trained):
