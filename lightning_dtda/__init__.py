@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_dtda.attribution import Attribution, attribute
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
     from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
+    from lightning_dtda.retraining import GroundTruth
     from lightning_dtda.trajectory import Ensemble, Run
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ if not logging.root.hasHandlers():
 _HOMES = {
     "Attribution": "lightning_dtda.attribution",
     "Ensemble": "lightning_dtda.trajectory",
+    "GroundTruth": "lightning_dtda.retraining",
     "InfluenceFunctions": "lightning_dtda.estimators",
     "ResponseTracker": "lightning_dtda.recording",
     "Run": "lightning_dtda.trajectory",
@@ -40,6 +42,7 @@ _HOMES = {
 __all__ = [
     "Attribution",
     "Ensemble",
+    "GroundTruth",
     "InfluenceFunctions",
     "ResponseTracker",
     "Run",

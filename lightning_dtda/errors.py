@@ -23,3 +23,7 @@ class ReplayError(DTDAError):
 
 class AttributionError(DTDAError):
     """An attribution was asked for that cannot be computed, or a stored one does not fit the question."""
+
+
+class RetrainingError(DTDAError):
+    """A retraining was asked for that cannot be done, or a stored ground truth does not fit the question."""

@@ -1,0 +1,231 @@
+"""What really happens without training examples: measurements of models that were trained without them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.attribution.differences import Difference, resolve_difference
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.retraining.store import TruthStore
+from lightning_dtda.retraining.task import Task
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    r"""Measurements of models trained on all data, and of models trained without subsets of it.
+
+    ``about["removal"]`` says what removal means. ``"drop"``: the examples are gone, and order and batches are those of
+    the smaller data set; each seed is a new training. ``"reweight"``: the recorded trainings over again, the weights of
+    the examples zero; a seed's measurements with and without them are a pair.
+
+    Args:
+        measurements: m of the models trained without each subset ``(subsets, seeds, queries)``; NaN where a training
+            is missing, see :attr:`unfinished`.
+        baseline: m of the models trained on everything ``(baseline_seeds, queries)``.
+        removed: Indices of the training examples that each subset consists of.
+        queries: What the queries are called: their indices in the data set they came from.
+        seeds: The seeds of the trainings without examples.
+        baseline_seeds: Those of the trainings on everything.
+        about: What was trained and how, in JSON: removal, measurement, engine, module, data, versions.
+
+    Raises:
+        RetrainingError: If the shapes do not fit.
+
+    Example:
+        >>> measurements = torch.tensor([[[1.0], [3.0]], [[0.0], [8.0]]])
+        >>> truth = GroundTruth(measurements, torch.tensor([[2.0], [4.0]]), ((0, 5), (3,)), (7,), (0, 1), (0, 1))
+        >>> truth.influence("mean")
+        tensor([[ 1., -1.]], dtype=torch.float64)
+        >>> truth.influence("variance")
+        tensor([[ 0., 30.]], dtype=torch.float64)
+    """
+
+    measurements: Tensor
+    baseline: Tensor
+    removed: tuple[tuple[int, ...], ...]
+    queries: tuple[int, ...]
+    seeds: tuple[int, ...]
+    baseline_seeds: tuple[int, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor, shape in (
+            ("measurements", self.measurements, (len(self.removed), len(self.seeds), len(self.queries))),
+            ("baseline", self.baseline, (len(self.baseline_seeds), len(self.queries))),
+        ):
+            if tensor.shape != shape:
+                raise RetrainingError(
+                    f"{name} has shape {tuple(tensor.shape)}; the subsets, seeds and queries make {shape}."
+                )
+
+    def __repr__(self) -> str:
+        subsets, seeds, queries = self.measurements.shape
+        return f"GroundTruth({subsets} subsets, {seeds} seeds, {queries} queries, {self.measurement}, {self.removal})"
+
+    @property
+    def removal(self) -> str:
+        """``"drop"`` or ``"reweight"``: what it means that examples are removed."""
+        return str(self.about.get("removal", "drop"))
+
+    @property
+    def measurement(self) -> str:
+        """The name of the measurement."""
+        return str(self.about.get("measurement", "measurement"))
+
+    @property
+    def unfinished(self) -> tuple[Task, ...]:
+        """The trainings that are missing: not done yet, failed, or diverged."""
+        of_all = [Task(None, self.baseline_seeds[s]) for s in self.baseline.isnan().any(1).nonzero()[:, 0].tolist()]
+        missing = self.measurements.isnan().any(2).nonzero().tolist()
+        return (*of_all, *(Task(subset, self.seeds[s]) for subset, s in missing))
+
+    def finished(self) -> GroundTruth:
+        """Return the part of which nothing is missing.
+
+        Subsets of which less than half of the seeds are finished are left out, then the seeds that are missing for any
+        of the others.
+
+        Raises:
+            RetrainingError: If nothing is left.
+        """
+        there = ~self.measurements.isnan().any(2)
+        subsets = [k for k, of_subset in enumerate(there) if 2 * int(of_subset.sum()) >= len(self.seeds)]
+        seeds = there[subsets].all(0).nonzero()[:, 0].tolist()
+        baseline_seeds = (~self.baseline.isnan().any(1)).nonzero()[:, 0].tolist()
+        if self.removal == "reweight":  # pairs stay pairs
+            seeds = baseline_seeds = sorted(set(seeds) & set(baseline_seeds))
+        if not (subsets and seeds and baseline_seeds):
+            raise RetrainingError(
+                f"{len(self.unfinished)} trainings are missing, and no part of the ground truth has all of its own. "
+                "Call retrain again with the same output to go on."
+            )
+        return replace(
+            self,
+            measurements=self.measurements[subsets][:, seeds],
+            baseline=self.baseline[baseline_seeds],
+            removed=tuple(self.removed[k] for k in subsets),
+            seeds=tuple(self.seeds[s] for s in seeds),
+            baseline_seeds=tuple(self.baseline_seeds[s] for s in baseline_seeds),
+        )
+
+    def influence(self, difference: str | Difference) -> Tensor:
+        """Return the distributional influence that each subset really has ``(queries, subsets)``, float64.
+
+        Args:
+            difference: ``mean``, ``variance``, ``wasserstein``, a class's import path, or a
+                :class:`~lightning_dtda.attribution.differences.Difference`; X is measured with all data, Y without the
+                subset. For the sign see the difference.
+
+        Raises:
+            RetrainingError: If trainings are missing or too few; or if the difference compares run by run, and there
+                are not as many baseline seeds as seeds.
+        """
+        chosen = resolve_difference(difference)
+        if self.unfinished:
+            raise RetrainingError(
+                f"{len(self.unfinished)} trainings are missing ({some_tasks(self.unfinished)}). Call retrain again "
+                "with the same output to go on, or take what is there: truth.finished()."
+            )
+        if (seeds := min(len(self.seeds), len(self.baseline_seeds))) < chosen.least_runs:
+            raise RetrainingError(
+                f"The {chosen.name} influence needs {chosen.least_runs} seeds; there are {seeds}. Retrain more."
+            )
+        try:
+            # double: a change of the variance is a small difference of large squares
+            of_queries = [
+                chosen(self.baseline[:, q, None].double(), self.measurements[:, :, q].T.double())
+                for q in range(len(self.queries))
+            ]
+        except RuntimeError as error:
+            if len(self.seeds) == len(self.baseline_seeds):
+                raise
+            raise RetrainingError(
+                f"The {chosen.name} influence compares run by run, and there are {len(self.baseline_seeds)} baseline "
+                f"seeds for {len(self.seeds)} seeds ({error}). Retrain with as many of one as of the other."
+            ) from error
+        return torch.stack(of_queries)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the ground truth to a directory.
+
+        Args:
+            path: The directory; it is made if it does not exist.
+            overwrite: Whether a ground truth that is there is replaced.
+
+        Raises:
+            RetrainingError: If the directory holds a ground truth that may not be replaced, or something else.
+        """
+        if not overwrite and TruthStore.is_at(path):
+            raise RetrainingError(f"{path} holds a ground truth. Choose another path, or save with overwrite=True.")
+        store = TruthStore.create(
+            path, self.about, self.queries, self.removed, self.seeds, self.baseline_seeds, overwrite
+        )
+        missing = set(self.unfinished)
+        for subset, seeds, values in (
+            (None, self.baseline_seeds, self.baseline),
+            *((k, self.seeds, values) for k, values in enumerate(self.measurements)),
+        ):
+            rows = [row for row, seed in enumerate(seeds) if Task(subset, seed) not in missing]
+            if rows:
+                store.add([Task(subset, seeds[row]) for row in rows], values[rows])
+
+    @classmethod
+    def load(cls, path: str | Path) -> GroundTruth:
+        """Read a ground truth; of one that was broken off, missing trainings are NaN, and a warning says so.
+
+        Raises:
+            TrajectoryError: If files are missing or damaged.
+        """
+        store = TruthStore.open(path)
+        truth = cls(
+            *store.read(store.removed, store.seeds, store.baseline_seeds),
+            removed=store.removed,
+            queries=store.queries,
+            seeds=store.seeds,
+            baseline_seeds=store.baseline_seeds,
+            about=store.about,
+        )
+        if truth.unfinished:
+            warnings.warn(
+                f"{path} is unfinished: {len(truth.unfinished)} trainings are missing "
+                f"({some_tasks(truth.unfinished)}). Call retrain again with this output to go on.",
+                stacklevel=2,
+            )
+        return truth
+
+    def to_xarray(self) -> xr.Dataset:
+        """Return measurements and baseline with the dimensions ``subset``, ``seed``, ``baseline_seed`` and ``query``.
+
+        ``size`` is the number of examples of a subset.
+        """
+        import xarray as xr
+
+        return xr.Dataset(
+            {
+                "measurements": (("subset", "seed", "query"), self.measurements.cpu().numpy()),
+                "baseline": (("baseline_seed", "query"), self.baseline.cpu().numpy()),
+            },
+            {
+                "subset": range(len(self.removed)),
+                "seed": list(self.seeds),
+                "baseline_seed": list(self.baseline_seeds),
+                "query": list(self.queries),
+                "size": ("subset", [len(subset) for subset in self.removed]),
+            },
+            {key: str(value) for key, value in self.about.items()} | {"removed": str(self.removed)},
+        )
+
+
+def some_tasks(tasks: Sequence[Task], most: int = 5) -> str:
+    """Name a few trainings in an error."""
+    return ", ".join(map(str, tasks[:most])) + (f" and {len(tasks) - most} others" if len(tasks) > most else "")
