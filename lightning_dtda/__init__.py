@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_dtda.attribution import Attribution, attribute
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
     from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
-    from lightning_dtda.retraining import GroundTruth
+    from lightning_dtda.retraining import GroundTruth, retrain
     from lightning_dtda.trajectory import Ensemble, Run
 
 _log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ _HOMES = {
     "TrajectoryRecorder": "lightning_dtda.recording",
     "UnrolledDifferentiation": "lightning_dtda.estimators",
     "attribute": "lightning_dtda.attribution",
+    "retrain": "lightning_dtda.retraining",
 }
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "UnrolledDifferentiation",
     "__version__",
     "attribute",
+    "retrain",
 ]
 
 

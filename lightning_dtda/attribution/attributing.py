@@ -20,7 +20,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
@@ -38,10 +38,10 @@ from lightning_dtda.estimators import (
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.replay import (
-    Examples,
     Measurement,
     dataset_fingerprint,
     query_examples,
+    query_names,
     resolve_measurement,
     training_examples,
 )
@@ -226,7 +226,7 @@ def _ask(
         examples=examples,
         queries=query_examples(queries),
         measurement=function,
-        device=_usable_device(module.device if device is None else device),
+        device=usable_device(module.device if device is None else device),
         removals=resolve_removals(removals, examples),
         step=_usable_step(step, ensemble),
     )
@@ -241,7 +241,7 @@ def _ask(
         "queries_fingerprint": dataset_fingerprint(question.queries.dataset),
         "version": __version__,
     }
-    return question, about, _query_names(question.queries)
+    return question, about, query_names(question.queries)
 
 
 def _answer_to_disk(
@@ -344,7 +344,12 @@ def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:
     return step
 
 
-def _usable_device(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """Return a device that there is.
+
+    Raises:
+        AttributionError: If there is none of this name.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -382,8 +387,3 @@ def _progress_bar(show: bool, plan: Plan, runs: list[Run], question: Question) -
     with bar:
         task = bar.add_task(f"{len(runs)} runs, {len(question.queries)} queries", total=sum(run.steps for run in runs))
         yield lambda steps: bar.update(task, advance=steps)
-
-
-def _query_names(queries: Examples) -> tuple[int, ...]:
-    dataset = queries.dataset
-    return tuple(int(i) for i in dataset.indices) if isinstance(dataset, Subset) else tuple(range(len(queries)))

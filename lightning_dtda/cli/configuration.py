@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,22 +110,3 @@ def _changes(before: Any, after: Any, where: str = "") -> Iterator[str]:
             yield from _changes(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
     elif before != after:
         yield f"  {where}: {before!r} there, {after!r} now"
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning says at the start and end of every fit: with twenty seeds it hides everything else."""
-    names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            # about Lightning's own code and number of workers: nothing that the user's configuration got wrong
-            warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")
-            warnings.filterwarnings("ignore", message=".*does not have many workers")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -12,8 +12,9 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, Subset
 from typing_extensions import override
 
-from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, quiet_lightning
+from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.trajectory.manifest import MANIFEST
 

@@ -15,10 +15,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
-from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, quiet_lightning, save_configuration
+from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, save_configuration
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.jobs import record_in_jobs
+from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
 
 _log = logging.getLogger(__name__)

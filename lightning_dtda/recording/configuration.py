@@ -41,36 +41,46 @@ def configuration(
     """
     names, _ = hyperparameters(optimizer)
     return {
-        "module": {
-            "class": class_path(type(module)),
-            "architecture": hashlib.sha256(repr(module).encode()).hexdigest()[:16],
-            "hyperparameters": as_json(
-                {
-                    key: value
-                    for key, value in module.hparams.items()
-                    # LightningCLI adds _class_path and _instantiator, which say how the module was made, not which
-                    if not key.startswith("_") and not (key == "seed" and value == seed)
-                }
-            ),
-        },
+        "module": module_configuration(module, seed),
         "dataset": data,
         # at the first step; what a scheduler does afterwards is recorded step by step
         "hyperparameters": {
             name: [values[number] for values in hyperparameter_values(optimizer, names)]
             for number, name in enumerate(names)
         },
-        "training": {
-            "batch_size": getattr(loader.batch_sampler, "batch_size", None),
-            "drop_last": getattr(loader.batch_sampler, "drop_last", None),
-            "sampler": class_path(type(loader.sampler)),
-            "max_epochs": trainer.max_epochs,
-            "max_steps": trainer.max_steps,
-            "limit_train_batches": trainer.limit_train_batches,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "gradient_clip_val": trainer.gradient_clip_val,
-            "gradient_clip_algorithm": trainer.gradient_clip_algorithm and str(trainer.gradient_clip_algorithm.value),
-            "precision": trainer.precision,
-        },
+        "training": training_configuration(trainer, loader),
+    }
+
+
+def module_configuration(module: pl.LightningModule, seed: int | None = None) -> dict[str, Any]:
+    """Describe a module: its class, its architecture, and its hyperparameters but for the seed."""
+    return {
+        "class": class_path(type(module)),
+        "architecture": hashlib.sha256(repr(module).encode()).hexdigest()[:16],
+        "hyperparameters": as_json(
+            {
+                key: value
+                for key, value in module.hparams.items()
+                # LightningCLI adds _class_path and _instantiator, which say how the module was made, not which
+                if not key.startswith("_") and not (key == "seed" and value == seed)
+            }
+        ),
+    }
+
+
+def training_configuration(trainer: pl.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
+    """Describe how long, in which batches and how exactly is trained."""
+    return {
+        "batch_size": getattr(loader.batch_sampler, "batch_size", None),
+        "drop_last": getattr(loader.batch_sampler, "drop_last", None),
+        "sampler": class_path(type(loader.sampler)),
+        "max_epochs": trainer.max_epochs,
+        "max_steps": trainer.max_steps,
+        "limit_train_batches": trainer.limit_train_batches,
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "gradient_clip_algorithm": trainer.gradient_clip_algorithm and str(trainer.gradient_clip_algorithm.value),
+        "precision": trainer.precision,
     }
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.replay.batches import concatenate, example_shapes, map_tensors, rows_of
@@ -162,6 +162,12 @@ def query_examples(queries: DataLoader[Any] | Dataset[Any]) -> Examples:
     if not len(examples):
         raise AttributionError("There are no queries. Give a data set with at least one example.")
     return examples
+
+
+def query_names(queries: Examples) -> tuple[int, ...]:
+    """Return what queries are called: their indices in the data set that they are a ``Subset`` of, or their numbers."""
+    dataset = queries.dataset
+    return tuple(int(i) for i in dataset.indices) if isinstance(dataset, Subset) else tuple(range(len(queries)))
 
 
 def prepare_fit(data: LightningDataModule | LightningModule) -> None:

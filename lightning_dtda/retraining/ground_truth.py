@@ -90,17 +90,19 @@ class GroundTruth:
         return (*of_all, *(Task(subset, self.seeds[s]) for subset, s in missing))
 
     def finished(self) -> GroundTruth:
-        """Return the part of which nothing is missing.
-
-        Subsets of which less than half of the seeds are finished are left out, then the seeds that are missing for any
-        of the others.
+        """Return a part of which nothing is missing: the subsets and seeds that keep the most trainings.
 
         Raises:
             RetrainingError: If nothing is left.
         """
         there = ~self.measurements.isnan().any(2)
-        subsets = [k for k, of_subset in enumerate(there) if 2 * int(of_subset.sum()) >= len(self.seeds)]
-        seeds = there[subsets].all(0).nonzero()[:, 0].tolist()
+        order = there.sum(1).argsort(descending=True, stable=True).tolist()
+        # of the subsets with the most trainings, as many as leave the most when they are cut to the seeds of all
+        common = [there[order[: number + 1]].all(0) for number in range(len(order))]
+        kept = [(number + 1) * int(seeds.sum()) for number, seeds in enumerate(common)]
+        best = max(range(len(order)), key=lambda number: (kept[number], number))
+        subsets = sorted(order[: best + 1])
+        seeds = common[best].nonzero()[:, 0].tolist()
         baseline_seeds = (~self.baseline.isnan().any(1)).nonzero()[:, 0].tolist()
         if self.removal == "reweight":  # pairs stay pairs
             seeds = baseline_seeds = sorted(set(seeds) & set(baseline_seeds))

@@ -23,8 +23,8 @@ _INDEX, _LOCK = "truth.json", ".truth.lock"
 _ALL_DATA = -1
 """Stands for the subset of a training on everything."""
 
-_OF_CALLS = ("engine", "failures")
-"""What ``about`` says of how far trainings have come, and which is no part of the question."""
+_OF_CALLS = ("engine", "failures", "versions")
+"""What ``about`` says of the calls that were made, and which is no part of the question."""
 
 
 class TruthStore:
@@ -79,6 +79,7 @@ class TruthStore:
             "baseline_seeds": list(baseline_seeds),
             "engine": [engine for engine in str(about.get("engine", "")).split(", ") if engine],
             "failures": list(about.get("failures", ())),
+            "versions": dict(about.get("versions", {})),
         }
         if path.is_dir() and not cls.is_at(path) and any(file.name != _LOCK for file in path.iterdir()):
             raise RetrainingError(f"{path} is not empty and holds no ground truth. Choose another output.")
@@ -97,6 +98,8 @@ class TruthStore:
                         )
                     for key in ("removed", "seeds", "baseline_seeds", "engine"):
                         found[key] += [one for one in index[key] if one not in found[key]]
+                    if "runs" in found["about"]:
+                        found["about"]["runs"] |= index["about"]["runs"]
                     index = found
                 write_json(path / _INDEX, index)
         except OSError as error:
@@ -135,6 +138,7 @@ class TruthStore:
             **self._index["about"],
             "engine": ", ".join(self._index["engine"]),
             "failures": list(self._index["failures"]),
+            "versions": dict(self._index["versions"]),
         }
 
     @property
@@ -276,5 +280,8 @@ def gather(
 
 def _changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     before, after = found.get("about", {}), wanted["about"]
-    names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    names = [key for key in {**before, **after} if before.get(key) != after.get(key) and key != "runs"]
+    # more recorded runs are more seeds; another run under the same name is another question
+    if any(after.get("runs", {}).get(run, checksum) != checksum for run, checksum in before.get("runs", {}).items()):
+        names.append("runs")
     return names + [key for key in ("format_version", "queries") if found.get(key) != wanted[key]]

@@ -1,0 +1,103 @@
+"""The recorded trainings over again, in their own order, with the weights of examples zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.func import vmap
+from typing_extensions import override
+
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.replay import Examples, Replay, shape_key
+from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
+from lightning_dtda.retraining.stack_size import stack_size
+from lightning_dtda.retraining.task import Task
+from lightning_dtda.trajectory import Ensemble, Run
+
+
+class Reweighting(Engine):
+    r"""Replays recorded runs with weights, many at once.
+
+    .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta), \qquad w_n = 0 \text{ for } n \in S
+
+    Order, batch slots and the loss's divisor stay: what responses are the derivative of (arXiv 2506.12965, section 2).
+
+    Args:
+        ensemble: The recorded runs.
+        module: What was trained; its weights do not count.
+        examples: What it was trained on.
+
+    Raises:
+        RetrainingError: If a run has no seed, or two have the same.
+    """
+
+    name: ClassVar[str] = "replay"
+
+    def __init__(self, ensemble: Ensemble, module: pl.LightningModule, examples: Examples) -> None:
+        self.module = module
+        self.examples = examples
+        self.runs: dict[int, Run] = {}
+        for run in ensemble:
+            seed = run.manifest.seed
+            if seed is None or seed in self.runs:
+                what = "no seed" if seed is None else f"the seed of {self.runs[seed].path}, {seed}"
+                raise RetrainingError(
+                    f"{run.path} has {what}; the trainings of a ground truth are told apart by theirs. Record "
+                    "runs with seed_everything(seed), each with another."
+                )
+            self.runs[seed] = run
+
+    @override
+    def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
+        def key(task: Task) -> str:
+            return repr(shape_key(self.runs[task.seed]))
+
+        for _, alike in groupby(sorted(tasks, key=key), key):
+            of_shape = list(alike)
+            first = self._replay(retraining, of_shape[:1])
+            start, _ = first.checkpoint(0)
+            buffers = first.buffers(0)
+            size = stack_size(lambda: first.gradient(0, start, buffers), start, len(of_shape), first.device)  # noqa: B023
+            for begin in range(0, len(of_shape), size):
+                stack = of_shape[begin : begin + size]
+                values = self._measured(self._replay(retraining, stack), retraining, stack)
+                yield [Outcome.measured(task, row) for task, row in zip(stack, values, strict=True)]
+
+    def _replay(self, retraining: Retraining, tasks: Sequence[Task]) -> Replay:
+        return Replay(
+            [self.runs[task.seed] for task in tasks],
+            self.module,
+            self.examples,
+            device=retraining.device,
+        )
+
+    def _measured(self, replay: Replay, retraining: Retraining, tasks: Sequence[Task]) -> Tensor:
+        """Return measurements ``(tasks, queries)``."""
+        weights = torch.ones(len(tasks), len(replay.examples), dtype=replay.dtype, device=replay.device)
+        # with all weights one, a segment has to come out as recorded
+        start, stop = replay.segments[0]
+        replay.compare(start, stop, replay.checkpoint(start)[0], replay.retrain(weights, start, stop)[0])
+        for row, task in enumerate(tasks):
+            weights[row, list(retraining.removed_in(task))] = 0
+        theta, buffers = replay.retrain(weights)
+        # what was recorded needs no replay
+        as_recorded = torch.tensor([task.subset is None for task in tasks], device=replay.device)
+        theta = torch.where(as_recorded[:, None], replay.checkpoint(replay.steps)[0], theta)
+        recorded = replay.buffers(replay.steps)
+        buffers = {
+            name: torch.where(as_recorded.reshape(-1, *[1] * (buffer.ndim - 1)), recorded[name], buffer)
+            for name, buffer in buffers.items()
+        }
+        queries = retraining.queries.to((replay.recorded_dtype, replay.dtype), replay.device).all()
+
+        def measure(theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
+            return replay.module.measure(theta, buffers, queries, retraining.measurement)
+
+        with torch.no_grad():
+            values: Tensor = vmap(measure)(theta, buffers)
+        return values.cpu()

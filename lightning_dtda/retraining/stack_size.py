@@ -1,0 +1,47 @@
+"""How many trainings are stacked: as many as fit memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.attribution.attributing import available_memory
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.units import human_bytes
+
+_SHARE = 0.5
+"""Share of the memory that is free now: the allocator and the measurement take some, and others may want some too."""
+
+_COPIES = 8
+"""Copies of the parameters beside a step's own memory: the optimizer's states, old and new."""
+
+LARGEST = 512
+"""More trainings at once are no faster: their arithmetic hides all that is done once a step long before."""
+
+
+def stack_size(step: Callable[[], Any], theta: Tensor, trainings: int, device: torch.device) -> int:
+    """Return how many trainings are done at once, so that all stacks are about of one size.
+
+    Args:
+        step: Computes the gradient of one training.
+        theta: Its parameters ``(1, P)``.
+        trainings: How many there are.
+        device: Where.
+
+    Raises:
+        RetrainingError: If not even one fits.
+    """
+    step()  # what is made once, and kept, does not count
+    each = peak_memory(step, device) + _COPIES * theta.numel() * theta.element_size()
+    available = available_memory(device)
+    fitting = LARGEST if available is None else min(LARGEST, int(_SHARE * available / each))
+    if fitting < 1:
+        raise RetrainingError(
+            f"A training takes about {human_bytes(each)} of memory; {human_bytes(available or 0)} are available."
+        )
+    return math.ceil(trainings / math.ceil(trainings / fitting))

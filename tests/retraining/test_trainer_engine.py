@@ -1,0 +1,256 @@
+"""Trainings by the user's Trainer: what they measure, what fails, what is gone on with."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from lightning_dtda import GroundTruth, TrajectoryRecorder, retrain
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.retraining import Task
+from lightning_dtda.retraining.seeds import FIRST_SEED
+from lightning_dtda.trajectory import Ensemble
+from tests.retraining.tasks import (
+    BATCH,
+    TRAINER,
+    Regressor,
+    by_hand,
+    examples,
+    make_trainer,
+    queries,
+    training_loader,
+)
+
+SUBSETS = [[2, 11], [5]]
+
+
+def retrained(module=Regressor, data=None, **arguments):
+    data = training_loader() if data is None else data
+    defaults = {"subsets": SUBSETS, "seeds": [3, 4], "queries": queries(), "engine": "trainer", "trainer": make_trainer}
+    return retrain(module, data, **(defaults | arguments), progress=False)
+
+
+class Data(pl.LightningDataModule):
+    """Its data set is random unless it is told a seed; the validation set is looked at while training."""
+
+    def __init__(self, split_seed=0):
+        super().__init__()
+        self.split_seed = split_seed
+
+    def setup(self, stage):
+        generator = None if self.split_seed is None else torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(13, generator=generator)
+        self.train = TensorDataset(*(tensor[order] for tensor in examples().tensors))
+
+    def train_dataloader(self):
+        return DataLoader(self.train, BATCH, shuffle=True)
+
+
+def test_dropping_is_training_on_a_data_set_that_never_had_the_examples():
+    truth = retrained(baseline_seeds=[8])
+    assert truth.measurements.shape == (2, 2, 3)
+    # the same numbers in the same order: only the order of a sum may differ
+    for k, removed in enumerate(SUBSETS):
+        for s, seed in enumerate((3, 4)):
+            torch.testing.assert_close(truth.measurements[k, s], by_hand(seed, removed), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(truth.baseline[0], by_hand(8), rtol=1e-12, atol=1e-12)
+    assert truth.about["removal"] == "drop"
+    assert truth.about["engine"] == "trainer"
+
+
+def test_a_training_on_everything_is_the_recorded_run(tmp_path):
+    for seed in (3, 4):
+        pl.seed_everything(seed, verbose=False)
+        module = Regressor()
+        make_trainer(callbacks=[TrajectoryRecorder(tmp_path)]).fit(module, training_loader())
+    ensemble = Ensemble.open(tmp_path)
+    with pytest.warns(UserWarning, match=r"seeds has 2 seeds that were recorded \(3 ...\).*shares noise"):
+        truth = retrained(ensemble=ensemble)
+    inputs, targets = queries().tensors
+    for s, run in enumerate(ensemble):
+        module.load_state_dict(run.theta(run.steps), strict=False)
+        with torch.no_grad():
+            expected = (module.net(inputs)[:, 0] - targets) ** 2
+        assert torch.equal(truth.baseline[s], expected)
+    with pytest.raises(RetrainingError, match="training data are not those of"):
+        retrained(data=DataLoader(queries(), 2), ensemble=ensemble, subsets=[[0]])
+
+
+def test_fresh_seeds_are_none_of_the_recorded_ones():
+    truth = retrained(seeds=2, baseline_seeds=3, subsets=[[0]])
+    assert truth.seeds == (FIRST_SEED, FIRST_SEED + 1)
+    assert truth.baseline_seeds == (FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2)
+
+
+def test_parallel_processes_measure_the_same():
+    # functions that plain pickle refuses
+    rate = 0.1
+    truth = retrained(lambda: Regressor(rate), trainer=lambda: make_trainer(), jobs=2)
+    torch.testing.assert_close(truth.measurements, retrained().measurements, rtol=1e-12, atol=1e-12)
+
+
+def test_a_module_is_made_again_from_its_hyperparameters():
+    made = retrained(Regressor(rate=0.05))
+    assert torch.equal(made.measurements, retrained(lambda: Regressor(0.05)).measurements)
+    assert made.about["module"]["hyperparameters"] == {"rate": 0.05}
+
+
+def test_a_module_that_cannot_be_made_again_is_refused():
+    class Wide(pl.LightningModule):
+        def __init__(self, width=3):
+            super().__init__()
+            self.net = torch.nn.Linear(3, width)
+
+    class Needy(pl.LightningModule):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+    with pytest.raises(RetrainingError, match=r"another one than this.*save_hyperparameters.*give a function"):
+        retrained(Wide(5))
+    with pytest.raises(RetrainingError, match=r"Needy\(net\) cannot be made again.*module=lambda: Needy"):
+        retrained(Needy(torch.nn.Linear(3, 1)))
+
+
+def test_a_data_module_is_set_up_by_the_trainer_and_its_loader_thinned():
+    data = Data()
+    truth = retrained(data=data, seeds=[3], subsets=[[0]])
+    data.setup("fit")
+    kept = TensorDataset(*(tensor[1:] for tensor in data.train.tensors))
+    plain = retrained(data=DataLoader(kept, BATCH, shuffle=True), seeds=[9], baseline_seeds=[3], subsets=[[1]])
+    assert torch.equal(truth.measurements[0, 0], plain.baseline[0])
+    assert "train_dataloader" not in data.__dict__
+
+
+def test_data_that_depend_on_the_seed_are_refused():
+    with pytest.raises(RetrainingError, match=r"training data of seed \d are another data set.*generator of their own"):
+        retrained(data=Data(split_seed=None))
+
+
+def test_a_generator_of_the_loader_starts_alike_for_every_training():
+    generator = torch.Generator().manual_seed(5)
+    before = generator.get_state()
+    data = training_loader(generator=generator)
+    first = retrained(data=data)
+    assert torch.equal(generator.get_state(), before)
+    assert torch.equal(retrained(data=data).measurements, first.measurements)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"subsets": []}, "There are no subsets"),
+        ({"subsets": [[]]}, "Subset 0 is empty"),
+        ({"subsets": [range(13)]}, "removes all 13"),
+        ({"subsets": [[1], [13]]}, r"Subset 1: There is no training example 13; they are 0 to 12"),
+        ({"subsets": [[1, 1]]}, "Subset 0: Training example 1 is given twice"),
+        ({"subsets": [[1, 2], [2, 1]]}, "Subsets 0 and 1 are the same"),
+        ({"seeds": []}, "no set of seeds"),
+        ({"seeds": 0}, "no set of seeds"),
+        ({"seeds": [1, 1]}, "no set of seeds"),
+        ({"seeds": [0.5]}, "Give a number of seeds"),
+        ({"removal": "forget"}, "choose from drop, reweight"),
+        ({"removal": "reweight"}, "Give ensemble="),
+        ({"engine": "warp"}, "choose from"),
+        ({"jobs": 0}, "at least 1"),
+        ({"trainer": pl.Trainer(**TRAINER)}, "A Trainer can fit once"),
+        ({"trainer": None}, "A Trainer can fit once"),
+        ({"data": examples()}, r"data is a TensorDataset.*DataLoader\(dataset, batch_size=32"),
+        ({"module": "Regressor"}, "Give a LightningModule, or a function"),
+        ({"module": lambda: 3}, "Let it return a LightningModule"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_the_way_out(arguments, message):
+    with pytest.raises(RetrainingError, match=message):
+        retrained(**arguments)
+
+
+def test_a_sampler_that_cannot_be_thinned_is_refused():
+    loader = DataLoader(examples(), BATCH, sampler=WeightedRandomSampler(torch.ones(13), 13))
+    with pytest.raises(RetrainingError, match=r"sampler WeightedRandomSampler.*removal=\"reweight\""):
+        retrained(data=loader)
+
+
+def test_a_trainer_that_is_used_twice_is_refused():
+    trainer = make_trainer()
+    with pytest.raises(RetrainingError, match="returns the same one each time"):
+        retrained(trainer=lambda: trainer)
+
+
+class Failing(Regressor):
+    """Fails for a seed, diverges for another."""
+
+    def on_train_start(self):
+        seed = int(os.environ["PL_GLOBAL_SEED"])
+        if seed == 4:
+            raise ValueError("no luck today")
+        if seed == 5:
+            self.net[0].weight.data.fill_(torch.nan)
+
+
+def test_trainings_that_fail_are_named_and_the_others_go_on(tmp_path):
+    with pytest.warns(
+        UserWarning,
+        match=r"4 of 6 trainings failed \(all data seed 4, subset 0 seed 4: ValueError: no luck today; all data",
+    ):
+        truth = retrained(Failing, seeds=[3, 4, 5], subsets=[[2, 11]], output=tmp_path)
+    assert truth.unfinished == (Task(None, 4), Task(None, 5), Task(0, 4), Task(0, 5))
+    torch.testing.assert_close(truth.measurements[0, 0], by_hand(3, [2, 11]))
+    reasons = {(entry["subset"], entry["seed"]): entry["reason"] for entry in truth.about["failures"]}
+    assert "diverged" in reasons[0, 5]
+    with pytest.warns(UserWarning, match="unfinished: 4 trainings are missing"):
+        assert len(GroundTruth.load(tmp_path).about["failures"]) == 4
+    with pytest.raises(RetrainingError, match="nothing to measure"):
+        retrained(Failing, seeds=[4], subsets=[[1]])
+
+
+def test_a_second_call_trains_only_what_is_missing(tmp_path, monkeypatch):
+    first = retrained(output=tmp_path)
+    fitted = []
+    original = pl.Trainer.fit
+    monkeypatch.setattr(pl.Trainer, "fit", lambda *args, **kwargs: (fitted.append(1), original(*args, **kwargs))[1])
+    again = retrained(output=tmp_path)
+    assert torch.equal(again.measurements, first.measurements)
+    assert not fitted
+    more = retrained(output=tmp_path, subsets=[[7], [5]], seeds=[4, 6], baseline_seeds=[3])
+    # subset [5] with seed 4 and everything with seed 3 are there
+    assert len(fitted) == 3
+    assert torch.equal(more.measurements[1, 0], first.measurements[1, 1])
+    torch.testing.assert_close(more.measurements[0, 1], by_hand(6, [7]), rtol=1e-12, atol=1e-12)
+    with pytest.raises(RetrainingError, match=r"another question \(different module"):
+        retrained(lambda: Regressor(0.3), output=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_killed_retraining_loses_only_the_training_under_way(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        import time
+        from lightning_dtda import retrain
+        from tests.retraining.tasks import *
+
+        Regressor.on_train_start = lambda module: time.sleep(0.5)
+        retrain(Regressor, training_loader(), subsets=[[2, 11], [5]], seeds=[3, 4], queries=queries(), engine="trainer",
+                trainer=make_trainer, output={str(tmp_path)!r}, progress=False)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("trainings-*"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(list(tmp_path.glob("trainings-*")))
+    assert 3 <= done < 6
+    with pytest.warns(UserWarning, match=f"{6 - done} trainings are missing"):
+        GroundTruth.load(tmp_path)
+    truth = retrained(output=tmp_path)
+    assert len(list(tmp_path.glob("trainings-*"))) == 6
+    torch.testing.assert_close(truth.measurements, retrained().measurements, rtol=1e-12, atol=1e-12)
