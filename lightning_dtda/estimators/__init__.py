@@ -16,6 +16,7 @@ from lightning_dtda.estimators.estimator import Estimate, Estimator, Plan, Quest
 from lightning_dtda.estimators.gradient_products import GradientCosine, GradientDot
 from lightning_dtda.estimators.influence import InfluenceFunctions
 from lightning_dtda.estimators.removals import Removals, resolve_removals
+from lightning_dtda.estimators.source import Source
 from lightning_dtda.estimators.tracin import TracIn
 from lightning_dtda.estimators.trak import TRAK
 from lightning_dtda.estimators.unrolled import UnrolledDifferentiation
@@ -39,6 +40,7 @@ __all__ = [
     "Plan",
     "Question",
     "Removals",
+    "Source",
     "Spectrum",
     "TracIn",
     "UnrolledDifferentiation",

@@ -104,9 +104,17 @@ class AtCheckpoints:
         versions = zip(*(responses for _, responses in answers), strict=True)
         return [Estimate(baselines, torch.stack(responses), drift) for responses in versions]
 
-    def objective(self, replay: Replay, step: int | None, share: float = _SHARE) -> Objective:
+    def objective(
+        self,
+        replay: Replay,
+        step: int | None,
+        share: float = _SHARE,
+        scale: Tensor | None = None,
+        decay: Tensor | None = None,
+    ) -> Objective:
         """Return the training objective of a run at a step, whose work gets a share of the memory."""
-        return Objective(replay, step, memory=self.memory_budget * GIB * share, chunks=self._chunks)
+        memory = self.memory_budget * GIB * share
+        return Objective(replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay)
 
     def replay(self, runs: Sequence[Run], question: Question) -> Replay:
         """Stack the runs."""

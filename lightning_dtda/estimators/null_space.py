@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature
-from lightning_dtda.estimators.curvatures.spectrum import Spectrum
+from lightning_dtda.estimators.curvatures.spectrum import Spectrum, fit_spectrum
 from lightning_dtda.estimators.forward import forward_sweep
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
@@ -18,9 +18,6 @@ from lightning_dtda.estimators.removals import LEAVE_ONE_OUT, resolve_removals
 from lightning_dtda.replay import Measurement, Replay, query_examples, resolve_measurement, training_examples
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB
-
-_FITTING = 'GaussNewton(solver="gram"), ExactHessian() or EKFAC()'
-"""Curvatures with a spectrum, for messages."""
 
 Data = LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any]
 
@@ -128,20 +125,5 @@ def _open(run: Run, module: LightningModule, data: Data, step: int | None) -> tu
 
 
 def _fit(curvature: Curvature, replay: Replay, step: int, memory_budget: float) -> Spectrum:
-    if getattr(curvature, "projection", None) is not None:
-        raise AttributionError(
-            f"{type(curvature).__name__}(projection={curvature.projection}) mixes the range with what is outside of "  # type: ignore[attr-defined]
-            "it. Leave projection out."
-        )
-    fitted = curvature.fit(Objective(replay, step, memory=memory_budget * GIB / 2))
-    if not isinstance(fitted, Spectrum):
-        raise AttributionError(
-            f"{type(curvature).__name__}({_arguments(curvature)}) is known by its products only: it has no spectrum, "
-            f"hence no range to project onto. Use {_FITTING}."
-        )
-    return fitted
-
-
-def _arguments(curvature: Curvature) -> str:
-    solver = getattr(curvature, "solver", None)
-    return "" if solver is None else f"solver={solver!r}"
+    objective = Objective(replay, step, memory=memory_budget * GIB / 2)
+    return fit_spectrum(curvature, objective, "hence no range to project onto")

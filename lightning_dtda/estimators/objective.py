@@ -48,6 +48,9 @@ class Objective:
         step: t; ``None`` is the end of the training.
         memory: Bytes that what is computed at once may take.
         chunks: How many examples at a time stay within it, as found for runs of the same shape before.
+        scale: s ``(P,)``, for other coordinates: of what follows, all derivatives are by :math:`\phi` at
+            :math:`\theta + s \odot \phi`, so that matrices are those of the parameters with s on either side.
+        decay: Added to :math:`\gamma` ``(P,)``.
 
     Raises:
         AttributionError: If the optimizer minimises by some parameters and maximizes by others.
@@ -60,6 +63,8 @@ class Objective:
         *,
         memory: float,
         chunks: dict[tuple[str, int], int] | None = None,
+        scale: Tensor | None = None,
+        decay: Tensor | None = None,
     ) -> None:
         step = replay.steps if step is None else step
         self.run = replay.runs[0]
@@ -70,15 +75,19 @@ class Objective:
         self._replay = replay
         self._buffers = {name: buffer[0] for name, buffer in buffers.items()}
         self._chunks = {} if chunks is None else chunks
+        self.scale = scale
         groups = replay.hyperparameters(max(step - 1, 0))
         self._sign = self._descended(groups)
-        self.penalty = torch.cat(
+        penalty = torch.cat(
             [
                 self.theta.new_full((part.stop - part.start,), replay.update.update.penalty(group))
                 for part, group in zip(replay.update.slices, groups, strict=True)
             ]
         )
-        r""":math:`\gamma` ``(P,)``."""
+        if scale is not None:
+            penalty = penalty * scale.square()
+        self.penalty = penalty if decay is None else penalty + decay
+        r""":math:`\gamma` ``(P,)``, in the coordinates that are asked for."""
 
     @property
     def size(self) -> int:
@@ -202,7 +211,17 @@ class Objective:
         return rows.flatten(0, 1), [(of_outputs.flatten(0, 1), of_inputs) for of_outputs, of_inputs in pairs]
 
     def materialize(self) -> LightningModule:
-        """Return a module, in evaluation mode, that holds the run's parameters and buffers."""
+        """Return a module, in evaluation mode, that holds the run's parameters and buffers.
+
+        Raises:
+            AttributionError: If other coordinates were asked for, of which a module knows nothing.
+        """
+        if self.scale is not None:
+            raise AttributionError(
+                f"The parameters of {self.run.path} move at different rates: the optimizer scales each gradient's "
+                "entries, or parameter groups have learning rates of their own. Kronecker factors have no such "
+                "matrix. Use GaussNewton() or ExactHessian()."
+            )
         return self._replay.module.materialize(self.theta, self._buffers)
 
     def network_inputs(self, network: Network, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -296,6 +315,8 @@ class Objective:
 
     def _of_one(self, theta: Tensor, example: Any, function: Callable[[Any, Any], Any]) -> Any:
         batch = map_tensors(lambda leaf: leaf.unsqueeze(0), example)
+        if self.scale is not None:
+            theta = self.theta + self.scale * (theta - self.theta)  # the same parameters, with derivatives by phi
         return self._replay.module.measure(theta, self._buffers, batch, function)
 
     def _mean(

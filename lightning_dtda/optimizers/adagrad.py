@@ -40,6 +40,14 @@ class Adagrad(Update):
         """Return the weight decay."""
         return penalty(hyperparameters)
 
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta / (1 + t \delta)`."""
+        return float(_rate(hyperparameters, step))
+
+    def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
+        """Return one over the denominator of the update."""
+        return 1 / (state[SUM].sqrt() + hyperparameters["eps"])
+
     def adjoint(
         self,
         theta: Tensor,

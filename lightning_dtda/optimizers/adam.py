@@ -52,6 +52,20 @@ class Adam(Update):
         """Return the weight decay, unless it is decoupled."""
         return 0.0 if self._is_decoupled(hyperparameters) else penalty(hyperparameters)
 
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta`: the mean of gradients has weights that sum up to one."""
+        return float(hyperparameters["lr"])
+
+    def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
+        """Return one over the denominator of the update."""
+        root = state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
+        return 1 / (root / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
+
+    def decoupled_decay(self, hyperparameters: Hyperparameters) -> float:
+        r"""Return :math:`\eta\gamma` where the decay is decoupled."""
+        decay = float(hyperparameters["lr"]) * float(hyperparameters["weight_decay"])
+        return decay if self._is_decoupled(hyperparameters) else 0.0
+
     def adjoint(
         self,
         theta: Tensor,

@@ -51,6 +51,17 @@ class RMSprop(Update):
         """Return the weight decay."""
         return penalty(hyperparameters)
 
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta / (1 - \mu)`."""
+        return float(hyperparameters["lr"]) / (1 - float(hyperparameters["momentum"]))
+
+    def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
+        """Return one over the denominator of the update."""
+        variance = state[SECOND_MOMENT]
+        if MEAN in state:
+            variance = add_product(variance, state[MEAN], state[MEAN], -1)
+        return 1 / (variance.sqrt() + hyperparameters["eps"])
+
     def adjoint(
         self,
         theta: Tensor,

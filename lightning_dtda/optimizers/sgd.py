@@ -52,6 +52,11 @@ class SGD(Update):
         """Return the weight decay."""
         return penalty(hyperparameters)
 
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta (1 - \tau) / (1 - \mu)`, the sum of a geometric series; Nesterov's has the same."""
+        rate, momentum = float(hyperparameters["lr"]), float(hyperparameters["momentum"])
+        return rate * (1 - float(hyperparameters["dampening"])) / (1 - momentum) if momentum else rate
+
     def adjoint(
         self,
         theta: Tensor,

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_dtda.errors import AttributionError
+
 State: TypeAlias = dict[str, Tensor]
 """The optimizer's state by torch's own names, e.g. ``momentum_buffer``; each tensor is shaped like the parameters."""
 
@@ -57,6 +59,33 @@ class Update(ABC):
         ``maximize``. Zero unless the class says otherwise: a decay that acts on parameters beside the gradient is no
         part of any objective.
         """
+        return 0.0
+
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        """Return how far a gradient moves the parameters in all, at this step and by momentum in later ones.
+
+        Its direction apart, see :meth:`preconditioner`.
+
+        Raises:
+            AttributionError: Unless the class says it.
+        """
+        raise AttributionError(
+            f"{type(self).__name__} does not say how far a gradient moves the parameters. Give its class the method "
+            "rate() (see lightning_dtda.optimizers.Update), or use UnrolledDifferentiation()."
+        )
+
+    def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor | None:
+        """Return what the step multiplies gradients by beside the rate, entry by entry ``(..., P)``; ``None`` is one.
+
+        Args:
+            state: The optimizer's state after the step.
+            hyperparameters: Of the step.
+            step: t.
+        """
+        return None
+
+    def decoupled_decay(self, hyperparameters: Hyperparameters) -> float:
+        """Return the share of the parameters that the step takes away beside the gradient's."""
         return 0.0
 
     def adjoint(

@@ -168,6 +168,20 @@ def test_several_dampings_are_answered_from_one_fit(record, tmp_path, capsys):
     assert "UnrolledDifferentiation has no damping" in " ".join(capsys.readouterr().err.split())
 
 
+def test_an_estimator_s_curvature_is_an_option_too(record, tmp_path):
+    root = record("--seeds", "2")
+    question = ["--ensemble", str(root), "--measurement", "prediction", "--queries.indices=[0]"]
+    estimator = ["--estimator", "Source", "--estimator.curvature", "GaussNewton"]
+    for segments in ("2", "[1, 3]"):
+        output = str(tmp_path / f"answer-{segments[0]}")
+        arguments = [f"--estimator.segments={segments}", "--estimator.curvature.cutoff", "1e-5"]
+        main(["attribute", *question, "--output", output, *estimator, *arguments])
+        found = Attribution.load(output)
+        assert found.about["estimator"]["segments"] == json.loads(segments)
+        assert found.about["estimator"]["curvature"]["cutoff"] == 1e-5
+        assert bool(found.responses.any())
+
+
 def test_groups_are_read_from_a_file_and_a_step_is_asked_for(record, tmp_path, capsys):
     root = record("--seeds", "2")
     groups = {"old": [0, 5, 9], "young": [1]}

@@ -29,7 +29,8 @@ class Identity(Curvature):
 
     @override
     def fit(self, objective: Objective) -> DiagonalSpectrum:
-        return DiagonalSpectrum(objective.theta.new_ones(objective.size))
+        ones = objective.theta.new_ones(objective.size)
+        return DiagonalSpectrum(ones if objective.scale is None else objective.scale.square())
 
     @override
     def passes(self, objective: Objective) -> float:

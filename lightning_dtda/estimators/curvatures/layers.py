@@ -66,6 +66,8 @@ def outer_products(network: Network, objective: Objective) -> list[Layer]:
     Those are called with one vector for an example, and their weight is used nowhere else. Whether it is (a decoder
     with the transposed weight of its encoder would), is seen from the first example's derivatives.
     """
+    if objective.scale is not None:
+        return []  # what is scaled entry by entry is no outer product any more
     candidates = layers_of(objective.materialize(), network, objective, (nn.Linear,))
     if not candidates:
         return []

@@ -10,7 +10,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.curvatures.curvature import FittedCurvature, Solution
+from lightning_dtda.estimators.curvatures.curvature import Curvature, FittedCurvature, Solution
+from lightning_dtda.estimators.objective import Objective
+
+_FITTING = 'GaussNewton(solver="gram"), ExactHessian() or EKFAC()'
+"""Curvatures with a spectrum, for messages."""
 
 _ROUNDING = 16
 """Units in the last place of the largest eigenvalue that a negative one may be wrong by; at most 6 were seen."""
@@ -67,6 +71,33 @@ class Spectrum(FittedCurvature):
         """Return the projection of vectors ``(Q, P)`` onto the range of the matrix."""
         floor = self.cutoff * self.largest_eigenvalue
         return self.apply(lambda values: (values.abs() > floor).to(values), vectors)
+
+
+def fit_spectrum(curvature: Curvature, objective: Objective, without: str) -> Spectrum:
+    """Fit a curvature that has a spectrum of the parameters' own dimension.
+
+    Args:
+        curvature: The curvature.
+        objective: What it is fitted to.
+        without: What cannot be had without a spectrum, for the error.
+
+    Raises:
+        AttributionError: If it has none, or one of projected gradients.
+    """
+    if getattr(curvature, "projection", None) is not None:
+        raise AttributionError(
+            f"{type(curvature).__name__}(projection={curvature.projection}) mixes the range with what is outside of "  # type: ignore[attr-defined]
+            "it. Leave projection out."
+        )
+    fitted = curvature.fit(objective)
+    if not isinstance(fitted, Spectrum):
+        solver = getattr(curvature, "solver", None)
+        arguments = "" if solver is None else f"solver={solver!r}"
+        raise AttributionError(
+            f"{type(curvature).__name__}({arguments}) is known by its products only: it has no spectrum, {without}. "
+            f"Use {_FITTING}."
+        )
+    return fitted
 
 
 def pseudo_inverse(floor: float) -> Function:
