@@ -30,6 +30,11 @@ def influence(curvature: str, **settings: object) -> Estimator:
     return estimators.InfluenceFunctions(curvature=getattr(estimators, curvature)(**settings))
 
 
+def source(segments: int, curvature: str = "GaussNewton") -> Estimator:
+    """Return approximate unrolling with a curvature of ``lightning_dtda.estimators``."""
+    return estimators.Source(segments, curvature=getattr(estimators, curvature)())
+
+
 # called for their result only in the process that needs it
 METHODS: dict[str, Callable[[], Estimator]] = {
     "gram": lambda: influence("GaussNewton"),
@@ -40,6 +45,12 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "hessian-cg-10": lambda: influence("Hessian", solver="cg", iterations=10),
     "ekfac": lambda: influence("EKFAC"),
     "ekfac-1e-4": lambda: influence("EKFAC", damping=1e-4),
+    "source-1": lambda: source(1),
+    "source-3": lambda: source(3),
+    "source-6": lambda: source(6),
+    "source-ekfac-1": lambda: source(1, "EKFAC"),
+    "source-ekfac-3": lambda: source(3, "EKFAC"),
+    "source-ekfac-6": lambda: source(6, "EKFAC"),
     "unrolled": UnrolledDifferentiation,
 }
 
