@@ -22,7 +22,6 @@ from lightning_dtda.estimators.curvatures.root import Root
 from lightning_dtda.estimators.curvatures.solvers import (
     check_iterations,
     conjugate_gradients,
-    largest_eigenvalue,
     mean_eigenvalue,
 )
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
@@ -115,8 +114,8 @@ class GaussNewton(Curvature):
 
 
 _ROUNDING = 0.1
-"""Largest eigenvalue over the damping, in units in the last place, at which solutions by the identity of Woodbury are
-refused: the order of their relative error, of which a tenth (a large model) to ten times (a small one) was seen."""
+"""Relative error by rounding, of the root's product with it, from which on a solution by the identity of Woodbury is
+refused: it is the difference of two vectors that are the longer the smaller the damping."""
 
 
 class ImplicitGaussNewton(FittedCurvature):
@@ -259,24 +258,17 @@ class GramMatrix(Spectrum):
         vectors = vectors if self._projection is None else self._projection.forward(vectors)
         scale = 1 / damped[self._groups]
         gram = torch.einsum("gij,g->ij", self._grams, 1 / damped)
-        self._refuse_rounding(gram, damping)
         gram.diagonal().add_(1)
         # a third of the work of eigenvectors, and for many dampings still less
-        weights = torch.cholesky_solve(self._root.times(vectors * scale), torch.linalg.cholesky(gram))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        weights = torch.cholesky_solve(self._root.times(vectors * scale), factor)
         solution = (vectors - self._root.transposed(weights).div_(self._objective.examples)).mul_(scale)
-        return Solution(solution if self._projection is None else self._projection.transpose(solution))
-
-    def _refuse_rounding(self, gram: Tensor, damping: float) -> None:
-        """Refuse a damping so small that of the difference of two long vectors, the solution, rounding is left.
-
-        Args:
-            gram: The Gram matrix over damping and weight decay.
-            damping: The damping.
-        """
-        ratio = largest_eigenvalue(lambda vectors: vectors @ gram, gram[0])
-        if not ratio * torch.finfo(gram.dtype).eps <= _ROUNDING:
+        # the weights are the root's product with the solution, had without its cancellation
+        error = (self._root.times(solution) - weights).norm()
+        if bool(failed) or not bool(error <= _ROUNDING * weights.norm()):
             raise AttributionError(
-                f"Damping {damping:.3g} is so far below the largest eigenvalue, by a factor of {ratio:.2g}, that "
-                f"rounding would decide on the responses of {self._objective.run.path}. Give a larger damping, 0 for "
-                'the pseudo-inverse, or compute in double (precision="float64").'
+                f"With damping {damping:.3g}, rounding would decide on the responses of {self._objective.run.path}: it "
+                "is too far below the largest eigenvalue. Give a larger damping, 0 for the pseudo-inverse, or compute "
+                'in double (precision="float64").'
             )
+        return Solution(solution if self._projection is None else self._projection.transpose(solution))

@@ -165,8 +165,6 @@ def largest_eigenvalue(products: Products, theta: Tensor) -> float:
     for _ in range(_POWERS):
         vector = products(vector / vector.norm())
         size = float(vector.norm())
-        if size == 0:
-            break
     return _ABOVE * size
 
 
