@@ -65,3 +65,25 @@ class Projection:
             generator.manual_seed(self._seed * 1_000_003 + number)
             signs = torch.randint(2, (columns.stop - columns.start, self.dimension), generator=generator)
             yield columns, (signs.to(like) * 2 - 1).mul_(self.dimension**-0.5)
+
+
+def projection_to(dimension: int | None, size: int, seed: int = 0) -> Projection | None:
+    """Return a projection to so many dimensions; ``None`` if there is none to make.
+
+    Args:
+        dimension: k; ``None`` leaves vectors as they are, as does a k that is not below P, which would add noise only.
+        size: P.
+        seed: Of the projection.
+    """
+    return None if dimension is None or dimension >= size else Projection(size, dimension, seed)
+
+
+def check_dimension(dimension: int | None) -> int | None:
+    """Return a number of dimensions that can be one.
+
+    Raises:
+        AttributionError: If it cannot.
+    """
+    if dimension is None or (isinstance(dimension, int) and not isinstance(dimension, bool) and dimension >= 1):
+        return dimension
+    raise AttributionError(f"projection={dimension!r}; give a positive number of dimensions, or None.")

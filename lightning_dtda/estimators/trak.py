@@ -16,7 +16,7 @@ from lightning_dtda.estimators.curvatures.exact_hessian import DenseSpectrum
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.estimators.projection import Projection
+from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.replay.measurements import loss
 from lightning_dtda.trajectory import Run
@@ -77,12 +77,8 @@ class TRAK(Estimator):
         precision: Precision = "recorded",
         memory_budget: float = 1.0,
     ) -> None:
-        if projection is not None and (
-            isinstance(projection, bool) or not isinstance(projection, int) or projection < 1
-        ):
-            raise AttributionError(f"projection={projection!r}; give a positive number of dimensions, or None.")
         self._work = AtCheckpoints(precision, memory_budget)
-        self.projection = projection
+        self.projection = check_dimension(projection)
         self.damping = check_damping(damping)
         self.seed = seed
         self.precision = precision
@@ -126,8 +122,7 @@ class TRAK(Estimator):
         """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
         objective = self._work.objective(replay, question.step, share=_GRADIENTS)
         replay.check_step(objective.step - 1)
-        dimension = self._dimension(objective.size)
-        projection = Projection(objective.size, dimension, self.seed) if dimension < objective.size else None
+        projection = projection_to(self.projection, objective.size, self.seed)
         features, slopes = _of_examples(replay, objective, question, projection)
         kernel = DenseSpectrum(features.T @ features / objective.examples, None)
         damping = self._resolved_damping(kernel.mean_eigenvalue)

@@ -26,7 +26,7 @@ from lightning_dtda.estimators.curvatures.solvers import (
 )
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.estimators.projection import Projection
+from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
 from lightning_dtda.replay.network import Network
 from lightning_dtda.units import human_bytes
 
@@ -58,7 +58,8 @@ class GaussNewton(Curvature):
         cutoff: Share of the largest eigenvalue below which the pseudo-inverse takes one for zero; ``None`` is N C
             times the rounding of the precision.
         projection: Dimensions that gradients are projected to at random, so that the root fits the memory; see
-            ``lightning_dtda.estimators.projection.Projection``. ``None`` is all of them.
+            ``lightning_dtda.estimators.projection.Projection``. ``None``, or a model of no more parameters, is all of
+            them.
         seed: Of the projection.
         network: The name of the submodule whose outputs count; ``None`` finds it, see
             ``lightning_dtda.replay.network.Network``.
@@ -88,21 +89,19 @@ class GaussNewton(Curvature):
         self.iterations = iterations
         self.tolerance = tolerance
         self.cutoff = check_cutoff(cutoff)
-        self.projection = projection
+        self.projection = check_dimension(projection)
         self.seed = seed
         self.network = network
 
     @override
     def fit(self, objective: Objective) -> FittedCurvature:
         network = objective.find_network(self.network)
-        projection = None
-        if self.projection is not None:
-            projection = Projection(objective.size, self.projection, self.seed)
-            if len(objective.penalty.unique()) > 1:
-                raise AttributionError(
-                    f"The parameters of {objective.run.path} have different weight decays, which a projection mixes. "
-                    "Leave projection out, or use EKFAC()."
-                )
+        projection = projection_to(self.projection, objective.size, self.seed)
+        if projection is not None and len(objective.penalty.unique()) > 1:
+            raise AttributionError(
+                f"The parameters of {objective.run.path} have different weight decays, which a projection mixes. Leave "
+                "projection out, or use EKFAC()."
+            )
         if self.solver == "cg":
             return ImplicitGaussNewton(objective, network, projection, self.iterations, self.tolerance)
         return GramMatrix(objective, network, projection, self.cutoff)
