@@ -121,6 +121,7 @@ class Trained:
 @pytest.fixture
 def trained(fit, tmp_path):
     """Train and record a module."""
+    pl.seed_everything(3, verbose=False)  # a test makes its modules before it has them trained
 
     def _trained(module, steps=12, root="runs", **arguments):
         pl.seed_everything(3, verbose=False)
