@@ -23,9 +23,7 @@ class Linear(Classifier):
         return self.net(inputs).squeeze(-1)
 
     def training_step(self, batch, batch_idx):
-        outputs = self(batch[0])
-        # a term without slope or curvature, so that there is a Hessian to be multiplied with
-        return ((batch[1] - 1) * outputs + 0 * outputs**2).mean()
+        return ((batch[1] - 1) * self(batch[0])).mean()
 
     def configure_optimizers(self):
         groups = [{"params": [self.net.weight]}, {"params": [self.net.bias], "lr": 0.5}]
