@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,11 +58,11 @@ class ResponseTracker(Callback):
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], tolerance: float = 1e-3) -> None:
-        if not groups or not all(len(group) for group in groups):
-            raise RecordingError("groups must be lists of data set indices, at least one of them and none empty.")
         if tolerance <= 0:
             raise RecordingError(f"tolerance={tolerance!r} must be positive.")
-        self.groups = [sorted({int(index) for index in group}) for group in groups]
+        self.groups = [_indices(group) for group in groups]
+        if not self.groups:
+            raise RecordingError("groups must be lists of data set indices, at least one of them.")
         self.tolerance = tolerance
         self._tap: BatchTap | None = None
         self._tracking: ResponseTracking | None = None
@@ -242,6 +243,22 @@ class ResponseTracker(Callback):
         if self._tracking is None:
             raise RecordingError("No training was followed yet. Fit with the tracker among the Trainer's callbacks.")
         return self._tracking
+
+
+def _indices(group: Sequence[int]) -> list[int]:
+    """Return a group's indices in order."""
+    given = group.tolist() if hasattr(group, "tolist") else list(group)
+    try:
+        indices = sorted(map(operator.index, given))  # not int(): 1.5 is no index
+    except TypeError as error:
+        raise RecordingError(f"The group {group!r} is no list of data set indices.") from error
+    if any(isinstance(index, bool) for index in given):
+        raise RecordingError(f"The group {group!r} is a mask. Give the indices of its examples.")
+    if not indices:
+        raise RecordingError("groups must be lists of data set indices, none of them empty.")
+    if len(set(indices)) != len(indices):
+        raise RecordingError(f"The group {group!r} has an example twice; it can be removed once. Give each index once.")
+    return indices
 
 
 def _resumed(state: dict[str, Any] | None, like: Tensor) -> dict[str, Any]:

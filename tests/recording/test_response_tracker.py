@@ -216,7 +216,16 @@ def test_a_training_that_resumes_goes_on_with_its_responses(fit, tmp_path):
 
 @pytest.mark.parametrize(
     ("groups", "message"),
-    [([], "at least one"), ([[]], "none empty"), ([[12]], "not of the 12 training examples"), ([[-1]], "not of the")],
+    [
+        ([], "at least one"),
+        ([[]], "none of them empty"),
+        ([[12]], "not of the 12 training examples"),
+        ([[-1]], "not of the"),
+        ([[1.5]], "no list of data set indices"),
+        ([[True, False, True]], "is a mask"),
+        (torch.tensor([[True, False]]), "is a mask"),
+        ([[3, 5, 3]], "an example twice"),
+    ],
     ids=str,
 )
 def test_groups_that_are_none_are_refused(fit, groups, message):
