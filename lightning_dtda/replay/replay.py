@@ -45,7 +45,8 @@ class Replay:
             mixed precision is allowed for on top: replays compute in the precision of the parameters.
 
     Raises:
-        ReplayError: If the runs do not fit together, or the module or the data do not fit the runs.
+        ReplayError: If the runs do not fit together, the module or the data do not fit the runs, or the device does
+            not compute in the precision.
     """
 
     def __init__(
@@ -71,6 +72,10 @@ class Replay:
         self.recorded_dtype = first.manifest.torch_dtype
         self.dtype = self.recorded_dtype if precision == "recorded" else torch.float64
         self.device = torch.device(module.device if device is None else device)
+        if self.dtype == torch.float64 and self.device.type == "mps":
+            raise ReplayError(
+                'The device "mps" does not compute in double. Give device="cpu", or the precision that was recorded.'
+            )
         self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
         self._tolerance = tolerance

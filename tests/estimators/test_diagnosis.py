@@ -9,7 +9,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.estimators.diagnosis import diagnose
+from lightning_dtda.estimators.estimator import Diagnosis
 from lightning_dtda.optimizers.adam import Adam
+from lightning_dtda.replay import Replay, training_examples
 from tests.regression import CoupledRegressor, WeightedRegressor, loader, weighted_data
 
 
@@ -49,6 +53,18 @@ def test_responses_of_a_sound_training_are_sound(fit, tmp_path, dtype):
     assert answer.ill_conditioned == ()
     for number, run in enumerate(answer.runs):
         assert answer.about["largest_response"][run] == pytest.approx(float(answer.responses[number].abs().max()))
+
+
+def test_a_device_without_double_precision_has_no_diagnosis(fit, tmp_path):
+    ensemble, module, data = record(fit, tmp_path)
+    runs, examples = list(ensemble), training_examples(data)
+
+    def make(runs, precision):
+        return Replay(runs, module, examples, precision=precision, device="mps")
+
+    assert diagnose(runs, make) == [Diagnosis(None, None)] * 2
+    with pytest.raises(ReplayError, match=r'"mps" does not compute in double\. Give device="cpu"'):
+        make(runs, "float64")
 
 
 def with_batch_norm():
