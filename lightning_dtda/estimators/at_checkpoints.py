@@ -80,9 +80,10 @@ class AtCheckpoints:
             for alike in [list(group)]
             for start in range(0, len(alike), _TOGETHER)
         ]
-        objective.slopes(objective.theta.new_ones(chunk, objective.size))  # finds the chunks' size, and warms up
+        vectors_of_chunk = objective.theta.new_ones(chunk, objective.size)
+        objective.slopes(vectors_of_chunk).sum().item()  # finds the chunks' size, and warms up
         started = time.perf_counter()
-        objective.slopes(objective.theta.new_ones(chunk, objective.size))
+        objective.slopes(vectors_of_chunk).sum().item()  # waits for the device
         seconds = (time.perf_counter() - started) * passes(objective)
         return Plan(
             batches=tuple(batches),
@@ -92,12 +93,21 @@ class AtCheckpoints:
         )
 
     def estimates(self, runs: Sequence[Run], question: Question, advance: Advance, answer: Answer) -> list[Estimate]:
-        """Ask for an answer run by run, and return an estimate for each version of the responses."""
+        """Ask for an answer run by run, and return an estimate for each version of the responses.
+
+        Raises:
+            AttributionError: If a run's responses are not finite.
+        """
         replay = self.replay(runs, question)
         answers, drift = [], []
         for number, run in enumerate(runs):
             alone = replay.alone(number)
             answers.append(answer(alone))
+            if not all(bool(torch.isfinite(responses).all()) for responses in answers[-1][1]):
+                raise AttributionError(
+                    f"The responses of {run.path} are not finite: they overflowed. Give a larger damping where there "
+                    'is one, try precision="float64", or leave the run out.'
+                )
             drift.append(alone.drift[0])
             advance(run.steps)
         baselines = torch.stack([baseline for baseline, _ in answers])

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.attribution import attribute_dampings
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian
+from lightning_dtda.estimators import Curvature, ExactHessian, GaussNewton, Hessian
+from lightning_dtda.estimators.curvatures.identity import DiagonalSpectrum
 
 DECAY = 0.3
 
@@ -194,3 +195,17 @@ def test_queries_of_another_shape_are_refused(converged):
     wrong = TensorDataset(torch.zeros(2, 5, dtype=torch.float64), torch.zeros(2, dtype=torch.float64))
     with pytest.raises(AttributionError, match="The measurement fails"):
         ask((ensemble, data, wrong), InfluenceFunctions())
+
+
+class Overflowing(Curvature):
+    """Has an inverse that is not finite."""
+
+    damping = 0.1
+
+    def fit(self, objective):
+        return DiagonalSpectrum(torch.full_like(objective.theta, torch.nan))
+
+
+def test_responses_that_are_not_finite_are_refused(converged):
+    with pytest.raises(AttributionError, match=r"seed-0000 are not finite: they overflowed\. Give a larger damping"):
+        ask(converged, InfluenceFunctions(Overflowing()))
