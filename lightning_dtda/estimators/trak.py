@@ -126,7 +126,7 @@ class TRAK(Estimator):
         features, slopes = _of_examples(replay, objective, question, projection)
         kernel = DenseSpectrum(features.T @ features / objective.examples, None)
         damping = self._resolved_damping(kernel.mean_eigenvalue)
-        weighted = features.mul_(slopes[:, None]).T / objective.examples
+        weighted = features.mul_((slopes / objective.examples)[:, None]).T
         queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         baselines, responses = [], []
         for chunk in torch.arange(len(queries)).split(plan.queries_per_chunk):
@@ -155,14 +155,16 @@ def _of_examples(
     replay: Replay, objective: Objective, question: Question, projection: Projection | None
 ) -> tuple[Tensor, Tensor]:
     r"""Return the examples' features ``(N, k)`` and :math:`\partial l / \partial f` ``(N,)``."""
-    features, slopes = [], []
+    width = objective.size if projection is None else projection.dimension
+    features = objective.theta.new_empty(objective.examples, width)
+    slopes = []
     for indices, of_losses in objective.gradients():
         _, found, _ = measure(replay, replay.examples.fetch(indices), question.measurement, question.step)
         of_outputs = found[0]
         squares = of_outputs.square().sum(1)
         slopes.append(torch.where(squares > 0, (of_losses * of_outputs).sum(1) / squares, 0))
-        features.append(_projected(of_outputs, projection))
-    return torch.cat(features), torch.cat(slopes)
+        features[int(indices[0]) : int(indices[-1]) + 1] = _projected(of_outputs, projection)
+    return features, torch.cat(slopes)
 
 
 def _projected(gradients: Tensor, projection: Projection | None) -> Tensor:
