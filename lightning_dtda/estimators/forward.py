@@ -171,6 +171,8 @@ def forward_memory(replay: Replay, queries: int, removals: int) -> tuple[float, 
     # parameters and state twice, before and after; the responses, and what is kept to join the chunks
     per_run = max(peaks[0] - per_removal, 0) + 2 * (1 + states) * vector
     per_run += 2 * queries * removals * replay.dtype.itemsize
+    # which examples the removals have, all of them at once
+    per_run += removals * len(replay.examples) * replay.dtype.itemsize
     return per_run, per_removal + (1 + states) * vector
 
 

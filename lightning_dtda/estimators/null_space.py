@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -64,8 +65,14 @@ def range_share(
     replay, step = _open(run, module, data, step)
     spectrum = _fit(curvature, replay, step, memory_budget)
     examples = query_examples(queries).to((replay.recorded_dtype, replay.dtype), replay.device)
-    gradients = measure(replay, examples.all(), resolve_measurement(measurement)[1], step)[1][0]
-    return spectrum.project(gradients).square().sum(1) / gradients.square().sum(1)
+    _, function = resolve_measurement(measurement)
+    # gradients and projections, and as much again on the way to each
+    size = max(1, int(memory_budget * GIB / 2 / (4 * replay.layout.size * replay.dtype.itemsize)))
+    shares = []
+    for numbers in torch.arange(len(examples)).split(size):
+        gradients = measure(replay, examples.fetch(numbers), function, step)[1][0]
+        shares.append(spectrum.project(gradients).square().sum(1) / gradients.square().sum(1))
+    return torch.cat(shares)
 
 
 def null_space_response(

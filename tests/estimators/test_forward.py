@@ -10,7 +10,7 @@ from torch.utils.data import TensorDataset
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import unrolled
-from lightning_dtda.estimators.forward import estimate_forward, forward_sweep
+from lightning_dtda.estimators.forward import estimate_forward, forward_memory, forward_sweep
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.replay import Replay, resolve_measurement, training_examples
 from tests.estimators.test_finite_differences import (
@@ -310,6 +310,11 @@ def test_what_does_not_fit_the_memory_is_refused_before_it_starts(fit, tmp_path)
     record(fit, tmp_path, sgd(), max_epochs=1)
     with pytest.raises(AttributionError, match="One removal of one run needs"):
         answer(tmp_path, sgd(), mode="forward", memory_budget=1e-7)
+
+
+def test_the_members_of_many_removals_count_as_memory(replay):
+    few, many = (forward_memory(replay, 1, removals)[0] for removals in (10, 100_010))
+    assert many - few > 100_000 * len(replay.examples) * replay.dtype.itemsize
 
 
 def test_arguments_that_do_not_go_together_are_refused():

@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian
+from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian, null_space
+from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.null_space import null_space_response, range_share
 from tests.estimators.curvatures.conftest import Regressor, trained  # noqa: F401 (a fixture)
 
@@ -114,6 +115,21 @@ def test_gradients_of_predictions_on_training_examples_are_inside_the_range(trai
     # they are combinations of the rows of the Gauss-Newton matrix's root
     share = range_share(run.ensemble[0], Regressor(), run.data, run.data, prediction, GaussNewton())
     torch.testing.assert_close(share, torch.ones_like(share), rtol=1e-6, atol=0)
+
+
+def test_queries_are_measured_as_many_at_once_as_the_memory_holds(trained, monkeypatch):
+    run, counts = trained(Regressor()), []
+
+    def counted(replay, batch, *arguments):
+        counts.append(len(batch[0]))
+        return measure(replay, batch, *arguments)
+
+    monkeypatch.setattr(null_space, "measure", counted)
+    arguments = run.ensemble[0], Regressor(), run.data, queries(1000), prediction, GaussNewton(cutoff=CUTOFF)
+    whole, parts = range_share(*arguments), range_share(*arguments, memory_budget=2**-12)
+    # of a quarter of a MiB, half; four vectors of 37 numbers for each
+    assert counts == [1000, 110, 110, 110, 110, 110, 110, 110, 110, 110, 10]
+    torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_curvatures_without_a_spectrum_are_refused(trained):
