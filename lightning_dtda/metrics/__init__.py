@@ -1,0 +1,13 @@
+"""Is an attribution right? Scores against retraining, with what noise allows and how sure they are."""
+
+from lightning_dtda.metrics.agreement import LeaveOneOutCorrelation, LinearDatamodelingScore
+from lightning_dtda.metrics.functional import Brittleness, brittleness
+from lightning_dtda.metrics.mislabelled import MislabelDetection
+
+__all__ = [
+    "Brittleness",
+    "LeaveOneOutCorrelation",
+    "LinearDatamodelingScore",
+    "MislabelDetection",
+    "brittleness",
+]

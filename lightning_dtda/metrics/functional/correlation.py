@@ -1,0 +1,61 @@
+"""Correlations over removals, of many queries at a time."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Correlation = Literal["spearman", "pearson"]
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Rank along the last dimension from 1 up, ties by their mean rank; float64, in which ranks and halves are exact.
+
+    Example:
+        >>> ranks(torch.tensor([0.5, 2.0, 0.5, -1.0]))
+        tensor([2.5000, 4.0000, 2.5000, 1.0000], dtype=torch.float64)
+    """
+    values = values.contiguous()
+    ascending = values.sort(-1).values
+    below = torch.searchsorted(ascending, values)
+    not_above = torch.searchsorted(ascending, values, right=True)
+    return (below + not_above + 1).double() / 2
+
+
+def correlations(predicted: Tensor, real: Tensor, correlation: Correlation = "spearman") -> Tensor:
+    r"""Correlate over the last dimension, for each of the other positions.
+
+    .. math:: \rho = \frac{\sum_k (a_k - \bar a)(b_k - \bar b)}{\lVert a - \bar a \rVert\, \lVert b - \bar b \rVert}
+
+    with a and b the influences, or their ranks for Spearman's. Not by torchmetrics' functions, which rank in single
+    precision, add a constant to the denominator, give 0 for truth that is constant, and take one column at a time.
+
+    Args:
+        predicted: ``(..., removals)``.
+        real: ``(..., removals)``.
+        correlation: ``"spearman"`` or ``"pearson"``.
+
+    Returns:
+        ``(...)``, float64. Where the real influence is the same for all removals there is nothing to predict: NaN.
+        Where only the predicted one is, it predicts nothing: 0.
+
+    Example:
+        >>> correlations(torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]), torch.tensor([0.0, 5.0, 1.0]))
+        tensor([0.5000, 0.0000], dtype=torch.float64)
+    """
+    unit = [_centred(ranks(values) if correlation == "spearman" else values.double()) for values in (predicted, real)]
+    found = (unit[0] * unit[1]).sum(-1).clamp(-1, 1)
+    found = found.masked_fill(is_constant(predicted), 0)
+    return found.masked_fill(is_constant(real), torch.nan)
+
+
+def is_constant(values: Tensor) -> Tensor:
+    """Say where all values along the last dimension are equal ``(...)``."""
+    return values.amax(-1) == values.amin(-1)
+
+
+def _centred(values: Tensor) -> Tensor:
+    centred = values - values.mean(-1, keepdim=True)
+    return centred / centred.norm(dim=-1, keepdim=True)
