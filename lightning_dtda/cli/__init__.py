@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dtda record | attribute | check | report | demo``, each a call of one function."""
+"""The command line: ``lightning-dtda record | attribute | evaluate | ...``, each a call of one function."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_dtda.version import __version__
 COMMANDS = {
     "record": "train a LightningCLI configuration over many seeds and record every step",
     "attribute": "predict what removing each training example does to the measurements of an ensemble",
+    "evaluate": "compare what attributions predict with what retraining shows",
     "check": "see whether attributions of an ensemble can be trusted",
     "report": "write an attribution as one HTML file",
     "demo": "record, attribute and report 20 seeds on scikit-learn's diabetes data",

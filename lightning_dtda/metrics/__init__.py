@@ -1,13 +1,17 @@
 """Is an attribution right? Scores against retraining, with what noise allows and how sure they are."""
 
 from lightning_dtda.metrics.agreement import LeaveOneOutCorrelation, LinearDatamodelingScore
+from lightning_dtda.metrics.evaluating import Evaluation, Score, evaluate
 from lightning_dtda.metrics.functional import Brittleness, brittleness
 from lightning_dtda.metrics.mislabelled import MislabelDetection
 
 __all__ = [
     "Brittleness",
+    "Evaluation",
     "LeaveOneOutCorrelation",
     "LinearDatamodelingScore",
     "MislabelDetection",
+    "Score",
     "brittleness",
+    "evaluate",
 ]
