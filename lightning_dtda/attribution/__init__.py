@@ -5,7 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Difference, Mean, Variance, Wasserstein, jackknife
+from lightning_dtda.attribution.differences import (
+    Difference,
+    Energy,
+    GaussianKL,
+    Mean,
+    Quantile,
+    SlicedWasserstein,
+    Tail,
+    Variance,
+    Wasserstein,
+    jackknife,
+)
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attributing import attribute, attribute_dampings
@@ -13,7 +24,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "Difference",
+    "Energy",
+    "GaussianKL",
     "Mean",
+    "Quantile",
+    "SlicedWasserstein",
+    "Tail",
     "Variance",
     "Wasserstein",
     "attribute",

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from lightning_dtda.attribution.differences import (
     DIFFERENCES,
+    PAPERS,
     Difference,
+    JointDifference,
     Mean,
+    SlicedWasserstein,
     bootstrap,
     jackknife,
     resolve_difference,
@@ -39,6 +42,9 @@ Runs = Literal["trusted", "all"]
 ENOUGH_RUNS = 8
 """Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
 influence and its error cannot be told apart reliably; a warning says so."""
+
+_AT_ONCE = 2**20
+"""Samples of removals that are compared at once: 8 MiB in double precision, a few times that while they are sorted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,9 +142,12 @@ class Attribution:
 
     @property
     def available_differences(self) -> list[str]:
-        """Names of the built-in differences for which there are enough runs."""
+        """Names of the paper's differences for which there are enough runs: those that tables and reports have.
+
+        :meth:`influence` takes others too.
+        """
         runs = len(self.runs) - len(self.chaotic)
-        return [name for name, difference in DIFFERENCES.items() if runs >= difference.least_runs]
+        return [name for name in PAPERS if runs >= DIFFERENCES[name].least_runs]
 
     def predict(self, removed: Sequence[int | str]) -> Tensor:
         r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
@@ -159,8 +168,9 @@ class Attribution:
         """Return the distributional influence of every single removal, or of some that are made together.
 
         Args:
-            difference: ``mean``, ``variance``, ``wasserstein``, a class's import path, or a
-                :class:`~lightning_dtda.attribution.differences.Difference`, such as ``Mean("median")``.
+            difference: ``mean``, ``variance``, ``wasserstein``, ``energy``, ``quantile``, ``tail``, ``gaussian_kl``, a
+                class's import path, or a :class:`~lightning_dtda.attribution.differences.Difference`, such as
+                ``Mean("median")`` or ``Tail(0.8)``.
             removed: Training examples, or groups, as for :meth:`predict`; ``None`` is each on its own.
             runs: The ``"trusted"`` ones, without those that :attr:`chaotic` names; or ``"all"``.
 
@@ -184,6 +194,45 @@ class Attribution:
         """
         selected = self._selected(runs)
         return selected._standard_error(selected._difference(difference), removed)
+
+    def joint_influence(
+        self,
+        difference: JointDifference | None = None,
+        queries: Sequence[int] | None = None,
+        removed: Sequence[int | str] | None = None,
+        runs: Runs = "trusted",
+    ) -> Tensor:
+        """Return the influence of removals on the joint distribution of the measurements of several queries.
+
+        The measurements of a run, one on each query, are one sample of several dimensions. How they go together may
+        change while each of them is distributed as before.
+
+        Args:
+            difference: Between joint distributions; ``None`` is
+                :class:`~lightning_dtda.attribution.differences.SlicedWasserstein`.
+            queries: Positions of the queries; ``None`` is all of them.
+            removed: As for :meth:`influence`.
+            runs: As for :meth:`influence`.
+
+        Returns:
+            ``(removals,)``, or ``()`` for those made together; float64.
+
+        Raises:
+            AttributionError: If there is no such query, or the removals cannot be made together.
+        """
+        selected, chosen = self._selected(runs), difference or SlicedWasserstein()
+        return selected._jointly(lambda baseline, predicted: chosen(baseline, predicted), queries, removed)
+
+    def joint_standard_error(
+        self,
+        difference: JointDifference | None = None,
+        queries: Sequence[int] | None = None,
+        removed: Sequence[int | str] | None = None,
+        runs: Runs = "trusted",
+    ) -> Tensor:
+        """Return the jackknife's standard error of :meth:`joint_influence`; same arguments and shape."""
+        selected, chosen = self._selected(runs), difference or SlicedWasserstein()
+        return selected._jointly(lambda baseline, predicted: jackknife(chosen, baseline, predicted), queries, removed)
 
     def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
         """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
@@ -230,8 +279,7 @@ class Attribution:
 
         if k < 1:
             raise AttributionError(f"k={k}; give the number of removals to list, at least 1.")
-        if query is not None and not 0 <= query < len(self.queries):
-            raise AttributionError(f"There is no query at position {query}; they are 0 to {len(self.queries) - 1}.")
+        positions = range(len(self.queries)) if query is None else self._positions([query])
         selected = self._selected(runs)
         chosen, mean = selected._difference(difference), resolve_difference("mean")
         influence, error = selected._influence(chosen), selected._standard_error(chosen)
@@ -239,7 +287,6 @@ class Attribution:
         variance = torch.full_like(mean_shift, torch.nan)
         if len(selected.runs) > 1:
             variance = selected._influence(resolve_difference("variance"))
-        positions = range(len(self.queries)) if query is None else [query]
         rows = []
         for q in positions:
             order = influence[q].abs().argsort(descending=True)[:k]
@@ -355,14 +402,26 @@ class Attribution:
         return chosen
 
     def _each_query(self, function: Any, removed: Sequence[int | str] | None) -> Tensor:
-        # double: a change of the variance is a small difference of large squares. One query at a time: its memory
         responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
-        rows = []
-        for q in range(len(self.queries)):
-            baseline = self.baseline[:, q, None].double()
-            rows.append(function(baseline, baseline + responses[:, q].double()))
+        rows = [_in_parts(function, self.baseline, responses, query) for query in range(len(self.queries))]
         stacked = torch.stack(rows)
         return stacked if removed is None else stacked.squeeze(-1)
+
+    def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:
+        responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
+        positions = slice(None) if queries is None else self._positions(queries)
+        influence = _in_parts(function, self.baseline, responses, positions)
+        return influence if removed is None else influence.squeeze(-1)
+
+    def _positions(self, queries: Sequence[int]) -> list[int]:
+        positions = list(queries)
+        if outside := [query for query in positions if not 0 <= query < len(self.queries)]:
+            raise AttributionError(
+                f"There is no query at position {outside[0]}; they are 0 to {len(self.queries) - 1}."
+            )
+        if not positions or len(set(positions)) < len(positions):
+            raise AttributionError(f"queries={positions}; give positions of queries, at least one, each once.")
+        return positions
 
     def _response(self, removed: Sequence[int | str]) -> Tensor:
         names, members = self.removals, self.members
@@ -376,3 +435,15 @@ class Attribution:
             return {"example": position}
         group = self.about["removals"][position]
         return {"removal": group["name"], "size": len(group["examples"])}
+
+
+def _in_parts(function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int]) -> Tensor:
+    """Apply a difference to some queries of samples ``(runs, queries)`` and their changes: ``(removals,)``."""
+    # double: a change of the variance is a small difference of large squares. In parts: its memory
+    samples = baseline[:, queries, None].double()
+    size = max(1, _AT_ONCE // samples.numel())
+    # written in place: a list of small results between large intermediate ones breaks up the heap
+    influence = torch.empty(responses.shape[-1], dtype=torch.float64, device=responses.device)
+    for part, into in zip(responses.split(size, -1), influence.split(size), strict=True):
+        into.copy_(function(samples, samples + part[:, queries].double()))
+    return influence

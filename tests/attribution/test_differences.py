@@ -3,9 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from scipy.stats import wasserstein_distance
+from scipy.stats import energy_distance, wasserstein_distance
 
-from lightning_dtda.attribution.differences import Mean, Variance, Wasserstein, jackknife, resolve_difference
+from lightning_dtda.attribution.differences import (
+    Energy,
+    GaussianKL,
+    Mean,
+    Quantile,
+    Tail,
+    Variance,
+    Wasserstein,
+    jackknife,
+    resolve_difference,
+)
 from lightning_dtda.errors import AttributionError
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -37,13 +47,84 @@ def test_wasserstein_of_a_shift_is_the_shift():
     assert Wasserstein()(BASELINE, BASELINE + 2.5).item() == pytest.approx(2.5, rel=1e-12)
 
 
+def test_energy_is_scipys_and_the_mean_distances_of_its_definition():
+    x = BASELINE[:, 0].numpy()
+    for column, found in zip(PREDICTED.T.numpy(), Energy()(BASELINE, PREDICTED), strict=True):
+        assert found.item() == pytest.approx(energy_distance(x, column), rel=1e-12)
+        within = [np.abs(each[:, None] - each).mean() for each in (x, column)]
+        assert found.item() ** 2 == pytest.approx(2 * np.abs(x[:, None] - column).mean() - sum(within), rel=1e-10)
+
+
+def test_energy_of_equal_samples_is_zero_and_ties_do_no_harm():
+    x = torch.tensor([1.0, 1.0, 2.0])
+    assert Energy()(x, x[[2, 0, 1]]).item() == 0
+    y = torch.tensor([1.0, 2.0, 2.0])
+    assert Energy()(x, y).item() == pytest.approx(energy_distance(x.numpy(), y.numpy()), rel=1e-6)  # single precision
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25, 0.9, 1.0])
+def test_quantile_is_that_of_numpy(p):
+    expected = np.quantile(BASELINE.numpy(), p, axis=0) - np.quantile(PREDICTED.numpy(), p, axis=0)
+    np.testing.assert_allclose(Quantile(p)(BASELINE, PREDICTED), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("side", ["upper", "lower"])
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.77, 0.95])
+def test_tail_is_the_integral_of_the_quantile_function(level, side):
+    # 12 runs: the empirical quantile function is constant between multiples of 1 / 12; midpoints of a grid that
+    # all borders are on integrate it exactly
+    points = level + (1 - level) * (np.arange(1200 * 100) + 0.5) / (1200 * 100)
+    points = points if side == "upper" else 1 - points
+
+    def shortfall(samples):
+        return np.quantile(samples, points, axis=0, method="inverted_cdf").mean(0)
+
+    expected = shortfall(BASELINE.numpy()) - shortfall(PREDICTED.numpy())
+    # a border that is not on the grid for 0.77 costs at most one point's share
+    np.testing.assert_allclose(Tail(level, side)(BASELINE, PREDICTED), expected, atol=1e-4)
+
+
+def test_tail_from_level_zero_is_the_mean():
+    torch.testing.assert_close(Tail(0)(BASELINE, PREDICTED), Mean()(BASELINE, PREDICTED))
+
+
+def test_gaussian_kl_is_that_of_torch_distributions():
+    normals = [torch.distributions.Normal(each.mean(0), each.std(0)) for each in (PREDICTED, BASELINE)]
+    expected = torch.distributions.kl_divergence(*normals)
+    torch.testing.assert_close(GaussianKL()(BASELINE, PREDICTED), expected, rtol=1e-10, atol=0)
+
+
+def test_gaussian_kl_of_a_degenerate_distribution_is_infinite_unless_nothing_changes():
+    constant, spread = torch.ones(4), torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert GaussianKL()(constant, constant).item() == 0
+    assert GaussianKL()(constant, constant + 1).item() == torch.inf
+    assert GaussianKL()(constant, spread).item() == torch.inf
+    assert GaussianKL()(spread, constant).item() == torch.inf
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (lambda: Quantile(1.5), "between 0 and 1"),
+        (lambda: Tail(1.0), "less than 1"),
+        (lambda: Tail(side="left"), "upper, lower"),  # type: ignore[arg-type]
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(wrong, match):
+    with pytest.raises(AttributionError, match=match):
+        wrong()
+
+
 def test_jackknife_of_the_mean_is_its_usual_standard_error():
     shifts = (BASELINE - PREDICTED).numpy()
     expected = shifts.std(0, ddof=1) / np.sqrt(len(shifts))
     np.testing.assert_allclose(jackknife(Mean(), BASELINE, PREDICTED), expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("difference", [Mean(), Variance(), Wasserstein()], ids=lambda d: d.name)
+SMOOTH = [Mean(), Variance(), Wasserstein(), Energy(), Tail(0.5), GaussianKL()]
+
+
+@pytest.mark.parametrize("difference", SMOOTH, ids=lambda d: d.name)
 def test_jackknife_is_the_spread_over_repeated_ensembles(difference):
     # 2,000 ensembles of 20 runs; an effect well above its error, where W_2 is smooth
     generator = torch.Generator().manual_seed(1)
@@ -75,5 +156,5 @@ def test_a_new_difference_is_found_by_its_import_path():
 
 @pytest.mark.parametrize("name", ["mode", "no.such.Class", f"{__name__}.Mode"])
 def test_an_unknown_difference_is_refused_with_the_known_ones(name):
-    with pytest.raises(AttributionError, match="mean, variance, wasserstein"):
+    with pytest.raises(AttributionError, match="mean, variance, wasserstein, energy, quantile, tail, gaussian_kl"):
         resolve_difference(name)

@@ -1,0 +1,29 @@
+"""What a difference between two distributions of a measurement is."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Difference(Protocol):
+    """A difference between the distributions of X, as trained, and Y, with examples removed.
+
+    A new difference is one class with these members; it is found by its import path.
+    """
+
+    name: str
+    least_runs: int
+
+    def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
+        """Compute the difference along the first dimension.
+
+        Args:
+            baseline: Samples of X, broadcastable against ``predicted`` ``(runs, ...)``.
+            predicted: Samples of Y, from the same runs in the same order ``(runs, ...)``.
+
+        Returns:
+            ``(...)``.
+        """
+        ...

@@ -1,0 +1,79 @@
+"""How far a difference would move with other seeds."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.attribution.differences.difference import Difference
+
+
+def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
+    r"""Standard error of a difference over runs, by leaving each run out once.
+
+    .. math::
+        \widehat{se}^2 = \frac{S - 1}{S} \sum_s \left(\Delta_{(s)} - \bar\Delta_{(\cdot)}\right)^2
+
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 11). X and Y of a run leave together:
+    they are of one seed. For the mean this is the usual standard error.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+
+    Returns:
+        ``(...)``; NaN where there is one run too few to leave one out.
+
+    Example:
+        >>> from lightning_dtda.attribution import Mean
+        >>> jackknife(Mean(), torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor(0.6455)
+    """
+    runs = len(predicted)
+    if runs <= max(difference.least_runs, 1):
+        return _unknown(difference, baseline, predicted)
+    keep = ~torch.eye(runs, dtype=torch.bool, device=predicted.device)
+    # the first two moments, run by run: all replicates at once would take S times the memory of the responses
+    replicates = (difference(baseline[rows], predicted[rows]) for rows in keep)
+    total = next(replicates)
+    shift, squares = total.clone(), torch.zeros_like(total)
+    total = torch.zeros_like(total)
+    for replicate in replicates:
+        total += replicate - shift
+        squares += (replicate - shift).square()
+    return ((runs - 1) / runs * (squares - total.square() / runs)).clamp_min(0).sqrt()
+
+
+def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:
+    """Standard error of a difference over runs, by drawing runs with replacement.
+
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.) For differences that hardly change when
+    one run is left out and much when several are, such as a median. The draws are always the same ones.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+        replicates: Number of draws.
+
+    Returns:
+        ``(...)``; NaN for a single run.
+    """
+    runs = len(predicted)
+    if runs <= max(difference.least_runs, 1):
+        return _unknown(difference, baseline, predicted)
+    generator = torch.Generator().manual_seed(0)
+    shift = difference(baseline, predicted)
+    total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
+    for _ in range(replicates):
+        rows = torch.randint(runs, (runs,), generator=generator).to(predicted.device)
+        deviation = difference(baseline[rows], predicted[rows]) - shift
+        total += deviation
+        squares += deviation.square()
+    return ((squares - total.square() / replicates) / (replicates - 1)).clamp_min(0).sqrt()
+
+
+def _unknown(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
+    rows = [0] * difference.least_runs  # whatever its value, the difference has the shape that is wanted
+    return torch.full_like(difference(baseline[rows], predicted[rows]), torch.nan)
