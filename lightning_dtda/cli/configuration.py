@@ -89,14 +89,15 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
     path = root / CONFIG
     # what seeds the ensemble is the command's business, not the configuration's
     content = {key: value for key, value in content.items() if key != "seed_everything"}
-    if path.exists() and any(root.glob(f"*/{MANIFEST}")):  # what was refused before it recorded anything is no matter
-        before = yaml.safe_load(path.read_text())
-        if changes := list(_changes(before, content)):
+    if path.exists():
+        changes = list(_changes(yaml.safe_load(path.read_text()), content))
+        if not changes:  # and not written once more, while another job may be reading it
+            return
+        if any(root.glob(f"*/{MANIFEST}")):  # what was refused before it recorded anything is no matter
             raise DTDAError(
                 f"{root} was recorded with another configuration:\n" + "\n".join(changes) + "\nChoose another "
                 "--ensemble, or delete that one."
             )
-        return
     try:
         root.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(content, sort_keys=False))

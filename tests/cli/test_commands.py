@@ -8,6 +8,7 @@ import yaml
 
 from lightning_dtda import Attribution, Ensemble, attribute
 from lightning_dtda.cli import main
+from lightning_dtda.cli.configuration import save_configuration
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.trajectory.storage import read_json, write_json
 
@@ -53,6 +54,14 @@ def test_a_seed_gives_the_same_run_whatever_was_trained_before_it(record, config
     main(["record", "--config", str(config), "--ensemble", str(tmp_path / "alone"), "--seeds=[1]"])
     for name, expected in Ensemble.open(root)[1].theta(12).items():
         assert torch.equal(Ensemble.open(tmp_path / "alone")[0].theta(12)[name], expected)
+
+
+def test_a_configuration_that_is_there_is_left_alone_for_jobs_that_read_it(tmp_path):
+    save_configuration(tmp_path, CONFIG)
+    path = tmp_path / "config.yaml"
+    before = path.stat().st_mtime_ns
+    save_configuration(tmp_path, CONFIG | {"seed_everything": 3})
+    assert path.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
