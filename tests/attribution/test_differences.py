@@ -55,6 +55,16 @@ def test_energy_is_scipys_and_the_mean_distances_of_its_definition():
         assert found.item() ** 2 == pytest.approx(2 * np.abs(x[:, None] - column).mean() - sum(within), rel=1e-10)
 
 
+def test_distances_of_samples_of_different_sizes_are_scipys():
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in (7, 5))
+    for column, found in enumerate(Energy()(x, y).tolist()):
+        assert found == pytest.approx(energy_distance(x[:, column], y[:, column]), rel=1e-12)
+    # scipy has W_1 only: equal to W_2 squared where samples are of zeros and ones
+    ones, zeros = torch.tensor([0.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0])
+    assert Wasserstein()(ones, zeros).item() ** 2 == pytest.approx(wasserstein_distance(ones, zeros), rel=1e-6)
+
+
 def test_energy_of_equal_samples_is_zero_and_ties_do_no_harm():
     x = torch.tensor([1.0, 1.0, 2.0])
     assert Energy()(x, x[[2, 0, 1]]).item() == 0

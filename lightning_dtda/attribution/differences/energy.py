@@ -26,8 +26,9 @@ class Energy:
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``D(X, Y)``."""
-        runs = len(predicted)
-        values, order = torch.cat(torch.broadcast_tensors(baseline, predicted)).sort(0)
-        # F_X - F_Y is constant between neighbouring values; S times it is counted exactly
-        heights = torch.where(order < runs, 1, -1).cumsum(0)[:-1].to(values.dtype) / runs
+        x, y = len(baseline), len(predicted)
+        shape = torch.broadcast_shapes(baseline.shape[1:], predicted.shape[1:])
+        values, order = torch.cat([baseline.expand(x, *shape), predicted.expand(y, *shape)]).sort(0)
+        # F_X - F_Y is constant between neighbouring values; x y times it is counted exactly
+        heights = torch.where(order < x, y, -x).cumsum(0)[:-1].to(values.dtype) / (x * y)
         return (2 * heights.square_().mul_(values.diff(dim=0)).sum(0)).sqrt()
