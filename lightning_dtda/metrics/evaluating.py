@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution, Runs
-from lightning_dtda.attribution.differences import DIFFERENCES, Difference, resolve_difference
+from lightning_dtda.attribution.differences import PAPERS, Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.metrics.functional.agreement import REPLICATES, agreement
 from lightning_dtda.metrics.functional.samples import arrange, collect
@@ -107,8 +107,8 @@ def evaluate(
     Args:
         attribution: What predicts. With groups as removals, each subset must be made up of groups.
         truth: What retraining measured, of the same data, queries and measurement.
-        differences: As for :class:`~lightning_dtda.metrics.LinearDatamodelingScore`; ``None`` takes the built-in ones
-            for which there are enough runs and seeds.
+        differences: As for :class:`~lightning_dtda.metrics.LinearDatamodelingScore`; ``None`` takes the
+            paper's for which there are enough runs and seeds.
         runs: The ``"trusted"`` ones, without those that the attribution calls chaotic; or ``"all"``.
         replicates: Number of draws for the intervals; 0 leaves them out.
         confidence: Of the intervals.
@@ -247,7 +247,8 @@ def _shared_seeds(attribution: Attribution, truth: GroundTruth) -> tuple[int, ..
 def _differences(wanted: Sequence[str | Difference] | None, runs: int, seeds: int) -> list[Difference]:
     if wanted is not None:
         return [resolve_difference(difference) for difference in wanted]
-    return [difference for difference in DIFFERENCES.values() if min(runs, seeds) >= difference.least_runs]
+    papers = [resolve_difference(name) for name in PAPERS]
+    return [difference for difference in papers if min(runs, seeds) >= difference.least_runs]
 
 
 def _score(found: dict[str, Tensor]) -> Score:
