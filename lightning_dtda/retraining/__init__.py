@@ -12,10 +12,12 @@ from lightning_dtda.retraining.task import Task
 if TYPE_CHECKING:
     from lightning_dtda.retraining.engine import Engine
     from lightning_dtda.retraining.retraining import retrain
+    from lightning_dtda.retraining.stacked_engine import StackedEngine
     from lightning_dtda.retraining.trainer_engine import TrainerEngine
 
 _HOMES = {
     "Engine": "lightning_dtda.retraining.engine",
+    "StackedEngine": "lightning_dtda.retraining.stacked_engine",
     "TrainerEngine": "lightning_dtda.retraining.trainer_engine",
     "retrain": "lightning_dtda.retraining.retraining",
 }
@@ -23,6 +25,7 @@ _HOMES = {
 __all__ = [
     "Engine",
     "GroundTruth",
+    "StackedEngine",
     "Task",
     "TrainerEngine",
     "leave_one_out",

@@ -79,4 +79,12 @@ class Engine(ABC):
 
 
 class CannotStackError(RetrainingError):
-    """These trainings cannot be done at once; the Trainer can do them one by one."""
+    """These trainings cannot be done at once; the Trainer can do them one by one.
+
+    Args:
+        reason: What stands in the way.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f'{reason.rstrip(".")}. These trainings cannot be stacked: use engine="trainer".')
+        self.reason = reason

@@ -29,11 +29,13 @@ from lightning_dtda.replay import (
     resolve_measurement,
     training_examples,
 )
+from lightning_dtda.retraining.auto_engine import AutoEngine
 from lightning_dtda.retraining.engine import Engine, Retraining
 from lightning_dtda.retraining.ground_truth import GroundTruth, some_tasks
 from lightning_dtda.retraining.recipe import Recipe, describe_data
 from lightning_dtda.retraining.reweighting import Reweighting
 from lightning_dtda.retraining.seeds import fresh_seeds, recorded_seeds
+from lightning_dtda.retraining.stacked_engine import StackedEngine
 from lightning_dtda.retraining.store import TruthStore, gather
 from lightning_dtda.retraining.subsets import check_subsets
 from lightning_dtda.retraining.task import Task
@@ -235,7 +237,11 @@ def resolve_engine(engine: EngineName | Engine, jobs: int = 1) -> Engine:
     """
     if isinstance(engine, Engine):
         return engine
-    engines: dict[str, Callable[[], Engine]] = {"trainer": lambda: TrainerEngine(jobs)}
+    engines: dict[str, Callable[[], Engine]] = {
+        "auto": lambda: AutoEngine(jobs),
+        "trainer": lambda: TrainerEngine(jobs),
+        "stacked": StackedEngine,
+    }
     if engine not in engines:
         raise RetrainingError(f"engine={engine!r}; choose from {', '.join(engines)}, or give an Engine.")
     return engines[engine]()

@@ -95,6 +95,8 @@ class Reweighting(Engine):
         }
         queries = retraining.queries.to((replay.recorded_dtype, replay.dtype), replay.device).all()
 
+        replay.module.set_clock(0, 0)  # as when it is taken of a single trained module
+
         def measure(theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
             return replay.module.measure(theta, buffers, queries, retraining.measurement)
 

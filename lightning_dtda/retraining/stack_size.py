@@ -37,11 +37,26 @@ def stack_size(step: Callable[[], Any], theta: Tensor, trainings: int, device: t
         RetrainingError: If not even one fits.
     """
     step()  # what is made once, and kept, does not count
-    each = peak_memory(step, device) + _COPIES * theta.numel() * theta.element_size()
+    most = fitting(peak_memory(step, device), theta, device)
+    return math.ceil(trainings / math.ceil(trainings / most))
+
+
+def fitting(of_step: int, theta: Tensor, device: torch.device) -> int:
+    """Return how many trainings fit at once.
+
+    Args:
+        of_step: Bytes that the gradient of one takes.
+        theta: Its parameters ``(1, P)``.
+        device: Where.
+
+    Raises:
+        RetrainingError: If not even one fits.
+    """
+    each = of_step + _COPIES * theta.numel() * theta.element_size()
     available = available_memory(device)
-    fitting = LARGEST if available is None else min(LARGEST, int(_SHARE * available / each))
-    if fitting < 1:
+    most = LARGEST if available is None else min(LARGEST, int(_SHARE * available / each))
+    if most < 1:
         raise RetrainingError(
             f"A training takes about {human_bytes(each)} of memory; {human_bytes(available or 0)} are available."
         )
-    return math.ceil(trainings / math.ceil(trainings / fitting))
+    return most

@@ -56,13 +56,19 @@ class TrainerEngine(Engine):
                 yield [train_one(retraining, task)]
 
 
-def train_one(retraining: Retraining, task: Task, callbacks: Sequence[pl.Callback] = ()) -> Outcome:
+def train_one(
+    retraining: Retraining,
+    task: Task,
+    callbacks: Sequence[pl.Callback] = (),
+    reraised: tuple[type[Exception], ...] = (),
+) -> Outcome:
     """Train once and measure; whatever goes wrong becomes part of the outcome.
 
     Args:
         retraining: What is trained and measured.
         task: Which training.
         callbacks: To add to the Trainer's.
+        reraised: What the callbacks raise, which has nothing to do with the training.
     """
     assert retraining.recipe is not None
     try:
@@ -70,6 +76,8 @@ def train_one(retraining: Retraining, task: Task, callbacks: Sequence[pl.Callbac
             removed = retraining.removed_in(task)
             trainer, module = retraining.recipe.fit(task.seed, removed, retraining.data, callbacks)
         return Outcome.measured(task, measure(retraining, trainer, module))
+    except reraised:
+        raise
     except Exception as error:  # whatever the user's code does
         if not isinstance(error, DTDAError):
             traceback.print_exc()

@@ -1,0 +1,45 @@
+"""Stacked where trainings can be stacked, else by the Trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+from typing_extensions import override
+
+from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining
+from lightning_dtda.retraining.stacked_engine import StackedEngine
+from lightning_dtda.retraining.task import Task
+from lightning_dtda.retraining.trainer_engine import TrainerEngine
+
+_log = logging.getLogger(__name__)
+
+_FEWEST = 8
+"""Trainings from which stacking pays: two or three of them are the Trainer's anyway."""
+
+
+class AutoEngine(Engine):
+    """Stacks trainings; if that cannot be, says why and leaves the others to the Trainer.
+
+    Args:
+        jobs: Number of processes in which the Trainer trains.
+    """
+
+    def __init__(self, jobs: int = 1) -> None:
+        self._trainer = TrainerEngine(jobs)
+        self.name: str = StackedEngine.name  # type: ignore[misc]
+
+    @override
+    def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
+        remaining = list(tasks)
+        if len(tasks) >= _FEWEST:
+            try:
+                for outcomes in StackedEngine().train(retraining, tasks):
+                    for outcome in outcomes:
+                        remaining.remove(outcome.task)
+                    yield outcomes
+            except CannotStackError as error:
+                _log.info("Not stacked: %s. The Trainer trains one by one.", error.reason.rstrip("."))
+        if remaining:
+            self.name = TrainerEngine.name  # type: ignore[misc]
+            yield from self._trainer.train(retraining, remaining)

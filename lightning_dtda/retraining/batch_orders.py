@@ -1,0 +1,110 @@
+"""The order of examples that a training with a seed would have, without the training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dtda.retraining.dropping import without
+from lightning_dtda.retraining.engine import CannotStackError
+from lightning_dtda.retraining.recipe import Recipe
+from lightning_dtda.trajectory import Run
+
+_MOST_DRAWS = 16
+"""Draws before an epoch that are tried: the loader's iterator makes one, and each loop over validation data another."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the data takes.
+
+    Args:
+        batches: Number of batches that were trained on.
+        draws: 64-bit random numbers that are drawn before the sampler begins.
+    """
+
+    batches: int
+    draws: int
+
+
+class BatchOrders:
+    """Draws the orders of trainings that differ in the seed, as their DataLoaders would.
+
+    How many numbers a Trainer draws between the seed and an epoch (for validation, say) is found out from a recorded
+    training: by trying, until its order comes out.
+
+    Args:
+        recipe: Makes the trainings.
+        loader: The training DataLoader; of the data set, only the number of examples counts.
+        run: A recorded training with this loader.
+
+    Raises:
+        CannotStackError: If the recorded order does not come out.
+    """
+
+    def __init__(self, recipe: Recipe, loader: DataLoader[Any], run: Run) -> None:
+        self._recipe = recipe
+        self._loader = loader
+        self._epochs: list[Epoch] = []
+        _, left, generator = self._begin(seed_of(run))
+        for number, batches in enumerate(_recorded(run)):
+            order = torch.cat(batches)
+            before = generator.get_state()
+            for draws in (1, *range(_MOST_DRAWS + 1)):  # the usual first
+                generator.set_state(before)
+                epoch = Epoch(len(batches), draws)
+                if torch.equal(_order(left, generator, epoch), order):
+                    self._epochs.append(epoch)
+                    break
+            else:
+                raise CannotStackError(
+                    f"the order of examples in epoch {number} is not the one that the seed and the DataLoader give: "
+                    "other random numbers were drawn in between"
+                )
+
+    def draw(self, seed: int) -> tuple[pl.LightningModule, Tensor]:
+        """Return the module of a seed as it is made, and the positions of examples in order ``(examples,)``."""
+        module, left, generator = self._begin(seed)
+        return module, torch.cat([_order(left, generator, epoch) for epoch in self._epochs])
+
+    def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any], torch.Generator]:
+        """Do what a training does until its loader is asked: return the module, the loader, and what it draws from."""
+        pl.seed_everything(seed, workers=True, verbose=False)
+        module = self._recipe.module()
+        loader = without(self._loader, ())
+        return module, loader, torch.default_generator if loader.generator is None else loader.generator
+
+
+def seed_of(run: Run) -> int:
+    """Return the seed of a run that was recorded after ``seed_everything``."""
+    assert run.manifest.seed is not None
+    return run.manifest.seed
+
+
+def recorded_order(run: Run) -> Tensor:
+    """Return the positions of examples in the order in which a run was trained on them ``(examples,)``."""
+    return torch.cat([torch.cat(batches) for batches in _recorded(run)])
+
+
+def _order(loader: DataLoader[Any], generator: torch.Generator, epoch: Epoch) -> Tensor:
+    """Go through an epoch as a DataLoader's iterator does, and return its order."""
+    for _ in range(epoch.draws):
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+    batches: Any = islice(iter(loader.batch_sampler), epoch.batches)  # type: ignore[arg-type]
+    return torch.from_numpy(np.fromiter(chain.from_iterable(batches), np.int64))
+
+
+def _recorded(run: Run) -> list[list[Tensor]]:
+    """Return the recorded batches of each epoch."""
+    epochs: dict[int, list[Tensor]] = {}
+    for step in range(run.steps):
+        for micro_batch in run.micro_batches(step):
+            epochs.setdefault(micro_batch.epoch, []).append(micro_batch.indices)
+    return list(epochs.values())

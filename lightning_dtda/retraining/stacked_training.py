@@ -1,0 +1,231 @@
+"""Many trainings of one module at once: parameters with one more dimension, each training with its own batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.optimizers import Hyperparameters, State
+from lightning_dtda.replay import Examples, FunctionalModule, Measurement
+from lightning_dtda.replay.batches import map_tensors, rows_of
+from lightning_dtda.replay.drift import Comparison
+from lightning_dtda.retraining.engine import CannotStackError
+from lightning_dtda.retraining.stacked_gradient import StackedGradient
+from lightning_dtda.trajectory import Run
+
+_CHUNK_BYTES = 64 * 2**20
+"""Examples that are fetched together, for as many steps as they make."""
+
+_QUERIES_AT_A_TIME = 256
+
+_TOLERANCE = 1e-3
+"""Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled: that of
+replays. Rounding stays far below, unless an input comes to lie on the other side of a kink."""
+
+_REASONS = (
+    "training_step depends on something that stacked trainings do not have, or hooks and callbacks change the training."
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What the trainings of a stack share: their steps, as a recorded training took them.
+
+    Args:
+        sizes: Number of examples in each micro-batch of each step.
+        clocks: ``(epoch, batch_idx)`` of each micro-batch.
+        divisors: What each step's losses are divided by, for accumulated gradients.
+        hyperparameters: Of each parameter group at each step.
+    """
+
+    sizes: list[tuple[int, ...]]
+    clocks: list[tuple[tuple[int, int], ...]]
+    divisors: list[int]
+    hyperparameters: list[list[Hyperparameters]]
+
+    @classmethod
+    def of(cls, run: Run) -> Schedule:
+        """Read it from a recorded training."""
+        sizes, clocks, divisors = [], [], []
+        for step in range(run.steps):
+            parts = run.micro_batches(step)
+            sizes.append(tuple(len(part.indices) for part in parts))
+            clocks.append(tuple((part.epoch, part.batch_idx) for part in parts))
+            # an example's coefficient is one over this and the size of its micro-batch
+            divisors.append(round(1 / (float(run.coefficients(step)[0]) * sizes[-1][0])))
+        return cls(sizes, clocks, divisors, [run.hyperparameters(step) for step in range(run.steps)])
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stack begins with.
+
+    Args:
+        theta: Initial parameters ``(runs, P)``.
+        buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
+        orders: Data set indices of examples in order ``(runs, examples)``.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
+    orders: Tensor
+
+
+class StackedTraining:
+    """Trains stacks on one device.
+
+    The first rows of each stack are trainings that the Trainer did as well, and recorded. At each of their checkpoints
+    they are compared, and put back to what was recorded: so every stack is checked from its first step to its last, by
+    the very operations that train it, and rounding does not pile up.
+
+    Args:
+        module: The module as functions.
+        examples: The training examples, all of them.
+        references: Recorded trainings.
+        schedule: Of their steps.
+        gradient: Computes gradients.
+        device: Where.
+    """
+
+    def __init__(
+        self,
+        module: FunctionalModule,
+        examples: Examples,
+        references: Sequence[Run],
+        schedule: Schedule,
+        gradient: StackedGradient,
+        device: torch.device,
+    ) -> None:
+        self._module = module
+        self._examples = examples
+        self._references = references
+        self._schedule = schedule
+        self._gradient = gradient
+        self._device = device
+        first = references[0]
+        self._update, self._clipping, self._dtype = first.update, first.clipping, first.manifest.torch_dtype
+
+    @property
+    def traced(self) -> bool:
+        """Whether steps are those of a trace, in which the Trainer's clock stands still."""
+        return self._gradient.traced
+
+    def train(self, start: Start) -> tuple[Tensor, dict[str, Tensor]]:
+        """Train a stack whose first rows are the references.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            Trained parameters ``(runs, P)`` and buffers.
+
+        Raises:
+            CannotStackError: If a reference does not come out as the Trainer had it.
+        """
+        theta, buffers, schedule = start.theta, start.buffers, self._schedule
+        states = self._update.initial_states(theta, schedule.hyperparameters[0])
+        comparison = self._comparison()
+        checkpoints = set(self._references[0].checkpoint_steps)
+        begun, last = 0, theta[: len(self._references)].clone()
+        for step, batches in enumerate(self.batches(start.orders)):
+            gradient = self.gradient(step, theta, buffers, batches)
+            applied = self._clipping.apply(gradient)
+            theta, states = self._update.step(theta, states, applied, schedule.hyperparameters[step], step=step)
+            if step + 1 in checkpoints:
+                last = self._check(comparison, begun, step + 1, last, theta, states)
+                begun = step + 1
+        return theta, buffers
+
+    def gradient(
+        self, step: int, theta: Tensor, buffers: dict[str, Tensor], batches: Sequence[Sequence[Tensor]]
+    ) -> Tensor:
+        """Return the gradient of a step's loss ``(runs, P)``, from the tensors of its micro-batches."""
+        gradients = []
+        for (epoch, batch_idx), leaves in zip(self._schedule.clocks[step], batches, strict=True):
+            self._module.set_clock(epoch, step)
+            gradients.append(self._gradient(theta, buffers, leaves, batch_idx))
+        total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
+        divisor = self._schedule.divisors[step]
+        return total if divisor == 1 else total / divisor
+
+    def measure(self, theta: Tensor, buffers: dict[str, Tensor], queries: Examples, measurement: Measurement) -> Tensor:
+        """Measure trained modules ``(runs, queries)``.
+
+        Raises:
+            CannotStackError: If the measurement cannot be taken of several modules at once.
+        """
+        self._module.set_clock(0, 0)  # as when it is taken of a single trained module
+        batch = queries.all()
+        count, values = rows_of(batch), []
+        for begin in range(0, count, _QUERIES_AT_A_TIME):
+            rows = slice(begin, begin + _QUERIES_AT_A_TIME)
+            part = map_tensors(lambda leaf, rows=rows: leaf[rows], batch)  # type: ignore[misc]
+
+            def of_one(theta: Tensor, buffers: dict[str, Tensor], part: Any = part) -> Tensor:
+                return self._module.measure(theta, buffers, part, measurement)
+
+            try:
+                values.append(vmap(of_one)(theta, buffers))
+            except Exception as error:  # whatever the user's code does
+                raise CannotStackError(
+                    f"the measurement cannot be taken of several models at once ({error!r})"
+                ) from error
+        measured = torch.cat(values, 1)
+        if measured.shape != (len(theta), count):
+            raise CannotStackError(f"the measurement returned shape {tuple(measured.shape[1:])} for {count} queries")
+        return measured.cpu()
+
+    def batches(self, orders: Tensor) -> Iterator[list[list[Tensor]]]:
+        """Yield the micro-batches of each step, as their tensors, each ``(runs, B, ...)``."""
+        runs = len(orders)
+        example = tree_flatten(self._examples.fetch(torch.zeros(1, dtype=torch.long)))[0]
+        bytes_of = sum(leaf.numel() * leaf.element_size() for leaf in example) * runs
+        chunk: list[tuple[int, ...]] = []
+        start = 0
+        for step, sizes in enumerate(self._schedule.sizes):
+            chunk.append(sizes)
+            taken = sum(map(sum, chunk))
+            if step + 1 < len(self._schedule.sizes) and (taken + sum(sizes)) * bytes_of <= _CHUNK_BYTES:
+                continue
+            flat_sizes = [size for of_step in chunk for size in of_step]
+            # one batch after the other, each of them without gaps in memory
+            parts = orders[:, start : start + taken].split(flat_sizes, 1)
+            fetched = tree_flatten(self._examples.fetch(torch.cat([part.flatten() for part in parts])))[0]
+            split = [leaf.split([runs * size for size in flat_sizes]) for leaf in fetched]
+            batches = iter(
+                [of_batch.unflatten(0, (runs, size)) for of_batch in of_batch_leaves]
+                for size, of_batch_leaves in zip(flat_sizes, zip(*split, strict=True), strict=True)
+            )
+            for of_step in chunk:
+                yield [next(batches) for _ in of_step]
+            start += taken
+            chunk = []
+
+    def _comparison(self) -> Comparison:
+        names = [run.name for run in self._references]
+        precision = self._references[0].manifest.configuration["training"]["precision"]
+        return Comparison(names, precision, self._dtype, None, _TOLERANCE, self._dtype, self._device, _REASONS)
+
+    def _check(
+        self, comparison: Comparison, begun: int, step: int, last: Tensor, theta: Tensor, states: list[State]
+    ) -> Tensor:
+        """Compare the references with their records at a checkpoint, and put them back to it."""
+        rows = len(self._references)
+        checkpoints = [run.checkpoint(step) for run in self._references]
+        recorded = torch.stack([checkpoint.theta for checkpoint in checkpoints]).to(self._device)
+        try:
+            comparison.parameters(begun, step, last, theta[:rows], recorded)
+        except ReplayError as error:
+            raise CannotStackError(str(error)) from error
+        theta[:rows] = recorded
+        for group, state in enumerate(states):
+            for key, part in state.items():
+                part[:rows] = torch.stack([checkpoint.states[group][key] for checkpoint in checkpoints])
+        return recorded

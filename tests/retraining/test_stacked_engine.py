@@ -1,0 +1,241 @@
+"""Stacked trainings: the same as the Trainer's on the same seeds, or refused."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda import retrain
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.retraining import StackedEngine, random_subsets
+from tests.retraining.tasks import BATCH, EXAMPLES, Regressor, by_hand, examples, make_trainer, queries, training_loader
+from tests.retraining.test_trainer_engine import Data
+
+SUBSETS = [[2, 11], [5, 0], [5]]
+SEEDS = [3, 4, 9]
+
+
+def retrained(module=Regressor, data=None, engine="stacked", trainer=make_trainer, **arguments):
+    data = training_loader() if data is None else data
+    defaults = {"subsets": SUBSETS, "seeds": SEEDS, "queries": queries()}
+    return retrain(module, data, engine=engine, trainer=trainer, **(defaults | arguments), progress=False)
+
+
+def assert_engines_agree(**arguments):
+    stacked, trained = retrained(**arguments), retrained(engine="trainer", **arguments)
+    assert (stacked.about["engine"], trained.about["engine"]) == ("stacked", "trainer")
+    # double precision, some tens of smooth steps: rounding, from sums in another order
+    torch.testing.assert_close(stacked.measurements, trained.measurements, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(stacked.baseline, trained.baseline, rtol=1e-10, atol=1e-12)
+    # and seeds differ by far more
+    assert stacked.measurements.std(1).min() > 1e-4
+
+
+class Adaptive(Regressor):
+    """AdamW with two parameter groups."""
+
+    def configure_optimizers(self):
+        groups = [{"params": self.net[0].parameters(), "lr": 0.01}, {"params": self.net[2].parameters()}]
+        return torch.optim.AdamW(groups, lr=0.05, weight_decay=0.1)
+
+
+class Clocked(Regressor):
+    """Its loss depends on the epoch and on the number of the batch, which a trace would make constants."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + self.current_epoch + 0.5 * (batch_idx % 2))
+
+
+class Partly(Regressor):
+    """Has a frozen layer and a buffer, both drawn anew for every seed."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+        self.register_buffer("offset", torch.rand(1, dtype=torch.float64))
+
+    def forward(self, inputs):
+        return super().forward(inputs) + self.offset
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+
+class Validating(Data):
+    """Draws numbers for a validation loader between the epochs."""
+
+    def val_dataloader(self):
+        return DataLoader(self.train, 5, shuffle=True)
+
+
+@pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Partly])
+def test_engines_agree_on_the_same_seeds(module):
+    assert_engines_agree(module=module)
+
+
+@pytest.mark.parametrize("dropping", [True, False])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_engines_agree_on_batches_of_different_sizes(dropping, shuffle):
+    assert_engines_agree(data=training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_clip_val": 0.3},
+        {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 3},
+        {"limit_train_batches": 2},
+    ],
+)
+def test_engines_agree_on_clipping_accumulation_and_parts_of_epochs(arguments):
+    assert_engines_agree(trainer=lambda: make_trainer(**arguments))
+
+
+def test_engines_agree_where_validation_draws_random_numbers_in_between():
+    assert_engines_agree(data=Validating(), trainer=lambda: make_trainer(num_sanity_val_steps=1))
+
+
+def test_engines_agree_on_a_loader_with_a_generator_of_its_own():
+    truth = retrained(data=training_loader(generator=torch.Generator().manual_seed(5)))
+    trained = retrained(data=training_loader(generator=torch.Generator().manual_seed(5)), engine="trainer")
+    torch.testing.assert_close(truth.measurements, trained.measurements, rtol=1e-10, atol=1e-12)
+
+
+def test_stacks_are_a_plain_loop_over_the_smaller_data_set():
+    truth = retrained()
+    for k, removed in enumerate(SUBSETS):
+        for s, seed in enumerate(SEEDS):
+            torch.testing.assert_close(truth.measurements[k, s], by_hand(seed, removed), rtol=1e-10, atol=1e-12)
+
+
+def test_more_trainings_than_fit_are_done_in_several_stacks(monkeypatch):
+    monkeypatch.setattr("lightning_dtda.retraining.stacked_group._FIRST_SIZE", 5)
+    monkeypatch.setattr("lightning_dtda.retraining.stacked_group.fitting", lambda *_: 5)
+    subsets = random_subsets(EXAMPLES, 4, fraction_kept=0.8)
+    truth = retrained(subsets=subsets, seeds=[1, 2], baseline_seeds=[1])
+    for k, removed in enumerate(subsets):
+        for s, seed in enumerate((1, 2)):
+            torch.testing.assert_close(truth.measurements[k, s], by_hand(seed, removed), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_stacks_measure_the_same():
+    compiled = retrained(engine=StackedEngine(compile=True))
+    torch.testing.assert_close(compiled.measurements, retrained().measurements, rtol=1e-10, atol=1e-12)
+
+
+class Dropping(Regressor):
+    def forward(self, inputs):
+        return super().forward(torch.nn.functional.dropout(inputs, 0.2, self.training))
+
+
+class Plateau(Regressor):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "loss"}}
+
+
+class Lucky(Regressor):
+    """Its learning rate depends on the seed."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1 + 0.01 * float(self.net[2].bias.detach()))
+
+
+class Branching(Regressor):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return 2 * loss if loss.item() > 1 else loss
+
+    def example_losses(self, batch):
+        loss = (self(batch[0]) - batch[1]) ** 2
+        return torch.where(loss.mean() > 1, 2.0, 1.0) * loss
+
+
+class Reset(Regressor):
+    def on_train_start(self):
+        torch.nn.init.constant_(self.net[0].bias, 0.1)
+
+
+class Counting(Regressor):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def training_step(self, batch, batch_idx):
+        self.seen = self.seen + 1
+        return super().training_step(batch, batch_idx)
+
+
+class Noise(pl.Callback):
+    """Changes the parameters after every step."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        with torch.no_grad():
+            pl_module.net[0].weight.mul_(0.9)
+
+
+class Normalised(Regressor):
+    def __init__(self):
+        super().__init__()
+        self.net.insert(1, torch.nn.BatchNorm1d(5).double())
+
+    def example_losses(self, batch):
+        return (self(batch[0]) - batch[1]) ** 2
+
+
+@pytest.mark.parametrize(
+    ("module", "trainer", "reason"),
+    [
+        (Dropping, {}, "draws random numbers"),
+        (Plateau, {}, "ReduceLROnPlateau gives each training other learning rates"),
+        (Lucky, {}, "what the optimizer is told at them, depends on the seed"),
+        (Branching, {}, "cannot be differentiated for several trainings at once"),
+        (Reset, {}, "initial parameters are not those that the module is made with"),
+        (Counting, {}, "buffer seen changes in training"),
+        (Normalised, {}, "buffer .*running_mean changes in training"),
+        (Regressor, {"callbacks": [Noise()]}, r"not reproduced between step 0 and step \d"),
+        (Regressor, {"callbacks": [EarlyStopping("loss")]}, "EarlyStopping ends each training at another step"),
+        (Regressor, {"precision": "bf16-mixed"}, "precision='bf16-mixed'"),
+    ],
+)
+def test_what_cannot_be_stacked_is_refused_by_name(module, trainer, reason):
+    with pytest.raises(RetrainingError, match=f'{reason}.*engine="trainer"'):
+        retrained(module, trainer=lambda: make_trainer(**trainer))
+
+
+class Augmented(TensorDataset):
+    def __getitem__(self, index):
+        inputs, targets = super().__getitem__(index)
+        return inputs + 0.1 * torch.randn_like(inputs), targets
+
+
+def test_random_data_sets_are_refused():
+    data = DataLoader(Augmented(*examples().tensors), BATCH, shuffle=True)
+    with pytest.raises(RetrainingError, match="differs between two calls"):
+        retrained(data=data)
+
+
+def test_auto_leaves_to_the_trainer_what_cannot_be_stacked(caplog):
+    caplog.set_level("INFO", logger="lightning_dtda")
+    arguments = {"module": Dropping, "data": training_loader()}
+    auto, trained = retrained(engine="auto", **arguments), retrained(engine="trainer", **arguments)
+    assert torch.equal(auto.measurements, trained.measurements)
+    assert "trainer" in auto.about["engine"]
+    assert retrained(engine="auto").about["engine"] == "stacked"
+
+
+def test_what_fails_by_the_trainer_is_named_and_another_training_is_compared(monkeypatch):
+    class Unlucky(Regressor):
+        def on_train_start(self):
+            if self.trainer.callbacks and self.net[0].bias[0] == Regressor_first:
+                raise ValueError("no luck today")
+
+    pl.seed_everything(SEEDS[0], verbose=False)
+    Regressor_first = Unlucky().net[0].bias[0].detach().clone()  # noqa: N806
+    with pytest.warns(UserWarning, match="no luck today"):
+        truth = retrained(Unlucky)
+    assert not truth.measurements[:, 1:].isnan().any()
