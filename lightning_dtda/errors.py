@@ -25,5 +25,9 @@ class AttributionError(DTDAError):
     """An attribution was asked for that cannot be computed, or a stored one does not fit the question."""
 
 
+class ClusterError(DTDAError):
+    """Work cannot be done on a Ray cluster."""
+
+
 class RetrainingError(DTDAError):
     """A retraining was asked for that cannot be done, or a stored ground truth does not fit the question."""

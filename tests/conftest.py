@@ -1,5 +1,6 @@
 """Settings that every test needs."""
 
+import os
 import warnings
 
 import lightning.pytorch as pl
@@ -41,3 +42,17 @@ def fit():
         return trainer
 
     return _fit
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """A Ray cluster on this machine, its head a node of two CPUs, to which this process is connected."""
+    ray = pytest.importorskip("ray", reason="clusters need the extra [ray]")
+    from ray.cluster_utils import Cluster
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, logging_level="warning")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()

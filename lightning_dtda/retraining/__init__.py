@@ -11,12 +11,14 @@ from lightning_dtda.retraining.task import Task
 
 if TYPE_CHECKING:
     from lightning_dtda.retraining.engine import Engine
+    from lightning_dtda.retraining.ray_engine import RayEngine
     from lightning_dtda.retraining.retraining import retrain
     from lightning_dtda.retraining.stacked_engine import StackedEngine
     from lightning_dtda.retraining.trainer_engine import TrainerEngine
 
 _HOMES = {
     "Engine": "lightning_dtda.retraining.engine",
+    "RayEngine": "lightning_dtda.retraining.ray_engine",
     "StackedEngine": "lightning_dtda.retraining.stacked_engine",
     "TrainerEngine": "lightning_dtda.retraining.trainer_engine",
     "retrain": "lightning_dtda.retraining.retraining",
@@ -25,6 +27,7 @@ _HOMES = {
 __all__ = [
     "Engine",
     "GroundTruth",
+    "RayEngine",
     "StackedEngine",
     "Task",
     "TrainerEngine",

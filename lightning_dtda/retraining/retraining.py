@@ -32,6 +32,7 @@ from lightning_dtda.replay import (
 from lightning_dtda.retraining.auto_engine import AutoEngine
 from lightning_dtda.retraining.engine import Engine, Retraining
 from lightning_dtda.retraining.ground_truth import GroundTruth, some_tasks
+from lightning_dtda.retraining.ray_engine import RayEngine
 from lightning_dtda.retraining.recipe import Recipe, describe_data
 from lightning_dtda.retraining.reweighting import Reweighting
 from lightning_dtda.retraining.seeds import fresh_seeds, recorded_seeds
@@ -46,7 +47,7 @@ from lightning_dtda.units import human_seconds
 _log = logging.getLogger(__name__)
 
 Removal = Literal["drop", "reweight"]
-EngineName = Literal["auto", "trainer", "stacked"]
+EngineName = Literal["auto", "trainer", "stacked", "ray"]
 
 _REASONS = 3
 """Reasons for failures that a warning gives; the truth and its store have all."""
@@ -93,8 +94,8 @@ def retrain(
         baseline_seeds: For the trainings on everything; ``None`` takes those of ``seeds``. With the same seeds models
             start from the same parameters, which takes some noise out of differences of means.
         engine: ``"trainer"``, the Trainer itself, one training at a time; ``"stacked"``, many at once on one device,
-            after the Trainer has shown that they come out the same; ``"auto"``, stacked where that can be; or an
-            :class:`~lightning_dtda.retraining.engine.Engine`.
+            after the Trainer has shown that they come out the same; ``"auto"``, stacked where that can be; ``"ray"``,
+            the Trainer on all CPUs of a Ray cluster; or an :class:`~lightning_dtda.retraining.engine.Engine`.
         trainer: A function that makes a Trainer; not needed for ``"reweight"``.
         ensemble: Recorded runs: those that are replayed by ``"reweight"``, else those whose seeds are not to be used
             again.
@@ -111,6 +112,7 @@ def retrain(
 
     Raises:
         RetrainingError: If the question cannot be answered, or all trainings failed.
+        ClusterError: If there is no Ray, or its workers cannot be sent the trainings.
         AttributionError: If queries or measurement are none.
         ReplayError: If recorded runs are not those of module and data.
     """
@@ -241,6 +243,7 @@ def resolve_engine(engine: EngineName | Engine, jobs: int = 1) -> Engine:
         "auto": lambda: AutoEngine(jobs),
         "trainer": lambda: TrainerEngine(jobs),
         "stacked": StackedEngine,
+        "ray": RayEngine,
     }
     if engine not in engines:
         raise RetrainingError(f"engine={engine!r}; choose from {', '.join(engines)}, or give an Engine.")
