@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
@@ -16,10 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typing_extensions import override
 
 from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, save_configuration
+from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.jobs import record_in_jobs
 from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.recording.ray_jobs import record_on_ray
 from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
 
 _log = logging.getLogger(__name__)
@@ -28,7 +31,7 @@ _log = logging.getLogger(__name__)
 class RecordCLI(ConfigurationCLI):
     """The user's configuration and which seeds of it to record where."""
 
-    own_options = ("ensemble", "seeds", "jobs", "runs_to_fit", "recorder")
+    own_options = ("ensemble", "seeds", "jobs", "engine", "ray", "runs_to_fit", "recorder")
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -43,10 +46,17 @@ class RecordCLI(ConfigurationCLI):
         )
         parser.add_argument("--jobs", type=int, default=1, help="Number of processes that train at the same time.")
         parser.add_argument(
+            "--engine",
+            type=Literal["trainer", "ray"],
+            default="trainer",
+            help="Where runs are trained: in --jobs processes of this machine, or on a Ray cluster.",
+        )
+        parser.add_class_arguments(RayCluster, "ray", instantiate=False)
+        parser.add_argument(
             "--runs_to_fit",
             type=int | None,
             default=None,
-            help="Number of runs that the disk must hold; those of --seeds if not given. Set by --jobs.",
+            help="Number of runs that the disk must hold; those of --seeds if not given. Set by --jobs and --engine.",
         )
         parser.add_class_arguments(TrajectoryRecorder, "recorder", skip={"root", "run", "overwrite"}, instantiate=False)
 
@@ -99,13 +109,7 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 1 if a seed could not be recorded; the others are.
     """
-    cli = RecordCLI(
-        "record",
-        "Train a LightningCLI configuration (model, data, trainer) once for each seed and record every step.",
-        arguments,
-        # twenty bars and summaries of the same model hide the one bar that matters; a configuration may ask for them
-        trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
-    )
+    cli = _cli(arguments)
     if cli.config.jobs < 1:
         raise RecordingError(f"--jobs={cli.config.jobs}; give the number of processes, at least 1.")
     everything = cli.seeds
@@ -119,7 +123,10 @@ def run(arguments: Sequence[str]) -> None:
     if not seeds:
         return
     with quiet_lightning(), _progress(len(seeds), is_first) as finished:
-        if min(cli.config.jobs, len(seeds)) > 1:
+        if cli.config.engine == "ray":
+            record = functools.partial(_record_one, _command(cli), seeds)
+            failures = record_on_ray(RayCluster(**cli.config.ray.as_dict()), record, cli.root, seeds, finished)
+        elif min(cli.config.jobs, len(seeds)) > 1:
             failures = record_in_jobs(_command(cli), cli.root, seeds, cli.config.jobs, finished)
         else:
             to_fit = cli.config.runs_to_fit
@@ -132,10 +139,51 @@ def run(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
+def _cli(arguments: Sequence[str]) -> RecordCLI:
+    return RecordCLI(
+        "record",
+        "Train a LightningCLI configuration (model, data, trainer) once for each seed and record every step.",
+        arguments,
+        # twenty bars and summaries of the same model hide the one bar that matters; a configuration may ask for them
+        trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
+    )
+
+
 def _command(cli: RecordCLI) -> list[str]:
     """Return the arguments with which another process records into the same ensemble."""
+    root = cli.root.resolve()
     options = [f"--recorder.{key}={value}" for key, value in cli.config.recorder.as_dict().items()]
-    return ["record", "--config", str(cli.root / CONFIG), "--ensemble", str(cli.root), *options]
+    return ["record", "--config", str(root / CONFIG), "--ensemble", str(root), *options]
+
+
+def _record_one(command: Sequence[str], seeds: Sequence[int], seed: int) -> str | None:
+    """Record a seed in a worker of Ray.
+
+    Args:
+        command: What :func:`_command` returned.
+        seeds: All seeds; the first looks whether they fit on the disk.
+        seed: The seed.
+
+    Returns:
+        What went wrong.
+    """
+    try:
+        cli = _cli([*command[1:], f"--seeds=[{seed}]"])
+    except SystemExit:
+        return "its worker cannot read the configuration, and has written why: is a package missing on its node?"
+
+    def make_training() -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule | None]:
+        training = cli.make_training()
+        if (processes := training[0].world_size) > 1:
+            raise RecordingError(
+                f"The Trainer spreads a training over {processes} processes; on Ray, each is in one worker. Set "
+                "trainer.devices to 1."
+            )
+        return training
+
+    to_fit = sum(not is_complete(cli.root / run_name(one)) for one in seeds) if seed == seeds[0] else 0
+    with quiet_lightning():
+        return record_seeds(make_training, cli.make_recorder, cli.root, [seed], to_fit=to_fit).get(seed)
 
 
 @contextmanager

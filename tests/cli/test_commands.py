@@ -75,6 +75,27 @@ def test_jobs_record_the_same_runs_in_parallel(record, config, tmp_path):
             torch.testing.assert_close(other.theta(12)[name], expected)
 
 
+@pytest.mark.slow
+def test_ray_records_the_same_runs(ray_cluster, record, config, tmp_path, capsys):
+    root = record("--seeds", "3")
+    arguments = ["--config", str(config), "--ensemble", str(tmp_path / "ray"), "--engine", "ray"]
+    main(["record", *arguments, "--seeds", "3", "--recorder.checkpoint_every", "3"])
+    assert "3 of 3 runs are complete" in capsys.readouterr().out
+    for one, other in zip(Ensemble.open(root), Ensemble.open(tmp_path / "ray"), strict=True):
+        assert other.name == one.name
+        assert [checkpoint["step"] for checkpoint in other.manifest.checkpoints] == [0, 3, 6, 9, 12]
+        for name, expected in one.theta(12).items():
+            torch.testing.assert_close(other.theta(12)[name], expected)
+
+
+@pytest.mark.slow
+def test_ray_refuses_a_training_of_several_processes(ray_cluster, record, capsys):
+    # it would start the worker's program once more
+    with pytest.raises(SystemExit, match="1"):
+        record("--engine", "ray", "--seeds", "1", "--trainer.devices", "2")
+    assert "seed 0 failed: RecordingError: The Trainer spreads a training over 2 processes" in capsys.readouterr().out
+
+
 def test_one_bad_seed_does_not_lose_the_others(record, capsys, monkeypatch):
     original = DiabetesRegressor.training_step
 
