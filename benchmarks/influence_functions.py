@@ -37,6 +37,7 @@ from benchmarks import ours, scoring
 from benchmarks.concrete_truth import NAMES, QUERIES, RATE, WIDTH, check, concrete, record, truth
 from examples.concrete.concrete import ConcreteRegressor
 from lightning_dtda import Ensemble
+from lightning_dtda.attribution.differences import DIFFERENCES
 
 ROOT = Path(__file__).parent.parent
 # the released versions that peers.py was written for
@@ -106,16 +107,16 @@ def row(name: str, result: dict) -> list[str]:
     """Return a method's line of the table."""
 
     def of(difference: str) -> str:
-        (raw, error), (rescaled, _) = (result[kind][difference] for kind in ("score", "score rescaled"))
-        brackets = "" if difference == "mean" else f" ({rescaled:.3f})"
-        return f"{raw:.3f} ± {error:.3f}{brackets}"
+        raw, low, high = result["score"][difference]
+        brackets = "" if difference == "mean" else f" ({result['score rescaled'][difference][0]:.3f})"
+        return f"{raw:.3f} [{low:.2f}, {high:.2f}]{brackets}"
 
     return [
         name,
         f"{result['seconds']:.1f} ({result['cpu']:.1f})",
         f"{result['ratio']['seconds']:.2f} ({result['ratio']['cpu']:.2f})",
         f"{result['peak MiB']:.0f}",
-        *(of(difference) for difference in scoring.DIFFERENCES),
+        *(of(difference) for difference in DIFFERENCES),
         f"{result['score of the mean, one run alone']:.3f}",
         f"{result['scale']:.3g}",
     ]
@@ -195,7 +196,7 @@ def main() -> None:
         results[name]["repeats"] = repeats
         # a wrong sign, or another order of the examples, would be ours to mend
         assert results[name]["correlation with exact responses"] > 0, name
-    limits = scoring.ceiling(retrained["baseline"], retrained["measurements"])
+    limits = scoring.ceiling(exact["baseline"], retrained)
 
     header = [
         "method",
@@ -209,7 +210,7 @@ def main() -> None:
         "scale",
     ]
     rows = [row(name, result) for name, result in results.items()]
-    for label, key in (("half of the retrainings against the other", "halves"), ("noise ceiling", "ceiling")):
+    for label, key in (("half of the retrainings against the other", "split_half"), ("noise ceiling", "ceiling")):
         rows.append([label, "", "", "", *(f"{limit[key]:.3f}" for limit in limits.values()), "", ""])
     print(table(header, rows), end="\n\n")
     times = ratios(figures, options.ours)

@@ -1,84 +1,48 @@
 """How well responses predict what real retraining does to the distribution of a measurement.
 
-Distributional linear datamodeling score: Spearman's correlation over random removals between the predicted and the
-retrained difference of two distributions, X as trained and Y with the examples removed, averaged over queries
-(Park et al., arXiv 2303.14186, for the mean; Mlodozeniec et al., arXiv 2506.12965, for the others).
+Linear datamodeling scores, as :func:`lightning_dtda.metrics.functional.linear_datamodeling_score` computes them, of
+responses as they are and of responses in the best scale.
 
 Shapes: K removals, S runs that were attributed, R retrainings, Q queries, N examples.
 """
 
-import math
-
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
-from lightning_dtda.attribution.differences import Mean, Variance, Wasserstein
-
-DIFFERENCES = {"mean": Mean(), "variance": Variance(), "wasserstein": Wasserstein()}
-SPLITS, RESAMPLES = 20, 200
-
-
-def shifts(responses: Tensor, removed: Tensor) -> Tensor:
-    """Sum the responses ``(S, Q, N)`` of the removed examples ``(K, n)``: predicted changes ``(S, K, Q)``."""
-    return torch.stack([responses[:, :, rows].double().sum(2) for rows in removed], 1)
+from lightning_dtda.attribution.differences import DIFFERENCES
+from lightning_dtda.metrics.functional import linear_datamodeling_score
+from lightning_dtda.metrics.functional.correlation import correlations
 
 
-def predicted(baseline: Tensor, changes: Tensor) -> dict[str, Tensor]:
-    """Return each difference ``(K, Q)`` between the baseline ``(S, Q)`` and the same runs, changed ``(S, K, Q)``."""
-    before = baseline.double()[:, None]
-    return {name: difference(before, before + changes) for name, difference in DIFFERENCES.items()}
+def predicted(responses: Tensor, baseline: Tensor, removed: Tensor) -> Tensor:
+    """Add the responses ``(S, Q, N)`` of the removed ``(K, n)`` to the baseline ``(S, Q)``: samples ``(K, S, Q)``."""
+    return torch.stack([baseline.double() + responses[:, :, rows].double().sum(2) for rows in removed])
 
 
-def retrained(baseline: Tensor, measurements: Tensor) -> dict[str, Tensor]:
-    """Return each difference ``(K, Q)`` between measurements ``(R', Q)`` and retrained ones ``(K, R, Q)``."""
-    before, after = baseline.double()[:, None], measurements.double().transpose(0, 1)
-    # repeated to equal number, sorted samples are the quantile functions, and the distance is exact
-    number = math.lcm(len(before), len(after))
-    repeated = (each.repeat_interleave(number // len(each), 0) for each in (before, after))
-    return {
-        "mean": DIFFERENCES["mean"](before, after),
-        "variance": DIFFERENCES["variance"](before, after),
-        "wasserstein": DIFFERENCES["wasserstein"](*repeated),
-    }
+def scores(
+    samples: Tensor, baseline: Tensor, truth: dict[str, Tensor], intervals: bool = True
+) -> dict[str, list[float]]:
+    """Return the score of predicted samples ``(K, S, Q)`` by difference, with both limits of its interval if asked."""
+    found = {}
+    for name in DIFFERENCES:
+        replicates = {} if intervals else {"replicates": 0}
+        score = linear_datamodeling_score(
+            samples, baseline, truth["measurements"], truth["baseline"], name, **replicates
+        )
+        found[name] = [float(score[key]) for key in (("score", "low", "high") if intervals else ("score",))]
+    return found
 
 
-def correlations(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's correlation over the first dimension ``(K, ...)``, for each of the other positions."""
-    ranks = [torch.as_tensor(rankdata(each.numpy(), axis=0)) for each in torch.broadcast_tensors(first, second)]
-    one, two = (each - each.mean(0) for each in ranks)
-    return (one * two).sum(0) / (one.square().sum(0) * two.square().sum(0)).sqrt()
-
-
-def score(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """Return the score of two differences ``(K, Q)`` and its standard error, by drawing removals with replacement."""
-    generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(len(first), (RESAMPLES, len(first)), generator=generator)
-    resampled = torch.stack([correlations(first[rows], second[rows]).mean() for rows in draws])
-    return float(correlations(first, second).mean()), float(resampled.std())
-
-
-def ceiling(baseline: Tensor, measurements: Tensor) -> dict[str, dict[str, float]]:
-    """How far the retrainings agree with themselves, by random halves of their seeds.
-
-    Returns:
-        For each difference: ``halves``, the score of one half against the other; ``reliability``, that of all seeds
-        against as many others (Spearman-Brown: 2 r / (1 + r)); and ``ceiling``, its root, the best score that a
-        prediction without any error could reach.
-    """
-    generator = torch.Generator().manual_seed(0)
-    of_splits = []
-    for _ in range(SPLITS):
-        halves = []
-        rows, seeds = (torch.randperm(n, generator=generator) for n in (len(baseline), measurements.shape[1]))
-        for of_rows, of_seeds in zip(rows.chunk(2), seeds.chunk(2), strict=True):
-            halves.append(retrained(baseline[of_rows], measurements[:, of_seeds]))
-        of_splits.append({name: correlations(halves[0][name], halves[1][name]).mean() for name in DIFFERENCES})
+def ceiling(baseline: Tensor, truth: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return how far the retrainings agree with themselves, by difference: what noise allows."""
+    unmoved = baseline[None].expand(len(truth["removed"]), *baseline.shape)  # a ceiling does not ask what is predicted
+    keys = ("split_half", "reliability", "ceiling")
     result = {}
     for name in DIFFERENCES:
-        halves = float(torch.stack([split[name] for split in of_splits]).mean())
-        reliability = 2 * halves / (1 + halves)
-        result[name] = {"halves": halves, "reliability": reliability, "ceiling": max(reliability, 0) ** 0.5}
+        found = linear_datamodeling_score(
+            unmoved, baseline, truth["measurements"], truth["baseline"], name, replicates=0
+        )
+        result[name] = {key: float(found[key]) for key in keys}
     return result
 
 
@@ -91,17 +55,18 @@ def evaluate(responses: Tensor, exact: Tensor, baseline: Tensor, truth: dict[str
         baseline: Measurements of these runs ``(S, Q)``.
         truth: As ``concrete_truth`` makes it.
     """
-    real = retrained(truth["baseline"], truth["measurements"])
-    changes = shifts(responses, truth["removed"])
     # variance and Wasserstein distance depend on the scale; the best that a user could choose is by least squares
     by_query = (responses.double() * exact.double()).sum((0, 2))
     factor = float(by_query.sum() / responses.double().square().sum())
-    alone = correlations(-changes.transpose(0, 1), real["mean"][:, None])
-    raw, rescaled = predicted(baseline, changes), predicted(baseline, factor * changes)
+    raw = predicted(responses, baseline, truth["removed"])
+    rescaled = predicted(factor * responses.double(), baseline, truth["removed"])
+    # of each run by itself, the influence on the mean is its fall
+    falls = (baseline.double() - raw).permute(1, 2, 0)
+    real = (truth["baseline"].double().mean(0) - truth["measurements"].double().mean(1)).T
     return {
-        "score": {name: score(each, real[name]) for name, each in raw.items()},
-        "score rescaled": {name: score(each, real[name]) for name, each in rescaled.items()},
-        "score of the mean, one run alone": float(alone.mean()),
+        "score": scores(raw, baseline, truth),
+        "score rescaled": scores(rescaled, baseline, truth, intervals=False),
+        "score of the mean, one run alone": float(correlations(falls, real).mean()),
         "scale": float((by_query / exact.double().square().sum((0, 2))).median()),
         "best factor": factor,
         "correlation with exact responses": float(
