@@ -71,7 +71,13 @@ def _table(evaluations: Mapping[str, Evaluation]) -> Table:
 def _cell(score: Score | None) -> str:
     if score is None:
         return _UNKNOWN
-    return escape(f"{score.score:.3f} [{score.low:.2f}, {score.high:.2f}]".replace("-", MINUS))
+    low, high = (_rounded(limit, 2) for limit in (score.low, score.high))
+    return escape(f"{_rounded(score.score, 3)} [{low}, {high}]")
+
+
+def _rounded(value: float, decimals: int) -> str:
+    text = f"{value:.{decimals}f}"
+    return text.replace("-", MINUS) if float(text) else text.lstrip("-")
 
 
 def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
