@@ -25,8 +25,8 @@ class GradientDot(Estimator):
 
     .. math:: r_k = \frac1N \langle \nabla m(\theta_T), \nabla l_k(\theta_T) \rangle
 
-    (Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, section 2, have the
-    network's output in place of both m and l.) It is the influence function with the identity for a curvature, and has
+    (Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, have the network's
+    output in place of both m and l.) It is the influence function with the identity for a curvature, and has
     its sign: predicted change of m when the example is removed, but for the length of a step. Losses are those of the
     module in evaluation mode.
 
@@ -66,8 +66,8 @@ class GradientCosine(Estimator):
     .. math:: r_k = \frac{\langle \nabla m(\theta_T), \nabla l_k(\theta_T) \rangle}
         {\lVert \nabla m(\theta_T) \rVert \, \lVert \nabla l_k(\theta_T) \rVert}
 
-    (Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, section 2, have the
-    network's output in place of both m and l.) Examples with large gradients, outliers and mislabelled ones, do not
+    (Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, have the network's
+    output in place of both m and l.) Examples with large gradients, outliers and mislabelled ones, do not
     come first for every query. A positive response means that m grows when the example is removed, as for
     :class:`GradientDot`, but it has no unit: it is good for rankings only. A group's is the sum of its examples'
     cosines. Where a gradient is zero, so is the response.

@@ -29,7 +29,7 @@ class TracIn(Estimator):
 
     with the checkpoints :math:`t_i` and, of the steps between two of them, the learning rates :math:`\eta_t` and the
     coefficients :math:`c_{t,k}` that the example's loss had, zero where it was not in the batch. This is TracInCP
-    (Pruthi et al., *Estimating Training Data Influence by Tracing Gradient Descent*, arXiv 2002.08484, section 3.2).
+    (Pruthi et al., *Estimating Training Data Influence by Tracing Gradient Descent*, arXiv 2002.08484).
     There each checkpoint counts with one learning rate, as if every example were used once between two checkpoints;
     here each use counts with its own rate and coefficient, so that a response has m's unit: predicted change of m when
     the example is removed. There the checkpoint after the steps is taken, here the one before them.

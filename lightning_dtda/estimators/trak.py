@@ -40,7 +40,7 @@ class TRAK(Estimator):
 
     with the measurement for the output f, taken of queries and, as the rows of :math:`\Phi`, of the training examples:
     ``"margin"`` of a classification, ``"prediction"`` of a regression (Park et al., *TRAK: Attributing Model Behavior
-    at Scale*, arXiv 2303.14186, section 3). Of the loss it takes no second derivative, as there: responses have the
+    at Scale*, arXiv 2303.14186). Of the loss it takes no second derivative, as there: responses have the
     sign of predicted changes of m when the example is removed, but not their scale.
 
     How much the loss depends on f is found from two gradients,

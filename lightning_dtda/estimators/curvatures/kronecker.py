@@ -51,8 +51,8 @@ class KFAC(Curvature):
     by `curvlinops <https://curvlinops.readthedocs.io>`_, which ``pip install "lightning-dtda[kfac]"`` brings.
 
     Blocks without what couples layers give solutions that point well and are several times too long. Each solution x
-    for a vector v is therefore rescaled, for which one product with the true matrix is needed (Martens and Grosse,
-    section 6.4), and responses are in the measurement's unit:
+    for a vector v is therefore rescaled, for which one product with the true matrix is needed (Martens and Grosse),
+    and responses are in the measurement's unit:
 
     .. math:: x \leftarrow \frac{\langle v, x \rangle}{\langle x, (G + \delta) x \rangle}\, x
 

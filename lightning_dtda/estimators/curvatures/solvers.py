@@ -100,7 +100,7 @@ def lissa(
     repeats: int,
     tolerance: float,
 ) -> tuple[Tensor, Tensor]:
-    r"""Estimate :math:`A^{-1} v` from products with samples of A (Agarwal et al., arXiv 1602.03943, algorithm 1).
+    r"""Estimate :math:`A^{-1} v` from products with samples of A (Agarwal et al., arXiv 1602.03943).
 
     The Neumann series, another sample of A for each term:
 
