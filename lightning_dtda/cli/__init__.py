@@ -13,6 +13,7 @@ from lightning_dtda.version import __version__
 COMMANDS = {
     "record": "train a LightningCLI configuration over many seeds and record every step",
     "attribute": "predict what removing each training example does to the measurements of an ensemble",
+    "retrain": "train without subsets of the examples, as ground truth for attributions",
     "evaluate": "compare what attributions predict with what retraining shows",
     "check": "see whether attributions of an ensemble can be trusted",
     "report": "write an attribution as one HTML file",

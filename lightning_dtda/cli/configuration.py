@@ -32,6 +32,9 @@ class ConfigurationCLI(LightningCLI):
     own_options: tuple[str, ...] = ()
     """The command's own options, no part of the saved configuration."""
 
+    usage = "--ensemble DIR [--config FILE]"
+    """The options that matter, for ``--help``."""
+
     def __init__(self, command: str, description: str, arguments: Sequence[str], **kwargs: Any) -> None:
         super().__init__(
             args=list(arguments),
@@ -41,7 +44,7 @@ class ConfigurationCLI(LightningCLI):
             # an own usage: the list of all options is longer than a screen and hides the error below it
             parser_kwargs={
                 "prog": f"lightning-dtda {command}",
-                "usage": f"lightning-dtda {command} --ensemble DIR [--config FILE] [options]; --help lists them",
+                "usage": f"lightning-dtda {command} {self.usage} [options]; --help lists them",
                 "description": description,
             },
             **kwargs,

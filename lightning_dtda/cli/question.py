@@ -28,16 +28,21 @@ class QuestionCLI(ConfigurationCLI):
         command: The command's name.
         description: For ``--help``.
         arguments: Command line arguments.
+        **kwargs: To ``LightningCLI``.
     """
 
     own_options: tuple[str, ...] = ("ensemble", "measurement", "queries", "device")
 
-    def __init__(self, command: str, description: str, arguments: Sequence[str]) -> None:
-        super().__init__(command, description, _with_configuration(list(arguments)))
+    def __init__(self, command: str, description: str, arguments: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(command, description, _with_configuration(list(arguments)), **kwargs)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--ensemble", type=str, required=True, help="Directory of the recorded runs.")
+        self.add_question_to_parser(parser)
+
+    def add_question_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is measured where."""
         parser.add_argument(
             "--measurement", type=str, default="loss", help="loss, margin, prediction, or a callable's import path."
         )

@@ -21,6 +21,7 @@ def quiet_lightning() -> Iterator[None]:
             # about Lightning's own code and number of workers: nothing that the user's configuration got wrong
             warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")
             warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -55,7 +55,7 @@ _REASONS = 3
 
 def retrain(
     module: pl.LightningModule | Callable[[], pl.LightningModule],
-    data: pl.LightningDataModule | DataLoader[Any] | Dataset[Any] | None = None,
+    data: pl.LightningDataModule | pl.LightningModule | DataLoader[Any] | Dataset[Any] | None = None,
     *,
     subsets: Sequence[Sequence[int]],
     seeds: int | Sequence[int],
@@ -82,8 +82,8 @@ def retrain(
     Args:
         module: What is trained: a function that makes it, called after the seed is set; or a LightningModule that can
             be made again from the hyperparameters it saved. Its own weights do not count.
-        data: What is trained on: a data module or a DataLoader; ``None`` for a module with its own
-            ``train_dataloader``. For ``"reweight"`` a Dataset will do.
+        data: What is trained on: a data module or a DataLoader; ``None``, or a module, for modules with a
+            ``train_dataloader`` of their own. For ``"reweight"`` a Dataset will do.
         subsets: Sets of indices of training examples, K of them; see :mod:`lightning_dtda.retraining.subsets`.
         seeds: S of them: a number, which takes fresh ones; or a list.
         queries: Inputs on which the measurement is taken, Q of them, as for :func:`~lightning_dtda.attribute`.
@@ -263,7 +263,7 @@ def _train(
         f", {len(tasks) - len(remaining)} of {len(tasks)} are done already" if finished else "",
     )
     try:
-        with _progress_bar(progress and bool(remaining), len(remaining)) as advance:
+        with quiet_lightning(), _progress_bar(progress and bool(remaining), len(remaining)) as advance:
             for outcomes in engine.train(retraining, remaining) if remaining else ():
                 done = [
                     (outcome.task, outcome.measurements) for outcome in outcomes if outcome.measurements is not None

@@ -1,0 +1,189 @@
+"""``lightning-dtda retrain``: ground truth for attributions, by actual retraining."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers.logger import DummyLogger
+from typing_extensions import override
+
+from lightning_dtda.cli.question import QuestionCLI, query_loader
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.recording import run_name
+from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.replay import training_examples
+from lightning_dtda.retraining import random_subsets, retrain
+from lightning_dtda.retraining.retraining import EngineName, Removal
+from lightning_dtda.trajectory import Ensemble
+
+
+class RetrainCLI(QuestionCLI):
+    """The user's configuration, what is removed, and what is measured."""
+
+    own_options = (
+        *QuestionCLI.own_options,
+        *("output", "overwrite", "subsets", "fraction", "subsets_seed", "removed"),
+        *("seeds", "baseline_seeds", "removal", "engine", "jobs"),
+    )
+    usage = "--config FILE --output DIR"
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--ensemble",
+            type=str | None,
+            default=None,
+            help="Directory of recorded runs: for their configuration, if there is no --config; or to reweight.",
+        )
+        self.add_question_to_parser(parser)
+        parser.add_argument("--output", type=str, required=True, help="Directory for the ground truth.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
+        parser.add_argument("--subsets", type=int, default=40, help="Number of random subsets that are removed.")
+        parser.add_argument("--fraction", type=float, default=0.9, help="Share of the training examples that is left.")
+        parser.add_argument("--subsets_seed", type=int, default=0, help="Of the random subsets.")
+        parser.add_argument(
+            "--removed",
+            type=str | None,
+            default=None,
+            help="In place of random subsets: a JSON file with a list of lists of training examples.",
+        )
+        parser.add_argument(
+            "--seeds",
+            type=int | list[int],
+            default=32,
+            help="Trainings for each subset: a number of fresh seeds, or a list: --seeds=[103,107].",
+        )
+        parser.add_argument(
+            "--baseline_seeds",
+            type=int | list[int] | None,
+            default=None,
+            help="Trainings on everything; the seeds of --seeds if not given.",
+        )
+        parser.add_argument(
+            "--removal",
+            type=Removal,
+            default="drop",
+            help="drop: train without the examples. reweight: replay recorded runs, the examples' weights zero.",
+        )
+        parser.add_argument(
+            "--engine", type=EngineName, default="auto", help="trainer: one by one. stacked: many at once. auto."
+        )
+        parser.add_argument("--jobs", type=int, default=1, help="Number of processes in which the Trainer trains.")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # type: ignore[override]
+        """Make a Trainer that leaves nothing behind: thousands of trainings would fill any log."""
+        options = self.config.trainer
+        callbacks = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
+        if not any("Checkpoint" in str(getattr(callback, "class_path", "")) for callback in callbacks):
+            kwargs.setdefault("enable_checkpointing", False)
+        if options.default_root_dir is None:
+            # what callbacks write all the same, each training has a place of its own for
+            name = run_name(int(os.environ.get("PL_GLOBAL_SEED", 0)))
+            kwargs["default_root_dir"] = str(Path(self.config.output) / "logs" / f"{name}-{os.getpid()}")
+        trainer: pl.Trainer = super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
+        return trainer
+
+
+class ConfiguredTraining:
+    """Makes module and Trainer of a configuration; other processes read it anew.
+
+    Args:
+        arguments: Of the command.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._arguments = list(arguments)
+        self._cli: RetrainCLI | None = None
+        self._trainer: pl.Trainer | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_arguments": self._arguments, "_cli": None, "_trainer": None}
+
+    @property
+    def cli(self) -> RetrainCLI:
+        """The configuration."""
+        if self._cli is None:
+            self._cli = RetrainCLI(
+                "retrain",
+                "Train a configuration without random subsets of its training examples, over many seeds, and measure: "
+                "ground truth for attributions. A second call does only what is missing.",
+                self._arguments,
+                trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
+            )
+        return self._cli
+
+    def module(self) -> pl.LightningModule:
+        """Make the module, and everything else in the order of record, which draws the same random numbers."""
+        self.cli.build()
+        self._trainer = self.cli.trainer
+        module: pl.LightningModule = self.cli.model
+        return module
+
+    def trainer(self) -> pl.Trainer:
+        """Return the Trainer that was made with the module."""
+        if self._trainer is None:
+            self.module()
+        trainer, self._trainer = self._trainer, None
+        assert trainer is not None
+        return trainer
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Retrain and say what came of it.
+
+    Raises:
+        SystemExit: With code 1 if trainings failed; the others are stored.
+    """
+    configured = ConfiguredTraining(arguments)
+    config = configured.cli.config
+    with quiet_lightning():
+        module = configured.module()
+    data = module if configured.cli.datamodule is None else configured.cli.datamodule
+    truth = retrain(
+        module if config.removal == "reweight" else configured.module,
+        data,
+        subsets=read_subsets(config, len(training_examples(data))),
+        seeds=config.seeds,
+        baseline_seeds=config.baseline_seeds,
+        queries=query_loader(data, config.queries.split, config.queries.indices),
+        measurement=config.measurement,
+        removal=config.removal,
+        engine=config.engine,
+        trainer=configured.trainer,
+        ensemble=None if config.ensemble is None else Ensemble.open(config.ensemble),
+        output=config.output,
+        overwrite=config.overwrite,
+        jobs=config.jobs,
+        device=config.device,
+    )
+    print(f"{truth} is in {config.output}.")
+    if truth.unfinished:
+        raise SystemExit(1)
+
+
+def read_subsets(config: Any, examples: int) -> list[Any]:
+    """Return the subsets that are asked for.
+
+    Args:
+        config: The command's options.
+        examples: N.
+
+    Raises:
+        RetrainingError: If the file cannot be read, or holds nothing of the kind.
+    """
+    if config.removed is None:
+        return list(random_subsets(examples, config.subsets, config.fraction, config.subsets_seed))
+    try:
+        content = json.loads(Path(config.removed).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RetrainingError(f"--removed {config.removed} cannot be read ({error}). Give a JSON file.") from error
+    if not isinstance(content, list) or not all(isinstance(subset, list) for subset in content):
+        raise RetrainingError(f"--removed {config.removed} holds no list of lists of training examples.")
+    return content
