@@ -5,7 +5,8 @@ from lightning_dtda.replay.examples import Examples, prepare_fit, query_examples
 from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.replay.functional import FunctionalModule
 from lightning_dtda.replay.measurements import Measurement, resolve_measurement
-from lightning_dtda.replay.replay import Precision, Replay, shape_key
+from lightning_dtda.replay.records import shape_key
+from lightning_dtda.replay.replay import Precision, Replay
 from lightning_dtda.replay.steps import Point, StepBatch
 from lightning_dtda.replay.tangents import Position, Tangents
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_dtda.errors import ReplayError
@@ -20,9 +19,10 @@ from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.replay.drift import Comparison, Drift
 from lightning_dtda.replay.dropout import Mask
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.replay.functional import FunctionalModule
-from lightning_dtda.replay.steps import Point, StepBatch, draw_masks, parts_of, pass_examples
+from lightning_dtda.replay.gradients import directional_derivatives, weighted_gradient
+from lightning_dtda.replay.records import Records, check_fit
+from lightning_dtda.replay.steps import Point, StepBatch, draw_masks, parts_of
 from lightning_dtda.replay.tangents import Position, gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, Run
 
@@ -61,9 +61,7 @@ class Replay:
     ) -> None:
         self.runs = tuple(runs)
         first = self.runs[0]
-        if len({shape_key(run) for run in self.runs}) != 1:
-            raise ReplayError("Only runs with the same number of steps and the same checkpoints can be stacked.")
-        _check_data(first, examples)
+        check_fit(self.runs, examples)
         self.layout = first.layout
         self.steps = first.steps
         self.update = first.update
@@ -76,6 +74,7 @@ class Replay:
             raise ReplayError(
                 'The device "mps" does not compute in double. Give device="cpu", or the precision that was recorded.'
             )
+        self._records = Records(self.runs, self.dtype, self.device)
         self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
         self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
         self._tolerance = tolerance
@@ -88,6 +87,7 @@ class Replay:
         """Return the replay of one of the runs, which shares module and examples with this one."""
         one = copy.copy(self)
         one.runs = (self.runs[number],)
+        one._records = Records(one.runs, self.dtype, self.device)
         one._comparison = Comparison.of_runs(one.runs, self._tolerance, self.dtype, self.device)
         return one
 
@@ -121,7 +121,7 @@ class Replay:
             point = self._point(t, theta, states, buffers)
             if statistics:
                 batch = self.batch(t)
-                _, statistics = self._weighted_gradient(batch, theta, buffers | statistics, batch.coefficients)
+                _, statistics = weighted_gradient(self.module, batch, theta, buffers | statistics, batch.coefficients)
             theta, states = self._advance(t, point)
         return theta, buffers | statistics
 
@@ -138,20 +138,15 @@ class Replay:
 
     def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
         """Read parameters ``(runs, P)`` and each group's optimizer state at a recorded checkpoint."""
-        checkpoints = [run.checkpoint(step) for run in self.runs]
-        theta = self._stack([checkpoint.theta for checkpoint in checkpoints])
-        states = [
-            {key: self._stack([checkpoint.states[group][key] for checkpoint in checkpoints]) for key in state}
-            for group, state in enumerate(checkpoints[0].states)
-        ]
-        return theta, states
+        return self._records.checkpoint(step)
 
     def buffers(self, step: int) -> dict[str, Tensor]:
         """Read buffers and frozen parameters at a recorded checkpoint, each ``(runs, ...)``."""
-        initial = [run.checkpoint(0).buffers for run in self.runs]
-        current = [run.checkpoint(step).buffers for run in self.runs]
-        merged = [first | later for first, later in zip(initial, current, strict=True)]
-        return {name: self._stack([buffers[name] for buffers in merged]) for name in merged[0]}
+        return self._records.buffers(step)
+
+    def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
+        """Return each group's hyperparameters, as :meth:`~lightning_dtda.replay.records.Records.hyperparameters`."""
+        return self._records.hyperparameters(step, ndim)
 
     def batch(self, step: int) -> StepBatch:
         """Return the examples of a step, with what each contributes to the loss.
@@ -197,16 +192,6 @@ class Replay:
             )
         return draw_masks(self.module.dropout, step, [str(run.path) for run in self.runs], micro_batches, self.dtype)
 
-    def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
-        """Return each group's hyperparameters: numbers where the runs agree, else tensors of ``ndim`` dimensions.
-
-        The first of these runs over runs, the others are there to broadcast: 2 for parameters ``(runs, P)``, 3 for
-        cotangents ``(runs, queries, P)``.
-        """
-        of_runs = [run.hyperparameters(step) for run in self.runs]
-        groups = range(len(self.layout.group_lengths))
-        return [self._merge([of_run[group] for of_run in of_runs], ndim) for group in groups]
-
     def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
         r"""Compute the gradient of the step's loss anew.
 
@@ -221,7 +206,7 @@ class Replay:
             ``(runs, P)``.
         """
         batch = self.batch(step)
-        return self._weighted_gradient(batch, theta, buffers, batch.coefficients)[0]
+        return weighted_gradient(self.module, batch, theta, buffers, batch.coefficients)[0]
 
     def check_step(self, step: int) -> None:
         """Compare the gradient of one step with the record, for what replays no steps; nothing if none was recorded.
@@ -234,7 +219,7 @@ class Replay:
         if self._records_gradients:
             start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
             gradient = self.gradient(start, self.checkpoint(start)[0], self.buffers(start))
-            self._comparison.gradient(start, self.clipping.apply(gradient), self._recorded_gradient(start))
+            self._comparison.gradient(start, self.clipping.apply(gradient), self._records.gradient(start))
 
     def retrain(self, weights: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         r"""Train the runs again from a checkpoint, in their own order, with example weights.
@@ -260,25 +245,10 @@ class Replay:
             for step in range(first, last):
                 batch = self.batch(step)
                 coefficients = batch.coefficients * weights.gather(1, batch.indices)
-                gradient, statistics = self._weighted_gradient(batch, theta, buffers | statistics, coefficients)
+                gradient, statistics = weighted_gradient(self.module, batch, theta, buffers | statistics, coefficients)
                 applied = self.clipping.apply(gradient)
                 theta, states = self._advance(step, Point(theta, states, applied, gradient))
         return theta, self.buffers(stop) | statistics
-
-    def _weighted_gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: dict[str, Tensor], coefficients: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the gradient of the coefficients' sum of losses ``(runs, P)``, and the running statistics after it."""
-
-        def loss(
-            theta: Tensor, buffers: dict[str, Tensor], examples: Any, coefficients: Tensor, masks: list[Mask]
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            losses, statistics = pass_examples(self.module, theta, buffers, examples, masks, batch)
-            return (coefficients * losses).sum(), statistics
-
-        derivative = vmap(grad(loss, has_aux=True))
-        result: tuple[Tensor, dict[str, Tensor]] = derivative(theta, buffers, batch.examples, coefficients, batch.masks)
-        return result
 
     def statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return those of the buffers that the training updates by differentiable steps, each ``(runs, ...)``."""
@@ -348,22 +318,9 @@ class Replay:
         buffers: dict[str, Tensor],
         statistics_cotangents: dict[str, Tensor],
     ) -> tuple[StepBatch, Tensor, Tensor, dict[str, Tensor]]:
-        r"""Compute per-example directional derivatives and the Hessian product, in one pass.
+        """Compute per-example slopes and the Hessian product, and compare the gradient with the record.
 
-        The forward-mode derivative along v of the step's gradient and per-example losses, computed together by
-        reverse mode:
-
-        .. math::
-            H_t v = \partial_v \sum_n c_n \nabla l_n(\theta), \qquad
-            d_n = \partial_v l_n(\theta) = \langle \nabla l_n(\theta), v \rangle
-
-        Forward over reverse, since then all queries share one forward and one backward pass of the model, and the
-        gradient comes along to be compared with the record.
-
-        Running statistics of BatchNorm are part of the state, :math:`\sigma_{t+1} = F_t(\sigma_t, \theta_t)`. With the
-        cotangent :math:`\mu` of :math:`\sigma_{t+1}`, what is added to :math:`H_t v` is
-        :math:`\nabla_\theta \langle \mu, F_t \rangle`: the same derivative of a gradient, that of
-        :math:`\sum_n c_n l_n + \langle \nu, F_t \rangle` along :math:`\nu` from zero.
+        As :func:`~lightning_dtda.replay.gradients.directional_derivatives`, which the gradient comes along with.
 
         Args:
             step: t.
@@ -380,20 +337,13 @@ class Replay:
             ReplayError: If the gradient is not the recorded one, naming run and step.
         """
         batch = self.batch(step)
-        slopes, products, of_statistics, gradients = self._products(batch)(
-            point.theta,
-            directions,
-            buffers,
-            batch.examples,
-            batch.coefficients,
-            batch.masks,
-            self.statistics(buffers),
-            statistics_cotangents,
+        slopes, products, of_statistics, gradient = directional_derivatives(
+            self.module, batch, point.theta, buffers, directions, statistics_cotangents
         )
-        applied = self.clipping.apply(gradients[:, 0])  # the same for every query
+        applied = self.clipping.apply(gradient)
         self._comparison.gradient(step, applied, point.gradient)
         if self._records_gradients and not self._rebuild_from_gradients:
-            self._comparison.gradient(step, applied, self._recorded_gradient(step))
+            self._comparison.gradient(step, applied, self._records.gradient(step))
         return batch, slopes, products, of_statistics
 
     def push(self, position: Position, membership: Tensor) -> Position:
@@ -424,7 +374,7 @@ class Replay:
         )
         applied = self.clipping.apply(gradient)
         if self._records_gradients:
-            self._comparison.gradient(step, applied, self._recorded_gradient(step))
+            self._comparison.gradient(step, applied, self._records.gradient(step))
         point = (
             self._point(step, theta, states, buffers)
             if self._rebuild_from_gradients
@@ -442,82 +392,15 @@ class Replay:
         )
         return Position(step + 1, *self._advance(step, point), buffers | statistics, tangents)
 
-    def _products(self, batch: StepBatch) -> Callable[..., tuple[Tensor, Tensor, dict[str, Tensor], Tensor]]:
-        """Return slopes, Hessian products, statistics' cotangents and gradients as a function over runs and queries."""
-
-        def of_one_query(
-            theta: Tensor,
-            direction: Tensor,
-            buffers: dict[str, Tensor],
-            examples: Any,
-            coefficients: Tensor,
-            masks: list[Mask],
-            statistics: dict[str, Tensor],
-            cotangents: dict[str, Tensor],
-        ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
-            def loss(
-                theta: Tensor, statistics: dict[str, Tensor], multipliers: dict[str, Tensor]
-            ) -> tuple[Tensor, Tensor]:
-                losses, after = pass_examples(self.module, theta, buffers | statistics, examples, masks, batch)
-                total = (coefficients * losses).sum()
-                for name, multiplier in multipliers.items():
-                    total = total + (multiplier * after[name]).sum()
-                return total, losses
-
-            zeros = {name: torch.zeros_like(statistic) for name, statistic in statistics.items()}
-            derivative = grad(loss, argnums=(0, 1), has_aux=True)
-            at, along = (theta, statistics, zeros), (direction, zeros, cotangents)
-            ((gradient, _), _), ((product, of_statistics), slopes) = jvp(derivative, at, along)  # type: ignore[misc]
-            return slopes, product, of_statistics, gradient
-
-        return vmap(vmap(of_one_query, in_dims=(None, 0, None, None, None, None, None, 0)))
-
     def _point(self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]) -> Point:
         if not self._rebuild_from_gradients:
             unclipped = self.gradient(step, theta, buffers)
             return Point(theta, states, self.clipping.apply(unclipped), unclipped)
-        applied = self._recorded_gradient(step)
+        applied = self._records.gradient(step)
         if isinstance(self.clipping, NormClipping):
-            norms = self._stack([run.gradient_norm(step) for run in self.runs])
+            norms = self._records.gradient_norms(step)
             return Point(theta, states, applied, self.clipping.unclipped(applied, norms[:, None]))
         return Point(theta, states, applied, applied)
 
     def _advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
         return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), step=step)
-
-    def _recorded_gradient(self, step: int) -> Tensor:
-        return self._stack([run.gradient_vector(step) for run in self.runs])
-
-    def _merge(self, of_runs: list[Hyperparameters], ndim: int) -> Hyperparameters:
-        merged: dict[str, Any] = {}
-        for key, value in of_runs[0].items():
-            values = [hyperparameters[key] for hyperparameters in of_runs]
-            merged[key] = (
-                value
-                if all(other == value for other in values)
-                else torch.tensor(values, dtype=self.dtype, device=self.device).reshape(-1, *[1] * (ndim - 1))
-            )
-        return merged
-
-    def _stack(self, tensors: list[Tensor]) -> Tensor:
-        stacked = torch.stack(tensors)
-        return stacked.to(self.device, self.dtype if stacked.is_floating_point() else stacked.dtype)
-
-
-def _check_data(run: Run, examples: Examples) -> None:
-    recorded = run.manifest.configuration["dataset"]
-    if len(examples) != recorded["length"]:
-        raise ReplayError(
-            f"The training data have {len(examples)} examples; {run.path} was trained on {recorded['length']}. Give "
-            "the data that were trained on."
-        )
-    if recorded["fingerprint"] not in (None, dataset_fingerprint(examples.dataset)):
-        raise ReplayError(
-            f"The training data are not those of {run.path}: other content, or another order. Give the data that were "
-            "trained on."
-        )
-
-
-def shape_key(run: Run) -> tuple[Any, ...]:
-    """Return what runs must share to be stacked."""
-    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients, run.manifest.batches

@@ -251,7 +251,7 @@ def test_a_replay_that_leaves_the_record_is_refused(fit, tmp_path, monkeypatch):
     optimizer = sgd(momentum=0.9)
     record(fit, tmp_path, optimizer)
     fingerprint = Ensemble.open(tmp_path)[0].manifest.configuration["dataset"]["fingerprint"]
-    monkeypatch.setattr("lightning_dtda.replay.replay.dataset_fingerprint", lambda dataset: fingerprint)
+    monkeypatch.setattr("lightning_dtda.replay.records.dataset_fingerprint", lambda dataset: fingerprint)
     inputs, targets, weights = weighted_data()
     data = training_examples(TensorDataset(inputs, targets + 0.1, weights))
     with pytest.raises(ReplayError, match=r"gradient of step \d+ is not the recorded one"):

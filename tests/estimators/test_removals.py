@@ -156,7 +156,7 @@ def test_a_horizon_goes_back_from_the_step(fit, tmp_path):
 def test_a_replay_that_ends_between_checkpoints_is_still_compared_with_the_record(fit, tmp_path, monkeypatch):
     ensemble = recorded(fit, tmp_path, gradients="none")
     fingerprint = ensemble[0].manifest.configuration["dataset"]["fingerprint"]
-    monkeypatch.setattr("lightning_dtda.replay.replay.dataset_fingerprint", lambda dataset: fingerprint)
+    monkeypatch.setattr("lightning_dtda.replay.records.dataset_fingerprint", lambda dataset: fingerprint)
     changed = TensorDataset(INPUTS + 0.1, TARGETS, WEIGHTS)
     with pytest.raises(ReplayError, match="between step 0 and step 4"):
         attribute(ensemble, WeightedRegressor(adamw), changed, queries=QUERIES, step=2, progress=False)

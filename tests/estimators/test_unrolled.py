@@ -94,7 +94,7 @@ def test_changed_data_are_refused(root):
 
 
 def test_data_that_changed_where_the_fingerprint_does_not_look_are_found_at_a_step(root, monkeypatch):
-    monkeypatch.setattr("lightning_dtda.replay.replay.dataset_fingerprint", lambda dataset: fingerprint)
+    monkeypatch.setattr("lightning_dtda.replay.records.dataset_fingerprint", lambda dataset: fingerprint)
     fingerprint = Ensemble.open(root)[0].manifest.configuration["dataset"]["fingerprint"]
     changed = INPUTS.clone()
     changed[3] += 0.1

@@ -1,0 +1,107 @@
+"""The records of several runs, stacked: one tensor for what each of them stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.optimizers import Hyperparameters, State
+from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.fingerprint import dataset_fingerprint
+from lightning_dtda.trajectory import Run
+
+
+@dataclass(frozen=True)
+class Records:
+    """What R runs of equal shape stored, read where a replay needs it.
+
+    Args:
+        runs: The runs.
+        dtype: Data type of what is read, where it is floating point.
+        device: Where it is put.
+    """
+
+    runs: tuple[Run, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
+        """Read parameters ``(runs, P)`` and each group's optimizer state at a recorded checkpoint."""
+        checkpoints = [run.checkpoint(step) for run in self.runs]
+        theta = self._stack([checkpoint.theta for checkpoint in checkpoints])
+        states = [
+            {key: self._stack([checkpoint.states[group][key] for checkpoint in checkpoints]) for key in state}
+            for group, state in enumerate(checkpoints[0].states)
+        ]
+        return theta, states
+
+    def buffers(self, step: int) -> dict[str, Tensor]:
+        """Read buffers and frozen parameters at a recorded checkpoint, each ``(runs, ...)``."""
+        initial = [run.checkpoint(0).buffers for run in self.runs]
+        current = [run.checkpoint(step).buffers for run in self.runs]
+        merged = [first | later for first, later in zip(initial, current, strict=True)]
+        return {name: self._stack([buffers[name] for buffers in merged]) for name in merged[0]}
+
+    def gradient(self, step: int) -> Tensor:
+        """Read the gradient that a step applied ``(runs, P)``."""
+        return self._stack([run.gradient_vector(step) for run in self.runs])
+
+    def gradient_norms(self, step: int) -> Tensor:
+        """Read the norm that a step's gradient had before clipping ``(runs,)``."""
+        return self._stack([run.gradient_norm(step) for run in self.runs])
+
+    def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
+        """Return each group's hyperparameters: numbers where the runs agree, else tensors of ``ndim`` dimensions.
+
+        The first of these runs over runs, the others are there to broadcast: 2 for parameters ``(runs, P)``, 3 for
+        cotangents ``(runs, queries, P)``.
+        """
+        of_groups = zip(*(run.hyperparameters(step) for run in self.runs), strict=True)
+        return [self._merge(of_runs, ndim) for of_runs in of_groups]
+
+    def _merge(self, of_runs: Sequence[Hyperparameters], ndim: int) -> Hyperparameters:
+        merged: dict[str, Any] = {}
+        for key, value in of_runs[0].items():
+            values = [hyperparameters[key] for hyperparameters in of_runs]
+            merged[key] = (
+                value
+                if all(other == value for other in values)
+                else torch.tensor(values, dtype=self.dtype, device=self.device).reshape(-1, *[1] * (ndim - 1))
+            )
+        return merged
+
+    def _stack(self, tensors: list[Tensor]) -> Tensor:
+        stacked = torch.stack(tensors)
+        return stacked.to(self.device, self.dtype if stacked.is_floating_point() else stacked.dtype)
+
+
+def check_fit(runs: Sequence[Run], examples: Examples) -> None:
+    """Check that runs can be stacked, and that examples are those that they were trained on.
+
+    Raises:
+        ReplayError: If not.
+    """
+    if len({shape_key(run) for run in runs}) != 1:
+        raise ReplayError("Only runs with the same number of steps and the same checkpoints can be stacked.")
+    run = runs[0]
+    recorded = run.manifest.configuration["dataset"]
+    if len(examples) != recorded["length"]:
+        raise ReplayError(
+            f"The training data have {len(examples)} examples; {run.path} was trained on {recorded['length']}. Give "
+            "the data that were trained on."
+        )
+    if recorded["fingerprint"] not in (None, dataset_fingerprint(examples.dataset)):
+        raise ReplayError(
+            f"The training data are not those of {run.path}: other content, or another order. Give the data that were "
+            "trained on."
+        )
+
+
+def shape_key(run: Run) -> tuple[Any, ...]:
+    """Return what runs must share to be stacked."""
+    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients, run.manifest.batches
