@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,7 +41,6 @@ from lightning_dtda.retraining.subsets import check_subsets
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import TrainerEngine
 from lightning_dtda.trajectory import Ensemble
-from lightning_dtda.units import human_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -295,7 +293,6 @@ def _reasons(failures: Mapping[Task, str]) -> str:
 
 @contextmanager
 def _progress_bar(show: bool, trainings: int) -> Iterator[Callable[[int], None]]:
-    """Show how far trainings have come; and once, after the first ones, say how long the others will take."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -307,12 +304,4 @@ def _progress_bar(show: bool, trainings: int) -> Iterator[Callable[[int], None]]
     )
     with Progress(*columns, disable=not show) as bar:
         task = bar.add_task("retraining", total=trainings)
-        started = time.perf_counter()
-
-        def advance(done: int) -> None:
-            if bar.tasks[0].completed == 0 and done < trainings:
-                seconds = (time.perf_counter() - started) / done * (trainings - done)
-                _log.info("About %s for the other %d trainings.", human_seconds(seconds), trainings - done)
-            bar.advance(task, done)
-
-        yield advance
+        yield lambda done: bar.advance(task, done)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -24,6 +26,9 @@ from lightning_dtda.replay.batches import map_tensors, rows_of
 from lightning_dtda.replay.silence import silent_copy
 from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
 from lightning_dtda.retraining.task import Task
+from lightning_dtda.units import human_seconds
+
+_log = logging.getLogger(__name__)
 
 _QUERIES_AT_A_TIME = 256
 """Queries that pass through a trained module together: bounds the memory."""
@@ -48,12 +53,15 @@ class TrainerEngine(Engine):
 
     @override
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
-        jobs = min(self.jobs, len(tasks))
-        if jobs > 1:
-            yield from _train_in_jobs(retraining, tasks, jobs)
-        else:
-            for task in tasks:
-                yield [train_one(retraining, task)]
+        jobs, begun = min(self.jobs, len(tasks)), time.perf_counter()
+        outcomes = (
+            _train_in_jobs(retraining, tasks, jobs) if jobs > 1 else (train_one(retraining, task) for task in tasks)
+        )
+        for number, outcome in enumerate(outcomes):
+            if number == 0 and len(tasks) > 1:
+                seconds = (time.perf_counter() - begun) * (len(tasks) - 1) / jobs
+                _log.info("About %s for the other %d trainings.", human_seconds(seconds), len(tasks) - 1)
+            yield [outcome]
 
 
 def train_one(
@@ -110,7 +118,7 @@ def measure(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningMod
     return measured.cpu()
 
 
-def _train_in_jobs(retraining: Retraining, tasks: Sequence[Task], jobs: int) -> Iterator[list[Outcome]]:
+def _train_in_jobs(retraining: Retraining, tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
     # two thread pools on the same cores are many times slower than one thread each
     threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
     with tempfile.TemporaryDirectory() as directory:
@@ -131,7 +139,7 @@ def _train_in_jobs(retraining: Retraining, tasks: Sequence[Task], jobs: int) -> 
             try:
                 for outcome in outcomes:
                     finished += 1
-                    yield [outcome]
+                    yield outcome
             except BrokenProcessPool as error:
                 raise RetrainingError(
                     f"A process was killed after {finished} of {len(tasks)} trainings (out of memory?). Those are on "
