@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from lightning_dtda.attribution.differences import (
     jackknife,
     resolve_difference,
 )
-from lightning_dtda.attribution.reliability import split_half
+from lightning_dtda.attribution.inference import Inference, Runs
 from lightning_dtda.attribution.removed import (
     group_members,
     group_names,
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-Runs = Literal["trusted", "all"]
-
 ENOUGH_RUNS = 8
 """Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
 influence and its error cannot be told apart reliably; a warning says so."""
@@ -48,7 +46,7 @@ _AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(Inference):
     r"""Measurements of an ensemble and their predicted changes under removal.
 
     Removal means weight zero: the example keeps its slot in the batches and the loss's divisor stays
@@ -234,24 +232,6 @@ class Attribution:
         selected, chosen = self._selected(runs), difference or SlicedWasserstein()
         return selected._jointly(lambda baseline, predicted: jackknife(chosen, baseline, predicted), queries, removed)
 
-    def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
-        """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
-
-        1 where other seeds would rank them the same, 0 where the ranking is seed noise; where it is low, more runs
-        help. See :func:`~lightning_dtda.attribution.reliability.split_half`.
-
-        Raises:
-            AttributionError: If there are too few runs to be halved.
-        """
-        selected, chosen = self._selected(runs), resolve_difference(difference)
-        least = 2 * max(chosen.least_runs, 2)
-        if len(selected.runs) < least:
-            raise AttributionError(
-                f"The reliability of the {chosen.name} influence needs {least} runs; there are {len(selected.runs)}. "
-                "Record more seeds."
-            )
-        return split_half(lambda half: selected._of(half.tolist())._influence(chosen), len(selected.runs))
-
     def top(
         self,
         k: int = 10,
@@ -401,10 +381,15 @@ class Attribution:
             )
         return chosen
 
-    def _each_query(self, function: Any, removed: Sequence[int | str] | None) -> Tensor:
+    def _each_query(
+        self, function: Any, removed: Sequence[int | str] | None, outputs: tuple[int, ...] = (), copies: int = 1
+    ) -> Tensor:
+        """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument."""
         responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
-        rows = [_in_parts(function, self.baseline, responses, query) for query in range(len(self.queries))]
-        stacked = torch.stack(rows)
+        queries = range(len(self.queries))
+        stacked = torch.stack(
+            [_in_parts(function, self.baseline, responses, query, outputs, copies) for query in queries]
+        )
         return stacked if removed is None else stacked.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:
@@ -437,13 +422,20 @@ class Attribution:
         return {"removal": group["name"], "size": len(group["examples"])}
 
 
-def _in_parts(function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int]) -> Tensor:
-    """Apply a difference to some queries of samples ``(runs, queries)`` and their changes: ``(removals,)``."""
+def _in_parts(
+    function: Any,
+    baseline: Tensor,
+    responses: Tensor,
+    queries: int | slice | list[int],
+    outputs: tuple[int, ...] = (),
+    copies: int = 1,
+) -> Tensor:
+    """Apply a function to some queries of samples ``(runs, queries)`` and their changes: ``(*outputs, removals)``."""
     # double: a change of the variance is a small difference of large squares. In parts: its memory
     samples = baseline[:, queries, None].double()
-    size = max(1, _AT_ONCE // samples.numel())
+    size = max(1, _AT_ONCE // (samples.numel() * copies))
     # written in place: a list of small results between large intermediate ones breaks up the heap
-    influence = torch.empty(responses.shape[-1], dtype=torch.float64, device=responses.device)
-    for part, into in zip(responses.split(size, -1), influence.split(size), strict=True):
+    found = torch.empty(*outputs, responses.shape[-1], dtype=torch.float64, device=responses.device)
+    for part, into in zip(responses.split(size, -1), found.split(size, -1), strict=True):
         into.copy_(function(samples, samples + part[:, queries].double()))
-    return influence
+    return found

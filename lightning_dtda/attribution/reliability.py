@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
@@ -35,3 +38,68 @@ def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
         agreements.append(torch.atleast_1d(spearman_corrcoef(first.T.squeeze(-1), second.T.squeeze(-1))))
     agreement = torch.stack(agreements).double().mean(0).clamp_min(0)
     return 2 * agreement / (1 + agreement)
+
+
+def top_agreement(influence: Callable[[Tensor], Tensor], runs: int, k: int) -> Tensor:
+    """Return which share of the k removals of largest absolute influence two halves of the runs have in common.
+
+    Args:
+        influence: From the positions of some runs to their influences ``(queries, removals)``.
+        runs: Number of runs, at least 2.
+        k: Number of removals.
+
+    Returns:
+        ``(queries,)``, float64: mean over random halvings.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(2 * _SPLITS):  # of k alone: a rank correlation averages over all removals
+        order = torch.randperm(runs, generator=generator)
+        halves = order[: runs // 2], order[runs // 2 : 2 * (runs // 2)]
+        first, second = (influence(half).abs().topk(k).indices for half in halves)
+        shares.append((first[..., :, None] == second[..., None, :]).sum((-1, -2)) / k)
+    return torch.stack(shares).double().mean(0)
+
+
+def runs_for_agreement(share: Tensor, runs: int, k: int, removals: int, agreement: float) -> Tensor:
+    r"""Return with how many runs the top k would be stable, from how stable they are with few.
+
+    Influences from two ensembles are taken as bivariate Gaussian over the removals, with a correlation :math:`\rho`
+    that more runs raise by Spearman and Brown's formula, :math:`\rho(mS) = m\rho / (1 + (m - 1)\rho)`. The share of the
+    top k that they have in common is a function of :math:`\rho` and :math:`k / N`; so the observed share gives
+    :math:`\rho(S)`, and the wanted one the factor m. Where influences have heavier tails than a Gaussian, the top
+    stands out and the answer, by the observed share, is about those removals that decide it.
+
+    Args:
+        share: Of the top k that two ensembles have in common ``(queries,)``.
+        runs: Number of runs of each of these, S.
+        k: Number of removals at the top.
+        removals: Number of all, N.
+        agreement: The share that is wanted.
+
+    Returns:
+        Number of runs ``(queries,)``, float64; infinite where no more is in common than by chance.
+
+    Example:
+        >>> shares = torch.tensor([0.5, 0.9], dtype=torch.float64)
+        >>> runs_for_agreement(shares, runs=10, k=10, removals=1000, agreement=0.9)
+        tensor([306.,  10.], dtype=torch.float64)
+    """
+    correlations = 1 - np.logspace(0, -8, 801)  # fine near 1, where a stable top is
+    shares = _shared_top(correlations, k / removals)
+    rho, goal = (np.interp(values, shares, correlations) for values in (share.cpu().numpy(), agreement))
+    with np.errstate(divide="ignore"):
+        factor = goal * (1 - rho) / (rho * (1 - goal))
+    needed = np.ceil((runs * factor).round(6)).clip(1)  # rounded: a share that is the wanted one needs no run more
+    return torch.as_tensor(needed, dtype=torch.float64, device=share.device)
+
+
+def _shared_top(correlations: Any, top: float) -> Any:
+    """Return which share of a Gaussian's largest absolute values are those of a correlated one, too."""
+    points = (np.arange(2000) + 0.5) / 2000
+    border = special.ndtri(1 - top / 2)
+    largest = special.ndtri(1 - top / 2 * points)[:, None]
+    spread = np.sqrt(1 - correlations**2)
+    with np.errstate(divide="ignore"):
+        above, below = (border - correlations * largest) / spread, (-border - correlations * largest) / spread
+    return (special.ndtr(-above) + special.ndtr(below)).mean(0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
+
+Moment = Literal["mean", "variance"]
 
 
 class Difference(Protocol):
     """A difference between the distributions of X, as trained, and Y, with examples removed.
 
-    A new difference is one class with these members; it is found by its import path.
+    A new difference is one class with these members; it is found by its import path. It may have ``moments`` too, those
+    whose change shows in it, ``"mean"``, ``"variance"`` or both: their test then is its test of significance, see
+    :mod:`~lightning_dtda.attribution.significance`.
     """
 
     name: str

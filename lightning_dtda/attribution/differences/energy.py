@@ -23,6 +23,7 @@ class Energy:
 
     name = "energy"
     least_runs = 1
+    moments = ("mean", "variance")
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``D(X, Y)``."""

@@ -25,6 +25,7 @@ class GaussianKL:
 
     name = "gaussian_kl"
     least_runs = 2
+    moments = ("mean", "variance")
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``D(N_Y || N_X)``."""

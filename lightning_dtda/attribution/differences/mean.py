@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from lightning_dtda.attribution.differences.difference import Moment
 from lightning_dtda.errors import AttributionError
 
 Location = Literal["mean", "median", "trimmed"]
@@ -39,6 +40,7 @@ class Mean:
         if location not in get_args(Location):
             raise AttributionError(f"location={location!r}; choose from {', '.join(get_args(Location))}.")
         self.location = location
+        self.moments: tuple[Moment, ...] = ("mean",) if location == "mean" else ()
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``E X - E Y``, or the location of ``X - Y`` over runs."""

@@ -18,6 +18,7 @@ class Variance:
 
     name = "variance"
     least_runs = 2
+    moments = ("variance",)
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``Var Y - Var X`` with divisor S - 1."""

@@ -21,6 +21,7 @@ class Wasserstein:
 
     name = "wasserstein"
     least_runs = 1
+    moments = ("mean", "variance")
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``W_2(X, Y)``."""
