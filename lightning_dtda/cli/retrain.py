@@ -14,11 +14,12 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
 from lightning_dtda.cli.question import QuestionCLI, query_loader
+from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.recording import run_name
 from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import training_examples
-from lightning_dtda.retraining import random_subsets, retrain
+from lightning_dtda.retraining import RayEngine, random_subsets, retrain
 from lightning_dtda.retraining.retraining import EngineName, Removal
 from lightning_dtda.trajectory import Ensemble
 
@@ -29,7 +30,7 @@ class RetrainCLI(QuestionCLI):
     own_options = (
         *QuestionCLI.own_options,
         *("output", "overwrite", "subsets", "fraction", "subsets_seed", "removed"),
-        *("seeds", "baseline_seeds", "removal", "engine", "jobs"),
+        *("seeds", "baseline_seeds", "removal", "engine", "jobs", "ray"),
     )
     usage = "--config FILE --output DIR"
 
@@ -72,9 +73,13 @@ class RetrainCLI(QuestionCLI):
             help="drop: train without the examples. reweight: replay recorded runs, the examples' weights zero.",
         )
         parser.add_argument(
-            "--engine", type=EngineName, default="auto", help="trainer: one by one. stacked: many at once. auto."
+            "--engine",
+            type=EngineName,
+            default="auto",
+            help="trainer: one by one. stacked: many at once. auto: stacked where that can be. ray: on a Ray cluster.",
         )
         parser.add_argument("--jobs", type=int, default=1, help="Number of processes in which the Trainer trains.")
+        parser.add_class_arguments(RayCluster, "ray", instantiate=False)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # type: ignore[override]
@@ -155,7 +160,7 @@ def run(arguments: Sequence[str]) -> None:
         queries=query_loader(data, config.queries.split, config.queries.indices),
         measurement=config.measurement,
         removal=config.removal,
-        engine=config.engine,
+        engine=RayEngine(**config.ray.as_dict()) if config.engine == "ray" else config.engine,
         trainer=configured.trainer,
         ensemble=None if config.ensemble is None else Ensemble.open(config.ensemble),
         output=config.output,

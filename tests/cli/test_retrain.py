@@ -53,6 +53,30 @@ def test_the_stacked_engine_trains_what_the_configuration_says(config, tmp_path)
     assert trained.measurements.std(1).min() > 1e-3
 
 
+@pytest.mark.slow
+def test_a_ray_cluster_trains_what_the_configuration_says(ray_cluster, config, tmp_path):
+    for engine in (["ray", "--ray.retries", "1"], ["trainer"]):
+        output = ["--output", str(tmp_path / engine[0])]
+        main(
+            [
+                "retrain",
+                "--config",
+                str(config),
+                *QUERIES,
+                "--subsets",
+                "2",
+                "--seeds",
+                "2",
+                *output,
+                "--engine",
+                *engine,
+            ]
+        )
+    on_ray, trained = GroundTruth.load(tmp_path / "ray"), GroundTruth.load(tmp_path / "trainer")
+    assert on_ray.about["engine"] == "ray"
+    assert torch.equal(on_ray.measurements, trained.measurements)
+
+
 def test_recorded_runs_are_trained_again_and_reweighted(config, tmp_path):
     root, removed = tmp_path / "runs", tmp_path / "removed.json"
     removed.write_text(json.dumps([[1, 2], [7]]))
