@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attributing import available_memory
-from lightning_dtda.errors import RetrainingError
 from lightning_dtda.estimators.memory import peak_memory
-from lightning_dtda.units import human_bytes
 
 _SHARE = 0.5
 """Share of the memory that is free now: the allocator and the measurement take some, and others may want some too."""
@@ -32,12 +30,10 @@ def stack_size(step: Callable[[], Any], theta: Tensor, trainings: int, device: t
         theta: Its parameters ``(1, P)``.
         trainings: How many there are.
         device: Where.
-
-    Raises:
-        RetrainingError: If not even one fits.
     """
     step()  # what is made once, and kept, does not count
-    most = fitting(peak_memory(step, device), theta, device)
+    # one at a time where memory is short: there is no other way to do it
+    most = max(fitting(peak_memory(step, device), theta, device), 1)
     return math.ceil(trainings / math.ceil(trainings / most))
 
 
@@ -48,15 +44,7 @@ def fitting(of_step: int, theta: Tensor, device: torch.device) -> int:
         of_step: Bytes that the gradient of one takes.
         theta: Its parameters ``(1, P)``.
         device: Where.
-
-    Raises:
-        RetrainingError: If not even one fits.
     """
     each = of_step + _COPIES * theta.numel() * theta.element_size()
     available = available_memory(device)
-    most = LARGEST if available is None else min(LARGEST, int(_SHARE * available / each))
-    if most < 1:
-        raise RetrainingError(
-            f"A training takes about {human_bytes(each)} of memory; {human_bytes(available or 0)} are available."
-        )
-    return most
+    return LARGEST if available is None else min(LARGEST, int(_SHARE * available / each))

@@ -195,37 +195,46 @@ class StackedGroup:
     def _fastest(self, training: StackedTraining, trainings: int) -> tuple[int, float]:
         """Return how many trainings at once are fastest for each, of those that fit, and the seconds of a step."""
         one, own = self._start([self._references[0].task]), len(self._references)
-
-        def timed(size: int) -> float:
-            theta, held = (
-                one.theta.expand(size, -1).clone(),
-                {name: buffer.expand(size, *buffer.shape[1:]).clone() for name, buffer in one.buffers.items()},
-            )
-            batches = next(training.batches(one.orders.expand(size, -1)))
-            # on the CPU that of this process, whatever else the machine does
-            clock = time.perf_counter if self._device.type == "cuda" else time.process_time
-            seconds = []
-            for _ in range(_TIMED + 1):
-                begun = clock()
-                training.gradient(0, theta, held, batches)
-                if self._device.type == "cuda":
-                    torch.cuda.synchronize(self._device)
-                seconds.append(clock() - begun)
-            return min(seconds[1:])  # the first one traces
-
         batches = next(training.batches(one.orders))
-        training.gradient(0, one.theta, one.buffers, batches)
-        each = peak_memory(lambda: training.gradient(0, one.theta, one.buffers, batches), self._device)
-        most = min(trainings, fitting(each, one.theta, self._device))
-        size = min(_FIRST_SIZE, most)
-        seconds = timed(size)
+
+        def step() -> Tensor:
+            return training.gradient(0, one.theta, one.buffers, batches)
+
+        step()  # what is made once, and kept, does not count
+        most = min(trainings, fitting(peak_memory(step, self._device), one.theta, self._device))
+        if most <= own:
+            raise CannotStackError("there is not enough memory for several trainings at once")
+        size = min(max(_FIRST_SIZE, own + 1), most)
+        cost, seconds = self._timed(training, one, size)
         while size < most:
             larger = min(2 * size, most)
+            cost_of_larger, seconds_of_larger = self._timed(training, one, larger)
             # the references are in every stack
-            if (slower := timed(larger)) / (larger - own) > _GAIN * seconds / (size - own):
+            if cost_of_larger / (larger - own) > _GAIN * cost / (size - own):
                 break
-            size, seconds = larger, slower
+            size, cost, seconds = larger, cost_of_larger, seconds_of_larger
         return size, seconds
+
+    def _timed(self, training: StackedTraining, one: Start, size: int) -> tuple[float, float]:
+        """Time the first step of a training, so many times over: by what it costs, and by the clock on the wall.
+
+        What it costs on the CPU is the time that this process had of it, whatever else the machine does.
+        """
+        theta = one.theta.expand(size, -1).clone()
+        held = {name: buffer.expand(size, *buffer.shape[1:]).clone() for name, buffer in one.buffers.items()}
+        batches = next(training.batches(one.orders.expand(size, -1)))
+        on_cuda = self._device.type == "cuda"
+        times = []
+        for _ in range(_TIMED + 1):
+            cpu, wall = time.process_time(), time.perf_counter()
+            training.gradient(0, theta, held, batches)
+            if on_cuda:
+                torch.cuda.synchronize(self._device)
+            seconds = time.perf_counter() - wall
+            times.append((seconds if on_cuda else time.process_time() - cpu, seconds))
+        # the first one traces
+        cost, wall = (min(column) for column in zip(*times[1:], strict=True))
+        return cost, wall
 
     def _draw(self, seed: int) -> Drawn:
         """Return what a training with a seed begins with."""

@@ -120,6 +120,13 @@ def test_more_trainings_than_fit_are_done_in_several_stacks(monkeypatch):
             torch.testing.assert_close(truth.measurements[k, s], by_hand(seed, removed), rtol=1e-10, atol=1e-12)
 
 
+def test_trainings_that_do_not_fit_memory_are_left_to_the_trainer(monkeypatch):
+    monkeypatch.setattr("lightning_dtda.retraining.stacked_group.fitting", lambda *_: 2)
+    with pytest.raises(RetrainingError, match="not enough memory for several trainings at once"):
+        retrained()
+    assert torch.equal(retrained(engine="auto").measurements, retrained(engine="trainer").measurements)
+
+
 @pytest.mark.slow
 def test_compiled_stacks_measure_the_same():
     compiled = retrained(engine=StackedEngine(compile=True))

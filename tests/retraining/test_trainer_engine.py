@@ -228,6 +228,28 @@ def test_a_second_call_trains_only_what_is_missing(tmp_path, monkeypatch):
         retrained(lambda: Regressor(0.3), output=tmp_path)
 
 
+class Killed(Regressor):
+    """Kills its process for a seed, unless the training is done over again."""
+
+    def on_train_start(self):
+        if os.environ["PL_GLOBAL_SEED"] == "4" and "RETRAINED" not in os.environ:
+            time.sleep(1)  # the others are done by then
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_told_and_what_was_finished_is_kept(tmp_path, monkeypatch):
+    arguments = {"module": Killed, "seeds": [3, 4], "subsets": [[1]], "output": tmp_path}
+    with pytest.raises(RetrainingError, match=r"A process was killed after \d of 4 trainings.*call again"):
+        retrained(jobs=2, **arguments)
+    done = len(list(tmp_path.glob("trainings-*")))
+    assert done >= 1
+    monkeypatch.setenv("RETRAINED", "1")
+    truth = retrained(**arguments)
+    assert not truth.unfinished
+    torch.testing.assert_close(truth.measurements[0, 1], by_hand(4, [1]), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.slow
 def test_a_killed_retraining_loses_only_the_training_under_way(tmp_path):
     script = textwrap.dedent(
