@@ -267,9 +267,8 @@ def _refuse(run: Run) -> None:
     if any(part.rng_states for step in range(run.steps) for part in run.micro_batches(step)):
         raise CannotStackError("training_step draws random numbers (dropout?), which differ for each training")
     begun, ended = run.checkpoint(0).buffers, run.checkpoint(run.steps).buffers
-    for name, buffer in ended.items():
-        if not torch.equal(buffer, begun[name]):
-            raise CannotStackError(f"the buffer {name} changes in training, which stacks do not follow")
+    if changing := sorted(name for name, buffer in ended.items() if not torch.equal(buffer, begun[name])):
+        raise CannotStackError(f"buffers change in training, which stacks do not follow: {', '.join(changing)}")
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
