@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution import Attribution, attribute
+    from lightning_dtda.attribution import Attribution, attribute, suggest_removals
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
     from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
     from lightning_dtda.retraining import GroundTruth, retrain
@@ -38,6 +38,7 @@ _HOMES = {
     "UnrolledDifferentiation": "lightning_dtda.estimators",
     "attribute": "lightning_dtda.attribution",
     "retrain": "lightning_dtda.retraining",
+    "suggest_removals": "lightning_dtda.attribution",
 }
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "attribute",
     "retrain",
+    "suggest_removals",
 ]
 
 

@@ -17,6 +17,7 @@ from lightning_dtda.attribution.differences import (
     Wasserstein,
     jackknife,
 )
+from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attributing import attribute, attribute_dampings
@@ -29,12 +30,14 @@ __all__ = [
     "Mean",
     "Quantile",
     "SlicedWasserstein",
+    "Suggestion",
     "Tail",
     "Variance",
     "Wasserstein",
     "attribute",
     "attribute_dampings",
     "jackknife",
+    "suggest_removals",
 ]
 
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "retrain": "train without subsets of the examples, as ground truth for attributions",
     "evaluate": "compare what attributions predict with what retraining shows",
     "check": "see whether attributions of an ensemble can be trusted",
+    "suggest": "suggest examples whose removal together makes a measurement better or less dependent on the seed",
     "report": "write an attribution as one HTML file",
     "demo": "record, attribute and report 20 seeds on scikit-learn's diabetes data",
 }
