@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
@@ -12,13 +15,26 @@ from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import GoalName, Suggestion, suggest_removals
+from lightning_dtda.cli import retrain
+from lightning_dtda.metrics import Verification, verify
+from lightning_dtda.metrics.evaluating import check_alignment
 from lightning_dtda.reporting.formatting import common_exponent, number, unit
+from lightning_dtda.retraining import GroundTruth
+
+_OPTIONS = ("attribution", "goal", "k", "queries", "lower_is_better", "held_out", "caution", "verify", "h", "help")
+"""What this command takes itself; all else is retrain's."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Suggest removals and print them."""
+    """Suggest removals and print them; with ``--verify``, retrain without them and print what really changes.
+
+    Raises:
+        SystemExit: With code 1 if trainings failed, 2 if there are options that belong to ``--verify``.
+    """
     parser = ArgumentParser(
-        prog="lightning-dtda suggest", description="Suggest examples whose removal together serves a goal."
+        prog="lightning-dtda suggest",
+        description="Suggest examples whose removal together serves a goal. With --verify, all other options are those "
+        "of lightning-dtda retrain.",
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
     parser.add_argument("--goal", type=GoalName, default="reduce_variance", help="What is to become better.")
@@ -29,17 +45,76 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--lower_is_better", type=bool, default=True, help="Of the measurement, for improve_mean.")
     parser.add_argument("--held_out", type=float, default=0.5, help="Share of the runs that effects are taken from.")
     parser.add_argument("--caution", type=float, default=1.0, help="Standard errors by which a gain is lowered.")
-    options = parser.parse_args(list(arguments))
-    print_suggestion(
-        suggest_removals(
-            Attribution.load(options.attribution),
-            options.goal,
-            options.k,
-            options.queries,
-            lower_is_better=options.lower_is_better,
-            held_out=options.held_out,
-            caution=options.caution,
-        )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="Retrain with and without the suggested examples: --ensemble (or --config), --output, --seeds ...",
+    )
+    own, others = _split(list(arguments))
+    options = parser.parse_args(own)
+    if others and not options.verify:
+        parser.error(f"unrecognized: {' '.join(others)}. With --verify, these would be options of retrain")
+    attribution = Attribution.load(options.attribution)
+    suggestion = suggest_removals(
+        attribution,
+        options.goal,
+        options.k,
+        options.queries,
+        lower_is_better=options.lower_is_better,
+        held_out=options.held_out,
+        caution=options.caution,
+    )
+    print_suggestion(suggestion)
+    if options.verify and suggestion.removals:
+        print_verification(suggestion, verify(suggestion, _retrained(attribution, suggestion, others)))
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into this command's own and those that retrain gets."""
+    own: list[str] = []
+    others: list[str] = []
+    into = own
+    for argument in arguments:
+        if argument.startswith("-"):
+            into = own if argument.split("=")[0].lstrip("-") in _OPTIONS else others
+        into.append(argument)
+    return own, others
+
+
+def _retrained(attribution: Attribution, suggestion: Suggestion, arguments: Sequence[str]) -> GroundTruth:
+    """Retrain without the suggested examples, and return what was measured of the attribution's queries."""
+    given = {argument.split("=")[0] for argument in arguments}
+    question = {"--queries.indices": json.dumps(list(attribution.queries)), "--measurement": attribution.measurement}
+    with tempfile.TemporaryDirectory() as directory:
+        removed = Path(directory) / "removed.json"
+        removed.write_text(json.dumps([sorted(suggestion.removed)]), encoding="utf-8")
+        question["--removed"] = str(removed)
+        retrain.run([*arguments, *(f"{name}={value}" for name, value in question.items() if name not in given)])
+    output = next(
+        value.split("=", 1)[1] if "=" in value else arguments[number + 1]
+        for number, value in enumerate(arguments)
+        if value.split("=")[0] == "--output"
+    )
+    truth = GroundTruth.load(output)
+    check_alignment(attribution, truth)
+    return truth
+
+
+def print_verification(suggestion: Suggestion, found: Verification) -> None:
+    """Print what retraining shows beside what was predicted."""
+    predicted = [float(each) for each in (suggestion.effects[-1], *suggestion.intervals[:, -1])]
+    exponent = common_exponent([found.before, found.effect, found.low, found.high, *predicted])
+
+    def interval(effect: float, low: float, high: float) -> str:
+        ends = f"{number(low, exponent)} to {number(high, exponent)}"
+        return f"{number(effect, exponent)} ({ends}) {unit(exponent)}".rstrip()
+
+    before = f"{number(found.before, exponent)} {unit(exponent)}".rstrip()
+    Console(highlight=False).print(
+        f"Retrained {found.seeds} times without the {len(suggestion.removed)} examples, {found.baseline_seeds} times "
+        f"with them. The {escape(suggestion.quantity)} was {before} and changed by "
+        f"{interval(found.effect, found.low, found.high)}, {found.level:.0%} interval; predicted was "
+        f"{interval(*predicted)}."
     )
 
 

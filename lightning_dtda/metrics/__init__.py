@@ -4,6 +4,7 @@ from lightning_dtda.metrics.agreement import LeaveOneOutCorrelation, LinearDatam
 from lightning_dtda.metrics.evaluating import Evaluation, Score, evaluate
 from lightning_dtda.metrics.functional import Brittleness, brittleness
 from lightning_dtda.metrics.mislabelled import MislabelDetection
+from lightning_dtda.metrics.verification import Verification, verify
 
 __all__ = [
     "Brittleness",
@@ -12,6 +13,8 @@ __all__ = [
     "LinearDatamodelingScore",
     "MislabelDetection",
     "Score",
+    "Verification",
     "brittleness",
     "evaluate",
+    "verify",
 ]

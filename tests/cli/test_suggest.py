@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import yaml
 
-from lightning_dtda import Attribution
+from lightning_dtda import Attribution, GroundTruth, suggest_removals
 from lightning_dtda.cli import main
+from lightning_dtda.metrics import verify
 
 
 @pytest.fixture
@@ -39,3 +41,40 @@ def test_an_unknown_goal_is_refused(saved, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["suggest", "--attribution", str(saved), "--goal", "win"])
     assert stop.value.code == 2
+
+
+def test_options_of_retrain_without_verify_are_refused(saved, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["suggest", "--attribution", str(saved), "--seeds", "3"])
+    assert stop.value.code == 2
+    assert "unrecognized: --seeds 3" in capsys.readouterr().err
+
+
+def test_a_suggestion_is_verified_by_retraining(tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    config, root = tmp_path / "config.yaml", tmp_path / "runs"
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"class_path": "lightning_dtda.demo.diabetes.DiabetesRegressor", "init_args": {"width": 4}},
+                "data": {"class_path": "lightning_dtda.demo.diabetes.DiabetesData"},
+                "trainer": {"max_steps": 12, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
+            }
+        )
+    )
+    main(["record", "--config", str(config), "--ensemble", str(root), "--seeds", "6"])
+    question = ["--queries.indices=[4,0]", "--measurement", "prediction"]
+    main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "attribution"), *question])
+    capsys.readouterr()
+    truth = tmp_path / "truth"
+    suggest = ["suggest", "--attribution", str(tmp_path / "attribution"), "--k", "3", "--caution=0"]
+    main([*suggest, "--verify", "--ensemble", str(root), "--output", str(truth), "--seeds", "4", "--engine", "trainer"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Retrained 4 times without the 3 examples, 4 times with them." in out
+    found = GroundTruth.load(truth)
+    suggestion = suggest_removals(Attribution.load(tmp_path / "attribution"), k=3, caution=0)
+    assert found.removed == (tuple(sorted(suggestion.removed)),)
+    assert found.queries == (4, 0)
+    # by hand: the variance over seeds, averaged over queries, of what was measured
+    change = float((found.measurements[0].var(0) - found.baseline.var(0)).mean())
+    assert verify(suggestion, found).effect == pytest.approx(change, rel=1e-5)
