@@ -37,7 +37,7 @@ from benchmarks import ours, scoring
 from benchmarks.concrete_truth import NAMES, QUERIES, RATE, WIDTH, check, concrete, record, truth
 from examples.concrete.concrete import ConcreteRegressor
 from lightning_dtda import Ensemble
-from lightning_dtda.attribution.differences import DIFFERENCES
+from lightning_dtda.attribution.differences import PAPERS
 
 ROOT = Path(__file__).parent.parent
 # the released versions that peers.py was written for
@@ -116,7 +116,7 @@ def row(name: str, result: dict) -> list[str]:
         f"{result['seconds']:.1f} ({result['cpu']:.1f})",
         f"{result['ratio']['seconds']:.2f} ({result['ratio']['cpu']:.2f})",
         f"{result['peak MiB']:.0f}",
-        *(of(difference) for difference in DIFFERENCES),
+        *(of(difference) for difference in PAPERS),
         f"{result['score of the mean, one run alone']:.3f}",
         f"{result['scale']:.3g}",
     ]

@@ -9,7 +9,7 @@ Shapes: K removals, S runs that were attributed, R retrainings, Q queries, N exa
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.differences import DIFFERENCES
+from lightning_dtda.attribution.differences import PAPERS
 from lightning_dtda.metrics.functional import linear_datamodeling_score
 from lightning_dtda.metrics.functional.correlation import correlations
 
@@ -24,7 +24,7 @@ def scores(
 ) -> dict[str, list[float]]:
     """Return the score of predicted samples ``(K, S, Q)`` by difference, with both limits of its interval if asked."""
     found = {}
-    for name in DIFFERENCES:
+    for name in PAPERS:
         replicates = {} if intervals else {"replicates": 0}
         score = linear_datamodeling_score(
             samples, baseline, truth["measurements"], truth["baseline"], name, **replicates
@@ -38,7 +38,7 @@ def ceiling(baseline: Tensor, truth: dict[str, Tensor]) -> dict[str, dict[str, f
     unmoved = baseline[None].expand(len(truth["removed"]), *baseline.shape)  # a ceiling does not ask what is predicted
     keys = ("split_half", "reliability", "ceiling")
     result = {}
-    for name in DIFFERENCES:
+    for name in PAPERS:
         found = linear_datamodeling_score(
             unmoved, baseline, truth["measurements"], truth["baseline"], name, replicates=0
         )

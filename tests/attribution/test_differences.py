@@ -55,6 +55,20 @@ def test_energy_is_scipys_and_the_mean_distances_of_its_definition():
         assert found.item() ** 2 == pytest.approx(2 * np.abs(x[:, None] - column).mean() - sum(within), rel=1e-10)
 
 
+def test_samples_may_be_of_different_sizes():
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in (6, 4))
+    a, b = x.numpy(), y.numpy()
+    ratio = b.var(0, ddof=1) / a.var(0, ddof=1)
+    divergence = (ratio - 1 - np.log(ratio) + (b.mean(0) - a.mean(0)) ** 2 / a.var(0, ddof=1)) / 2
+    np.testing.assert_allclose(Mean()(x, y), a.mean(0) - b.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(Variance()(x, y), b.var(0, ddof=1) - a.var(0, ddof=1), rtol=1e-12)
+    np.testing.assert_allclose(GaussianKL()(x, y), divergence, rtol=1e-12)
+    np.testing.assert_allclose(Quantile(0.3)(x, y), np.quantile(a, 0.3, 0) - np.quantile(b, 0.3, 0), rtol=1e-12)
+    # a sample twice over has the same tail
+    np.testing.assert_allclose(Tail(0.6)(x, y), Tail(0.6)(x.repeat(2, 1), y.repeat(3, 1)), rtol=1e-12)
+
+
 def test_distances_of_samples_of_different_sizes_are_scipys():
     generator = torch.Generator().manual_seed(3)
     x, y = (torch.randn(size, 2, generator=generator, dtype=torch.float64) for size in (7, 5))

@@ -33,5 +33,6 @@ class GaussianKL:
         # Var Y / Var X - 1, for log1p: the divergence is of second order in it
         excess = (predicted.var(0) - variance) / variance
         divergence = (excess - excess.log1p() + shift.square() / variance) / 2
-        unmoved = (predicted == baseline).all(0)
+        # of samples of any two sizes that have no spread
+        unmoved = (baseline == baseline[0]).all(0) & (predicted == baseline[0]).all(0)
         return torch.where(unmoved, 0.0, divergence.nan_to_num(torch.inf, torch.inf))
