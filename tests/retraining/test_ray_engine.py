@@ -44,8 +44,18 @@ def test_a_number_that_makes_no_sense_is_refused(arguments, message):
         RayEngine(**arguments)
 
 
-def test_what_has_no_pickle_is_told_before_ray_is_started():
-    ray = pytest.importorskip("ray")
+@pytest.fixture
+def ray():
+    """Ray, not connected to the cluster that other tests of this process may have."""
+    found = pytest.importorskip("ray")
+    address = found.get_runtime_context().gcs_address if found.is_initialized() else None
+    found.shutdown()
+    yield found
+    if address is not None:
+        found.init(address=address, logging_level="warning")
+
+
+def test_what_has_no_pickle_is_told_before_ray_is_started(ray):
     lock = threading.Lock()
     with pytest.raises(ClusterError, match=r"cannot be sent.*lock.*inside of them"):
         retrained(lambda: lock and Regressor(), engine=RayEngine(address="local"))
@@ -53,8 +63,7 @@ def test_what_has_no_pickle_is_told_before_ray_is_started():
 
 
 @pytest.mark.slow
-def test_ray_is_started_for_the_trainings_and_stopped_again():
-    ray = pytest.importorskip("ray")
+def test_ray_is_started_for_the_trainings_and_stopped_again(ray):
     truth = retrained(engine=RayEngine(address="local"), subsets=[[2, 11]], seeds=[3])
     torch.testing.assert_close(truth.measurements[0, 0], by_hand(3, [2, 11]), rtol=1e-12, atol=1e-12)
     assert not ray.is_initialized()
