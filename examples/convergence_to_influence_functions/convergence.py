@@ -9,6 +9,7 @@ is the sum of the learning rates, with large, middling and small steps.
 import argparse
 import csv
 import logging
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -22,8 +23,10 @@ from lightning_dtda import Ensemble, InfluenceFunctions, Run, TrajectoryRecorder
 from lightning_dtda.estimators import GaussNewton
 from lightning_dtda.estimators.null_space import range_share
 
-RATES = {0.05: 1500, 0.02: 3750, 0.01: 7500}
-"""Learning rates and numbers of steps: a cosine schedule makes each of them a training time of 37.5."""
+TIME = 37.5
+"""The sum of the learning rates of each training."""
+
+RATES = (0.05, 0.02, 0.01)
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 MOMENTS = (0.1, 0.25, 0.5, 1.0)
@@ -32,7 +35,19 @@ MOMENTS = (0.1, 0.25, 0.5, 1.0)
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4")
 
 
-def record(root, data, rate, steps, seeds):
+class ConstantRate(ConcreteRegressor):
+    """The same network without a schedule."""
+
+    def configure_optimizers(self):
+        """SGD whose learning rate stays what it is."""
+        return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate)
+
+
+# with the mean of the learning rate over a training, as a share of the first
+SCHEDULES = {"cosine": (ConcreteRegressor, 0.5), "constant": (ConstantRate, 1.0)}
+
+
+def record(root, data, module, steps, seeds):
     """Record the runs that are not recorded yet."""
     for seed in range(seeds):
         path = root / f"seed-{seed:04d}"
@@ -50,7 +65,7 @@ def record(root, data, rate, steps, seeds):
             enable_model_summary=False,
             limit_val_batches=0,
         )
-        trainer.fit(ConcreteRegressor(learning_rate=rate), data)
+        trainer.fit(module(), data)
     return Ensemble.open(root)[:seeds]
 
 
@@ -141,6 +156,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the table as text: 1,030 rows, nine columns")
     parser.add_argument("--output", type=Path, default=Path("convergence"))
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--queries", type=int, default=10)
     options = parser.parse_args()
@@ -150,9 +166,10 @@ def main():
     data.setup("fit")
     queries = Subset(data.validation, range(options.queries))
     rows = []
-    for rate, steps in RATES.items():
-        output = options.output / f"{rate:g}"
-        ensemble = record(output / "runs", data, rate, steps, options.seeds)
+    make, share = SCHEDULES[options.schedule]
+    for rate in RATES:
+        steps, output = round(TIME / (share * rate)), options.output / f"{rate:g}"
+        ensemble = record(output / "runs", data, partial(make, learning_rate=rate), steps, options.seeds)
         for moment in MOMENTS:
             for row in compare(ensemble, data, queries, round(moment * steps), output):
                 rows.append({"learning rate": rate, **row})
