@@ -189,8 +189,9 @@ def draw(evaluations: dict[str, dict[int, Evaluation]]) -> go.Figure:
             )
         ceiling = scores[0].ceiling
         if ceiling is not None:
-            figure.add_vline(x=ceiling, line_dash="dot", annotation_text="noise ceiling", row=1, col=column)
-    figure.update_xaxes(title_text="distributional LDS")
+            where = {"annotation_text": "noise ceiling", "annotation_position": "bottom left"}
+            figure.add_vline(x=ceiling, line_dash="dot", row=1, col=column, **where)
+    figure.update_xaxes(title_text="distributional LDS", range=[-0.2, 1.05])
     title = "Do predictions order removals as retraining does?"
     return figure.update_layout(title=title, template="plotly_white", width=1150, height=480)
 
