@@ -43,13 +43,14 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | 
         highlight=False,
     )
     console.print()
-    console.print(_table(evaluations), width=width)
+    console.print(_table(evaluations, beside=width >= _COLUMNS), width=width)
     console.print()
     for note in _notes(evaluations):
         console.print(escape(note), style="dim", width=width, highlight=False)
 
 
-def _table(evaluations: Mapping[str, Evaluation]) -> Table:
+def _table(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
+    """Return the table; intervals stand beside scores or, where that is too wide, beneath them."""
     differences = list(dict.fromkeys(name for each in evaluations.values() for name in each.scores))
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     table.add_column("attribution", overflow="fold", min_width=len(_CEILING))
@@ -57,7 +58,7 @@ def _table(evaluations: Mapping[str, Evaluation]) -> Table:
     for name in differences:
         table.add_column(escape(name), justify="right", no_wrap=True)
     for path, evaluation in evaluations.items():
-        cells = [_cell(evaluation.scores.get(name)) for name in differences]
+        cells = [_cell(evaluation.scores.get(name), " " if beside else "\n") for name in differences]
         table.add_row(escape(path), str(evaluation.runs), *cells)
     table.add_section()
     ceilings = [
@@ -68,11 +69,11 @@ def _table(evaluations: Mapping[str, Evaluation]) -> Table:
     return table
 
 
-def _cell(score: Score | None) -> str:
+def _cell(score: Score | None, separator: str) -> str:
     if score is None:
         return _UNKNOWN
     low, high = (_rounded(limit, 2) for limit in (score.low, score.high))
-    return escape(f"{_rounded(score.score, 3)} [{low}, {high}]")
+    return escape(f"{_rounded(score.score, 3)}{separator}[{low}, {high}]")
 
 
 def _rounded(value: float, decimals: int) -> str:

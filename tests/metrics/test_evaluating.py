@@ -149,8 +149,8 @@ def test_differences_need_enough_runs_and_seeds(attribution, truth):
         evaluate(attribution, one_seed, ["variance"])
 
 
-def printed(evaluations):
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+def printed(evaluations, width=100):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     print_evaluations(evaluations, console)
     return console.export_text()
 
@@ -165,6 +165,15 @@ def test_the_table_says_scores_intervals_ceilings_and_of_what(attribution, truth
     assert "6 trainings without each subset, 8 on everything" in text
     assert "drop" in text
     assert "too few seeds" not in text
+
+
+def test_a_narrow_terminal_has_intervals_beneath_the_scores(attribution, truth):
+    found = evaluate(attribution, truth, replicates=50)
+    text = printed({"attribution/ud": found}, width=70)
+    for score in found.scores.values():
+        for shown in (f"{score.score:.3f}", f"[{score.low:.2f}, {score.high:.2f}]"):
+            assert shown.replace("-0.00", "0.00").replace("-", "\N{MINUS SIGN}") in text
+    assert max(map(len, text.splitlines())) <= 70
 
 
 def test_the_table_says_what_is_missing(attribution, truth):
@@ -188,7 +197,7 @@ def test_the_command_prints_a_line_for_each_attribution_and_writes_the_figures(a
     main(["evaluate", "--attribution", *paths, "--truth", str(tmp_path / "truth"), "--output", str(output)])
     out = capsys.readouterr().out
     assert "noise ceiling" in out
-    assert [line.split()[0] for line in out.splitlines() if "[" in line][:2] == ["one", "two"]
+    assert [line.split()[0] for line in out.splitlines() if line.split()[:1] in (["one"], ["two"])] == ["one", "two"]
     content = json.loads(output.read_text())
     expected = evaluate(Attribution.load(paths[0]), GroundTruth.load(tmp_path / "truth"))
     assert content[paths[0]]["scores"]["mean"]["score"] == expected.scores["mean"].score
