@@ -175,6 +175,8 @@ def _ray() -> Any:
 
 
 def _pickled(work: Any) -> bytes:
+    # functions can be sent no other way, and Ray itself sends them so; it stays within the cluster that is called,
+    # which runs what it is sent in any case, and none of it gets into a file of ours
     try:
         return bytes(cloudpickle.dumps(work))
     except Exception as error:  # whatever cannot be pickled
