@@ -44,13 +44,21 @@ def fit():
     return _fit
 
 
+def pytest_configure():
+    # said before Ray is ever started: a cluster that it starts by itself turns its tokens on for the whole process, and
+    # nodes that join an older cluster after that refuse what the others send, for ever
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # as nice as Ray makes them, its workers do not come to work on a busy machine
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray spells it so
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A Ray cluster on this machine, its head a node of two CPUs, to which this process is connected."""
     ray = pytest.importorskip("ray", reason="clusters need the extra [ray]")
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     ray.init(address=cluster.address, logging_level="warning")
     yield cluster

@@ -158,7 +158,7 @@ def test_a_task_of_ray_starts_no_others(ray_cluster):
 
 
 def wait_for_a_file_in(directory):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(directory.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.05)
 
