@@ -1,4 +1,4 @@
-"""Peak memory of influence functions on 10,000 images with a convolutional network of half a million parameters.
+"""Peak memory of the estimators on 10,000 images with a convolutional network of half a million parameters.
 
     python benchmarks/memory.py
 
@@ -22,17 +22,35 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, attribute
-from lightning_dtda.estimators import EKFAC, Curvature, Diagonal, GaussNewton, Hessian, Identity
+from lightning_dtda.estimators import (
+    EKFAC,
+    TRAK,
+    Diagonal,
+    Estimator,
+    GaussNewton,
+    GradientCosine,
+    GradientDot,
+    Hessian,
+    Identity,
+    Source,
+    TracIn,
+)
 
 EXAMPLES, QUERIES = 10_000, 5
 
-CURVATURES: dict[str, Callable[[], Curvature]] = {
-    'GaussNewton("cg")': lambda: GaussNewton("cg", damping=0.1, iterations=1),
-    'Hessian("cg")': lambda: Hessian("cg", damping=0.1, iterations=1),
-    'Hessian("lissa")': lambda: Hessian("lissa", damping=0.1, iterations=1, batch_size=256),
-    "EKFAC": lambda: EKFAC(samples=1),
-    "Diagonal": Diagonal,
-    "Identity": Identity,
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    'GaussNewton("cg")': lambda: InfluenceFunctions(GaussNewton("cg", damping=0.1, iterations=1)),
+    'Hessian("cg")': lambda: InfluenceFunctions(Hessian("cg", damping=0.1, iterations=1)),
+    'Hessian("lissa")': lambda: InfluenceFunctions(Hessian("lissa", damping=0.1, iterations=1, batch_size=256)),
+    "EKFAC": lambda: InfluenceFunctions(EKFAC(samples=1)),
+    "Diagonal": lambda: InfluenceFunctions(Diagonal()),
+    "Identity": lambda: InfluenceFunctions(Identity()),
+    "GradientDot": GradientDot,
+    "GradientCosine": GradientCosine,
+    "TracIn": TracIn,
+    "TRAK": TRAK,
+    # its Gauss-Newton by the Gram matrix is for tens of thousands of outputs; here are a hundred thousand
+    "Source(EKFAC)": lambda: Source(curvature=EKFAC(samples=1)),
 }
 
 
@@ -82,7 +100,7 @@ def measure(name: str, root: Path) -> None:
     ensemble, data = Ensemble.open(root), images(EXAMPLES, 0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    estimator = InfluenceFunctions(CURVATURES[name]())
+    estimator = ESTIMATORS[name]()
     arguments = {"queries": images(QUERIES, 1), "measurement": "margin", "progress": False}
     parameters = ensemble[0].layout.size
     attribute(ensemble, Classifier(), data, estimator=estimator, **arguments)
@@ -93,10 +111,10 @@ def measure(name: str, root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(CURVATURES), choices=CURVATURES)
+    parser.add_argument("--only", nargs="*", default=list(ESTIMATORS), choices=ESTIMATORS)
     options = parser.parse_args()
     print(
-        "| curvature | peak GiB | of these libraries and data | parameters | seconds |\n|---|---|---|---|---|",
+        "| estimator | peak GiB | of these libraries and data | parameters | seconds |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as root:
