@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +21,40 @@ _VECTORS = 2
 """Vectors of P numbers that each query needs at once: its gradient, and what forward mode keeps beside it."""
 
 
-class GradientDot(Estimator):
+class _GradientProduct(Estimator):
+    """What both have in common: two gradients of one run at a time."""
+
+    passes: ClassVar[float]
+    """How often the gradients of all examples are computed."""
+
+    def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
+        self._work = AtCheckpoints(precision, memory_budget)
+        self.precision = precision
+        self.memory_budget = memory_budget
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
+
+    @override
+    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
+        return self._work.plan(runs, question, _VECTORS, lambda _: self.passes)
+
+    @override
+    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
+        def answer(replay: Replay) -> tuple[Tensor, list[Tensor]]:
+            return self._answer(replay, self._work.objective(replay, question.step), question, plan)
+
+        return self._work.estimates(runs, question, advance, answer)[0]
+
+    @abstractmethod
+    def _answer(
+        self, replay: Replay, objective: Objective, question: Question, plan: Plan
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
+
+
+class GradientDot(_GradientProduct):
     r"""Responses by the product of two gradients at the end of training.
 
     .. math:: r_k = \frac1N \langle \nabla m(\theta_T), \nabla l_k(\theta_T) \rangle
@@ -38,29 +72,16 @@ class GradientDot(Estimator):
         AttributionError: If an argument is out of range.
     """
 
-    def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
-        self._work = AtCheckpoints(precision, memory_budget)
-        self.precision = precision
-        self.memory_budget = memory_budget
+    passes: ClassVar[float] = 1.0
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
-
-    @override
-    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        return self._work.plan(runs, question, _VECTORS, lambda _: 1.0)
-
-    @override
-    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        def answer(replay: Replay) -> tuple[Tensor, list[Tensor]]:
-            objective = self._work.objective(replay, question.step)
-            return _products(replay, objective, question, plan, 1 / objective.examples)
-
-        return self._work.estimates(runs, question, advance, answer)[0]
+    def _answer(
+        self, replay: Replay, objective: Objective, question: Question, plan: Plan
+    ) -> tuple[Tensor, list[Tensor]]:
+        return _products(replay, objective, question, plan, 1 / objective.examples)
 
 
-class GradientCosine(Estimator):
+class GradientCosine(_GradientProduct):
     r"""The cosine of the angle between two gradients at the end of training.
 
     .. math:: r_k = \frac{\langle \nabla m(\theta_T), \nabla l_k(\theta_T) \rangle}
@@ -80,27 +101,14 @@ class GradientCosine(Estimator):
         AttributionError: If an argument is out of range.
     """
 
-    def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
-        self._work = AtCheckpoints(precision, memory_budget)
-        self.precision = precision
-        self.memory_budget = memory_budget
+    passes: ClassVar[float] = 2.0
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
-
-    @override
-    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        return self._work.plan(runs, question, _VECTORS, lambda _: 2.0)
-
-    @override
-    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        def answer(replay: Replay) -> tuple[Tensor, list[Tensor]]:
-            objective = self._work.objective(replay, question.step)
-            norms = torch.cat([gradients.norm(dim=1) for _, gradients in objective.gradients()])
-            return _products(replay, objective, question, plan, _reciprocal(norms), normalize=True)
-
-        return self._work.estimates(runs, question, advance, answer)[0]
+    def _answer(
+        self, replay: Replay, objective: Objective, question: Question, plan: Plan
+    ) -> tuple[Tensor, list[Tensor]]:
+        norms = torch.cat([gradients.norm(dim=1) for _, gradients in objective.gradients()])
+        return _products(replay, objective, question, plan, _reciprocal(norms), normalize=True)
 
 
 def _products(
