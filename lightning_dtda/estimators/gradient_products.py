@@ -107,7 +107,7 @@ class GradientCosine(_GradientProduct):
     def _answer(
         self, replay: Replay, objective: Objective, question: Question, plan: Plan
     ) -> tuple[Tensor, list[Tensor]]:
-        norms = torch.cat([gradients.norm(dim=1) for _, gradients in objective.gradients()])
+        norms = torch.cat([gradients.norm(dim=1) for _, gradients in objective.gradients(held=1)])
         return _products(replay, objective, question, plan, _reciprocal(norms), normalize=True)
 
 

@@ -14,7 +14,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.memory import peak_memory
 from lightning_dtda.optimizers import Hyperparameters
 from lightning_dtda.replay import Replay
-from lightning_dtda.replay.batches import map_tensors
+from lightning_dtda.replay.batches import map_tensors, rows_of
 from lightning_dtda.replay.network import Network, loss_of_one
 from lightning_dtda.trajectory import ParameterLayout
 from lightning_dtda.units import human_bytes
@@ -99,10 +99,20 @@ class Objective:
         """N."""
         return len(self._replay.examples)
 
-    def gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the gradients of examples' losses ``(B, P)``, B examples at a time, and which examples they are."""
+    def gradients(self, held: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the gradients of examples' losses ``(B, P)``, B examples at a time, and which examples they are.
+
+        Args:
+            held: Further vectors of P numbers for each example that the caller has at the same time. What it still has
+                when it asks for the next ones counts too.
+        """
         of_each = vmap(grad(self._loss), in_dims=(None, 0))
-        for indices in self._split("gradients", 1, lambda batch: of_each(self.theta, batch)):
+
+        def computed(batch: Any) -> list[Tensor]:
+            beside = self.theta.new_empty(held, rows_of(batch), self.size)
+            return [beside, of_each(self.theta, batch)]
+
+        for indices in self._split("gradients", 1 + held, computed):
             yield indices, of_each(self.theta, self._fetch(indices))
 
     def slopes(self, vectors: Tensor) -> Tensor:

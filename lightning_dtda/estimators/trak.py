@@ -158,7 +158,8 @@ def _of_examples(
     width = objective.size if projection is None else projection.dimension
     features = objective.theta.new_empty(objective.examples, width)
     slopes = []
-    for indices, of_losses in objective.gradients():
+    # the outputs' gradients, their products with the losses', and the losses' from the chunk before
+    for indices, of_losses in objective.gradients(held=3):
         _, found, _ = measure(replay, replay.examples.fetch(indices), question.measurement, question.step)
         of_outputs = found[0]
         squares = of_outputs.square().sum(1)
