@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dtda.retraining.dropping import without
 from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.recipe import Recipe
 from lightning_dtda.trajectory import Run
+
+Begin: TypeAlias = Callable[[int], "tuple[pl.LightningModule, DataLoader[Any]]"]
+"""Does what a training with a seed does until its loader is asked: returns the module and that loader."""
 
 _MOST_DRAWS = 16
 """Draws before an epoch that are tried: the loader's iterator makes one, and each loop over validation data another."""
@@ -41,26 +43,25 @@ class BatchOrders:
     training: by trying, until its order comes out.
 
     Args:
-        recipe: Makes the trainings.
-        loader: The training DataLoader; of the data set, only the number of examples counts.
-        run: A recorded training with this loader.
+        begin: Begins a training; of the data set of its loader, only the number of examples counts.
+        run: A recorded training that began so.
 
     Raises:
         CannotStackError: If the recorded order does not come out.
     """
 
-    def __init__(self, recipe: Recipe, loader: DataLoader[Any], run: Run) -> None:
-        self._recipe = recipe
-        self._loader = loader
+    def __init__(self, begin: Begin, run: Run) -> None:
+        self._begin = begin
         self._epochs: list[Epoch] = []
-        _, left, generator = self._begin(seed_of(run))
+        _, loader = begin(seed_of(run))
+        generator = _generator(loader)
         for number, batches in enumerate(_recorded(run)):
             order = torch.cat(batches)
             before = generator.get_state()
             for draws in (1, *range(_MOST_DRAWS + 1)):  # the usual first
                 generator.set_state(before)
                 epoch = Epoch(len(batches), draws)
-                if torch.equal(_order(left, generator, epoch), order):
+                if torch.equal(_order(loader, generator, epoch), order):
                     self._epochs.append(epoch)
                     break
             else:
@@ -71,15 +72,9 @@ class BatchOrders:
 
     def draw(self, seed: int) -> tuple[pl.LightningModule, Tensor]:
         """Return the module of a seed as it is made, and the positions of examples in order ``(examples,)``."""
-        module, left, generator = self._begin(seed)
-        return module, torch.cat([_order(left, generator, epoch) for epoch in self._epochs])
-
-    def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any], torch.Generator]:
-        """Do what a training does until its loader is asked: return the module, the loader, and what it draws from."""
-        pl.seed_everything(seed, workers=True, verbose=False)
-        module = self._recipe.module()
-        loader = without(self._loader, ())
-        return module, loader, torch.default_generator if loader.generator is None else loader.generator
+        module, loader = self._begin(seed)
+        generator = _generator(loader)
+        return module, torch.cat([_order(loader, generator, epoch) for epoch in self._epochs])
 
 
 def seed_of(run: Run) -> int:
@@ -91,6 +86,11 @@ def seed_of(run: Run) -> int:
 def recorded_order(run: Run) -> Tensor:
     """Return the positions of examples in the order in which a run was trained on them ``(examples,)``."""
     return torch.cat([torch.cat(batches) for batches in _recorded(run)])
+
+
+def _generator(loader: DataLoader[Any]) -> torch.Generator:
+    """Return what a loader draws from."""
+    return torch.default_generator if loader.generator is None else loader.generator
 
 
 def _order(loader: DataLoader[Any], generator: torch.Generator, epoch: Epoch) -> Tensor:

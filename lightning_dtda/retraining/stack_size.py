@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,14 +38,38 @@ def stack_size(step: Callable[[], Any], theta: Tensor, trainings: int, device: t
     return math.ceil(trainings / math.ceil(trainings / most))
 
 
-def fitting(of_step: int, theta: Tensor, device: torch.device) -> int:
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a training takes beside its steps.
+
+    Args:
+        device: Where it trains.
+        host: In the machine's own memory.
+    """
+
+    device: int = 0
+    host: int = 0
+
+
+NOTHING = Footprint()
+
+
+def fitting(of_step: int, theta: Tensor, device: torch.device, beside: Footprint = NOTHING) -> int:
     """Return how many trainings fit at once.
 
     Args:
         of_step: Bytes that the gradient of one takes.
         theta: Its parameters ``(1, P)``.
         device: Where.
+        beside: What one takes beside that.
     """
-    each = of_step + _COPIES * theta.numel() * theta.element_size()
-    available = available_memory(device)
-    return LARGEST if available is None else min(LARGEST, int(_SHARE * available / each))
+    needed = {device: of_step + _COPIES * theta.numel() * theta.element_size() + beside.device}
+    if beside.host:
+        host = torch.device("cpu")
+        needed[host] = needed.get(host, 0) + beside.host
+    most = LARGEST
+    for where, each in needed.items():
+        available = available_memory(where)
+        if available is not None:
+            most = min(most, int(_SHARE * available / each))
+    return most

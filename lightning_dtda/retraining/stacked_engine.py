@@ -8,18 +8,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining
-from lightning_dtda.retraining.stacked_group import Reference, StackedGroup
+from lightning_dtda.retraining.stacked_group import StackedGroup
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import train_one
+from lightning_dtda.retraining.watch import Watch
 from lightning_dtda.trajectory import Run
 
 
@@ -55,12 +53,12 @@ class StackedEngine(Engine):
         self, retraining: Retraining, loader: DataLoader[Any], tasks: list[Task], wanted: int
     ) -> Iterator[list[Outcome]]:
         """Train what leaves the same number of examples, by the Trainer until there are enough references."""
-        remaining, watch = list(tasks), _Watch()
-        references: list[Reference] = []
+        remaining, watch = list(tasks), Watch()
+        references: list[tuple[Task, Run]] = []
         with tempfile.TemporaryDirectory() as directory:
             while remaining and len(references) < wanted:
                 # of another seed, if there is one: what depends on the seed is to be found out
-                seeds = {reference.task.seed for reference in references}
+                seeds = {reference.seed for reference, _ in references}
                 task = next((task for task in remaining if task.seed not in seeds), remaining[0])
                 remaining.remove(task)
                 recorder = TrajectoryRecorder(directory, run=str(task), gradients="none")
@@ -71,26 +69,7 @@ class StackedEngine(Engine):
                     raise CannotStackError(str(error)) from error
                 yield [outcome]
                 if outcome.failure is None:
-                    references.append(Reference(task, Run(Path(directory) / str(task))))
+                    references.append((task, Run(Path(directory) / str(task))))
             if remaining and references:
                 device = watch.device if retraining.device is None else retraining.device
                 yield from StackedGroup(retraining, loader, references, device).train(remaining, self.compile)
-
-
-class _Watch(pl.Callback):
-    """Looks at a Trainer that is about to train, and refuses what makes trainings differ in their steps."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        """Where the Trainer trains."""
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.device = trainer.strategy.root_device
-        if trainer.precision not in ("32-true", "64-true"):
-            raise CannotStackError(f"the Trainer has precision={trainer.precision!r}")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):
-                raise CannotStackError("EarlyStopping ends each training at another step")
-        if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-            raise CannotStackError("ReduceLROnPlateau gives each training other learning rates")

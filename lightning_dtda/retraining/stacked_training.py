@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import vmap
 from torch.utils._pytree import tree_flatten
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
-from lightning_dtda.replay import Examples, FunctionalModule, Measurement
-from lightning_dtda.replay.batches import map_tensors, rows_of
+from lightning_dtda.replay import Examples, FunctionalModule
 from lightning_dtda.replay.drift import Comparison
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stacked_gradient import StackedGradient
@@ -22,8 +19,6 @@ from lightning_dtda.trajectory import Run
 
 _CHUNK_BYTES = 64 * 2**20
 """Examples that are fetched together, for as many steps as they make."""
-
-_QUERIES_AT_A_TIME = 256
 
 _TOLERANCE = 1e-3
 """Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled: that of
@@ -78,6 +73,25 @@ class Start:
     orders: Tensor
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A step that a stack has just taken.
+
+    Args:
+        steps: Number of steps taken so far.
+        theta: Parameters after it ``(runs, P)``.
+        states: The optimizer's state of each parameter group after it, each ``(runs, ...)``.
+        gradient: As the optimizer applied it ``(runs, P)``.
+        unclipped: The same before it was clipped.
+    """
+
+    steps: int
+    theta: Tensor
+    states: list[State]
+    gradient: Tensor
+    unclipped: Tensor
+
+
 class StackedTraining:
     """Trains stacks on one device.
 
@@ -117,11 +131,14 @@ class StackedTraining:
         """Whether steps are those of a trace, in which the Trainer's clock stands still."""
         return self._gradient.traced
 
-    def train(self, start: Start) -> tuple[Tensor, dict[str, Tensor]]:
+    def train(
+        self, start: Start, taken: Callable[[Taken], None] = lambda step: None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Train a stack whose first rows are the references.
 
         Args:
             start: What it begins with.
+            taken: Called after each step, and after the comparison if there is one.
 
         Returns:
             Trained parameters ``(runs, P)`` and buffers.
@@ -141,6 +158,7 @@ class StackedTraining:
             if step + 1 in checkpoints:
                 last = self._check(comparison, begun, step + 1, last, theta, states)
                 begun = step + 1
+            taken(Taken(step + 1, theta, states, applied, gradient))
         return theta, buffers
 
     def gradient(
@@ -154,33 +172,6 @@ class StackedTraining:
         total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
         divisor = self._schedule.divisors[step]
         return total if divisor == 1 else total / divisor
-
-    def measure(self, theta: Tensor, buffers: dict[str, Tensor], queries: Examples, measurement: Measurement) -> Tensor:
-        """Measure trained modules ``(runs, queries)``.
-
-        Raises:
-            CannotStackError: If the measurement cannot be taken of several modules at once.
-        """
-        self._module.set_clock(0, 0)  # as when it is taken of a single trained module
-        batch = queries.all()
-        count, values = rows_of(batch), []
-        for begin in range(0, count, _QUERIES_AT_A_TIME):
-            rows = slice(begin, begin + _QUERIES_AT_A_TIME)
-            part = map_tensors(lambda leaf, rows=rows: leaf[rows], batch)  # type: ignore[misc]
-
-            def of_one(theta: Tensor, buffers: dict[str, Tensor], part: Any = part) -> Tensor:
-                return self._module.measure(theta, buffers, part, measurement)
-
-            try:
-                values.append(vmap(of_one)(theta, buffers))
-            except Exception as error:  # whatever the user's code does
-                raise CannotStackError(
-                    f"the measurement cannot be taken of several models at once ({error!r})"
-                ) from error
-        measured = torch.cat(values, 1)
-        if measured.shape != (len(theta), count):
-            raise CannotStackError(f"the measurement returned shape {tuple(measured.shape[1:])} for {count} queries")
-        return measured.cpu()
 
     def batches(self, orders: Tensor) -> Iterator[list[list[Tensor]]]:
         """Yield the micro-batches of each step, as their tensors, each ``(runs, B, ...)``."""

@@ -111,8 +111,8 @@ def test_stacks_are_a_plain_loop_over_the_smaller_data_set():
 
 
 def test_more_trainings_than_fit_are_done_in_several_stacks(monkeypatch):
-    monkeypatch.setattr("lightning_dtda.retraining.stacked_group._FIRST_SIZE", 5)
-    monkeypatch.setattr("lightning_dtda.retraining.stacked_group.fitting", lambda *_: 5)
+    monkeypatch.setattr("lightning_dtda.retraining.stacks._FIRST_SIZE", 5)
+    monkeypatch.setattr("lightning_dtda.retraining.stacks.fitting", lambda *_: 5)
     subsets = random_subsets(EXAMPLES, 4, fraction_kept=0.8)
     truth = retrained(subsets=subsets, seeds=[1, 2], baseline_seeds=[1])
     for k, removed in enumerate(subsets):
@@ -121,7 +121,7 @@ def test_more_trainings_than_fit_are_done_in_several_stacks(monkeypatch):
 
 
 def test_trainings_that_do_not_fit_memory_are_left_to_the_trainer(monkeypatch):
-    monkeypatch.setattr("lightning_dtda.retraining.stacked_group.fitting", lambda *_: 2)
+    monkeypatch.setattr("lightning_dtda.retraining.stacks.fitting", lambda *_: 2)
     with pytest.raises(RetrainingError, match="not enough memory for several trainings at once"):
         retrained()
     assert torch.equal(retrained(engine="auto").measurements, retrained(engine="trainer").measurements)

@@ -1,0 +1,312 @@
+"""Stacks of trainings that differ in the seed, and in which examples they are without, but not in how many."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
+
+from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.recording.run_recording import buffers
+from lightning_dtda.replay import Examples, FunctionalModule
+from lightning_dtda.retraining.batch_orders import BatchOrders, Begin, recorded_order, seed_of
+from lightning_dtda.retraining.engine import CannotStackError
+from lightning_dtda.retraining.stack_size import NOTHING, Footprint, fitting
+from lightning_dtda.retraining.stacked_gradient import StackedGradient
+from lightning_dtda.retraining.stacked_training import Schedule, StackedTraining, Start, Taken
+from lightning_dtda.trajectory import Run
+from lightning_dtda.units import human_seconds
+
+_log = logging.getLogger(__name__)
+
+_FIRST_SIZE = 32
+"""Trainings at once with which the search for the fastest number begins; it doubles them."""
+
+_GAIN = 0.95
+"""Twice as many at once are worth the memory if each then takes less than this share of the time."""
+
+_TIMED = 5
+"""Steps that are timed, of which the fastest counts."""
+
+_COMPILED_SHARE, _COMPILE_SECONDS = 0.15, 60.0
+"""What compiling saves of the time (a small MLP on the CPU), and what it costs, with some to spare."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training.
+
+    Args:
+        seed: What ``seed_everything`` is called with.
+        kept: Data set indices of the examples that it is trained on ``(examples,)``.
+    """
+
+    seed: int
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A training that the Trainer did.
+
+    Args:
+        training: Which.
+        run: Its record.
+    """
+
+    training: Training
+    run: Run
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a seed gives.
+
+    Args:
+        theta: Initial parameters ``(P,)``.
+        buffers: Buffers and frozen parameters by name.
+        positions: Of examples in order, among those that are kept ``(examples,)``.
+    """
+
+    theta: Tensor
+    buffers: dict[str, Tensor]
+    positions: Tensor
+
+
+Watched: TypeAlias = Callable[[range, Start], AbstractContextManager[Callable[[Taken], None]]]
+"""Given which trainings are in a stack and what it begins with (its last rows are for the same training where there are
+more than trainings), a context in which it trains; called with each step."""
+
+
+class Stacks:
+    """Makes, checks and sizes stacks.
+
+    Args:
+        references: Trainings by the Trainer, at least one; they are in every stack.
+        begin: Begins a training, without as many examples as the references.
+        loader: The training DataLoader with all examples.
+        device: Where to train.
+
+    Raises:
+        CannotStackError: If the references show that these trainings cannot be stacked.
+    """
+
+    def __init__(
+        self,
+        references: Sequence[Reference],
+        begin: Begin,
+        loader: DataLoader[Any],
+        device: torch.device | str,
+    ) -> None:
+        self._references = references
+        self.device = torch.device(device)
+        runs = [reference.run for reference in references]
+        first = runs[0].manifest
+        self.schedule = Schedule.of(runs[0])
+        if any(Schedule.of(run) != self.schedule for run in runs[1:]):
+            raise CannotStackError("the number of steps, or what the optimizer is told at them, depends on the seed")
+        for run in runs:
+            _refuse(run)
+        self._layout, self._dtype = first.layout, first.torch_dtype
+        self._is_cast = first.configuration["training"]["precision"] == "64-true"
+        self._examples = self.cast(Examples(loader.dataset, loader.collate_fn))
+        self._orders = BatchOrders(begin, runs[0])
+        self._of_references: dict[int, Drawn] = {}
+        for run in runs:
+            module, self._of_references[seed_of(run)] = self.check(run)
+        self.module = FunctionalModule(module, self._layout, first.evaluation_modules, device=self.device)
+        if self.module.statistics:
+            raise CannotStackError(
+                f"BatchNorm keeps running statistics ({self.module.statistics[0]}), which stacks do not follow"
+            )
+
+    @property
+    def own(self) -> slice:
+        """The rows of a stack that are no references."""
+        return slice(len(self._references), None)
+
+    def cast(self, examples: Examples) -> Examples:
+        """Return examples as the Trainer's precision makes batches of them, on the device."""
+        return examples.to((torch.float32 if self._is_cast else self._dtype, self._dtype), self.device)
+
+    def check(self, run: Run) -> tuple[pl.LightningModule, Drawn]:
+        """Make sure that a training by the Trainer began, and went on, as its seed alone says; return with what.
+
+        Args:
+            run: Its record, which may end before the training did.
+
+        Raises:
+            CannotStackError: If it did not.
+        """
+        module, drawn = self._draw(seed_of(run))
+        begun, order = run.checkpoint(0), recorded_order(run)
+        if not torch.equal(drawn.positions[: len(order)], order):
+            raise CannotStackError("the order of examples is not the one that the seed and the DataLoader give")
+        if not torch.equal(drawn.theta, begun.theta) or not _same(drawn.buffers, begun.buffers):
+            raise CannotStackError(
+                "the initial parameters are not those that the module is made with: hooks or callbacks change them"
+            )
+        return module, drawn
+
+    def train(
+        self,
+        trainings: Sequence[Training],
+        compile: bool | None,
+        watched: Watched = lambda numbers, start: nullcontext(lambda step: None),
+        beside: Footprint = NOTHING,
+    ) -> Iterator[tuple[range, Tensor, dict[str, Tensor]]]:
+        """Train, as many at once as is fastest.
+
+        Args:
+            trainings: Which.
+            compile: As for :class:`~lightning_dtda.retraining.stacked_engine.StackedEngine`.
+            watched: Gets to see every step.
+            beside: Memory that each training takes beside its own steps.
+
+        Returns:
+            For each stack, the positions of its trainings, their trained parameters ``(trainings, P)`` and buffers.
+
+        Raises:
+            CannotStackError: If a reference does not come out as the Trainer had it.
+        """
+        own = len(self._references)
+        with kept_pages(self.device), torch.no_grad():
+            training = self._training()
+            size, seconds = self._fastest(training, len(trainings) + own, beside)
+            stacks = math.ceil(len(trainings) / max(size - own, 1))
+            size = math.ceil(len(trainings) / stacks)
+            ahead = stacks * len(self.schedule.sizes) * seconds
+            compiles = ahead * _COMPILED_SHARE > _COMPILE_SECONDS if compile is None else compile
+            _log.info(
+                "Stacking %d trainings, %d at a time: about %s%s.",
+                len(trainings),
+                size,
+                human_seconds(ahead),
+                ", less what compiling will save" if compiles else "",
+            )
+            if compiles:
+                training = self._training(compiled=True)
+            for begin in range(0, len(trainings), size):
+                stack = list(trainings[begin : begin + size])
+                numbers = range(begin, begin + len(stack))
+                # the last one as large as the others: another shape would be traced, and compiled, anew
+                filled = stack + [stack[-1]] * (size - len(stack))
+                start = self._start([*(reference.training for reference in self._references), *filled])
+                try:
+                    with watched(numbers, start) as taken:
+                        theta, held = training.train(start, taken)
+                except CannotStackError as error:
+                    if not training.traced:
+                        raise
+                    # constants of the trace may be what differs: the epoch, the number of the batch
+                    _log.info("Stacking without a trace: %s", error.reason)
+                    training = self._training(traced=False)
+                    with watched(numbers, start) as taken:
+                        theta, held = training.train(start, taken)
+                rows = slice(own, own + len(stack))
+                yield numbers, theta[rows], {name: buffer[rows] for name, buffer in held.items()}
+
+    def _training(self, traced: bool = True, compiled: bool = False) -> StackedTraining:
+        structure = tree_flatten(self._examples.fetch(torch.zeros(1, dtype=torch.long)))[1]
+        return StackedTraining(
+            self.module,
+            self._examples,
+            [reference.run for reference in self._references],
+            self.schedule,
+            StackedGradient(self.module, structure, traced, compiled),
+            self.device,
+        )
+
+    def _start(self, trainings: Sequence[Training]) -> Start:
+        """Return what a stack of trainings begins with."""
+        drawn = dict(self._of_references)  # one seed is there for several subsets
+        for training in trainings:
+            if training.seed not in drawn:
+                drawn[training.seed] = self._draw(training.seed)[1]
+        of_each = [drawn[training.seed] for training in trainings]
+        stacked = {
+            name: torch.stack([one.buffers[name] for one in of_each]).to(self.device) for name in of_each[0].buffers
+        }
+        orders = [training.kept[one.positions] for training, one in zip(trainings, of_each, strict=True)]
+        return Start(torch.stack([one.theta for one in of_each]).to(self.device), stacked, torch.stack(orders))
+
+    def _fastest(self, training: StackedTraining, trainings: int, beside: Footprint) -> tuple[int, float]:
+        """Return how many trainings at once are fastest for each, of those that fit, and the seconds of a step."""
+        one, own = self._start([self._references[0].training]), len(self._references)
+        batches = next(training.batches(one.orders))
+
+        def step() -> Tensor:
+            return training.gradient(0, one.theta, one.buffers, batches)
+
+        step()  # what is made once, and kept, does not count
+        most = min(trainings, fitting(peak_memory(step, self.device), one.theta, self.device, beside))
+        if most <= own:
+            raise CannotStackError("there is not enough memory for several trainings at once")
+        size = min(max(_FIRST_SIZE, own + 1), most)
+        cost, seconds = self._timed(training, one, size)
+        while size < most:
+            larger = min(2 * size, most)
+            cost_of_larger, seconds_of_larger = self._timed(training, one, larger)
+            # the references are in every stack
+            if cost_of_larger / (larger - own) > _GAIN * cost / (size - own):
+                break
+            size, cost, seconds = larger, cost_of_larger, seconds_of_larger
+        return size, seconds
+
+    def _timed(self, training: StackedTraining, one: Start, size: int) -> tuple[float, float]:
+        """Time the first step of a training, so many times over: by what it costs, and by the clock on the wall.
+
+        What it costs on the CPU is the time that this process had of it, whatever else the machine does.
+        """
+        theta = one.theta.expand(size, -1).clone()
+        held = {name: buffer.expand(size, *buffer.shape[1:]).clone() for name, buffer in one.buffers.items()}
+        batches = next(training.batches(one.orders.expand(size, -1)))
+        on_cuda = self.device.type == "cuda"
+        times = []
+        for _ in range(_TIMED + 1):
+            cpu, wall = time.process_time(), time.perf_counter()
+            training.gradient(0, theta, held, batches)
+            if on_cuda:
+                torch.cuda.synchronize(self.device)
+            seconds = time.perf_counter() - wall
+            times.append((seconds if on_cuda else time.process_time() - cpu, seconds))
+        # the first one traces
+        cost, wall = (min(column) for column in zip(*times[1:], strict=True))
+        return cost, wall
+
+    def _draw(self, seed: int) -> tuple[pl.LightningModule, Drawn]:
+        """Return what a training with a seed begins with, and its module."""
+        module, positions = self._orders.draw(seed)
+        try:
+            theta = self._layout.flatten([module.get_parameter(name) for name in self._layout.names])
+        except AttributeError as error:
+            raise CannotStackError(f"the module has no parameters before it is trained ({error})") from error
+        held = {name: tensor.detach() for name, tensor in buffers(module, self._layout, 0).items()}
+        return module, Drawn(theta, held, positions)
+
+
+def _refuse(run: Run) -> None:
+    """Refuse what a stack does not follow.
+
+    Raises:
+        CannotStackError: Naming it.
+    """
+    if any(part.rng_states for step in range(run.steps) for part in run.micro_batches(step)):
+        raise CannotStackError("training_step draws random numbers (dropout?), which differ for each training")
+    begun, ended = run.checkpoint(0).buffers, run.checkpoint(run.steps).buffers
+    if changing := sorted(name for name, buffer in ended.items() if not torch.equal(buffer, begun[name])):
+        raise CannotStackError(f"buffers change in training, which stacks do not follow: {', '.join(changing)}")
+
+
+def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
