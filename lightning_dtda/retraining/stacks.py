@@ -287,6 +287,8 @@ class Stacks:
     def _draw(self, seed: int) -> tuple[pl.LightningModule, Drawn]:
         """Return what a training with a seed begins with, and its module."""
         module, positions = self._orders.draw(seed)
+        if self._is_cast:
+            module.double()  # as the Trainer's precision does
         try:
             theta = self._layout.flatten([module.get_parameter(name) for name in self._layout.names])
         except AttributeError as error:

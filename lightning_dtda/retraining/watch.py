@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from typing_extensions import override
 
 from lightning_dtda.retraining.engine import CannotStackError
@@ -25,5 +25,7 @@ class Watch(pl.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):
                 raise CannotStackError("EarlyStopping ends each training at another step")
+            if isinstance(callback, Timer):
+                raise CannotStackError("a limit of time (max_time, Timer) ends each training at another step")
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
             raise CannotStackError("ReduceLROnPlateau gives each training other learning rates")

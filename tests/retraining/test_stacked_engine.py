@@ -93,6 +93,22 @@ def test_engines_agree_on_clipping_accumulation_and_parts_of_epochs(arguments):
     assert_engines_agree(trainer=lambda: make_trainer(**arguments))
 
 
+class Single(Regressor):
+    """Made in single precision, which the Trainer casts: its parameters, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.float()
+        self.register_buffer("offset", torch.rand(1))
+
+    def forward(self, inputs):
+        return super().forward(inputs) + self.offset
+
+
+def test_engines_agree_on_a_module_that_the_trainer_casts_to_double_precision():
+    assert_engines_agree(module=Single, trainer=lambda: make_trainer(precision="64-true"))
+
+
 def test_engines_agree_where_validation_draws_random_numbers_in_between():
     assert_engines_agree(data=Validating(), trainer=lambda: make_trainer(num_sanity_val_steps=1))
 
@@ -207,6 +223,7 @@ class Normalised(Regressor):
         (Regressor, {"callbacks": [Noise()]}, r"not reproduced between step 0 and step \d"),
         (Regressor, {"callbacks": [EarlyStopping("loss")]}, "EarlyStopping ends each training at another step"),
         (Regressor, {"precision": "bf16-mixed"}, "precision='bf16-mixed'"),
+        (Regressor, {"max_time": {"hours": 1}}, "a limit of time .* ends each training at another step"),
     ],
 )
 def test_what_cannot_be_stacked_is_refused_by_name(module, trainer, reason):
