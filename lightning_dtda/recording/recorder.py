@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +36,7 @@ from lightning_dtda.recording.extent import (
 )
 from lightning_dtda.recording.processes import together
 from lightning_dtda.recording.resuming import resume
-from lightning_dtda.recording.run_recording import RunRecording
+from lightning_dtda.recording.run_recording import RunRecording, make_directory
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.replay.batches import example_shapes
 from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
@@ -271,7 +270,7 @@ class TrajectoryRecorder(Callback):
     def _prepare(self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule) -> Manifest:
         """Make a run directory, or cut the record that is there back to where the training goes on."""
         if self._resumed is None:
-            self._make_directory(directory)
+            make_directory(directory, self.overwrite)
             return manifest
         theta = manifest.layout.flatten([pl_module.get_parameter(name) for name in manifest.layout.names])
         return resume(directory, manifest, self._resumed["steps"], theta, self.gradients != "auto")
@@ -351,16 +350,6 @@ class TrajectoryRecorder(Callback):
                 f"{self._directory}, which the first process made, is not there for the others. Choose a root on a "
                 "file system that all machines share."
             )
-
-    def _make_directory(self, directory: Path) -> None:
-        # again: another process may have begun the same run meanwhile
-        checks.refuse_existing(directory, self.overwrite)
-        try:
-            if directory.exists():
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True)
-        except OSError as error:
-            raise RecordingError(f"{directory} cannot be written ({error}). Choose another root.") from error
 
     @property
     def _stores_batches(self) -> bool:

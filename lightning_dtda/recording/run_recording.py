@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording import checks
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
 from lightning_dtda.trajectory import ParameterLayout, RunWriter
@@ -129,3 +133,23 @@ def buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> d
         trained = set(layout.names)
         found |= {name: p.detach() for name, p in module.named_parameters() if name not in trained}
     return found
+
+
+def make_directory(directory: Path, overwrite: bool) -> None:
+    """Make an empty run directory.
+
+    Args:
+        directory: Where.
+        overwrite: Whether an existing run is replaced.
+
+    Raises:
+        RecordingError: If it exists and may not be replaced, or cannot be made.
+    """
+    # again: another process may have begun the same run meanwhile
+    checks.refuse_existing(directory, overwrite)
+    try:
+        if directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True)
+    except OSError as error:
+        raise RecordingError(f"{directory} cannot be written ({error}). Choose another root.") from error

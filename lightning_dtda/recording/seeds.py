@@ -8,14 +8,19 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
+from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import DTDAError, TrajectoryError, UnknownFormatError
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.trajectory import Run
 
-MakeTraining = Callable[[], tuple[pl.Trainer, pl.LightningModule, "pl.LightningDataModule | None"]]
+Data: TypeAlias = "pl.LightningDataModule | DataLoader[Any] | None"
+"""What is trained on; ``None`` for modules with a ``train_dataloader`` of their own."""
+
+MakeTraining: TypeAlias = Callable[[], tuple[pl.Trainer, pl.LightningModule, Data]]
 
 
 def record_seeds(
@@ -25,6 +30,7 @@ def record_seeds(
     seeds: Iterable[int],
     finished: Callable[[int], None] = lambda seed: None,
     to_fit: int | None = None,
+    reraised: tuple[type[Exception], ...] = (),
 ) -> dict[int, str]:
     """Train and record one run for each seed; one that fails does not stop the others.
 
@@ -38,6 +44,7 @@ def record_seeds(
         finished: Called after each seed that was trained or failed.
         to_fit: Number of runs that the disk must hold; as many as are missing if not given. Others may record into
             the same root at the same time.
+        reraised: Errors that say something of all seeds: they are not put down to one, but raised.
 
     Returns:
         What went wrong, by seed.
@@ -52,6 +59,8 @@ def record_seeds(
         try:
             with _weights_and_biases(root.name, name):
                 _record_seed(make, recorder, seed)
+        except reraised:
+            raise
         except Exception as error:
             if not isinstance(error, DTDAError):  # the user's own code: show where
                 traceback.print_exc()
@@ -78,7 +87,7 @@ def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) ->
     pl.seed_everything(seed, workers=True, verbose=False)
     trainer, module, data = make()
     trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, data)
     if trainer.interrupted:
         raise KeyboardInterrupt
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,9 +53,7 @@ class ShardBuffer:
     @property
     def capacity(self) -> int:
         """Number of steps in a full shard, if their batches do not fill it before."""
-        if self.gradients is None:
-            return _SHARD_STEPS
-        return max(1, min(_SHARD_STEPS, _SHARD_BYTES // (self.layout.size * self.gradients.itemsize)))
+        return shard_steps(self.layout, self.gradients)
 
     def put_gradient(self, gradients: list[Tensor]) -> None:
         """Copy the gradient that the optimizer just applied; ``append`` completes the step."""
@@ -84,21 +83,7 @@ class ShardBuffer:
     def take(self) -> tuple[int, int, dict[str, Tensor]]:
         """Return first step, last step and tensors of the shard, and start the next one."""
         first, steps = self.first_step, len(self)
-        flat = [micro_batch for step in self._micro_batches for micro_batch in step]
-        tensors = {
-            "indices": torch.cat([micro_batch.indices for micro_batch in flat]),
-            "micro_batch_sizes": torch.tensor([len(micro_batch.indices) for micro_batch in flat]),
-            "micro_batches": torch.tensor([len(step) for step in self._micro_batches]),
-            "epochs": torch.tensor([micro_batch.epoch for micro_batch in flat]),
-            "batch_idx": torch.tensor([micro_batch.batch_idx for micro_batch in flat]),
-            "accumulate_grad_batches": torch.tensor(self._accumulations),
-            "hyperparameters": torch.tensor(self._hyperparameters, dtype=torch.float64),
-            **_rng_tensors(flat),
-            **{
-                f"{LEAF}{n}": torch.cat(parts).cpu()
-                for n, parts in enumerate(zip(*(m.leaves for m in flat), strict=True))
-            },
-        }
+        tensors = step_records(self._micro_batches, self._hyperparameters, self._accumulations)
         if self._gradients is not None:
             tensors["gradients"] = self._gradients[:steps].cpu()
         if self._norms:
@@ -110,7 +95,45 @@ class ShardBuffer:
         return first, first + steps, tensors
 
 
-def _rng_tensors(micro_batches: list[MicroBatch]) -> dict[str, Tensor]:
+def shard_steps(layout: ParameterLayout, gradients: torch.dtype | None) -> int:
+    """Return the number of steps in a full shard, if their batches do not fill it before.
+
+    Args:
+        layout: The recorded parameters.
+        gradients: Data type of the recorded gradients, or ``None``.
+    """
+    if gradients is None:
+        return _SHARD_STEPS
+    return max(1, min(_SHARD_STEPS, _SHARD_BYTES // (layout.size * gradients.itemsize)))
+
+
+def step_records(
+    micro_batches: Sequence[Sequence[MicroBatch]],
+    hyperparameters: Sequence[Sequence[Sequence[float]]],
+    accumulations: Sequence[int],
+) -> dict[str, Tensor]:
+    """Return what a shard says of each step, but for its gradients.
+
+    Args:
+        micro_batches: The passes of each step.
+        hyperparameters: The numbers of each parameter group at each step.
+        accumulations: What Lightning divided the losses of each step by.
+    """
+    flat = [micro_batch for step in micro_batches for micro_batch in step]
+    return {
+        "indices": torch.cat([micro_batch.indices for micro_batch in flat]),
+        "micro_batch_sizes": torch.tensor([len(micro_batch.indices) for micro_batch in flat]),
+        "micro_batches": torch.tensor([len(step) for step in micro_batches]),
+        "epochs": torch.tensor([micro_batch.epoch for micro_batch in flat]),
+        "batch_idx": torch.tensor([micro_batch.batch_idx for micro_batch in flat]),
+        "accumulate_grad_batches": torch.tensor(accumulations),
+        "hyperparameters": torch.tensor(hyperparameters, dtype=torch.float64),
+        **_rng_tensors(flat),
+        **{f"{LEAF}{n}": torch.cat(parts).cpu() for n, parts in enumerate(zip(*(m.leaves for m in flat), strict=True))},
+    }
+
+
+def _rng_tensors(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
     drawing = [number for number, micro_batch in enumerate(micro_batches) if micro_batch.rng_states]
     if not drawing:
         return {}
