@@ -24,6 +24,7 @@ from lightning_dtda.recording.jobs import record_in_jobs
 from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.ray_jobs import record_on_ray
 from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
+from lightning_dtda.retraining import record_stacked
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +48,10 @@ class RecordCLI(ConfigurationCLI):
         parser.add_argument("--jobs", type=int, default=1, help="Number of processes that train at the same time.")
         parser.add_argument(
             "--engine",
-            type=Literal["trainer", "ray"],
+            type=Literal["trainer", "stacked", "ray"],
             default="trainer",
-            help="Where runs are trained: in --jobs processes of this machine, or on a Ray cluster.",
+            help="How runs are trained. trainer: one by one, in --jobs processes of this machine. stacked: many at "
+            "once on one device, after the Trainer has recorded the first. ray: on a Ray cluster.",
         )
         parser.add_class_arguments(RayCluster, "ray", instantiate=False)
         parser.add_argument(
@@ -113,6 +115,11 @@ def run(arguments: Sequence[str]) -> None:
     if cli.config.jobs < 1:
         raise RecordingError(f"--jobs={cli.config.jobs}; give the number of processes, at least 1.")
     everything = cli.seeds
+    if cli.config.jobs > 1 and cli.config.engine == "stacked":
+        raise RecordingError(
+            f"--jobs={cli.config.jobs} are processes of the Trainer; stacked runs are trained together in one. Leave "
+            "--jobs or --engine stacked out."
+        )
     # in a training of several processes, the others run this command too
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     say = print if is_first else _log.debug
@@ -126,6 +133,8 @@ def run(arguments: Sequence[str]) -> None:
         if cli.config.engine == "ray":
             record = functools.partial(_record_one, _command(cli), seeds)
             failures = record_on_ray(RayCluster(**cli.config.ray.as_dict()), record, cli.root, seeds, finished)
+        elif cli.config.engine == "stacked":
+            failures = record_stacked(cli.make_training, cli.make_recorder(overwrite=False), seeds, finished=finished)
         elif min(cli.config.jobs, len(seeds)) > 1:
             failures = record_in_jobs(_command(cli), cli.root, seeds, cli.config.jobs, finished)
         else:

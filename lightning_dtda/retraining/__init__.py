@@ -1,4 +1,4 @@
-"""Ground truth by actual retraining: ``retrain``, ``GroundTruth``, subsets, and the engines that train."""
+"""Many trainings: ground truth by ``retrain``, subsets, the engines that train, and seeds recorded at once."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_dtda.retraining.ray_engine import RayEngine
     from lightning_dtda.retraining.retraining import retrain
     from lightning_dtda.retraining.stacked_engine import StackedEngine
+    from lightning_dtda.retraining.stacked_recording import record_stacked
     from lightning_dtda.retraining.trainer_engine import TrainerEngine
 
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     "RayEngine": "lightning_dtda.retraining.ray_engine",
     "StackedEngine": "lightning_dtda.retraining.stacked_engine",
     "TrainerEngine": "lightning_dtda.retraining.trainer_engine",
+    "record_stacked": "lightning_dtda.retraining.stacked_recording",
     "retrain": "lightning_dtda.retraining.retraining",
 }
 
@@ -33,6 +35,7 @@ __all__ = [
     "TrainerEngine",
     "leave_one_out",
     "random_subsets",
+    "record_stacked",
     "retrain",
     "top_removals",
 ]

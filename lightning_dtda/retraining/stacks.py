@@ -21,7 +21,7 @@ from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.replay import Examples, FunctionalModule
 from lightning_dtda.retraining.batch_orders import BatchOrders, Begin, recorded_order, seed_of
 from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.stack_size import NOTHING, Footprint, fitting
+from lightning_dtda.retraining.stack_size import LARGEST, NOTHING, Footprint, fitting
 from lightning_dtda.retraining.stacked_gradient import StackedGradient
 from lightning_dtda.retraining.stacked_training import Schedule, StackedTraining, Start, Taken
 from lightning_dtda.trajectory import Run
@@ -164,6 +164,7 @@ class Stacks:
         compile: bool | None,
         watched: Watched = lambda numbers, start: nullcontext(lambda step: None),
         beside: Footprint = NOTHING,
+        largest: int = LARGEST,
     ) -> Iterator[tuple[range, Tensor, dict[str, Tensor]]]:
         """Train, as many at once as is fastest.
 
@@ -172,6 +173,7 @@ class Stacks:
             compile: As for :class:`~lightning_dtda.retraining.stacked_engine.StackedEngine`.
             watched: Gets to see every step.
             beside: Memory that each training takes beside its own steps.
+            largest: Number of trainings at once, at most.
 
         Returns:
             For each stack, the positions of its trainings, their trained parameters ``(trainings, P)`` and buffers.
@@ -182,7 +184,7 @@ class Stacks:
         own = len(self._references)
         with kept_pages(self.device), torch.no_grad():
             training = self._training()
-            size, seconds = self._fastest(training, len(trainings) + own, beside)
+            size, seconds = self._fastest(training, own + min(len(trainings), largest), beside)
             stacks = math.ceil(len(trainings) / max(size - own, 1))
             size = math.ceil(len(trainings) / stacks)
             ahead = stacks * len(self.schedule.sizes) * seconds

@@ -75,6 +75,32 @@ def test_jobs_record_the_same_runs_in_parallel(record, config, tmp_path):
             torch.testing.assert_close(other.theta(12)[name], expected)
 
 
+def test_stacked_seeds_are_the_same_runs(record, config, tmp_path, capsys):
+    root = record("--seeds", "2")
+    record("--seeds", "5", "--engine", "stacked")
+    output = capsys.readouterr().out
+    assert "2 of 5 runs are complete already" in output
+    assert "5 of 5 runs are complete in" in output
+    trained = tmp_path / "trained"
+    main(["record", "--config", str(config), "--ensemble", str(trained), "--seeds", "5"])
+    for one, other in zip(Ensemble.open(root), Ensemble.open(trained), strict=True):
+        assert other.name == one.name
+        assert other.manifest.comparable == one.manifest.comparable
+        for step in range(13):
+            # a dozen steps in single precision, summed in another order
+            torch.testing.assert_close(one.theta_vector(step), other.theta_vector(step), rtol=1e-5, atol=1e-6)
+            assert step == 12 or torch.equal(one.batch_indices(step), other.batch_indices(step))
+
+
+def test_what_cannot_be_stacked_is_an_error_that_names_the_other_engine(record, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        record("--seeds", "3", "--engine", "stacked", "--trainer.precision=bf16-mixed")
+    assert "the Trainer has precision='bf16-mixed'. These trainings cannot be stacked" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        record("--seeds", "3", "--engine", "stacked", "--jobs", "2")
+    assert "Leave --jobs or --engine stacked out" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_ray_records_the_same_runs(ray_cluster, record, config, tmp_path, capsys):
     root = record("--seeds", "3")

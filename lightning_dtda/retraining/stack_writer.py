@@ -1,0 +1,175 @@
+"""The runs of a stack under way: their steps, gathered and handed to their writers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.optimizers import State
+from lightning_dtda.optimizers.clipping import NormClipping
+from lightning_dtda.recording.shard_buffer import shard_steps, step_records
+from lightning_dtda.retraining.stack_size import Footprint
+from lightning_dtda.retraining.stacked_training import Schedule, Taken
+from lightning_dtda.trajectory import MicroBatch, Run, RunWriter
+
+_IN_FLIGHT = 4
+"""Files of a run that may be in memory: one that is gathered, one that is written, two that wait."""
+
+
+class StackWriter:
+    """Writes, for each training of a stack, the files that a recorder in its Trainer would have written.
+
+    Args:
+        writers: Of the runs.
+        rows: Their rows in the stack, which may have more.
+        reference: A run of the same ensemble that a recorder wrote: it has the same shape.
+        schedule: Of the steps.
+        interval: Steps between checkpoints.
+        orders: Data set indices of examples in order ``(runs, examples)``.
+        theta: Initial parameters ``(runs, P)``.
+        buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
+    """
+
+    def __init__(
+        self,
+        *,
+        writers: Sequence[RunWriter],
+        rows: slice,
+        reference: Run,
+        schedule: Schedule,
+        interval: int,
+        orders: Tensor,
+        theta: Tensor,
+        buffers: dict[str, Tensor],
+    ) -> None:
+        self._writers = writers
+        self._rows = rows
+        self._layout = reference.layout
+        self._names = reference.manifest.hyperparameters
+        self._gradient_dtype = _gradient_dtype(reference)
+        self._has_norms = isinstance(reference.clipping, NormClipping)
+        self._schedule = schedule
+        self._interval = interval
+        self._capacity = shard_steps(self._layout, self._gradient_dtype)
+        self._orders = orders
+        self._buffers = {name: buffer[rows].cpu() for name, buffer in buffers.items()}
+        # frozen parameters stand in the first checkpoint only
+        self._repeated = reference.checkpoint(reference.steps).buffers.keys()
+        self._first, self._steps, self._begun_examples = 0, 0, 0
+        self._gradients: Tensor | None = None
+        self._norms: list[Tensor] = []
+        self._checkpoint(theta[rows], [], self._buffers.keys())
+
+    def after_step(self, taken: Taken) -> None:
+        """Gather a step; write what is full or due."""
+        if self._gradient_dtype is not None:
+            gradient = taken.gradient[self._rows]
+            if self._gradients is None:
+                # run by run: what one writer gets is in one piece
+                shape = len(gradient), self._capacity, self._layout.size
+                self._gradients = torch.empty(shape, dtype=self._gradient_dtype, device=gradient.device)
+            self._gradients[:, taken.steps - 1 - self._first] = gradient
+        if self._has_norms:
+            parts = taken.unclipped[self._rows].split(self._layout.sizes, -1)
+            # of the norms of the tensors, as torch does it
+            norms = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts], -1)
+            self._norms.append(torch.linalg.vector_norm(norms, dim=-1))
+        self._steps = taken.steps
+        is_last = self._steps == len(self._schedule.sizes)
+        if self._steps % self._interval == 0 or is_last:
+            self._flush()
+            self._checkpoint(
+                taken.theta[self._rows],
+                [{key: part[self._rows] for key, part in state.items()} for state in taken.states],
+                self._repeated,
+            )
+        elif self._steps - self._first >= self._capacity:
+            self._flush()
+
+    def close(self, status: Literal["complete", "incomplete"], reason: str | None = None) -> None:
+        """Write what is left and the end of the runs; those that stop before their first step leave nothing.
+
+        Raises:
+            RecordingError: If a file could not be written.
+        """
+        if status == "incomplete" and self._steps == 0:
+            self.discard()
+            return
+        try:
+            if self._steps > self._first:
+                self._flush()
+        finally:
+            failures = []
+            for writer in self._writers:
+                try:
+                    writer.close(status, reason)
+                except RecordingError as error:  # the others are to come to their end too
+                    failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def discard(self) -> None:
+        """Delete the runs."""
+        for writer in self._writers:
+            writer.discard()
+
+    def _flush(self) -> None:
+        """Write the steps since the last shard."""
+        first, last = self._first, self._steps
+        steps = range(first, last)
+        sizes, clocks, of_groups = self._schedule.sizes, self._schedule.clocks, self._schedule.hyperparameters
+        length = sum(sum(sizes[step]) for step in steps)
+        orders = self._orders[:, self._begun_examples : self._begun_examples + length]
+        parts = iter(orders[0].split([size for step in steps for size in sizes[step]]))
+        shared = step_records(
+            [[MicroBatch(next(parts), epoch, batch_idx, {}) for epoch, batch_idx in clocks[step]] for step in steps],
+            [[[float(group[name]) for name in self._names] for group in of_groups[step]] for step in steps],
+            [self._schedule.divisors[step] for step in steps],
+        )
+        gradients = None if self._gradients is None else self._gradients[:, : last - first].cpu()
+        norms = torch.stack(self._norms, 1).cpu() if self._norms else None
+        for row, writer in enumerate(self._writers):
+            tensors = shared | {"indices": orders[row]}
+            if gradients is not None:
+                tensors["gradients"] = gradients[row]
+            if norms is not None:
+                tensors["gradient_norms"] = norms[row]
+            writer.add_shard(first, last, tensors)
+        self._first, self._begun_examples = last, self._begun_examples + length
+        self._gradients, self._norms = None, []  # anew: the writers have not read them yet
+
+    def _checkpoint(self, theta: Tensor, states: list[State], names: Collection[str]) -> None:
+        parameters = self._layout.unflatten(theta.cpu())
+        of_state = {f"state.{n}.{key}": part.cpu() for n, state in enumerate(states) for key, part in state.items()}
+        for row, writer in enumerate(self._writers):
+            tensors = {f"parameters.{name}": part[row] for name, part in parameters.items()} | {
+                name: part[row] for name, part in of_state.items()
+            }
+            # copies: these are parts of one tensor or another, and the tensors of a file are not to share memory
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            tensors |= {f"buffers.{name}": self._buffers[name][row] for name in names}
+            writer.add_checkpoint(self._steps, tensors)
+
+
+def footprint(reference: Run, interval: int) -> Footprint:
+    """Return the memory that the record of a run takes while it is gathered and written.
+
+    Args:
+        reference: A run of the same shape.
+        interval: Steps between its checkpoints.
+    """
+    gradients = _gradient_dtype(reference)
+    steps = min(shard_steps(reference.layout, gradients), interval, reference.steps)
+    shard = 0 if gradients is None else steps * reference.layout.size * gradients.itemsize
+    last = reference.checkpoint(reference.steps)
+    tensors = [last.theta, *last.buffers.values(), *(part for state in last.states for part in state.values())]
+    return Footprint(device=shard, host=_IN_FLIGHT * (shard + sum(tensor.nbytes for tensor in tensors)))
+
+
+def _gradient_dtype(reference: Run) -> torch.dtype | None:
+    name = reference.manifest.gradients
+    return None if name == "none" else getattr(torch, name)

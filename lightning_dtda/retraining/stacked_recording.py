@@ -1,0 +1,351 @@
+"""Many seeds recorded at once on one device, as ordinary runs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_dtda.attribution.attributing import usable_device
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording import TrajectoryRecorder, run_name
+from lightning_dtda.recording.configuration import module_configuration, training_configuration
+from lightning_dtda.recording.data import describe_data
+from lightning_dtda.recording.extent import checkpoint_interval
+from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.recording.run_recording import make_directory
+from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
+from lightning_dtda.replay import prepare_fit
+from lightning_dtda.retraining.engine import CannotStackError
+from lightning_dtda.retraining.stack_writer import StackWriter, footprint
+from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
+from lightning_dtda.retraining.stacks import Reference, Stacks, Training
+from lightning_dtda.retraining.watch import Watch
+from lightning_dtda.trajectory import Manifest, Run, RunWriter
+from lightning_dtda.trajectory.manifest import differences
+
+_log = logging.getLogger(__name__)
+
+_LARGEST = 128
+"""Runs that are recorded at once, at most: each has a thread and a locked file, of which a process may have only so
+many (256 on macOS), and by then most of the time goes into writing."""
+
+
+def record_stacked(
+    make: MakeTraining,
+    recorder: TrajectoryRecorder,
+    seeds: int | Sequence[int],
+    *,
+    device: torch.device | str | None = None,
+    compile: bool | None = None,
+    finished: Callable[[int], None] = lambda seed: None,
+) -> dict[int, str]:
+    r"""Train many seeds at once and write, for each, the run that the recorder writes when its Trainer trains it.
+
+    .. math:: \theta_{t+1}^{(s)}, \sigma_{t+1}^{(s)} =
+        U_t\big(\theta_t^{(s)}, \sigma_t^{(s)}, \nabla L_{b_t^{(s)}}(\theta_t^{(s)})\big)
+        \quad \text{for all seeds } s \text{ together}
+
+    The first missing seed is trained by its Trainer, and is one of the runs. Its record gives the steps: sizes of the
+    batches, learning rates, and how many random numbers are drawn between the epochs. A second seed is begun by its
+    Trainer, for one step, to see that all this does not depend on the seed. The others start from the parameters, and
+    go through the batches, that their seeds give. The first one is in every stack once more, and has to come out as
+    the Trainer had it, at each checkpoint. Nothing is kept of stacks in which it does not.
+
+    Runs that are complete are skipped, incomplete ones are recorded again. Loggers, callbacks and validation are for
+    the seeds that the Trainer trains.
+
+    Args:
+        make: Makes Trainer, module and data afresh: ``(trainer, module, data)``, called after each seed is set. Data
+            are a data module, a DataLoader, or ``None`` for modules with a ``train_dataloader`` of their own.
+        recorder: How to record, and where: each run is a sub-directory of its root.
+        seeds: A number S for the seeds 0 to S - 1, or a list.
+        device: Where stacks are trained; ``None`` is the Trainer's own device.
+        compile: Whether ``torch.compile`` is used; ``None`` compiles where there is enough to do.
+        finished: Called after each seed that was trained or failed.
+
+    Returns:
+        What went wrong, by seed: those whose Trainer failed. Where the first fails, the next takes its place.
+
+    Raises:
+        RecordingError: If these trainings cannot be stacked, with the reason (nothing is lost: what the Trainer has
+            recorded counts); if the recorder asks for what stacks cannot do; or if a file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, lightning.pytorch as pl
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_dtda import Ensemble, TrajectoryRecorder
+        >>> from lightning_dtda.demo.diabetes import DiabetesRegressor
+        >>> data = TensorDataset(torch.randn(40, 10), torch.randn(40))
+        >>> quiet = dict.fromkeys(
+        ...     ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+        ... )
+        >>> def make():
+        ...     trainer = pl.Trainer(max_epochs=2, accelerator="cpu", **quiet)
+        ...     return trainer, DiabetesRegressor(width=4), DataLoader(data, batch_size=8, shuffle=True)
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     failures = record_stacked(make, TrajectoryRecorder(root), seeds=5)
+        ...     print(failures, len(Ensemble.open(root)), Ensemble.open(root)[4].steps)
+        {} 5 10
+    """
+    _refuse_recorder(recorder)
+    root = recorder.root
+    missing = [seed for seed in _checked_seeds(seeds) if not is_complete(root / run_name(seed))]
+    watch = Watch()
+    with quiet_lightning():
+        try:
+            failures, reference = _record_reference(make, recorder, missing, watch, finished)
+            if reference is None:
+                return failures
+            if len(missing) > 1:
+                _Stacking(make, recorder, reference, watch.device if device is None else usable_device(device)).record(
+                    missing, compile, finished
+                )
+                return failures
+        except CannotStackError as error:
+            raise RecordingError(
+                f"{error.reason.rstrip('.')}. These trainings cannot be stacked: record them by the Trainer, one after "
+                "the other (a loop over seeds with the callback, or lightning-dtda record --engine trainer). Runs that "
+                "are complete count."
+            ) from error
+        # a single one is no stack
+        return failures | record_seeds(make, _maker(recorder), root, missing, finished, to_fit=0)
+
+
+def _record_reference(
+    make: MakeTraining,
+    recorder: TrajectoryRecorder,
+    missing: list[int],
+    watch: Watch,
+    finished: Callable[[int], None],
+) -> tuple[dict[int, str], Run | None]:
+    """Record seeds by the Trainer, and take them from the missing, until one is complete."""
+
+    def watched() -> Any:
+        trainer, module, data = make()
+        if trainer.world_size > 1:
+            raise CannotStackError(f"the Trainer spreads a training over {trainer.world_size} processes")
+        trainer.callbacks.append(watch)  # type: ignore[attr-defined]
+        return trainer, module, data
+
+    failures: dict[int, str] = {}
+    while missing:
+        to_fit, seed = len(missing), missing.pop(0)
+        failures |= record_seeds(
+            watched, _maker(recorder), recorder.root, [seed], finished, to_fit, reraised=(CannotStackError,)
+        )
+        if is_complete(directory := recorder.root / run_name(seed)):
+            return failures, Run(directory)
+    return failures, None
+
+
+class _Stacking:
+    """Records in stacks what the Trainer has recorded one of.
+
+    Args:
+        make: Makes Trainer, module and data.
+        recorder: How to record.
+        reference: The run.
+        device: Where to train.
+    """
+
+    def __init__(self, make: MakeTraining, recorder: TrajectoryRecorder, reference: Run, device: torch.device) -> None:
+        self._make = make
+        self._recorder = recorder
+        self._reference = reference
+        self._device = device
+        self._interval = checkpoint_interval(recorder.checkpoint_every, reference.manifest.planned_steps)
+        self._made: dict[str, Any] | None = None
+
+    def record(self, seeds: Sequence[int], compile: bool | None, finished: Callable[[int], None]) -> None:
+        """Record seeds.
+
+        Raises:
+            CannotStackError: If they cannot be stacked.
+        """
+        reference, manifest = self._reference, self._reference.manifest
+        assert manifest.seed is not None
+        loader = self._begin(manifest.seed)[1]
+        everything = torch.arange(manifest.configuration["dataset"]["length"])
+        stacks = Stacks([Reference(Training(manifest.seed, everything), reference)], self._begin, loader, self._device)
+        self._check_another(stacks, seeds[-1])
+
+        @contextmanager
+        def recorded(numbers: range, start: Start) -> Iterator[Callable[[Taken], None]]:
+            rows = slice(stacks.own.start, stacks.own.start + len(numbers))
+            writer = self._writer([seeds[number] for number in numbers], rows, stacks.schedule, start)
+            try:
+                yield writer.after_step
+            except CannotStackError:
+                writer.discard()  # what was not shown to be right is not kept
+                raise
+            except BaseException as error:
+                _stop(writer, error)
+                raise
+            writer.close("complete")
+
+        trainings = [Training(seed, everything) for seed in seeds]
+        beside = footprint(reference, self._interval)
+        for numbers, _, _ in stacks.train(trainings, compile, recorded, beside, _LARGEST):
+            for number in numbers:
+                finished(seeds[number])
+
+    def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any]]:
+        """Do what a training does from its seed until its loader is asked."""
+        pl.seed_everything(seed, workers=True, verbose=False)
+        trainer, module, data = self._make()
+        loader = _loader(trainer, module, data, seed)
+        found = {
+            "module": module_configuration(module, seed),
+            "dataset": describe_data(loader),
+            "training": training_configuration(trainer, loader),
+        }
+        if self._made is None:
+            # as made: a fit fills in some settings, and what it trained on is to be what is made
+            self._made = found | {"dataset": self._reference.manifest.configuration["dataset"]}
+        if changes := differences(self._made, found):
+            raise CannotStackError(
+                f"what is made for seed {seed} is not what was trained for seed {self._reference.manifest.seed}:\n"
+                f"{changes}"
+            )
+        return module, loader
+
+    def _check_another(self, stacks: Stacks, seed: int) -> None:
+        """Let the Trainer begin another seed: what was read off the reference may have been its seed's own."""
+        with tempfile.TemporaryDirectory() as directory:
+            recorder = copy.copy(self._recorder)
+            recorder.root, recorder.gradients, recorder.runs_to_fit = Path(directory), "none", 0
+            pl.seed_everything(seed, workers=True, verbose=False)
+            try:
+                trainer, module, data = self._make()
+                trainer.loggers = [DummyLogger()]  # it is no training of which to keep a log
+                trainer.callbacks.extend([recorder, _OneStep()])  # type: ignore[attr-defined]
+                trainer.fit(module, data)
+            except _OneStepTaken:
+                pass
+            except Exception as error:  # whatever the user's code does
+                raise CannotStackError(f"the training of seed {seed} fails at its start ({error!r})") from error
+            begun = Run(Path(directory) / run_name(seed))
+            first = Schedule.of(begun)
+            if any(getattr(stacks.schedule, part)[: begun.steps] != values for part, values in vars(first).items()):
+                raise CannotStackError("what the optimizer is told, or the size of the batches, depends on the seed")
+            if changes := differences(self._reference.manifest.comparable, begun.manifest.comparable):
+                raise CannotStackError(f"what is trained depends on the seed:\n{changes}")
+            stacks.check(begun)
+
+    def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
+        """Make the run directories."""
+        return StackWriter(
+            writers=[self._run_writer(seed) for seed in seeds],
+            rows=rows,
+            reference=self._reference,
+            schedule=schedule,
+            interval=self._interval,
+            orders=start.orders[rows],
+            theta=start.theta,
+            buffers=start.buffers,
+        )
+
+    def _run_writer(self, seed: int) -> RunWriter:
+        directory = self._recorder.root / run_name(seed)
+        make_directory(directory, overwrite=directory.exists())
+        return RunWriter(directory, _begun(self._reference.manifest, seed))
+
+
+def _begun(manifest: Manifest, seed: int) -> Manifest:
+    """Return the manifest of another seed's run at its beginning."""
+    # lists of its own: the writer appends to them
+    return replace(manifest, seed=seed, status="recording", reason=None, steps=0, shards=[], checkpoints=[])
+
+
+def _stop(writer: StackWriter, error: BaseException) -> None:
+    try:
+        writer.close("incomplete", f"{type(error).__name__}: {error}".rstrip(": "))
+    except RecordingError as failure:  # what stopped the training is to be seen
+        _log.error("%s", failure)
+
+
+def _loader(trainer: pl.Trainer, module: pl.LightningModule, data: Any, seed: int) -> DataLoader[Any]:
+    """Return the training DataLoader as the Trainer gets it."""
+    if isinstance(data, DataLoader):
+        return data
+    owner = module if data is None else data
+    try:
+        if data is not None:
+            data.trainer = trainer  # set-ups may ask it
+        prepare_fit(owner)
+        loader: DataLoader[Any] = owner.train_dataloader()
+    except Exception as error:  # whatever the user's code does
+        raise CannotStackError(f"the data of seed {seed} cannot be had without a training ({error!r})") from error
+    return loader
+
+
+class _OneStepTaken(Exception):  # noqa: N818 - nothing went wrong
+    """Ends a training that was only to be begun."""
+
+
+class _OneStep(pl.Callback):
+    """Ends a training after its first step."""
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step:
+            raise _OneStepTaken
+
+
+def _maker(recorder: TrajectoryRecorder) -> Callable[[bool], TrajectoryRecorder]:
+    """Return a function that makes recorders like this one."""
+
+    def make_recorder(overwrite: bool) -> TrajectoryRecorder:
+        made = copy.copy(recorder)
+        made.overwrite = overwrite
+        return made
+
+    return make_recorder
+
+
+def _refuse_recorder(recorder: TrajectoryRecorder) -> None:
+    """Refuse what the recorder of a single training can do.
+
+    Raises:
+        RecordingError: Naming the argument.
+    """
+    if recorder.run is not None:
+        raise RecordingError(
+            f"The recorder has run={recorder.run!r}; there is a run for each seed, which takes its name from it. Leave "
+            "run out."
+        )
+    if recorder.overwrite:
+        raise RecordingError(
+            "The recorder has overwrite=True. Stacks record what is missing: runs that are complete are skipped, "
+            "incomplete ones are replaced. Leave it out, and delete what is to be recorded again."
+        )
+    if recorder.batches == "store":
+        raise RecordingError(
+            'The recorder has batches="store", which is for data that differ each time they are asked for. Stacks know '
+            'the examples by their indices only: use batches="indices", or record by the Trainer.'
+        )
+
+
+def _checked_seeds(seeds: int | Sequence[int]) -> list[int]:
+    try:
+        chosen = list(range(seeds)) if isinstance(seeds, int) else [operator.index(seed) for seed in seeds]
+    except TypeError:
+        chosen = []
+    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0:
+        raise RecordingError(
+            f"seeds={seeds!r} is no set of seeds. Give a positive number, or a list of different numbers from 0 on."
+        )
+    return chosen
