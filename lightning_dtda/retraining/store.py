@@ -20,6 +20,9 @@ from lightning_dtda.trajectory.storage import read_json, read_tensors, replace_f
 
 FORMAT_VERSION = 1
 _INDEX, _LOCK = "truth.json", ".truth.lock"
+_OWN = (_LOCK, f".{_INDEX}.partial")
+"""What is there before the first index is: of another process that is about to write it, or was killed then."""
+
 _ALL_DATA = -1
 """Stands for the subset of a training on everything."""
 
@@ -81,7 +84,7 @@ class TruthStore:
             "failures": list(about.get("failures", ())),
             "versions": dict(about.get("versions", {})),
         }
-        if path.is_dir() and not cls.is_at(path) and any(file.name != _LOCK for file in path.iterdir()):
+        if path.is_dir() and not cls.is_at(path) and any(file.name not in _OWN for file in path.iterdir()):
             raise RetrainingError(f"{path} is not empty and holds no ground truth. Choose another output.")
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -121,6 +121,14 @@ def test_more_subsets_and_seeds_extend_a_store_and_another_question_is_refused(t
     assert not replaced.finished()
 
 
+def test_a_store_can_be_made_where_a_process_was_killed_while_it_made_it(tmp_path):
+    # the lock, and an index that was not renamed into place; so it looks to others while it is under way, too
+    (tmp_path / ".truth.lock").touch()
+    (tmp_path / ".truth.json.partial").write_text('{\n "format_ver')
+    TruthStore.create(tmp_path, ABOUT, [1], [[1]], [0], [0])
+    assert TruthStore.open(tmp_path).seeds == (0,)
+
+
 def test_a_directory_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RetrainingError, match="not empty and holds no ground truth"):
