@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, vmap
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
@@ -22,37 +23,59 @@ _log = logging.getLogger(__name__)
 Gradient = Callable[..., Tensor]
 
 
+class Time(NamedTuple):
+    """A time of the Trainer's clock.
+
+    Args:
+        epoch: ``current_epoch``.
+        step: ``global_step``.
+        batch_idx: As ``training_step`` gets it.
+    """
+
+    epoch: int
+    step: int
+    batch_idx: int
+
+
 class StackedGradient:
     r"""Computes :math:`\nabla L_b(\theta)` of stacked trainings.
 
     The transformed function is traced once for each shape of batch: what is left are the tensor operations, without
     what Python does on the way, which takes longer than they do. Numbers of the Trainer's clock become constants of
-    the trace, so that its user has to make sure that they do not matter.
+    the trace. So it is traced at several of its times, and where the operations differ, no trace is used; what happens
+    at other times only, the user has to find out.
 
     Args:
         module: The module.
         structure: Of a batch.
+        times: Of the Trainer's clock, at which to trace.
         traced: Whether to trace; otherwise each call is the function itself.
         compiled: Whether what is traced is compiled.
     """
 
     def __init__(
-        self, module: FunctionalModule, structure: TreeSpec, traced: bool = True, compiled: bool = False
+        self,
+        module: FunctionalModule,
+        structure: TreeSpec,
+        times: Sequence[Time],
+        traced: bool = True,
+        compiled: bool = False,
     ) -> None:
         self._module = module
         self._structure = structure
+        self._times = times
         self.traced = traced
         self._compiled = compiled
         self._graphs: dict[Any, Gradient] = {}
 
-    def __call__(self, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor], batch_idx: int) -> Tensor:
+    def __call__(self, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor], time: Time) -> Tensor:
         """Return the gradient of ``training_step``'s loss.
 
         Args:
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
             leaves: The tensors of a batch, each ``(runs, B, ...)``.
-            batch_idx: As ``training_step`` gets it.
+            time: Of the Trainer's clock.
 
         Returns:
             ``(runs, P)``.
@@ -60,34 +83,46 @@ class StackedGradient:
         Raises:
             CannotStackError: If ``training_step`` cannot be differentiated for several trainings at once.
         """
-        if not self.traced:
-            return self._guarded(self._function(batch_idx), theta, buffers, leaves)
         key = tuple(leaf.shape for leaf in leaves)
-        if key not in self._graphs:
-            self._graphs[key] = self._trace(batch_idx, theta, buffers, leaves)
+        if self.traced and key not in self._graphs:
+            # what depends on the clock does so whatever the shape of the batch
+            times = [time] if self._graphs else dict.fromkeys([time, *self._times])
+            graphs = [self._trace(each, theta, buffers, leaves) for each in times]
+            if all(_same(graphs[0], graph) for graph in graphs[1:]):
+                self._graphs[key] = self._compile(graphs[0], theta, buffers, leaves) if self._compiled else graphs[0]
+            else:
+                _log.info(
+                    "Stacking without a trace: the loss depends on the epoch, the step or the number of the batch."
+                )
+                self.traced = False
+        if not self.traced:
+            return self._guarded(self._at(time), theta, buffers, leaves)
         return self._graphs[key](theta, buffers, list(leaves))
 
-    def _trace(self, batch_idx: int, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor]) -> Gradient:
-        function = self._function(batch_idx)
-        graph: Gradient = self._guarded(lambda *arguments: make_fx(function)(*arguments), theta, buffers, leaves)
-        return self._compile(graph, theta, buffers, leaves) if self._compiled else graph
+    def _trace(self, time: Time, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor]) -> GraphModule:
+        function = self._at(time)
+        graph: GraphModule = self._guarded(lambda *arguments: make_fx(function)(*arguments), theta, buffers, leaves)
+        return graph
 
     def _compile(
-        self, graph: Gradient, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor]
+        self, graph: GraphModule, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor]
     ) -> Gradient:
-        started = time.perf_counter()
+        started = perf_counter()
         compiled = torch.compile(graph)
         try:
             compiled(theta, buffers, list(leaves))
         except Exception as error:  # whatever compilers on this machine do
             _log.warning("torch.compile fails (%s); going on without.", str(error).strip().splitlines()[0])
             return graph
-        _log.info("Compiled in %.0f s.", time.perf_counter() - started)
+        _log.info("Compiled in %.0f s.", perf_counter() - started)
         return compiled
 
-    def _function(self, batch_idx: int) -> Callable[..., Tensor]:
+    def _at(self, time: Time) -> Gradient:
+        """Return the gradient as a function, and set the clock."""
+        self._module.set_clock(time.epoch, time.step)
+
         def loss(theta: Tensor, buffers: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
-            return self._module.batch_loss(theta, buffers, tree_unflatten(leaves, self._structure), batch_idx)
+            return self._module.batch_loss(theta, buffers, tree_unflatten(leaves, self._structure), time.batch_idx)
 
         return vmap(grad(loss))
 
@@ -102,3 +137,19 @@ class StackedGradient:
                 f"training_step cannot be differentiated for several trainings at once ({error!r}): it must do without "
                 "numbers in place of tensors (.item(), float(), print, a branch on a value)"
             ) from error
+
+
+def _same(first: GraphModule, second: GraphModule) -> bool:
+    """Whether two traces are of the same operations, on the same numbers."""
+    constants = [
+        [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+        for graph in (first, second)
+    ]
+    return first.code == second.code and all(map(_equal, *constants))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two constants of traces are equal: tensors, or functions that operations take."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return isinstance(first, GraphModule) and isinstance(second, GraphModule) and _same(first, second)

@@ -14,15 +14,16 @@ from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.replay import Examples, FunctionalModule
 from lightning_dtda.replay.drift import Comparison
 from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.stacked_gradient import StackedGradient
+from lightning_dtda.retraining.stacked_gradient import StackedGradient, Time
 from lightning_dtda.trajectory import Run
 
 _CHUNK_BYTES = 64 * 2**20
 """Examples that are fetched together, for as many steps as they make."""
 
-_TOLERANCE = 1e-3
-"""Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled: that of
-replays. Rounding stays far below, unless an input comes to lie on the other side of a kink."""
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled: in
+single precision that of replays. Rounding stays far below, unless an input comes to lie on the other side of a kink,
+which in double precision next to none does."""
 
 _REASONS = (
     "training_step depends on something that stacked trainings do not have, or hooks and callbacks change the training."
@@ -56,6 +57,14 @@ class Schedule:
             # an example's coefficient is one over this and the size of its micro-batch
             divisors.append(round(1 / (float(run.coefficients(step)[0]) * sizes[-1][0])))
         return cls(sizes, clocks, divisors, [run.hyperparameters(step) for step in range(run.steps)])
+
+    @property
+    def times(self) -> list[Time]:
+        """Some times of the Trainer's clock: the first two, the middle, the last."""
+        steps = [step for step, parts in enumerate(self.clocks) for _ in parts]
+        flat = [part for parts in self.clocks for part in parts]
+        numbers = {n for n in (0, 1, len(flat) // 2, len(flat) - 1) if n < len(flat)}
+        return [Time(flat[n][0], steps[n], flat[n][1]) for n in sorted(numbers)]
 
 
 @dataclass(frozen=True)
@@ -167,8 +176,7 @@ class StackedTraining:
         """Return the gradient of a step's loss ``(runs, P)``, from the tensors of its micro-batches."""
         gradients = []
         for (epoch, batch_idx), leaves in zip(self._schedule.clocks[step], batches, strict=True):
-            self._module.set_clock(epoch, step)
-            gradients.append(self._gradient(theta, buffers, leaves, batch_idx))
+            gradients.append(self._gradient(theta, buffers, leaves, Time(epoch, step, batch_idx)))
         total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
         divisor = self._schedule.divisors[step]
         return total if divisor == 1 else total / divisor
@@ -202,7 +210,8 @@ class StackedTraining:
     def _comparison(self) -> Comparison:
         names = [run.name for run in self._references]
         precision = self._references[0].manifest.configuration["training"]["precision"]
-        return Comparison(names, precision, self._dtype, None, _TOLERANCE, self._dtype, self._device, _REASONS)
+        tolerance = _TOLERANCE.get(self._dtype, _TOLERANCE[torch.float32])
+        return Comparison(names, precision, self._dtype, None, tolerance, self._dtype, self._device, _REASONS)
 
     def _check(
         self, comparison: Comparison, begun: int, step: int, last: Tensor, theta: Tensor, states: list[State]

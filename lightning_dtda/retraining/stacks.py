@@ -210,7 +210,7 @@ class Stacks:
                 except CannotStackError as error:
                     if not training.traced:
                         raise
-                    # constants of the trace may be what differs: the epoch, the number of the batch
+                    # constants of the trace may be what differs: what depends on the clock at some times only
                     _log.info("Stacking without a trace: %s", error.reason)
                     training = self._training(traced=False)
                     with watched(numbers, start) as taken:
@@ -225,7 +225,7 @@ class Stacks:
             self._examples,
             [reference.run for reference in self._references],
             self.schedule,
-            StackedGradient(self.module, structure, traced, compiled),
+            StackedGradient(self.module, structure, self.schedule.times, traced, compiled),
             self.device,
         )
 

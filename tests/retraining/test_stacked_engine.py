@@ -47,6 +47,20 @@ class Clocked(Regressor):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch + 0.5 * (batch_idx % 2))
 
 
+class Annealed(Regressor):
+    """Depends on the step by less than what stacks may differ by from the Trainer."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + 1e-7 * torch.tensor(self.global_step))
+
+
+class Late(Regressor):
+    """Depends on the step at one that is neither among the first, nor in the middle, nor the last."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + 1e-4 * (self.global_step == 5))
+
+
 class Partly(Regressor):
     """Has a frozen layer and a buffer, both drawn anew for every seed."""
 
@@ -69,7 +83,7 @@ class Validating(Data):
         return DataLoader(self.train, 5, shuffle=True)
 
 
-@pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Partly])
+@pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Annealed, Late, Partly])
 def test_engines_agree_on_the_same_seeds(module):
     assert_engines_agree(module=module)
 
