@@ -81,7 +81,9 @@ def record_stacked(
 
     Raises:
         RecordingError: If these trainings cannot be stacked, with the reason (nothing is lost: what the Trainer has
-            recorded counts); if the recorder asks for what stacks cannot do; or if a file cannot be written.
+            recorded counts); if the recorder asks for what stacks cannot do; if another process records one of these
+            runs; or if a file cannot be written.
+        AttributionError: If there is no such device.
 
     Example:
         >>> import tempfile, torch, lightning.pytorch as pl
@@ -102,6 +104,7 @@ def record_stacked(
     """
     _refuse_recorder(recorder)
     root = recorder.root
+    device = None if device is None else usable_device(device)
     missing = [seed for seed in _checked_seeds(seeds) if not is_complete(root / run_name(seed))]
     watch = Watch()
     with quiet_lightning():
@@ -110,9 +113,8 @@ def record_stacked(
             if reference is None:
                 return failures
             if len(missing) > 1:
-                _Stacking(make, recorder, reference, watch.device if device is None else usable_device(device)).record(
-                    missing, compile, finished
-                )
+                stacking = _Stacking(make, recorder, reference, watch.device if device is None else device)
+                stacking.record(missing, compile, finished)
                 return failures
         except CannotStackError as error:
             raise RecordingError(
@@ -233,6 +235,8 @@ class _Stacking:
                 trainer.loggers = [DummyLogger()]  # it is no training of which to keep a log
                 trainer.callbacks.extend([recorder, _OneStep()])  # type: ignore[attr-defined]
                 trainer.fit(module, data)
+                if trainer.interrupted:
+                    raise KeyboardInterrupt
             except _OneStepTaken:
                 pass
             except Exception as error:  # whatever the user's code does
@@ -247,8 +251,18 @@ class _Stacking:
 
     def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
         """Make the run directories."""
+        writers: list[RunWriter] = []
+        try:
+            for seed in seeds:
+                directory = self._recorder.root / run_name(seed)
+                make_directory(directory, overwrite=directory.exists())
+                writers.append(RunWriter(directory, _begun(self._reference.manifest, seed)))
+        except BaseException:  # another process may have begun one of them meanwhile
+            for writer in writers:
+                writer.discard()
+            raise
         return StackWriter(
-            writers=[self._run_writer(seed) for seed in seeds],
+            writers=writers,
             rows=rows,
             reference=self._reference,
             schedule=schedule,
@@ -257,11 +271,6 @@ class _Stacking:
             theta=start.theta,
             buffers=start.buffers,
         )
-
-    def _run_writer(self, seed: int) -> RunWriter:
-        directory = self._recorder.root / run_name(seed)
-        make_directory(directory, overwrite=directory.exists())
-        return RunWriter(directory, _begun(self._reference.manifest, seed))
 
 
 def _begun(manifest: Manifest, seed: int) -> Manifest:

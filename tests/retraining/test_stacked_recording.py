@@ -3,17 +3,19 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from filelock import FileLock
 from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, InfluenceFunctions, Run, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.errors import RecordingError
+from lightning_dtda.errors import AttributionError, RecordingError
 from lightning_dtda.recording import run_name
 from lightning_dtda.recording.seeds import record_seeds
 from lightning_dtda.retraining import record_stacked
 from lightning_dtda.retraining.stack_size import Footprint, fitting
 from lightning_dtda.retraining.stack_writer import StackWriter
+from lightning_dtda.trajectory import writer
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.retraining.tasks import BATCH, Regressor, examples, make_trainer, queries, training_loader
 from tests.retraining.test_stacked_engine import (
@@ -290,8 +292,6 @@ def test_an_interrupted_stack_leaves_what_was_recorded_and_is_recorded_again(tmp
 
 
 def test_a_file_that_cannot_be_written_is_an_error_and_its_run_incomplete(tmp_path, monkeypatch):
-    from lightning_dtda.trajectory import writer
-
     original = writer.write_tensors
 
     def full(path, tensors):
@@ -304,6 +304,23 @@ def test_a_file_that_cannot_be_written_is_an_error_and_its_run_incomplete(tmp_pa
         stacked(tmp_path)
     assert Run(tmp_path / run_name(SEEDS[2])).manifest.status == "incomplete"
     assert Run(tmp_path / run_name(SEEDS[0])).complete
+
+
+def test_a_run_that_another_process_records_is_left_to_it(tmp_path):
+    directory = tmp_path / run_name(SEEDS[2])
+    directory.mkdir()
+    with FileLock(directory / "recording.lock"):
+        with pytest.raises(RecordingError, match="seed-0009 is being recorded by another process"):
+            stacked(tmp_path)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["seed-0003", "seed-0009"]
+    assert stacked(tmp_path) == {}
+    assert [run.manifest.seed for run in Ensemble.open(tmp_path)] == SEEDS
+
+
+def test_a_device_that_is_not_there_is_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(AttributionError, match="no device 'abacus'"):
+        record_stacked(maker(), TrajectoryRecorder(tmp_path / "runs"), SEEDS, device="abacus")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_where_the_first_seed_fails_the_next_is_compared(tmp_path, capsys):
