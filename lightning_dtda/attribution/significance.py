@@ -67,6 +67,22 @@ def least_runs(difference: Difference) -> int:
     return max(difference.least_runs, 4 if "variance" in moments else 2)
 
 
+def fewest_runs(difference: Difference, level: float) -> float:
+    """Return with how many runs the test of a difference can have a p-value as small as a level; infinite if with none.
+
+    Example:
+        >>> from lightning_dtda.attribution import Variance
+        >>> fewest_runs(Variance(), level=0.05 / 1000)  # 2 ** -15 is below it
+        16
+    """
+    moments = getattr(difference, "moments", ())
+    if "mean" in moments:
+        return least_runs(difference)
+    if moments:
+        return max(least_runs(difference), 1 + math.ceil(-math.log2(level)))
+    return max(least_runs(difference), math.ceil(-math.log2(level))) if level * _EXCHANGES >= 1 else math.inf
+
+
 def p_values(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
     """Return the probability of so clear an effect if there is none.
 
@@ -76,7 +92,7 @@ def p_values(difference: Difference, baseline: Tensor, predicted: Tensor) -> Ten
         predicted: Samples of Y, from the same runs in the same order ``(runs, ...)``.
 
     Returns:
-        ``(...)``, float64; 1 where no run's measurement changes.
+        ``(...)``, float64; 1 where no run's measurement changes, NaN where the effect is not a number.
 
     Example:
         >>> from lightning_dtda.attribution import Mean
@@ -187,7 +203,8 @@ def exchange_test(difference: Difference, baseline: Tensor, predicted: Tensor, e
         exchanged = pattern.reshape(-1, *[1] * (predicted.ndim - 1))
         x, y = torch.where(exchanged, predicted, baseline), torch.where(exchanged, baseline, predicted)
         reached += difference(x, y).abs() >= observed * (1 - _TIES)
-    return reached / len(patterns)
+    # nothing reaches what is not a number: a p-value of zero, were it not told
+    return (reached / len(patterns)).where(~observed.isnan(), torch.nan)
 
 
 def discoveries(p: Tensor, fdr: float) -> Tensor:

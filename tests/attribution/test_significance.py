@@ -197,6 +197,24 @@ def test_distances_find_a_shift_and_a_change_of_spread():
         assert found[2] < 0.05
 
 
+class Ratio:
+    """A difference of one's own that does not know what to say without a baseline."""
+
+    name, least_runs = "ratio", 1
+
+    def __call__(self, baseline, predicted):
+        return (predicted / baseline).mean(0).log()
+
+
+def test_an_effect_that_is_not_a_number_is_not_significant():
+    responses = torch.ones(9, 1, 3)
+    responses[..., 1] = -9.0  # no logarithm of a negative ratio
+    attribution = attribution_of(torch.ones(9, 1), responses)
+    p = attribution.p_values(Ratio())
+    assert p.isnan().tolist() == [[False, True, False]]
+    assert not attribution.significant(Ratio())[0, 1]
+
+
 def test_too_few_runs_and_senseless_rates_are_refused(attribution):
     few = attribution_of(attribution.baseline[:3], attribution.responses[:3])
     assert few.p_values("mean").isfinite().all()
