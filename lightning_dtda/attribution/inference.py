@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_dtda.attribution import significance
 from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.attribution.intervals import bootstrap_interval
-from lightning_dtda.attribution.power import seeds_needed
+from lightning_dtda.attribution.power import runs_for_significance, seeds_needed
 from lightning_dtda.attribution.reliability import runs_for_agreement, split_half, top_agreement
 from lightning_dtda.errors import AttributionError
 
@@ -116,6 +116,33 @@ class Inference:
         """
         _share(fdr, "fdr")
         return significance.discoveries(self.p_values(difference, runs=runs), fdr)
+
+    def runs_for_significance(
+        self, difference: str | Difference, fdr: float = 0.05, power: float = 0.8, runs: Runs = "trusted"
+    ) -> Tensor:
+        """Return with how many runs in all each removal would be :meth:`significant`, if its effect is as it seems.
+
+        Even if it were the only one: its p-value would be below ``fdr`` over the number of removals. The largest of
+        many influences are overestimated, so for these it is a lower bound. See
+        :func:`~lightning_dtda.attribution.power.runs_for_significance`.
+
+        Args:
+            difference: As for :meth:`influence`.
+            fdr: As for :meth:`significant`.
+            power: Probability that so many runs are enough.
+            runs: As for :meth:`influence`.
+
+        Returns:
+            ``(queries, removals)``, float64; infinite without an effect.
+
+        Raises:
+            AttributionError: If the test needs more runs, or ``fdr`` or ``power`` is no share.
+        """
+        _share(fdr, "fdr")
+        _share(power, "power")
+        selected, chosen = self._selected(runs), resolve_difference(difference)
+        level = fdr / self.responses.shape[2]
+        return runs_for_significance(chosen, selected.p_values(chosen), len(selected.runs), level, power)
 
     def seeds_needed(
         self,

@@ -1,4 +1,4 @@
-"""How many real retrainings would show an effect."""
+"""How many real retrainings, or how many recorded runs, would show an effect."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.differences import Difference
+from lightning_dtda.attribution.significance import fewest_runs
 
 _DRAWS = 400
 """Simulated pairs of samples for each number of seeds: their power is then known to 0.02."""
@@ -59,6 +60,37 @@ def seeds_needed(difference: Difference, baseline: Tensor, predicted: Tensor, po
     else:
         return _simulated(difference, baseline.expand_as(predicted), predicted, power, alpha)
     return needed.double().ceil().clamp_min(2).nan_to_num(torch.inf, torch.inf)
+
+
+def runs_for_significance(difference: Difference, p: Tensor, runs: int, level: float, power: float) -> Tensor:
+    r"""Return with how many runs in all the test of an effect would have a p-value below a level.
+
+    A test statistic grows with the square root of the number of runs S, and on the scale of a standard Gaussian it is
+    :math:`z_{1-p/2}` now. If the effect is as large as it seems,
+
+    .. math:: n = S \left(\frac{z_{1-level/2} + z_{power}}{z_{1-p/2}}\right)^2
+
+    runs give a p-value below the level with the given power, but not fewer than those of which the test can give one so
+    small, see :func:`~lightning_dtda.attribution.significance.fewest_runs`.
+
+    Args:
+        difference: The difference.
+        p: p-values of its test ``(...)``.
+        runs: Number of runs that gave them, S.
+        level: What a p-value has to be below.
+        power: Probability that it is.
+
+    Returns:
+        ``(...)``, float64; infinite where there is no effect, or no number of runs is enough for the test.
+
+    Example:
+        >>> from lightning_dtda.attribution import Mean
+        >>> runs_for_significance(Mean(), torch.tensor([0.05]), runs=20, level=0.05, power=0.5)  # as likely as not
+        tensor([20.], dtype=torch.float64)
+    """
+    wanted = float(torch.special.ndtri(torch.tensor([1 - level / 2, power], dtype=torch.float64)).sum())
+    needed = runs * (wanted / torch.special.ndtri(p.double() / 2)).square()
+    return needed.round(decimals=6).ceil().clamp_min(fewest_runs(difference, level)).nan_to_num(torch.inf, torch.inf)
 
 
 def _simulated(difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float) -> Tensor:

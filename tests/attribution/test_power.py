@@ -72,6 +72,50 @@ def test_what_has_no_effect_is_never_shown():
         assert attribution.seeds_needed([0], difference).item() == torch.inf
 
 
+def test_with_as_many_runs_as_needed_a_shift_is_significant_as_often_as_asked():
+    # one removal among 50, of a shift of 0.3 standard deviations that 400 runs know well
+    responses = torch.zeros(400, 1, 50, dtype=torch.float64)
+    responses[..., 0] = 0.3 + SCORES
+    attribution = attribution_of(SCORES, responses)
+    runs = int(attribution.runs_for_significance("mean", fdr=0.05, power=0.8)[0, 0])
+    limit = stats.t.isf(0.05 / 50 / 2, runs - 1)
+    # the spread over 400 quantiles is not quite one; Student's t has slightly more spread than a Gaussian
+    assert stats.nct.sf(limit, runs - 1, 0.3 * runs**0.5) == pytest.approx(0.8, abs=0.03)
+
+
+def test_with_as_many_runs_as_needed_a_change_of_the_variance_is_significant_as_often_as_asked():
+    generator = torch.Generator().manual_seed(0)
+
+    def simulated(runs, examples):
+        x, noise = torch.randn(2, runs, examples, generator=generator, dtype=torch.float64)
+        return attribution_of(x, (0.05 * x + 0.15 * noise)[..., None])
+
+    # what few runs estimate spreads; the middle one of many small ensembles is right
+    needed = simulated(40, 2000).runs_for_significance("variance", fdr=0.001, power=0.8)
+    p = simulated(int(needed.median()), 4000).p_values("variance")
+    assert (p < 0.001).double().mean().item() == pytest.approx(0.8, abs=0.05)
+
+
+def test_fewer_runs_than_there_are_would_do_exactly_where_a_removal_is_significant_on_its_own():
+    attribution = simulated_runs(16, 300, 3.0, 0)
+    alone = attribution.p_values("mean") <= 0.05 / 300
+    assert 0 < alone.sum() < 300
+    # as likely as not: at a power of one half
+    assert torch.equal(attribution.runs_for_significance("mean", power=0.5) <= 16, alone)
+
+
+def test_a_test_that_cannot_have_so_small_a_p_value_asks_for_runs_that_let_it():
+    x = torch.tensor([-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    responses = torch.zeros(8, 1, 1000, dtype=torch.float64)
+    responses[..., 0] = x  # all choices of signs but one make less of it
+    attribution = attribution_of(x, responses)
+    assert attribution.p_values("variance")[0, 0].item() == pytest.approx(2**-7)
+    # 2^-15 is the first p-value below 0.05 / 1000, however lucky the runs are
+    assert attribution.runs_for_significance("variance", power=0.1)[0, 0].item() == 16
+    # two thousand exchanges have no p-value below 1 / 2000
+    assert attribution.runs_for_significance("quantile")[0, 0].item() == torch.inf
+
+
 def simulated_runs(runs, examples, noise, seed):
     """Runs of which each adds noise to the effects of the examples."""
     generator = torch.Generator().manual_seed(seed)
@@ -125,6 +169,8 @@ def test_agreement_of_the_top_and_reliability_go_together():
         (lambda a: a.runs_needed(agreement=1.0), "agreement=1.0"),
         (lambda a: a.seeds_needed([0], power=0.0), "power=0.0"),
         (lambda a: a.seeds_needed([0], alpha=2.0), "alpha=2.0"),
+        (lambda a: a.runs_for_significance("mean", fdr=0.0), "fdr=0.0"),
+        (lambda a: a.runs_for_significance("mean", power=1.0), "power=1.0"),
     ],
 )
 def test_senseless_questions_are_refused(call, match):
