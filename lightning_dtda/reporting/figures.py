@@ -12,10 +12,13 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.differences import Difference
+from lightning_dtda.reporting.certainty import FDR, LEVEL, tested
+from lightning_dtda.reporting.differences import describe
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
-from lightning_dtda.reporting.findings import CLEAR, is_clear, one_query, top_examples
+from lightning_dtda.reporting.findings import TopExample, one_query, top_examples
 from lightning_dtda.reporting.formatting import MINUS
-from lightning_dtda.reporting.wording import counted, describe, noun
+from lightning_dtda.reporting.wording import counted, noun
 
 MOST_POINTS = 20_000
 """Points drawn of one query's examples: about one megabyte, and as many as a browser moves smoothly."""
@@ -32,8 +35,9 @@ _LABELLED = 3  # removals named in the plot, for each of its two axes: more woul
 def influence_figure(attribution: Attribution, query: int, most_points: int = MOST_POINTS) -> go.Figure:
     """Draw the mean shift of every example, or group, against its variance change, for one query.
 
-    Colours tell which of the two are clear of seed noise (more than two standard errors). With a single run there is
-    no variance; the mean shift is then drawn against the example's index or the group's position.
+    Colours tell which of the two are told from seed noise, among all removals at a false discovery rate of
+    :data:`~lightning_dtda.reporting.certainty.FDR`. With a single run there is no variance; the mean shift is then
+    drawn against the example's index or the group's position.
 
     Args:
         attribution: The attribution.
@@ -56,11 +60,10 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
         f"Every {every}, query {selected.queries[0]}{thinned}",
         xaxis={"title": {"text": f"mean shift of the {measurement}<br>when removed (E Y {MINUS} E X)"}},
         yaxis={"title": {"text": change if several else one_run}},
-        legend={"title": {"text": f"more than {CLEAR:g} standard errors:"}},
+        legend={"title": {"text": f"told from seed noise (false discovery rate {100 * FDR:g} %):"}},
         showlegend=several,
     )
-    clear_shift = is_clear(points.shift, points.shift_error)
-    clear_change = is_clear(points.change, points.change_error)
+    clear_shift, clear_change = (tested(selected, name).significant.numpy() for name in ("mean", "variance"))
     for name, color, members in (
         ("neither", MUTED, ~clear_shift & ~clear_change),
         ("mean", BLUE, clear_shift & ~clear_change),
@@ -134,21 +137,31 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
     return plot
 
 
-def top_figure(attribution: Attribution, query: int, difference: str, k: int = 10) -> go.Figure:
-    """Draw the examples, or groups, of the largest influence on one query, with their standard errors.
+def top_figure(
+    attribution: Attribution,
+    query: int,
+    difference: str | Difference,
+    k: int = 10,
+    rows: Sequence[TopExample] | None = None,
+) -> go.Figure:
+    """Draw the examples, or groups, of the largest influence on one query, with their intervals over seeds.
 
-    Bars in colour are more than two standard errors from zero.
+    Bars in colour are told from seed noise, among all removals at a false discovery rate of
+    :data:`~lightning_dtda.reporting.certainty.FDR`.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
-        difference: ``mean``, ``variance`` or ``wasserstein``.
+        difference: As for :meth:`Attribution.influence`.
         k: Number of examples or groups.
+        rows: The examples, or groups, if they are known already, as
+            :func:`~lightning_dtda.reporting.findings.top_examples` returns them.
     """
     what = noun(attribution)
     words = describe(difference, escape(attribution.measurement), what)
     title = "training example" if what == "example" else "group of training examples"
-    top = top_examples(attribution, query, difference, k)
+    top = top_examples(attribution, query, difference, k) if rows is None else rows
+    names = [escape(row.name) for row in top]
     plot = figure(
         f"{words.title}, query {attribution.queries[query]}",
         xaxis={"title": {"text": f"{words.formula}: {words.short}"}},
@@ -158,13 +171,26 @@ def top_figure(attribution: Attribution, query: int, difference: str, k: int = 1
     plot.add_trace(
         go.Bar(
             x=[row.influence for row in top],
-            y=[escape(row.name) for row in top],
-            error_x=_error_bars(np.array([row.standard_error for row in top]), thickness=1, width=3),
-            customdata=[[row.standard_error, row.mean_shift, row.variance_change] for row in top],
+            y=names,
+            customdata=[
+                [row.interval_low, row.interval_high, row.p_value, row.mean_shift, row.variance_change] for row in top
+            ],
             orientation="h",
-            marker={"color": [BLUE if row.clear else MUTED for row in top]},
-            hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}} ± %{{customdata[0]:.2g}}<br>"
-            "mean shift %{customdata[1]:.3g}<br>variance change %{customdata[2]:.3g}<extra></extra>",
+            marker={"color": [BLUE if row.significant else MUTED for row in top]},
+            hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}}, {100 * LEVEL:g} % interval "
+            "%{customdata[0]:.3g} to %{customdata[1]:.3g}<br>p = %{customdata[2]:.2g}<br>"
+            "mean shift %{customdata[3]:.3g}<br>variance change %{customdata[4]:.3g}<extra></extra>",
+        )
+    )
+    # lines of their own: an interval by the bootstrap need not hold the estimate, as error bars have to
+    plot.add_trace(
+        go.Scatter(
+            x=[end for row in top for end in (row.interval_low, row.interval_high, None)],
+            y=[name for name in names for _ in range(3)],
+            mode="lines+markers",
+            line={"color": INK, "width": 1},
+            marker={"color": INK, "size": 9, "symbol": "line-ns", "line": {"color": INK, "width": 1}},
+            hoverinfo="skip",
         )
     )
     return plot

@@ -10,16 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
-
-CLEAR = 2.0
-"""Standard errors from which an influence is drawn as clear: about a 95 % interval for a single, chosen example. Of
-many examples that do nothing, about one in twenty is beyond it all the same; reports say so."""
+from lightning_dtda.reporting.certainty import Tested, intervals, retrainings, tested
 
 
 @dataclass(frozen=True)
 class TopExample:
-    """A training example, or a group, of large influence on one query: a row of ``Attribution.top``.
+    """An example, or a group, of large influence on a query: a row of ``Attribution.top``, and how sure one is.
 
     Args:
         rank: 1 for the largest.
@@ -30,6 +28,12 @@ class TopExample:
         standard_error: Of the influence.
         mean_shift: Change of the mean when removed.
         variance_change: Change of the variance when removed.
+        interval_low: Lower end of the influence's interval over seeds; NaN with too few runs.
+        interval_high: Its upper end.
+        p_value: Of no effect; NaN with too few runs.
+        significant: Whether it is told from seed noise among all removals, at a false discovery rate of
+            :data:`~lightning_dtda.reporting.certainty.FDR`.
+        retrainings: How many with, and how many without it, would show the effect; ``None`` where there is no formula.
     """
 
     rank: int
@@ -40,19 +44,11 @@ class TopExample:
     standard_error: float
     mean_shift: float
     variance_change: float
-
-    @property
-    def clear(self) -> bool:
-        """Whether the influence is clear of seed noise."""
-        return is_clear(self.influence, self.standard_error)
-
-
-def is_clear(influence: Any, error: Any) -> Any:
-    """Return whether influences, numbers or arrays, are more than :data:`CLEAR` standard errors from zero.
-
-    Not if the error is unknown, and not an example that has no influence at all.
-    """
-    return abs(influence) > CLEAR * error
+    interval_low: float
+    interval_high: float
+    p_value: float
+    significant: bool
+    retrainings: float | None
 
 
 def one_query(attribution: Attribution, query: int) -> Attribution:
@@ -65,15 +61,31 @@ def one_query(attribution: Attribution, query: int) -> Attribution:
     )
 
 
-def top_examples(attribution: Attribution, query: int, difference: str, k: int) -> list[TopExample]:
+def significance_on(attribution: Attribution, query: int, difference: str | Difference) -> Tested:
+    """Return the tests of every removal's influence on the query at a position, of its trusted runs."""
+    return tested(one_query(attribution.trusted(), query), difference)
+
+
+def top_examples(
+    attribution: Attribution, query: int, difference: str | Difference, k: int, tests: Tested | None = None
+) -> list[TopExample]:
     """Return the k examples, or groups, of the largest absolute influence on the query at a position.
+
+    Args:
+        attribution: The attribution; of its trusted runs.
+        query: The query's position.
+        difference: What to rank by.
+        k: Number of examples or groups.
+        tests: What :func:`significance_on` returns, if it is known already.
 
     Raises:
         AttributionError: If ``k`` is less than one.
     """
     if k < 1:
         raise AttributionError(f"k is the number of removals to show and must be at least 1; it is {k}.")
-    table = one_query(attribution, query).top(k, difference, query=0).drop(columns="query")
+    selected, chosen = one_query(attribution.trusted(), query), resolve_difference(difference)
+    tests = tested(selected, chosen) if tests is None else tests
+    table = selected.top(k, chosen, query=0).drop(columns="query")
     if attribution.removals is None:
         table = table.rename(columns={"example": "position"})
         table["name"], table["size"] = table["position"].map(str), 1
@@ -81,7 +93,13 @@ def top_examples(attribution: Attribution, query: int, difference: str, k: int) 
         positions = {name: position for position, name in enumerate(attribution.removals)}
         table = table.rename(columns={"removal": "name"})
         table["position"] = table["name"].map(positions)
-    return [TopExample(**row) for row in table.to_dict("records")]
+    shown = table["position"].tolist()
+    table["interval_low"], table["interval_high"] = intervals(selected, chosen, shown).tolist()
+    table["p_value"], table["significant"] = tests.p_values[shown].tolist(), tests.significant[shown].tolist()
+    needed = retrainings(selected, chosen, shown)
+    rows = table.to_dict("records")
+    counts = [None] * len(rows) if needed is None else needed.tolist()
+    return [TopExample(**row, retrainings=count) for row, count in zip(rows, counts, strict=True)]
 
 
 def about_in_brief(attribution: Attribution) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "\N{EN DASH}"
 _DECIMALS = 3
+_MOST_COUNTED = 100_000
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -45,3 +46,27 @@ def unit(exponent: int) -> str:
         ('10⁻³', '')
     """
     return f"10{str(exponent).translate(_SUPERSCRIPT)}" if exponent else ""
+
+
+def p_value(value: float) -> str:
+    """Return a p-value with what matters of it; a dash if it is unknown.
+
+    Example:
+        >>> p_value(0.0321), p_value(4.2e-8), p_value(math.nan)
+        ('0.032', '< 0.0001', '–')
+    """
+    if not math.isfinite(value):
+        return _UNKNOWN
+    return "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.995 else "1"
+
+
+def count(value: float | None) -> str:
+    """Return a number of trainings that is worth thinking about; a dash if it is unknown.
+
+    Example:
+        >>> count(1234.0), count(3e7), count(None)
+        ('1,234', '> 100,000', '–')
+    """
+    if value is None or math.isnan(value):
+        return _UNKNOWN
+    return f"{value:,.0f}" if value <= _MOST_COUNTED else f"> {_MOST_COUNTED:,}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -9,14 +11,16 @@ from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting import wording
+from lightning_dtda.reporting.certainty import FDR, LEVEL
 from lightning_dtda.reporting.findings import (
-    CLEAR,
     TopExample,
     most_interesting,
+    significance_on,
     top_examples,
     without_repeated_warnings,
 )
 from lightning_dtda.reporting.formatting import common_exponent, number, unit
+from lightning_dtda.reporting.verdicts import retraining_verdict, verdict
 
 MOST_QUERIES = 3
 """Queries in a summary: what fits one screen. The report shows more."""
@@ -68,45 +72,64 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
         shown = most_interesting(attribution, MOST_QUERIES)
         for query in shown:
             console.print()
-            console.print(_table(attribution, query, k), width=width)
+            tests = {name: significance_on(attribution, query, name) for name in _shown(attribution)}
+            top = {name: top_examples(attribution, query, name, k, tests[name]) for name in tests}
+            console.print(_table(attribution, query, top, beside=width >= _COLUMNS), width=width)
+            for name in tests:
+                verdicts = verdict(attribution, tests[name]), retraining_verdict(attribution, top[name][0])
+                console.print(escape(" ".join(verdicts).strip()), width=width, highlight=False)
     console.print()
-    notes = f"Dim, with a dot: not more than {CLEAR:g} standard errors (jackknife over runs) from zero."
+    notes = (
+        f"In brackets: {100 * LEVEL:g} % interval over seeds (bootstrap). Dim, with a dot: not told from seed noise "
+        f"among all {wording.noun(attribution)}s (false discovery rate {100 * FDR:g} %)."
+    )
     if len(shown) < len(attribution.queries):
         notes += f" {len(shown)} of {len(attribution.queries)} queries, those with the largest variance influence."
     console.print(notes, style="dim", width=width, highlight=False)
 
 
-def _table(attribution: Attribution, query: int, k: int) -> Table:
-    """Return one query's top removals, by mean and by variance side by side."""
+def _shown(attribution: Attribution) -> list[str]:
+    """Return the differences that fit the columns: mean and variance say which way, the distance does not."""
+    return [name for name in attribution.available_differences if name in _HEADS]
+
+
+def _table(attribution: Attribution, query: int, top: Mapping[str, Sequence[TopExample]], beside: bool) -> Table:
+    """Return one query's top removals, by mean and by variance side by side.
+
+    Intervals stand beside influences or, where that is too wide, beneath them.
+    """
+    separator = " " if beside else "\n"
     table = Table(title=f"Query {attribution.queries[query]}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     columns: list[list[str]] = []
-    for difference in attribution.available_differences:
-        if difference == "wasserstein":  # mean and variance say which way; three do not fit the columns
-            continue
-        top = top_examples(attribution, query, difference, k)
+    for difference, rows in top.items():
         # as a change by removal both, which is what one asks at a terminal; the mean influence is its negative
-        changes = [row.mean_shift if difference == "mean" else row.variance_change for row in top]
-        exponent = common_exponent(changes)
+        changes = [_change(row, difference) for row in rows]
+        exponent = common_exponent(part for change in changes for part in change)
+        values = [separator.join(_value(*(number(part, exponent) for part in change))) for change in changes]
+        head = f"{_HEADS[difference].format(attribution.measurement)} {unit(exponent)}"
         table.add_column("example" if attribution.removals is None else "group (examples)", justify="right")
-        table.add_column(
-            escape(f"{_HEADS[difference].format(attribution.measurement)} ± standard error {unit(exponent)}"),
-            justify="right",
-        )
-        columns.append([_shade(_label(attribution, row), row.clear) for row in top])
-        columns.append(
-            [
-                _shade(f"{number(change, exponent)} ± {number(row.standard_error, exponent)}", row.clear)
-                for change, row in zip(changes, top, strict=True)
-            ]
-        )
+        table.add_column(escape(head), justify="right")
+        columns.append([_shade(_label(attribution, row), row.significant) for row in rows])
+        columns.append([_shade(escape(value), row.significant) for value, row in zip(values, rows, strict=True)])
     for cells in zip(*columns, strict=True):
         table.add_row(*cells)
     return table
+
+
+def _value(value: str, low: str, high: str) -> tuple[str, str]:
+    return value, f"[{low}, {high}]"
+
+
+def _change(row: TopExample, difference: str) -> tuple[float, float, float]:
+    """Return by how much removal raises the mean or the variance, and the ends of its interval."""
+    if difference == "mean":
+        return row.mean_shift, -row.interval_high, -row.interval_low
+    return row.variance_change, row.interval_low, row.interval_high
 
 
 def _label(attribution: Attribution, row: TopExample) -> str:
     return row.name if attribution.removals is None else escape(f"{row.name} ({row.size})")
 
 
-def _shade(text: str, clear: bool) -> str:
-    return text if clear else f"[dim]·{text}[/]"
+def _shade(text: str, told: bool) -> str:
+    return text if told else f"[dim]·{text}[/]"

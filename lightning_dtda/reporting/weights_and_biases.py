@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import statistics
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,16 +15,19 @@ import numpy as np
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.reporting.certainty import Tested
 from lightning_dtda.reporting.figures import influence_figure
 from lightning_dtda.reporting.findings import (
     about_in_brief,
     largest_drift,
     most_interesting,
     one_query,
+    significance_on,
     top_examples,
     without_repeated_warnings,
     worst_diagnosis,
 )
+from lightning_dtda.reporting.verdicts import verdict_on_all
 from lightning_dtda.reporting.wording import noun
 
 MOST_QUERIES = 20
@@ -32,7 +37,17 @@ MOST_ROWS = 10_000
 """Rows of the table of top examples: W&B shows no more."""
 
 _BINS = 32
-_NUMBERS = ("influence", "standard_error", "mean_shift", "variance_change")
+_NUMBERS = (
+    "influence",
+    "standard_error",
+    "interval_low",
+    "interval_high",
+    "p_value",
+    "significant",
+    "retrainings",
+    "mean_shift",
+    "variance_change",
+)
 
 
 def log_to_wandb(
@@ -47,8 +62,9 @@ def log_to_wandb(
 
     The run has the configuration of the attribution, a table of the top examples or groups, for each of up to
     :data:`MOST_QUERIES` queries the figure of mean against variance influence and histograms of the measurement as
-    trained and without the example or group that changes it most, and the attribution's directory as an artifact. It is
-    a run of its own: one that is active goes on untouched.
+    trained and without the example or group that changes it most, and the attribution's directory as an artifact. The
+    notes say whether influences on these queries are told from seed noise, the summary of how many examples or groups
+    of a query they are, in the middle. It is a run of its own: one that is active goes on untouched.
 
     Args:
         attribution: The attribution.
@@ -68,6 +84,8 @@ def log_to_wandb(
     directory = Path(directory)
     facts = _facts(attribution)
     attribution = attribution.trusted()
+    tests = _tests(attribution)
+    facts |= {f"significant/{name}": _median(of_queries) for name, of_queries in tests.items()}
     if not directory.is_dir():
         raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
     with without_repeated_warnings():
@@ -80,12 +98,23 @@ def log_to_wandb(
         group=group or attribution.about.get("ensemble"),
         job_type="attribution",
         config=about_in_brief(attribution),
+        notes="\n".join(verdict_on_all(attribution, of_queries) for of_queries in tests.values()),
         reinit="create_new",
     ) as run:
         run.log({"top_examples": table, **panels})
         run.summary.update(facts)
         run.log_artifact(artifact)
     return str(run.id)
+
+
+def _tests(attribution: Attribution) -> dict[str, list[Tested]]:
+    """Return the tests of each difference on the queries that have panels."""
+    queries, names = most_interesting(attribution, MOST_QUERIES), attribution.available_differences
+    return {name: [significance_on(attribution, query, name) for query in queries] for name in names}
+
+
+def _median(of_queries: list[Tested]) -> float:
+    return statistics.median(tests.discoveries for tests in of_queries)
 
 
 def _columns(attribution: Attribution) -> list[str]:
@@ -101,6 +130,8 @@ def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
             for row in top_examples(attribution, query, difference, k):
                 fields = {"query": attribution.queries[query], "difference": difference, **vars(row)}
                 fields |= {"example": row.position, "removal": row.name}
+                if row.retrainings is not None and not math.isfinite(row.retrainings):
+                    fields["retrainings"] = None  # JSON has no infinity
                 yield [fields[column] for column in _columns(attribution)]
 
 

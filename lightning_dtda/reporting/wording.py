@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,66 +9,13 @@ import torch
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.findings import largest_drift, worst_diagnosis
-from lightning_dtda.reporting.formatting import MINUS
 
 REMOVAL = "Removal means weight zero: order, slots and divisor are kept."
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How a difference is introduced.
-
-    Args:
-        title: Its name.
-        question: What it answers.
-        formula: Its definition; X is the measurement as trained, Y with the example removed.
-        meaning: The influence's sign and unit in words.
-        short: The same for an axis.
-    """
-
-    title: str
-    question: str
-    formula: str
-    meaning: str
-    short: str
 
 
 def noun(attribution: Attribution) -> str:
     """Return what a removal takes away: an example or a group."""
     return "example" if attribution.removals is None else "group"
-
-
-def describe(difference: str, measurement: str, removed: str = "example") -> Wording:
-    """Return how a difference of a measurement's distributions is put into words.
-
-    Args:
-        difference: A built-in one.
-        measurement: Its name.
-        removed: What a removal takes away, see :func:`noun`.
-    """
-    return {
-        "mean": Wording(
-            "Mean influence",
-            f"Which {removed}s move the {measurement}?",
-            f"E X {MINUS} E Y",
-            f"fall of the mean {measurement} on this query if the {removed} is removed",
-            f"fall of the mean {measurement} when removed",
-        ),
-        "variance": Wording(
-            "Variance influence",
-            f"Which {removed}s make the {measurement} more or less dependent on the seed?",
-            f"Var Y {MINUS} Var X",
-            f"change of the {measurement}'s variance over runs on this query if the {removed} is removed",
-            f"variance change of the {measurement} when removed",
-        ),
-        "wasserstein": Wording(
-            "Wasserstein influence",
-            f"Which {removed}s change the {measurement}'s distribution in any way?",
-            "W₂(X, Y)",
-            f"distance by which the {measurement}'s distribution on this query moves if the {removed} is removed",
-            f"how far the {measurement} moves when removed",
-        ),
-    }[difference]
 
 
 def question(attribution: Attribution) -> str:

@@ -13,7 +13,7 @@ def make_attribution(runs=RUNS, **about):
     seed = torch.randn(runs, 3, generator=generator)
     responses = 0.002 * torch.randn(runs, 3, EXAMPLES, generator=generator)
     responses[..., 11] += torch.tensor([0.3, -0.2, 0.1])  # moves the mean
-    responses[..., 23] += 0.4 * seed  # moves with the seed: the variance
+    responses[..., 23] += 0.4 * (seed - seed.mean(0))  # moves with the seed: the variance
     responses[..., 5] = 0.0  # never trained on
     names = tuple(f"seed-{number:04d}" for number in range(runs))
     settings = {

@@ -44,6 +44,13 @@ def test_groups_tell_what_is_clear_of_seed_noise(attribution):
     assert 11 in groups["mean"] | groups["both"]
     assert 23 in groups["variance"] | groups["both"]
     assert 5 in groups["neither"], "an example without any influence is not clear of anything"
+    mean, variance = (set(attribution.significant(name)[0].nonzero()[:, 0].tolist()) for name in ("mean", "variance"))
+    assert groups == {
+        "mean": mean - variance,
+        "variance": variance - mean,
+        "both": mean & variance,
+        "neither": set(range(EXAMPLES)) - mean - variance,
+    }
 
 
 def test_axes_say_sign_and_unit_in_words(attribution):
@@ -88,12 +95,16 @@ def test_each_run_is_joined_to_its_own_prediction(attribution):
 
 
 @pytest.mark.parametrize("difference", ["mean", "variance", "wasserstein"])
-def test_bars_are_the_top_examples_with_their_standard_errors(attribution, difference):
-    [bars] = top_figure(attribution, 1, difference, k=6).data
+def test_bars_are_the_top_examples_with_their_intervals(attribution, difference):
+    bars, intervals = top_figure(attribution, 1, difference, k=6).data
     top = attribution.top(6, difference, query=1)
     assert list(bars.y) == [str(example) for example in top.example]
     np.testing.assert_allclose(bars.x, top.influence)
-    np.testing.assert_allclose(bars.error_x.array, top.standard_error)
+    expected = attribution.interval(difference)[:, 1, top.example.tolist()]
+    np.testing.assert_allclose([intervals.x[0::3], intervals.x[1::3]], expected)
+    assert list(intervals.y[0::3]) == list(bars.y)
+    significant = attribution.significant(difference)[1, top.example.tolist()]
+    assert [color == bars.marker.color[0] for color in bars.marker.color] == significant.tolist()
 
 
 def test_baselines_start_with_the_query_that_depends_most_on_the_seed(attribution):
@@ -136,7 +147,7 @@ def test_groups_are_drawn_by_name(grouped):
     ]
     assert sorted(points) == sorted(names)
     assert influence_figure(grouped, 0).layout.title.text == "Every group of training examples, query 4"
-    [bars] = top_figure(grouped, 0, "mean", 3).data
+    bars, _ = top_figure(grouped, 0, "mean", 3).data
     assert list(bars.y) == [escape(name) for name in grouped.top(3, "mean", query=0)["removal"]]
     assert bars.hovertemplate.startswith("<b>group %{y}</b>")
     assert removal_figure(grouped, 0, [2]).layout.title.text == f"Query 4, without group {names[2]}"

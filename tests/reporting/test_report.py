@@ -10,8 +10,9 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from lightning_dtda.attribution import Mean, Quantile
 from lightning_dtda.reporting import report
-from lightning_dtda.reporting.formatting import common_exponent, number
+from lightning_dtda.reporting.formatting import common_exponent, count, number, p_value
 from tests.reporting.conftest import QUERIES, make_attribution
 
 _WIDTH = "return document.documentElement.scrollWidth"
@@ -61,11 +62,15 @@ def _figures(page):
     return page.find_elements("css selector", ".js-plotly-plot svg.main-svg:first-of-type")
 
 
+def _key(difference):
+    return f"{difference}-{DIFFERENCES.index(difference)}"
+
+
 def _choose(page, query=None, difference=None):
     if query is not None:
         Select(page.find_element("id", "query")).select_by_visible_text(str(query))
     if difference is not None:
-        page.find_element("css selector", f"button[data-difference={difference}]").click()
+        page.find_element("css selector", f"button[data-difference={_key(difference)}]").click()
 
 
 def _visible_rows(page):
@@ -75,17 +80,25 @@ def _visible_rows(page):
 
 def _expected_rows(attribution, position, difference, k=5):
     top = attribution.top(k, difference, query=position)
-    exponents = {column: common_exponent(top[column]) for column in ("influence", "mean_shift", "variance_change")}
-    return [
-        [
-            str(row.rank),
-            str(row.example),
-            f"{number(row.influence, exponents['influence'])} ± {number(row.standard_error, exponents['influence'])}",
-            number(row.mean_shift, exponents["mean_shift"]),
-            number(row.variance_change, exponents["variance_change"]),
-        ]
-        for row in top.itertuples()
-    ]
+    low, high = attribution.interval(difference)[:, position, top.example.tolist()]
+    exponents = {column: common_exponent(top[column]) for column in ("mean_shift", "variance_change")}
+    exponent = common_exponent([*top.influence, *low.tolist()])
+    p = attribution.p_values(difference)[position]
+    needed = attribution.seeds_needed(difference=difference)[position] if difference != "wasserstein" else None
+    rows = []
+    for at, row in enumerate(top.itertuples()):
+        cells = [str(row.rank), str(row.example), number(row.influence, exponent)]
+        cells += [f"{number(float(low[at]), exponent)} to {number(float(high[at]), exponent)}"]
+        cells += [p_value(float(p[row.example]))]
+        if needed is not None:
+            cells += [count(float(needed[row.example]))]
+        # what the influence is already is not said again
+        if difference != "mean":
+            cells += [number(row.mean_shift, exponents["mean_shift"])]
+        if difference != "variance":
+            cells += [number(row.variance_change, exponents["variance_change"])]
+        rows.append(cells)
+    return rows
 
 
 @pytest.mark.browser
@@ -162,20 +175,69 @@ def test_names_are_shown_as_text_wherever_they_appear(browser, tmp_path):
     assert axis.text == f"{name} on the query"
 
 
-def test_influences_within_their_error_are_muted_and_the_page_says_so(attribution, tmp_path):
+def test_what_is_not_told_from_seed_noise_is_muted_and_the_page_says_so(attribution, tmp_path):
     page = report(attribution, tmp_path / "report.html", k=40).read_text()
     rows = re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)
     muted = [bool(unclear) for _, unclear in rows]
+    significant = {difference: attribution.significant(difference) for difference in DIFFERENCES}
     expected = [
-        not abs(row.influence) > 2 * row.standard_error
+        not significant[difference][position, example]
         for position in range(len(QUERIES))
         for difference in DIFFERENCES
-        for row in attribution.top(40, difference, query=position).itertuples()
+        for example in attribution.top(40, difference, query=position).example
     ]
     assert muted == expected
     assert True in muted
     assert False in muted
-    assert "Grey: not more than 2 standard errors from zero" in page
+    assert "Grey: not told from seed noise among 40 (false discovery rate 5 %)" in page
+
+
+def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribution, tmp_path):
+    page = html.unescape(report(attribution, tmp_path / "report.html").read_text()).replace("\xa0", " ")
+    found = page[page.index("Is it more than seed noise?") : page.index("How to read this")]
+    numbers = {difference: attribution.significant(difference).sum(1).tolist() for difference in DIFFERENCES}
+    assert set(numbers["mean"]) == {1}
+    assert "On 3 of 3 queries, the mean influence of 1 of 40 examples is told from seed noise at 12 runs" in found
+    assert set(numbers["variance"]) == {1}
+    needed = attribution.seeds_needed([23], "variance").tolist()
+    for query in needed:
+        assert f"What removing example 23 does would show in {query:.0f} trainings without it and as many on" in page
+
+
+def test_where_nothing_is_told_the_page_says_what_would_tell_it(tmp_path):
+    noise = make_attribution()
+    noise.responses[..., [11, 23]] = noise.responses[..., [12, 24]]
+    noise.responses[..., 30] += 0.0012
+    page = html.unescape(report(noise, tmp_path / "report.html").read_text()).replace("\xa0", " ")
+    assert not noise.significant("mean").any()
+    assert (
+        "None of the 40 examples' mean influence is told from seed noise at 12 runs (false discovery rate 5 %), on any"
+        in page
+    )
+    p, runs = noise.p_values("mean"), noise.runs_for_significance("mean")
+    query, example = divmod(int(p.argmin()), 40)
+    more = int(runs[query, example]) - 12
+    assert (
+        f"The clearest is example {example}, p = {p.min():.2g}: if its effect is as large as it seems, about {more}"
+        in page
+    )
+
+
+def test_other_differences_are_shown_with_a_sentence_and_a_unit(attribution, tmp_path):
+    differences = ["energy", Quantile(0.1), Quantile(0.9), "tail", "gaussian_kl", Mean("median")]
+    page = html.unescape(report(attribution, tmp_path / "report.html", k=2, differences=differences).read_text())
+    for words in (
+        "in the square root of the loss's unit",
+        "fall of the loss that 10 % of the runs do not exceed, on this query",
+        "fall of the loss that 90 % of the runs do not exceed, on this query",
+        "fall of the mean loss over the highest 10 % of the runs on this query",
+        "in nats; a shift by one standard deviation is 0.5",
+        "fall of the loss, median over runs, on this query",
+    ):
+        assert words in page
+    assert page.count('class="difference"') == len(QUERIES) * len(differences)
+    keys = re.findall(r'<button type="button" data-difference="(.*?)"', page)
+    assert len(set(keys)) == len(differences)
 
 
 def test_the_page_says_what_was_asked_and_how_sure_it_is(attribution, tmp_path):

@@ -15,14 +15,29 @@ def _printed(attribution, **arguments):
     return console.export_text()
 
 
-def test_the_summary_holds_the_top_examples_with_their_errors(attribution):
+def test_the_summary_holds_the_top_examples_with_their_intervals(attribution):
     text = _printed(attribution, k=4)
     for difference in ("mean", "variance"):
-        for _, top in attribution.top(4, difference).groupby("query"):
-            column = "mean_shift" if difference == "mean" else "variance_change"
-            exponent = common_exponent(top[column])
-            for row in top.itertuples():
-                assert f"{number(getattr(row, column), exponent)} ± {number(row.standard_error, exponent)}" in text
+        for query in range(3):
+            top = attribution.top(4, difference, query=query)
+            low, high = attribution.interval(difference)[:, query, top.example.tolist()].tolist()
+            values = top.variance_change.tolist()
+            if difference == "mean":  # as a change, the other way round than the influence
+                values, low, high = top.mean_shift.tolist(), [-end for end in high], [-end for end in low]
+            exponent = common_exponent([*values, *low, *high])
+            for row in zip(values, low, high, strict=True):
+                assert "{} [{}, {}]".format(*(number(part, exponent) for part in row)) in text
+
+
+def test_the_summary_says_whether_influences_are_more_than_seed_noise(attribution):
+    text = " ".join(_printed(attribution).split())
+    assert attribution.significant("variance").sum(1).tolist() == [1, 1, 1]
+    sentence = (
+        "The variance influence of 1 of 40 examples is told from seed noise at 12 runs (false discovery rate 5 %)."
+    )
+    assert text.count(sentence) == 3
+    few = " ".join(_printed(make_attribution(3)).split())
+    assert "3 runs are too few to tell the variance influence of examples from seed noise; its test takes 4." in few
 
 
 def test_the_summary_says_what_was_asked_and_how_sure_it_is(attribution):

@@ -89,6 +89,28 @@ def test_the_table_holds_the_top_examples_of_every_query_and_difference(attribut
             np.testing.assert_allclose([row[columns.index(column)] for row in rows], top[column], rtol=1e-12)
 
 
+def test_the_table_and_the_notes_say_how_sure_it_is(attribution, saved, tmp_path):
+    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
+    table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
+    columns = table["columns"]
+    for difference in ("mean", "variance", "wasserstein"):
+        rows = [row for row in table["data"] if row[1] == difference]
+        at = [(QUERIES.index(row[0]), row[columns.index("example")]) for row in rows]
+        expected = {
+            "interval_low": attribution.interval(difference)[0],
+            "interval_high": attribution.interval(difference)[1],
+            "p_value": attribution.p_values(difference),
+            "significant": attribution.significant(difference),
+        }
+        for column, values in expected.items():
+            np.testing.assert_allclose(
+                [row[columns.index(column)] for row in rows], [values[place] for place in at], rtol=1e-9
+            )
+        significant = attribution.significant(difference).sum(1)
+        assert logged.summary[f"significant/{difference}"] == significant.median().item()
+    assert "the variance influence of 1 of 40 examples is told from seed noise at 12 runs" in logged.run.notes
+
+
 def test_histograms_count_the_runs_as_trained_and_without_the_top_example(attribution, saved, tmp_path):
     logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
     for position, query in enumerate(QUERIES):
