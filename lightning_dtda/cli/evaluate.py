@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.metrics import Evaluation, evaluate
+from lightning_dtda.metrics import Evaluation, compare, evaluate
 from lightning_dtda.reporting.evaluations import print_evaluations
 from lightning_dtda.retraining.ground_truth import GroundTruth
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print the scores of attributions beside each other, and write them to a file if asked.
+    """Print the scores of attributions and how far they are from the first's, and write them to a file if asked.
 
     Raises:
         AttributionError: If attribution and truth are not about the same, or the file cannot be written.
@@ -24,7 +25,8 @@ def run(arguments: Sequence[str]) -> None:
     parser = ArgumentParser(
         prog="lightning-dtda evaluate",
         description="Compare what attributions predict with what retraining shows: linear datamodeling scores of mean, "
-        "variance and Wasserstein distance, with intervals and the noise ceiling.",
+        "variance and Wasserstein distance, with intervals and the noise ceiling; of several attributions, the "
+        "differences to the first with intervals of their own.",
     )
     parser.add_argument("--attribution", type=str, nargs="+", required=True, help="Directories of attributions.")
     parser.add_argument("--truth", type=str, required=True, help="Directory of the ground truth.")
@@ -34,7 +36,12 @@ def run(arguments: Sequence[str]) -> None:
     evaluations = {path: evaluate(Attribution.load(path), truth) for path in options.attribution}
     print_evaluations(_by_short_name(evaluations))
     if options.output is not None:
-        content = {path: evaluation.content() for path, evaluation in evaluations.items()}
+        first = evaluations[options.attribution[0]]
+        content = {
+            path: evaluation.content()
+            | {"less_first": {name: asdict(each) for name, each in compare(evaluation, first).items()}}
+            for path, evaluation in evaluations.items()
+        }
         try:
             Path(options.output).write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as error:

@@ -1,6 +1,7 @@
 """Is an attribution right? Scores against retraining, with what noise allows and how sure they are."""
 
 from lightning_dtda.metrics.agreement import LeaveOneOutCorrelation, LinearDatamodelingScore
+from lightning_dtda.metrics.comparing import ScoreDifference, compare
 from lightning_dtda.metrics.evaluating import Evaluation, Score, evaluate
 from lightning_dtda.metrics.functional import Brittleness, brittleness
 from lightning_dtda.metrics.mislabelled import MislabelDetection
@@ -13,8 +14,10 @@ __all__ = [
     "LinearDatamodelingScore",
     "MislabelDetection",
     "Score",
+    "ScoreDifference",
     "Verification",
     "brittleness",
+    "compare",
     "evaluate",
     "verify",
 ]

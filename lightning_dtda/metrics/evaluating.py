@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 import warnings
+import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from lightning_dtda.attribution.attribution import Attribution, Runs
 from lightning_dtda.attribution.differences import PAPERS, Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.metrics.functional.agreement import REPLICATES, agreement
+from lightning_dtda.metrics.functional.agreement import REPLICATES, agreement_with_replicates
+from lightning_dtda.metrics.functional.bootstrap import Replicates
 from lightning_dtda.metrics.functional.samples import arrange, collect
 from lightning_dtda.retraining.ground_truth import GroundTruth
 
@@ -37,6 +39,7 @@ class Score:
         reliability: Its square: what an equal truth with other seeds would score.
         per_query: Of each query; ``None`` where its real influence is the same for all subsets.
         constant_predictions: How many queries have a correlation of 0 since all predictions are the same.
+        replicates: What the interval is from; ``None`` without one.
     """
 
     score: float
@@ -46,6 +49,7 @@ class Score:
     reliability: float | None
     per_query: tuple[float | None, ...]
     constant_predictions: int
+    replicates: Replicates | None = field(default=None, repr=False, compare=False)
 
     @property
     def constant_queries(self) -> int:
@@ -69,6 +73,8 @@ class Evaluation:
         queries: Number of queries.
         shared_seeds: Seeds that were both recorded and retrained.
         confidence: Of the intervals.
+        run_names: The recorded runs that were taken.
+        truth_checksum: Of the truth: evaluations that differ in it are of different truths.
     """
 
     scores: dict[str, Score]
@@ -82,10 +88,15 @@ class Evaluation:
     queries: int
     shared_seeds: tuple[int, ...]
     confidence: float
+    run_names: tuple[str, ...]
+    truth_checksum: int
 
     def content(self) -> dict[str, Any]:
         """Return it in what JSON can hold."""
-        return asdict(self)
+        scores = {name: asdict(replace(score, replicates=None)) for name, score in self.scores.items()}
+        for score in scores.values():
+            del score["replicates"]
+        return asdict(replace(self, scores={})) | {"scores": scores}
 
 
 def evaluate(
@@ -156,7 +167,11 @@ def evaluate(
     )
     chosen = _differences(differences, len(selected.runs), min(len(truth.seeds), len(truth.baseline_seeds)))
     scores = {
-        difference.name: _score(agreement(samples, difference, "spearman", replicates, confidence, seed))
+        difference.name: _score(
+            *agreement_with_replicates(
+                samples, difference, "spearman", replicates, confidence, seed, tuple(selected.runs)
+            )
+        )
         for difference in chosen
     }
     return Evaluation(
@@ -171,6 +186,8 @@ def evaluate(
         len(truth.queries),
         shared,
         confidence,
+        tuple(selected.runs),
+        _checksum(truth),
     )
 
 
@@ -251,7 +268,13 @@ def _differences(wanted: Sequence[str | Difference] | None, runs: int, seeds: in
     return [difference for difference in papers if min(runs, seeds) >= difference.least_runs]
 
 
-def _score(found: dict[str, Tensor]) -> Score:
+def _checksum(truth: GroundTruth) -> int:
+    told = repr((truth.removed, truth.queries, truth.seeds, truth.baseline_seeds)).encode()
+    values = (part.double().cpu().contiguous().numpy().tobytes() for part in (truth.measurements, truth.baseline))
+    return zlib.crc32(b"".join([told, *values]))
+
+
+def _score(found: dict[str, Tensor], replicates: Replicates | None) -> Score:
     def known(value: Tensor) -> float | None:
         return None if math.isnan(value) else float(value)
 
@@ -263,6 +286,7 @@ def _score(found: dict[str, Tensor]) -> Score:
         reliability=known(found["reliability"]),
         per_query=tuple(known(each) for each in found["per_query"]),
         constant_predictions=int(found["constant_predictions"]),
+        replicates=replicates,
     )
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_dtda.metrics.comparing import ScoreDifference, compare
 from lightning_dtda.metrics.evaluating import Evaluation, Score
 from lightning_dtda.reporting.formatting import MINUS
 from lightning_dtda.reporting.wording import counted
@@ -24,10 +25,11 @@ _REMOVAL = {
 
 
 def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | None = None) -> None:
-    """Print the scores of attributions that were compared with one ground truth.
+    """Print the scores of attributions that were compared with one ground truth, and how far they are apart.
 
     Args:
-        evaluations: By what the attributions are called; at least one.
+        evaluations: By what the attributions are called; at least one. Of several, the others are compared with the
+            first.
         console: Where to print; the standard output if not given.
     """
     console = console or Console()
@@ -45,6 +47,9 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | 
     console.print()
     console.print(_table(evaluations, beside=width >= _COLUMNS), width=width)
     console.print()
+    if len(evaluations) > 1:
+        console.print(_differences(evaluations, beside=width >= _COLUMNS), width=width)
+        console.print()
     for note in _notes(evaluations):
         console.print(escape(note), style="dim", width=width, highlight=False)
 
@@ -69,16 +74,39 @@ def _table(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
     return table
 
 
+def _differences(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
+    """Return the table of how much higher the others score than the first; dim where it may be none."""
+    (name, first), *others = evaluations.items()
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    table.add_column(f"score less that of {escape(name)}", overflow="fold", min_width=len(_CEILING))
+    for difference in first.scores:
+        table.add_column(escape(difference), justify="right", no_wrap=True)
+    for path, evaluation in others:
+        apart = compare(evaluation, first)
+        cells = [_apart(apart.get(difference), " " if beside else "\n") for difference in first.scores]
+        table.add_row(escape(path), *cells)
+    return table
+
+
 def _cell(score: Score | None, separator: str) -> str:
-    if score is None:
+    return _UNKNOWN if score is None else _with_interval(score.score, score.low, score.high, separator)
+
+
+def _apart(apart: ScoreDifference | None, separator: str) -> str:
+    if apart is None:
         return _UNKNOWN
-    low, high = (_rounded(limit, 2) for limit in (score.low, score.high))
-    return escape(f"{_rounded(score.score, 3)}{separator}[{low}, {high}]")
+    text = _with_interval(apart.difference, apart.low, apart.high, separator, sign="+")
+    return text if apart.clear else f"[dim]{text}[/]"
 
 
-def _rounded(value: float, decimals: int) -> str:
-    text = f"{value:.{decimals}f}"
-    return text.replace("-", MINUS) if float(text) else text.lstrip("-")
+def _with_interval(value: float, low: float, high: float, separator: str, sign: str = "") -> str:
+    ends = ", ".join(_rounded(limit, 2, sign) for limit in (low, high))
+    return escape(f"{_rounded(value, 3, sign)}{separator}[{ends}]")
+
+
+def _rounded(value: float, decimals: int, sign: str = "") -> str:
+    text = f"{value:{sign}.{decimals}f}"
+    return text.replace("-", MINUS) if float(text) else text.lstrip("+-")
 
 
 def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
@@ -88,6 +116,12 @@ def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
         f"In brackets: the {first.confidence:.0%} interval over queries, subsets, runs and seeds (bootstrap).",
         "Ceiling: what the true influences would score, since the truth is noisy; from halves of its seeds.",
     ]
+    if len(evaluations) > 1:
+        notes.insert(
+            1,
+            "Less the first: intervals of the difference itself, drawn together, since a truth's luck is shared. Dim: "
+            "it may be none.",
+        )
     if any(score.ceiling is None for score in scores):
         notes.append("There are too few seeds for a ceiling: 4 trainings without each subset and 4 on everything.")
     if constant := max(score.constant_queries for score in scores):

@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from lightning_dtda import Attribution, GroundTruth
 from lightning_dtda.cli import main
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.metrics import evaluate
+from lightning_dtda.metrics import compare, evaluate
 from lightning_dtda.metrics.evaluating import predicted_samples
 from lightning_dtda.reporting.evaluations import print_evaluations
 from tests.metrics.worlds import normal
@@ -176,6 +176,19 @@ def test_a_narrow_terminal_has_intervals_beneath_the_scores(attribution, truth):
     assert max(map(len, text.splitlines())) <= 70
 
 
+def test_a_second_table_says_how_far_the_others_are_from_the_first(attribution, truth):
+    worse = replace(attribution, responses=attribution.responses + attribution.responses.roll(1, -1))
+    first, second = (evaluate(each, truth, replicates=50) for each in (attribution, worse))
+    text = printed({"[one]": first, "two": second})
+    assert "score less that of [one]" in text
+    for each in compare(second, first).values():
+        low, high = (f"{end:+.2f}" for end in (each.low, each.high))
+        shown = f"{each.difference:+.3f} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
+        assert shown.replace("\N{MINUS SIGN}0.00", "0.00").replace("+0.00]", "0.00]") in text
+    assert "Less the first: intervals of the difference itself" in text
+    assert "less that of" not in printed({"one": first}).lower()
+
+
 def test_the_table_says_what_is_missing(attribution, truth):
     measurements = truth.measurements[:, :3].clone()
     measurements[:, :, 0] = 40
@@ -197,11 +210,17 @@ def test_the_command_prints_a_line_for_each_attribution_and_writes_the_figures(a
     main(["evaluate", "--attribution", *paths, "--truth", str(tmp_path / "truth"), "--output", str(output)])
     out = capsys.readouterr().out
     assert "noise ceiling" in out
-    assert [line.split()[0] for line in out.splitlines() if line.split()[:1] in (["one"], ["two"])] == ["one", "two"]
+    lines = [line.split()[0] for line in out.splitlines() if line.split()[:1] in (["one"], ["two"])]
+    assert lines == ["one", "two", "two"], "the scores of both, and the second less the first"
+    assert "score less that of one" in " ".join(out.split())
     content = json.loads(output.read_text())
     expected = evaluate(Attribution.load(paths[0]), GroundTruth.load(tmp_path / "truth"))
     assert content[paths[0]]["scores"]["mean"]["score"] == expected.scores["mean"].score
     assert content[paths[1]]["scores"]["mean"]["score"] == pytest.approx(-expected.scores["mean"].score)
+    apart = content[paths[1]]["less_first"]["mean"]
+    assert apart["difference"] == pytest.approx(-2 * expected.scores["mean"].score)
+    assert apart["low"] < apart["difference"] < apart["high"] < 0
+    assert content[paths[0]]["less_first"]["mean"] == {"difference": 0, "low": 0, "high": 0}
 
 
 def test_the_command_says_what_is_wrong(attribution, truth, tmp_path, capsys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.metrics.functional.bootstrap import confidence_interval, replicated_scores
+from lightning_dtda.metrics.functional.bootstrap import Draws, Replicates, confidence_interval, replicate
 from lightning_dtda.metrics.functional.correlation import Correlation, correlations, is_constant
 from lightning_dtda.metrics.functional.noise_ceiling import noise_ceiling
 from lightning_dtda.metrics.functional.samples import Samples, arrange, check_samples, collect
@@ -138,6 +140,31 @@ def agreement(
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Return what :func:`linear_datamodeling_score` does, from samples."""
+    found, _ = agreement_with_replicates(samples, difference, correlation, replicates, confidence, seed)
+    return found
+
+
+def agreement_with_replicates(
+    samples: Samples,
+    difference: str | Difference,
+    correlation: Correlation,
+    replicates: int = REPLICATES,
+    confidence: float = 0.95,
+    seed: int = 0,
+    runs: Sequence[str] | None = None,
+) -> tuple[dict[str, Tensor], Replicates | None]:
+    """Return what :func:`agreement` does, and the draws that its interval is from, to be compared with another's.
+
+    Args:
+        samples: As for :func:`agreement`, like all that is not described here.
+        difference: The difference.
+        correlation: The correlation.
+        replicates: Number of draws; without any, there are none to return.
+        confidence: Of the interval.
+        seed: Of the draws.
+        runs: What the recorded runs are called, see
+            :class:`~lightning_dtda.metrics.functional.bootstrap.Draws`.
+    """
     chosen = resolve_difference(difference)
     check_samples(samples, chosen)
     predicted, real = samples.predicted_influence(chosen), samples.real_influence(chosen)
@@ -150,9 +177,11 @@ def agreement(
         )
     score = of_queries.nanmean()
     low = high = torch.full_like(score, torch.nan)
+    drawn = None
     if replicates:
-        drawn = replicated_scores(samples, chosen, of_queries, correlation, replicates, seed)
-        low, high = confidence_interval(score, drawn, confidence)
+        draws = Draws.of(samples, replicates, seed, runs)
+        drawn = replicate(samples, chosen, of_queries, correlation, draws)
+        low, high = confidence_interval(score, drawn.scores(), confidence)
     noise = noise_ceiling(samples, chosen, correlation)
     nothing_predicted = is_constant(predicted) & ~nothing_to_predict
     numbers = {
@@ -164,7 +193,7 @@ def agreement(
         "constant_queries": int(nothing_to_predict.sum()),
         "constant_predictions": int(nothing_predicted.sum()),
     }
-    return {
+    found = {
         "score": score,
         "low": low,
         "high": high,
@@ -174,3 +203,4 @@ def agreement(
         "ceiling": noise.ceiling,
         **{name: torch.tensor(number, device=score.device) for name, number in numbers.items()},
     }
+    return found, drawn

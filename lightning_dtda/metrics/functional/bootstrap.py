@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +18,119 @@ _AT_ONCE = 2**20
 
 _SHORT_OF_ONE = 1e-9
 """Fisher's z of a perfect correlation is infinite; this far from it, z is 10.7, beyond what samples can tell apart."""
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What is drawn again, with replacement, each time in one column.
+
+    Args:
+        removals: Positions ``(removals, number)``.
+        runs: Positions ``(runs, number)``.
+        seeds: Positions ``(seeds, number)``.
+        baseline_seeds: Positions ``(baseline seeds, number)``.
+        queries: From these, uniform between 0 and 1, queries are drawn ``(queries, number)``.
+    """
+
+    removals: Tensor
+    runs: Tensor
+    seeds: Tensor
+    baseline_seeds: Tensor
+    queries: Tensor
+
+    @classmethod
+    def of(cls, samples: Samples, number: int, seed: int, runs: Sequence[str] | None = None) -> Draws:
+        """Draw from samples.
+
+        Two predictions that are compared with the same truth have the same draws of it, and of the runs where these are
+        the same; of other runs, draws that are independent.
+
+        Args:
+            samples: The samples.
+            number: How many times.
+            seed: Of the draws.
+            runs: What the runs are called; ``None`` if all predictions are of the same.
+        """
+        of_truth, of_runs = torch.Generator().manual_seed(seed), torch.Generator()
+        of_runs.manual_seed(seed + 1 + zlib.crc32("\n".join(runs or ()).encode()))
+
+        def drawn(of: int, generator: torch.Generator = of_truth) -> Tensor:
+            return torch.randint(of, (of, number), generator=generator).to(samples.real.device)
+
+        queries, removals = samples.real.shape[1:]
+        return cls(
+            removals=drawn(removals),
+            runs=drawn(len(samples.baseline), of_runs),
+            seeds=drawn(len(samples.real)),
+            baseline_seeds=drawn(len(samples.real_baseline)),
+            queries=torch.rand(queries, number, generator=of_truth, dtype=torch.float64).to(samples.real.device),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Replicates:
+    """A score's correlations in samples that are drawn again, and from which queries they are.
+
+    Args:
+        correlations: Of each query ``(number, queries)``.
+        of_queries: The same in the samples themselves ``(queries,)``; those that are NaN do not count.
+        queries: As in :class:`Draws` ``(queries, number)``.
+    """
+
+    correlations: Tensor
+    of_queries: Tensor
+    queries: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """The score in the samples ``()``."""
+        return self.of_queries.nanmean()
+
+    def means(self) -> Tensor:
+        """Return the score in each draw of removals, runs and seeds, of the queries as they are ``(number,)``."""
+        return self.correlations.nanmean(1)
+
+    def less(self, other: Replicates) -> Replicates:
+        """Return the difference, query by query, to another prediction of the same truth."""
+        return Replicates(self.correlations - other.correlations, self.of_queries - other.of_queries, self.queries)
+
+    def scores(self) -> Tensor:
+        """Return the score in each draw, of queries too ``(number,)``."""
+        return self.means() + self.deviations()
+
+    def deviations(self) -> Tensor:
+        """Return by how much drawn queries change the score, beyond what is drawn in each of them ``(number,)``."""
+        known = ~self.of_queries.isnan()
+        queries = int(known.sum())
+        if queries < 2:
+            return torch.zeros_like(self.queries[0])
+        apart = self.of_queries[known] - self.score
+        between = apart.square().sum() / (queries - 1)
+        own = (self.correlations - self.means()[:, None])[:, known]
+        within = (own - own.nanmean(0)).square().nanmean() * queries / (queries - 1)
+        # where all queries are alike, 0 / 0 is no variance between them
+        shrunk = (1 - within / between).nan_to_num(0).clamp_min(0) * queries / (queries - 1)
+        chosen = (self.queries[:queries] * queries).long().T
+        return shrunk.sqrt() * apart[chosen].mean(1)
+
+
+def replicate(
+    samples: Samples, difference: Difference, of_queries: Tensor, correlation: Correlation, draws: Draws
+) -> Replicates:
+    """Return the correlations of each query in samples that are drawn again.
+
+    Args:
+        samples: The samples.
+        difference: The difference.
+        of_queries: Correlation of each query in the samples ``(queries,)``; those that are NaN do not count.
+        correlation: ``"spearman"`` or ``"pearson"``.
+        draws: What is drawn.
+    """
+    number = draws.runs.shape[1]
+    size = max(1, _AT_ONCE // max(samples.real.numel(), samples.predicted.numel()))
+    parts = (slice(start, start + size) for start in range(0, number, size))
+    drawn = torch.cat([_correlations(samples, difference, correlation, draws, part) for part in parts])
+    return Replicates(drawn, of_queries, draws.queries)
 
 
 def replicated_scores(
@@ -45,23 +162,8 @@ def replicated_scores(
         number: How many times everything is drawn.
         seed: Of the draws.
     """
-    generator = torch.Generator().manual_seed(seed)
-    at_once = max(1, _AT_ONCE // max(samples.real.numel(), samples.predicted.numel()))
-    sizes = [min(at_once, number - start) for start in range(0, number, at_once)]
-    drawn = torch.cat([_replicates(samples, difference, correlation, size, generator) for size in sizes])
-    means = drawn.nanmean(1)
-    known = of_queries[~of_queries.isnan()]
-    queries = len(known)
-    if queries < 2:
-        return means
-    apart = known - known.mean()
-    between = apart.square().sum() / (queries - 1)
-    own = (drawn - means[:, None])[:, ~of_queries.isnan()]
-    within = (own - own.nanmean(0)).square().nanmean() * queries / (queries - 1)
-    # where all queries are alike, 0 / 0 is no variance between them
-    shrunk = (1 - within / between).nan_to_num(0).clamp_min(0) * queries / (queries - 1)
-    chosen = torch.randint(queries, (number, queries), generator=generator).to(apart.device)
-    return means + shrunk.sqrt() * apart[chosen].mean(1)
+    replicates = replicate(samples, difference, of_queries, correlation, Draws.of(samples, number, seed))
+    return replicates.scores()
 
 
 def confidence_interval(score: Tensor, replicates: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
@@ -97,22 +199,50 @@ def confidence_interval(score: Tensor, replicates: Tensor, confidence: float = 0
     return (_fisher(score) - above).tanh(), (_fisher(score) - below).tanh()
 
 
+def difference_interval(first: Replicates, second: Replicates, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
+    r"""Return the limits of the interval for how much higher the first score is than the second, on average.
+
+    Both are compared with one truth, and drawn again together; what they share cancels. With the :math:`\zeta^*_b` of
+    each score, in draws of removals, runs and seeds, around their mean as for :func:`confidence_interval`, and the part
+    :math:`\kappa_b` of the drawn queries that belongs to the difference, the difference is taken to lie where
+
+    .. math:: \tanh\left(\zeta_1 - \zeta^*_{1b} + \overline{\zeta^*_1}\right)
+        - \tanh\left(\zeta_2 - \zeta^*_{2b} + \overline{\zeta^*_2}\right) - \kappa_b
+
+    does, between its quantiles.
+
+    Args:
+        first: Of one prediction.
+        second: Of another one, with the same draws of the truth.
+        confidence: How often the interval covers the expected difference.
+
+    Returns:
+        Lower and upper limit; NaN where there is no replicate.
+    """
+    means = [each.means() for each in (first, second)]
+    known = ~(means[0].isnan() | means[1].isnan())
+    if not known.any():
+        return torch.full_like(first.score, torch.nan), torch.full_like(first.score, torch.nan)
+    expected = []
+    for each, of_draws in zip((first, second), means, strict=True):
+        around = _fisher(of_draws[known])
+        expected.append((_fisher(each.score) - around + around.mean()).tanh())
+    apart = expected[0] - expected[1] - first.less(second).deviations()[known]
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=apart.dtype, device=apart.device)
+    low, high = apart.quantile(tails)
+    return low, high
+
+
 def _fisher(correlation: Tensor) -> Tensor:
     return correlation.clamp(_SHORT_OF_ONE - 1, 1 - _SHORT_OF_ONE).atanh()
 
 
-def _replicates(
-    samples: Samples, difference: Difference, correlation: Correlation, number: int, generator: torch.Generator
+def _correlations(
+    samples: Samples, difference: Difference, correlation: Correlation, draws: Draws, part: slice
 ) -> Tensor:
-    """Return the correlation of each query in samples that are drawn again ``(number, queries)``."""
-    device = samples.real.device
-
-    def drawn(of: int) -> Tensor:
-        return torch.randint(of, (of, number), generator=generator).to(device)
-
-    runs, seeds, baseline_seeds = (drawn(len(each)) for each in (samples.baseline, samples.real, samples.real_baseline))
-    queries, removals = samples.real.shape[1:]
-    rows = drawn(removals).T[:, None].expand(number, queries, removals)
-    predicted = samples.predicted_influence(difference, runs).gather(-1, rows)
-    real = samples.real_influence(difference, seeds, baseline_seeds).gather(-1, rows)
+    """Return the correlation of each query in some of the draws ``(part, queries)``."""
+    rows = draws.removals[:, part].T[:, None]
+    rows = rows.expand(-1, samples.real.shape[1], -1)
+    predicted = samples.predicted_influence(difference, draws.runs[:, part]).gather(-1, rows)
+    real = samples.real_influence(difference, draws.seeds[:, part], draws.baseline_seeds[:, part]).gather(-1, rows)
     return correlations(predicted, real, correlation)
