@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import ClassVar
 
-import cloudpickle
-import joblib
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import DTDAError, RetrainingError
+from lightning_dtda.processes import run_in_processes
 from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay.batches import map_tensors, rows_of
 from lightning_dtda.replay.silence import silent_copy
@@ -54,10 +49,13 @@ class TrainerEngine(Engine):
     @override
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
         jobs, begun = min(self.jobs, len(tasks)), time.perf_counter()
+        train = functools.partial(train_one, retraining)
         outcomes = (
-            _train_in_jobs(retraining, tasks, jobs) if jobs > 1 else (train_one(retraining, task) for task in tasks)
+            run_in_processes(train, tasks, jobs, "trainings", RetrainingError)
+            if jobs > 1
+            else ((task, train(task)) for task in tasks)
         )
-        for number, outcome in enumerate(outcomes):
+        for number, (_, outcome) in enumerate(outcomes):
             if number == 0 and len(tasks) > 1:
                 seconds = (time.perf_counter() - begun) * (len(tasks) - 1) / jobs
                 _log.info("About %s for the other %d trainings.", human_seconds(seconds), len(tasks) - 1)
@@ -116,42 +114,3 @@ def measure(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningMod
             "batch."
         )
     return measured.cpu()
-
-
-def _train_in_jobs(retraining: Retraining, tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
-    # two thread pools on the same cores are many times slower than one thread each
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
-    with tempfile.TemporaryDirectory() as directory:
-        # in a file, not with every task: it holds the data
-        path = Path(directory) / "retraining.pickle"
-        try:
-            path.write_bytes(cloudpickle.dumps(retraining))
-        except Exception as error:  # whatever cannot be pickled
-            raise RetrainingError(
-                f"Module, data, trainer or measurement cannot be sent to other processes ({type(error).__name__}: "
-                f"{error}). Let the functions make what has no pickle (open files, locks, loggers), or set jobs=1."
-            ) from error
-        finished = 0
-        with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
-            outcomes = joblib.Parallel(return_as="generator_unordered", batch_size=1)(
-                joblib.delayed(_train_stored)(path, task) for task in tasks
-            )
-            try:
-                for outcome in outcomes:
-                    finished += 1
-                    yield outcome
-            except BrokenProcessPool as error:
-                raise RetrainingError(
-                    f"A process was killed after {finished} of {len(tasks)} trainings (out of memory?). Those are on "
-                    "disk if there is an output: call again, perhaps with fewer jobs, to go on."
-                ) from error
-
-
-def _train_stored(path: Path, task: Task) -> Outcome:
-    return train_one(_stored(path), task)
-
-
-@functools.lru_cache(maxsize=1)
-def _stored(path: Path) -> Retraining:
-    retraining: Retraining = cloudpickle.loads(path.read_bytes())
-    return retraining
