@@ -88,6 +88,10 @@ class RayCluster:
         with self._connected(ray):
             yield from self._run(ray, content, iter(items))
 
+    def places(self) -> int:
+        """Return how many pieces of work the cluster that this process is connected to can do at a time."""
+        return self._places(_ray())
+
     def _run(self, ray: Any, content: bytes, items: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
         # not Ray's own max_retries: those do not count workers killed for their memory, which it tries again for ever
         do = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_do)

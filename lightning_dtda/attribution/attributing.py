@@ -23,8 +23,10 @@ from rich.progress import (
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.engines import Engine, EngineName
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
 from lightning_dtda.attribution.trust import chaotic, sizes
+from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
     Estimate,
@@ -65,6 +67,8 @@ def attribute(
     removals: Any = LEAVE_ONE_OUT,
     step: int | None = None,
     device: torch.device | str | None = None,
+    jobs: int = 1,
+    engine: EngineName | RayCluster = "local",
     progress: bool = True,
 ) -> Attribution:
     r"""Predict how each query's measurement changes, in every run, when training examples are removed.
@@ -90,6 +94,11 @@ def attribute(
             the key of the labels in the data set's items.
         step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
         device: Where to compute; ``None`` is the module's own device.
+        jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.
+        engine: ``"local"``, this machine; or ``"ray"``, the CPUs of a Ray cluster, or a
+            :class:`~lightning_dtda.cluster.RayCluster` that says what each batch of runs gets. Runs are read by the
+            workers, from a disk that all nodes share. The numbers are the same; where batches have to be parted to
+            occupy all places, up to rounding.
         progress: Whether to show a progress bar and the plan.
 
     Returns:
@@ -98,8 +107,9 @@ def attribute(
     Raises:
         AttributionError: If the question cannot be answered, or memory or disk do not suffice.
         ReplayError: If module or data are not those that were trained.
+        ClusterError: If there is no Ray cluster, or its workers cannot do it.
     """
-    estimator = UnrolledDifferentiation() if estimator is None else estimator
+    estimator, where = UnrolledDifferentiation() if estimator is None else estimator, Engine.of(engine, jobs)
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals=removals, step=step, device=device
     )
@@ -113,9 +123,9 @@ def attribute(
         store = AttributionStore.create(
             output, about, names, len(question.removals), {run.name: run.checksum for run in ensemble}, overwrite
         )
-        answer = _answer_to_disk(ensemble, question, estimator, store, progress)
+        answer = _answer_to_disk(ensemble, question, estimator, where, store, progress)
     else:
-        answer = _answer_in_memory(ensemble, question, estimator, about, names, progress)
+        answer = _answer_in_memory(ensemble, question, estimator, where, about, names, progress)
     drift = answer.about["drift"]
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
     if answer.chaotic:
@@ -245,13 +255,13 @@ def _ask(
 
 
 def _answer_to_disk(
-    ensemble: Ensemble, question: Question, estimator: Estimator, store: AttributionStore, progress: bool
+    ensemble: Ensemble, question: Question, estimator: Estimator, where: Engine, store: AttributionStore, progress: bool
 ) -> Attribution:
     finished = set(store.finished)
     if remaining := [run for run in ensemble if run.name not in finished]:
         if finished:
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
-        for batch, estimate in _estimates(remaining, question, estimator, progress, store.path):
+        for batch, estimate in _estimates(remaining, question, estimator, where, progress, store.path):
             for number, run in enumerate(batch):
                 facts = _facts(estimate, number)
                 store.add(run.name, estimate.baseline[number], estimate.responses[number], facts)
@@ -262,11 +272,12 @@ def _answer_in_memory(
     ensemble: Ensemble,
     question: Question,
     estimator: Estimator,
+    where: Engine,
     about: dict[str, Any],
     names: tuple[int, ...],
     progress: bool,
 ) -> Attribution:
-    return _assembled(_estimates(list(ensemble), question, estimator, progress, None), about, names)
+    return _assembled(_estimates(list(ensemble), question, estimator, where, progress, None), about, names)
 
 
 def _assembled(
@@ -295,33 +306,35 @@ def _facts(estimate: Estimate, number: int) -> dict[str, Any]:
 
 
 def _estimates(
-    runs: list[Run], question: Question, estimator: Estimator, progress: bool, path: Path | None
-) -> Iterator[Any]:
+    runs: list[Run], question: Question, estimator: Estimator, where: Engine, progress: bool, path: Path | None
+) -> Iterator[tuple[tuple[Run, ...], Estimate]]:
     """Yield the estimator's answers batch by batch, after making sure that they will fit."""
     plan = estimator.plan(runs, question)
-    _check_resources(plan, runs, question, path)
+    _check_resources(plan, runs, question, path, jobs=where.jobs)
     with _progress_bar(progress, plan, runs, question) as advance:
-        for batch in plan.batches:
-            yield batch, estimator.estimate(batch, question, plan, advance)
+        yield from where.estimates(estimator, question, plan, advance)
 
 
-def _check_resources(plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int = 1) -> None:
-    itemsize = runs[0].manifest.torch_dtype.itemsize
+def _check_resources(
+    plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int = 1, jobs: int = 1
+) -> None:
+    itemsize, memory = runs[0].manifest.torch_dtype.itemsize, jobs * plan.memory
     answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
     _log.info(
         "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
         len(runs),
         len(question.queries),
         len(question.removals),
-        human_bytes(plan.memory + answer),
+        human_bytes(memory + answer),
         human_bytes(answer if path else 0),
-        human_seconds(plan.seconds),
+        human_seconds(plan.seconds / jobs),
     )
     available = available_memory(question.device)
-    if available is not None and plan.memory + answer > available:
+    if available is not None and memory + answer > available:
+        fewer = ", take fewer jobs" if jobs > 1 else ""
         raise AttributionError(
-            f"This needs about {human_bytes(plan.memory + answer)} of memory; {human_bytes(available)} are "
-            "available. Lower the estimator's memory_budget, or ask fewer queries at a time."
+            f"This needs about {human_bytes(memory + answer)} of memory; {human_bytes(available)} are "
+            f"available. Lower the estimator's memory_budget{fewer}, or ask fewer queries at a time."
         )
     if path is not None and answer > (free := shutil.disk_usage(path).free):
         raise AttributionError(

@@ -12,9 +12,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
+from lightning_dtda.attribution.engines import EngineName
 from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.cli.configuration import CONFIG
 from lightning_dtda.cli.question import QuestionCLI
+from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
@@ -32,6 +34,9 @@ class AttributeCLI(QuestionCLI):
         "wandb",
         "removals",
         "step",
+        "jobs",
+        "engine",
+        "ray",
     )
 
     @override
@@ -58,6 +63,14 @@ class AttributeCLI(QuestionCLI):
             help="Several dampings of influence functions, from one fit of the curvature: --dampings=[0.01,0.1,auto] "
             "writes the attributions OUTPUT/damping-0.01 and so on.",
         )
+        parser.add_argument("--jobs", type=int, default=1, help="Number of processes that share the runs out.")
+        parser.add_argument(
+            "--engine",
+            type=EngineName,
+            default="local",
+            help="Where runs are attributed: in --jobs processes of this machine, or on a Ray cluster.",
+        )
+        parser.add_class_arguments(RayCluster, "ray", instantiate=False)
         parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
 
 
@@ -87,6 +100,8 @@ def _attributions(cli: AttributeCLI) -> Iterator[tuple[Path, Attribution]]:
     """Yield what was asked for, and where it is: one attribution, or one for each damping."""
     config, output = cli.config, Path(cli.config.output)
     paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
+    if paths and (config.jobs > 1 or config.engine != "local"):
+        raise AttributionError("--dampings are worked on in this process. Leave out --jobs and --engine.")
     for path in paths.values():
         # before the work, not after it
         if AttributionStore.is_at(path) and not config.overwrite:
@@ -94,7 +109,18 @@ def _attributions(cli: AttributeCLI) -> Iterator[tuple[Path, Attribution]]:
     question = cli.question() | {"removals": read_removals(config.removals), "step": config.step}
     estimator = cli.config_init.estimator
     if config.dampings is None:
-        yield output, attribute(**question, estimator=estimator, output=output, overwrite=config.overwrite)
+        engine = RayCluster(**config.ray.as_dict()) if config.engine == "ray" else config.engine
+        yield (
+            output,
+            attribute(
+                **question,
+                estimator=estimator,
+                output=output,
+                overwrite=config.overwrite,
+                jobs=config.jobs,
+                engine=engine,
+            ),
+        )
         return
     found = attribute_dampings(**question, estimator=estimator, dampings=config.dampings)
     for damping, attribution in found.items():

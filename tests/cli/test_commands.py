@@ -191,6 +191,33 @@ def test_attribute_finds_the_ensembles_own_configuration(record, tmp_path, capsy
     torch.testing.assert_close(found.responses, expected.responses, rtol=1e-4, atol=1e-6)
 
 
+def test_attribute_shares_runs_out_to_processes(record, tmp_path):
+    question = ["--ensemble", str(record("--seeds", "3")), "--queries.indices=[3,1]", "--estimator.runs_per_batch", "1"]
+    for output, *options in (["here"], ["there", "--jobs", "2"]):
+        main(["attribute", *question, "--output", str(tmp_path / output), *options])
+    here, there = (Attribution.load(tmp_path / output) for output in ("here", "there"))
+    # the same batches of runs, with one thread: to the bit
+    assert torch.equal(there.responses, here.responses)
+    assert there.runs == here.runs
+
+
+def test_several_dampings_are_not_shared_out(record, tmp_path, capsys):
+    question = ["--ensemble", str(record("--seeds", "1")), "--output", str(tmp_path / "grid"), "--jobs", "2"]
+    with pytest.raises(SystemExit):
+        main(["attribute", *question, "--estimator", "InfluenceFunctions", "--dampings=[0.1]"])
+    assert "Leave out --jobs and --engine" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_attribute_takes_a_ray_cluster(ray_cluster, record, tmp_path):
+    question = ["--ensemble", str(record("--seeds", "2")), "--queries.indices=[3,1]"]
+    options = ["--engine", "ray", "--ray.retries", "1", "--estimator.runs_per_batch", "1"]
+    main(["attribute", *question, "--output", str(tmp_path / "there"), *options])
+    main(["attribute", *question, "--output", str(tmp_path / "here"), "--estimator.runs_per_batch", "1"])
+    there, here = (Attribution.load(tmp_path / output) for output in ("there", "here"))
+    torch.testing.assert_close(there.responses, here.responses, rtol=0, atol=0)
+
+
 def test_estimator_measurement_and_split_are_options(record, tmp_path):
     root = record("--seeds", "2")
     question = ["--measurement", "prediction", "--queries.split", "train", "--queries.indices=[0]"]
