@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
+from lightning_dtda.trajectory.answers import Answers
+from lightning_dtda.trajectory.storage import read_tensors, write_tensors
 
 OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
 """What ``about`` says of each run."""
 
 FORMAT_VERSION = 1
-_INDEX = "attribution.json"
+_ANSWERS = Answers("attribution.json", "attribution", "attribute", FORMAT_VERSION, AttributionError)
 
 
 class AttributionStore:
@@ -70,36 +71,23 @@ class AttributionStore:
             "runs": {},
         }
         left_over: list[Path] = []
-        if cls.is_at(path):
-            found = {} if overwrite else read_json(path / _INDEX)
-            if not found.get("runs"):  # an index without an answer stands in nobody's way
-                left_over = list(path.glob("*.safetensors"))
-            else:
-                compared = ("format_version", "about", "queries", "removals")
-                same_runs = found.get("wanted", {}).items() <= index["wanted"].items()
-                if not same_runs or any(found.get(key) != index[key] for key in compared):
-                    raise AttributionError(
-                        f"{path} holds the answer to another question ({_changes(found, index)}). Choose another "
-                        "output, or set overwrite (overwrite=True, --overwrite)."
-                    )
+        with _ANSWERS.begun(path):
+            found = _ANSWERS.found(path, overwrite)
+            if found.get("runs"):
+                _ANSWERS.check_same(path, _changes(found, index))
                 index["runs"] = found["runs"]
-        elif path.is_dir() and any(path.iterdir()):
-            raise AttributionError(f"{path} is not empty and holds no attribution. Choose another output.")
-        store = cls(path, index)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            store._save()
-        except OSError as error:
-            raise AttributionError(f"{path} cannot be written ({error}). Choose another output.") from error
-        # only now: the index that named them is gone
-        for file in left_over:
-            file.unlink()
-        return store
+            else:  # an index without an answer stands in nobody's way
+                left_over = list(path.glob("*.safetensors"))
+            _ANSWERS.write(path, index)
+            # only now: the index that named them is gone
+            for file in left_over:
+                file.unlink()
+        return cls(path, index)
 
     @staticmethod
     def is_at(path: str | Path) -> bool:
         """Say whether a directory holds an attribution, finished or not."""
-        return (Path(path) / _INDEX).exists()
+        return _ANSWERS.is_at(path)
 
     @classmethod
     def open(cls, path: str | Path) -> AttributionStore:
@@ -109,17 +97,7 @@ class AttributionStore:
             TrajectoryError: If there is none, or it is of an unknown format.
         """
         path = Path(path)
-        if not cls.is_at(path):
-            raise TrajectoryError(
-                f"{path} holds no attribution. Give the output of lightning_dtda.attribute or lightning-dtda attribute."
-            )
-        index = read_json(path / _INDEX)
-        if index.get("format_version") != FORMAT_VERSION:
-            raise TrajectoryError(
-                f"{path / _INDEX} has format version {index.get('format_version')!r}; this lightning-dtda reads "
-                f"version {FORMAT_VERSION}. Attribute again."
-            )
-        return cls(path, index)
+        return cls(path, _ANSWERS.read(path))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -168,13 +146,13 @@ class AttributionStore:
         return torch.stack([run["baseline"] for run in tensors]), torch.stack([run["responses"] for run in tensors])
 
     def _save(self) -> None:
-        write_json(self.path / _INDEX, self._index)
+        _ANSWERS.write(self.path, self._index)
 
 
-def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     before, after = found.get("about", {}), wanted["about"]
     names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     names += [key for key in ("format_version", "queries", "removals") if found.get(key) != wanted[key]]
     if not found.get("wanted", {}).items() <= wanted["wanted"].items():
         names.append("runs")
-    return "different " + ", ".join(dict.fromkeys(names))
+    return list(dict.fromkeys(names))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import RetrainingError, TrajectoryError
 from lightning_dtda.retraining.task import Task
+from lightning_dtda.trajectory.answers import Answers
 from lightning_dtda.trajectory.storage import read_json, read_tensors, replace_file, write_json
 
 FORMAT_VERSION = 1
@@ -23,6 +24,7 @@ _INDEX, _LOCK = "truth.json", ".truth.lock"
 _OWN = (_LOCK, f".{_INDEX}.partial")
 """What is there before the first index is: of another process that is about to write it, or was killed then."""
 
+_ANSWERS = Answers(_INDEX, "ground truth", "retrain", FORMAT_VERSION, RetrainingError, ignored=_OWN)
 _ALL_DATA = -1
 """Stands for the subset of a training on everything."""
 
@@ -84,35 +86,24 @@ class TruthStore:
             "failures": list(about.get("failures", ())),
             "versions": dict(about.get("versions", {})),
         }
-        if path.is_dir() and not cls.is_at(path) and any(file.name not in _OWN for file in path.iterdir()):
-            raise RetrainingError(f"{path} is not empty and holds no ground truth. Choose another output.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            with FileLock(path / _LOCK):
-                found = read_json(path / _INDEX) if cls.is_at(path) and not overwrite else None
-                if found is None:
-                    for file in path.glob("trainings-*.safetensors"):
-                        file.unlink()
-                else:
-                    if changes := _changes(found, index):
-                        raise RetrainingError(
-                            f"{path} holds the answer to another question (different {', '.join(changes)}). Choose "
-                            "another output, or set overwrite (overwrite=True, --overwrite)."
-                        )
-                    for key in ("removed", "seeds", "baseline_seeds", "engine"):
-                        found[key] += [one for one in index[key] if one not in found[key]]
-                    if "runs" in found["about"]:
-                        found["about"]["runs"] |= index["about"]["runs"]
-                    index = found
-                write_json(path / _INDEX, index)
-        except OSError as error:
-            raise RetrainingError(f"{path} cannot be written ({error}). Choose another output.") from error
+        with _ANSWERS.begun(path), FileLock(path / _LOCK):
+            if found := _ANSWERS.found(path, overwrite):
+                _ANSWERS.check_same(path, _changes(found, index))
+                for key in ("removed", "seeds", "baseline_seeds", "engine"):
+                    found[key] += [one for one in index[key] if one not in found[key]]
+                if "runs" in found["about"]:
+                    found["about"]["runs"] |= index["about"]["runs"]
+                index = found
+            else:
+                for file in path.glob("trainings-*.safetensors"):
+                    file.unlink()
+            _ANSWERS.write(path, index)
         return cls(path, index)
 
     @staticmethod
     def is_at(path: str | Path) -> bool:
         """Say whether a directory holds a ground truth, finished or not."""
-        return (Path(path) / _INDEX).exists()
+        return _ANSWERS.is_at(path)
 
     @classmethod
     def open(cls, path: str | Path) -> TruthStore:
@@ -122,17 +113,7 @@ class TruthStore:
             TrajectoryError: If there is none, or it is of an unknown format.
         """
         path = Path(path)
-        if not cls.is_at(path):
-            raise TrajectoryError(
-                f"{path} holds no ground truth. Give the output of lightning_dtda.retrain or lightning-dtda retrain."
-            )
-        index = read_json(path / _INDEX)
-        if index.get("format_version") != FORMAT_VERSION:
-            raise TrajectoryError(
-                f"{path / _INDEX} has format version {index.get('format_version')!r}; this lightning-dtda reads "
-                f"version {FORMAT_VERSION}. Retrain again."
-            )
-        return cls(path, index)
+        return cls(path, _ANSWERS.read(path))
 
     @property
     def about(self) -> dict[str, Any]:
