@@ -189,7 +189,7 @@ def test_what_is_not_told_from_seed_noise_is_muted_and_the_page_says_so(attribut
     assert muted == expected
     assert True in muted
     assert False in muted
-    assert "Grey: not told from seed noise among 40 (false discovery rate 5 %)" in page
+    assert "Grey: not told from seed noise among 40 (false discovery rate 5 %)." in page
 
 
 def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribution, tmp_path):
