@@ -20,27 +20,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 from torch.utils.data import Subset
 
-from benchmarks.concrete_truth import QUERIES, RATE, STEPS, WIDTH, concrete, removals
+from benchmarks.concrete_truth import QUERIES, RATE, WIDTH, concrete, removals
 from benchmarks.concrete_truth import retrain as by_hand
 from examples.concrete.concrete import ConcreteRegressor
+from examples.concrete.evaluation import make_trainer
 from lightning_dtda import retrain
 from lightning_dtda.retraining import Engine, StackedEngine, TrainerEngine
-
-
-def make_trainer() -> pl.Trainer:
-    return pl.Trainer(
-        max_steps=STEPS,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
 
 
 def main() -> None:
