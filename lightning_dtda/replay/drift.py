@@ -90,6 +90,13 @@ class Comparison:
         gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self._names)
         return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
 
+    def reproduced(self, first: int, last: int, start: Tensor, rebuilt: Tensor, recorded: Tensor) -> Tensor:
+        """Whether parameters at the end of a segment differ by rounding only ``(runs,)``; see :meth:`parameters`."""
+        difference, travelled, size = _compared(start, rebuilt, recorded)
+        eps = torch.finfo(self._recorded_dtype).eps
+        # false for a NaN too
+        return difference <= self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
+
     def parameters(self, first: int, last: int, start: Tensor, rebuilt: Tensor, recorded: Tensor) -> None:
         """Compare the parameters at the end of a segment, each ``(runs, P)``.
 
@@ -103,14 +110,10 @@ class Comparison:
         Raises:
             ReplayError: If they differ by more than rounding, naming the run.
         """
-        difference = (rebuilt - recorded).abs().amax(1)
-        travelled = (recorded - start).abs().amax(1)
-        size = recorded.abs().amax(1)
+        difference, travelled, size = _compared(start, rebuilt, recorded)
         eps = torch.finfo(self._recorded_dtype).eps
-        allowed = self._tolerance * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
         torch.maximum(self._parameter_drift, difference / size.clamp_min(eps), out=self._parameter_drift)
-        # not "any above": a NaN compares false with everything
-        within = difference <= allowed
+        within = self.reproduced(first, last, start, rebuilt, recorded)
         if not bool(within.all()):
             number = int((~within).nonzero()[0])
             raise ReplayError(
@@ -136,3 +139,8 @@ class Comparison:
                 f"{self._names[number]}: the gradient of step {step} is not the recorded one (relative difference "
                 f"{relative[number]:.2g}, tolerance {self._tolerance:g}). {self._reasons}"
             )
+
+
+def _compared(start: Tensor, rebuilt: Tensor, recorded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest difference, the distance travelled and the largest parameter, each ``(runs,)``."""
+    return (rebuilt - recorded).abs().amax(1), (recorded - start).abs().amax(1), recorded.abs().amax(1)

@@ -15,7 +15,7 @@ from lightning_dtda.retraining.trainer_engine import TrainerEngine
 _log = logging.getLogger(__name__)
 
 _FEWEST = 8
-"""Trainings from which stacking pays: two or three of them are the Trainer's anyway."""
+"""Trainings from which stacking pays: one or two of them are the Trainer's anyway, and traces take a second."""
 
 
 class AutoEngine(Engine):

@@ -25,9 +25,10 @@ class StackedEngine(Engine):
     """Trains stacks of parameters, by the operations of the module's own ``training_step``.
 
     Each training starts from the parameters that its seed gives, and goes through the batches that its DataLoader would
-    give. The learning rates, and what else belongs to a step, are those of trainings by the Trainer: two for the first
-    number of examples that is left, one for each other. These are recorded, count as trainings of their own, and are
-    trained again in every stack: where they come out otherwise, stacking is refused.
+    give. The learning rates, and what else belongs to a step, are those of a training by the Trainer, one for each
+    number of examples that is left. It is recorded, counts as a training of its own, and is trained again in every
+    stack: where it comes out otherwise, stacking is refused. Another seed is begun by the Trainer, for one step, to see
+    that what was read off the first does not depend on the seed.
 
     Args:
         compile: Whether ``torch.compile`` is used; ``None`` compiles where there is enough to do. It takes about half a
@@ -46,30 +47,31 @@ class StackedEngine(Engine):
         groups: dict[int, list[Task]] = defaultdict(list)
         for task in tasks:
             groups[len(retraining.removed_in(task))].append(task)
-        for number, group in enumerate(groups.values()):
-            yield from self._train_alike(retraining, loader, group, 1 if number else 2)
+        for group in groups.values():
+            yield from self._train_alike(retraining, loader, group)
 
     def _train_alike(
-        self, retraining: Retraining, loader: DataLoader[Any], tasks: list[Task], wanted: int
+        self, retraining: Retraining, loader: DataLoader[Any], tasks: list[Task]
     ) -> Iterator[list[Outcome]]:
-        """Train what leaves the same number of examples, by the Trainer until there are enough references."""
+        """Train what leaves the same number of examples: by the Trainer until one comes to its end, then in stacks."""
         remaining, watch = list(tasks), Watch()
-        references: list[tuple[Task, Run]] = []
         with tempfile.TemporaryDirectory() as directory:
-            while remaining and len(references) < wanted:
-                # of another seed, if there is one: what depends on the seed is to be found out
-                seeds = {reference.seed for reference, _ in references}
-                task = next((task for task in remaining if task.seed not in seeds), remaining[0])
-                remaining.remove(task)
+            reference: tuple[Task, Run] | None = None
+            while remaining and reference is None:
+                task = remaining.pop(0)
                 recorder = TrajectoryRecorder(directory, run=str(task), gradients="none")
-                recorder.runs_to_fit = 0  # the disk is for a few of them only
+                recorder.runs_to_fit = 0  # the disk is for one of them only
                 try:
                     outcome = train_one(retraining, task, [watch, recorder], (RecordingError, CannotStackError))
                 except RecordingError as error:
                     raise CannotStackError(str(error)) from error
                 yield [outcome]
                 if outcome.failure is None:
-                    references.append((task, Run(Path(directory) / str(task))))
-            if remaining and references:
+                    reference = task, Run(Path(directory) / str(task))
+            if remaining and reference is not None:
                 device = watch.device if retraining.device is None else retraining.device
-                yield from StackedGroup(retraining, loader, references, device).train(remaining, self.compile)
+                group = StackedGroup(retraining, loader, reference, device)
+                # of another seed, if there is one: what depends on the seed is to be found out
+                seed = reference[0].seed
+                group.check_another(next((task for task in remaining if task.seed != seed), remaining[0]))
+                yield from group.train(remaining, self.compile)

@@ -49,24 +49,18 @@ class StackedGradient:
         module: The module.
         structure: Of a batch.
         times: Of the Trainer's clock, at which to trace.
-        traced: Whether to trace; otherwise each call is the function itself.
-        compiled: Whether what is traced is compiled.
     """
 
-    def __init__(
-        self,
-        module: FunctionalModule,
-        structure: TreeSpec,
-        times: Sequence[Time],
-        traced: bool = True,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, module: FunctionalModule, structure: TreeSpec, times: Sequence[Time]) -> None:
         self._module = module
         self._structure = structure
         self._times = times
-        self.traced = traced
-        self._compiled = compiled
-        self._graphs: dict[Any, Gradient] = {}
+        self._graphs: dict[Any, GraphModule] = {}
+        self._compilations: dict[Any, Gradient] = {}
+        self.traced = True
+        """Whether to trace; otherwise each call is the function itself. Set to false where the traces differ."""
+        self.compiled = False
+        """Whether what is traced is compiled."""
 
     def __call__(self, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor], time: Time) -> Tensor:
         """Return the gradient of ``training_step``'s loss.
@@ -89,7 +83,7 @@ class StackedGradient:
             times = [time] if self._graphs else dict.fromkeys([time, *self._times])
             graphs = [self._trace(each, theta, buffers, leaves) for each in times]
             if all(_same(graphs[0], graph) for graph in graphs[1:]):
-                self._graphs[key] = self._compile(graphs[0], theta, buffers, leaves) if self._compiled else graphs[0]
+                self._graphs[key] = graphs[0]
             else:
                 _log.info(
                     "Stacking without a trace: the loss depends on the epoch, the step or the number of the batch."
@@ -97,7 +91,10 @@ class StackedGradient:
                 self.traced = False
         if not self.traced:
             return self._guarded(self._at(time), theta, buffers, leaves)
-        return self._graphs[key](theta, buffers, list(leaves))
+        if self.compiled and key not in self._compilations:
+            self._compilations[key] = self._compile(self._graphs[key], theta, buffers, leaves)
+        gradient = self._compilations[key] if self.compiled else self._graphs[key]
+        return gradient(theta, buffers, list(leaves))
 
     def _trace(self, time: Time, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor]) -> GraphModule:
         function = self._at(time)

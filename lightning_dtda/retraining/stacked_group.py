@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,8 +12,10 @@ from torch import Tensor
 from torch.func import vmap
 from torch.utils.data import DataLoader
 
+from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import Examples, FunctionalModule, Measurement
 from lightning_dtda.replay.batches import map_tensors, rows_of
+from lightning_dtda.retraining.another_seed import begun
 from lightning_dtda.retraining.dropping import without
 from lightning_dtda.retraining.engine import CannotStackError, Outcome, Retraining
 from lightning_dtda.retraining.stacks import Reference, Stacks, Training
@@ -29,33 +32,53 @@ class StackedGroup:
     Args:
         retraining: What is trained and measured.
         loader: The training DataLoader with all examples.
-        references: Tasks that the Trainer did, at least one, and their records.
+        reference: A task that the Trainer did, and its record.
         device: Where to train.
 
     Raises:
-        CannotStackError: If the references show that these trainings cannot be stacked.
+        CannotStackError: If the reference shows that these trainings cannot be stacked.
     """
 
     def __init__(
         self,
         retraining: Retraining,
         loader: DataLoader[Any],
-        references: Sequence[tuple[Task, Run]],
+        reference: tuple[Task, Run],
         device: torch.device | str,
     ) -> None:
         recipe = retraining.recipe
         assert recipe is not None
         self._retraining = retraining
+        self._recipe = recipe
+        task, run = reference
         self._length: int = len(loader.dataset)  # type: ignore[arg-type]
-        thinned = without(loader, retraining.removed_in(references[0][0]))
+        thinned = without(loader, retraining.removed_in(task))
 
         def begin(seed: int) -> tuple[pl.LightningModule, DataLoader[Any]]:
             pl.seed_everything(seed, workers=True, verbose=False)
             return recipe.module(), without(thinned, ())
 
-        checked = [Reference(self._training(task), run) for task, run in references]
-        self._stacks = Stacks(checked, begin, loader, device)
+        self._stacks = Stacks(Reference(self._training(task), run), begin, loader, device)
         self._queries = self._stacks.cast(retraining.queries)
+
+    def check_another(self, task: Task) -> None:
+        """Let the Trainer begin another task: what was read off the reference may have been its seed's own.
+
+        Args:
+            task: Which.
+
+        Raises:
+            CannotStackError: If it was.
+        """
+        recipe, removed = self._recipe, self._retraining.removed_in(task)
+
+        def fit(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
+            watched = replace(recipe, make_trainer=lambda: prepared(recipe.make_trainer()))
+            with quiet_lightning():
+                watched.fit(task.seed, removed, self._retraining.data)
+
+        with begun(task.seed, fit) as run:
+            self._stacks.check_another(run)
 
     def train(self, tasks: Sequence[Task], compile: bool | None) -> Iterator[list[Outcome]]:
         """Train and measure, as many at once as is fastest.
@@ -65,7 +88,7 @@ class StackedGroup:
             compile: As for :class:`~lightning_dtda.retraining.stacked_engine.StackedEngine`.
 
         Raises:
-            CannotStackError: If a reference does not come out as the Trainer had it.
+            CannotStackError: If the reference does not come out as the Trainer had it.
         """
         measurement = self._retraining.measurement
         for numbers, theta, held in self._stacks.train([self._training(task) for task in tasks], compile):

@@ -5,18 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_dtda.attribution.attributing import usable_device
 from lightning_dtda.errors import RecordingError
@@ -28,6 +24,7 @@ from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.run_recording import make_directory
 from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
 from lightning_dtda.replay import prepare_fit
+from lightning_dtda.retraining.another_seed import begun
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stack_writer import StackWriter, footprint
 from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
@@ -181,12 +178,12 @@ class _Stacking:
         assert manifest.seed is not None
         loader = self._begin(manifest.seed)[1]
         everything = torch.arange(manifest.configuration["dataset"]["length"])
-        stacks = Stacks([Reference(Training(manifest.seed, everything), reference)], self._begin, loader, self._device)
+        stacks = Stacks(Reference(Training(manifest.seed, everything), reference), self._begin, loader, self._device)
         self._check_another(stacks, seeds[-1])
 
         @contextmanager
         def recorded(numbers: range, start: Start) -> Iterator[Callable[[Taken], None]]:
-            rows = slice(stacks.own.start, stacks.own.start + len(numbers))
+            rows = slice(1, 1 + len(numbers))  # after the reference
             writer = self._writer([seeds[number] for number in numbers], rows, stacks.schedule, start)
             try:
                 yield writer.after_step
@@ -226,28 +223,18 @@ class _Stacking:
 
     def _check_another(self, stacks: Stacks, seed: int) -> None:
         """Let the Trainer begin another seed: what was read off the reference may have been its seed's own."""
-        with tempfile.TemporaryDirectory() as directory:
-            recorder = copy.copy(self._recorder)
-            recorder.root, recorder.gradients, recorder.runs_to_fit = Path(directory), "none", 0
+
+        def fit(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
             pl.seed_everything(seed, workers=True, verbose=False)
-            try:
-                trainer, module, data = self._make()
-                trainer.loggers = [DummyLogger()]  # it is no training of which to keep a log
-                trainer.callbacks.extend([recorder, _OneStep()])  # type: ignore[attr-defined]
-                trainer.fit(module, data)
-                if trainer.interrupted:
-                    raise KeyboardInterrupt
-            except _OneStepTaken:
-                pass
-            except Exception as error:  # whatever the user's code does
-                raise CannotStackError(f"the training of seed {seed} fails at its start ({error!r})") from error
-            begun = Run(Path(directory) / run_name(seed))
-            first = Schedule.of(begun)
-            if any(getattr(stacks.schedule, part)[: begun.steps] != values for part, values in vars(first).items()):
-                raise CannotStackError("what the optimizer is told, or the size of the batches, depends on the seed")
-            if changes := differences(self._reference.manifest.comparable, begun.manifest.comparable):
+            trainer, module, data = self._make()
+            prepared(trainer).fit(module, data)
+            if trainer.interrupted:
+                raise KeyboardInterrupt
+
+        with begun(seed, fit) as run:
+            if changes := differences(self._reference.manifest.comparable, run.manifest.comparable):
                 raise CannotStackError(f"what is trained depends on the seed:\n{changes}")
-            stacks.check(begun)
+            stacks.check_another(run)
 
     def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
         """Make the run directories."""
@@ -299,19 +286,6 @@ def _loader(trainer: pl.Trainer, module: pl.LightningModule, data: Any, seed: in
     except Exception as error:  # whatever the user's code does
         raise CannotStackError(f"the data of seed {seed} cannot be had without a training ({error!r})") from error
     return loader
-
-
-class _OneStepTaken(Exception):  # noqa: N818 - nothing went wrong
-    """Ends a training that was only to be begun."""
-
-
-class _OneStep(pl.Callback):
-    """Ends a training after its first step."""
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.global_step:
-            raise _OneStepTaken
 
 
 def _maker(recorder: TrajectoryRecorder) -> Callable[[bool], TrajectoryRecorder]:

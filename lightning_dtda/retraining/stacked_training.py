@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
-from lightning_dtda.replay import Examples, FunctionalModule
+from lightning_dtda.replay import Examples
 from lightning_dtda.replay.drift import Comparison
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stacked_gradient import StackedGradient, Time
@@ -22,8 +23,10 @@ _CHUNK_BYTES = 64 * 2**20
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled: in
-single precision that of replays. Rounding stays far below, unless an input comes to lie on the other side of a kink,
-which in double precision next to none does."""
+single precision that of replays. Rounding stays far below, unless an input comes to lie on the other side of a kink."""
+
+_NEARBY = 32
+"""Trainings that begin within rounding of the reference, at least, of which one has to come out as recorded."""
 
 _REASONS = (
     "training_step depends on something that stacked trainings do not have, or hooks and callbacks change the training."
@@ -104,46 +107,37 @@ class Taken:
 class StackedTraining:
     """Trains stacks on one device.
 
-    The first rows of each stack are trainings that the Trainer did as well, and recorded. At each of their checkpoints
-    they are compared, and put back to what was recorded: so every stack is checked from its first step to its last, by
-    the very operations that train it, and rounding does not pile up.
+    The first row of each stack is a training that the Trainer did as well, and recorded. At each of its checkpoints it
+    is compared, and put back to what was recorded: so every stack is checked from its first step to its last, by the
+    very operations that train it, and rounding does not pile up.
 
     Args:
-        module: The module as functions.
         examples: The training examples, all of them.
-        references: Recorded trainings.
-        schedule: Of their steps.
+        reference: The recorded training.
+        schedule: Of its steps.
         gradient: Computes gradients.
         device: Where.
     """
 
     def __init__(
         self,
-        module: FunctionalModule,
         examples: Examples,
-        references: Sequence[Run],
+        reference: Run,
         schedule: Schedule,
         gradient: StackedGradient,
         device: torch.device,
     ) -> None:
-        self._module = module
         self._examples = examples
-        self._references = references
+        self._reference = reference
         self._schedule = schedule
         self._gradient = gradient
         self._device = device
-        first = references[0]
-        self._update, self._clipping, self._dtype = first.update, first.clipping, first.manifest.torch_dtype
-
-    @property
-    def traced(self) -> bool:
-        """Whether steps are those of a trace, in which the Trainer's clock stands still."""
-        return self._gradient.traced
+        self._update, self._clipping = reference.update, reference.clipping
 
     def train(
         self, start: Start, taken: Callable[[Taken], None] = lambda step: None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Train a stack whose first rows are the references.
+        """Train a stack whose first row is the reference.
 
         Args:
             start: What it begins with.
@@ -153,22 +147,31 @@ class StackedTraining:
             Trained parameters ``(runs, P)`` and buffers.
 
         Raises:
-            CannotStackError: If a reference does not come out as the Trainer had it.
+            CannotStackError: If the reference does not come out as the Trainer had it.
         """
-        theta, buffers, schedule = start.theta, start.buffers, self._schedule
-        states = self._update.initial_states(theta, schedule.hyperparameters[0])
+        theta, buffers = start.theta, start.buffers
+        states = self._update.initial_states(theta, self._schedule.hyperparameters[0])
         comparison = self._comparison()
-        checkpoints = set(self._references[0].checkpoint_steps)
-        begun, last = 0, theta[: len(self._references)].clone()
-        for step, batches in enumerate(self.batches(start.orders)):
+        begun, last = 0, theta[:1].clone()
+        for end in self._reference.checkpoint_steps[1:]:
+            for step in self._steps(begun, end, start.orders, theta, states, buffers):
+                theta, states = step.theta, step.states
+                if step.steps == end:
+                    last = self._check(comparison, begun, last, step, start)
+                taken(step)
+            begun = end
+        return theta, buffers
+
+    def _steps(
+        self, begin: int, end: int, orders: Tensor, theta: Tensor, states: list[State], buffers: dict[str, Tensor]
+    ) -> Iterator[Taken]:
+        """Take steps; what comes out of one may be changed in place before the next."""
+        for step, batches in enumerate(self.batches(orders, begin, end), begin):
             gradient = self.gradient(step, theta, buffers, batches)
             applied = self._clipping.apply(gradient)
-            theta, states = self._update.step(theta, states, applied, schedule.hyperparameters[step], step=step)
-            if step + 1 in checkpoints:
-                last = self._check(comparison, begun, step + 1, last, theta, states)
-                begun = step + 1
-            taken(Taken(step + 1, theta, states, applied, gradient))
-        return theta, buffers
+            hyperparameters = self._schedule.hyperparameters[step]
+            theta, states = self._update.step(theta, states, applied, hyperparameters, step=step)
+            yield Taken(step + 1, theta, states, applied, gradient)
 
     def gradient(
         self, step: int, theta: Tensor, buffers: dict[str, Tensor], batches: Sequence[Sequence[Tensor]]
@@ -181,17 +184,17 @@ class StackedTraining:
         divisor = self._schedule.divisors[step]
         return total if divisor == 1 else total / divisor
 
-    def batches(self, orders: Tensor) -> Iterator[list[list[Tensor]]]:
-        """Yield the micro-batches of each step, as their tensors, each ``(runs, B, ...)``."""
+    def batches(self, orders: Tensor, begin: int, end: int) -> Iterator[list[list[Tensor]]]:
+        """Yield the micro-batches of each step from one to another, as their tensors, each ``(runs, B, ...)``."""
         runs = len(orders)
         example = tree_flatten(self._examples.fetch(torch.zeros(1, dtype=torch.long)))[0]
         bytes_of = sum(leaf.numel() * leaf.element_size() for leaf in example) * runs
         chunk: list[tuple[int, ...]] = []
-        start = 0
-        for step, sizes in enumerate(self._schedule.sizes):
+        start = sum(map(sum, self._schedule.sizes[:begin]))
+        for step, sizes in enumerate(self._schedule.sizes[begin:end], begin):
             chunk.append(sizes)
             taken = sum(map(sum, chunk))
-            if step + 1 < len(self._schedule.sizes) and (taken + sum(sizes)) * bytes_of <= _CHUNK_BYTES:
+            if step + 1 < end and (taken + sum(sizes)) * bytes_of <= _CHUNK_BYTES:
                 continue
             flat_sizes = [size for of_step in chunk for size in of_step]
             # one batch after the other, each of them without gaps in memory
@@ -208,24 +211,49 @@ class StackedTraining:
             chunk = []
 
     def _comparison(self) -> Comparison:
-        names = [run.name for run in self._references]
-        precision = self._references[0].manifest.configuration["training"]["precision"]
-        tolerance = _TOLERANCE.get(self._dtype, _TOLERANCE[torch.float32])
-        return Comparison(names, precision, self._dtype, None, tolerance, self._dtype, self._device, _REASONS)
+        manifest = self._reference.manifest
+        precision, dtype = manifest.configuration["training"]["precision"], manifest.torch_dtype
+        tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.float32])
+        return Comparison([self._reference.name], precision, dtype, None, tolerance, dtype, self._device, _REASONS)
 
-    def _check(
-        self, comparison: Comparison, begun: int, step: int, last: Tensor, theta: Tensor, states: list[State]
-    ) -> Tensor:
-        """Compare the references with their records at a checkpoint, and put them back to it."""
-        rows = len(self._references)
-        checkpoints = [run.checkpoint(step) for run in self._references]
-        recorded = torch.stack([checkpoint.theta for checkpoint in checkpoints]).to(self._device)
+    def _check(self, comparison: Comparison, begun: int, last: Tensor, step: Taken, start: Start) -> Tensor:
+        """Compare the reference with its record at a checkpoint, and put it back to that."""
+        checkpoint = self._reference.checkpoint(step.steps)
+        recorded = checkpoint.theta.to(self._device)[None]
         try:
-            comparison.parameters(begun, step, last, theta[:rows], recorded)
+            comparison.parameters(begun, step.steps, last, step.theta[:1], recorded)
         except ReplayError as error:
-            raise CannotStackError(str(error)) from error
-        theta[:rows] = recorded
-        for group, state in enumerate(states):
+            if not self._is_rounding(comparison, begun, step.steps, recorded, start):
+                raise CannotStackError(str(error)) from error
+        step.theta[:1] = recorded
+        for state, of_record in zip(step.states, checkpoint.states, strict=True):
             for key, part in state.items():
-                part[:rows] = torch.stack([checkpoint.states[group][key] for checkpoint in checkpoints])
+                part[0] = of_record[key]
         return recorded
+
+    def _is_rounding(self, comparison: Comparison, begun: int, end: int, recorded: Tensor, start: Start) -> bool:
+        """Whether the reference comes out as recorded from a checkpoint whose last digits are others.
+
+        Rounding may put an input on the other side of a kink, from where on two trainings differ by more than rounding.
+        Of trainings that begin within rounding of the record, some then go the way that the Trainer went. Of a training
+        that is another one, for whatever reason, none does.
+        """
+        checkpoint, runs = self._reference.checkpoint(begun), len(start.theta)
+        exact = checkpoint.theta.to(self._device)
+        buffers = {name: buffer[:1].expand_as(buffer) for name, buffer in start.buffers.items()}
+        orders = start.orders[:1].expand_as(start.orders)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(math.ceil(_NEARBY / runs)):
+            # as many as are in a stack: another shape would be traced, and compiled, anew
+            digits = torch.rand(runs, len(exact), generator=generator, dtype=exact.dtype).to(self._device)
+            theta = exact * (1 + torch.finfo(exact.dtype).eps * (2 * digits - 1))
+            states = self._update.initial_states(theta, self._schedule.hyperparameters[0])
+            if begun:
+                for state, of_record in zip(states, checkpoint.states, strict=True):
+                    for key, part in state.items():
+                        part[:] = of_record[key]
+            for step in self._steps(begun, end, orders, theta, states, buffers):
+                theta = step.theta
+            if bool(comparison.reproduced(begun, end, exact[None], theta, recorded).any()):
+                return True
+        return False

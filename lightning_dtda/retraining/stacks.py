@@ -92,58 +92,58 @@ class Stacks:
     """Makes, checks and sizes stacks.
 
     Args:
-        references: Trainings by the Trainer, at least one; they are in every stack.
-        begin: Begins a training, without as many examples as the references.
+        reference: A training by the Trainer; it is in every stack.
+        begin: Begins a training, without as many examples as the reference.
         loader: The training DataLoader with all examples.
         device: Where to train.
 
     Raises:
-        CannotStackError: If the references show that these trainings cannot be stacked.
+        CannotStackError: If the reference shows that these trainings cannot be stacked.
     """
 
     def __init__(
         self,
-        references: Sequence[Reference],
+        reference: Reference,
         begin: Begin,
         loader: DataLoader[Any],
         device: torch.device | str,
     ) -> None:
-        self._references = references
+        self._reference = reference
         self.device = torch.device(device)
-        runs = [reference.run for reference in references]
-        first = runs[0].manifest
-        self.schedule = Schedule.of(runs[0])
-        if any(Schedule.of(run) != self.schedule for run in runs[1:]):
-            raise CannotStackError("the number of steps, or what the optimizer is told at them, depends on the seed")
-        for run in runs:
-            _refuse(run)
-        self._layout, self._dtype = first.layout, first.torch_dtype
-        self._is_cast = first.configuration["training"]["precision"] == "64-true"
+        run, manifest = reference.run, reference.run.manifest
+        _refuse(run)
+        self.schedule = Schedule.of(run)
+        self._layout, self._dtype = manifest.layout, manifest.torch_dtype
+        self._is_cast = manifest.configuration["training"]["precision"] == "64-true"
         self._examples = self.cast(Examples(loader.dataset, loader.collate_fn))
-        self._orders = BatchOrders(begin, runs[0])
-        self._of_references: dict[int, Drawn] = {}
-        for run in runs:
-            module, self._of_references[seed_of(run)] = self.check(run)
-        self.module = FunctionalModule(module, self._layout, first.evaluation_modules, device=self.device)
+        self._orders = BatchOrders(begin, run)
+        module, self._drawn = self._check(run)
+        self.module = FunctionalModule(module, self._layout, manifest.evaluation_modules, device=self.device)
         if self.module.statistics:
             raise CannotStackError(
                 f"BatchNorm keeps running statistics ({self.module.statistics[0]}), which stacks do not follow"
             )
 
-    @property
-    def own(self) -> slice:
-        """The rows of a stack that are no references."""
-        return slice(len(self._references), None)
-
     def cast(self, examples: Examples) -> Examples:
         """Return examples as the Trainer's precision makes batches of them, on the device."""
         return examples.to((torch.float32 if self._is_cast else self._dtype, self._dtype), self.device)
 
-    def check(self, run: Run) -> tuple[pl.LightningModule, Drawn]:
-        """Make sure that a training by the Trainer began, and went on, as its seed alone says; return with what.
+    def check_another(self, begun: Run) -> None:
+        """Make sure that another training is as the reference says: what was read off that may be its seed's own.
 
         Args:
-            run: Its record, which may end before the training did.
+            begun: The record of its first steps by the Trainer.
+
+        Raises:
+            CannotStackError: If it is not.
+        """
+        first = vars(Schedule.of(begun))
+        if any(getattr(self.schedule, part)[: begun.steps] != values for part, values in first.items()):
+            raise CannotStackError("what the optimizer is told, or the size of the batches, depends on the seed")
+        self._check(begun)
+
+    def _check(self, run: Run) -> tuple[pl.LightningModule, Drawn]:
+        """Make sure that a training by the Trainer began, and went on, as its seed alone says; return with what.
 
         Raises:
             CannotStackError: If it did not.
@@ -179,13 +179,13 @@ class Stacks:
             For each stack, the positions of its trainings, their trained parameters ``(trainings, P)`` and buffers.
 
         Raises:
-            CannotStackError: If a reference does not come out as the Trainer had it.
+            CannotStackError: If the reference does not come out as the Trainer had it.
         """
-        own = len(self._references)
         with kept_pages(self.device), torch.no_grad():
-            training = self._training()
-            size, seconds = self._fastest(training, own + min(len(trainings), largest), beside)
-            stacks = math.ceil(len(trainings) / max(size - own, 1))
+            gradient = self._gradient()
+            training = StackedTraining(self._examples, self._reference.run, self.schedule, gradient, self.device)
+            size, seconds = self._fastest(training, 1 + min(len(trainings), largest), beside)
+            stacks = math.ceil(len(trainings) / (size - 1))
             size = math.ceil(len(trainings) / stacks)
             ahead = stacks * len(self.schedule.sizes) * seconds
             compiles = ahead * _COMPILED_SHARE > _COMPILE_SECONDS if compile is None else compile
@@ -196,42 +196,34 @@ class Stacks:
                 human_seconds(ahead),
                 ", less what compiling will save" if compiles else "",
             )
-            if compiles:
-                training = self._training(compiled=True)
+            gradient.compiled = compiles
             for begin in range(0, len(trainings), size):
                 stack = list(trainings[begin : begin + size])
                 numbers = range(begin, begin + len(stack))
                 # the last one as large as the others: another shape would be traced, and compiled, anew
                 filled = stack + [stack[-1]] * (size - len(stack))
-                start = self._start([*(reference.training for reference in self._references), *filled])
+                start = self._start([self._reference.training, *filled])
                 try:
                     with watched(numbers, start) as taken:
                         theta, held = training.train(start, taken)
                 except CannotStackError as error:
-                    if not training.traced:
+                    if not gradient.traced:
                         raise
                     # constants of the trace may be what differs: what depends on the clock at some times only
                     _log.info("Stacking without a trace: %s", error.reason)
-                    training = self._training(traced=False)
+                    gradient.traced = False
                     with watched(numbers, start) as taken:
                         theta, held = training.train(start, taken)
-                rows = slice(own, own + len(stack))
+                rows = slice(1, 1 + len(stack))
                 yield numbers, theta[rows], {name: buffer[rows] for name, buffer in held.items()}
 
-    def _training(self, traced: bool = True, compiled: bool = False) -> StackedTraining:
+    def _gradient(self) -> StackedGradient:
         structure = tree_flatten(self._examples.fetch(torch.zeros(1, dtype=torch.long)))[1]
-        return StackedTraining(
-            self.module,
-            self._examples,
-            [reference.run for reference in self._references],
-            self.schedule,
-            StackedGradient(self.module, structure, self.schedule.times, traced, compiled),
-            self.device,
-        )
+        return StackedGradient(self.module, structure, self.schedule.times)
 
     def _start(self, trainings: Sequence[Training]) -> Start:
         """Return what a stack of trainings begins with."""
-        drawn = dict(self._of_references)  # one seed is there for several subsets
+        drawn = {self._reference.training.seed: self._drawn}  # one seed is there for several subsets
         for training in trainings:
             if training.seed not in drawn:
                 drawn[training.seed] = self._draw(training.seed)[1]
@@ -244,23 +236,23 @@ class Stacks:
 
     def _fastest(self, training: StackedTraining, trainings: int, beside: Footprint) -> tuple[int, float]:
         """Return how many trainings at once are fastest for each, of those that fit, and the seconds of a step."""
-        one, own = self._start([self._references[0].training]), len(self._references)
-        batches = next(training.batches(one.orders))
+        one = self._start([self._reference.training])
+        batches = next(training.batches(one.orders, 0, 1))
 
         def step() -> Tensor:
             return training.gradient(0, one.theta, one.buffers, batches)
 
         step()  # what is made once, and kept, does not count
         most = min(trainings, fitting(peak_memory(step, self.device), one.theta, self.device, beside))
-        if most <= own:
+        if most <= 1:
             raise CannotStackError("there is not enough memory for several trainings at once")
-        size = min(max(_FIRST_SIZE, own + 1), most)
+        size = min(_FIRST_SIZE, most)
         cost, seconds = self._timed(training, one, size)
         while size < most:
             larger = min(2 * size, most)
             cost_of_larger, seconds_of_larger = self._timed(training, one, larger)
-            # the references are in every stack
-            if cost_of_larger / (larger - own) > _GAIN * cost / (size - own):
+            # the reference is in every stack
+            if cost_of_larger / (larger - 1) > _GAIN * cost / (size - 1):
                 break
             size, cost, seconds = larger, cost_of_larger, seconds_of_larger
         return size, seconds
@@ -272,7 +264,7 @@ class Stacks:
         """
         theta = one.theta.expand(size, -1).clone()
         held = {name: buffer.expand(size, *buffer.shape[1:]).clone() for name, buffer in one.buffers.items()}
-        batches = next(training.batches(one.orders.expand(size, -1)))
+        batches = next(training.batches(one.orders.expand(size, -1), 0, 1))
         on_cuda = self.device.type == "cuda"
         times = []
         for _ in range(_TIMED + 1):
@@ -305,6 +297,12 @@ def _refuse(run: Run) -> None:
     Raises:
         CannotStackError: Naming it.
     """
+    planned = run.manifest.planned_steps
+    if planned is not None and run.steps < planned:
+        raise CannotStackError(
+            f"the training of seed {seed_of(run)} ended after {run.steps} of {planned} steps: what ended it may end "
+            "each training at another step"
+        )
     if any(part.rng_states for step in range(run.steps) for part in run.micro_batches(step)):
         raise CannotStackError("training_step draws random numbers (dropout?), which differ for each training")
     begun, ended = run.checkpoint(0).buffers, run.checkpoint(run.steps).buffers

@@ -9,7 +9,17 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dtda import retrain
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.retraining import StackedEngine, random_subsets
-from tests.retraining.tasks import BATCH, EXAMPLES, Regressor, by_hand, examples, make_trainer, queries, training_loader
+from tests.retraining.tasks import (
+    BATCH,
+    EXAMPLES,
+    STEPS,
+    Regressor,
+    by_hand,
+    examples,
+    make_trainer,
+    queries,
+    training_loader,
+)
 from tests.retraining.test_trainer_engine import Data
 
 SUBSETS = [[2, 11], [5, 0], [5]]
@@ -151,7 +161,7 @@ def test_more_trainings_than_fit_are_done_in_several_stacks(monkeypatch):
 
 
 def test_trainings_that_do_not_fit_memory_are_left_to_the_trainer(monkeypatch):
-    monkeypatch.setattr("lightning_dtda.retraining.stacks.fitting", lambda *_: 2)
+    monkeypatch.setattr("lightning_dtda.retraining.stacks.fitting", lambda *_: 1)
     with pytest.raises(RetrainingError, match="not enough memory for several trainings at once"):
         retrained()
     assert torch.equal(retrained(engine="auto").measurements, retrained(engine="trainer").measurements)
@@ -224,18 +234,26 @@ class Normalised(Regressor):
         return (self(batch[0]) - batch[1]) ** 2
 
 
+class Satisfied(pl.Callback):
+    """Ends a training early, as it finds."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.should_stop = trainer.global_step == STEPS - 1
+
+
 @pytest.mark.parametrize(
     ("module", "trainer", "reason"),
     [
         (Dropping, {}, "draws random numbers"),
         (Plateau, {}, "ReduceLROnPlateau gives each training other learning rates"),
-        (Lucky, {}, "what the optimizer is told at them, depends on the seed"),
+        (Lucky, {}, "what the optimizer is told, or the size of the batches, depends on the seed"),
         (Branching, {}, "cannot be differentiated for several trainings at once"),
         (Reset, {}, "initial parameters are not those that the module is made with"),
         (Counting, {}, "buffers change in training, which stacks do not follow: seen"),
         (Normalised, {}, "buffers change in training.*running_mean"),
         (Regressor, {"callbacks": [Noise()]}, r"not reproduced between step 0 and step \d"),
         (Regressor, {"callbacks": [EarlyStopping("loss")]}, "EarlyStopping ends each training at another step"),
+        (Regressor, {"callbacks": [Satisfied()]}, "ended after 6 of 7 steps: what ended it may end each training"),
         (Regressor, {"precision": "bf16-mixed"}, "precision='bf16-mixed'"),
         (Regressor, {"max_time": {"hours": 1}}, "a limit of time .* ends each training at another step"),
     ],

@@ -366,7 +366,7 @@ def data_with_noise():
     ("make", "reason"),
     [
         (maker(Dropping), "draws random numbers"),
-        (maker(Lucky), "what the optimizer is told, or the size of the batches, depends on the seed"),
+        (maker(Lucky), r"what is trained depends on the seed:\n  hyperparameters.lr: \["),
         (maker(Branching), "cannot be differentiated for several trainings at once"),
         (maker(Reset), "initial parameters are not those that the module is made with"),
         (maker(Counting), "buffers change in training, which stacks do not follow: seen"),
