@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.trajectory import Run
@@ -29,10 +29,12 @@ class Epoch:
 
     Args:
         batches: Number of batches that were trained on.
+        examples: Number of examples in them.
         draws: 64-bit random numbers that are drawn before the sampler begins.
     """
 
     batches: int
+    examples: int
     draws: int
 
 
@@ -60,7 +62,7 @@ class BatchOrders:
             before = generator.get_state()
             for draws in (1, *range(_MOST_DRAWS + 1)):  # the usual first
                 generator.set_state(before)
-                epoch = Epoch(len(batches), draws)
+                epoch = Epoch(len(batches), len(order), draws)
                 if torch.equal(_order(loader, generator, epoch), order):
                     self._epochs.append(epoch)
                     break
@@ -97,8 +99,25 @@ def _order(loader: DataLoader[Any], generator: torch.Generator, epoch: Epoch) ->
     """Go through an epoch as a DataLoader's iterator does, and return its order."""
     for _ in range(epoch.draws):
         torch.empty((), dtype=torch.int64).random_(generator=generator)
+    if (whole := _permutation(loader)) is not None:
+        return whole[: epoch.examples]
     batches: Any = islice(iter(loader.batch_sampler), epoch.batches)  # type: ignore[arg-type]
     return torch.from_numpy(np.fromiter(chain.from_iterable(batches), np.int64))
+
+
+def _permutation(loader: DataLoader[Any]) -> Tensor | None:
+    """Return what ``RandomSampler`` goes through, in a fraction of the time that this takes; ``None`` for others."""
+    sampler: Any = loader.sampler
+    plain = type(loader.batch_sampler) is BatchSampler and loader.batch_sampler.sampler is sampler
+    if not plain or type(sampler) is not RandomSampler or sampler.replacement:
+        return None
+    length = len(sampler.data_source)
+    # a generator of its own goes on from epoch to epoch, by what the sampler draws at its end too
+    if sampler.generator is not None or sampler.num_samples != length:
+        return None
+    generator = torch.Generator()
+    generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+    return torch.randperm(length, generator=generator)
 
 
 def _recorded(run: Run) -> list[list[Tensor]]:

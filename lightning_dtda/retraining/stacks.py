@@ -29,7 +29,7 @@ from lightning_dtda.units import human_seconds
 
 _log = logging.getLogger(__name__)
 
-_FIRST_SIZE = 32
+_FIRST_SIZE = 64
 """Trainings at once with which the search for the fastest number begins; it doubles them."""
 
 _GAIN = 0.95
@@ -190,7 +190,7 @@ class Stacks:
             ahead = stacks * len(self.schedule.sizes) * seconds
             compiles = ahead * _COMPILED_SHARE > _COMPILE_SECONDS if compile is None else compile
             _log.info(
-                "Stacking %d trainings, %d at a time: about %s%s.",
+                "Stacking %d more, %d at a time: about %s%s.",
                 len(trainings),
                 size,
                 human_seconds(ahead),
