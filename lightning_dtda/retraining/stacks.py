@@ -29,7 +29,7 @@ from lightning_dtda.units import human_seconds
 
 _log = logging.getLogger(__name__)
 
-_FIRST_SIZE = 64
+_FIRST_SIZE = 128
 """Trainings at once with which the search for the fastest number begins; it doubles them."""
 
 _GAIN = 0.95
