@@ -46,18 +46,45 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning_dtda").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as directory:
+        first, repeats = measure(options, Path(directory))
+    ratios = {
+        name: {
+            clock: statistics.median(times["trainer"][clock] / times[name][clock] for times in repeats)
+            for clock in ("wall", "cpu")
+        }
+        for name in ("stacked", "compiled", "by hand")
+    }
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio['wall']:.1f} times as fast as the Trainer, {ratio['cpu']:.1f} by CPU time")
+    if options.output:
+        content = {
+            "seeds": options.seeds,
+            "threads": options.threads,
+            "seconds for a training": repeats,
+            "ratios": ratios,
+            "seconds of the first compiled call": first,
+        }
+        options.output.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def measure(options: argparse.Namespace, directory: Path) -> tuple[dict[str, float], list[dict[str, dict[str, float]]]]:
+    """Return the seconds for a training in the first compiled call, and of all variants in each repeat."""
     data = concrete(options.data)
     removed = removals(len(data.train))[0]
     kept = torch.ones(len(data.train), dtype=torch.bool)
     kept[removed] = False
 
+    begun = directory / "begun"
+
     def timed(function: Callable[[Path], object], trainings: int) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as directory:
-            output = Path(directory) / "truth"
-            shutil.copytree(begun, output)
-            wall, cpu = time.perf_counter(), time.process_time()
-            function(output)
-            return {"wall": (time.perf_counter() - wall) / trainings, "cpu": (time.process_time() - cpu) / trainings}
+        output = directory / "truth"
+        shutil.copytree(begun, output)
+        wall, cpu = time.perf_counter(), time.process_time()
+        function(output)
+        seconds = {"wall": (time.perf_counter() - wall) / trainings, "cpu": (time.process_time() - cpu) / trainings}
+        shutil.rmtree(output)
+        return seconds
 
     def train(engine: Engine, seeds: Sequence[int], output: Path) -> None:
         retrain(
@@ -75,7 +102,6 @@ def main() -> None:
         )
 
     few, many = range(1, 1 + options.trained), range(1, 1 + options.seeds)
-    begun = Path(tempfile.mkdtemp()) / "truth"
     train(TrainerEngine(), [0], begun)
     left = kept.nonzero()[:, 0]
     variants: dict[str, tuple[Callable[[Path], object], int]] = {
@@ -93,24 +119,7 @@ def main() -> None:
         times = {name: timed(*variants[name]) for name in order}
         repeats.append(times)
         print({name: f"{1e3 * times[name]['cpu']:.1f} ms of CPU time" for name in names}, flush=True)
-    ratios = {
-        name: {
-            clock: statistics.median(times["trainer"][clock] / times[name][clock] for times in repeats)
-            for clock in ("wall", "cpu")
-        }
-        for name in names[1:]
-    }
-    for name, ratio in ratios.items():
-        print(f"{name}: {ratio['wall']:.1f} times as fast as the Trainer, {ratio['cpu']:.1f} by CPU time")
-    if options.output:
-        content = {
-            "seeds": options.seeds,
-            "threads": options.threads,
-            "seconds for a training": repeats,
-            "ratios": ratios,
-            "seconds of the first compiled call": first,
-        }
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+    return first, repeats
 
 
 if __name__ == "__main__":

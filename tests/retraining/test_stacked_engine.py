@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_dtda import retrain
 from lightning_dtda.errors import RetrainingError
@@ -148,6 +148,12 @@ def test_engines_agree_on_a_loader_with_a_generator_of_its_own(dropping):
 
     truth, trained = retrained(data=loader()), retrained(data=loader(), engine="trainer")
     torch.testing.assert_close(truth.measurements, trained.measurements, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("arguments", [{"replacement": True}, {"num_samples": 7}, {"num_samples": 30}])
+def test_engines_agree_on_samplers_that_are_no_permutation(arguments):
+    dataset = examples()
+    assert_engines_agree(data=DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, **arguments)))
 
 
 def test_stacks_are_a_plain_loop_over_the_smaller_data_set():
