@@ -37,7 +37,7 @@ Each size is traced, which takes as long as dozens of steps. On the CPU, a train
 0.71 ms."""
 
 _GAIN = 0.95
-"""That many more at once are worth the memory if each then takes less than this share of the time."""
+"""That many more at once are worth the memory if all together then take less than this share of the time."""
 
 _TIMED = 5
 """Steps that are timed, of which the fastest counts."""
@@ -188,7 +188,7 @@ class Stacks:
         with kept_pages(self.device), torch.no_grad():
             gradient = self._gradient()
             training = StackedTraining(self._examples, self._reference.run, self.schedule, gradient, self.device)
-            size, seconds = self._fastest(training, gradient, 1 + min(len(trainings), largest), beside)
+            size, seconds = self._fastest(training, gradient, len(trainings), largest, beside)
             stacks = math.ceil(len(trainings) / (size - 1))
             size = math.ceil(len(trainings) / stacks)
             ahead = stacks * len(self.schedule.sizes) * seconds
@@ -239,9 +239,9 @@ class Stacks:
         return Start(torch.stack([one.theta for one in of_each]).to(self.device), stacked, torch.stack(orders))
 
     def _fastest(
-        self, training: StackedTraining, gradient: StackedGradient, trainings: int, beside: Footprint
+        self, training: StackedTraining, gradient: StackedGradient, trainings: int, largest: int, beside: Footprint
     ) -> tuple[int, float]:
-        """Return how many trainings at once are fastest for each, of those that fit, and the seconds of a step."""
+        """Return how many at once, with the reference, are fastest for all, of those that fit, and a step's seconds."""
         one = self._start([self._reference.training])
         batches = next(training.batches(one.orders, 0, 1))
 
@@ -250,17 +250,20 @@ class Stacks:
 
         gradient.traced = False  # it takes no less memory, and a trace is for one number of trainings
         step()  # what is made once, and kept, does not count
-        most = min(trainings, fitting(peak_memory(step, self.device), one.theta, self.device, beside))
+        most = min(1 + min(trainings, largest), fitting(peak_memory(step, self.device), one.theta, self.device, beside))
         gradient.traced = True
         if most <= 1:
             raise CannotStackError("there is not enough memory for several trainings at once")
+
+        def of_all(size: int, cost: float) -> float:
+            return math.ceil(trainings / (size - 1)) * cost  # the reference is in every stack
+
         size = min(_FIRST_SIZE, most)
         cost, seconds = self._timed(training, one, size)
         while size < most:
             larger = min(_GROWTH * size, most)
             cost_of_larger, seconds_of_larger = self._timed(training, one, larger)
-            # the reference is in every stack
-            if cost_of_larger / (larger - 1) > _GAIN * cost / (size - 1):
+            if of_all(larger, cost_of_larger) > _GAIN * of_all(size, cost):
                 break
             size, cost, seconds = larger, cost_of_larger, seconds_of_larger
         return size, seconds
