@@ -30,6 +30,12 @@ OPTIMIZERS = {
     "AdamW": lambda parameters: torch.optim.AdamW(parameters),
     "RMSprop": lambda parameters: torch.optim.RMSprop(parameters, lr=1e-3),
     "Adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2),
+    "NAdam": lambda parameters: torch.optim.NAdam(parameters),
+    "RAdam": lambda parameters: torch.optim.RAdam(parameters),
+    "Adamax": lambda parameters: torch.optim.Adamax(parameters),
+    "Adadelta": lambda parameters: torch.optim.Adadelta(parameters),
+    "ASGD": lambda parameters: torch.optim.ASGD(parameters),
+    "Adafactor": lambda parameters: torch.optim.Adafactor(parameters),
 }
 
 

@@ -51,11 +51,3 @@ class WeightedRegressor(pl.LightningModule):
 
     def configure_optimizers(self):
         return self.optimizer(self)
-
-
-class CoupledRegressor(WeightedRegressor):
-    """Has losses of its own, those of examples in their batch: for networks with BatchNorm."""
-
-    def example_losses(self, batch):
-        inputs, targets, weights = batch
-        return weights * (self(inputs) - targets) ** 2

@@ -27,6 +27,7 @@ from lightning_dtda.attribution.engines import Engine, EngineName
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
 from lightning_dtda.attribution.trust import chaotic, sizes
 from lightning_dtda.cluster import RayCluster
+from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
     Estimate,
@@ -40,6 +41,7 @@ from lightning_dtda.estimators import (
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.replay import (
+    Draws,
     Measurement,
     dataset_fingerprint,
     query_examples,
@@ -47,6 +49,7 @@ from lightning_dtda.replay import (
     resolve_measurement,
     training_examples,
 )
+from lightning_dtda.replay.measured import is_random
 from lightning_dtda.trajectory import Ensemble, Run
 from lightning_dtda.units import human_bytes, human_seconds
 from lightning_dtda.version import __version__
@@ -66,6 +69,8 @@ def attribute(
     overwrite: bool = False,
     removals: Any = LEAVE_ONE_OUT,
     step: int | None = None,
+    measurement_draws: int = Draws.number,
+    measurement_seed: int = Draws.seed,
     device: torch.device | str | None = None,
     jobs: int = 1,
     engine: EngineName | RayCluster = "local",
@@ -93,6 +98,9 @@ def attribute(
             such; a label for each example, one group for each label; or ``"column:KEY"``, where KEY is the position or
             the key of the labels in the data set's items.
         step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
+        measurement_draws: Where the measurement draws random numbers (the denoising loss of a diffusion model, a VAE's),
+            how many draws it is the mean of; the same ones for every run.
+        measurement_seed: Of these draws.
         device: Where to compute; ``None`` is the module's own device.
         jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.
         engine: ``"local"``, this machine; or ``"ray"``, the CPUs of a Ray cluster, or a
@@ -111,7 +119,16 @@ def attribute(
     """
     estimator, where = UnrolledDifferentiation() if estimator is None else estimator, Engine.of(engine, jobs)
     question, about, names = _ask(
-        ensemble, module, data, queries, measurement, estimator, removals=removals, step=step, device=device
+        ensemble,
+        module,
+        data,
+        queries,
+        measurement,
+        estimator,
+        removals=removals,
+        step=step,
+        device=device,
+        draws=Draws(measurement_draws, measurement_seed),
     )
     name = about["measurement"]
     if output is not None:
@@ -157,6 +174,8 @@ def attribute_dampings(
     measurement: str | Measurement = "loss",
     removals: Any = LEAVE_ONE_OUT,
     step: int | None = None,
+    measurement_draws: int = Draws.number,
+    measurement_seed: int = Draws.seed,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[Damping, Attribution]:
@@ -172,6 +191,8 @@ def attribute_dampings(
         measurement: The measurement.
         removals: What is removed.
         step: The step whose parameters are measured.
+        measurement_draws: Of a measurement that draws random numbers.
+        measurement_seed: Of the draws.
         device: Where to compute.
         progress: Whether to show a progress bar and the plan.
 
@@ -190,7 +211,16 @@ def attribute_dampings(
     for damping in dampings:
         check_damping(damping)
     question, about, names = _ask(
-        ensemble, module, data, queries, measurement, estimator, removals=removals, step=step, device=device
+        ensemble,
+        module,
+        data,
+        queries,
+        measurement,
+        estimator,
+        removals=removals,
+        step=step,
+        device=device,
+        draws=Draws(measurement_draws, measurement_seed),
     )
     runs = list(ensemble)
     plan = estimator.plan(runs, question)
@@ -220,28 +250,34 @@ def _ask(
     removals: Any,
     step: int | None,
     device: torch.device | str | None,
+    draws: Draws,
 ) -> tuple[Question, dict[str, Any], tuple[int, ...]]:
     """Return the question, what an answer's ``about`` says of it, and the names of the queries."""
     for value, kind, example in (
-        (ensemble, Ensemble, 'Ensemble.open("runs/mine")'),
-        (module, LightningModule, "MyModule()"),
-        (estimator, Estimator, "UnrolledDifferentiation()"),
+        (ensemble, (Ensemble,), 'Ensemble.open("runs/mine")'),
+        (module, kinds("LightningModule"), "MyModule()"),
+        (estimator, (Estimator,), "UnrolledDifferentiation()"),
     ):
         if not isinstance(value, kind):
-            raise AttributionError(f"{value!r} is no {kind.__name__}. Give {example}, say.")
+            raise AttributionError(f"{value!r} is no {kind[0].__name__}. Give {example}, say.")
     name, function = resolve_measurement(measurement)
     examples = training_examples(data)
+    examples.refuse_changes(ensemble[0])  # before anything is computed, and before other processes get them
     question = Question(
         module=module,
         examples=examples,
-        queries=query_examples(queries),
+        queries=query_examples(queries, examples),
         measurement=function,
         device=usable_device(module.device if device is None else device),
         removals=resolve_removals(removals, examples),
         step=_usable_step(step, ensemble),
+        draws=draws,
     )
+    replay = question.replay([ensemble[0]])
+    draws_numbers = is_random(replay.eager, question.queries, function, replay.time(replay.steps))
     about = {
         "measurement": name,
+        "draws": asdict(draws) if draws_numbers else None,
         "estimator": estimator.settings(),
         "removal": "reweight",
         "removals": question.removals.content(),

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor
-from torch.func import vmap
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attributing import attribute
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import UnrolledDifferentiation
-from lightning_dtda.replay import Measurement, Replay, query_examples, resolve_measurement, training_examples
-from lightning_dtda.trajectory import Ensemble
-
-_STEP = 1e-6
-"""Change of a weight in the finite difference: below the linear range of trainings with Adam, far above what double
-precision rounds to."""
+from lightning_dtda.estimators.diagnosis import weight_step
+from lightning_dtda.replay import Draws, Measurement, Replay, query_examples, resolve_measurement, training_examples
+from lightning_dtda.replay.measured import measured
+from lightning_dtda.trajectory import Ensemble, Run
 
 _AGREEMENT = 0.05
 """Relative error of responses against finite differences from which they are not those of the training. The replay in
@@ -127,15 +123,16 @@ def check(
     chosen = responses.abs().amax(0).argsort(descending=True)[:examples]
     ones = torch.ones(responses.shape[1], dtype=torch.float64)
     unit = torch.eye(len(ones), dtype=torch.float64)
-    moved = [ones + sign * _STEP * unit[n] for n in chosen for sign in (1, -1)]
+    change = weight_step(ensemble[0])
+    moved = [ones + sign * change * unit[n] for n in chosen for sign in (1, -1)]
     lowered = _half_of_some(len(ones))
     weights = torch.stack([*moved, ones, ones - lowered, ones - 2 * lowered])
     thetas, measured = _retrained(ensemble, module, data, weights, queries, measurement, device)
     pairs = measured[: len(moved)].reshape(len(chosen), 2, -1)
-    differences = -(pairs[:, 0] - pairs[:, 1]).T / (2 * _STEP)
+    differences = -(pairs[:, 0] - pairs[:, 1]).T / (2 * change)
     findings = [
         _replay(all_runs),
-        _finite_differences(responses[:, chosen], differences, ensemble[0].name),
+        _finite_differences(responses[:, chosen], differences, ensemble[0]),
         _conditioning(all_runs),
         _chaos(all_runs),
     ]
@@ -152,16 +149,17 @@ def _replay(attribution: Attribution) -> Finding:
     return Finding("replay", True, figure, "The runs are computed again step by step, up to rounding.")
 
 
-def _finite_differences(responses: Tensor, differences: Tensor, run: str) -> Finding:
+def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Finding:
     scale = responses.abs().max().clamp_min(torch.finfo(responses.dtype).tiny)
     distance = float((differences - responses).abs().max() / scale)
     queries, examples = responses.shape
+    passed = distance < _AGREEMENT + run.update.update.rounding
     return Finding(
         "finite differences",
-        distance < _AGREEMENT,
-        f"relative error {distance:.1e} over {examples} examples and {queries} queries of {run}",
+        passed,
+        f"relative error {distance:.1e} over {examples} examples and {queries} queries of {run.name}",
         "Responses are the derivatives of this training."
-        if distance < _AGREEMENT
+        if passed
         else "Responses are not the derivatives of retraining. Either the training has kinks within a millionth of a "
         "weight, or it does something that lightning-dtda misses: please report it.",
     )
@@ -251,13 +249,19 @@ def _retrained(
     Returns:
         Parameters ``(K, P)`` and measured values ``(K, queries)``.
     """
-    replay = Replay([ensemble[0]] * len(weights), module, training_examples(data), precision="float64", device=device)
+    examples = training_examples(data)
+    replay = Replay([ensemble[0]] * len(weights), module, examples, precision="float64", device=device)
     theta, buffers = replay.retrain(weights.to(replay.device))
-    batch = query_examples(queries).to((replay.recorded_dtype, replay.dtype), replay.device).all()
-    _, function = resolve_measurement(measurement)
-
-    def measure(theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-        return replay.module.measure(theta, buffers, batch, function)
-
-    of_all: Callable[..., Tensor] = vmap(measure)
-    return theta, of_all(theta, buffers).detach()
+    asked = query_examples(queries, examples)
+    values, _, _ = measured(
+        replay.eager,
+        theta,
+        buffers,
+        asked,
+        range(len(asked)),
+        resolve_measurement(measurement)[1],
+        [f"a retraining of {ensemble[0].path}"] * len(weights),
+        replay.time(replay.steps),
+        Draws(),
+    )
+    return theta, values

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.replay import Precision, Replay, shape_key
+from lightning_dtda.replay import Draws, Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
@@ -42,7 +43,8 @@ class AtCheckpoints:
 
     precision: Precision
     memory_budget: float
-    _chunks: dict[tuple[str, int], int] = field(default_factory=dict, repr=False)
+    _chunks: dict[str, int] = field(default_factory=dict, repr=False)
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.precision not in ("recorded", "float64"):
@@ -65,8 +67,9 @@ class AtCheckpoints:
             AttributionError: If not even one query fits.
         """
         self._chunks.clear()
+        self._kept.clear()
         budget = self.memory_budget * GIB
-        objective = self.objective(self.replay(runs[:1], question), question.step)
+        objective = self.objective(self.replay(runs[:1], question), question.step, draws=question.draws)
         each = vectors * objective.size * objective.theta.itemsize
         chunk = min(len(question.queries), int(budget / 2 / each))
         if chunk < 1:
@@ -114,6 +117,10 @@ class AtCheckpoints:
         versions = zip(*(responses for _, responses in answers), strict=True)
         return [Estimate(baselines, torch.stack(responses), drift) for responses in versions]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # what is kept is of this process
+        return {"precision": self.precision, "memory_budget": self.memory_budget, "_chunks": {}, "_kept": {}}
+
     def objective(
         self,
         replay: Replay,
@@ -121,11 +128,14 @@ class AtCheckpoints:
         share: float = _SHARE,
         scale: Tensor | None = None,
         decay: Tensor | None = None,
+        draws: Draws | None = None,
     ) -> Objective:
         """Return the training objective of a run at a step, whose work gets a share of the memory."""
         memory = self.memory_budget * GIB * share
-        return Objective(replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay)
+        return Objective(
+            replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay, draws=draws, kept=self._kept
+        )
 
     def replay(self, runs: Sequence[Run], question: Question) -> Replay:
         """Stack the runs."""
-        return Replay(runs, question.module, question.examples, precision=self.precision, device=question.device)
+        return question.replay(runs, self.precision)

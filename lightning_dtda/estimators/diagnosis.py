@@ -17,6 +17,14 @@ _STEP = 1e-6
 """Change of the weights in the finite difference: below the linear range of trainings with Adam, far above what double
 precision rounds to."""
 
+_COARSE_STEP = 0.3
+"""The same where the optimizer itself rounds (Muon, to bfloat16), so that smaller changes tell nothing."""
+
+
+def weight_step(run: Run) -> float:
+    """Return the change of a weight that finite differences of a run are taken with."""
+    return _COARSE_STEP if run.update.update.rounding else _STEP
+
 
 def diagnose(
     runs: Sequence[Run], make: Callable[[Sequence[Run], Precision], Replay], end: int | None = None
@@ -73,17 +81,15 @@ def _responses(replay: Replay, segment: tuple[int, int]) -> Tensor:
     """Return the responses of the parameters along u ``(runs, examples)``."""
     adjoint = _random(replay, replay.layout.size, seed=0)[:, None]
     responses = adjoint.new_zeros(len(adjoint), 1, len(replay.examples))
-    statistics = replay.statistics(replay.buffers(segment[1]))
-    no_statistics = {name: torch.zeros_like(part).unsqueeze(1) for name, part in statistics.items()}
-    unroll(replay, segment, responses, adjoint, no_state_cotangents(replay, adjoint), no_statistics)
+    unroll(replay, segment, responses, adjoint, no_state_cotangents(replay, adjoint), replay.no_statistics(adjoint))
     return responses[:, 0]
 
 
 def _difference(replay: Replay, segment: tuple[int, int], weights: Tensor) -> Tensor:
     """Return the change of the parameters along u ``(runs,)`` per change of the weights ``(runs, examples)``."""
-    direction = _random(replay, replay.layout.size, seed=0)
-    ends = [replay.retrain(1 + sign * _STEP * weights, *segment)[0] for sign in (1, -1)]
-    return ((ends[0] - ends[1]) * direction).sum(1) / (2 * _STEP)
+    direction, change = _random(replay, replay.layout.size, seed=0), weight_step(replay.runs[0])
+    ends = [replay.retrain(1 + sign * change * weights, *segment, averaged=False)[0] for sign in (1, -1)]
+    return ((ends[0] - ends[1]) * direction).sum(1) / (2 * change)
 
 
 def _random(replay: Replay, size: int, seed: int) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,11 +13,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_dtda.estimators.removals import Removals
-from lightning_dtda.replay import Drift, Examples, Measurement
+from lightning_dtda.replay import Draws, Drift, Examples, Measurement, Precision, Replay
 from lightning_dtda.trajectory import Run
 
 Advance = Callable[[float], None]
 """Told, as work goes on, how many steps of runs were done since the last call (R steps for a step of R runs)."""
+
+
+class _Kept(dict[Any, Replay]):
+    """Replays that a process keeps; none of them goes with the question to another one."""
+
+    def __reduce__(self) -> Any:
+        return _Kept, ()
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Question:
         device: Where to compute.
         removals: The K removals of training examples.
         step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
+        draws: Of a measurement that draws random numbers.
     """
 
     module: LightningModule
@@ -40,6 +49,23 @@ class Question:
     device: torch.device
     removals: Removals
     step: int | None = None
+    draws: Draws = field(default_factory=Draws)
+    _replays: _Kept = field(default_factory=lambda: _Kept(), compare=False, repr=False)
+
+    def replay(self, runs: Sequence[Run], precision: Precision = "recorded", tolerance: float = 1e-3) -> Replay:
+        """Return the replay of some runs; all of a precision share one copy of the module, and what it takes long to make.
+
+        Args:
+            runs: Runs of equal shape.
+            precision: As for :class:`~lightning_dtda.replay.Replay`.
+            tolerance: As there.
+        """
+        kept = self._replays.get((precision, tolerance))
+        if kept is not None:
+            return kept.of(runs)
+        replay = Replay(runs, self.module, self.examples, precision=precision, device=self.device, tolerance=tolerance)
+        self._replays[precision, tolerance] = replay
+        return replay
 
     def end(self, steps: int) -> int:
         """Return the step that is measured of a run of so many."""
@@ -56,6 +82,8 @@ class Plan:
         memory: Peak memory in bytes.
         seconds: Time that all of it will take.
         removals_per_chunk: Removals that are worked on together, where an estimator works removal by removal.
+        stacked: Whether runs and directions are computed at once, not one by one.
+        held: How many steps of a run may be held in memory at once.
     """
 
     batches: tuple[tuple[Run, ...], ...]
@@ -63,6 +91,8 @@ class Plan:
     memory: int
     seconds: float
     removals_per_chunk: int | None = None
+    stacked: bool = False
+    held: float = math.inf
 
 
 @dataclass(frozen=True)

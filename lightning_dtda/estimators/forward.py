@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
-from lightning_dtda.estimators.estimator import Advance
-from lightning_dtda.estimators.measuring import places
-from lightning_dtda.estimators.memory import kept_pages, peak_memory
-from lightning_dtda.replay import Examples, Measurement, Position, Replay, Tangents
-from lightning_dtda.replay.measured import measured
+from lightning_dtda.estimators.estimator import Advance, Question
+from lightning_dtda.estimators.measuring import measure_at
+from lightning_dtda.replay import Position, Replay, Tangents
 from lightning_dtda.replay.tangents import changes
-
-_TIMED_STEPS = 4
-"""Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
 
 def forward_sweep(
@@ -73,8 +67,7 @@ def forward_sweep(
 def estimate_forward(
     replay: Replay,
     membership: Tensor,
-    queries: Examples,
-    measurement: Measurement,
+    question: Question,
     *,
     removals_per_chunk: int,
     queries_per_chunk: int,
@@ -91,8 +84,7 @@ def estimate_forward(
     Args:
         replay: R runs.
         membership: 1 where an example is in a removal ``(removals, N)``.
-        queries: Q queries, in the replay's precision and on its device.
-        measurement: m.
+        question: Q queries and what is measured of them.
         removals_per_chunk: Removals that are carried together.
         queries_per_chunk: Queries that are measured together.
         start: Steps before it are left out.
@@ -109,22 +101,43 @@ def estimate_forward(
     step = replay.steps if step is None else step
     chunks = membership.split(removals_per_chunk)
     baseline, responses = torch.empty(0), []
+    wanted = {step} | (set(replay.averaged_steps) if step == replay.steps else set())
     for chunk in chunks:
-        for position in forward_sweep(replay, chunk, (step,), start, lambda steps: advance(steps / len(chunks))):
+        average: Tangents | None = None
+        for position in forward_sweep(replay, chunk, wanted, start, lambda steps: advance(steps / len(chunks))):
+            if len(wanted) > 1 or replay.averaged_steps:
+                average = _added(replay, average, position)
+            if position.step != step:
+                continue
+            if average is not None:
+                position = replace(position, tangents=average)
             parts = [
-                _answer(replay, position, queries.fetch(numbers), measurement)
-                for numbers in torch.arange(len(queries)).split(queries_per_chunk)
+                _answer(replay, position, question, numbers.tolist())
+                for numbers in torch.arange(len(question.queries)).split(queries_per_chunk)
             ]
             baseline = torch.cat([values for values, _ in parts], 1)
             responses.append(torch.cat([changes for _, changes in parts], 1))
     return baseline, torch.cat(responses, 2)
 
 
-def _answer(replay: Replay, position: Position, batch: Any, measurement: Measurement) -> tuple[Tensor, Tensor]:
-    where = places(replay, position.step)
-    values, gradients, of_statistics = measured(
-        replay.module, position.theta, position.buffers, batch, measurement, where
-    )
+def _added(replay: Replay, average: Tangents | None, position: Position) -> Tangents:
+    """Add the tangents of a step to those of the average that the training ended with."""
+    found = position.tangents
+    of_theta = replay.averaged_steps.get(position.step, 0.0)
+    of_statistics = replay.averages_statistics(position.step)
+    theta = of_theta * found.theta
+    statistics = {name: of_statistics * part for name, part in found.statistics.items()}
+    if average is not None:
+        theta += average.theta
+        statistics = {name: part + average.statistics[name] for name, part in statistics.items()}
+    return Tangents(theta, found.states, statistics)
+
+
+def _answer(replay: Replay, position: Position, question: Question, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    theta, buffers = position.theta, position.buffers
+    if position.step == replay.steps and replay.averaged_steps:
+        theta, buffers = replay.trained(position.step)
+    values, gradients, of_statistics = measure_at(replay, theta, buffers, question, numbers, position.step)
     return values, changes(gradients, of_statistics, position.tangents)
 
 
@@ -135,8 +148,7 @@ def _read(replay: Replay, first: int, start: int, removals: int, before: Positio
     if first < start:
         point = replay.point(start)
         theta, states = point.theta, point.states
-        if replay.module.statistics:  # what the steps left out made of them is part of the model that is measured
-            buffers = replay.trained(start)[1]
+        buffers = replay.trained(start)[1]  # what the steps left out made of them is part of the model
     tangents = (
         Tangents.zeros(theta, states, replay.statistics(buffers), removals) if before is None else before.tangents
     )
@@ -151,44 +163,7 @@ def _check(replay: Replay, position: Position) -> None:
         )
 
 
-def forward_memory(replay: Replay, queries: int, removals: int) -> tuple[float, float]:
-    """Measure the bytes that a run needs whatever the removals, and what each of a chunk's removals adds.
-
-    A query is measured with less than a removal is pushed with: a pass of one example to a pass of a batch.
-    """
-    peaks = []
-    for count in (1, 2):
-        position, membership = _example(replay, count)
-
-        def push(position: Position = position, membership: Tensor = membership) -> object:
-            return replay.push(position, membership)
-
-        push()  # what the first call reads and keeps is none of a step's memory
-        peaks.append(peak_memory(push, replay.device))
-    vector = replay.layout.size * replay.dtype.itemsize
-    states = sum(len(state) for state in position.states)
-    per_removal = max(peaks[1] - peaks[0], vector)
-    # parameters and state twice, before and after; the responses, and what is kept to join the chunks
-    per_run = max(peaks[0] - per_removal, 0) + 2 * (1 + states) * vector
-    per_run += 2 * queries * removals * replay.dtype.itemsize
-    # which examples the removals have, all of them at once
-    per_run += removals * len(replay.examples) * replay.dtype.itemsize
-    return per_run, per_removal + (1 + states) * vector
-
-
-def forward_seconds_per_step(replay: Replay, removals: int) -> float:
-    """Time a step of the sweep."""
-    position, membership = _example(replay, removals)
-    fastest = float("inf")
-    with kept_pages(replay.device):
-        for _ in range(_TIMED_STEPS):
-            start = time.perf_counter()
-            replay.push(position, membership).tangents.theta[0, 0, 0].item()  # waits for the device
-            fastest = min(fastest, time.perf_counter() - start)
-    return fastest
-
-
-def _example(replay: Replay, removals: int) -> tuple[Position, Tensor]:
-    """Return the start of the training with some removals, for measuring costs."""
+def example_position(replay: Replay, removals: int) -> tuple[Position, Tensor]:
+    """Return the start of the training with some removals of all examples, for measuring costs."""
     position = _read(replay, 0, 0, removals, None)
     return position, position.theta.new_ones(removals, len(replay.examples))

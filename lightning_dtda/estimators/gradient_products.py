@@ -43,7 +43,9 @@ class _GradientProduct(Estimator):
     @override
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
         def answer(replay: Replay) -> tuple[Tensor, list[Tensor]]:
-            return self._answer(replay, self._work.objective(replay, question.step), question, plan)
+            return self._answer(
+                replay, self._work.objective(replay, question.step, draws=question.draws), question, plan
+            )
 
         return self._work.estimates(runs, question, advance, answer)[0]
 
@@ -121,10 +123,9 @@ def _products(
 ) -> tuple[Tensor, list[Tensor]]:
     """Return m ``(Q,)``, and the scaled products of its gradients, or of their directions, with the losses'."""
     replay.check_step(objective.step - 1)
-    queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
     baselines, responses = [], []
-    for chunk in torch.arange(len(queries)).split(plan.queries_per_chunk):
-        values, gradients, _ = measure(replay, queries.fetch(chunk), question.measurement, question.step)
+    for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
+        values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
         vectors = gradients[0]
         if normalize:
             vectors = vectors * _reciprocal(vectors.norm(dim=1, keepdim=True))

@@ -95,14 +95,13 @@ class InfluenceFunctions(Estimator):
     ) -> tuple[Tensor, list[Tensor]]:
         """Return of one run m ``(Q,)``, and the responses ``(Q, K)`` for each damping."""
         replay.check_step(question.end(replay.steps) - 1)
-        objective = self._work.objective(replay, question.step)
+        objective = self._work.objective(replay, question.step, draws=question.draws)
         fitted = self.curvature.fit(objective)
         given = [resolve_damping(check_damping(damping), self.curvature, fitted) for damping in dampings]
-        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         baselines: list[Tensor] = []
         responses: list[list[Tensor]] = [[] for _ in given]
-        for chunk in torch.arange(len(queries)).split(plan.queries_per_chunk):
-            values, gradients, _ = measure(replay, queries.fetch(chunk), question.measurement, question.step)
+        for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
+            values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
             baselines.append(values[0])
             for damping, found in zip(given, responses, strict=True):
                 solution = fitted.solve(gradients[0], damping).vectors

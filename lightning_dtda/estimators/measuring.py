@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_dtda.replay import Measurement, Replay
+from lightning_dtda.estimators.estimator import Question
+from lightning_dtda.replay import Examples, Replay
 from lightning_dtda.replay.measured import measured
 
 
 def measure(
-    replay: Replay, batch: Any, measurement: Measurement, step: int | None = None
+    replay: Replay, question: Question, numbers: Sequence[int], step: int | None = None, of: Examples | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     r"""Return :math:`m(\theta_t)` of stacked runs, and its derivatives.
 
     Args:
         replay: The runs.
-        batch: Q queries.
-        measurement: m.
+        question: What is measured.
+        numbers: Of the queries, Q.
         step: t; the end of training if not given.
+        of: Examples that are measured in place of the queries.
 
     Returns:
         Values ``(runs, queries)``, gradients ``(runs, queries, P)``, and those by running statistics, each
@@ -29,8 +31,30 @@ def measure(
         AttributionError: If the measurement cannot be differentiated, or is not finite.
     """
     step = replay.steps if step is None else step
-    theta, buffers = replay.trained(step)
-    return measured(replay.module, theta, buffers, batch, measurement, places(replay, step))
+    return measure_at(replay, *replay.trained(step), question, numbers, step, of)
+
+
+def measure_at(
+    replay: Replay,
+    theta: Tensor,
+    buffers: dict[str, Tensor],
+    question: Question,
+    numbers: Sequence[int],
+    step: int,
+    of: Examples | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """As :func:`measure`, for parameters ``(runs, P)`` and buffers that are known."""
+    return measured(
+        replay.eager,
+        theta,
+        buffers,
+        question.queries if of is None else of,
+        [int(number) for number in numbers],
+        question.measurement,
+        places(replay, step),
+        replay.time(step),
+        question.draws,
+    )
 
 
 def places(replay: Replay, step: int) -> list[str]:

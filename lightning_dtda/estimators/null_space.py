@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.curvatures.spectrum import Spectrum, fit_spectrum
+from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.estimators.forward import forward_sweep
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
@@ -64,13 +65,21 @@ def range_share(
     """
     replay, step = _open(run, module, data, step)
     spectrum = _fit(curvature, replay, step, memory_budget)
-    examples = query_examples(queries).to((replay.recorded_dtype, replay.dtype), replay.device)
-    _, function = resolve_measurement(measurement)
+    examples = query_examples(queries, replay.examples)
+    question = Question(
+        module,
+        replay.examples,
+        examples,
+        resolve_measurement(measurement)[1],
+        replay.device,
+        resolve_removals(LEAVE_ONE_OUT, replay.examples),
+        step,
+    )
     # gradients and projections, and as much again on the way to each
     size = max(1, int(memory_budget * GIB / 2 / (4 * replay.layout.size * replay.dtype.itemsize)))
     shares = []
     for numbers in torch.arange(len(examples)).split(size):
-        gradients = measure(replay, examples.fetch(numbers), function, step)[1][0]
+        gradients = measure(replay, question, numbers.tolist(), step)[1][0]
         shares.append(spectrum.project(gradients).square().sum(1) / gradients.square().sum(1))
     return torch.cat(shares)
 

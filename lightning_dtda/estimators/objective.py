@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.func import grad, hessian, jvp, vjp, vmap
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.memory import peak_memory
 from lightning_dtda.optimizers import Hyperparameters
-from lightning_dtda.replay import Replay
-from lightning_dtda.replay.batches import map_tensors, rows_of
-from lightning_dtda.replay.network import Network, loss_of_one
+from lightning_dtda.replay import Draws, Replay
+from lightning_dtda.replay.cut import zeros
+from lightning_dtda.replay.outputs import Outputs, watched
+from lightning_dtda.replay.passes import Pass
+from lightning_dtda.replay.random_states import drawn_from
+from lightning_dtda.replay.stacked import each_example
+from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.trajectory import ParameterLayout
 from lightning_dtda.units import human_bytes
 
-_SPLIT_TOLERANCE = 1e-3
-"""Relative difference of a gradient from the one through the network's outputs that is taken for rounding."""
+_LOOKED_AT, _DIRECTIONS = 32, 4
+"""Examples, and random directions of their outputs, along which the loss's curvature is looked at."""
+
+_MOST_DRAWS = 4
+"""Draws of a random loss, of the whole data set: that many examples leave little noise in its mean."""
+
+_LARGEST_CHUNK = 1024
+"""Examples that are passed at once at the most: more gain nothing."""
 
 
 class RootRows(NamedTuple):
@@ -40,8 +51,9 @@ class Objective:
     .. math:: L(\theta) = \frac1N \sum_n l_n(\theta) + \frac12 \sum_p \gamma_p \theta_p^2
 
     with :math:`\gamma` the weight decay of optimizers that add it to the gradient (a decoupled one is no part of any
-    objective), and minus the losses for an optimizer that maximizes them. Examples pass through the module one by one:
-    an influence function takes the loss for a sum over them.
+    objective), and minus the losses for an optimizer that maximizes them. The losses are those that were trained on: where
+    they depend on the batch (class weights normalised by it, a mean over its tokens), examples pass through the module in
+    batches as large as those of the training, and :math:`l_n` has the coefficient that it has there.
 
     Args:
         replay: One run.
@@ -51,6 +63,8 @@ class Objective:
         scale: s ``(P,)``, for other coordinates: of what follows, all derivatives are by :math:`\phi` at
             :math:`\theta + s \odot \phi`, so that matrices are those of the parameters with s on either side.
         decay: Added to :math:`\gamma` ``(P,)``.
+        draws: Of a loss that draws random numbers, which is the mean over them.
+        kept: Traces, kept from one run to the next.
 
     Raises:
         AttributionError: If the optimizer minimises by some parameters and maximizes by others.
@@ -62,9 +76,11 @@ class Objective:
         step: int | None = None,
         *,
         memory: float,
-        chunks: dict[tuple[str, int], int] | None = None,
+        chunks: dict[str, int] | None = None,
         scale: Tensor | None = None,
         decay: Tensor | None = None,
+        draws: Draws | None = None,
+        kept: dict[Any, Any] | None = None,
     ) -> None:
         step = replay.steps if step is None else step
         self.run = replay.runs[0]
@@ -75,6 +91,8 @@ class Objective:
         self._replay = replay
         self._buffers = {name: buffer[0] for name, buffer in buffers.items()}
         self._chunks = {} if chunks is None else chunks
+        self._draws = draws or Draws()
+        self._kept = {} if kept is None else kept
         self.scale = scale
         groups = replay.hyperparameters(max(step - 1, 0))
         self._sign = self._descended(groups)
@@ -99,6 +117,104 @@ class Objective:
         """N."""
         return len(self._replay.examples)
 
+    @property
+    def layout(self) -> ParameterLayout:
+        """Names and shapes of the parameters."""
+        return self._replay.layout
+
+    @property
+    def module(self) -> LightningModule:
+        """The module that examples pass through; it holds the run's parameters within :meth:`passes`."""
+        return self._replay.eager.replica.module
+
+    # -- passes of examples
+
+    @contextmanager
+    def passed(self, indices: Tensor, seed: int | None = None, create_graph: bool = True) -> Iterator[Pass]:
+        """Pass some examples through the module together.
+
+        Args:
+            indices: Which.
+            seed: Of the random numbers that the loss draws.
+            create_graph: Whether derivatives of the gradient will be asked for.
+        """
+        with self._replay.eager.passed(
+            self._inputs(indices, seed), self.theta, self._buffers, training=False, create_graph=create_graph
+        ) as one:
+            yield one
+
+    @contextmanager
+    def undifferentiated(
+        self, indices: Tensor, seed: int | None, forwards: AbstractContextManager[object]
+    ) -> Iterator[tuple[Tensor, Outputs]]:
+        """Pass some examples through the module together, and yield their loss and outputs before any backward pass.
+
+        Args:
+            indices: Which.
+            seed: Of the random numbers that the loss draws.
+            forwards: What the one forward pass is made in.
+        """
+        with self._loss(indices, seed, forwards) as (loss, inputs):
+            yield loss, Outputs(loss, self._replay.eager.cut(loss, inputs), self._replay.eager.replica.parameters)
+
+    @contextmanager
+    def _loss(
+        self, indices: Tensor, seed: int | None, forwards: AbstractContextManager[object]
+    ) -> Iterator[tuple[Tensor, MicroBatchInputs]]:
+        inputs, replica = self._inputs(indices, seed), self._replay.eager.replica
+        with replica.generators.kept(), replica.passing(training=False):
+            replica.load(self.theta, self._buffers)
+            with forwards:
+                loss = replica.training_loss(inputs.batch(), inputs.time, inputs.states)
+            yield loss, inputs
+
+    def _inputs(self, indices: Tensor, seed: int | None) -> MicroBatchInputs:
+        rows = indices.tolist()
+        return MicroBatchInputs(
+            len(rows),
+            self._replay.time(self.step),
+            {} if seed is None else self._states(seed),
+            lambda some: self._replay.examples.collated([rows[row] for row in some]),
+        )
+
+    def passes(self, what: str, each: Callable[[Pass], object]) -> Iterator[tuple[Tensor, float, Pass]]:
+        r"""Pass all examples through the module, batch by batch, and draw by draw where the loss draws random numbers.
+
+        Where examples share nothing but a mean, batches are as large as the memory allows. Else they are as large as in
+        training, and made of examples at random, the same ones each time: the loss is
+
+        .. math:: \frac1N \sum_b |b|\, L_b(\theta)
+
+        Args:
+            what: Is computed, for errors and for what is known of its memory.
+            each: Computes it for a batch, when its memory is measured.
+
+        Yields:
+            Which examples, what the pass's share of their sum is to be multiplied with, and the pass.
+        """
+        for indices in self._batches(what, each):
+            for seed in self._seeds:
+                with self.passed(indices, seed) as one:
+                    yield indices, self._sign * len(indices) / len(self._seeds), one
+
+    def parts(self, largest: int) -> Iterator[tuple[Tensor, int | None, float]]:
+        """Yield which examples :meth:`passes` passes together, the seed of their draws, and the factor."""
+        for indices in self._batches("parts", lambda one: None) if not self._is_free else self._split(largest):
+            for seed in self._seeds:
+                yield indices, seed, self._sign * len(indices) / len(self._seeds)
+
+    def _split(self, largest: int) -> tuple[Tensor, ...]:
+        return torch.arange(self.examples).split(min(largest, _LARGEST_CHUNK))
+
+    def slopes(self, vectors: Tensor) -> Tensor:
+        r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``."""
+        scaled = self._scaled(vectors)
+        result = vectors.new_zeros(len(vectors), self.examples)
+        for indices, factor, one in self.passes("slopes", lambda one: one.terms(self._parameters(scaled[0]))):
+            for number, vector in enumerate(scaled):
+                result[number, indices] += factor * one.terms(self._parameters(vector))
+        return result
+
     def gradients(self, held: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the gradients of examples' losses ``(B, P)``, B examples at a time, and which examples they are.
 
@@ -106,164 +222,147 @@ class Objective:
             held: Further vectors of P numbers for each example that the caller has at the same time. What it still has
                 when it asks for the next ones counts too.
         """
-        of_each = vmap(grad(self._loss), in_dims=(None, 0))
-
-        def computed(batch: Any) -> list[Tensor]:
-            beside = self.theta.new_empty(held, rows_of(batch), self.size)
-            return [beside, of_each(self.theta, batch)]
-
-        for indices in self._split("gradients", 1 + held, computed):
-            yield indices, of_each(self.theta, self._fetch(indices))
-
-    def slopes(self, vectors: Tensor) -> Tensor:
-        r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``.
-
-        By forward-mode differentiation of the losses, which needs no gradient of an example.
-        """
-
-        def along(batch: Any) -> Tensor:
-            def losses(theta: Tensor) -> Tensor:
-                return vmap(self._loss, in_dims=(None, 0))(theta, batch)
-
-            def slope(vector: Tensor) -> Tensor:
-                result: Tensor = jvp(losses, (self.theta,), (vector,))[1]
-                return result
-
-            return vmap(slope)(vectors)
-
-        return torch.cat([along(self._fetch(indices)) for indices in self._split("slopes", len(vectors), along)], 1)
+        per_example = (2 + held) * self.size * self.theta.itemsize
+        if per_example > self.memory:
+            raise AttributionError(
+                f"Gradients of one example take {human_bytes(per_example)}; {human_bytes(self.memory)} may be used. Raise "
+                "memory_budget."
+            )
+        chunk = max(1, int(self.memory / per_example))
+        if self._is_free:
+            for indices in torch.arange(self.examples).split(min(chunk, _LARGEST_CHUNK)):
+                total = self.theta.new_zeros(len(indices), self.size)
+                for seed in self._seeds:
+                    (rows,) = self._of_each(
+                        "gradients",
+                        indices,
+                        seed,
+                        lambda loss, outputs, parameters, extra: [_gradient(loss, parameters)],
+                    )
+                    total += rows * (self._sign / len(self._seeds))
+                yield indices, self._scaled(total)
+            return
+        for indices in self._batches("gradients", lambda one: None):
+            for some in torch.arange(len(indices)).split(chunk):
+                total = self.theta.new_zeros(len(some), self.size)
+                for seed in self._seeds:
+                    with self.passed(indices, seed) as one:
+                        factor = self._sign * len(indices) / len(self._seeds)
+                        for place, row in enumerate(some.tolist()):
+                            total[place] += factor * self.layout.flatten(one.share_of(row))
+                yield indices[some], self._scaled(total)
 
     def hessian_products(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the Hessian of L times each of ``vectors`` ``(Q, P)``, or that of the ``chosen`` examples' mean."""
+        scaled = self._scaled(vectors)
+        result = torch.zeros_like(vectors)
 
-        def products(batch: Any, vectors: Tensor) -> Tensor:
-            def total(theta: Tensor) -> Tensor:
-                return vmap(self._loss, in_dims=(None, 0))(theta, batch).sum()
+        def product(one: Pass, vector: Tensor) -> Tensor:
+            return self.layout.flatten(one.products(self._parameters(vector))[0])
 
-            def product(vector: Tensor) -> Tensor:
-                result: Tensor = jvp(grad(total), (self.theta,), (vector,))[1]
-                return result
+        if chosen is None:
+            parts = self.passes("Hessian products", lambda one: product(one, scaled[0]))
+        else:
+            parts = self._passes_of(chosen)
+        count = self.examples if chosen is None else len(chosen)
+        for _, factor, one in parts:
+            for number, vector in enumerate(scaled):
+                result[number] += factor / count * product(one, vector)
+        return self._scaled(result).addcmul_(vectors, self.penalty)
 
-            return vmap(product)(vectors)
-
-        return self._mean("Hessian products", products, vectors, chosen)
-
-    def gauss_newton_products(self, network: Network, vectors: Tensor) -> Tensor:
+    def gauss_newton_products(self, vectors: Tensor) -> Tensor:
         r"""Return the Gauss-Newton matrix of L times each of ``vectors`` ``(Q, P)``.
 
-        .. math:: G = \frac1N \sum_n J_n^\top \nabla^2\ell_n(z_n) J_n + \operatorname{diag}(\gamma), \qquad
-            J_n = \frac{d z_n}{d \theta}
+        .. math:: G = \frac1N \sum_n J_n^\top \nabla^2\ell_n(z_n) J_n + \nabla^2 R(\theta) + \operatorname{diag}(\gamma),
+            \qquad J_n = \frac{d z_n}{d \theta}
+
+        with what the loss has of the parameters beside the network's outputs, R: a penalty in ``training_step``.
         """
+        scaled = self._scaled(vectors)
+        result = torch.zeros_like(vectors)
 
-        def products(batch: Any, vectors: Tensor) -> Tensor:
-            def outputs(theta: Tensor) -> Tensor:
-                return vmap(self._output, in_dims=(None, None, 0))(network, theta, batch)
+        def product(one: Pass, vector: Tensor) -> Tensor:
+            outputs, direction = one.outputs, self._parameters(vector)
+            product = self.layout.flatten(outputs.pull(outputs.curve(outputs.push(direction))))
+            return product if one.beyond is None else product + self.layout.flatten(one.curve_beyond(direction))
 
-            def total(outputs: Tensor) -> Tensor:
-                return vmap(self._loss_of_output, in_dims=(None, 0, 0))(network, outputs, batch).sum()
+        for _, factor, one in self.passes("Gauss-Newton products", lambda one: product(one, scaled[0])):
+            for number, vector in enumerate(scaled):
+                result[number] += factor / self.examples * product(one, vector)
+        return self._scaled(result).addcmul_(vectors, self.penalty)
 
-            def product(vector: Tensor) -> Tensor:
-                at, along = jvp(outputs, (self.theta,), (vector,))  # type: ignore[misc]
-                curved: Tensor = jvp(grad(total), (at,), (along,))[1]
-                _, pull_back = vjp(outputs, self.theta)  # type: ignore[misc]
-                result: Tensor = pull_back(curved)[0]
-                return result
+    # -- roots of the Gauss-Newton matrix
 
-            return vmap(product)(vectors)
+    @cached_property
+    def outputs(self) -> int:
+        """C, the number of the network's outputs for an example.
 
-        return self._mean("Gauss-Newton products", products, vectors)
+        Raises:
+            AttributionError: If the loss of the batch is no mean over examples, or depends on parameters past all outputs.
+        """
+        self.refuse_root("A root of the Gauss-Newton matrix")
+        with self.passed(torch.arange(1), self._seeds[0]) as one:
+            return sum(part.numel() for part in one.outputs.gradient())
 
-    def roots(self, network: Network, columns: Tensor | None = None, layers: Sequence[str] = ()) -> Iterator[RootRows]:
-        r"""Yield rows of a root of the Gauss-Newton matrix, those of B examples at a time.
+    def fisher_products(self, vectors: Tensor) -> Tensor:
+        r"""Return the Fisher matrix of the training labels times each of ``vectors`` ``(Q, P)``.
 
-        .. math:: A_n = \left(\nabla^2\ell_n(z_n)\right)^{1/2} J_n, \qquad
-            G = \frac1N \sum_n A_n^\top A_n + \operatorname{diag}(\gamma)
+        .. math:: F = \frac1N \sum_n \nabla l_n \nabla l_n^\top + \operatorname{diag}(\gamma)
+        """
+        scaled = self._scaled(vectors)
+        result = torch.zeros_like(vectors)
 
-        Args:
-            network: What has C outputs.
-            columns: The parameters by which to differentiate; ``None`` is all of them.
-            layers: Names of submodules of the network that are called once, with one tensor, and whose inputs and
-                derivatives are wanted as well.
+        def product(one: Pass, vector: Tensor) -> Tensor:
+            weights = one.terms(self._parameters(vector))
+            found = self.layout.flatten(one.weighted(weights))
+            return found if one.beyond is None else found - self.layout.flatten(one.beyond)
+
+        for _, factor, one in self.passes("Fisher products", lambda one: product(one, scaled[0])):
+            for number, vector in enumerate(scaled):
+                # of a mean over B examples, each term and each gradient is one B-th
+                result[number] += factor**2 * len(self._seeds) / self.examples * product(one, vector)
+        return self._scaled(result).addcmul_(vectors, self.penalty)
+
+    @cached_property
+    def lacks_curvature(self) -> str | None:
+        """Why the Gauss-Newton matrix says nothing of the loss; ``None`` where it does. Seen on one batch."""
+        indices = self._batches("Gauss-Newton products", lambda one: one.outputs.gradient())[0][:_LOOKED_AT]
+        generator = torch.Generator().manual_seed(0)
+        curvatures = []
+        with self.passed(indices, self._seeds[0]) as one:
+            for _ in range(_DIRECTIONS):
+                along = [
+                    torch.randn(tuple(part.shape), generator=generator, dtype=torch.float64).to(part)
+                    for part in one.outputs.gradient()
+                ]
+                curved = one.outputs.curve(along)
+                curvatures.append(float(sum((u * c).sum() for u, c in zip(along, curved, strict=True))))
+        if not any(curvatures) and one.beyond is None:
+            return "the loss has no curvature in the network's outputs (an absolute error?)"
+        if self._sign * min(curvatures) < -1e-6 * max(map(abs, curvatures)):
+            return "the loss is not convex in the network's outputs"
+        return None
+
+    def loss_roots(self, indices: Tensor) -> Tensor:
+        """Return symmetric roots of the examples' losses' Hessians by their outputs ``(B, C, C)``.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.
         """
-        width = self.size if columns is None else len(columns)
-        sizes = ("Jacobians", width + sum(network.sizes_of(layers)))
-        for indices in self._split(*sizes, lambda batch: self._root_rows(network, batch, columns, layers)):
-            yield RootRows(indices, *self._root_rows(network, self._fetch(indices), columns, layers))
-
-    def first_root_rows(self, network: Network, layers: Sequence[str]) -> RootRows:
-        """Return what :meth:`roots` yields, of the first example alone."""
-        first = torch.arange(1)
-        return RootRows(first, *self._root_rows(network, self._fetch(first), None, layers))
-
-    def _root_rows(
-        self, network: Network, batch: Any, columns: Tensor | None, layers: Sequence[str]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        _, roots = self.loss_roots(network, batch)
-        shifts = [self.theta.new_zeros(size) for size in network.sizes_of(layers)]
-
-        def of_one(example: Any, root: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-            def outputs(chosen: Tensor, shifts: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-                theta = chosen if columns is None else self.theta.index_copy(0, columns, chosen)
-                return self._of_one(
-                    theta, example, lambda module, one: network.output_and_inputs(module, one, layers, shifts)
+        count = self.outputs
+        total = self.theta.new_zeros(len(indices), count, count)
+        for seed in self._seeds:
+            try:
+                (hessians,) = self._of_each(
+                    "loss Hessians", indices, seed, lambda loss, outputs, parameters, extra: [outputs.hessian()]
                 )
-
-            chosen = self.theta if columns is None else self.theta[columns]
-            _, pull_back, inputs = vjp(outputs, chosen, shifts, has_aux=True)  # type: ignore[misc]
-            rows, derivatives = vmap(pull_back)(root)
-            return rows, derivatives, inputs
-
-        rows, derivatives, inputs = vmap(of_one)(batch, roots)
-        pairs = zip(derivatives, inputs, strict=True)
-        return rows.flatten(0, 1), [(of_outputs.flatten(0, 1), of_inputs) for of_outputs, of_inputs in pairs]
-
-    def materialize(self) -> LightningModule:
-        """Return a module, in evaluation mode, that holds the run's parameters and buffers.
-
-        Raises:
-            AttributionError: If other coordinates were asked for, of which a module knows nothing.
-        """
-        if self.scale is not None:
-            raise AttributionError(
-                f"The parameters of {self.run.path} move at different rates: the optimizer scales each gradient's "
-                "entries, or parameter groups have learning rates of their own. Kronecker factors have no such "
-                "matrix. Use GaussNewton() or ExactHessian()."
-            )
-        return self._replay.module.materialize(self.theta, self._buffers)
-
-    def network_inputs(self, network: Network, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments that the network is called with for a batch, positional and by name."""
-        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def look(module: LightningModule, batch: Any) -> Tensor:
-            found.append(network.inputs(module, batch))
-            return self.theta
-
-        with torch.no_grad():
-            self._replay.module.measure(self.theta, self._buffers, batch, look)
-        return found[0]
-
-    def batches(self, size: int) -> Iterator[Any]:
-        """Yield the training examples, ``size`` at a time."""
-        for indices in torch.arange(self.examples).split(size):
-            yield self._fetch(indices)
-
-    def loss_roots(self, network: Network, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return a batch's outputs ``(B, C)``, and symmetric roots of its losses' Hessians by them ``(B, C, C)``."""
-        outputs = vmap(self._output, in_dims=(None, None, 0))(network, self.theta, batch)
-        return outputs, self._curvature_roots(network, batch, outputs)
-
-    @property
-    def layout(self) -> ParameterLayout:
-        """Names and shapes of the parameters."""
-        return self._replay.layout
-
-    def _curvature_roots(self, network: Network, batch: Any, outputs: Tensor) -> Tensor:
-        of_loss = vmap(hessian(lambda output, example: self._loss_of_output(network, output, example)))
-        values, vectors = torch.linalg.eigh(of_loss(outputs, batch))
+                total += hessians * (self._sign / len(self._seeds))
+            except RuntimeError as error:
+                raise AttributionError(
+                    "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix has no "
+                    f'root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
+                ) from error
+        values, vectors = torch.linalg.eigh(total)
         floor = -self.theta.new_tensor(torch.finfo(self.theta.dtype).eps).sqrt() * values.abs().amax()
         if bool((values < floor).any()):
             raise AttributionError(
@@ -272,34 +371,167 @@ class Objective:
             )
         return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
 
-    def find_network(self, name: str | None = None) -> Network:
-        """Find the network in the module, and check that the loss depends on the parameters by its outputs only.
+    def roots(self, columns: Tensor | None = None, layers: Sequence[str] = ()) -> Iterator[RootRows]:
+        r"""Yield rows of a root of the Gauss-Newton matrix, those of B examples at a time.
+
+        .. math:: A_n = \left(\nabla^2\ell_n(z_n)\right)^{1/2} J_n, \qquad
+            G = \frac1N \sum_n A_n^\top A_n + \operatorname{diag}(\gamma)
+
+        Args:
+            columns: The parameters by which to differentiate; ``None`` is all of them.
+            layers: Names of submodules that are called once, with one tensor, and whose inputs and derivatives are wanted
+                as well.
 
         Raises:
-            AttributionError: If it does not.
-            ReplayError: If there is no network; see :class:`~lightning_dtda.replay.network.Network`.
+            AttributionError: If a loss is not convex in the outputs.
         """
-        first = self._fetch(torch.arange(1))
-        found: list[Network] = []
+        width = (self.size if columns is None else len(columns)) + self.size // 4
+        per_example = 3 * self.outputs * max(width, 1) * self.theta.itemsize
+        chunk = min(_LARGEST_CHUNK, max(1, int(self.memory / per_example)))
+        for indices in torch.arange(self.examples).split(chunk):
+            yield self.root_rows(indices, columns, layers)
 
-        def find(module: Any, batch: Any) -> Tensor:
-            found.append(Network(module, batch, self._replay.layout.names, name))
-            return self.theta.new_zeros(())
+    def root_rows(self, indices: Tensor, columns: Tensor | None = None, layers: Sequence[str] = ()) -> RootRows:
+        """Return what :meth:`roots` yields, of some examples."""
+        roots = self.loss_roots(indices)
 
-        self._replay.module.measure(self.theta, self._buffers, first, find)
-        network = found[0]
-        example = map_tensors(lambda leaf: leaf[0], first)
-        whole = grad(self._loss)(self.theta, example)
-        output, pull_back = vjp(lambda theta: self._output(network, theta, example), self.theta)  # type: ignore[misc]
-        slope = grad(lambda output: self._loss_of_output(network, output, example))(output)
-        if not bool((pull_back(slope)[0] - whole).norm() <= _SPLIT_TOLERANCE * whole.norm()):
+        def rows(loss: Tensor, outputs: Outputs, parameters: list[Tensor], extra: list[Tensor]) -> list[Tensor]:
+            of_layers = [calls[name][0] for name in layers]
+            by = [*parameters, *(result for _, result in of_layers)]
+            found = [outputs.pull(outputs.split(column), by) for column in extra[0].unbind(1)]
+            of_parameters = torch.stack([self.layout.flatten(one[: len(parameters)]) for one in found])
+            if columns is not None:
+                of_parameters = of_parameters[:, columns]
+            derivatives = [
+                torch.stack([one[len(parameters) + n].reshape(-1) for one in found]) for n in range(len(layers))
+            ]
+            return [of_parameters, *derivatives, *(value.reshape(-1) for value, _ in of_layers)]
+
+        key = f"roots of {'all' if columns is None else hash(tuple(columns.tolist()))} {' '.join(layers)}"
+        with watched(self.module, layers) as calls:
+            found = self._of_each(key, indices, self._seeds[0], rows, [roots], calls=calls)
+        of_parameters, *rest = found
+        derivatives, inputs = rest[: len(layers)], rest[len(layers) :]
+        if self.scale is not None:
+            of_parameters = of_parameters * (self.scale if columns is None else self.scale[columns])
+        pairs = [(of_one.flatten(0, 1), value) for of_one, value in zip(derivatives, inputs, strict=True)]
+        return RootRows(indices, of_parameters.flatten(0, 1), pairs)
+
+    def calls(self, names: Sequence[str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Return what some submodules are called with, and return, for the first example."""
+        seed = self._seeds[0]  # known before the module is watched: it is seen from a pass
+        with watched(self.module, names) as calls, self._loss(torch.arange(1), seed, nullcontext()):
+            return calls
+
+    # -- how it is done
+
+    def _of_each(
+        self,
+        what: str,
+        indices: Tensor,
+        seed: int | None,
+        function: Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]],
+        extra: Sequence[Tensor] = (),
+        calls: dict[str, list[Any]] | None = None,
+    ) -> list[Tensor]:
+        """Apply a function to each example's own pass: all at once where a pass can be traced, else one by one."""
+        return each_example(
+            self._replay.eager,
+            self._kept,
+            what,
+            self._replay.examples,
+            indices,
+            self.theta,
+            self._buffers,
+            self._replay.time(self.step),
+            {} if seed is None else self._states(seed),
+            function,
+            extra,
+            calls,
+        )
+
+    @cached_property
+    def _is_free(self) -> bool:
+        """Whether the loss of a batch is the mean of losses of its examples alone."""
+        shared = self.run.manifest.shared
+        return shared["evaluation"] == "none" and shared["reduction"] == "mean"
+
+    @cached_property
+    def has_root(self) -> bool:
+        """Whether the Gauss-Newton matrix has a root whose rows are those of single examples."""
+        if not self._is_free or self._seeds != [None]:
+            return False
+        with self.passed(torch.arange(min(2, self.examples))) as one:
+            return one.beyond is None
+
+    def refuse_root(self, what: str) -> None:
+        """Refuse what needs a root.
+
+        Raises:
+            AttributionError: If there is none.
+        """
+        if not self.has_root:
             raise AttributionError(
-                f"The training loss of {type(self._replay.module).__name__} depends on the parameters otherwise than "
-                f"by the outputs of the network {network.name or 'itself'!r} (a penalty in training_step, say), of "
-                "which the Gauss-Newton matrix knows nothing. Give network=..., leave the penalty to weight_decay, or "
-                "use Hessian(...)."
+                f"{what} needs a loss that is the mean of losses of single examples and draws nothing at random; that of "
+                f"{type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
+                'GaussNewton(solver="cg") or Hessian(...).'
             )
-        return network
+
+    @cached_property
+    def _seeds(self) -> list[int | None]:
+        """Of the draws of a loss that is random; one without a seed of any other."""
+        with self._replay.eager.replica.generators.kept():
+            before = self._states(0)
+            self._replay.eager.replica.generators.set(before)
+            with self._replay.eager.replica.passing(training=False):
+                self._replay.eager.replica.load(self.theta, self._buffers)
+                batch = self._replay.examples.collated(list(range(min(2, self.examples))))
+                self._replay.eager.replica.training_loss(batch, self._replay.time(self.step))
+            is_random = bool(drawn_from(before, self._replay.eager.replica.generators.states()))
+        return list(self._draws.of(-1)[:_MOST_DRAWS]) if is_random else [None]
+
+    def _states(self, seed: int) -> dict[str, Tensor]:
+        generators = self._replay.eager.replica.generators
+        with generators.kept():
+            generators.seed(seed)
+            return generators.states()
+
+    def _batches(self, what: str, each: Callable[[Pass], object]) -> tuple[Tensor, ...]:
+        if not self._is_free:
+            order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(0))
+            return order.split(len(self.run.micro_batches(0)[0].indices))
+        return torch.arange(self.examples).split(self._chunk(what, each))
+
+    def _passes_of(self, chosen: Tensor) -> Iterator[tuple[Tensor, float, Pass]]:
+        size = len(chosen) if self._is_free else len(self.run.micro_batches(0)[0].indices)
+        for indices in chosen.split(min(size, _LARGEST_CHUNK)):
+            for seed in self._seeds:
+                with self.passed(indices, seed) as one:
+                    yield indices, self._sign * len(indices) / len(self._seeds), one
+
+    def _chunk(self, what: str, each: Callable[[Pass], object]) -> int:
+        """Return how many examples at a time stay within the memory.
+
+        Raises:
+            AttributionError: If not even one does.
+        """
+        if what not in self._chunks:
+            # the module keeps what it needs for its outputs, per example; measured on two sizes, since much is shared
+            def run(count: int) -> None:
+                with self.passed(torch.arange(count), self._seeds[0]) as one:
+                    each(one)
+
+            few, many = min(2, self.examples), min(8, self.examples)
+            run(few)  # the first call keeps what is no part of a chunk
+            alone, more = (peak_memory(lambda n=n: run(n), self.theta.device) for n in (few, many))  # type: ignore[misc]
+            per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
+            if alone > self.memory:
+                raise AttributionError(
+                    f"{what[0].upper() + what[1:]} of {few} examples take {human_bytes(alone)}; {human_bytes(self.memory)} "
+                    "may be used. Raise memory_budget, or ask fewer queries at a time."
+                )
+            self._chunks[what] = int(min(self.examples, _LARGEST_CHUNK, few + (self.memory - alone) // per_example))
+        return self._chunks[what]
 
     def _descended(self, groups: Sequence[Hyperparameters]) -> float:
         """Return the sign of the loss in what the optimizer descends."""
@@ -311,57 +543,14 @@ class Objective:
             )
         return -1.0 if maximizes.pop() else 1.0
 
-    def _loss(self, theta: Tensor, example: Any) -> Tensor:
-        return self._sign * self._of_one(theta, example, loss_of_one)
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        """Return vectors by the other coordinates: what a derivative by them is of one by the parameters."""
+        return vectors if self.scale is None else vectors * self.scale
 
-    def _output(self, network: Network, theta: Tensor, example: Any) -> Tensor:
-        return self._of_one(theta, example, network.output)
+    def _parameters(self, vector: Tensor) -> list[Tensor]:
+        return list(self.layout.unflatten(vector).values())
 
-    def _loss_of_output(self, network: Network, output: Tensor, example: Any) -> Tensor:
-        # whatever the parameters: the loss has nothing of them but the outputs
-        return self._sign * self._of_one(
-            self.theta, example, lambda module, batch: network.loss_of_output(module, batch, output)
-        )
 
-    def _of_one(self, theta: Tensor, example: Any, function: Callable[[Any, Any], Any]) -> Any:
-        batch = map_tensors(lambda leaf: leaf.unsqueeze(0), example)
-        if self.scale is not None:
-            theta = self.theta + self.scale * (theta - self.theta)  # the same parameters, with derivatives by phi
-        return self._replay.module.measure(theta, self._buffers, batch, function)
-
-    def _mean(
-        self, what: str, products: Callable[[Any, Tensor], Tensor], vectors: Tensor, chosen: Tensor | None = None
-    ) -> Tensor:
-        """Return the mean over examples of products with vectors ``(Q, P)``, and the penalty's beside it."""
-        result = torch.zeros_like(vectors)
-        examples = torch.arange(self.examples) if chosen is None else chosen
-        size = len(self._split(what, len(vectors), lambda batch: products(batch, vectors))[0])
-        for indices in examples.split(size):
-            result += products(self._fetch(indices), vectors)
-        return result.div_(len(examples)).addcmul_(vectors, self.penalty)
-
-    def _fetch(self, indices: Tensor) -> Any:
-        return self._replay.examples.fetch(indices)
-
-    def _split(self, what: str, width: int, function: Callable[[Any], object]) -> tuple[Tensor, ...]:
-        """Split the examples into chunks for which a function stays within the memory.
-
-        Raises:
-            AttributionError: If not even one example does.
-        """
-        if (what, width) not in self._chunks:
-            # the first call keeps what is no part of a chunk
-            function(self._fetch(torch.arange(1)))
-            count = min(2, self.examples)
-            alone, both = (
-                peak_memory(lambda n=n: function(self._fetch(torch.arange(n))), self.theta.device)  # type: ignore[misc]
-                for n in (1, count)
-            )
-            each = max(both - alone, 1)
-            if alone > self.memory:
-                raise AttributionError(
-                    f"{what} of one example take {human_bytes(alone)}; {human_bytes(self.memory)} may be used. Raise "
-                    "memory_budget, or ask fewer queries at a time."
-                )
-            self._chunks[what, width] = int(min(self.examples, 1 + (self.memory - alone) // each))
-        return torch.arange(self.examples).split(self._chunks[what, width])
+def _gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
+    return torch.cat([zeros(one, like).reshape(-1) for one, like in zip(found, parameters, strict=True)])

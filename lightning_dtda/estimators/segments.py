@@ -79,17 +79,20 @@ def segment(replay: Replay, first: int, last: int) -> Segment:
             f"In {run.path}, some parameter groups have a learning rate of zero throughout the steps {first} to "
             f"{last - 1}, others have not. Cut the run into fewer segments, or use UnrolledDifferentiation()."
         )
+    decays = torch.tensor(
+        [
+            [replay.update.update.decoupled_decay(group, t) for group in run.hyperparameters(t)]
+            for t in range(first, last)
+        ],
+        dtype=torch.float64,
+    ).sum(0)
     preconditioners = _preconditioners(replay, middle)
-    if preconditioners is None and len(totals.unique()) == 1:
+    if preconditioners is None and len(totals.unique()) == 1 and not bool(decays.any()):
         return Segment(first, last, middle, float(totals[0]))
     matrix = _by_parameter(replay, totals)
     if preconditioners is not None:
         matrix *= torch.cat(preconditioners)
     total = float(matrix.mean())
-    decays = torch.tensor(
-        [[replay.update.update.decoupled_decay(group) for group in run.hyperparameters(t)] for t in range(first, last)],
-        dtype=torch.float64,
-    ).sum(0)
     return Segment(
         first,
         last,

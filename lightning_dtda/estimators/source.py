@@ -46,8 +46,8 @@ class Source(Estimator):
     The learning rates are those that were recorded, step by step.
 
     With momentum :math:`\mu`, a rate counts as :math:`\eta / (1 - \mu)`. An optimizer that scales each gradient's
-    entries (Adam, AdamW, RMSprop, Adagrad), and parameter groups with rates of their own, make :math:`\kappa_l` a
-    diagonal matrix, with the second moments of step :math:`t_l`; with :math:`S_l^2 = \kappa_l`,
+    entries (Adam and its kin, RMSprop, Adagrad, Adadelta), and parameter groups with rates of their own, make
+    :math:`\kappa_l` a diagonal matrix, with the second moments of step :math:`t_l`; with :math:`S_l^2 = \kappa_l`,
 
     .. math:: F_l = S_l \left(1 - e^{-S_l H_l S_l}\right) (S_l H_l S_l)^{-1} S_l, \qquad
         \lambda_{l - 1} = S_l^{-1} e^{-S_l H_l S_l} S_l \lambda_l .
@@ -113,14 +113,13 @@ class Source(Estimator):
         segments = [part for part in (segment(replay, first, last) for first, last in cuts) if part.total > 0]
         for part in segments:
             replay.check_step(part.middle)
-        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         baselines, responses = [], []
-        for chunk in torch.arange(len(queries)).split(plan.queries_per_chunk):
-            values, gradients, _ = measure(replay, queries.fetch(chunk), question.measurement, question.step)
+        for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
+            values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
             baselines.append(values[0])
             adjoint, total = gradients[0], gradients.new_zeros(len(chunk), len(question.removals))
             for part in reversed(segments):
-                slopes, adjoint = self._pull_back(replay, part, adjoint, is_first=part is segments[0])
+                slopes, adjoint = self._pull_back(replay, question, part, adjoint, is_first=part is segments[0])
                 total += question.removals.total(slopes)
             responses.append(total)
         found = torch.cat(responses)
@@ -132,9 +131,11 @@ class Source(Estimator):
             )
         return torch.cat(baselines), [found]
 
-    def _pull_back(self, replay: Replay, part: Segment, adjoint: Tensor, is_first: bool) -> tuple[Tensor, Tensor]:
+    def _pull_back(
+        self, replay: Replay, question: Question, part: Segment, adjoint: Tensor, is_first: bool
+    ) -> tuple[Tensor, Tensor]:
         """Return a segment's share of the responses ``(Q, N)``, and the adjoint ``(Q, P)`` before it, unless first."""
-        objective = self._work.objective(replay, part.middle, scale=part.scale, decay=part.decay)
+        objective = self._work.objective(replay, part.middle, scale=part.scale, decay=part.decay, draws=question.draws)
         spectrum = fit_spectrum(self.curvature, objective, "hence no matrix exponential")
         scaled = adjoint if part.scale is None else adjoint * part.scale
         slopes = objective.slopes(spectrum.apply(accumulated(part.total), scaled)) / objective.examples

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,9 @@ from lightning_dtda.errors import ReplayError
 from lightning_dtda.estimators.estimator import Advance
 from lightning_dtda.optimizers import State
 from lightning_dtda.replay import Replay
+
+Enter: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""Adds to the adjoints of parameters and running statistics what enters at a step."""
 
 _GROWN = 2.0
 """With horizon="auto", a sweep ends where the adjoint of every run is so many times longer than at its shortest."""
@@ -42,6 +48,12 @@ def sweep(
     responses = adjoint.new_zeros(runs, queries, examples)
     state_adjoints = no_state_cotangents(replay, adjoint)
     end = replay.steps if end is None else end
+    enter: Enter | None = None
+    if end == replay.steps and replay.averaged_steps:
+        # what is measured is an average over steps: its adjoint enters at each of them
+        enter = _entering(replay, adjoint, statistics_adjoint)
+        nothing = torch.zeros_like(adjoint), {name: torch.zeros_like(c) for name, c in statistics_adjoint.items()}
+        adjoint, statistics_adjoint = enter(end, *nothing)
     norms = {end: adjoint.norm(dim=2)}
     shortest = _Shortest(responses) if horizon == "auto" else None
     start = max(0, end - horizon) if isinstance(horizon, int) else 0
@@ -50,7 +62,7 @@ def sweep(
             advance(runs * (last - first))
             continue
         adjoint, state_adjoints, statistics_adjoint = unroll(
-            replay, (first, last), responses, adjoint, state_adjoints, statistics_adjoint, start, end
+            replay, (first, last), responses, adjoint, state_adjoints, statistics_adjoint, start, end, enter
         )
         norms[max(first, start)] = adjoint.norm(dim=2)
         if shortest is not None:
@@ -75,6 +87,7 @@ def unroll(
     statistics_adjoint: dict[str, Tensor],
     start: int = 0,
     end: int | None = None,
+    enter: Enter | None = None,
 ) -> tuple[Tensor, list[State], dict[str, Tensor]]:
     """Carry adjoints back over the steps between two checkpoints, from ``end`` as far as ``start``.
 
@@ -88,24 +101,38 @@ def unroll(
         start: Steps before it are left out.
         end: Steps from it on are left out; they are replayed all the same, since the record to compare with is that of
             the segment's end.
+        enter: Adds to the adjoints what enters at a step.
 
     Returns:
         The three adjoints at the first step.
     """
     first, last = segment
-    stop = last if end is None else min(last, end)
-    points = replay.segment(first, last)[: stop - first]
     buffers = replay.buffers(first)
-    for step in reversed(range(max(first, start), stop)):
-        point = points.pop()
+    for step, point in replay.backwards(first, last, None if end is None else min(last, end)):
+        if step < start:
+            break
         direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
-        batch, slopes, products, statistics_adjoint = replay.directional(
-            step, point, gradient_cotangent, buffers, statistics_adjoint
-        )
-        where = batch.indices[:, None].expand(-1, adjoint.shape[1], -1)
-        responses.scatter_add_(2, where, -slopes * batch.coefficients[:, None])
-        adjoint = products + direct  # not in place: products of a loss without curvature are one zero, expanded
+        indices, found = replay.directional(step, point, gradient_cotangent, buffers, statistics_adjoint)
+        statistics_adjoint = found.statistics_cotangents
+        responses.scatter_add_(2, indices[:, None].expand(-1, adjoint.shape[1], -1), -found.terms)
+        adjoint = found.products + direct
+        if enter is not None:
+            adjoint, statistics_adjoint = enter(step, adjoint, statistics_adjoint)
     return adjoint, state_adjoints, statistics_adjoint
+
+
+def _entering(replay: Replay, adjoint: Tensor, statistics_adjoint: dict[str, Tensor]) -> Enter:
+    """Return what adds the adjoint of an average to that of the steps it is made of."""
+    coefficients = replay.averaged_steps
+
+    def enter(step: int, current: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        if coefficient := coefficients.get(step, 0.0):
+            current = current + coefficient * adjoint
+        if coefficient := replay.averages_statistics(step):
+            statistics = {name: part + coefficient * statistics_adjoint[name] for name, part in statistics.items()}
+        return current, statistics
+
+    return enter
 
 
 class _Shortest:
@@ -132,6 +159,6 @@ class _Shortest:
 def no_state_cotangents(replay: Replay, cotangents: Tensor) -> list[State]:
     """Return zero cotangents for each group's optimizer state, after the last step."""
     return [
-        {key: torch.zeros_like(cotangents[..., part]) for key in state}
-        for part, state in zip(replay.update.slices, replay.checkpoint(replay.steps)[1], strict=True)
+        {key: part.new_zeros(*cotangents.shape[:-1], part.shape[-1]) for key, part in state.items()}
+        for state in replay.checkpoint(replay.steps)[1]
     ]

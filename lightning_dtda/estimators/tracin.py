@@ -79,18 +79,15 @@ class TracIn(Estimator):
 
     def _answer(self, replay: Replay, question: Question, plan: Plan) -> tuple[Tensor, list[Tensor]]:
         """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
-        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
-        chunks = torch.arange(len(queries)).split(plan.queries_per_chunk)
-        baseline = torch.cat(
-            [measure(replay, queries.fetch(chunk), question.measurement, question.step)[0][0] for chunk in chunks]
-        )
-        responses = baseline.new_zeros(len(queries), len(question.removals))
+        chunks = torch.arange(len(question.queries)).split(plan.queries_per_chunk)
+        baseline = torch.cat([measure(replay, question, chunk.tolist(), question.step)[0][0] for chunk in chunks])
+        responses = baseline.new_zeros(len(question.queries), len(question.removals))
         for first, last in self._segments(replay.runs[0], question):
             replay.check_step(first)
-            objective = self._work.objective(replay, first)
+            objective = self._work.objective(replay, first, draws=question.draws)
             used = _used(replay, first, last)
             for chunk in chunks:
-                _, gradients, _ = measure(replay, queries.fetch(chunk), question.measurement, first)
+                _, gradients, _ = measure(replay, question, chunk.tolist(), first)
                 for parts, weights in used:
                     vectors = torch.zeros_like(gradients[0])
                     for part in parts:

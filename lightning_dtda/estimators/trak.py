@@ -120,17 +120,16 @@ class TRAK(Estimator):
 
     def _answer(self, replay: Replay, question: Question, plan: Plan) -> tuple[Tensor, list[Tensor]]:
         """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
-        objective = self._work.objective(replay, question.step, share=_GRADIENTS)
+        objective = self._work.objective(replay, question.step, share=_GRADIENTS, draws=question.draws)
         replay.check_step(objective.step - 1)
         projection = projection_to(self.projection, objective.size, self.seed)
         features, slopes = _of_examples(replay, objective, question, projection)
         kernel = DenseSpectrum(features.T @ features / objective.examples, None)
         damping = self._resolved_damping(kernel.mean_eigenvalue)
         weighted = features.mul_((slopes / objective.examples)[:, None]).T
-        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
         baselines, responses = [], []
-        for chunk in torch.arange(len(queries)).split(plan.queries_per_chunk):
-            values, of_outputs, _ = measure(replay, queries.fetch(chunk), question.measurement, question.step)
+        for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
+            values, of_outputs, _ = measure(replay, question, chunk.tolist(), question.step)
             baselines.append(values[0])
             solution = kernel.solve(_projected(of_outputs[0], projection), damping).vectors
             responses.append(question.removals.total(solution @ weighted))
@@ -160,7 +159,7 @@ def _of_examples(
     slopes = []
     # the outputs' gradients, their products with the losses', and the losses' from the chunk before
     for indices, of_losses in objective.gradients(held=3):
-        _, found, _ = measure(replay, replay.examples.fetch(indices), question.measurement, question.step)
+        _, found, _ = measure(replay, question, indices.tolist(), question.step, of=replay.examples)
         of_outputs = found[0]
         squares = of_outputs.square().sum(1)
         slopes.append(torch.where(squares > 0, (of_losses * of_outputs).sum(1) / squares, 0))

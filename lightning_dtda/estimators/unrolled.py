@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import diagnose
-from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
-from lightning_dtda.estimators.forward import estimate_forward, forward_memory, forward_seconds_per_step
+from lightning_dtda.estimators.estimator import Advance, Diagnosis, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
-from lightning_dtda.estimators.memory import kept_pages, peak_memory
-from lightning_dtda.estimators.modes import Costs, Mode, choose
-from lightning_dtda.estimators.removals import Removals
-from lightning_dtda.estimators.sweep import no_state_cotangents, sweep
+from lightning_dtda.estimators.memory import kept_pages
+from lightning_dtda.estimators.planning import (
+    Mode,
+    choose,
+    fastest_way,
+    forward_costs,
+    held_steps,
+    reverse_costs,
+)
+from lightning_dtda.estimators.sweep import sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
-
-_WORTHWHILE = 0.85
-"""A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
-
-_TIMED_STEPS = 4
-"""Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
 
 class UnrolledDifferentiation(Estimator):
@@ -122,61 +120,52 @@ class UnrolledDifferentiation(Estimator):
             budget,
             queries,
             removals,
-            lambda: Costs("reverse", queries, *_memory(replay, queries, question.removals), _seconds_per_step),
-            lambda: Costs("forward", removals, *forward_memory(replay, queries, removals), forward_seconds_per_step),
+            lambda: reverse_costs(replay, queries, question.removals),
+            lambda: forward_costs(replay, queries, removals),
         )
-        per_run, per_direction = costs.per_run, costs.per_direction
         if not costs.fit(budget):
-            needed = f"needs about {human_bytes(per_run + per_direction)}; memory_budget is {self.memory_budget:g} GiB."
+            what = "removal" if costs.mode == "forward" else "query"
             raise AttributionError(
-                f"One removal of one run {needed} Raise it."
-                if costs.mode == "forward"
-                else f"One query of one run {needed} Raise it, or record with a smaller checkpoint_every: all steps "
-                "between two checkpoints are held at once."
+                f"One {what} of one run needs about {human_bytes(costs.per_run + costs.per_direction)}; memory_budget is "
+                f"{self.memory_budget:g} GiB. Raise it."
             )
-        chunk = min(costs.directions, int((budget - per_run) / per_direction))
-        most = max(1, int(budget / (per_run + chunk * per_direction))) if chunk == costs.directions else 1
-        if self.runs_per_batch == "auto":
-            size, seconds_per_step = self._fastest(runs, question, min(most, len(runs)), chunk, costs.time)
-        else:
-            size = int(self.runs_per_batch)
-            if size > most:
-                size, chunk = size, int((budget / size - per_run) / per_direction)
-                if chunk < 1:
-                    raise AttributionError(
-                        f"runs_per_batch={size} does not fit memory_budget={self.memory_budget:g} GiB; "
-                        f"at most {most} do."
-                    )
-            seconds_per_step = costs.time(self._replay(_alike(runs, size), question), chunk)
+        steps = sum(self._unrolled(run, question) for run in runs)
+        way = fastest_way(
+            lambda some: self._replay(_alike(runs, some), question),
+            costs,
+            budget,
+            None if self.runs_per_batch == "auto" else int(self.runs_per_batch),
+            len(_alike(runs, len(runs))),
+            steps,
+        )
         batches: list[tuple[Run, ...]] = []
         for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
             alike = list(group)
-            batches += [tuple(alike[start : start + size]) for start in range(0, len(alike), size)]
-        chunks = -(-costs.directions // chunk)
+            batches += [tuple(alike[start : start + way.runs]) for start in range(0, len(alike), way.runs)]
         is_forward = costs.mode == "forward"
+        left = budget - way.runs * (costs.per_run + way.directions * way.per_direction)
         return Plan(
             batches=tuple(batches),
-            queries_per_chunk=min(queries, int((budget / size - per_run) / per_direction)) if is_forward else chunk,
-            memory=int(size * (per_run + chunk * per_direction)),
-            seconds=sum(self._unrolled(batch[0], question) * len(batch) for batch in batches)
-            * chunks
-            * seconds_per_step
-            / size,
-            removals_per_chunk=chunk if is_forward else None,
+            queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
+            memory=int(way.runs * (costs.per_run + way.directions * way.per_direction)),
+            seconds=steps * -(-costs.directions // way.directions) * way.seconds,
+            removals_per_chunk=way.directions if is_forward else None,
+            stacked=way.stacked,
+            held=held_steps(replay, way.runs, left),
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
         """Sweep some runs: backwards, once for each chunk of queries, or forwards, once for each chunk of removals."""
-        replay = self._replay(runs, question)
+        replay = self._replay(runs, question).stack(plan.stacked)
+        replay.held = plan.held
         end = question.end(replay.steps)
         if plan.removals_per_chunk is not None:
             return self._estimate_forward(replay, question, plan, advance)
-        queries = question.queries.to((replay.recorded_dtype, replay.dtype), replay.device)
-        numbers = torch.arange(len(queries)).split(plan.queries_per_chunk)
+        numbers = torch.arange(len(question.queries)).split(plan.queries_per_chunk)
         baselines, responses, norms = [], [], []
         with kept_pages(replay.device):
             for chunk in numbers:
-                baseline, adjoint, of_statistics = measure(replay, queries.fetch(chunk), question.measurement, end)
+                baseline, adjoint, of_statistics = measure(replay, question, chunk.tolist(), end)
                 baselines.append(baseline)
                 part, lengths = sweep(
                     replay,
@@ -199,8 +188,16 @@ class UnrolledDifferentiation(Estimator):
             torch.cat(responses, 1) if len(responses) > 1 else responses[0],
             replay.drift,
             [dict(zip(map(str, steps), curve, strict=True)) for curve in curves.tolist()],
-            diagnose(runs, lambda some, precision: self._replay(some, question, precision), end),
+            self._diagnoses(runs, question, plan),
         )
+
+    def _diagnoses(self, runs: Sequence[Run], question: Question, plan: Plan) -> list[Diagnosis]:
+        def make(some: Sequence[Run], precision: Precision) -> Replay:
+            replay = self._replay(some, question, precision).stack(plan.stacked)
+            replay.held = plan.held
+            return replay
+
+        return diagnose(runs, make, question.end(runs[0].steps))
 
     def _estimate_forward(self, replay: Replay, question: Question, plan: Plan, advance: Advance) -> Estimate:
         assert plan.removals_per_chunk is not None
@@ -209,20 +206,14 @@ class UnrolledDifferentiation(Estimator):
             baseline, responses = estimate_forward(
                 replay,
                 question.removals.membership(replay.dtype, replay.device),
-                question.queries.to((replay.recorded_dtype, replay.dtype), replay.device),
-                question.measurement,
+                question,
                 removals_per_chunk=plan.removals_per_chunk,
                 queries_per_chunk=plan.queries_per_chunk,
                 start=end - self._unrolled(replay.runs[0], question),
                 step=end,
                 advance=advance,
             )
-        # the diagnosis sweeps backwards, over the steps between two checkpoints
-        fits = _held_bytes(replay) * len(replay.runs) <= self.memory_budget * GIB
-        diagnoses = (
-            diagnose(replay.runs, lambda some, precision: self._replay(some, question, precision), end) if fits else ()
-        )
-        return Estimate(baseline, responses, replay.drift, diagnoses=diagnoses)
+        return Estimate(baseline, responses, replay.drift, diagnoses=self._diagnoses(replay.runs, question, plan))
 
     def _unrolled(self, run: Run, question: Question) -> int:
         """Return the number of steps that are unrolled, at the most."""
@@ -230,90 +221,9 @@ class UnrolledDifferentiation(Estimator):
         return min(end, self.horizon) if isinstance(self.horizon, int) else end
 
     def _replay(self, runs: Sequence[Run], question: Question, precision: Precision | None = None) -> Replay:
-        return Replay(
-            runs,
-            question.module,
-            question.examples,
-            precision=precision or self.precision,
-            device=question.device,
-            tolerance=self.tolerance,
-        )
-
-    def _fastest(
-        self, runs: Sequence[Run], question: Question, most: int, chunk: int, time: Callable[[Replay, int], float]
-    ) -> tuple[int, float]:
-        """Halve the number of runs from the largest that fits as long as that makes a run faster.
-
-        Larger batches need less Python for a run, smaller ones fit caches.
-        """
-        size = min(most, len(_alike(runs, most)))
-        seconds = time(self._replay(_alike(runs, size), question), chunk)
-        while size > 1:
-            smaller = -(-size // 2)
-            timed = time(self._replay(_alike(runs, smaller), question), chunk)
-            if timed / smaller > _WORTHWHILE * seconds / size:
-                break
-            size, seconds = smaller, timed
-        return size, seconds
+        return question.replay(runs, precision or self.precision, self.tolerance)
 
 
 def _alike(runs: Sequence[Run], size: int) -> list[Run]:
     """Return up to ``size`` runs of the shape that most runs share with the first."""
     return [run for run in runs if shape_key(run) == shape_key(runs[0])][:size]
-
-
-def _memory(replay: Replay, queries: int, removals: Removals) -> tuple[float, float]:
-    """Measure the bytes that a run needs whatever the queries, and what each query adds."""
-    point = replay.point(0)
-    buffers = replay.buffers(0)
-    peaks = []
-    for count in (1, 2):
-        directions = torch.randn(1, count, replay.layout.size, dtype=replay.dtype, device=replay.device)
-
-        def products(directions: Tensor = directions) -> object:
-            return replay.directional(0, point, directions, buffers, _statistics_cotangents(replay, directions))
-
-        products()  # what the first call reads and keeps is none of a step's memory
-        peaks.append(peak_memory(products, replay.device))
-    vector = replay.layout.size * replay.dtype.itemsize
-    states = sum(len(state) for state in point.states)
-    per_pair = max(peaks[1] - peaks[0], vector)
-    # the held segment, which the diagnosis holds in double; the responses and what is kept to join the chunks
-    per_run = max(peaks[0] - per_pair, 0) + _held_bytes(replay) + 2 * queries * len(removals) * replay.dtype.itemsize
-    # a group's response is summed up from those of its examples, which are there twice for a moment
-    of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
-    # adjoints of parameters and state, before and after the step
-    return per_run, per_pair + 2 * (1 + states) * vector + of_examples
-
-
-def _held_bytes(replay: Replay) -> float:
-    """Return the bytes of a run's longest segment, in double."""
-    longest = max(last - first for first, last in replay.segments)
-    states = sum(len(state) for state in replay.checkpoint(0)[1])
-    return longest * (2 + states) * replay.layout.size * torch.float64.itemsize
-
-
-def _seconds_per_step(replay: Replay, queries: int) -> float:
-    """Time a step of the sweep: the adjoint of the update and the products, which are almost all of it."""
-    point = replay.point(0)
-    buffers = replay.buffers(0)
-    cotangents = torch.randn(len(replay.runs), queries, replay.layout.size, dtype=replay.dtype, device=replay.device)
-    states = no_state_cotangents(replay, cotangents)
-    fastest = float("inf")
-    with kept_pages(replay.device):
-        for _ in range(_TIMED_STEPS):
-            start = time.perf_counter()
-            direct, _, directions = replay.adjoint(0, point, cotangents, states)
-            of_statistics = _statistics_cotangents(replay, cotangents)
-            _, slopes, products, _ = replay.directional(0, point, directions, buffers, of_statistics)
-            ((products + direct)[0, 0, 0] + slopes[0, 0, 0]).item()  # waits for the device
-            fastest = min(fastest, time.perf_counter() - start)
-    return fastest
-
-
-def _statistics_cotangents(replay: Replay, directions: Tensor) -> dict[str, Tensor]:
-    """Return cotangents of the running statistics for directions ``(runs, queries, P)``, for measuring costs."""
-    statistics = replay.statistics(replay.buffers(0))
-    return {
-        name: part.unsqueeze(1).expand(-1, directions.shape[1], *part.shape[1:]) for name, part in statistics.items()
-    }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lightning_dtda.optimizers.arithmetic import Scale, add_product, add_quotient, is_nonzero, slope_of_root
-from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
+from lightning_dtda.optimizers.arithmetic import Scale, add_product, add_quotient, slope_of_root
+from lightning_dtda.optimizers.direction import decoupled_decay, direction, direction_adjoint, kept, penalty
 from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 MEAN, SECOND_MOMENT, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
@@ -43,14 +45,15 @@ class Adam(Update):
         self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
     ) -> tuple[Tensor, State]:
         """Return the parameters ``(..., P)`` and the state after one step."""
-        kept, h = self._decay(theta, gradient, hyperparameters)
-        new_state, root = _moments(state, h, hyperparameters)
-        rate, correction = _corrections(hyperparameters, step)
-        return add_quotient(kept, new_state[MEAN], root / correction + hyperparameters["eps"], -rate), new_state
+        settings = self._settings(hyperparameters)
+        new_state, root = _moments_and_root(state, direction(theta, gradient, settings), settings)
+        rate, correction = _corrections(settings, step)
+        denominator = root / correction + settings["eps"]
+        return add_quotient(kept(theta, settings), new_state[MEAN], denominator, -rate), new_state
 
     def penalty(self, hyperparameters: Hyperparameters) -> float:
         """Return the weight decay, unless it is decoupled."""
-        return 0.0 if self._is_decoupled(hyperparameters) else penalty(hyperparameters)
+        return penalty(self._settings(hyperparameters))
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
         r"""Return :math:`\eta`: the mean of gradients has weights that sum up to one."""
@@ -61,10 +64,9 @@ class Adam(Update):
         root = state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
         return 1 / (root / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
 
-    def decoupled_decay(self, hyperparameters: Hyperparameters) -> float:
+    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
         r"""Return :math:`\eta\gamma` where the decay is decoupled."""
-        decay = float(hyperparameters["lr"]) * float(hyperparameters["weight_decay"])
-        return decay if self._is_decoupled(hyperparameters) else 0.0
+        return decoupled_decay(self._settings(hyperparameters))
 
     def adjoint(
         self,
@@ -78,12 +80,13 @@ class Adam(Update):
         step: int,
     ) -> tuple[Tensor, State, Tensor]:
         """Return the cotangents of parameters, state and gradient before the step, each ``(..., P)``."""
-        beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
-        _, h = self._decay(theta, gradient, hyperparameters)
-        new_state, root = _moments(state, h, hyperparameters)
-        rate, correction = _corrections(hyperparameters, step)
+        settings = self._settings(hyperparameters)
+        beta1, beta2 = settings["betas.0"], settings["betas.1"]
+        h = direction(theta, gradient, settings)
+        new_state, root = _moments_and_root(state, h, settings)
+        rate, correction = _corrections(settings, step)
         # all that depends on the point alone has no dimension of queries yet: only what follows is expensive
-        denominator = root / correction + hyperparameters["eps"]
+        denominator = root / correction + settings["eps"]
         of_mean = -rate / denominator
         of_root = rate * new_state[MEAN] / (denominator.square() * correction)
         of_second_moment = of_root * slope_of_root(root)
@@ -100,31 +103,27 @@ class Adam(Update):
         direction_cotangent = torch.addcmul(mean * (1 - beta1), second_moment, 2 * (1 - beta2) * h)
         before[MEAN], before[SECOND_MOMENT] = mean.mul_(beta1), second_moment.mul_(beta2)
 
-        if self._is_decoupled(hyperparameters):
-            theta_cotangent = theta_cotangent * (1 - hyperparameters["lr"] * hyperparameters["weight_decay"])
-            hyperparameters = {**hyperparameters, "weight_decay": 0.0}
-        theta_cotangent, gradient_cotangent = direction_adjoint(theta_cotangent, direction_cotangent, hyperparameters)
+        theta_cotangent, gradient_cotangent = direction_adjoint(
+            kept(theta_cotangent, settings), direction_cotangent, settings
+        )
         return theta_cotangent, before, gradient_cotangent
 
-    def _decay(self, theta: Tensor, gradient: Tensor, hyperparameters: Hyperparameters) -> tuple[Tensor, Tensor]:
-        """Return the decayed parameters and the direction h."""
-        if not self._is_decoupled(hyperparameters):
-            return theta, direction(theta, gradient, hyperparameters)
-        kept = theta * (1 - hyperparameters["lr"] * hyperparameters["weight_decay"])
-        return kept, direction(theta, gradient, {**hyperparameters, "weight_decay": 0.0})
-
-    def _is_decoupled(self, hyperparameters: Hyperparameters) -> bool:
-        decoupled = hyperparameters.get("decoupled_weight_decay", self.decoupled)
-        return bool(decoupled) and is_nonzero(hyperparameters["weight_decay"])
+    def _settings(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
+        return {"decoupled_weight_decay": self.decoupled, **hyperparameters}
 
 
-def _moments(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
-    """Return the new state, and the root of the second moment that the update divides by."""
+def moments(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
+    """Return the new mean and second moment of the directions."""
     beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
-    new_state = {
+    return {
         MEAN: torch.lerp(state[MEAN], h, 1 - beta1),
         SECOND_MOMENT: add_product(state[SECOND_MOMENT] * beta2, h, h, 1 - beta2),
     }
+
+
+def _moments_and_root(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
+    """Return the new state, and the root of the second moment that the update divides by."""
+    new_state = moments(state, h, hyperparameters)
     if LARGEST not in state:
         return new_state, new_state[SECOND_MOMENT].sqrt()
     new_state[LARGEST] = torch.maximum(state[LARGEST], new_state[SECOND_MOMENT])

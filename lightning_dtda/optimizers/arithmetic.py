@@ -29,6 +29,26 @@ def is_nonzero(value: Scale) -> bool:
     return bool((value != 0).any()) if isinstance(value, Tensor) else value != 0
 
 
+def scalar_dtype() -> torch.dtype:
+    """Return the data type in which torch's optimizers keep numbers."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def same_for_all(x: Tensor, dtype: torch.dtype) -> Scale:
+    """Return the number that all entries are; or ``x`` in a data type, where stacked runs differ."""
+    first = x.flatten()[0]
+    return float(first) if bool((x == first).all()) else x.to(dtype)
+
+
+def root(x: Tensor) -> Tensor:
+    """Return the square root; automatic differentiation then takes its slope for 0 where ``x`` is 0.
+
+    The reason is that of :func:`slope_of_root`.
+    """
+    is_zero = x == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, x).sqrt())
+
+
 def slope_of_root(root: Tensor) -> Tensor:
     r"""Return the derivative :math:`1 / (2 \sqrt v)` of a second moment's root, and 0 where the root is 0.
 

@@ -18,16 +18,18 @@ class GroupedUpdate:
     Args:
         update: The optimizer's update for one group.
         slices: Where each group lies in the flat vector ``(..., P)``.
+        parameters: Those of each group, without their values: an update may need their shapes.
     """
 
     update: Update
     slices: tuple[slice, ...]
+    parameters: tuple[tuple[Tensor, ...], ...]
 
     def initial_states(self, theta: Tensor, hyperparameters: Sequence[Hyperparameters]) -> list[State]:
         """Return each group's optimizer state before the first step."""
         return [
             self.update.initial_state(theta[..., part], group)
-            for part, group in zip(self.slices, hyperparameters, strict=True)
+            for part, group in zip(self.slices, self._settings(hyperparameters), strict=True)
         ]
 
     def step(
@@ -42,7 +44,7 @@ class GroupedUpdate:
         """Apply one optimizer step to ``theta`` ``(..., P)`` and each group's state."""
         results = [
             self.update.step(theta[..., part], state, gradient[..., part], group, step=step)
-            for part, state, group in zip(self.slices, states, hyperparameters, strict=True)
+            for part, state, group in zip(self.slices, states, self._settings(hyperparameters), strict=True)
         ]
         return _join([theta for theta, _ in results]), [state for _, state in results]
 
@@ -69,7 +71,7 @@ class GroupedUpdate:
                 step=step,
             )
             for part, state, group, cotangent in zip(
-                self.slices, states, hyperparameters, state_cotangents, strict=True
+                self.slices, states, self._settings(hyperparameters), state_cotangents, strict=True
             )
         ]
         thetas, new_states, gradients = zip(*results, strict=True)
@@ -99,9 +101,16 @@ class GroupedUpdate:
                 gradient_tangent[..., part],
                 step=step,
             )
-            for part, state, group, tangent in zip(self.slices, states, hyperparameters, state_tangents, strict=True)
+            for part, state, group, tangent in zip(
+                self.slices, states, self._settings(hyperparameters), state_tangents, strict=True
+            )
         ]
         return _join([theta for theta, _ in results]), [state for _, state in results]
+
+    def _settings(self, hyperparameters: Sequence[Hyperparameters]) -> list[Hyperparameters]:
+        return [
+            {**group, "params": parameters} for group, parameters in zip(hyperparameters, self.parameters, strict=True)
+        ]
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

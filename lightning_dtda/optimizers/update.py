@@ -4,36 +4,52 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_dtda.errors import AttributionError
 
 State: TypeAlias = dict[str, Tensor]
-"""The optimizer's state by torch's own names, e.g. ``momentum_buffer``; each tensor is shaped like the parameters."""
+"""The optimizer's state of a parameter group, by torch's own names, e.g. ``momentum_buffer``: what it keeps of each
+parameter, flat and one after the other. Most is shaped like the parameters ``(..., P)``; a number that torch keeps for
+each parameter, but that is the same for all of them, is kept once ``(..., 1)``."""
 
-Hyperparameters: TypeAlias = Mapping[str, "float | Tensor | bool"]
-"""One parameter group's hyperparameters at one step; tensors broadcast against the parameters. A tuple is spread to
-one entry for each of its numbers: Adam's betas are ``betas.0`` and ``betas.1``."""
+Hyperparameters: TypeAlias = Mapping[str, Any]
+"""One parameter group's hyperparameters at one step: numbers, flags, or tensors that broadcast against the parameters.
+A tuple is spread to one entry for each of its numbers: Adam's betas are ``betas.0`` and ``betas.1``. Under ``params``
+stand the group's parameters, without their values (on the meta device): their shapes and their data type."""
 
 
 class Update(ABC):
     r"""One optimizer's step and its adjoint, for one parameter group.
 
     The step is :math:`\theta_{t+1}, s_{t+1} = U_t(\theta_t, s_t, g_t)`. All vectors are flat, with any leading
-    dimensions: ``(..., P)``, and the update acts on each entry by itself. Implementations are pure functions; nothing
-    is changed in place.
+    dimensions: ``(..., P)``, the parameters of the group one after the other. Implementations are pure functions;
+    nothing is changed in place.
 
     A new optimizer needs :meth:`initial_state` and :meth:`step`. Its :meth:`adjoint` is had by automatic
-    differentiation unless the class has its own, which it needs where :meth:`step` has no derivative on the way (the
-    square root of a second moment of zero). Its :meth:`tangent` is the transpose of that.
+    differentiation unless the class has its own: for speed, or where :meth:`step` has no derivative on the way. For the
+    square root of a second moment of zero, it is enough to take that of
+    :func:`~lightning_dtda.optimizers.arithmetic.root`. Its :meth:`tangent` is the transpose of the adjoint.
+
+    Attributes:
+        rounding: How far steps may be from those of the training, relative to the distance travelled, because the
+            optimizer itself rounds more coarsely than the parameters do.
     """
+
+    rounding: float = 0.0
 
     @abstractmethod
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
-        """Return :math:`s_0`, the state before the first step; its keys are what is recorded of the state later on."""
+        """Return :math:`s_0`, the state before the first step; its keys are what is recorded of the state later on.
+
+        Args:
+            theta: Parameters ``(..., P)``; their leading dimensions are the state's.
+            hyperparameters: Of the first step.
+        """
 
     @abstractmethod
     def step(
@@ -84,7 +100,7 @@ class Update(ABC):
         """
         return None
 
-    def decoupled_decay(self, hyperparameters: Hyperparameters) -> float:
+    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
         """Return the share of the parameters that the step takes away beside the gradient's."""
         return 0.0
 
@@ -105,16 +121,28 @@ class Update(ABC):
         Hessian product. The cotangents may have more entries in a leading dimension (queries) than the point.
 
         Returns:
-            Cotangents of the parameters, the state and the gradient, each ``(..., P)``.
+            Cotangents of the parameters, the state and the gradient, each shaped like these.
         """
-        shape = theta_cotangent.shape
-        point = theta.expand(shape), {key: part.expand(shape) for key, part in state.items()}, gradient.expand(shape)
         (_, after), pull_back = torch.func.vjp(  # type: ignore[misc]
-            lambda theta, state, gradient: self.step(theta, state, gradient, hyperparameters, step=step), *point
+            lambda theta, state, gradient: self.step(theta, state, gradient, hyperparameters, step=step),
+            theta,
+            state,
+            gradient,
         )
-        ordered = {key: state_cotangent[key] for key in after}
-        cotangents: tuple[Tensor, State, Tensor] = pull_back((theta_cotangent, ordered))
-        return cotangents
+        # torch keeps some numbers in a data type of their own
+        cotangents = theta_cotangent, {key: state_cotangent[key].to(part.dtype) for key, part in after.items()}
+        before: tuple[Tensor, State, Tensor]
+        if theta.shape == theta_cotangent.shape:
+            before = pull_back(cotangents)
+            return before
+        # all that depends on the point alone has no dimension of queries: it is computed once
+        if theta.ndim < theta_cotangent.ndim:
+            before = torch.vmap(pull_back)(cotangents)
+            return before
+        # not by in_dims and out_dims: torch crashes where a result is the same for all queries
+        found = torch.vmap(pull_back)(tree_map(lambda part: part.movedim(-2, 0).unsqueeze(-2), cotangents))
+        before = tree_map(lambda part: part.squeeze(-2).movedim(0, -2), found)
+        return before
 
     def tangent(
         self,
@@ -138,14 +166,14 @@ class Update(ABC):
         of :meth:`step` is not.
 
         Returns:
-            Tangents of the parameters and the state after the step, each ``(..., P)``, where the tangents may have more
-            entries in a leading dimension (removals) than the point.
+            Tangents of the parameters and the state after the step, which may have more entries in a leading dimension
+            (removals) than the point.
         """
         before, transpose = torch.func.vjp(  # type: ignore[misc]
             lambda *cotangents: self.adjoint(theta, state, gradient, hyperparameters, *cotangents, step=step),
             torch.zeros_like(theta_tangent),
             {key: torch.zeros_like(tangent) for key, tangent in state_tangent.items()},
         )
-        ordered = {key: state_tangent[key] for key in before[1]}
+        ordered = {key: state_tangent[key].to(part.dtype) for key, part in before[1].items()}
         after: tuple[Tensor, State] = transpose((theta_tangent, ordered, gradient_tangent))
         return after

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.replay.random_states import Generators
 
 
 class BatchTap:
@@ -55,7 +56,7 @@ class BatchTap:
         if (
             combined is None
             or combined.flattened != [combined.iterables]
-            or not isinstance(getattr(combined.flattened[0], "batch_sampler", None), _TappedBatchSampler)
+            or not isinstance(_sampler_of(combined.flattened[0]), _TappedBatchSampler)
         ):
             count = 0 if combined is None else len(combined.flattened)
             raise RecordingError(
@@ -92,22 +93,71 @@ class BatchTap:
             return [operator.index(index) for index in indices]
         except (TypeError, ValueError) as error:
             raise RecordingError(
-                f"The sampler yields {indices!r}, not data set indices. Let it yield integers, so that removal can be "
-                "of examples by index."
+                f"The sampler yields {indices!r}, not a list of data set indices. Let it yield lists of integers, or give the "
+                "DataLoader a batch_size, so that a batch is a list of examples."
             ) from error
 
     def _process_dataloader(self, loader: Any) -> Any:
         if self._trainer.state.stage == RunningStage.TRAINING:
             _refuse_unsupported(loader)
-            if not isinstance(loader.batch_sampler, _TappedBatchSampler):
-                self._tapped.append((loader, loader.batch_sampler))
-                _set_batch_sampler(loader, _TappedBatchSampler(loader.batch_sampler))
+            sampler = _sampler_of(loader)
+            if not isinstance(sampler, _TappedBatchSampler):
+                self._tapped.append((loader, sampler))
+                _set_batch_sampler(loader, _TappedBatchSampler(sampler))
         return self._original(loader)
+
+
+class TransferTap:
+    """Notes each training batch before it takes its way to the module, and the random states there.
+
+    The hooks on that way may draw random numbers (augmentation on the device) and change the batch. The first of what
+    happens to a batch that was fetched is ``precision_plugin.convert_input``, which is shadowed during fit.
+
+    Args:
+        trainer: The Trainer, before it loads data.
+        module: The module.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._generators: Generators | None = None
+        self._last: tuple[dict[str, torch.Tensor], Any] | None = None
+        self._original: Callable[[Any], Any] = trainer.precision_plugin.convert_input
+        trainer.precision_plugin.convert_input = self._convert_input  # type: ignore[method-assign]
+
+    @property
+    def generators(self) -> Generators:
+        """All that the module may draw from."""
+        if self._generators is None:
+            self._generators = Generators(self._module, self._module.device)
+        return self._generators
+
+    def take(self) -> tuple[dict[str, torch.Tensor], Any]:
+        """Return the states of the generators before the batch at hand was moved, and the batch as it was collated."""
+        assert self._last is not None
+        last, self._last = self._last, None
+        return last
+
+    def remove(self) -> None:
+        """Give the Trainer back as it was."""
+        vars(self._trainer.precision_plugin).pop("convert_input", None)
+
+    def _convert_input(self, data: Any) -> Any:
+        if self._trainer.state.stage == RunningStage.TRAINING:
+            self._last = self.generators.states(), data
+        return self._original(data)
+
+
+def _sampler_of(loader: Any) -> Any:
+    """Return what yields the indices of a batch: the sampler itself where the data set is asked for whole batches."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(loader, "sampler", None) if batch_sampler is None else batch_sampler
 
 
 def _set_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> None:
     # DataLoader forbids setting the attribute; its __dict__ does not
-    loader.__dict__["batch_sampler"] = batch_sampler
+    loader.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = batch_sampler
     # an iterator with persistent workers outlives the epoch, perhaps the training, and holds the sampler itself
     iterator: Any = getattr(loader, "_iterator", None)
     if iterator is not None:
@@ -169,11 +219,6 @@ def _refuse_unsupported(loader: Any) -> None:
         raise RecordingError(
             f"{type(loader.dataset).__name__} is an IterableDataset: its examples have no indices, so that none can be "
             "removed. Use a map-style data set (__getitem__ and __len__)."
-        )
-    if loader.batch_sampler is None:
-        raise RecordingError(
-            "Automatic batching is off (batch_size=None). Give the DataLoader a batch_size or a batch_sampler, so "
-            "that a batch is a list of examples."
         )
     if not getattr(loader, "in_order", True) and loader.num_workers > 0:
         raise RecordingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from enum import Enum
 from numbers import Number
@@ -15,6 +16,8 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_dtda.compatibility import overrides
+from lightning_dtda.replay.stand_ins import Circumstances
 from lightning_dtda.version import __version__
 
 _NOT_SETTINGS = frozenset({"params", "initial_lr", "foreach", "fused", "capturable", "differentiable"})
@@ -50,6 +53,51 @@ def configuration(
         },
         "training": training_configuration(trainer, loader),
     }
+
+
+_TRAINER_FACTS = (
+    "max_epochs",
+    "min_epochs",
+    "max_steps",
+    "min_steps",
+    "estimated_stepping_batches",
+    "num_training_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "log_every_n_steps",
+    "world_size",
+    "num_nodes",
+    "num_devices",
+    "precision",
+)
+"""What ``training_step`` may ask the Trainer, and is answered from the record in a replay."""
+
+
+def circumstances(trainer: pl.Trainer, module: pl.LightningModule) -> Circumstances:
+    """Describe what ``training_step`` may depend on beside its batch, the parameters and the time."""
+    facts = {name: as_json(getattr(trainer, name)) for name in _TRAINER_FACTS}
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    hooks = {}
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        if data is not None and overrides(data, name):
+            hooks[name] = "datamodule"
+        elif overrides(module, name):
+            hooks[name] = "module"
+    return Circumstances(
+        precision=str(trainer.precision),
+        trainer={name: fact for name, fact in facts.items() if fact is not None and fact != math.inf},
+        evaluation_modules=[name for name, layer in module.named_modules() if name and not layer.training],
+        transfer_hooks=hooks,
+    )
+
+
+def current_hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each parameter group at this moment, by torch's names."""
+    names, options = hyperparameters(optimizer)
+    return [
+        dict(zip(names, values, strict=True)) | others
+        for values, others in zip(hyperparameter_values(optimizer, names), options, strict=True)
+    ]
 
 
 def module_configuration(module: pl.LightningModule, seed: int | None = None) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +14,21 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.replay.batches import rows_of
-from lightning_dtda.replay.fingerprint import combine_fingerprint, fingerprint_bytes, fingerprint_indices
+from lightning_dtda.replay.fingerprint import (
+    READING_SECONDS,
+    checksums_of,
+    chunked,
+    fingerprint_of,
+    gathered,
+    reader,
+    spread,
+)
+from lightning_dtda.replay.item_checksum import item_checksum
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.trajectory import Run
+from lightning_dtda.trajectory.example_checksums import ExampleChecksums, list_examples
 
-_PROBED_EXAMPLES = 16
-"""Examples asked for twice: an augmentation that flips a coin for each goes unnoticed once in 2^16 trainings."""
+_log = logging.getLogger(__name__)
 
 
 class TrainingData:
@@ -26,13 +38,25 @@ class TrainingData:
         loader: The training DataLoader.
         stored: As for :func:`describe_data`.
 
+    Attributes:
+        description: What must not differ between runs.
+        checksums: Of the examples, as many as can be read in some seconds; ``None`` where batches are stored.
+
     Raises:
         RecordingError: As :func:`describe_data`.
     """
 
     def __init__(self, loader: DataLoader[Any], stored: bool = False) -> None:
-        self.description = describe_data(loader, stored)
+        self.description, self.checksums = _examine(loader, stored, READING_SECONDS)
         self._stored = stored
+        if self.checksums is not None and len(self.checksums) < len(self):
+            _log.info(
+                "Of the %d training examples, every %dth is recorded by a checksum, %d of them; reading all takes too "
+                "long. A change of the others will not be found by it.",
+                len(self),
+                self.checksums.stride,
+                len(self.checksums),
+            )
         self._described: Any = loader.dataset
 
     def __len__(self) -> int:
@@ -51,23 +75,41 @@ class TrainingData:
         if loader.dataset is self._described:
             return
         self._described = loader.dataset
-        if describe_data(loader, self._stored) != self.description:
+        description, checksums = _examine(loader, self._stored, READING_SECONDS)
+        changed = self._changed(checksums) if len(self) == description["length"] else []
+        if description != self.description or changed:
+            which = f"example {list_examples(changed)} is not that of the start" if changed else "another data set"
             raise RecordingError(
-                f"The training data changed at epoch {epoch}: another data set than at the start. "
+                f"The training data changed at epoch {epoch}: {which}. "
                 "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
             )
 
-    def check_indices(self, indices: Tensor, batch: Any) -> None:
-        """Check that each row of a batch can be told by an index.
+    def refuse_others(self, run: Run) -> None:
+        """Refuse to go on with a run that was trained on other data.
 
         Raises:
-            RecordingError: If the indices are not those of examples, or not as many as the batch has rows.
+            RecordingError: Naming the examples.
+        """
+        if changed := self._changed(run.example_checksums):
+            raise RecordingError(
+                f"Example {list_examples(changed)} of the training data is not the one that {run.path} was trained on. "
+                "Go on with the same data, in the same order."
+            )
+
+    def _changed(self, other: ExampleChecksums | None) -> list[int]:
+        return [] if self.checksums is None or other is None else self.checksums.changed(other)
+
+    def check_indices(self, indices: Tensor) -> None:
+        """Check that a batch was made of examples that have an index.
+
+        Raises:
+            RecordingError: If the indices are not those of examples.
         """
         length = len(self)
-        if len(indices) != (rows := rows_of(batch)) or not 0 <= int(indices.min()) <= int(indices.max()) < length:
+        if not len(indices) or not 0 <= int(indices.min()) <= int(indices.max()) < length:
             raise RecordingError(
-                f"A batch of {rows} examples was made of the indices {indices.tolist()} of {length}. Let the sampler "
-                f"yield indices from 0 to {length - 1}, and the collate_fn keep every example."
+                f"A batch was made of the indices {indices.tolist()} of {length} examples. Let the sampler yield "
+                f"indices from 0 to {length - 1}."
             )
 
 
@@ -82,51 +124,24 @@ def describe_data(loader: DataLoader[Any], stored: bool = False) -> dict[str, An
     Raises:
         RecordingError: If the data set has no integer indices, or gives another example each time it is asked.
     """
-    dataset: Any = loader.dataset
-    name = type(dataset).__name__
-    if not hasattr(dataset, "__len__"):
-        raise RecordingError(f"{name} has no length. Define __len__, so that removal can be of examples by index.")
-    length = len(dataset)
-    description = {"class": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "length": length}
-    if stored:
-        return description | {"fingerprint": None}
-    twice = [index for index in range(min(length, _PROBED_EXAMPLES)) for _ in range(2)]
-    indices = [*twice, *fingerprint_indices(length)]
-    contents = []
-    with isolate_rng():
-        reader = _read(loader, indices)
-        for index in indices:
-            try:
-                contents.append(next(reader))
-            except Exception as error:
-                raise RecordingError(
-                    f"{name}[{index}] fails ({type(error).__name__}: {_last_line(error)}). Let the data set take the "
-                    f"indices 0 to {length - 1}, so that removal can be of examples by index."
-                ) from error
-    for index in range(len(twice) // 2):
-        if contents[2 * index] != contents[2 * index + 1]:
-            raise RecordingError(
-                f"{name}[{index}] differs between two calls (random augmentation?), so that the recorded steps could "
-                'not be reproduced. Store the batches themselves, TrajectoryRecorder(batches="store"), or make the '
-                "data set deterministic."
-            )
-    return description | {"fingerprint": combine_fingerprint(length, contents[len(twice) :])}
+    return _examine(loader, stored, 0)[0]
 
 
-def check_batch(loader: DataLoader[Any], indices: Tensor, batch: Any, convert: Callable[[Any], Any]) -> None:
-    """Check that a batch is what the ``collate_fn`` makes of the examples at its indices.
+def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str, Tensor]) -> None:
+    """Check that a batch is what is made again of the examples at its indices, moved as the training moved it.
 
     Args:
-        loader: The training DataLoader.
-        indices: What its sampler drew.
+        collated: What the ``collate_fn`` makes of the examples.
         batch: The batch that ``training_step`` is about to get.
-        convert: What the Trainer's precision does to batches.
+        replica: Moves the former.
+        states: Of the random number generators before the latter was moved.
 
     Raises:
         RecordingError: If it differs: a ``collate_fn`` that draws random numbers or drops examples.
     """
-    with isolate_rng():
-        again = convert(next(_read(loader, [indices.tolist()], loader.collate_fn)))
+    with replica.generators.kept():
+        replica.generators.set(states)
+        again = replica.moved(collated)
     found, wanted = tree_flatten(again), tree_flatten(batch)
     same = found[1] == wanted[1] and all(map(_equal, found[0], wanted[0]))
     if not same:
@@ -137,31 +152,88 @@ def check_batch(loader: DataLoader[Any], indices: Tensor, batch: Any, convert: C
         )
 
 
-def _read(loader: DataLoader[Any], batches: list[Any], collate_fn: Callable[[list[Any]], Any] | None = None) -> Any:
-    """Iterate over the content of examples, or over batches, read where the training reads them.
+def read_batches(loader: DataLoader[Any], batches: list[list[int]]) -> Any:
+    """Iterate over batches of the examples at some indices, read where the training reads them."""
+    return reader(loader.dataset, loader, batches, loader.collate_fn, as_trained=True)
 
-    In a worker where the training uses workers: data sets that open their file when they are first asked would
-    otherwise do so in this process, and the workers that are forked later share its position in the file.
+
+def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dict[str, Any], ExampleChecksums | None]:
+    """Describe a data set, and read some of its examples, as many as fit the time."""
+    dataset: Any = loader.dataset
+    name = type(dataset).__name__
+    if not hasattr(dataset, "__len__"):
+        raise RecordingError(f"{name} has no length. Define __len__, so that removal can be of examples by index.")
+    length = len(dataset)
+    description = {"class": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "length": length}
+    if stored:
+        return description | {"fingerprint": None}, None
+    ranges: list[range] = []
+    batches: list[list[int]] = []
+
+    def drawn() -> Iterator[list[int]]:
+        for indices in spread(length, seconds):
+            # an augmentation that flips a coin for each example goes unnoticed once in 2^16 trainings
+            of_range = chunked(indices) if ranges else ([index] for index in indices for _ in range(2))
+            ranges.append(indices)
+            for batch in of_range:
+                batches.append(batch)
+                yield batch
+
+    values: list[int] = []
+    with isolate_rng():
+        for number, found in enumerate(_checksums(loader, drawn(), batches)):
+            if number >= 2 * len(ranges[0]) or number % 2 == 0:
+                values += found
+            elif found != values[-1:]:
+                raise RecordingError(
+                    f"{name}[{batches[number][0]}] differs between two calls (random augmentation?), so that the "
+                    "recorded steps could not be reproduced. Store the batches themselves, "
+                    'TrajectoryRecorder(batches="store"), or make the data set deterministic.'
+                )
+    checksums = gathered(length, ranges, values)
+    return description | {"fingerprint": fingerprint_of(checksums)}, checksums
+
+
+def _checksums(loader: DataLoader[Any], drawn: Iterable[list[int]], batches: list[list[int]]) -> Iterator[list[int]]:
+    """Yield the checksums of the examples at the indices that are drawn, batch by batch.
+
+    Args:
+        loader: The training DataLoader.
+        drawn: The indices.
+        batches: A list that has the batches drawn so far; a worker is some ahead.
+
+    Raises:
+        RecordingError: Naming the index, if an example cannot be read.
     """
-    has_workers = loader.num_workers > 0
-    reader: DataLoader[Any] = DataLoader(
-        loader.dataset,
-        batch_sampler=batches if collate_fn else [[index] for index in batches],
-        collate_fn=collate_fn or _content,
-        num_workers=int(has_workers),
-        multiprocessing_context=loader.multiprocessing_context if has_workers else None,
-        worker_init_fn=loader.worker_init_fn,
-    )
-    return iter(reader)
+    dataset: Any = loader.dataset
+    found = reader(dataset, loader, drawn, checksums_of)
+    for number in itertools.count():
+        try:
+            checksums = next(found)
+        except StopIteration:
+            return
+        except Exception as error:
+            index, reason = _failing(loader, batches[number], error)
+            raise RecordingError(
+                f"{type(dataset).__name__}[{index}] fails ({type(reason).__name__}: {_last_line(reason)}). Let the "
+                f"data set take the indices 0 to {len(dataset) - 1}, so that removal can be of examples by index."
+            ) from error
+        yield checksums
 
 
-def _content(items: list[Any]) -> bytes:
-    return fingerprint_bytes(items[0])
+def _failing(loader: DataLoader[Any], batch: list[int], error: Exception) -> tuple[int, Exception]:
+    """Return which index of a batch fails, and how."""
+    for index in batch if len(batch) > 1 else ():
+        try:
+            next(reader(loader.dataset, loader, [[index]], checksums_of))
+        except Exception as reason:
+            return index, reason
+    return batch[0], error
 
 
 def _equal(first: Any, second: Any) -> bool:
     if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return fingerprint_bytes(first) == fingerprint_bytes(second)
+        return item_checksum(first) == item_checksum(second)
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return bool(torch.isclose(first.cpu(), second.cpu(), rtol=0, atol=0, equal_nan=True).all())

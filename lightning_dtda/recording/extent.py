@@ -68,8 +68,10 @@ def needed_bytes(
         return math.inf
     layout = manifest.layout
     per_checkpoint = sum(buffer.nbytes for buffer in buffers(module, layout, step=0).values())
-    states = max(map(len, checks.state_names(optimizer)))
-    per_checkpoint += (1 + states) * layout.size * manifest.torch_dtype.itemsize
+    states = sum(
+        sum(sizes.values()) for sizes in checks.state_sizes(optimizer, map(module.get_parameter, layout.names))
+    )
+    per_checkpoint += (layout.size + states) * manifest.torch_dtype.itemsize
     per_step = 0
     if manifest.gradients != "none":
         per_step = layout.size * getattr(torch, manifest.gradients).itemsize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -20,13 +22,16 @@ from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import checks
-from lightning_dtda.recording.batch_tap import BatchTap
+from lightning_dtda.recording.averaging import AveragingTap, averaging_callback
+from lightning_dtda.recording.batch_tap import BatchTap, TransferTap
 from lightning_dtda.recording.configuration import (
+    circumstances,
     configuration,
+    current_hyperparameters,
     hyperparameters,
     versions,
 )
-from lightning_dtda.recording.data import TrainingData, check_batch
+from lightning_dtda.recording.data import TrainingData, check_batch, read_batches
 from lightning_dtda.recording.extent import (
     check_disk,
     checkpoint_interval,
@@ -34,12 +39,15 @@ from lightning_dtda.recording.extent import (
     needed_bytes,
     planned_steps,
 )
+from lightning_dtda.recording.other_runs import refuse_other_configuration
 from lightning_dtda.recording.processes import together
 from lightning_dtda.recording.resuming import resume
 from lightning_dtda.recording.run_recording import RunRecording, make_directory
 from lightning_dtda.recording.shard_buffer import ShardBuffer
-from lightning_dtda.replay.batches import example_shapes
-from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
+from lightning_dtda.recording.trial import Trial, try_step
+from lightning_dtda.replay.batches import example_shapes, map_tensors, rows_of
+from lightning_dtda.replay.stand_ins import Time
+from lightning_dtda.trajectory import Manifest, Run, RunWriter
 from lightning_dtda.trajectory.run import process_path
 
 _log = logging.getLogger(__name__)
@@ -73,8 +81,8 @@ class TrajectoryRecorder(Callback):
     Raises:
         RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
             sets, several data loaders, manual optimization, several or unknown optimizers, strategies other than DDP,
-            half precision, BatchNorm without ``example_losses``, a loss that is no mean over examples, a
-            run that exists, or a disk that is too small. The message says what to do.
+            half precision, a loss of which no part belongs to an example, a run that exists, or a disk that is too small.
+            The message says what to do.
 
     Example:
         >>> recorder = TrajectoryRecorder("runs/concrete", gradients="none")
@@ -110,6 +118,8 @@ class TrajectoryRecorder(Callback):
         """How many runs like this one the disk must hold; a loop over seeds sets it, so that the first run refuses
         what would run out of disk in the middle, and 0 for the others."""
         self._tap: BatchTap | None = None
+        self._transfer: TransferTap | None = None
+        self._averaging: AveragingTap | None = None
         self._recording: RunRecording | None = None
         self._progress: dict[str, Any] = {}
         self._resumed: dict[str, Any] | None = None
@@ -124,6 +134,7 @@ class TrajectoryRecorder(Callback):
         checks.refuse_trainer(trainer, pl_module)
         self._shapes = None
         self._tap = BatchTap(trainer)
+        self._transfer = TransferTap(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,14 +157,27 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if self._tap is None:
             return
+        assert self._transfer is not None
         indices = torch.tensor(self._tap.current_indices())
+        states, collated = self._transfer.take()
+        if self._recording is None and self._averaging is None:
+            callback = averaging_callback(trainer)
+            if callback is not None:
+                self._writes_checkpoints = trainer.is_global_zero
+                self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
         if self._recording is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
-            self._recording = self._begin(trainer, pl_module, indices, batch, batch_idx)
-        self._data.check_indices(indices, batch)
-        leaves = self._leaves(batch) if self._stores_batches else ()
+            self._recording = self._begin(trainer, pl_module, indices, batch, collated, batch_idx, states)
+        self._data.check_indices(indices)
+        leaves = self._leaves(collated, len(indices)) if self._stores_batches else ()
         self._recording.begin_micro_batch(
-            indices, trainer.current_epoch, batch_idx, leaves, trainer.accumulate_grad_batches
+            indices,
+            trainer.current_epoch,
+            batch_idx,
+            leaves,
+            trainer.accumulate_grad_batches,
+            states,
+            trainer.global_step,
         )
 
     @override
@@ -193,6 +217,13 @@ class TrajectoryRecorder(Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._complete()
+
+    def _complete(self) -> None:
+        if self._recording is not None and self._averaging is not None and self._writes_checkpoints:
+            average = self._averaging.average(self._recording.layout)
+            if average is not None:
+                self._recording.add_average(average)
         self._close("complete", None)
 
     @override
@@ -209,22 +240,43 @@ class TrajectoryRecorder(Callback):
         self._stop("the training ended early")
 
     def _begin(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, indices: Tensor, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        indices: Tensor,
+        batch: Any,
+        collated: Any,
+        batch_idx: int,
+        states: dict[str, Tensor],
     ) -> RunRecording:
-        """Check what is about to be trained on, then make the run directory."""
+        """Check what is about to be trained on, and try an attribution step of it, then make the run directory."""
         is_first = trainer.global_rank == 0
         with together(trainer):
-            if not self._stores_batches:
-                check_batch(self._loader, indices, batch, trainer.precision_plugin.convert_input)
             optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
             layout = checks.parameter_layout(pl_module, optimizer)
             checks.refuse_layers(pl_module)
-            checks.check_example_losses(pl_module, layout, batch, batch_idx)
-            manifest = self._manifest(trainer, pl_module, optimizer, layout)
+            facts = circumstances(trainer, pl_module)
+            time = Time(trainer.current_epoch, trainer.global_step, batch_idx, current_hyperparameters(optimizer))
+            make = self._maker(indices, collated)
+            trial = try_step(
+                pl_module,
+                layout,
+                facts,
+                trainer.datamodule,
+                len(indices),
+                make,
+                time,
+                states,  # type: ignore[attr-defined]
+            )
+            if not self._stores_batches:
+                check_batch(make(range(len(indices))), batch, trial.eager.replica, states)
+            manifest = self._manifest(trainer, pl_module, optimizer, trial)
+            if is_first and self._resumed is None and not self.overwrite:
+                refuse_other_configuration(self._directory, manifest, self._data.checksums)
             if is_first:
                 if self.runs_to_fit:
                     interval = checkpoint_interval(self.checkpoint_every, manifest.planned_steps)
-                    of_run = needed_bytes(trainer, pl_module, optimizer, manifest, interval, batch)
+                    of_run = needed_bytes(trainer, pl_module, optimizer, manifest, interval, collated)
                     what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
                     check_disk(what, self.root, self.runs_to_fit * of_run)
                 manifest = self._prepare(self._directory, manifest, pl_module)
@@ -240,9 +292,25 @@ class TrajectoryRecorder(Callback):
                     recording = self._record(directory, manifest, pl_module, optimizer, is_first)
         return recording
 
+    def _steps_so_far(self) -> int:
+        return 0 if self._recording is None else self._recording.steps
+
+    def _maker(self, indices: Tensor, collated: Any) -> Callable[[Sequence[int]], Any]:
+        """Return what makes the first batch again, of some of its rows."""
+        if self._stores_batches:
+            self._leaves(collated, len(indices))
+            return lambda rows: map_tensors(lambda leaf: leaf[list(rows)], collated)
+
+        def make(rows: Sequence[int]) -> Any:
+            with isolate_rng():
+                return next(read_batches(self._loader, [indices[list(rows)].tolist()]))
+
+        return make
+
     def _manifest(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, layout: ParameterLayout
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, trial: Trial
     ) -> Manifest:
+        layout = trial.layout
         numbers, options = hyperparameters(optimizer)
         planned = planned_steps(trainer)
         return Manifest(
@@ -261,7 +329,9 @@ class TrajectoryRecorder(Callback):
             gradients=gradient_precision(self.gradients, self.gradients_budget, layout, planned),
             batches=self.batches,
             processes=trainer.world_size,
-            evaluation_modules=checks.evaluation_modules(pl_module),
+            evaluation_modules=list(trial.circumstances.evaluation_modules),
+            circumstances=trial.circumstances.content(),
+            shared=trial.shared,
             threads=torch.get_num_threads(),
             versions=versions(),
             planned_steps=planned,
@@ -273,19 +343,24 @@ class TrajectoryRecorder(Callback):
             make_directory(directory, self.overwrite)
             return manifest
         theta = manifest.layout.flatten([pl_module.get_parameter(name) for name in manifest.layout.names])
-        return resume(directory, manifest, self._resumed["steps"], theta, self.gradients != "auto")
+        resumed = resume(directory, manifest, self._resumed["steps"], theta, self.gradients != "auto")
+        self._data.refuse_others(Run(directory))
+        return resumed
 
     def _record(
         self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule, optimizer: Optimizer, is_first: bool
     ) -> RunRecording:
         gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
+        writer = RunWriter(directory, manifest)
+        if is_first and manifest.examples is None and self._data.checksums is not None:
+            writer.add_examples(self._data.checksums)
         return RunRecording(
             module=pl_module,
             optimizer=optimizer,
             layout=manifest.layout,
-            writer=RunWriter(directory, manifest),
+            writer=writer,
             hyperparameter_names=manifest.hyperparameters,
-            state_names=checks.state_names(optimizer),
+            state_sizes=checks.state_sizes(optimizer, map(pl_module.get_parameter, manifest.layout.names)),
             buffer=ShardBuffer(manifest.layout, gradients, pl_module.device, manifest.steps),
             interval=checkpoint_interval(self.checkpoint_every, manifest.planned_steps) if is_first else None,
             checkpointed=any(entry["step"] == manifest.steps for entry in manifest.checkpoints),
@@ -300,6 +375,12 @@ class TrajectoryRecorder(Callback):
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+        if self._transfer is not None:
+            self._transfer.remove()
+            self._transfer = None
+        if self._averaging is not None:
+            self._averaging.remove()
+            self._averaging = None
         self._resumed = None
         self._close("incomplete", reason)
 
@@ -309,8 +390,14 @@ class TrajectoryRecorder(Callback):
             recording, self._recording = self._recording, None
             recording.close(status, reason)
 
-    def _leaves(self, batch: Any) -> tuple[Tensor, ...]:
+    def _leaves(self, batch: Any, examples: int) -> tuple[Tensor, ...]:
         """Copy the batch, which the training may change in place."""
+        if rows_of(batch) != examples:
+            raise RecordingError(
+                'TrajectoryRecorder(batches="store") stores batches of tensors whose first dimension runs over the '
+                f"examples; this one of {examples} examples is no such batch. Let the collate_fn stack tensors, or make "
+                "the data set deterministic and leave batches out."
+            )
         if self._shapes is None:
             self._shapes = example_shapes(batch)
         if example_shapes(batch) != self._shapes:

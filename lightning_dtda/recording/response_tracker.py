@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -17,11 +18,15 @@ from typing_extensions import override
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.optimizers import clipping
 from lightning_dtda.recording import checks
-from lightning_dtda.recording.batch_tap import BatchTap
-from lightning_dtda.recording.data import TrainingData
+from lightning_dtda.recording.averaging import averaging_callback
+from lightning_dtda.recording.batch_tap import BatchTap, TransferTap
+from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
+from lightning_dtda.recording.data import TrainingData, read_batches
 from lightning_dtda.recording.response_tracking import ResponseTracking
-from lightning_dtda.replay import Measurement, Tangents, query_examples, resolve_measurement
+from lightning_dtda.recording.trial import try_step
+from lightning_dtda.replay import Draws, Examples, Measurement, Tangents, query_examples, resolve_measurement
 from lightning_dtda.replay.measured import measured
+from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.tangents import changes
 from lightning_dtda.trajectory import ParameterLayout
 
@@ -38,8 +43,6 @@ class ResponseTracker(Callback):
     responses a step further. The same numbers as those of a recorded run, in memory that does not depend on the length
     of the training: for each group, a copy of the parameters and of the optimizer's state. Each group takes about as
     long as two steps. The training itself is unchanged to the bit.
-
-    Row n of a batch is taken for the example at its index: a ``collate_fn`` that mixes examples must not be used.
 
     A training that goes on from a Trainer's checkpoint goes on with the responses in it.
 
@@ -65,6 +68,7 @@ class ResponseTracker(Callback):
             raise RecordingError("groups must be lists of data set indices, at least one of them.")
         self.tolerance = tolerance
         self._tap: BatchTap | None = None
+        self._transfer: TransferTap | None = None
         self._tracking: ResponseTracking | None = None
         self._is_running = False
         self._resumed: dict[str, Any] | None = None
@@ -96,13 +100,21 @@ class ResponseTracker(Callback):
         """
         followed = self._followed
         theta = followed.theta
-        examples = query_examples(queries).to((theta.dtype, theta.dtype), theta.device)
+        examples = query_examples(queries, Examples([0], followed.collate_fn))  # type: ignore[arg-type]
         _, function = resolve_measurement(measurement)
         size = max(1, _GRADIENT_BYTES // (theta.shape[1] * theta.dtype.itemsize))
         baseline, responses = [], []
         for numbers in torch.arange(len(examples)).split(size):
             values, gradients, of_statistics = measured(
-                followed.functions, theta, followed.current_buffers(), examples.fetch(numbers), function, ["its end"]
+                followed.eager,
+                theta,
+                followed.current_buffers(),
+                examples,
+                numbers.tolist(),
+                function,
+                ["its end"],
+                followed.time,
+                Draws(),
             )
             baseline.append(values[0])
             responses.append(changes(gradients, of_statistics, followed.tangents)[0])
@@ -113,6 +125,11 @@ class ResponseTracker(Callback):
         if stage != "fit":
             return
         checks.refuse_trainer(trainer, pl_module)
+        if (callback := averaging_callback(trainer)) is not None:
+            raise RecordingError(
+                f"{type(callback).__name__} replaces the parameters by an average at the end, which the tracker does not "
+                "follow. Record the training and attribute the record, or remove the callback."
+            )
         if trainer.world_size > 1:
             raise RecordingError(
                 f"The training has {trainer.world_size} processes, of which none sees all examples of a step. Train "
@@ -120,6 +137,7 @@ class ResponseTracker(Callback):
             )
         self._tracking = None
         self._tap = BatchTap(trainer)
+        self._transfer = TransferTap(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,25 +171,33 @@ class ResponseTracker(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._tap is not None
+        assert self._transfer is not None
         indices = torch.tensor(self._tap.current_indices())
-        self._data.check_indices(indices, batch)
+        states, collated = self._transfer.take()
+        self._data.check_indices(indices)
         if not self._is_running:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
-            self._tracking = self._begin(trainer, pl_module, batch, batch_idx)
+            self._tracking = self._begin(trainer, pl_module, indices, collated, batch_idx, states)
             self._is_running = True
         self._followed.begin_micro_batch(
-            indices, trainer.current_epoch, batch, batch_idx, trainer.accumulate_grad_batches
+            indices,
+            trainer.current_epoch,
+            collated,
+            batch_idx,
+            trainer.accumulate_grad_batches,
+            states,
+            trainer.global_step,
         )
 
     @override
     def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         if self._is_running:
-            self._followed.watch.drop_pending()
+            self._followed.drop_pending()
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         if self._is_running:
-            self._followed.watch.add_micro_batch()
+            self._followed.add_micro_batch()
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -203,12 +229,40 @@ class ResponseTracker(Callback):
         self._resumed = state_dict or None
 
     def _begin(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        indices: Tensor,
+        collated: Any,
+        batch_idx: int,
+        states: dict[str, Tensor],
     ) -> ResponseTracking:
+        assert self._tap is not None
+        loader = self._tap.loader
         optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
         layout = checks.parameter_layout(pl_module, optimizer)
         checks.refuse_layers(pl_module)
-        functions = checks.check_example_losses(pl_module, layout, batch, batch_idx)
+
+        def make(chosen: list[int]) -> Any:
+            with isolate_rng():
+                return next(read_batches(loader, [chosen]))
+
+        def rows(some: Sequence[int]) -> Any:
+            return collated if isinstance(some, range) else make(indices[list(some)].tolist())
+
+        time = Time(trainer.current_epoch, trainer.global_step, batch_idx, current_hyperparameters(optimizer))
+        facts = circumstances(trainer, pl_module)
+        trial = try_step(
+            pl_module,
+            layout,
+            facts,
+            trainer.datamodule,
+            len(indices),
+            rows,
+            time,
+            states,  # type: ignore[attr-defined]
+        )
+        layout = trial.layout
         like = pl_module.get_parameter(layout.names[0]).detach()
         algorithm = trainer.gradient_clip_algorithm
         membership = like.new_zeros(len(self.groups), len(self._data))
@@ -216,7 +270,9 @@ class ResponseTracker(Callback):
             membership[number, group] = 1
         return ResponseTracking(
             module=pl_module,
-            functions=functions,
+            eager=trial.eager,
+            make=make,
+            collate_fn=loader.collate_fn,
             optimizer=optimizer,
             layout=layout,
             clipping=clipping(trainer.gradient_clip_val, algorithm and str(algorithm.value)),
@@ -235,6 +291,9 @@ class ResponseTracker(Callback):
         if self._tap is not None:
             self._tap.remove()
             self._tap = None
+        if self._transfer is not None:
+            self._transfer.remove()
+            self._transfer = None
         self._resumed = None
         self._close()
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dtda.errors import RecordingError, ReplayError
 from lightning_dtda.optimizers import UPDATES, Clipping, GroupedUpdate, Hyperparameters, State
 from lightning_dtda.recording import checks
-from lightning_dtda.recording.configuration import hyperparameters
+from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
 from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
-from lightning_dtda.replay import Point, StepBatch, Tangents
-from lightning_dtda.replay.batches import concatenate, map_tensors
+from lightning_dtda.replay import Eager, Point, StepBatch, Tangents
+from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.replay.drift import Comparison
-from lightning_dtda.replay.functional import FunctionalModule
-from lightning_dtda.replay.steps import draw_masks, parts_of
+from lightning_dtda.replay.stand_ins import Time
+from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.replay.tangents import gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
@@ -35,11 +36,13 @@ class ResponseTracking:
 
     Args:
         module: The module, before its first step.
-        functions: The same as functions, which know its dropout.
+        eager: Runs a replica of it.
         optimizer: Its optimizer.
         layout: The trained parameters.
         clipping: The Trainer's.
         precision: The Trainer's.
+        make: Makes a batch of the data set's examples at some indices.
+        collate_fn: That of the training DataLoader.
         membership: 1 where an example is in a group ``(groups, N)``.
         tolerance: As for :class:`~lightning_dtda.replay.Replay`.
         steps: Number of steps taken before.
@@ -50,29 +53,35 @@ class ResponseTracking:
         self,
         *,
         module: pl.LightningModule,
-        functions: FunctionalModule,
+        eager: Eager,
         optimizer: Optimizer,
         layout: ParameterLayout,
         clipping: Clipping,
         precision: str,
+        make: Callable[[list[int]], Any],
+        collate_fn: Callable[[list[Any]], Any],
         membership: Tensor,
         tolerance: float,
         steps: int = 0,
         tangents: Tangents | None = None,
     ) -> None:
         self.layout = layout
-        self.functions = functions
+        self.eager = eager
         self._module = module
+        self._make = make
+        self.collate_fn = collate_fn
+        self.time = Time()
         self._membership = membership
         self._clipping = clipping
-        self._update = GroupedUpdate(UPDATES[checks.optimizer_path(optimizer)], layout.group_slices)
+        parameters = layout.group_parameters(module.get_parameter(layout.names[0]).dtype)
+        self._update = GroupedUpdate(UPDATES[checks.optimizer_path(optimizer)], layout.group_slices, parameters)
         self._names, self._options = hyperparameters(optimizer)
         self.watch = StepWatch(
             module=module,
             optimizer=optimizer,
             layout=layout,
             hyperparameter_names=self._names,
-            state_names=checks.state_names(optimizer),
+            state_sizes=checks.state_sizes(optimizer, map(module.get_parameter, layout.names)),
             taken=self._after_step,
             steps=steps,
         )
@@ -80,30 +89,44 @@ class ResponseTracking:
         self._states = self._current_states() if steps else None
         self._before = self._buffers()
         if tangents is None:
-            state_names = checks.state_names(optimizer)
-            states = [
-                dict.fromkeys(names, self.theta[..., part])
-                for part, names in zip(layout.group_slices, state_names, strict=True)
-            ]
-            statistics = {name: self._before[name] for name in functions.statistics}
+            values = hyperparameter_values(optimizer, self._names)
+            states = self._update.initial_states(self.theta, self._of_groups(values))
+            statistics = {name: self._before[name] for name in eager.statistics.names}
             tangents = Tangents.zeros(self.theta, states, statistics, len(membership))
         self.tangents = tangents
         dtype, device = self.theta.dtype, self.theta.device
         self._comparison = Comparison(["The training"], precision, dtype, dtype, tolerance, dtype, device, REASONS)
-        self._structure: Any = None
+        self._batches: list[Any] = []
+        self._current: Any = None
         self._last_buffers: dict[str, Tensor] | None = None
 
     def begin_micro_batch(
-        self, indices: Tensor, epoch: int, batch: Any, batch_idx: int, accumulate_grad_batches: int
+        self,
+        indices: Tensor,
+        epoch: int,
+        collated: Any,
+        batch_idx: int,
+        accumulate_grad_batches: int,
+        states: dict[str, Tensor],
+        global_step: int,
     ) -> None:
         """Note what is about to be passed through the module."""
-        leaves, self._structure = tree_flatten(batch)
         if self.watch.is_between_steps:
             self._before = self._buffers()
+            self._batches = []
         # a copy: the training may change the batch in place
-        self.watch.begin_micro_batch(
-            indices, epoch, batch_idx, tuple(leaf.clone() for leaf in leaves), accumulate_grad_batches
-        )
+        self._current = map_tensors(torch.clone, collated)
+        self.watch.begin_micro_batch(indices, epoch, batch_idx, (), accumulate_grad_batches, states, global_step)
+
+    def add_micro_batch(self) -> None:
+        """Add the micro-batch to the step: its loss is about to be differentiated."""
+        self._batches.append(self._current)
+        self.watch.add_micro_batch()
+
+    def drop_pending(self) -> None:
+        """Forget the micro-batches whose gradients are being thrown away."""
+        self._batches = []
+        self.watch.drop_pending()
 
     def current_buffers(self) -> dict[str, Tensor]:
         """Return buffers and frozen parameters as they are after the last step, each ``(1, ...)``."""
@@ -116,10 +139,7 @@ class ResponseTracking:
 
     def _after_step(self, step: TakenStep) -> None:
         number = self.watch.steps - 1
-        of_groups: list[Hyperparameters] = [
-            dict(zip(self._names, values, strict=True)) | options
-            for values, options in zip(step.hyperparameters, self._options, strict=True)
-        ]
+        of_groups = self._of_groups(step.hyperparameters)
         if self._states is None:
             self._states = self._update.initial_states(self.theta, of_groups)
         try:
@@ -127,39 +147,51 @@ class ResponseTracking:
         except ReplayError as error:
             raise RecordingError(str(error)) from error
 
+    def _of_groups(self, hyperparameters: list[list[float]]) -> list[Hyperparameters]:
+        return [
+            dict(zip(self._names, values, strict=True)) | options
+            for values, options in zip(hyperparameters, self._options, strict=True)
+        ]
+
     def _push(self, number: int, step: TakenStep, of_groups: list[Hyperparameters], states: list[State]) -> None:
         applied = self.layout.flatten(step.gradients)[None]
-        micro_batches = step.micro_batches
-        self.functions.set_clock(micro_batches[0].epoch, number)
-        batch = self._batch(number, micro_batches, step.accumulate_grad_batches)
-        change = -batch.coefficients[:, None] * self._membership[:, batch.indices].transpose(0, 1)
-        unclipped, _, of_gradient, of_statistics = gradient_tangents(
-            self.functions, batch, self.theta, self._before, change, self.tangents
-        )
+        batch = self._batch(number, step.micro_batches, step.accumulate_grad_batches, of_groups)
+        removed = self._membership[:, batch.indices].transpose(0, 1)
+        buffers = {name: buffer.clone() for name, buffer in self._before.items()}
+        found = gradient_tangents(self.eager, batch, self.theta, buffers, removed, self.tangents, updates=False)
+        unclipped = found.gradient
         self._comparison.gradient(number, self._clipping.apply(unclipped), applied)
         point = Point(self.theta, states, applied, unclipped)
         self.tangents = push(
-            self._update, self._clipping, of_groups, number, point, self.tangents, of_gradient, of_statistics
+            self._update,
+            self._clipping,
+            of_groups,
+            number,
+            point,
+            self.tangents,
+            found.of_gradient,
+            found.of_statistics,
         )
         expected, _ = self._update.step(self.theta, states, applied, of_groups, step=number)
         before, self.theta, self._states = self.theta, self._parameters(), self._current_states()
         self._comparison.parameters(number, number + 1, before, expected, self.theta)
 
-    def _batch(self, number: int, micro_batches: list[MicroBatch], accumulate_grad_batches: int) -> StepBatch:
-        """Return the examples of a step, as a replay of one run has them."""
-        device, dtype = self.theta.device, self.theta.dtype
-        sizes = [len(part.indices) for part in micro_batches]
-        divisors = [torch.full((n,), accumulate_grad_batches * n, dtype=torch.float64) for n in sizes]
-        draws = any(part.rng_states for part in micro_batches)
-        examples = concatenate([tree_unflatten(list(part.leaves), self._structure) for part in micro_batches])
-        return StepBatch(
-            torch.cat([part.indices for part in micro_batches])[None].to(device),
-            (1 / torch.cat(divisors))[None].to(device, dtype),
-            map_tensors(lambda leaf: leaf[None], examples),
-            micro_batches[0].batch_idx,
-            draw_masks(self.functions.dropout, number, ["this training"], [micro_batches], dtype) if draws else [],
-            parts_of(number, [micro_batches], bool(self.functions.statistics)),
-        )
+    def _batch(
+        self, number: int, micro_batches: list[MicroBatch], accumulated: int, of_groups: list[Hyperparameters]
+    ) -> StepBatch:
+        """Return the step, as a replay of one run has it."""
+        self.time = Time(micro_batches[-1].epoch, number + 1, 0, of_groups)
+        passes = [
+            MicroBatchInputs(
+                len(part.indices),
+                Time(part.epoch, part.global_step, part.batch_idx, of_groups),
+                part.rng_states,
+                partial(_rows, collated, part.indices, self._make),
+                1 / accumulated,
+            )
+            for part, collated in zip(micro_batches, self._batches, strict=True)
+        ]
+        return StepBatch.of([torch.cat([part.indices for part in micro_batches])], [passes], self.theta.device)
 
     def _current_states(self) -> list[State]:
         return [{key: part[None] for key, part in state.items()} for state in self.watch.states()]
@@ -171,3 +203,8 @@ class ResponseTracking:
         # copies: running statistics are changed in place
         found = buffers(self._module, self.layout, step=0)
         return {name: buffer.detach().clone()[None] for name, buffer in found.items()}
+
+
+def _rows(collated: Any, indices: Tensor, make: Callable[[list[int]], Any], rows: Sequence[int]) -> Any:
+    """Return a micro-batch as it was, or one of some of its examples as the data set gives them now."""
+    return collated if isinstance(rows, range) else make(indices[list(rows)].tolist())

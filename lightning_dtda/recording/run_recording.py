@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import checks
+from lightning_dtda.recording.averaging import Average
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
 from lightning_dtda.trajectory import ParameterLayout, RunWriter
@@ -26,7 +27,7 @@ class RunRecording:
         layout: The recorded parameters.
         writer: Writes the run, or the part of it that this process sees.
         hyperparameter_names: Of what is recorded at each step.
-        state_names: Of what the optimizer keeps, by parameter group.
+        state_sizes: How many numbers the optimizer keeps of each parameter group, by name.
         buffer: Collects the steps from the first one on.
         interval: Steps between checkpoints; ``None`` where another process writes them.
         checkpointed: Whether the first step's checkpoint is there already.
@@ -40,7 +41,7 @@ class RunRecording:
         layout: ParameterLayout,
         writer: RunWriter,
         hyperparameter_names: list[str],
-        state_names: list[tuple[str, ...]],
+        state_sizes: list[dict[str, int]],
         buffer: ShardBuffer,
         interval: int | None,
         checkpointed: bool = False,
@@ -55,7 +56,7 @@ class RunRecording:
             optimizer=optimizer,
             layout=layout,
             hyperparameter_names=hyperparameter_names,
-            state_names=state_names,
+            state_sizes=state_sizes,
             taken=self._after_step,
             steps=buffer.first_step,
         )
@@ -81,6 +82,10 @@ class RunRecording:
         """Wait until every step so far is on disk."""
         self._flush()
         self._writer.sync()
+
+    def add_average(self, average: Average) -> None:
+        """Add what the training ends with in place of its last parameters."""
+        self._writer.add_average(average.facts, average.tensors)
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
         """Write what is left and the end of the run; one that stops before its first step leaves nothing."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
-from lightning_dtda.trajectory.run import LEAF
+from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
 
 _SHARD_BYTES = 64 * 2**20
 """Gradients, or batches, held back before a shard is written: bounds the memory, and what a killed training loses."""
@@ -126,6 +125,7 @@ def step_records(
         "micro_batches": torch.tensor([len(step) for step in micro_batches]),
         "epochs": torch.tensor([micro_batch.epoch for micro_batch in flat]),
         "batch_idx": torch.tensor([micro_batch.batch_idx for micro_batch in flat]),
+        "global_steps": torch.tensor([micro_batch.global_step for micro_batch in flat]),
         "accumulate_grad_batches": torch.tensor(accumulations),
         "hyperparameters": torch.tensor(hyperparameters, dtype=torch.float64),
         **_rng_tensors(flat),
@@ -134,14 +134,11 @@ def step_records(
 
 
 def _rng_tensors(micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
-    drawing = [number for number, micro_batch in enumerate(micro_batches) if micro_batch.rng_states]
-    if not drawing:
-        return {}
-    devices: Any = micro_batches[drawing[0]].rng_states
-    return {
-        "rng_micro_batches": torch.tensor(drawing),
-        **{
-            f"rng_states.{device}": torch.stack([micro_batches[m].rng_states[device] for m in drawing])
-            for device in devices
-        },
-    }
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({name for micro_batch in micro_batches for name in micro_batch.rng_states}):
+        drawing = [number for number, micro_batch in enumerate(micro_batches) if name in micro_batch.rng_states]
+        states = [micro_batches[number].rng_states[name] for number in drawing]
+        tensors[f"{RNG_MICRO_BATCHES}{name}"] = torch.tensor(drawing)
+        tensors[f"{RNG_SIZES}{name}"] = torch.tensor([len(state) for state in states])
+        tensors[f"{RNG_STATES}{name}"] = torch.cat(states)
+    return tensors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_dtda.errors import RecordingError
 from lightning_dtda.optimizers import State
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.configuration import hyperparameter_values
-from lightning_dtda.replay.random_states import random_states
+from lightning_dtda.replay.random_states import Generators, drawn_from
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
 
@@ -45,7 +45,7 @@ class StepWatch:
         optimizer: Its optimizer.
         layout: The trained parameters.
         hyperparameter_names: Of the numbers that are told at each step.
-        state_names: Of what the optimizer keeps, by parameter group.
+        state_sizes: How many numbers the optimizer keeps of each parameter group, by name.
         taken: Called after each step.
         steps: Number of steps taken before.
     """
@@ -57,18 +57,19 @@ class StepWatch:
         optimizer: Optimizer,
         layout: ParameterLayout,
         hyperparameter_names: list[str],
-        state_names: list[tuple[str, ...]],
+        state_sizes: list[dict[str, int]],
         taken: Callable[[TakenStep], None],
         steps: int = 0,
     ) -> None:
         self.parameters = [module.get_parameter(name) for name in layout.names]
         self.steps = steps
         self._layout = layout
-        self._module = module
+        self._generators = Generators(module, module.device)
         self._optimizer = optimizer
         self._identities = list(map(id, self.parameters))
+        self._known = set(self._identities)
         self._names = hyperparameter_names
-        self._state_names = state_names
+        self._state_sizes = state_sizes
         self._taken = taken
         self._pending: list[MicroBatch] = []
         self._current: MicroBatch | None = None
@@ -82,10 +83,17 @@ class StepWatch:
         return not self._pending
 
     def begin_micro_batch(
-        self, indices: Tensor, epoch: int, batch_idx: int, leaves: tuple[Tensor, ...], accumulate_grad_batches: int
+        self,
+        indices: Tensor,
+        epoch: int,
+        batch_idx: int,
+        leaves: tuple[Tensor, ...],
+        accumulate_grad_batches: int,
+        states: dict[str, Tensor],
+        global_step: int,
     ) -> None:
-        """Note what is about to be passed through the module."""
-        self._current = MicroBatch(indices, epoch, batch_idx, random_states(self._module.device), leaves)
+        """Note what is about to be passed through the module, and the generators' states before it was moved."""
+        self._current = MicroBatch(indices, epoch, batch_idx, states, leaves, global_step=global_step)
         self._accumulate_grad_batches = accumulate_grad_batches
 
     def drop_pending(self) -> None:
@@ -98,24 +106,28 @@ class StepWatch:
         Not before: a micro-batch for which ``training_step`` returns ``None`` contributes nothing.
         """
         assert self._current is not None
-        before, after = self._current.rng_states, random_states(self._module.device)
-        drew = any(not torch.equal(before[device], after[device]) for device in before)
-        self._pending.append(self._current if drew else replace(self._current, rng_states={}))
+        states = drawn_from(self._current.rng_states, self._generators.states())
+        self._pending.append(replace(self._current, rng_states=states))
 
     def states(self) -> list[State]:
         """Copy the optimizer's state, flat for each parameter group; none before the first step."""
         states: list[State] = []
         start = 0
-        for names, length in zip(self._state_names, self._layout.group_lengths, strict=True):
+        for sizes, length in zip(self._state_sizes, self._layout.group_lengths, strict=True):
             group = self.parameters[start : start + length]
             start += length
-            states.append(
-                {
-                    key: torch.cat([self._optimizer.state[parameter][key].detach().reshape(-1) for parameter in group])
-                    for key in (names if self.steps else ())
-                }
-            )
+            states.append({key: self._state(key, group)[:size] for key, size in sizes.items() if self.steps})
         return states
+
+    def _state(self, key: str, group: Sequence[Tensor]) -> Tensor:
+        """Concatenate what the optimizer keeps under a name of those parameters of which it does."""
+        found = [(parameter, self._optimizer.state[parameter].get(key)) for parameter in group]
+        parts = [
+            torch.as_tensor(part, device=parameter.device).detach().reshape(-1)
+            for parameter, part in found
+            if part is not None
+        ]
+        return torch.cat(parts) if parts else self.parameters[0].new_empty(0)
 
     def close(self) -> None:
         """Follow no more steps."""
@@ -124,8 +136,13 @@ class StepWatch:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # the gradient is what was applied, and the learning rate that of this step, only here: before the step the
         # gradient is not yet clipped, after the batch the scheduler has moved on
-        trained = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        if list(map(id, trained)) != self._identities:
+        given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        if all(parameter.grad is None for parameter in given):
+            self._pending = []  # training_step returned None: nothing was taken
+            return
+        # those that the loss does not use have no gradient, and are left as they are
+        trained = [id(parameter) for parameter in given if parameter.grad is not None]
+        if not self._known.issuperset(trained) or [id(p) for p in given if id(p) in self._known] != self._identities:
             raise RecordingError(
                 f"Other parameters are trained at step {self.steps} than at the start. Train the same ones throughout: "
                 "no parameters frozen, unfrozen or added in mid-training."
@@ -134,13 +151,13 @@ class StepWatch:
         for name, parameter in zip(self._layout.names, self.parameters, strict=True):
             if parameter.grad is None:
                 raise RecordingError(
-                    f"Parameter {name} got no gradient at step {self.steps}: it took no part in the loss, or "
-                    "training_step returned None. Freeze it (requires_grad=False) before the optimizer is made, or "
-                    "let the loss use it."
+                    f"Parameter {name} got no gradient at step {self.steps}, but it did at the first one: the loss does not "
+                    "always use it. Let the loss use it at every step (a term of zero is enough), or freeze it "
+                    "(requires_grad=False) before the optimizer is made."
                 )
             gradients.append(parameter.grad)
         applied = hyperparameter_values(optimizer, self._names)
-        if applied != self._last_applied and checks.state_names(optimizer) != self._state_names:
+        if applied != self._last_applied and checks.state_sizes(optimizer, self.parameters) != self._state_sizes:
             raise RecordingError(
                 f"The hyperparameters of step {self.steps} need another optimizer state than those of the first step "
                 f"(momentum switched on or off?): {dict(zip(self._names, applied[0], strict=True))}. Keep it on "

@@ -1,9 +1,10 @@
-"""A run as a differentiable function: losses and measurements, theta_t in either direction, adjoint products."""
+"""A run as a differentiable function: its steps as they happened, theta_t in either direction, adjoint products."""
 
 from lightning_dtda.replay.drift import Drift
+from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples, prepare_fit, query_examples, query_names, training_examples
-from lightning_dtda.replay.fingerprint import dataset_fingerprint
-from lightning_dtda.replay.functional import FunctionalModule
+from lightning_dtda.replay.fingerprint import dataset_fingerprint, refuse_changed_data
+from lightning_dtda.replay.measured import Draws
 from lightning_dtda.replay.measurements import Measurement, resolve_measurement
 from lightning_dtda.replay.records import shape_key
 from lightning_dtda.replay.replay import Precision, Replay
@@ -11,13 +12,15 @@ from lightning_dtda.replay.steps import Point, StepBatch
 from lightning_dtda.replay.tangents import Position, Tangents
 
 __all__ = [
+    "Draws",
     "Drift",
+    "Eager",
     "Examples",
-    "FunctionalModule",
     "Measurement",
     "Point",
     "Position",
     "Precision",
+    "Products",
     "Replay",
     "StepBatch",
     "Tangents",
@@ -25,6 +28,7 @@ __all__ = [
     "prepare_fit",
     "query_examples",
     "query_names",
+    "refuse_changed_data",
     "resolve_measurement",
     "shape_key",
     "training_examples",

@@ -1,58 +1,77 @@
-"""Batches as collections of stacked tensors: the first dimension of every leaf runs over examples."""
+"""Batches of any structure: tensors in collections, and in objects that nobody here knows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_map
 
-from lightning_dtda.errors import ReplayError
+
+def converted(batch: Any, dtype: torch.dtype) -> Any:
+    """Return a batch whose floating point tensors are of a data type, wherever they are in it."""
+    return _mapped(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, batch)
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, PackedSequence):
+        return value._replace(data=function(value.data))
+    if isinstance(value, Mapping):
+        parts = {key: _mapped(function, part) for key, part in value.items()}
+        if type(value) is dict:
+            return parts
+        found = copy.copy(value)  # a mapping of somebody's own, which may know more than its entries
+        for key, part in parts.items():
+            found[key] = part  # type: ignore[index]
+        return found
+    if isinstance(value, (list, tuple)):
+        parts_of = [_mapped(function, part) for part in value]
+        return type(value)(*parts_of) if hasattr(value, "_fields") else type(value)(parts_of)
+    if (
+        callable(own := getattr(value, "apply", None))
+        and hasattr(value, "to")
+        and not isinstance(value, torch.nn.Module)
+    ):
+        return own(function)  # the batches of PyTorch Geometric
+    attributes = getattr(value, "__dict__", None)
+    if not isinstance(attributes, dict) or isinstance(value, (type, torch.nn.Module)):
+        return value
+    mapped = {name: _mapped(function, part) for name, part in attributes.items()}
+    if all(mapped[name] is part for name, part in attributes.items()):
+        return value
+    moved = copy.copy(value)
+    moved.__dict__.update(mapped)
+    return moved
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """Apply a function to every tensor of a batch."""
+    """Apply a function to every tensor of a collection."""
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
-def rows_of(batch: Any) -> int:
-    """Return B, the number of examples in a batch.
-
-    Raises:
-        ReplayError: If a leaf is no tensor, or the leaves disagree about the number of examples.
-    """
+def rows_of(batch: Any) -> int | None:
+    """Return B, the number of examples, of a batch of tensors whose first dimension runs over them; else ``None``."""
     leaves, _ = tree_flatten(batch)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
-        kinds = sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)}) or ["0-d tensors"]
-        raise ReplayError(
-            "A batch must consist of tensors whose first dimension runs over its examples; this one holds "
-            f"{', '.join(kinds)}. Let the collate_fn return tensors only."
-        )
+        return None
     lengths = {leaf.shape[0] for leaf in leaves}
-    if len(lengths) != 1:
-        raise ReplayError(
-            f"The tensors of a batch have first dimensions {sorted(lengths)}; it must be the number of examples in "
-            "each of them. Let the collate_fn stack per-example tensors."
-        )
-    return int(lengths.pop())
+    return int(lengths.pop()) if len(lengths) == 1 else None
 
 
-def concatenate(batches: Sequence[Any]) -> Any:
-    """Join batches along the examples.
-
-    Raises:
-        ReplayError: If they differ in structure or in the shape of an example.
-    """
-    flattened = [tree_flatten(batch) for batch in batches]
-    try:
-        leaves = [torch.cat(parts) for parts in zip(*(leaves for leaves, _ in flattened), strict=True)]
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ReplayError(
-            f"The examples do not have one shape, so that they cannot be stacked ({error}). Pad them in the data set."
-        ) from error
-    return tree_unflatten(leaves, flattened[0][1])
+def stack_leaves(batches: Sequence[Any]) -> list[Tensor] | None:
+    """Return the tensors of batches, each ``(batches, ...)``; ``None`` where they differ in structure or shapes."""
+    leaves, structures = zip(*map(tree_flatten, batches), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        return None
+    columns = list(zip(*leaves, strict=True))
+    alike = all(isinstance(leaf, Tensor) and leaf.shape == column[0].shape for column in columns for leaf in column)
+    return [torch.stack(column) for column in columns] if alike else None
 
 
 def example_shapes(batch: Any) -> list[tuple[int, ...]]:

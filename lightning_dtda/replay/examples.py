@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,35 +12,38 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
+from lightning_dtda.compatibility import is_a, kinds
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.replay.batches import concatenate, example_shapes, map_tensors, rows_of
+from lightning_dtda.replay.batches import example_shapes
+from lightning_dtda.replay.fingerprint import refuse_changed_data
+from lightning_dtda.trajectory import Run
 
 _COLLATE_CHUNK = 256
 """Examples collated at a time while a data set is stacked: bounds the memory of the Python objects."""
 
 _ARRAYS = (Tensor, np.ndarray, np.generic)
 
-_STACK_LIMIT = 2 * 2**30
+_TABLE_LIMIT = 2 * 2**30
 """Bytes up to which a data set is held stacked in memory; a larger one is fetched and collated step by step."""
 
 
 class Examples:
-    """A map-style data set as stacked tensors.
+    """A map-style data set, and how batches are made of its examples.
 
     Args:
         dataset: Any map-style data set whose items always are the same.
         collate_fn: What makes a batch of a list of items; the DataLoader's own.
-        dtype: Pairs (recorded, wanted): floating point tensors of the first are cast to the second, for a replay in
-            another precision than the training's.
-        device: Where batches are put.
+        loader: The DataLoader, whose workers read the examples; ``None`` reads them in this process.
+        datamodule: Whose hooks batches pass on their way to the module; ``None`` where there is none.
+        takes_lists: Whether the data set is asked for whole batches, as the loader's is if its ``batch_size`` is ``None``.
 
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> examples = Examples(TensorDataset(torch.arange(6.0).reshape(3, 2), torch.arange(3)))
-        >>> examples.fetch(torch.tensor([2, 0]))
+        >>> examples.collated([2, 0])
         [tensor([[4., 5.],
                 [0., 1.]]), tensor([2, 0])]
     """
@@ -48,9 +52,9 @@ class Examples:
         self,
         dataset: Dataset[Any],
         collate_fn: Callable[[list[Any]], Any] = default_collate,
-        *,
-        dtype: tuple[torch.dtype, torch.dtype] | None = None,
-        device: torch.device | str = "cpu",
+        loader: DataLoader[Any] | None = None,
+        datamodule: LightningDataModule | None = None,
+        takes_lists: bool = False,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise AttributionError(
@@ -58,30 +62,96 @@ class Examples:
                 "__len__), since removal is of examples by index."
             )
         self.dataset = dataset
-        self._collate = collate_fn
-        self._dtype = dtype
-        self._device = torch.device(device)
-        self._stacked: Any = None
-        self._checked = False
-        self._template: Any = None
+        self.collate_fn = collate_fn
+        self.datamodule = datamodule
+        self._loader = loader
+        self.takes_lists = takes_lists or (loader is not None and loader.batch_sampler is None)
+        """Whether the data set is asked for whole batches, by lists of indices (``batch_size=None``)."""
+        self._compared: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def to(self, dtype: tuple[torch.dtype, torch.dtype], device: torch.device | str) -> Examples:
-        """Return the same examples, cast and moved."""
-        return Examples(self.dataset, self._collate, dtype=dtype, device=device)
+    def collated(self, indices: Sequence[int]) -> Any:
+        """Return the batch of some examples."""
+        if self._table is not None:
+            leaves, structure = self._table
+            where = torch.as_tensor(indices)
+            return tree_unflatten([leaf[where] for leaf in leaves], structure)
+        if self.takes_lists:
+            return self.collate_fn(self.dataset[list(indices)])
+        if hasattr(self.dataset, "__getitems__"):
+            return self.collate_fn(self.dataset.__getitems__(list(indices)))
+        return self.collate_fn([self.dataset[index] for index in indices])
 
-    def fetch(self, indices: Tensor) -> Any:
-        """Return the examples at ``indices`` of any shape: each leaf gets shape ``(*indices.shape, *example)``."""
-        if not self._checked:
-            self._stacked = self._stack() if self._bytes() <= _STACK_LIMIT else None
-            self._checked = True
-        if self._stacked is not None:
-            where = indices.to(self._device)
-            return map_tensors(lambda leaf: leaf[where], self._stacked)
-        batch = self._prepare(self._collated(indices.flatten().tolist()))
-        return map_tensors(lambda leaf: leaf.reshape(*indices.shape, *leaf.shape[1:]), batch)
+    def batches(self, indices: Sequence[Sequence[int]]) -> Iterator[Any]:
+        """Yield the batches of some lists of examples, read ahead by workers where the training used them."""
+        if self._table is not None or not self.has_workers:
+            return (self.collated(some) for some in indices)
+        return self._read(indices)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether examples are read by workers."""
+        return self._loader is not None and self._loader.num_workers > 0
+
+    def _read(self, indices: Sequence[Sequence[int]]) -> Iterator[Any]:
+        loader = self._loader
+        assert loader is not None
+        reader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            **drawn_by(loader, indices),
+            collate_fn=self.collate_fn,
+            num_workers=loader.num_workers,
+            prefetch_factor=loader.prefetch_factor,
+            multiprocessing_context=loader.multiprocessing_context,
+            worker_init_fn=loader.worker_init_fn,
+        )
+        return iter(reader)
+
+    def tensors(self, indices: Tensor | slice) -> list[Tensor] | None:
+        """Return the tensors of batches of examples ``(runs, B)``, each ``(runs, B, ...)``; a slice is of one batch.
+
+        ``None`` where batches are not made by stacking tensors.
+        """
+        return None if self._table is None else [leaf[indices] for leaf in self._table[0]]
+
+    @cached_property
+    def _table(self) -> tuple[list[Tensor], TreeSpec] | None:
+        """All examples, stacked; ``None`` where they are not tensors of one shape, or too many to be held."""
+        if self.collate_fn is not default_collate or self.takes_lists or not len(self):
+            return None
+        with isolate_rng():  # items may be random
+            # twice the same, so that what an item holds cannot be taken for the dimension over examples
+            first, structure = tree_flatten(self._untabled([0, 0]))
+            if not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == 2 for leaf in first):
+                return None
+            if sum(leaf[0].nbytes for leaf in first) * len(self) > _TABLE_LIMIT:
+                return None
+            chunks = [chunk.tolist() for chunk in torch.arange(len(self)).split(_COLLATE_CHUNK)]
+            try:
+                read = self._read(chunks) if self.has_workers else map(self._untabled, chunks)
+                parts = [tree_flatten(batch)[0] for batch in read]
+                return [torch.cat(leaves) for leaves in zip(*parts, strict=True)], structure
+            except (RuntimeError, ValueError, TypeError):
+                return None  # the examples have not all one shape, so that some cannot be in one batch
+
+    def _untabled(self, indices: list[int]) -> Any:
+        if self.takes_lists:
+            return self.collate_fn(self.dataset[indices])
+        return self.collate_fn([self.dataset[index] for index in indices])
+
+    def refuse_changes(self, run: Run) -> None:
+        """Refuse data that are not those that a run was trained on; runs that recorded the same are compared once.
+
+        Raises:
+            ReplayError: Naming the examples.
+        """
+        recorded = 0 if run.manifest.examples is None else run.manifest.examples["crc32"]
+        if recorded not in self._compared:
+            refuse_changed_data(run, self.dataset, self._loader)
+        if recorded:
+            self._compared.add(recorded)
 
     def column(self, key: str) -> list[Any]:
         """Return what every item of the data set has at a key of it, a tuple's position or a dictionary's key.
@@ -98,46 +168,30 @@ class Examples:
         ]
 
     def restore(self, leaves: Sequence[Tensor]) -> Any:
-        """Return stored tensors of batches, each ``(..., *example)``, in the structure of a batch of this data set.
+        """Return stored tensors of batches, each ``(B, ...)``, in the structure of a batch of this data set.
 
         Raises:
             ReplayError: If its batches consist of other tensors.
         """
-        if self._template is None:
-            with isolate_rng():
-                self._template = self._collated([0])
         wanted, structure = tree_flatten(self._template)
-        found = [tuple(leaf.shape[leaf.ndim - one.ndim + 1 :]) for leaf, one in zip(leaves, wanted, strict=False)]
+        found = [tuple(leaf.shape[1:]) for leaf in leaves]
         if len(leaves) != len(wanted) or found != example_shapes(self._template):
             raise ReplayError(
                 f"The stored batches hold {len(leaves)} tensors, of shapes {found} for an example; those of the data "
                 f"hold {len(wanted)}, of shapes {example_shapes(self._template)}. Give the data that were trained on."
             )
-        return self._prepare(tree_unflatten(list(leaves), structure))
+        return tree_unflatten(list(leaves), structure)
 
-    def all(self) -> Any:
-        """Return every example as one batch."""
-        return self.fetch(torch.arange(len(self)))
+    @cached_property
+    def _template(self) -> Any:
+        with isolate_rng():
+            return self._untabled([0])
 
-    def _bytes(self) -> int:
-        leaves, _ = tree_flatten(self._collated([0]))
-        return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor)) * len(self)
 
-    def _stack(self) -> Any:
-        chunks = torch.arange(len(self)).split(_COLLATE_CHUNK)
-        return self._prepare(concatenate([self._collated(chunk.tolist()) for chunk in chunks]))
-
-    def _collated(self, indices: list[int]) -> Any:
-        batch = self._collate([self.dataset[index] for index in indices])
-        rows_of(batch)
-        return batch
-
-    def _prepare(self, batch: Any) -> Any:
-        def prepare(leaf: Tensor) -> Tensor:
-            wanted = self._dtype[1] if self._dtype is not None and leaf.dtype == self._dtype[0] else leaf.dtype
-            return leaf.to(self._device, wanted)
-
-        return map_tensors(prepare, batch)
+def drawn_by(loader: DataLoader[Any], indices: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Return the arguments of a DataLoader that draws lists of examples as another one does."""
+    lists = [list(some) for some in indices]
+    return {"batch_size": None, "sampler": lists} if loader.batch_sampler is None else {"batch_sampler": lists}
 
 
 def training_examples(data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any]) -> Examples:
@@ -146,19 +200,24 @@ def training_examples(data: LightningDataModule | LightningModule | DataLoader[A
     Raises:
         AttributionError: If ``data`` is none of these.
     """
-    if isinstance(data, (LightningDataModule, LightningModule)):
+    if isinstance(data, kinds("LightningDataModule", "LightningModule")):
         prepare_fit(data)
-        data = data.train_dataloader()
+        datamodule = data if is_a(data, "LightningDataModule") else None
+        return _examples(data.train_dataloader(), "data", datamodule)
     return _examples(data, "data")
 
 
-def query_examples(queries: DataLoader[Any] | Dataset[Any]) -> Examples:
+def query_examples(queries: DataLoader[Any] | Dataset[Any], training: Examples | None = None) -> Examples:
     """Return the queries of a Dataset or a DataLoader, in the data set's order.
+
+    Args:
+        queries: The queries.
+        training: The training examples, whose ``collate_fn`` is that of a Dataset of queries too.
 
     Raises:
         AttributionError: If ``queries`` is neither, or is empty.
     """
-    examples = _examples(queries, "queries")
+    examples = _examples(queries, "queries", like=training)
     if not len(examples):
         raise AttributionError("There are no queries. Give a data set with at least one example.")
     return examples
@@ -192,11 +251,16 @@ def _entry(item: Any, key: str) -> Any:
     return item[int(key)]
 
 
-def _examples(source: Any, argument: str) -> Examples:
+def _examples(
+    source: Any,
+    argument: str,
+    datamodule: LightningDataModule | None = None,
+    like: Examples | None = None,
+) -> Examples:
     if isinstance(source, DataLoader):
-        return Examples(source.dataset, source.collate_fn)
+        return Examples(source.dataset, source.collate_fn, source, datamodule)
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, (list, tuple, dict)):
-        return Examples(source)
+        return Examples(source) if like is None else Examples(source, like.collate_fn, takes_lists=like.takes_lists)
     raise AttributionError(
         f"{argument} is a {type(source).__name__}. Give a Dataset or one DataLoader"
         + (" or a LightningDataModule with one training DataLoader." if argument == "data" else ".")

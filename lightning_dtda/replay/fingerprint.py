@@ -1,17 +1,34 @@
-"""Tells whether a data set is the one that was trained on, without reading all of it."""
+"""Tells whether a data set is the one that was trained on, and which examples are others."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.item_checksum import item_checksum
+from lightning_dtda.trajectory import Run
+from lightning_dtda.trajectory.example_checksums import ExampleChecksums, list_examples
 
 _FINGERPRINT_EXAMPLES = 16
-"""Examples hashed, evenly spaced over the data set: finds other data and another order at the cost of a batch."""
+"""Examples that a fingerprint is made of, at least, and at most twice as many: it is cheap for any data set, and does
+not depend on how fast the examples are read."""
+
+READING_SECONDS = 10.0
+"""Time in which as many examples are read as can be: all of them where they are in memory (half a million, say)."""
+
+_CHUNK = 16
+"""Examples that are read at a time where the data set reads several at once: few, since each may be large."""
+
+_log = logging.getLogger(__name__)
 
 
 def dataset_fingerprint(dataset: Any) -> str:
@@ -21,32 +38,163 @@ def dataset_fingerprint(dataset: Any) -> str:
         >>> dataset_fingerprint([1, 2, 3]) == dataset_fingerprint([1, 3, 2])
         False
     """
-    length = len(dataset)
+    return fingerprint_of(example_checksums(dataset, seconds=0))
+
+
+def fingerprint_of(checksums: ExampleChecksums) -> str:
+    """Return the fingerprint of a data set of which the checksums are known."""
+    of_fingerprint = checksums.values[:: coarse_stride(checksums.length) // checksums.stride]
+    content = f"{checksums.length} {of_fingerprint.tolist()}"
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def example_checksums(
+    dataset: Any, loader: DataLoader[Any] | None = None, seconds: float | None = None, finest: int = 1
+) -> ExampleChecksums:
+    """Read examples, evenly spread over a data set, and return their checksums.
+
+    Args:
+        dataset: Any map-style data set.
+        loader: The DataLoader of the training, where the examples are to be read as it reads them.
+        seconds: Time to read in, some :data:`READING_SECONDS` if not given. The examples of the fingerprint are read in
+            any case; after that, each time twice as many, as long as this fits the time.
+        finest: Stride at which to stop.
+    """
+    ranges: list[range] = []
+
+    def chunks() -> Iterator[list[int]]:
+        for indices in spread(len(dataset), READING_SECONDS if seconds is None else seconds, finest):
+            ranges.append(indices)
+            yield from chunked(indices)
+
     with isolate_rng():
-        contents = [fingerprint_bytes(dataset[index]) for index in fingerprint_indices(length)]
-    return combine_fingerprint(length, contents)
+        values = list(chain.from_iterable(reader(dataset, loader, chunks(), checksums_of)))
+    return gathered(len(dataset), ranges, values)
 
 
-def fingerprint_indices(length: int) -> list[int]:
-    """Return the examples that the fingerprint of a data set is made of."""
-    count = min(length, _FINGERPRINT_EXAMPLES)
-    return [number * (length - 1) // max(count - 1, 1) for number in range(count)]
+def reader(
+    dataset: Any,
+    loader: DataLoader[Any] | None,
+    batches: Iterable[list[int]],
+    collate_fn: Callable[[list[Any]], Any],
+    as_trained: bool = False,
+) -> Iterator[Any]:
+    """Iterate over batches of examples at given indices, read where the training reads them.
+
+    In a worker where the training uses workers: data sets that open their file when they are first asked would
+    otherwise do so in this process, and the workers that are forked later share its position in the file.
+
+    Args:
+        dataset: The data set.
+        loader: The DataLoader of the training, if there is one.
+        batches: Lists of indices.
+        collate_fn: What is made of a batch's items.
+        as_trained: Whether to ask the data set for whole batches where the training does (``batch_size=None``).
+    """
+    has_workers = loader is not None and loader.num_workers > 0
+    takes_lists = as_trained and loader is not None and loader.batch_sampler is None
+    reads: DataLoader[Any] = DataLoader(
+        dataset,
+        **({"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}),  # type: ignore[arg-type]
+        collate_fn=collate_fn,
+        num_workers=int(has_workers),
+        multiprocessing_context=loader.multiprocessing_context if loader is not None and has_workers else None,
+        worker_init_fn=None if loader is None else loader.worker_init_fn,
+    )
+    return iter(reads)
 
 
-def combine_fingerprint(length: int, contents: Iterable[bytes]) -> str:
-    """Return the fingerprint of a data set, from the contents of the examples at :func:`fingerprint_indices`."""
-    digest = hashlib.sha256(str(length).encode())
-    for content in contents:
-        digest.update(content)
-    return digest.hexdigest()[:16]
+def checksums_of(items: list[Any]) -> list[int]:
+    """Return the checksums of items; a ``collate_fn``."""
+    return list(map(item_checksum, items))
 
 
-def fingerprint_bytes(item: Any) -> bytes:
-    """Return bytes that are equal for equal examples: tensors and arrays by content, the rest by representation."""
-    if isinstance(item, Tensor):
-        return item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    if isinstance(item, dict):
-        return b"".join(repr(key).encode() + fingerprint_bytes(value) for key, value in item.items())
-    if isinstance(item, (tuple, list)):
-        return b"".join(fingerprint_bytes(value) for value in item)
-    return item.tobytes() if hasattr(item, "tobytes") else repr(item).encode()
+def spread(length: int, seconds: float, finest: int = 1) -> Iterator[range]:
+    """Yield indices of a data set: those of the fingerprint, then between them as many as there were, and so on.
+
+    It ends where the next ones would take longer than is left of the time, if they take as long as those before.
+    """
+    begun = time.monotonic()
+    stride = coarse_stride(length)
+    yield range(0, length, stride)
+    while stride > finest and 2 * (time.monotonic() - begun) < seconds:
+        yield range(stride // 2, length, stride)
+        stride //= 2
+
+
+def coarse_stride(length: int) -> int:
+    """Return the stride, a power of two, between the examples of the fingerprint.
+
+    Example:
+        >>> [coarse_stride(length) for length in (0, 31, 32, 50_000)]
+        [1, 1, 2, 2048]
+    """
+    return 1 << max((length // _FINGERPRINT_EXAMPLES).bit_length() - 1, 0)
+
+
+def chunked(indices: range) -> Iterator[list[int]]:
+    """Yield the indices a few at a time."""
+    for start in range(0, len(indices), _CHUNK):
+        yield list(indices[start : start + _CHUNK])
+
+
+def gathered(length: int, ranges: Sequence[range], values: Sequence[int]) -> ExampleChecksums:
+    """Put checksums in order.
+
+    Args:
+        length: Number of examples in the data set.
+        ranges: What :func:`spread` yielded.
+        values: The checksums at these indices, one range after the other.
+    """
+    stride = coarse_stride(length) >> (len(ranges) - 1)
+    where = torch.cat([torch.arange(indices.start, indices.stop, indices.step) for indices in ranges]) // stride
+    found = torch.empty(len(where), dtype=torch.int64)
+    found[where] = torch.tensor(values, dtype=torch.int64)
+    return ExampleChecksums(length, stride, found)
+
+
+def refuse_changed_data(run: Run, dataset: Any, loader: DataLoader[Any] | None = None) -> None:
+    """Refuse data that are not those that a run was trained on, by what was recorded of each example.
+
+    Where reading all would take too long, every second example is compared, or every fourth ...; the log says so.
+
+    Args:
+        run: The run. Where it stored the batches themselves, only the length is compared.
+        dataset: The training data.
+        loader: The DataLoader of the training, where the examples are to be read as it reads them.
+
+    Raises:
+        ReplayError: Naming the examples that are others.
+        TrajectoryError: If the record is damaged.
+    """
+    recorded = run.manifest.configuration["dataset"]
+    if len(dataset) != recorded["length"]:
+        raise ReplayError(
+            f"The training data have {len(dataset)} examples; {run.path} was trained on {recorded['length']}. Give "
+            "the data that were trained on."
+        )
+    if recorded["fingerprint"] is None:
+        return
+    wanted = run.example_checksums
+    if wanted is None:
+        if recorded["fingerprint"] != dataset_fingerprint(dataset):
+            raise ReplayError(
+                f"The training data are not those of {run.path}: other content, or another order. Give the data that "
+                "were trained on."
+            )
+        return
+    found = example_checksums(dataset, loader, finest=wanted.stride)
+    compared = min(len(found), len(wanted))
+    if changed := wanted.changed(found):
+        raise ReplayError(
+            f"Example {list_examples(changed)} of the training data is not the one that {run.path} was trained on; "
+            f"{compared} of {len(dataset)} were compared. Give the data that were trained on, in the same order."
+        )
+    if compared < len(dataset):
+        _log.warning(
+            "Every %dth training example was compared with the record, %d of %d; reading all takes too long. They are "
+            "the same.",
+            max(found.stride, wanted.stride),
+            compared,
+            len(dataset),
+        )

@@ -2,36 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
+from torch.autograd import grad
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dtda.errors import AttributionError, DTDAError
-from lightning_dtda.replay.batches import map_tensors
-from lightning_dtda.replay.functional import FunctionalModule
+from lightning_dtda.replay.cut import zeros
+from lightning_dtda.replay.eager import Eager
+from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.measurements import Measurement
+from lightning_dtda.replay.random_states import drawn_from
+from lightning_dtda.replay.stand_ins import Time
+
+_log = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Relative difference of a measurement that is taken of all models at once that is taken for rounding."""
+
+_QUERIES_AT_A_TIME = 256
+"""Queries that pass through all models together: bounds the memory."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How a measurement that draws random numbers is taken: the denoising loss of a diffusion model, that of a VAE.
+
+    Args:
+        number: Of draws, of which the mean counts.
+        seed: Of the draws, which are the same for every run; those of two queries differ.
+    """
+
+    number: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
+            raise AttributionError(f"measurement_draws={self.number!r}; give a positive number.")
+
+    def of(self, query: int) -> list[int]:
+        """Return the seeds for a query."""
+        generator = torch.Generator().manual_seed(hash((self.seed, query)) % 2**63)
+        return torch.randint(2**31, (self.number,), generator=generator).tolist()
 
 
 def measured(
-    module: FunctionalModule,
+    eager: Eager,
     theta: Tensor,
-    buffers: dict[str, Tensor],
-    batch: Any,
+    buffers: Mapping[str, Tensor],
+    queries: Examples,
+    numbers: Sequence[int],
     measurement: Measurement,
     where: Sequence[str],
+    time: Time,
+    draws: Draws,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    r"""Take a measurement of stacked models, and its derivatives.
+    r"""Take a measurement of some models, and its derivatives; one query at a time.
 
     Args:
-        module: The module.
+        eager: Runs the module.
         theta: Parameters ``(runs, P)``.
         buffers: Buffers and frozen parameters, each ``(runs, ...)``.
-        batch: Q queries.
+        queries: All queries.
+        numbers: Which of them, Q.
         measurement: m.
         where: What errors call each of the models: "the end of runs/seed-0001".
+        time: Where the training stands.
+        draws: Taken where the measurement draws random numbers.
 
     Returns:
         :math:`m(\theta)` ``(runs, queries)``, its gradient ``(runs, queries, P)``, and those by BatchNorm's running
@@ -40,38 +82,153 @@ def measured(
     Raises:
         AttributionError: If it cannot be differentiated, or is not finite.
     """
+    runs, names = len(theta), eager.statistics.names
+    values = theta.new_empty(runs, len(numbers))
+    gradients = theta.new_empty(runs, len(numbers), theta.shape[1])
+    of_statistics = {name: buffers[name].new_empty(runs, len(numbers), *buffers[name].shape[1:]) for name in names}
+    replica = eager.replica
+    with replica.generators.kept(), replica.passing(training=False):
+        replica.trainer.time = time
+        for place, query in enumerate(numbers):
+            collated = queries.collated([query])
+            for run in range(runs):
+                held = {name: tensor[run].detach() for name, tensor in buffers.items()}
+                leaves = {name: held[name].clone().requires_grad_() for name in names}
+                replica.load(theta[run], held)
+                inputs = [*replica.parameters, *leaves.values()]
+                with eager.statistics.exposed(leaves):
+                    value, found = _value(eager, collated, query, measurement, inputs, draws, where[run])
+                values[run, place] = value
+                size = len(replica.parameters)
+                replica.layout.flatten(found[:size], out=gradients[run, place])
+                for name, one in zip(names, found[size:], strict=True):
+                    of_statistics[name][run, place] = one
+    return values, gradients, of_statistics
 
-    def of_one_query(
-        theta: Tensor, statistics: dict[str, Tensor], buffers: dict[str, Tensor], query: Any
-    ) -> tuple[Tensor, Tensor]:
-        single = map_tensors(lambda leaf: leaf.unsqueeze(0), query)
-        value = module.measure(theta, buffers | statistics, single, measurement)
-        if value.shape != (1,):
-            raise AttributionError(
-                f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a batch."
-            )
-        return value[0], value[0]
 
-    derivative = grad(of_one_query, argnums=(0, 1), has_aux=True)
-    of_one_run = vmap(derivative, in_dims=(None, None, None, 0))
-    statistics = {name: buffers[name] for name in module.statistics}
+def values(
+    eager: Eager,
+    theta: Tensor,
+    buffers: Mapping[str, Tensor],
+    queries: Examples,
+    measurement: Measurement,
+    time: Time,
+    draws: Draws,
+) -> Tensor:
+    r"""Take a measurement of some models without its derivatives; arguments as :func:`measured`.
+
+    All models and queries together where that can be: where queries are tensors of one shape, and the measurement
+    neither draws random numbers nor branches on values.
+
+    Returns:
+        :math:`m(\theta)` ``(runs, queries)``, which may not be finite.
+
+    Raises:
+        AttributionError: If the measurement fails.
+    """
+    replica = eager.replica
+    with replica.generators.kept(), replica.passing(training=False):
+        replica.trainer.time = time
+
+        def one(run: int, query: int) -> float:
+            replica.load(theta[run], {name: tensor[run] for name, tensor in buffers.items()})
+            return _value(eager, queries.collated([query]), query, measurement, [], draws)[0]
+
+        found = None if theta.shape[0] * len(queries) == 1 else _at_once(eager, theta, buffers, queries, measurement)
+        if found is not None:
+            scale = found[0].nan_to_num(0, 0, 0).abs().max()
+            tolerance = _TOLERANCE.get(theta.dtype, 1e-2)
+            first = torch.full_like(found[0, 0], one(0, 0))
+            if torch.isclose(found[0, 0], first, tolerance, float(tolerance * scale), equal_nan=True):
+                return found
+        return theta.new_tensor([[one(run, query) for query in range(len(queries))] for run in range(len(theta))])
+
+
+def _at_once(
+    eager: Eager, theta: Tensor, buffers: Mapping[str, Tensor], queries: Examples, measurement: Measurement
+) -> Tensor | None:
+    """Return the measurement of all models and queries ``(runs, queries)``; ``None`` where that cannot be."""
+    leaves = queries.tensors(torch.arange(len(queries))[:, None])
+    if leaves is None:
+        return None
+    replica, structure = eager.replica, tree_flatten(queries.collated([0]))[1]
+
+    def of_one(theta: Tensor, buffers: Mapping[str, Tensor], leaves: list[Tensor]) -> Tensor:
+        with replica.swapped(eager._parameters(theta), buffers):
+            return measurement(replica.module, replica.moved(tree_unflatten(leaves, structure)))
+
+    of_runs = vmap(of_one, in_dims=(0, 0, None))
+    of_all = vmap(of_runs, in_dims=(None, None, 0), out_dims=1, chunk_size=_QUERIES_AT_A_TIME)
+    before = replica.generators.states()
     try:
-        (gradients, of_statistics), values = vmap(of_one_run, in_dims=(0, 0, 0, None))(
-            theta, statistics, buffers, batch
-        )
-    except DTDAError:
-        raise
+        found: Tensor = of_all(theta, dict(buffers), leaves).detach()
     except Exception as error:  # whatever the user's code does
-        raise AttributionError(
-            f"The measurement fails ({error!r}). It is called with the module and a batch of one query, and torch.func "
-            "has to be able to differentiate it and to map it over queries: no .item(), float(), print, or branch on a "
-            "value."
-        ) from error
-    for what, tensor in (("", values), ("the gradient of ", gradients)):
-        if not bool(torch.isfinite(tensor).all()):
-            number = int((~torch.isfinite(tensor.reshape(len(tensor), -1))).any(1).nonzero()[0])
+        _log.info("The measurement is taken of one model after the other: %s", str(error).strip().split("\n")[0])
+        return None
+    is_random = drawn_from(before, replica.generators.states())
+    return None if is_random or found.shape != (len(theta), len(queries), 1) else found[..., 0]
+
+
+def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: Time) -> bool:
+    """Whether a measurement draws random numbers, as seen on the first query with the module's parameters as they are."""
+    replica = eager.replica
+    with replica.generators.kept(), replica.passing(training=False), torch.no_grad():
+        replica.trainer.time = time
+        batch = queries.collated([0])
+        before = replica.generators.states()
+        try:
+            measurement(replica.module, replica.moved(batch))
+        except Exception:  # it is said what fails where the measurement is taken
+            return False
+        return bool(drawn_from(before, replica.generators.states()))
+
+
+def _value(
+    eager: Eager,
+    collated: object,
+    query: int,
+    measurement: Measurement,
+    inputs: list[Tensor],
+    draws: Draws,
+    where: str | None = None,
+) -> tuple[float, list[Tensor]]:
+    """Return the measurement of one query, and its derivatives: of the mean over draws where it is random.
+
+    If it is said where, both have to be finite.
+    """
+    replica = eager.replica
+    seeds = draws.of(query)
+    total, sums = 0.0, [torch.zeros_like(one) for one in inputs]
+    for number, seed in enumerate(seeds):
+        replica.generators.seed(seed)
+        before = replica.generators.states() if number == 0 else {}
+        try:
+            value = measurement(replica.module, replica.moved(collated))
+            if value.shape != (1,):
+                raise AttributionError(
+                    f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a "
+                    "batch."
+                )
+            depends = inputs and value.requires_grad
+            found = grad(value[0], inputs, allow_unused=True) if depends else [None] * len(inputs)
+        except DTDAError:
+            raise
+        except Exception as error:  # whatever the user's code does
             raise AttributionError(
-                f"{what}the measurement is not finite at {where[number]}. The training diverged, "
-                "or the measurement has no value there; leave the run out."
-            )
-    return values.detach(), gradients.detach(), of_statistics
+                f"The measurement fails ({error!r}). It is called with the module, in evaluation mode, and a batch of one "
+                "query, made and moved as the training's batches were; it must return a tensor (B,) that can be "
+                "differentiated."
+            ) from error
+        gradients = [zeros(one, like) for one, like in zip(found, inputs, strict=True)]
+        for what, parts in (("", [value]), ("the gradient of ", gradients)):
+            if where is not None and not bool(torch.isfinite(torch.stack([part.sum() for part in parts])).all()):
+                raise AttributionError(
+                    f"{what}the measurement is not finite at {where}. The training diverged, or the measurement has no "
+                    "value there; leave the run out."
+                )
+        total += float(value.detach())
+        if inputs:
+            torch._foreach_add_(sums, gradients)
+        if number == 0 and not drawn_from(before, replica.generators.states()):
+            return total, sums
+    return total / len(seeds), [one / len(seeds) for one in sums]

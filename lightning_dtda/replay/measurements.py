@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_dtda.compatibility import overrides
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.replay.losses import example_losses
+from lightning_dtda.replay.replica import step_loss
 
 Measurement: TypeAlias = Callable[[LightningModule, Any], Tensor]
 """``(module, batch) -> (B,)``; the module is in evaluation mode and holds the run's parameters."""
 
 
 def loss(module: LightningModule, batch: Any) -> Tensor:
-    """The training loss of each query ``(B,)``, with the module in evaluation mode."""
-    return example_losses(module, batch)
+    """The loss that ``training_step`` returns for a query ``(1,)``, with the module in evaluation mode."""
+    return step_loss(module, batch).reshape(1)
 
 
 def prediction(module: LightningModule, batch: Any) -> Tensor:
@@ -41,36 +43,68 @@ def prediction(module: LightningModule, batch: Any) -> Tensor:
 def margin(module: LightningModule, batch: Any) -> Tensor:
     r"""The log-odds of the correct class of each query ``(B,)``.
 
-    :math:`\log p_y - \log(1 - p_y)`, from class scores ``(B, C)`` and the integer label that is the batch's second
-    element (Park et al., *TRAK*, arXiv 2303.14186, section 3).
+    :math:`\log p_y - \log(1 - p_y)`, from class scores ``(B, C)`` and the integer label: the batch's second element, or
+    its entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` (Park et al., *TRAK*, arXiv 2303.14186, section 3).
 
     Raises:
         AttributionError: If there are no class scores or no integer labels.
     """
-    scores, labels = _forward(module, batch), batch[1] if isinstance(batch, (tuple, list)) else None
-    if scores.ndim != 2 or labels is None or labels.is_floating_point():
+    scores, labels = _forward(module, batch), _labels(batch)
+    if scores.ndim != 2 or not isinstance(labels, Tensor) or labels.is_floating_point():
         raise AttributionError(
-            'The measurement "margin" needs class scores (B, C) and integer labels as the batch\'s second element. '
-            "Give a callable (module, batch) -> (B,) instead."
+            'The measurement "margin" needs class scores (B, C) and integer labels: the batch\'s second element, or an '
+            f"entry {' or '.join(_LABELS)}. Give a callable (module, batch) -> (B,) instead."
         )
-    # a comparison, not one_hot, which reads its argument's largest entry: nothing that vmap could do
-    correct = labels.unsqueeze(1) == torch.arange(scores.shape[1], device=scores.device)
+    # a comparison, not one_hot, which reads its argument's largest entry
+    correct = labels.reshape(-1, 1) == torch.arange(scores.shape[1], device=scores.device)
     # the lowest number, not minus infinity: its derivative stays finite
     others = torch.where(correct, torch.finfo(scores.dtype).min, scores)
     return (scores * correct).sum(1) - torch.logsumexp(others, 1)
 
 
+_LABELS = ("labels", "label", "targets", "target", "y")
+"""What the labels of a batch are called, as an entry or an attribute of it."""
+
+_OUTPUTS = ("logits", "prediction", "predictions", "preds", "output", "outputs")
+"""What a module's outputs are called, as an entry or an attribute of what it returns."""
+
+
+def _labels(batch: Any) -> Any:
+    if isinstance(batch, (tuple, list)):
+        return batch[1] if len(batch) > 1 else None
+    return _entry(batch, _LABELS)
+
+
 def _forward(module: LightningModule, batch: Any) -> Tensor:
-    if is_overridden("predict_step", module, LightningModule):
-        output = module.predict_step(batch, 0)
+    if overrides(module, "predict_step"):
+        takes_index = is_param_in_hook_signature(module.predict_step, "batch_idx", min_args=2)
+        output = module.predict_step(batch, 0) if takes_index else module.predict_step(batch)
+    elif isinstance(batch, Mapping):
+        # as a Hugging Face model is called; a module with one argument gets the batch itself
+        takes_names = len(inspect.signature(module.forward).parameters) != 1
+        output = module(**batch) if takes_names else module(batch)
     else:
         output = module(batch[0] if isinstance(batch, (tuple, list)) else batch)
     if not isinstance(output, Tensor):
-        raise AttributionError(
-            f"{type(module).__name__} returns {type(output).__name__} for a query, not a tensor. Give a callable "
-            "(module, batch) -> (B,) as the measurement."
-        )
+        found = _entry(output, _OUTPUTS)
+        if not isinstance(found, Tensor) and isinstance(output, (tuple, list)) and output:
+            found = output[0]
+        if not isinstance(found, Tensor):
+            raise AttributionError(
+                f"{type(module).__name__} returns {type(output).__name__} for a query, not a tensor. Give a callable "
+                "(module, batch) -> (B,) as the measurement."
+            )
+        output = found
     return output
+
+
+def _entry(value: Any, names: Sequence[str]) -> Any:
+    """Return what a dictionary, or an object with attributes, has under the first of some names."""
+    for name in names:
+        found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+        if found is not None:
+            return found
+    return None
 
 
 MEASUREMENTS: dict[str, Measurement] = {"loss": loss, "margin": margin, "prediction": prediction}

@@ -1,34 +1,202 @@
-"""The states of the random number generators that a training step draws from."""
+"""The random number generators that a training step may draw from: their states, and draws made as they were made."""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import random
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from typing_extensions import override
+
+_OWN = "own."
+"""Prefix of generators that are attributes of the module, numbered in the order of its submodules."""
+
+_TWISTER_BYTES = 624 * 4 + 4
+"""numpy's Mersenne twister in memory: 624 words, and the position in them."""
+
+_GAUSSIAN = struct.Struct("<?d")
+"""Whether a normal number is kept for the next call, and that number."""
+
+_FILL = frozenset(
+    {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
+)
+"""Operations of torch that fill a tensor with random numbers."""
+
+_RETURN = frozenset({"bernoulli", "rand", "rand_like", "randn", "randn_like", "normal", "native_dropout"})
+"""Operations of torch that return random numbers of a floating point type."""
+
+Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
 
 
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the generators' states by device type: ``cpu``, and ``cuda`` for a module on such a device."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+class Generators:
+    """All generators that a module may draw from: torch's, numpy's and Python's global ones, and the module's own.
+
+    Args:
+        module: The module; generators among the attributes of its submodules are its own.
+        device: The module's.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+        found = [value for layer in module.modules() for value in vars(layer).values() if isinstance(value, kinds)]
+        self._own: list[Any] = list({id(generator): generator for generator in found}.values())
+        self._device = device
+        self._numpy: tuple[bytes, Tensor] | None = None
+
+    def states(self) -> dict[str, Tensor]:
+        """Return the states by the generators' names, as bytes."""
+        states = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        states["numpy"] = self._state_of_numpy()
+        states["python"] = _of_python(random.getstate())
+        for number, generator in enumerate(self._own):
+            states[f"{_OWN}{number}"] = _state(generator)
+        return states
+
+    def set(self, states: Mapping[str, Tensor]) -> None:
+        """Set the generators that are named to what :meth:`states` returned."""
+        for name, state in states.items():
+            if name == "cpu":
+                torch.set_rng_state(state)
+            elif name == "cuda":
+                if self._device.type == "cuda":
+                    torch.cuda.set_rng_state(state, self._device)
+            elif name == "numpy":
+                np.random.set_state(_to_numpy(state))
+                self._numpy = None  # a number may be kept again beside a memory that was seen without
+            elif name == "python":
+                random.setstate(_to_python(state))
+            else:
+                _set_state(self._own[int(name.removeprefix(_OWN))], state)
+
+    def seed(self, seed: int) -> None:
+        """Seed all of them."""
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        for generator in self._own:
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
+            elif isinstance(generator, np.random.Generator):
+                generator.bit_generator.state = type(generator.bit_generator)(seed).state
+            else:
+                generator.seed(seed % 2**32)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Leave the generators as they were, whatever is drawn inside."""
+        before = self.states()
+        try:
+            yield
+        finally:
+            self.set(before)
+
+    def _state_of_numpy(self) -> Tensor:
+        # get_state() takes 25 us, which a small step would feel: it is asked only if the memory has changed, or if a
+        # normal number is kept, which is not in that memory
+        content = ctypes.string_at(np.random.get_bit_generator().ctypes.state_address, _TWISTER_BYTES)  # type: ignore[attr-defined]
+        if self._numpy is None or self._numpy[0] != content:
+            _, words, position, has_gaussian, gaussian = np.random.get_state()  # type: ignore[misc]
+            packed = (
+                words.astype("<u4").tobytes() + struct.pack("<i", position) + _GAUSSIAN.pack(has_gaussian, gaussian)
+            )
+            state = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+            self._numpy = None if has_gaussian else (content, state)
+            return state
+        return self._numpy[1]
 
 
-def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set the generators to what :func:`random_states` returned."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def drawn_from(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of the states before that are others after: of the generators that were drawn from."""
+    return {name: state for name, state in before.items() if not torch.equal(state, after[name])}
 
 
-@contextmanager
-def kept_random_states(device: torch.device) -> Iterator[None]:
-    """Leave the generators as they were, whatever is drawn inside."""
-    before = random_states(device)
-    try:
-        yield
-    finally:
-        set_random_states(before, device)
+class DrawnIn(TorchDispatchMode):
+    """Draws floating point numbers in one data type where another one is computed in.
+
+    A training in single precision that is replayed in double draws the numbers that it drew then: the same bits of the
+    generator make other numbers of another type.
+
+    Args:
+        recorded: The data type of the training.
+        computed: That of the replay.
+    """
+
+    def __init__(self, recorded: torch.dtype, computed: torch.dtype) -> None:
+        super().__init__()
+        self._recorded = recorded
+        self._computed = computed
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        if name in _FILL and args[0].dtype == self._computed:
+            return args[0].copy_(func(torch.empty_like(args[0], dtype=self._recorded), *args[1:], **kwargs))
+        if name in _RETURN:
+            if not any(isinstance(value, Tensor) for value in args):
+                kwargs = kwargs | {"dtype": kwargs.get("dtype") or self._computed}
+            drawn = func(*tree_map(self._lowered, args), **tree_map(self._lowered, kwargs))
+            return tree_map(self._raised, drawn)
+        return func(*args, **kwargs)
+
+    def _lowered(self, value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return self._recorded if value == self._computed else value
+        return value.to(self._recorded) if isinstance(value, Tensor) and value.dtype == self._computed else value
+
+    def _raised(self, value: Any) -> Any:
+        return value.to(self._computed) if isinstance(value, Tensor) and value.dtype == self._recorded else value
+
+
+def _to_numpy(state: Tensor) -> tuple[str, Any, int, int, float]:
+    content = state.numpy().tobytes()
+    (position,) = struct.unpack_from("<i", content, 624 * 4)
+    has_gaussian, gaussian = _GAUSSIAN.unpack_from(content, _TWISTER_BYTES)
+    return "MT19937", np.frombuffer(content, "<u4", 624), position, int(has_gaussian), gaussian
+
+
+def _of_python(state: Any) -> Tensor:
+    _, words, gaussian = state
+    packed = np.array(words, "<u4").tobytes() + _GAUSSIAN.pack(gaussian is not None, gaussian or 0.0)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _to_python(state: Tensor) -> Any:
+    content = state.numpy().tobytes()
+    has_gaussian, gaussian = _GAUSSIAN.unpack_from(content, 625 * 4)
+    return 3, tuple(np.frombuffer(content, "<u4", 625).tolist()), gaussian if has_gaussian else None
+
+
+def _state(generator: Any) -> Tensor:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return _of_python(generator.getstate())
+    is_old = isinstance(generator, np.random.RandomState)
+    state: Any = generator.get_state(legacy=False) if is_old else generator.bit_generator.state
+    content = json.dumps(state, default=lambda value: value.tolist())
+    return torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+
+
+def _set_state(generator: Any, state: Tensor) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(_to_python(state))
+    elif isinstance(generator, np.random.RandomState):
+        content = json.loads(state.numpy().tobytes())
+        content["state"]["key"] = np.array(content["state"]["key"], np.uint32)
+        generator.set_state(content)
+    else:
+        generator.bit_generator.state = json.loads(state.numpy().tobytes())

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.fingerprint import dataset_fingerprint
 from lightning_dtda.trajectory import Run
 
 
@@ -45,7 +44,22 @@ class Records:
         initial = [run.checkpoint(0).buffers for run in self.runs]
         current = [run.checkpoint(step).buffers for run in self.runs]
         merged = [first | later for first, later in zip(initial, current, strict=True)]
-        return {name: self._stack([buffers[name] for buffers in merged]) for name in merged[0]}
+        # a frozen part may be of another type than what is trained, and was computed in it
+        cast = self.dtype != self.runs[0].manifest.torch_dtype
+        return {name: self._stack([buffers[name] for buffers in merged], cast) for name in merged[0]}
+
+    def average(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """Read the average that the runs ended with: parameters ``(runs, P)``, and buffers; ``None`` for their last ones."""
+        found = [run.average() for run in self.runs]
+        if found[0] is None:
+            return None
+        averages = [one for one in found if one is not None]
+        theta = self._stack([one.theta for one in averages])
+        if self.runs[0].manifest.average["buffers"] == "last":  # type: ignore[index]
+            return theta, self.buffers(self.runs[0].steps)
+        cast = self.dtype != self.runs[0].manifest.torch_dtype
+        of_buffers = {name: self._stack([one.buffers[name] for one in averages], cast) for name in averages[0].buffers}
+        return theta, self.buffers(self.runs[0].steps) | of_buffers
 
     def gradient(self, step: int) -> Tensor:
         """Read the gradient that a step applied ``(runs, P)``."""
@@ -75,9 +89,9 @@ class Records:
             )
         return merged
 
-    def _stack(self, tensors: list[Tensor]) -> Tensor:
+    def _stack(self, tensors: list[Tensor], cast: bool = True) -> Tensor:
         stacked = torch.stack(tensors)
-        return stacked.to(self.device, self.dtype if stacked.is_floating_point() else stacked.dtype)
+        return stacked.to(self.device, self.dtype if cast and stacked.is_floating_point() else stacked.dtype)
 
 
 def check_fit(runs: Sequence[Run], examples: Examples) -> None:
@@ -88,20 +102,10 @@ def check_fit(runs: Sequence[Run], examples: Examples) -> None:
     """
     if len({shape_key(run) for run in runs}) != 1:
         raise ReplayError("Only runs with the same number of steps and the same checkpoints can be stacked.")
-    run = runs[0]
-    recorded = run.manifest.configuration["dataset"]
-    if len(examples) != recorded["length"]:
-        raise ReplayError(
-            f"The training data have {len(examples)} examples; {run.path} was trained on {recorded['length']}. Give "
-            "the data that were trained on."
-        )
-    if recorded["fingerprint"] not in (None, dataset_fingerprint(examples.dataset)):
-        raise ReplayError(
-            f"The training data are not those of {run.path}: other content, or another order. Give the data that were "
-            "trained on."
-        )
+    examples.refuse_changes(runs[0])
 
 
 def shape_key(run: Run) -> tuple[Any, ...]:
     """Return what runs must share to be stacked."""
-    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients, run.manifest.batches
+    averaged = tuple(run.averaged_steps.items())
+    return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients, run.manifest.batches, averaged

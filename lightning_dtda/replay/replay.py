@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
-from lightning_dtda.replay.batches import map_tensors
+from lightning_dtda.replay.batches import stack_leaves
 from lightning_dtda.replay.drift import Comparison, Drift
-from lightning_dtda.replay.dropout import Mask
+from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.functional import FunctionalModule
-from lightning_dtda.replay.gradients import directional_derivatives, weighted_gradient
 from lightning_dtda.replay.records import Records, check_fit
-from lightning_dtda.replay.steps import Point, StepBatch, draw_masks, parts_of
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.running_statistics import batch_norm_layers
+from lightning_dtda.replay.stacked import Stacked
+from lightning_dtda.replay.stand_ins import Circumstances, Time
+from lightning_dtda.replay.steps import MicroBatchInputs, Point, StepBatch
 from lightning_dtda.replay.tangents import Position, gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, Run
 
 Precision = Literal["recorded", "float64"]
+
+_FEWEST_HELD = 4
+"""Steps that are held in memory at the least; with fewer, a stretch of steps could not be cut into shorter ones."""
 
 
 class Replay:
@@ -42,7 +47,7 @@ class Replay:
         tolerance: Largest difference at a segment's end that is taken for rounding, relative to the distance
             travelled in the segment; and of a recomputed gradient, relative to its norm. A changed example or
             unrecorded randomness is orders of magnitude above, float32 rounding one or two below. The rounding of
-            mixed precision is allowed for on top: replays compute in the precision of the parameters.
+            mixed precision is allowed for on top.
 
     Raises:
         ReplayError: If the runs do not fit together, the module or the data do not fit the runs, or the device does
@@ -59,14 +64,8 @@ class Replay:
         device: torch.device | str | None = None,
         tolerance: float = 1e-3,
     ) -> None:
-        self.runs = tuple(runs)
-        first = self.runs[0]
-        check_fit(self.runs, examples)
+        first = runs[0]
         self.layout = first.layout
-        self.steps = first.steps
-        self.update = first.update
-        self.clipping = first.clipping
-        self.checkpoint_steps = first.checkpoint_steps
         self.recorded_dtype = first.manifest.torch_dtype
         self.dtype = self.recorded_dtype if precision == "recorded" else torch.float64
         self.device = torch.device(module.device if device is None else device)
@@ -74,22 +73,55 @@ class Replay:
             raise ReplayError(
                 'The device "mps" does not compute in double. Give device="cpu", or the precision that was recorded.'
             )
-        self._records = Records(self.runs, self.dtype, self.device)
-        self.examples = examples.to((self.recorded_dtype, self.dtype), self.device)
-        self.module = FunctionalModule(module, self.layout, first.manifest.evaluation_modules, self.dtype, self.device)
+        self.examples = examples
+        self.held = math.inf
+        """How many steps may be held in memory at once; a longer stretch is rebuilt piece by piece."""
         self._tolerance = tolerance
-        self._comparison = Comparison.of_runs(self.runs, tolerance, self.dtype, self.device)
-        self._rebuild_from_gradients = first.has_exact_gradients and self.dtype == self.recorded_dtype
+        circumstances = Circumstances.of(first.manifest)
+        self._updated_buffers = circumstances.updated_buffers
+        replica = Replica(
+            module, self.layout, circumstances, self.dtype, self.device, self.recorded_dtype, examples.datamodule
+        )
+        self.eager = Eager(replica)
+        self._stacking = Stacked(self.eager)
+        self._is_stacked = False
+        self._can_stack: bool | None = None
+        statistics = set(self.eager.statistics.names)
+        counters = {
+            f"{name}.num_batches_tracked".lstrip(".")
+            for name, layer in batch_norm_layers(replica.module).items()
+            if layer.momentum is not None
+        }
+        # running statistics leave a pass in training mode as it is
+        self._pass_depends_on_buffers = not statistics | counters >= set(circumstances.updated_buffers)
+        self._take(runs)
+
+    def _take(self, runs: Sequence[Run]) -> None:
+        self.runs = tuple(runs)
+        first = self.runs[0]
+        check_fit(self.runs, self.examples)
+        self.steps = first.steps
+        self.update = first.update
+        self.clipping = first.clipping
+        self.checkpoint_steps = first.checkpoint_steps
+        self._records = Records(self.runs, self.dtype, self.device)
+        self._comparison = Comparison.of_runs(self.runs, self._tolerance, self.dtype, self.device)
+        self._rebuild_from_gradients = (
+            first.has_exact_gradients and self.dtype == self.recorded_dtype and not self._pass_depends_on_buffers
+        )
         self._records_gradients = first.manifest.gradients != "none"
         self._stores_batches = first.manifest.batches == "store"
+        self._ahead: Iterator[tuple[int, list[list[Any]]]] | None = None
+
+    def of(self, runs: Sequence[Run]) -> Replay:
+        """Return the replay of other runs of the same ensemble, which shares the module with this one."""
+        other = copy.copy(self)
+        other._take(runs)
+        return other
 
     def alone(self, number: int) -> Replay:
-        """Return the replay of one of the runs, which shares module and examples with this one."""
-        one = copy.copy(self)
-        one.runs = (self.runs[number],)
-        one._records = Records(one.runs, self.dtype, self.device)
-        one._comparison = Comparison.of_runs(one.runs, self._tolerance, self.dtype, self.device)
-        return one
+        """Return the replay of one of the runs, which shares the module with this one."""
+        return self.of([self.runs[number]])
 
     @property
     def drift(self) -> tuple[Drift, ...]:
@@ -101,6 +133,47 @@ class Replay:
         """The stretches between checkpoints, as (first step, last step) with the last not included."""
         return list(pairwise(self.checkpoint_steps))
 
+    def time(self, step: int) -> Time:
+        """Return where the first run stood after a number of steps."""
+        last = max(step - 1, 0)
+        run = self.runs[0]
+        micro_batch = run.micro_batches(last)[-1]
+        return Time(micro_batch.epoch, micro_batch.global_step + (step > last), 0, run.hyperparameters(last))
+
+    # -- ways of running a step
+
+    def stack(self, stacked: bool = True) -> Replay:
+        """Return this replay, with all runs and directions of a step run at once, or one by one.
+
+        A step that cannot be stacked is run one by one all the same.
+        """
+        other = copy.copy(self)
+        other._is_stacked = stacked
+        return other
+
+    @property
+    def can_stack(self) -> bool:
+        """Whether the first step can be stacked."""
+        if self._can_stack is None:
+            directions = torch.zeros(1, 1, self.layout.size, dtype=self.dtype, device=self.device)
+            first = self.alone(0).stack()
+            first.directional(0, first.point(0), directions, first.buffers(0), first.no_statistics(directions))
+            self._can_stack = self._stacking.has_traced
+        return self._can_stack
+
+    @property
+    def _way(self) -> Eager | Stacked:
+        return self._stacking if self._is_stacked else self.eager
+
+    def no_statistics(self, cotangents: Tensor) -> dict[str, Tensor]:
+        """Return zero cotangents of the running statistics for cotangents of the parameters ``(runs, queries, P)``."""
+        statistics = self.statistics(self.buffers(0))
+        return {
+            name: part.new_zeros(len(part), cotangents.shape[1], *part.shape[1:]) for name, part in statistics.items()
+        }
+
+    # -- what was recorded
+
     def theta(self, step: int) -> Tensor:
         """Return the parameters after ``step`` steps ``(runs, P)``, rebuilt from the checkpoint before."""
         if step in self.checkpoint_steps:
@@ -111,29 +184,37 @@ class Replay:
     def trained(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what there was after ``step`` steps: parameters ``(runs, P)``, and buffers, each ``(runs, ...)``.
 
-        Both are rebuilt from the checkpoint before; of the buffers, only the running statistics change in between.
+        Both are rebuilt from the checkpoint before. After the last step they are what the training ended with, which may be
+        an average over its steps.
         """
+        if step == self.steps and (average := self._records.average()) is not None:
+            return average
         start = max(t for t in self.checkpoint_steps if t <= step)
         buffers = self.buffers(start)
-        statistics = self.statistics(buffers)
         theta, states = self.checkpoint(start)
         for t in range(start, step):
-            point = self._point(t, theta, states, buffers)
-            if statistics:
-                batch = self.batch(t)
-                _, statistics = weighted_gradient(self.module, batch, theta, buffers | statistics, batch.coefficients)
+            if self._updated_buffers:
+                unclipped, after = self._gradient(t, theta, buffers)
+                point = (
+                    self._recorded_point(t, theta, states)
+                    if self._rebuild_from_gradients
+                    else Point(theta, states, self.clipping.apply(unclipped), unclipped)
+                )
+                buffers = buffers | after
+            else:
+                point, buffers = self._point(t, theta, states, buffers)
             theta, states = self._advance(t, point)
-        return theta, buffers | statistics
+        return theta, buffers
 
     def point(self, step: int) -> Point:
         """Return what a step started from, rebuilt from the checkpoint before."""
         start = max(t for t in self.checkpoint_steps if t <= step)
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
-        point = self._point(start, theta, states, buffers)
+        point, buffers = self._point(start, theta, states, buffers)
         for t in range(start, step):
             theta, states = self._advance(t, point)
-            point = self._point(t + 1, theta, states, buffers)
+            point, buffers = self._point(t + 1, theta, states, buffers)
         return point
 
     def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
@@ -149,64 +230,87 @@ class Replay:
         return self._records.hyperparameters(step, ndim)
 
     def batch(self, step: int) -> StepBatch:
-        """Return the examples of a step, with what each contributes to the loss.
-
-        Raises:
-            ReplayError: If the step drew random numbers that a replay of single examples cannot draw again.
-        """
+        """Return the micro-batches of a step, to be made again."""
         micro_batches = [run.micro_batches(step) for run in self.runs]
-        indices = pad_sequence([run.batch_indices(step) for run in self.runs], batch_first=True)
-        coefficients = pad_sequence([run.coefficients(step) for run in self.runs], batch_first=True)
-        clock = micro_batches[0][0]
-        self.module.set_clock(clock.epoch, step)
-        return StepBatch(
-            indices.to(self.device),
-            coefficients.to(self.device, self.dtype),
-            self._examples(indices, micro_batches),
-            clock.batch_idx,
-            self._masks(step, micro_batches),
-            parts_of(step, micro_batches, bool(self.module.statistics)),
+        ready = self._read_ahead(step)
+        passes = [
+            [
+                self._inputs(run, step, micro_batch, ready[number][part] if ready else None)
+                for part, micro_batch in enumerate(of_run)
+            ]
+            for number, (run, of_run) in enumerate(zip(self.runs, micro_batches, strict=True))
+        ]
+        indices = [run.batch_indices(step) for run in self.runs]
+        return StepBatch.of(indices, passes, self.device, lambda part: self._leaves(micro_batches, passes, part))
+
+    def expect(self, steps: Sequence[int]) -> None:
+        """Have workers, where the training used them, read the batches of steps that will be asked for in this order."""
+        if self._stores_batches or not self.examples.has_workers or self.examples.tensors(torch.zeros(1, 1).long()):
+            self._ahead = None
+            return
+        lists = [
+            [[micro_batch.indices.tolist() for micro_batch in run.micro_batches(step)] for run in self.runs]
+            for step in steps
+        ]
+        batches = self.examples.batches([indices for step in lists for run in step for indices in run])
+        self._ahead = (
+            (step, [[next(batches) for _ in run] for run in of_step])
+            for step, of_step in zip(steps, lists, strict=True)
         )
 
-    def _examples(self, indices: Tensor, micro_batches: list[list[MicroBatch]]) -> Any:
+    def _read_ahead(self, step: int) -> list[list[Any]] | None:
+        if self._ahead is None:
+            return None
+        expected, batches = next(self._ahead, (None, None))
+        if expected != step:
+            self._ahead = None
+            return None
+        return batches
+
+    def _inputs(self, run: Run, step: int, micro_batch: MicroBatch, ready: Any) -> MicroBatchInputs:
+        def make(rows: Sequence[int]) -> Any:
+            if self._stores_batches:
+                return self.examples.restore([leaf[list(rows)] for leaf in micro_batch.leaves])
+            if ready is not None and isinstance(rows, range):
+                return ready
+            return self.examples.collated(micro_batch.indices[list(rows)].tolist())
+
+        time = Time(micro_batch.epoch, micro_batch.global_step, micro_batch.batch_idx, run.hyperparameters(step))
+        factor = 1 / (run.accumulation(step) * len(run.processes))
+        return MicroBatchInputs(
+            len(micro_batch.indices), time, micro_batch.rng_states, make, factor, micro_batch.process == 0
+        )
+
+    def _leaves(
+        self, micro_batches: list[list[MicroBatch]], passes: list[list[MicroBatchInputs]], part: int
+    ) -> list[Tensor] | None:
+        """Return the tensors of micro-batch number ``part`` of all runs, ``None`` where they cannot be stacked."""
+        if len({len(of_run) for of_run in passes}) > 1 or len({of_run[part].examples for of_run in passes}) > 1:
+            return None
         if not self._stores_batches:
-            return self.examples.fetch(indices)
-        of_runs = [[torch.cat(parts) for parts in zip(*(m.leaves for m in run), strict=True)] for run in micro_batches]
-        return self.examples.restore(
-            [pad_sequence(list(runs), batch_first=True) for runs in zip(*of_runs, strict=True)]
-        )
+            found = self.examples.tensors(torch.stack([of_run[part].indices for of_run in micro_batches]))
+            if found is not None:
+                return found
+        return stack_leaves([of_run[part].batch() for of_run in passes])
 
-    def _masks(self, step: int, micro_batches: list[list[MicroBatch]]) -> list[Mask]:
-        """Draw the dropout masks of a step again, from the recorded states of the generators."""
-        if not any(part.rng_states for parts in micro_batches for part in parts):
-            return []
-        if not self.module.dropout.calls:
-            first = micro_batches[0][0]
-            theta, buffers = self.runs[0].checkpoint(0).theta, self.buffers(0)
-            self.module.learn_dropout(
-                theta.to(self.device, self.dtype),
-                {name: buffer[0] for name, buffer in buffers.items()},
-                map_tensors(lambda leaf: leaf[0], self._examples(first.indices[None], [[first]])),
-                first.batch_idx,
-                self.recorded_dtype,
-            )
-        return draw_masks(self.module.dropout, step, [str(run.path) for run in self.runs], micro_batches, self.dtype)
+    # -- gradients
 
-    def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-        r"""Compute the gradient of the step's loss anew.
-
-        .. math:: g_t(\theta) = \sum_n c_n \nabla l_n(\theta)
+    def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None) -> Tensor:
+        r"""Compute the gradient of the step's loss anew, :math:`g_t(\theta, w)` ``(runs, P)``.
 
         Args:
             step: t.
             theta: Parameters ``(runs, P)``.
             buffers: As :meth:`buffers` gives them.
-
-        Returns:
-            ``(runs, P)``.
+            weights: w ``(runs, B)``; ones if not given.
         """
+        return self._gradient(step, theta, buffers, weights)[0]
+
+    def _gradient(
+        self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self.batch(step)
-        return weighted_gradient(self.module, batch, theta, buffers, batch.coefficients)[0]
+        return self._way.gradient(batch, theta, buffers, weights)
 
     def check_step(self, step: int) -> None:
         """Compare the gradient of one step with the record, for what replays no steps; nothing if none was recorded.
@@ -221,54 +325,122 @@ class Replay:
             gradient = self.gradient(start, self.checkpoint(start)[0], self.buffers(start))
             self._comparison.gradient(start, self.clipping.apply(gradient), self._records.gradient(start))
 
-    def retrain(self, weights: Tensor, start: int = 0, stop: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    @property
+    def averaged_steps(self) -> dict[int, float]:
+        """The coefficients of the average that the runs ended with, by step; none where it was their last parameters."""
+        return self.runs[0].averaged_steps
+
+    def averages_statistics(self, step: int) -> float:
+        """Return the coefficient of a step's running statistics in what the training ended with."""
+        average = self.runs[0].manifest.average
+        if average is None or average["buffers"] == "last":
+            return float(step == self.steps)
+        if average["buffers"] == "updated":  # those of the last update
+            return float(step == average["steps"][-1])
+        return self.averaged_steps.get(step, 0.0)
+
+    def retrain(
+        self, weights: Tensor, start: int = 0, stop: int | None = None, *, averaged: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         r"""Train the runs again from a checkpoint, in their own order, with example weights.
 
-        .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta)
+        .. math:: g_t(\theta, w) = \sum_z J_z^\top \left(w \odot \frac{\partial L_t}{\partial z}\right)
 
         Args:
             weights: w ``(runs, N)``; ones give the recorded training, up to rounding.
             start: Step of a checkpoint.
             stop: Step of a later one, or the end.
+            averaged: Whether to return the average, where the training ended with one and it is trained from start to end.
 
         Returns:
-            The trained parameters ``(runs, P)``, and buffers with the running statistics they were trained to, each
-            ``(runs, ...)``.
+            The trained parameters ``(runs, P)``, and buffers as they were trained to, each ``(runs, ...)``.
         """
         stop = self.steps if stop is None else stop
         theta, states = self.checkpoint(start)
-        statistics = self.statistics(self.buffers(start))
-        for first, last in self.segments:
-            if first < start or last > stop:
-                continue
-            buffers = self.buffers(first)
-            for step in range(first, last):
-                batch = self.batch(step)
-                coefficients = batch.coefficients * weights.gather(1, batch.indices)
-                gradient, statistics = weighted_gradient(self.module, batch, theta, buffers | statistics, coefficients)
-                applied = self.clipping.apply(gradient)
-                theta, states = self._advance(step, Point(theta, states, applied, gradient))
-        return theta, self.buffers(stop) | statistics
+        buffers = self.buffers(start)
+        coefficients = self.averaged_steps if averaged and start == 0 and stop == self.steps else {}
+        total, of_statistics = (
+            torch.zeros_like(theta),
+            {name: 0 * buffers[name] for name in self.eager.statistics.names},
+        )
+        self.expect(range(start, stop))
+        for step in range(start, stop + 1):
+            total += coefficients.get(step, 0.0) * theta
+            for name, part in of_statistics.items():
+                part += self.averages_statistics(step) * buffers[name]
+            if step == stop:
+                break
+            of_examples = weights.gather(1, self._indices(step))
+            gradient, after = self._gradient(step, theta, buffers, of_examples)
+            buffers = buffers | after
+            theta, states = self._advance(step, Point(theta, states, self.clipping.apply(gradient), gradient))
+        if not coefficients:
+            return theta, buffers
+        return total, buffers | of_statistics
+
+    def _indices(self, step: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([run.batch_indices(step) for run in self.runs], batch_first=True).to(
+            self.device
+        )
 
     def statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return those of the buffers that the training updates by differentiable steps, each ``(runs, ...)``."""
-        return {name: buffers[name] for name in self.module.statistics}
+        return {name: buffers[name] for name in self.eager.statistics.names}
 
-    def segment(self, first: int, last: int) -> list[Point]:
-        """Rebuild what each step from ``first`` to ``last - 1`` started from, and compare the end with the record.
+    # -- segments
+
+    def backwards(self, first: int, last: int, stop: int | None = None) -> Iterator[tuple[int, Point]]:
+        """Yield the steps of a segment from its end to its start, with what each started from.
+
+        No more than :attr:`held` of them are held at once; a longer segment is rebuilt piece by piece.
+
+        Args:
+            first: The segment's first step.
+            last: The step after its last.
+            stop: Steps from it on are left out; they are replayed all the same, to be compared with the record.
 
         Raises:
-            ReplayError: If the end differs from the recorded checkpoint by more than rounding.
+            ReplayError: If the segment's end differs from the recorded checkpoint by more than rounding.
         """
         theta, states = self.checkpoint(first)
-        start = theta
-        buffers = {} if self._rebuild_from_gradients else self.buffers(first)
-        points = []
-        for step in range(first, last):
-            points.append(self._point(step, theta, states, buffers))
-            theta, states = self._advance(step, points[-1])
-        self.compare(first, last, start, theta)
-        return points
+        yield from self._backwards(first, last, stop or last, theta, states, self.buffers(first), compare=True)
+
+    def _backwards(
+        self,
+        first: int,
+        last: int,
+        stop: int,
+        theta: Tensor,
+        states: list[State],
+        buffers: dict[str, Tensor],
+        compare: bool = False,
+        held: float | None = None,
+    ) -> Iterator[tuple[int, Point]]:
+        held = max(_FEWEST_HELD, self.held) if held is None else held
+        steps = stop - first
+        piece = steps if steps <= held else math.ceil(steps / min(held // 2, math.ceil(steps / (held // 2))))
+        begun, points, starts = theta, [], []
+        forward = not self._rebuild_from_gradients
+        if forward:
+            self.expect(range(first, last if compare else stop))
+        for step in range(first, last if compare else stop):
+            if step < stop and piece < steps and (step - first) % piece == 0:
+                starts.append((step, theta, states, buffers))
+            point, buffers = self._point(step, theta, states, buffers)
+            if step < stop and piece == steps:
+                points.append(point)
+            theta, states = self._advance(step, point)
+        if compare:
+            self.compare(first, last, begun, theta)
+        if piece == steps:
+            self.expect(range(stop - 1, first - 1, -1))
+            for step in reversed(range(first, stop)):
+                yield step, points.pop()
+        left = held - len(starts)
+        while starts:
+            start, theta, states, buffers = starts.pop()
+            end = min(start + piece, stop)
+            yield from self._backwards(start, end, end, theta, states, buffers, held=max(_FEWEST_HELD, left))
 
     def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:
         """Compare what a replay came to at the end of a segment with the record.
@@ -291,7 +463,7 @@ class Replay:
 
         Args:
             step: t.
-            point: Where the step started, from :meth:`segment`.
+            point: Where the step started, from :meth:`backwards`.
             theta_cotangent: Of the parameters after the step ``(runs, queries, P)``.
             state_cotangents: Of each group's optimizer state after the step.
 
@@ -317,34 +489,34 @@ class Replay:
         directions: Tensor,
         buffers: dict[str, Tensor],
         statistics_cotangents: dict[str, Tensor],
-    ) -> tuple[StepBatch, Tensor, Tensor, dict[str, Tensor]]:
-        """Compute per-example slopes and the Hessian product, and compare the gradient with the record.
-
-        As :func:`~lightning_dtda.replay.gradients.directional_derivatives`, which the gradient comes along with.
+    ) -> tuple[Tensor, Products]:
+        """Differentiate a step's gradient along directions, and compare the gradient with the record.
 
         Args:
             step: t.
-            point: Where the step started, from :meth:`segment`.
+            point: Where the step started, from :meth:`backwards`.
             directions: v ``(runs, queries, P)``.
             buffers: As :meth:`buffers` gives them.
             statistics_cotangents: Of the running statistics after the step, each ``(runs, queries, ...)``.
 
         Returns:
-            The step's batch, d ``(runs, queries, B)``, H v ``(runs, queries, P)``, and the cotangents of the running
-            statistics before the step.
+            The data set indices of the step's examples ``(runs, B)``, and the products.
 
         Raises:
             ReplayError: If the gradient is not the recorded one, naming run and step.
         """
         batch = self.batch(step)
-        slopes, products, of_statistics, gradient = directional_derivatives(
-            self.module, batch, point.theta, buffers, directions, statistics_cotangents
-        )
-        applied = self.clipping.apply(gradient)
-        self._comparison.gradient(step, applied, point.gradient)
+        products = self._way.products(batch, point.theta, buffers | point.buffers, directions, statistics_cotangents)
+        applied = self.clipping.apply(products.gradient)
+        held = buffers | point.buffers
+
+        def again() -> Tensor:
+            return self.clipping.apply(self.eager.gradient(self.batch(step), point.theta, held)[0])
+
+        self._comparison.gradient(step, applied, point.gradient, again)
         if self._records_gradients and not self._rebuild_from_gradients:
-            self._comparison.gradient(step, applied, self._records.gradient(step))
-        return batch, slopes, products, of_statistics
+            self._comparison.gradient(step, applied, self._records.gradient(step), again)
+        return batch.indices, products
 
     def push(self, position: Position, membership: Tensor) -> Position:
         r"""Take a step forwards, the tangents of removals along with it.
@@ -368,34 +540,46 @@ class Replay:
         """
         step, theta, states, buffers = position.step, position.theta, position.states, position.buffers
         batch = self.batch(step)
-        change = -batch.coefficients[:, None] * membership[:, batch.indices].transpose(0, 1)
-        gradient, statistics, of_gradient, of_statistics = gradient_tangents(
-            self.module, batch, theta, buffers, change, position.tangents
+        removed = membership[:, batch.indices].transpose(0, 1)
+        tangents = gradient_tangents(
+            self._way, batch, theta, buffers, removed, position.tangents, bool(self._updated_buffers)
         )
-        applied = self.clipping.apply(gradient)
+        applied = self.clipping.apply(tangents.gradient)
         if self._records_gradients:
-            self._comparison.gradient(step, applied, self._records.gradient(step))
+            self._comparison.gradient(
+                step,
+                applied,
+                self._records.gradient(step),
+                lambda: self.clipping.apply(self.eager.gradient(self.batch(step), theta, buffers)[0]),
+            )
         point = (
-            self._point(step, theta, states, buffers)
+            self._recorded_point(step, theta, states)
             if self._rebuild_from_gradients
-            else Point(theta, states, applied, gradient)
+            else Point(theta, states, applied, tangents.gradient)
         )
-        tangents = push(
+        after = push(
             self.update,
             self.clipping,
             self.hyperparameters(step, ndim=3),
             step,
             point,
             position.tangents,
-            of_gradient,
-            of_statistics,
+            tangents.of_gradient,
+            tangents.of_statistics,
         )
-        return Position(step + 1, *self._advance(step, point), buffers | statistics, tangents)
+        return Position(step + 1, *self._advance(step, point), buffers | tangents.buffers, after)
 
-    def _point(self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]) -> Point:
-        if not self._rebuild_from_gradients:
-            unclipped = self.gradient(step, theta, buffers)
-            return Point(theta, states, self.clipping.apply(unclipped), unclipped)
+    def _point(
+        self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]
+    ) -> tuple[Point, dict[str, Tensor]]:
+        """Return what a step starts from, and the buffers after it."""
+        if self._rebuild_from_gradients:
+            return self._recorded_point(step, theta, states), buffers
+        unclipped, after = self._gradient(step, theta, buffers)
+        held = {name: buffers[name] for name in after} if self._pass_depends_on_buffers else {}
+        return Point(theta, states, self.clipping.apply(unclipped), unclipped, held), buffers | after
+
+    def _recorded_point(self, step: int, theta: Tensor, states: list[State]) -> Point:
         applied = self._records.gradient(step)
         if isinstance(self.clipping, NormClipping):
             norms = self._records.gradient_norms(step)

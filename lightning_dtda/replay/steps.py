@@ -1,56 +1,94 @@
-"""One step of stacked runs: the examples that make it, how they pass through the module, and what it starts from."""
+"""One step of some runs: the micro-batches that make it, made again, and what the step starts from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import State
-from lightning_dtda.replay.batches import map_tensors
-from lightning_dtda.replay.dropout import Dropout, Mask
-from lightning_dtda.replay.functional import FunctionalModule
-from lightning_dtda.trajectory import MicroBatch
+from lightning_dtda.replay.stand_ins import Time
 
 
-class Part(NamedTuple):
-    """Examples that pass through the module together.
+@dataclass(frozen=True)
+class MicroBatchInputs:
+    """What a pass of a run is made of.
 
     Args:
-        size: Their number.
+        examples: B.
+        time: The Trainer's.
+        states: Of the generators before the pass; none where it drew nothing.
+        make: Makes the batch, as the ``collate_fn`` made it, of some of its rows, by their positions.
+        factor: What its loss is multiplied with in the step's.
         keeps_statistics: Whether running statistics are those after this pass: in the first process of a training,
             whose buffers the others get.
     """
 
-    size: int
+    examples: int
+    time: Time
+    states: Mapping[str, Tensor]
+    make: Callable[[Sequence[int]], Any]
+    factor: float = 1.0
     keeps_statistics: bool = True
+
+    def batch(self) -> Any:
+        """Return the batch as it was."""
+        return self.make(range(self.examples))
+
+    def less_or_more(self) -> Iterator[tuple[Any, int]]:
+        """Yield the batch with one example left out, or repeated where it is small, all choices of it; with sizes."""
+        rows = list(range(self.examples))
+        if self.examples > 2:
+            # spread over the batch first: a few are mostly enough
+            spread = [0, self.examples // 2, self.examples - 1]
+            for row in dict.fromkeys([*spread, *rows]):
+                yield self.make(rows[:row] + rows[row + 1 :]), self.examples - 1
+        for row in rows:
+            yield self.make([*rows, row]), self.examples + 1
+
+    def replaced(self) -> Iterator[tuple[int, Any]]:
+        """Yield the batch with one example in place of another, a few choices of it, and which one is gone."""
+        for position in range(min(self.examples, 4) if self.examples > 1 else 0):
+            rows = list(range(self.examples))
+            rows[position] = (position + 1) % self.examples
+            yield position, self.make(rows)
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The examples of one step of R runs; shorter batches are filled up with examples of coefficient 0.
+    """The examples of one step of R runs.
 
     Args:
-        indices: Data set indices ``(runs, B)``.
-        coefficients: What each example's loss is multiplied with in the step's loss ``(runs, B)``.
-        examples: The examples, each leaf ``(runs, B, ...)``.
-        batch_idx: As ``training_step`` got it.
-        masks: Those of dropout, each part ``(runs, B, ...)``.
-        parts: The examples that pass through the module together: all of them, since the loss of an example does not
-            depend on the others; or those of each micro-batch, where BatchNorm makes it depend on them.
+        indices: Data set indices ``(runs, B)``, those of all micro-batches one after the other; shorter steps are filled
+            up with zeros.
+        passes: The micro-batches of each run.
+        leaves: For stacks, makes the tensors of micro-batch number i of all runs, each ``(runs, B, ...)``; ``None`` where
+            the batches do not consist of tensors of one shape.
     """
 
     indices: Tensor
-    coefficients: Tensor
-    examples: Any
-    batch_idx: int
-    masks: list[Mask]
-    parts: list[Part]
+    passes: list[list[MicroBatchInputs]]
+    leaves: Callable[[int], list[Tensor] | None] = field(default=lambda number: None)
+
+    @classmethod
+    def of(
+        cls,
+        indices: Sequence[Tensor],
+        passes: list[list[MicroBatchInputs]],
+        device: torch.device,
+        leaves: Callable[[int], list[Tensor] | None] = lambda number: None,
+    ) -> StepBatch:
+        """Put the steps of some runs together; ``indices`` has one ``(B,)`` for each."""
+        return cls(pad_sequence(list(indices), batch_first=True).to(device), passes, leaves)
+
+    @property
+    def size(self) -> int:
+        """B, of the longest of the runs' steps."""
+        return self.indices.shape[1]
 
 
 @dataclass(frozen=True)
@@ -62,86 +100,11 @@ class Point:
         states: Each group's optimizer state.
         gradient: What the optimizer applied.
         unclipped: The same before clipping, as far as the adjoint of clipping needs it.
+        buffers: Those that change from step to step by name, each ``(runs, ...)``; none where no pass depends on them.
     """
 
     theta: Tensor
     states: list[State]
     gradient: Tensor
     unclipped: Tensor
-
-
-def parts_of(step: int, micro_batches: list[list[MicroBatch]], has_statistics: bool) -> list[Part]:
-    """Return which examples of a step's micro-batches, for each run, pass through the module together.
-
-    Raises:
-        ReplayError: If BatchNorm makes them depend on each other, and the runs differ in the sizes of their batches.
-    """
-    sizes = [[Part(len(part.indices), part.process == 0) for part in parts] for parts in micro_batches]
-    if not has_statistics:
-        return [Part(max(sum(part.size for part in of_run) for of_run in sizes))]
-    if any(of_run != sizes[0] for of_run in sizes):
-        raise ReplayError(
-            f"The runs have batches of different sizes at step {step}. With BatchNorm, whose statistics are those "
-            "of a batch, such runs cannot be swept together: give the estimator runs_per_batch=1."
-        )
-    return sizes[0]
-
-
-def draw_masks(
-    dropout: Dropout, step: int, names: Sequence[str], micro_batches: list[list[MicroBatch]], dtype: torch.dtype
-) -> list[Mask]:
-    """Draw the dropout masks of a step again, from the states of the generators that its micro-batches started with.
-
-    Args:
-        dropout: What the module draws.
-        step: t.
-        names: What errors call the runs.
-        micro_batches: Those of each run.
-        dtype: Of the replay.
-
-    Returns:
-        Masks, each part ``(runs, B, ...)``.
-
-    Raises:
-        ReplayError: If not all passes of the step drew.
-    """
-    of_runs: list[list[Mask]] = []
-    for name, parts in zip(names, micro_batches, strict=True):
-        if not dropout.calls or not all(part.rng_states for part in parts):
-            raise ReplayError(
-                f"training_step of {name} drew random numbers at step {step}, and not always: not for all "
-                "passes of the step, or not at the first step. Let it do so at every step, or at none."
-            )
-        drawn = [dropout.draw(part.rng_states, len(part.indices), dtype) for part in parts]
-        of_runs.append([tuple(map(torch.cat, zip(*masks, strict=True))) for masks in zip(*drawn, strict=True)])
-    return [
-        tuple(pad_sequence(list(runs), batch_first=True) for runs in zip(*masks, strict=True))
-        for masks in zip(*of_runs, strict=True)
-    ]
-
-
-def pass_examples(
-    module: FunctionalModule,
-    theta: Tensor,
-    buffers: dict[str, Tensor],
-    examples: Any,
-    masks: list[Mask],
-    batch: StepBatch,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pass a run's examples through the module, part by part; return losses ``(B,)`` and running statistics."""
-    if len(batch.parts) == 1 and not module.statistics:
-        return module.example_losses(theta, buffers, examples, batch.batch_idx, masks), {}
-    losses, statistics, start = [], {name: buffers[name] for name in module.statistics}, 0
-    for size, keeps_statistics in batch.parts:
-        rows = slice(start, start + size)
-        start += size
-        part, after = module.losses_and_statistics(
-            theta,
-            buffers | statistics,
-            map_tensors(lambda leaf, rows=rows: leaf[rows], examples),  # type: ignore[misc]
-            batch.batch_idx,
-            [tuple(part[rows] for part in mask) for mask in masks],
-        )
-        losses.append(part)
-        statistics = after if keeps_statistics else statistics
-    return torch.cat(losses), statistics
+    buffers: dict[str, Tensor] = field(default_factory=dict)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vmap
 
 from lightning_dtda.optimizers import Clipping, GroupedUpdate, Hyperparameters, State
-from lightning_dtda.replay.dropout import Mask
-from lightning_dtda.replay.functional import FunctionalModule
-from lightning_dtda.replay.steps import Point, StepBatch, pass_examples
+from lightning_dtda.replay.eager import Products
+from lightning_dtda.replay.steps import Point, StepBatch
 
 
 @dataclass(frozen=True)
@@ -63,65 +61,86 @@ class Position:
     tangents: Tangents
 
 
-def gradient_tangents(
-    module: FunctionalModule,
-    batch: StepBatch,
-    theta: Tensor,
-    buffers: dict[str, Tensor],
-    coefficient_tangents: Tensor,
-    tangents: Tangents,
-) -> tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    r"""Differentiate a step's gradient along its parameters, running statistics and coefficients, in one pass.
+class Way(Protocol):
+    """A way of running a step; see :class:`~lightning_dtda.replay.eager.Eager`."""
 
-    .. math::
-        g = \sum_n c_n \nabla l_n(\theta), \qquad \dot g_k = H r_k + \sum_n \dot c_{kn} \nabla l_n(\theta)
+    def gradient(
+        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the gradient with weights of examples, and the updated buffers."""
 
-    Forward over reverse, so that all removals share one forward and one backward pass of the model.
+    def products(
+        self,
+        batch: StepBatch,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        directions: Tensor,
+        statistics_cotangents: Mapping[str, Tensor],
+    ) -> Products:
+        """Differentiate the gradient along directions."""
+
+    def statistics_along(
+        self,
+        batch: StepBatch,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        tangents: Tensor,
+        before: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return how running statistics change."""
+
+
+class GradientTangents(NamedTuple):
+    """A step's gradient, and how it and the running statistics change with removals.
 
     Args:
-        module: The module.
-        batch: The step's.
-        theta: Parameters ``(runs, P)``.
-        buffers: Each ``(runs, ...)``.
-        coefficient_tangents: :math:`\dot c` ``(runs, removals, B)``.
-        tangents: Of parameters and running statistics before the step.
-
-    Returns:
-        g ``(runs, P)`` and the running statistics after the step; and the tangents of both, removals in their second
-        dimension.
+        gradient: g ``(runs, P)``.
+        buffers: Those that the step updates, after it.
+        of_gradient: :math:`\\dot g` ``(runs, removals, P)``.
+        of_statistics: Of the running statistics after the step, each ``(runs, removals, ...)``.
     """
 
-    def of_one_removal(
-        theta: Tensor,
-        statistics: dict[str, Tensor],
-        coefficients: Tensor,
-        buffers: dict[str, Tensor],
-        examples: Any,
-        masks: list[Mask],
-        along: tuple[Tensor, dict[str, Tensor], Tensor],
-    ) -> tuple[Any, Any]:
-        def loss(
-            theta: Tensor, statistics: dict[str, Tensor], coefficients: Tensor
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            losses, after = pass_examples(module, theta, buffers | statistics, examples, masks, batch)
-            return (coefficients * losses).sum(), after
+    gradient: Tensor
+    buffers: dict[str, Tensor]
+    of_gradient: Tensor
+    of_statistics: dict[str, Tensor]
 
-        found: tuple[Any, Any] = jvp(grad(loss, has_aux=True), (theta, statistics, coefficients), along)  # type: ignore[assignment]
-        return found
 
-    of_one_run = vmap(of_one_removal, in_dims=(None, None, None, None, None, None, 0))
-    statistics = {name: buffers[name] for name in module.statistics}
-    (gradient, after), (of_gradient, of_after) = vmap(of_one_run)(
-        theta,
-        statistics,
-        batch.coefficients,
-        buffers,
-        batch.examples,
-        batch.masks,
-        (tangents.theta, tangents.statistics, coefficient_tangents),
-    )
-    # the same for every removal
-    return gradient[:, 0], {name: part[:, 0] for name, part in after.items()}, of_gradient, of_after
+def gradient_tangents(
+    way: Way,
+    batch: StepBatch,
+    theta: Tensor,
+    buffers: Mapping[str, Tensor],
+    removed: Tensor,
+    tangents: Tangents,
+    updates: bool,
+) -> GradientTangents:
+    r"""Differentiate a step's gradient along its parameters and the weights of its examples.
+
+    .. math:: \dot g_k = H r_k - \left(g(\theta, 1) - g(\theta, w^k)\right), \qquad
+        w^k_n = 0 \text{ for } n \in S_k, \text{ else } 1
+
+    since g is affine in the weights, and its derivative by the parameters symmetric where all weights are one.
+
+    Args:
+        way: Runs the step.
+        batch: The step.
+        theta: Parameters ``(runs, P)``.
+        buffers: Each ``(runs, ...)``.
+        removed: 1 where an example of the batch is in a removal ``(runs, removals, B)``.
+        tangents: Of parameters and running statistics before the step.
+        updates: Whether a step changes buffers.
+    """
+    no_cotangents = {name: torch.zeros_like(part) for name, part in tangents.statistics.items()}
+    found = way.products(batch, theta, buffers, tangents.theta, no_cotangents)
+    of_gradient = found.products
+    for removal in range(removed.shape[1]):
+        if bool(removed[:, removal].any()):  # most steps have none of an example
+            without = way.gradient(batch, theta, buffers, 1 - removed[:, removal])[0]
+            of_gradient[:, removal] -= found.gradient - without
+    after = way.gradient(batch, theta, buffers)[1] if updates else {}
+    of_statistics = way.statistics_along(batch, theta, buffers, tangents.theta, tangents.statistics)
+    return GradientTangents(found.gradient, after, of_gradient, of_statistics)
 
 
 def push(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.errors import RetrainingError
-from lightning_dtda.replay import Examples, Measurement
+from lightning_dtda.replay import Draws, Eager, Examples, Measurement
+from lightning_dtda.replay.measured import values
+from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.recipe import Recipe
 from lightning_dtda.retraining.task import Task
 
@@ -49,6 +51,7 @@ class Retraining:
         queries: What is measured on.
         measurement: m.
         device: Where stacked trainings are; ``None`` is the Trainer's own device.
+        draws: Taken where the measurement draws random numbers.
     """
 
     recipe: Recipe | None
@@ -57,10 +60,22 @@ class Retraining:
     queries: Examples
     measurement: Measurement
     device: torch.device | str | None = None
+    draws: Draws = field(default_factory=Draws)
 
     def removed_in(self, task: Task) -> tuple[int, ...]:
         """Return the examples that a training is without."""
         return () if task.subset is None else self.removed[task.subset]
+
+    def measure(self, eager: Eager, theta: Tensor, buffers: Mapping[str, Tensor], time: Time) -> Tensor:
+        """Measure trained models ``(runs, queries)``; see :func:`~lightning_dtda.replay.measured.values`.
+
+        Args:
+            eager: Runs the module.
+            theta: Trained parameters ``(runs, P)``.
+            buffers: Buffers and frozen parameters, each ``(runs, ...)``.
+            time: Where the trainings ended.
+        """
+        return values(eager, theta, buffers, self.queries, self.measurement, time, self.draws).cpu()
 
 
 class Engine(ABC):

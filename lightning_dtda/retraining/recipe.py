@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.recording.configuration import class_path, module_configuration, training_configuration
-from lightning_dtda.replay import dataset_fingerprint, prepare_fit
+from lightning_dtda.replay import Examples, dataset_fingerprint, prepare_fit
 from lightning_dtda.retraining.dropping import without
 
 Data = pl.LightningDataModule | pl.LightningModule | DataLoader[Any]
@@ -105,14 +105,22 @@ class Recipe:
                 data = data.train_dataloader()
         return without(data, ())
 
-    def describe(self) -> dict[str, Any]:
+    def examples(self, loader: DataLoader[Any]) -> Examples:
+        """Return the examples of the training DataLoader."""
+        datamodule = self.data if isinstance(self.data, pl.LightningDataModule) else None
+        return Examples(loader.dataset, loader.collate_fn, datamodule=datamodule)
+
+    def describe(self, loader: DataLoader[Any]) -> dict[str, Any]:
         """Describe, in JSON, what is trained on what: what may not differ between the trainings of a ground truth.
+
+        Args:
+            loader: The training DataLoader with all examples.
 
         Raises:
             RetrainingError: If trainings cannot be made, or examples not be dropped.
         """
         with isolate_rng():
-            module, trainer, loader = self.module(), self.trainer(), self.loader()
+            module, trainer = self.module(), self.trainer()
             if self.make_trainer() is trainer:
                 raise RetrainingError(
                     "The function that makes the Trainer returns the same one each time, and a Trainer can fit once. "

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,8 @@ from lightning_dtda.errors import RetrainingError
 from lightning_dtda.recording.configuration import versions
 from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import (
+    Draws,
+    Examples,
     Measurement,
     dataset_fingerprint,
     query_examples,
@@ -61,6 +63,8 @@ def retrain(
     measurement: str | Measurement = "loss",
     removal: Removal = "drop",
     baseline_seeds: int | Sequence[int] | None = None,
+    measurement_draws: int = Draws.number,
+    measurement_seed: int = Draws.seed,
     engine: EngineName | Engine = "auto",
     trainer: Callable[[], pl.Trainer] | None = None,
     ensemble: Ensemble | None = None,
@@ -91,6 +95,8 @@ def retrain(
             and the loss's divisor kept.
         baseline_seeds: For the trainings on everything; ``None`` takes those of ``seeds``. With the same seeds models
             start from the same parameters, which takes some noise out of differences of means.
+        measurement_draws: As for :func:`~lightning_dtda.attribute`.
+        measurement_seed: As for :func:`~lightning_dtda.attribute`.
         engine: ``"trainer"``, the Trainer itself, one training at a time; ``"stacked"``, many at once on one device,
             after the Trainer has shown that they come out the same; ``"auto"``, stacked where that can be; ``"ray"``,
             the Trainer on all CPUs of a Ray cluster; or an :class:`~lightning_dtda.retraining.engine.Engine`.
@@ -122,19 +128,21 @@ def retrain(
             f"The measurement {name} has no name of its own, so that its stored answers could not be told from those "
             "to another. Define it as a function of a module, or give no output."
         )
-    query_set = query_examples(queries)
-    about: dict[str, Any] = {
-        "removal": removal,
-        "measurement": name,
-        "queries_fingerprint": dataset_fingerprint(query_set.dataset),
-        "versions": versions(),
-    }
+    draws = Draws(measurement_draws, measurement_seed)
     trained = (
         _reweighted(module, data, ensemble, seeds, baseline_seeds)
         if removal == "reweight"
         else _dropped(module, data, trainer, ensemble, seeds, baseline_seeds, resolve_engine(engine, jobs))
     )
-    about |= trained.about
+    query_set = query_examples(queries, trained.examples)
+    about: dict[str, Any] = {
+        "removal": removal,
+        "measurement": name,
+        "draws": asdict(draws),
+        "queries_fingerprint": dataset_fingerprint(query_set.dataset),
+        "versions": versions(),
+        **trained.about,
+    }
     removed = check_subsets(subsets, about["data"]["length"])
     names = query_names(query_set)
     store = None
@@ -151,6 +159,7 @@ def retrain(
         queries=query_set,
         measurement=function,
         device=None if device is None else usable_device(device),
+        draws=draws,
     )
     finished, failures = _train(trained.engine, retraining, tasks, store, progress)
     measurements, baseline = gather(finished, positions, trained.seeds, trained.baseline_seeds, len(names))
@@ -172,6 +181,7 @@ class _Trained:
 
     engine: Engine
     recipe: Recipe | None
+    examples: Examples
     seeds: tuple[int, ...]
     baseline_seeds: tuple[int, ...]
     about: dict[str, Any]
@@ -188,7 +198,8 @@ def _dropped(
 ) -> _Trained:
     recipe = Recipe.of(module, data, trainer)
     with quiet_lightning():
-        about = recipe.describe()
+        loader = recipe.loader()
+        about, examples = recipe.describe(loader), recipe.examples(loader)
     recorded = set()
     if ensemble is not None:
         recorded = {run.manifest.seed for run in ensemble}
@@ -198,9 +209,10 @@ def _dropped(
                 f"The training data are not those of {ensemble.root}: other examples, or another order. Give the data "
                 "that were recorded."
             )
+        examples.refuse_changes(ensemble[0])
     own = fresh_seeds("seeds", seeds, recorded)
     of_all = own if baseline_seeds is None else fresh_seeds("baseline_seeds", baseline_seeds, recorded)
-    return _Trained(engine, recipe, own, of_all, about)
+    return _Trained(engine, recipe, examples, own, of_all, about)
 
 
 def _reweighted(
@@ -226,7 +238,7 @@ def _reweighted(
         "data": describe_data(engine.examples.dataset),
         "runs": {run.name: run.checksum for run in ensemble},
     }
-    return _Trained(engine, None, own, own, about)
+    return _Trained(engine, None, engine.examples, own, own, about)
 
 
 def resolve_engine(engine: EngineName | Engine, jobs: int = 1) -> Engine:

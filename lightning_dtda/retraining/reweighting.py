@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from time import perf_counter
 from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.func import vmap
 from typing_extensions import override
 
 from lightning_dtda.errors import RetrainingError
@@ -19,11 +19,15 @@ from lightning_dtda.retraining.stack_size import stack_size
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.trajectory import Ensemble, Run
 
+_STACKED_SECONDS = 5.0
+"""Time that the trainings would take one after the other from which they are stacked: traces take a second or two."""
+
 
 class Reweighting(Engine):
     r"""Replays recorded runs with weights, many at once.
 
-    .. math:: g_t(\theta, w) = \sum_n c_n w_n \nabla l_n(\theta), \qquad w_n = 0 \text{ for } n \in S
+    .. math:: g_t(\theta, w) = \sum_z J_z(\theta)^\top \left(w \odot \frac{\partial L_t}{\partial z}\right),
+        \qquad w_n = 0 \text{ for } n \in S
 
     Order, batch slots and the loss's divisor stay: what responses are the derivative of (arXiv 2506.12965, section 2).
 
@@ -59,22 +63,19 @@ class Reweighting(Engine):
 
         for _, alike in groupby(sorted(tasks, key=key), key):
             of_shape = list(alike)
-            first = self._replay(retraining, of_shape[:1])
-            start, _ = first.checkpoint(0)
-            buffers = first.buffers(0)
+            runs = [self.runs[task.seed] for task in of_shape]
+            first = Replay(runs[:1], self.module, self.examples, device=retraining.device)
+            start, buffers = first.checkpoint(0)[0], first.buffers(0)
+            first.gradient(0, start, buffers)  # the first one finds out where weights act
+            begun = perf_counter()
+            first.gradient(0, start, buffers)
+            if (perf_counter() - begun) * first.steps * len(of_shape) > _STACKED_SECONDS:
+                first = first.stack()
             size = stack_size(lambda: first.gradient(0, start, buffers), start, len(of_shape), first.device)  # noqa: B023
             for begin in range(0, len(of_shape), size):
                 stack = of_shape[begin : begin + size]
-                values = self._measured(self._replay(retraining, stack), retraining, stack)
+                values = self._measured(first.of(runs[begin : begin + size]), retraining, stack)
                 yield [Outcome.measured(task, row) for task, row in zip(stack, values, strict=True)]
-
-    def _replay(self, retraining: Retraining, tasks: Sequence[Task]) -> Replay:
-        return Replay(
-            [self.runs[task.seed] for task in tasks],
-            self.module,
-            self.examples,
-            device=retraining.device,
-        )
 
     def _measured(self, replay: Replay, retraining: Retraining, tasks: Sequence[Task]) -> Tensor:
         """Return measurements ``(tasks, queries)``."""
@@ -93,13 +94,4 @@ class Reweighting(Engine):
             name: torch.where(as_recorded.reshape(-1, *[1] * (buffer.ndim - 1)), recorded[name], buffer)
             for name, buffer in buffers.items()
         }
-        queries = retraining.queries.to((replay.recorded_dtype, replay.dtype), replay.device).all()
-
-        replay.module.set_clock(0, 0)  # as when it is taken of a single trained module
-
-        def measure(theta: Tensor, buffers: dict[str, Tensor]) -> Tensor:
-            return replay.module.measure(theta, buffers, queries, retraining.measurement)
-
-        with torch.no_grad():
-            values: Tensor = vmap(measure)(theta, buffers)
-        return values.cpu()
+        return retraining.measure(replay.eager, theta, buffers, replay.time(replay.steps))

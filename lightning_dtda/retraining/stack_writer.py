@@ -126,7 +126,10 @@ class StackWriter:
         orders = self._orders[:, self._begun_examples : self._begun_examples + length]
         parts = iter(orders[0].split([size for step in steps for size in sizes[step]]))
         shared = step_records(
-            [[MicroBatch(next(parts), epoch, batch_idx, {}) for epoch, batch_idx in clocks[step]] for step in steps],
+            [
+                [MicroBatch(next(parts), epoch, batch_idx, {}, global_step=step) for epoch, batch_idx in clocks[step]]
+                for step in steps
+            ],
             [[[float(group[name]) for name in self._names] for group in of_groups[step]] for step in steps],
             [self._schedule.divisors[step] for step in steps],
         )

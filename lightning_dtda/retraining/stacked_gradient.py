@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from lightning_dtda.errors import ReplayError
-from lightning_dtda.replay import FunctionalModule
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.stacked import same_trace
+from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.engine import CannotStackError
 
 _log = logging.getLogger(__name__)
@@ -23,36 +25,23 @@ _log = logging.getLogger(__name__)
 Gradient = Callable[..., Tensor]
 
 
-class Time(NamedTuple):
-    """A time of the Trainer's clock.
-
-    Args:
-        epoch: ``current_epoch``.
-        step: ``global_step``.
-        batch_idx: As ``training_step`` gets it.
-    """
-
-    epoch: int
-    step: int
-    batch_idx: int
-
-
 class StackedGradient:
     r"""Computes :math:`\nabla L_b(\theta)` of stacked trainings.
 
     The transformed function is traced once for each shape of batch: what is left are the tensor operations, without
     what Python does on the way, which takes longer than they do. Numbers of the Trainer's clock become constants of
-    the trace. So it is traced at several of its times, and where the operations differ, no trace is used; what happens
+    the trace. So it is traced at several times, and where the operations differ, no trace is used; what happens
     at other times only, the user has to find out.
 
     Args:
-        module: The module.
+        replica: The module.
         structure: Of a batch.
-        times: Of the Trainer's clock, at which to trace.
+        times: Of the training, at which to trace.
     """
 
-    def __init__(self, module: FunctionalModule, structure: TreeSpec, times: Sequence[Time]) -> None:
-        self._module = module
+    def __init__(self, replica: Replica, structure: TreeSpec, times: Sequence[Time]) -> None:
+        self._replica = replica
+        replica.metrics_count = False  # they look at values, which a stack has many of
         self._structure = structure
         self._times = times
         self._graphs: dict[Any, GraphModule] = {}
@@ -69,7 +58,7 @@ class StackedGradient:
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
             leaves: The tensors of a batch, each ``(runs, B, ...)``.
-            time: Of the Trainer's clock.
+            time: Where the training stands.
 
         Returns:
             ``(runs, P)``.
@@ -80,14 +69,12 @@ class StackedGradient:
         key = tuple(leaf.shape for leaf in leaves)
         if self.traced and key not in self._graphs:
             # what depends on the clock does so whatever the shape of the batch
-            times = [time] if self._graphs else dict.fromkeys([time, *self._times])
+            times = [time] if self._graphs else [time, *(other for other in self._times if other != time)]
             graphs = [self._trace(each, theta, buffers, leaves) for each in times]
-            if all(_same(graphs[0], graph) for graph in graphs[1:]):
+            if all(same_trace(graphs[0], graph) for graph in graphs[1:]):
                 self._graphs[key] = graphs[0]
             else:
-                _log.info(
-                    "Stacking without a trace: the loss depends on the epoch, the step or the number of the batch."
-                )
+                _log.info("Stacking without a trace: the loss depends on the epoch, the step or the learning rate.")
                 self.traced = False
         if not self.traced:
             return self._guarded(self._at(time), theta, buffers, leaves)
@@ -115,11 +102,13 @@ class StackedGradient:
         return compiled
 
     def _at(self, time: Time) -> Gradient:
-        """Return the gradient as a function, and set the clock."""
-        self._module.set_clock(time.epoch, time.step)
+        """Return the gradient as a function."""
+        replica = self._replica
 
         def loss(theta: Tensor, buffers: dict[str, Tensor], leaves: list[Tensor]) -> Tensor:
-            return self._module.batch_loss(theta, buffers, tree_unflatten(leaves, self._structure), time.batch_idx)
+            parameters = list(replica.layout.unflatten(theta).values())
+            with replica.passing(), replica.swapped(parameters, buffers):
+                return replica.training_loss(tree_unflatten(leaves, self._structure), time)
 
         return vmap(grad(loss))
 
@@ -134,19 +123,3 @@ class StackedGradient:
                 f"training_step cannot be differentiated for several trainings at once ({error!r}): it must do without "
                 "numbers in place of tensors (.item(), float(), print, a branch on a value)"
             ) from error
-
-
-def _same(first: GraphModule, second: GraphModule) -> bool:
-    """Whether two traces are of the same operations, on the same numbers."""
-    constants = [
-        [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
-        for graph in (first, second)
-    ]
-    return first.code == second.code and all(map(_equal, *constants))
-
-
-def _equal(first: Any, second: Any) -> bool:
-    """Whether two constants of traces are equal: tensors, or functions that operations take."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.equal(first, second)
-    return isinstance(first, GraphModule) and isinstance(second, GraphModule) and _same(first, second)

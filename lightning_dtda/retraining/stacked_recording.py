@@ -23,7 +23,7 @@ from lightning_dtda.recording.extent import checkpoint_interval
 from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.run_recording import make_directory
 from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
-from lightning_dtda.replay import prepare_fit
+from lightning_dtda.replay import Examples, prepare_fit
 from lightning_dtda.retraining.another_seed import begun
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stack_writer import StackWriter, footprint
@@ -176,9 +176,11 @@ class _Stacking:
         """
         reference, manifest = self._reference, self._reference.manifest
         assert manifest.seed is not None
-        loader = self._begin(manifest.seed)[1]
+        _, loader, datamodule = self._begin(manifest.seed)
+        examples = Examples(loader.dataset, loader.collate_fn, datamodule=datamodule)
         everything = torch.arange(manifest.configuration["dataset"]["length"])
-        stacks = Stacks(Reference(Training(manifest.seed, everything), reference), self._begin, loader, self._device)
+        of_all = Reference(Training(manifest.seed, everything), reference)
+        stacks = Stacks(of_all, lambda seed: self._begin(seed)[:2], examples, self._device)
         self._check_another(stacks, seeds[-1])
 
         @contextmanager
@@ -201,7 +203,7 @@ class _Stacking:
             for number in numbers:
                 finished(seeds[number])
 
-    def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any]]:
+    def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any], pl.LightningDataModule | None]:
         """Do what a training does from its seed until its loader is asked."""
         pl.seed_everything(seed, workers=True, verbose=False)
         trainer, module, data = self._make()
@@ -219,7 +221,7 @@ class _Stacking:
                 f"what is made for seed {seed} is not what was trained for seed {self._reference.manifest.seed}:\n"
                 f"{changes}"
             )
-        return module, loader
+        return module, loader, data if isinstance(data, pl.LightningDataModule) else None
 
     def _check_another(self, stacks: Stacks, seed: int) -> None:
         """Let the Trainer begin another seed: what was read off the reference may have been its seed's own."""
@@ -238,12 +240,15 @@ class _Stacking:
 
     def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
         """Make the run directories."""
+        checksums = self._reference.example_checksums
         writers: list[RunWriter] = []
         try:
             for seed in seeds:
                 directory = self._recorder.root / run_name(seed)
                 make_directory(directory, overwrite=directory.exists())
                 writers.append(RunWriter(directory, _begun(self._reference.manifest, seed)))
+                if checksums is not None:
+                    writers[-1].add_examples(checksums)
         except BaseException:  # another process may have begun one of them meanwhile
             for writer in writers:
                 writer.discard()
@@ -263,7 +268,9 @@ class _Stacking:
 def _begun(manifest: Manifest, seed: int) -> Manifest:
     """Return the manifest of another seed's run at its beginning."""
     # lists of its own: the writer appends to them
-    return replace(manifest, seed=seed, status="recording", reason=None, steps=0, shards=[], checkpoints=[])
+    return replace(
+        manifest, seed=seed, status="recording", reason=None, steps=0, shards=[], checkpoints=[], examples=None
+    )
 
 
 def _stop(writer: StackWriter, error: BaseException) -> None:

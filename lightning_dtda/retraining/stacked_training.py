@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.replay import Examples
+from lightning_dtda.replay.batches import stack_leaves
 from lightning_dtda.replay.drift import Comparison
+from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.stacked_gradient import StackedGradient, Time
+from lightning_dtda.retraining.stacked_gradient import StackedGradient
 from lightning_dtda.trajectory import Run
 
 _CHUNK_BYTES = 64 * 2**20
@@ -58,17 +59,25 @@ class Schedule:
             parts = run.micro_batches(step)
             sizes.append(tuple(len(part.indices) for part in parts))
             clocks.append(tuple((part.epoch, part.batch_idx) for part in parts))
-            # an example's coefficient is one over this and the size of its micro-batch
-            divisors.append(round(1 / (float(run.coefficients(step)[0]) * sizes[-1][0])))
+            divisors.append(run.accumulation(step))
         return cls(sizes, clocks, divisors, [run.hyperparameters(step) for step in range(run.steps)])
 
     @property
     def times(self) -> list[Time]:
-        """Some times of the Trainer's clock: the first two, the middle, the last."""
-        steps = [step for step, parts in enumerate(self.clocks) for _ in parts]
-        flat = [part for parts in self.clocks for part in parts]
+        """Some times of the training: the first two, the middle, the last."""
+        flat = [self.time(step, part) for step, parts in enumerate(self.clocks) for part in range(len(parts))]
         numbers = {n for n in (0, 1, len(flat) // 2, len(flat) - 1) if n < len(flat)}
-        return [Time(flat[n][0], steps[n], flat[n][1]) for n in sorted(numbers)]
+        return [flat[n] for n in sorted(numbers)]
+
+    @property
+    def end(self) -> Time:
+        """Where the trainings stand after their last step."""
+        return self.time(len(self.clocks) - 1, -1)._replace(step=len(self.clocks), batch_idx=0)
+
+    def time(self, step: int, part: int) -> Time:
+        """Return where the trainings stand in a micro-batch of a step."""
+        epoch, batch_idx = self.clocks[step][part]
+        return Time(epoch, step, batch_idx, self.hyperparameters[step])
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,8 @@ class StackedTraining:
         self._schedule = schedule
         self._gradient = gradient
         self._device = device
+        table = examples.tensors(slice(None))
+        self._table = None if table is None else [leaf.to(device) for leaf in table]
         self._update, self._clipping = reference.update, reference.clipping
 
     def train(
@@ -178,18 +189,15 @@ class StackedTraining:
         self, step: int, theta: Tensor, buffers: dict[str, Tensor], batches: Sequence[Sequence[Tensor]]
     ) -> Tensor:
         """Return the gradient of a step's loss ``(runs, P)``, from the tensors of its micro-batches."""
-        gradients = []
-        for (epoch, batch_idx), leaves in zip(self._schedule.clocks[step], batches, strict=True):
-            gradients.append(self._gradient(theta, buffers, leaves, Time(epoch, step, batch_idx)))
+        times = [self._schedule.time(step, part) for part in range(len(batches))]
+        gradients = [self._gradient(theta, buffers, leaves, time) for leaves, time in zip(batches, times, strict=True)]
         total = gradients[0] if len(gradients) == 1 else torch.stack(gradients).sum(0)
         divisor = self._schedule.divisors[step]
         return total if divisor == 1 else total / divisor
 
     def batches(self, orders: Tensor, begin: int, end: int) -> Iterator[list[list[Tensor]]]:
         """Yield the micro-batches of each step from one to another, as their tensors, each ``(runs, B, ...)``."""
-        runs = len(orders)
-        example = tree_flatten(self._examples.fetch(torch.zeros(1, dtype=torch.long)))[0]
-        bytes_of = sum(leaf.numel() * leaf.element_size() for leaf in example) * runs
+        bytes_of = sum(leaf[0].nbytes for leaf in self._table or ()) * len(orders)
         chunk: list[tuple[int, ...]] = []
         start = sum(map(sum, self._schedule.sizes[:begin]))
         for step, sizes in enumerate(self._schedule.sizes[begin:end], begin):
@@ -197,24 +205,33 @@ class StackedTraining:
             taken = sum(map(sum, chunk))
             if step + 1 < end and (taken + sum(sizes)) * bytes_of <= _CHUNK_BYTES:
                 continue
-            flat_sizes = [size for of_step in chunk for size in of_step]
-            # one batch after the other, each of them without gaps in memory
-            parts = orders[:, start : start + taken].split(flat_sizes, 1)
-            fetched = tree_flatten(self._examples.fetch(torch.cat([part.flatten() for part in parts])))[0]
-            split = [leaf.split([runs * size for size in flat_sizes]) for leaf in fetched]
-            batches = iter(
-                [of_batch.unflatten(0, (runs, size)) for of_batch in of_batch_leaves]
-                for size, of_batch_leaves in zip(flat_sizes, zip(*split, strict=True), strict=True)
+            batches = self._fetched(
+                orders[:, start : start + taken].split([n for of_step in chunk for n in of_step], 1)
             )
             for of_step in chunk:
                 yield [next(batches) for _ in of_step]
             start += taken
             chunk = []
 
+    def _fetched(self, parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Yield micro-batches as their tensors, from the indices of their examples, each ``(runs, B)``."""
+        if self._table is None:
+            for part in parts:
+                leaves = stack_leaves([self._examples.collated(indices) for indices in part.tolist()])
+                if leaves is None:
+                    raise CannotStackError("batches do not hold tensors of the same shapes in all trainings")
+                yield leaves
+            return
+        # one batch after the other, each of them without gaps in memory
+        where = torch.cat([part.flatten() for part in parts]).to(self._device)
+        split = [leaf[where].split([part.numel() for part in parts]) for leaf in self._table]
+        for part, of_part in zip(parts, zip(*split, strict=True), strict=True):
+            yield [leaf.unflatten(0, part.shape) for leaf in of_part]
+
     def _comparison(self) -> Comparison:
         manifest = self._reference.manifest
         precision, dtype = manifest.configuration["training"]["precision"], manifest.torch_dtype
-        tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.float32])
+        tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) + self._update.update.rounding
         return Comparison([self._reference.name], precision, dtype, None, tolerance, dtype, self._device, _REASONS)
 
     def _check(self, comparison: Comparison, begun: int, last: Tensor, step: Taken, start: Start) -> Tensor:

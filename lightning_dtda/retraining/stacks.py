@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
-from torch.utils.data import DataLoader
 
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.recording.run_recording import buffers
-from lightning_dtda.replay import Examples, FunctionalModule
+from lightning_dtda.replay import Eager, Examples
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.stand_ins import Circumstances
 from lightning_dtda.retraining.batch_orders import BatchOrders, Begin, recorded_order, seed_of
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stack_size import LARGEST, NOTHING, Footprint, fitting
@@ -98,7 +99,7 @@ class Stacks:
     Args:
         reference: A training by the Trainer; it is in every stack.
         begin: Begins a training, without as many examples as the reference.
-        loader: The training DataLoader with all examples.
+        examples: The training examples, all of them.
         device: Where to train.
 
     Raises:
@@ -109,7 +110,7 @@ class Stacks:
         self,
         reference: Reference,
         begin: Begin,
-        loader: DataLoader[Any],
+        examples: Examples,
         device: torch.device | str,
     ) -> None:
         self._reference = reference
@@ -117,20 +118,16 @@ class Stacks:
         run, manifest = reference.run, reference.run.manifest
         _refuse(run)
         self.schedule = Schedule.of(run)
-        self._layout, self._dtype = manifest.layout, manifest.torch_dtype
-        self._is_cast = manifest.configuration["training"]["precision"] == "64-true"
-        self._examples = self.cast(Examples(loader.dataset, loader.collate_fn))
+        self._layout, self._examples = manifest.layout, examples
+        self._circumstances = Circumstances.of(manifest)
         self._orders = BatchOrders(begin, run)
-        module, self._drawn = self._check(run)
-        self.module = FunctionalModule(module, self._layout, manifest.evaluation_modules, device=self.device)
-        if self.module.statistics:
-            raise CannotStackError(
-                f"BatchNorm keeps running statistics ({self.module.statistics[0]}), which stacks do not follow"
-            )
+        self._module, self._drawn = self._check(run)
+        self.eager = Eager(self._replica())
+        """For measurements of what was trained."""
 
-    def cast(self, examples: Examples) -> Examples:
-        """Return examples as the Trainer's precision makes batches of them, on the device."""
-        return examples.to((torch.float32 if self._is_cast else self._dtype, self._dtype), self.device)
+    def _replica(self) -> Replica:
+        dtype, datamodule = self._reference.run.manifest.torch_dtype, self._examples.datamodule
+        return Replica(self._module, self._layout, self._circumstances, dtype, self.device, datamodule=datamodule)
 
     def check_another(self, begun: Run) -> None:
         """Make sure that another training is as the reference says: what was read off that may be its seed's own.
@@ -222,8 +219,8 @@ class Stacks:
                 yield numbers, theta[rows], {name: buffer[rows] for name, buffer in held.items()}
 
     def _gradient(self) -> StackedGradient:
-        structure = tree_flatten(self._examples.fetch(torch.zeros(1, dtype=torch.long)))[1]
-        return StackedGradient(self.module, structure, self.schedule.times)
+        structure = tree_flatten(self._examples.collated([0]))[1]
+        return StackedGradient(self._replica(), structure, self.schedule.times)
 
     def _start(self, trainings: Sequence[Training]) -> Start:
         """Return what a stack of trainings begins with."""
@@ -292,7 +289,7 @@ class Stacks:
     def _draw(self, seed: int) -> tuple[pl.LightningModule, Drawn]:
         """Return what a training with a seed begins with, and its module."""
         module, positions = self._orders.draw(seed)
-        if self._is_cast:
+        if self._circumstances.precision == "64-true":
             module.double()  # as the Trainer's precision does
         try:
             theta = self._layout.flatten([module.get_parameter(name) for name in self._layout.names])

@@ -10,23 +10,22 @@ from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import DTDAError, RetrainingError
 from lightning_dtda.processes import run_in_processes
+from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
 from lightning_dtda.recording.quiet import quiet_lightning
-from lightning_dtda.replay.batches import map_tensors, rows_of
-from lightning_dtda.replay.silence import silent_copy
+from lightning_dtda.replay import Eager
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
 from lightning_dtda.retraining.task import Task
+from lightning_dtda.trajectory import ParameterLayout
 from lightning_dtda.units import human_seconds
 
 _log = logging.getLogger(__name__)
-
-_QUERIES_AT_A_TIME = 256
-"""Queries that pass through a trained module together: bounds the memory."""
 
 
 class TrainerEngine(Engine):
@@ -94,23 +93,17 @@ def measure(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningMod
     """Measure a trained module in evaluation mode ``(queries,)``.
 
     Raises:
-        RetrainingError: If the measurement does not give one number for each query.
+        AttributionError: If the measurement does not give one number for each query.
     """
-    silent = silent_copy(module).eval()
-    queries = trainer.precision_plugin.convert_input(retraining.queries.all())
-    queries = map_tensors(lambda leaf: leaf.to(module.device), queries)
-    count = rows_of(queries)
-    values = []
-    with torch.no_grad():
-        for start in range(0, count, _QUERIES_AT_A_TIME):
-            rows = slice(start, start + _QUERIES_AT_A_TIME)
-            values.append(
-                retraining.measurement(silent, map_tensors(lambda leaf, rows=rows: leaf[rows], queries))  # type: ignore[misc]
-            )
-    measured = torch.cat(values)
-    if measured.shape != (count,):
-        raise RetrainingError(
-            f"The measurement returned shape {tuple(measured.shape)} for {count} queries; it must return (B,) for a "
-            "batch."
-        )
-    return measured.cpu()
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    like = next(iter(trained.values()))
+    trained = {name: parameter for name, parameter in trained.items() if parameter.dtype == like.dtype}
+    shapes = tuple(tuple(parameter.shape) for parameter in trained.values())
+    layout = ParameterLayout(tuple(trained), shapes, (len(trained),))
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    replica = Replica(module, layout, circumstances(trainer, module), like.dtype, module.device, datamodule=datamodule)
+    # the Trainer has counted its last epoch already
+    epoch, optimizers = max(trainer.current_epoch - 1, 0), trainer.optimizers[:1]
+    settings = [group for optimizer in optimizers for group in current_hyperparameters(optimizer)]
+    time = Time(epoch, trainer.global_step, 0, settings)
+    return retraining.measure(Eager(replica), layout.flatten(trained.values())[None], {}, time)[0]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.example_checksums import list_examples
 from lightning_dtda.trajectory.manifest import MANIFEST, differences
-from lightning_dtda.trajectory.run import Run
+from lightning_dtda.trajectory.run import Run, changed_examples
 
 
 class Ensemble(Sequence[Run]):
@@ -37,6 +38,12 @@ class Ensemble(Sequence[Run]):
                 raise TrajectoryError(
                     f"{self.runs[0].path} and {run.path} are runs of different configurations, hence not samples of "
                     f"one distribution:\n{found}\nKeep each configuration in a directory of its own."
+                )
+            if changed := changed_examples(self.runs[0], run):
+                raise TrajectoryError(
+                    f"{self.runs[0].path} and {run.path} were trained on different data, hence are not samples of one "
+                    f"distribution: example {list_examples(changed)}. Keep runs on other data in a directory of their "
+                    "own."
                 )
 
     @classmethod

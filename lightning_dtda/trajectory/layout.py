@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,21 @@ class ParameterLayout:
             start = stop
         return tuple(slices)
 
+    def group_parameters(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
+        """Return the parameters of each group, without their values: on the meta device."""
+        each = iter(torch.empty(shape, dtype=dtype, device="meta") for shape in self.shapes)
+        return tuple(tuple(next(each) for _ in range(length)) for length in self.group_lengths)
+
+    def without(self, names: Collection[str]) -> ParameterLayout:
+        """Return the layout without some parameters."""
+        groups = torch.arange(len(self.group_lengths)).repeat_interleave(torch.tensor(self.group_lengths)).tolist()
+        kept = [number for number, name in enumerate(self.names) if name not in names]
+        return ParameterLayout(
+            tuple(self.names[number] for number in kept),
+            tuple(self.shapes[number] for number in kept),
+            tuple(sum(groups[number] == group for number in kept) for group in range(len(self.group_lengths))),
+        )
+
     def flatten(self, tensors: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
         """Concatenate tensors, given in the layout's order, to one vector ``(P,)``."""
         flat = [tensor.detach().reshape(-1) for tensor in tensors]
@@ -62,6 +77,6 @@ class ParameterLayout:
         """Split the last dimension of ``(..., P)`` into the named parameters ``(..., *shape)``, as views."""
         parts = torch.split(vector, self.sizes, dim=-1)
         return {
-            name: part.reshape(*part.shape[:-1], *shape)
+            name: part.reshape((*part.shape[:-1], *shape))
             for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }

@@ -13,8 +13,10 @@ from lightning_dtda.errors import TrajectoryError, UnknownFormatError
 from lightning_dtda.trajectory.layout import ParameterLayout
 from lightning_dtda.trajectory.storage import read_json, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+EXAMPLES = "examples.safetensors"
+AVERAGE = "average.safetensors"
 
 Status = Literal["recording", "complete", "incomplete"]
 
@@ -38,6 +40,10 @@ class Manifest:
         processes: Number of processes that the training was spread over; the manifest is that of the first, those of
             the others are in directories below.
         evaluation_modules: Submodules that were in evaluation mode during training.
+        circumstances: What else ``training_step`` may have depended on: what the Trainer said of itself, buffers that a
+            step changes, and which hooks its batches passed.
+        shared: What the examples of a batch share, in ``training`` and in ``evaluation`` mode: ``network``, ``loss`` or
+            ``none``; and of what kind the loss's ``reduction`` over them is: ``mean``, ``sum`` or ``other``.
         threads: ``torch.get_num_threads()``; replay is bitwise only with the same number.
         versions: Of torch, lightning and lightning-dtda.
         planned_steps: Number of steps the Trainer meant to take, ``None`` where it is unknown.
@@ -46,6 +52,9 @@ class Manifest:
         steps: Number of optimizer steps whose record is on disk.
         shards: Files of per-step records, each with its first and last step.
         checkpoints: Files of parameters and optimizer state, each with its step.
+        average: File of the averaged parameters that the training ended with in place of its last ones, with the ``steps``
+            and ``coefficients`` of the average; ``None`` where it ended with the last ones.
+        examples: File of the training examples' checksums; ``None`` where batches are stored.
     """
 
     seed: int | None
@@ -60,6 +69,8 @@ class Manifest:
     batches: str
     processes: int
     evaluation_modules: list[str]
+    circumstances: dict[str, Any]
+    shared: dict[str, str]
     threads: int
     versions: dict[str, str]
     planned_steps: int | None
@@ -68,6 +79,8 @@ class Manifest:
     steps: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    examples: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -84,6 +97,11 @@ class Manifest:
         """The parameters' dtype."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def files(self) -> list[dict[str, Any]]:
+        """All files of the run that are listed."""
+        return [*self.shards, *self.checkpoints, *(one for one in (self.examples, self.average) if one is not None)]
 
     @property
     def comparable(self) -> dict[str, Any]:

@@ -12,12 +12,17 @@ from torch import Tensor
 
 from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.optimizers import UPDATES, Clipping, GroupedUpdate, Hyperparameters, State, clipping
+from lightning_dtda.trajectory.example_checksums import ExampleChecksums
 from lightning_dtda.trajectory.layout import ParameterLayout
 from lightning_dtda.trajectory.manifest import Manifest
 from lightning_dtda.trajectory.storage import check_size, read_tensors
 
 LEAF = "leaves."
 """Prefix of a shard's entries for stored batches, one for each tensor in them."""
+
+RNG_STATES, RNG_SIZES, RNG_MICRO_BATCHES = "rng_states.", "rng_sizes.", "rng_micro_batches."
+"""Prefixes of a shard's entries for each random number generator: its states one after the other, how many bytes each
+has, and before which micro-batches it was in them."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +50,11 @@ class MicroBatch:
         indices: Data set indices in order ``(B,)``.
         epoch: ``trainer.current_epoch``.
         batch_idx: As ``training_step`` got it.
-        rng_states: State of the random number generators before the pass, by device type (``cpu``, ``cuda``); empty
-            where the pass drew no random numbers.
+        rng_states: States, before the batch was moved to the module, of the random number generators that the pass drew
+            from, by name: torch's are ``cpu`` and ``cuda``.
         leaves: The tensors of the batch, each ``(B, ...)``; none where batches were not stored.
         process: The process that made the pass, 0 where there was one.
+        global_step: ``trainer.global_step``, which also counts steps that were not taken.
     """
 
     indices: Tensor
@@ -57,6 +63,7 @@ class MicroBatch:
     rng_states: dict[str, Tensor]
     leaves: tuple[Tensor, ...] = ()
     process: int = 0
+    global_step: int = 0
 
 
 class Run:
@@ -75,7 +82,7 @@ class Run:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
-        for entry in [*self.manifest.shards, *self.manifest.checkpoints]:
+        for entry in self.manifest.files:
             check_size(self.path, entry)
         self.processes = (self, *(Run(process_path(self.path, n)) for n in range(1, self.manifest.processes)))
         # of a killed training, the processes may have left different numbers of steps
@@ -102,6 +109,18 @@ class Run:
         """Checksum of the trained model: tells a run from another one that was recorded under its name."""
         checksum: int = max(self.manifest.checkpoints, key=lambda entry: entry["step"])["crc32"]
         return checksum
+
+    @property
+    def example_checksums(self) -> ExampleChecksums | None:
+        """Checksums of the examples that the run was trained on; ``None`` where batches were stored.
+
+        Raises:
+            TrajectoryError: If their file is damaged.
+        """
+        if self.manifest.examples is None:
+            return None
+        length = self.manifest.configuration["dataset"]["length"]
+        return ExampleChecksums.of(length, read_tensors(self.path, self.manifest.examples))
 
     @property
     def complete(self) -> bool:
@@ -132,7 +151,9 @@ class Run:
     @property
     def update(self) -> GroupedUpdate:
         """The optimizer's update over its parameter groups."""
-        return GroupedUpdate(UPDATES[self.manifest.optimizer], self.layout.group_slices)
+        layout = self.layout
+        parameters = layout.group_parameters(self.manifest.torch_dtype)
+        return GroupedUpdate(UPDATES[self.manifest.optimizer], layout.group_slices, parameters)
 
     def has_theta(self, step: int) -> bool:
         """Whether theta_t can be had from the record alone."""
@@ -198,6 +219,28 @@ class Run:
             states = self.update.initial_states(theta, self.hyperparameters(0))
         return Checkpoint(step, theta, states, buffers)
 
+    def average(self) -> Checkpoint | None:
+        """Read the averaged parameters that the training ended with; ``None`` where it ended with its last ones."""
+        if self.manifest.average is None:
+            return None
+        tensors = read_tensors(self.path, self.manifest.average)
+        theta = self.layout.flatten([tensors[f"parameters.{name}"] for name in self.layout.names])
+        buffers = {
+            name.removeprefix("buffers."): tensor for name, tensor in tensors.items() if name.startswith("buffers.")
+        }
+        return Checkpoint(self.steps, theta, [], buffers)
+
+    @property
+    def averaged_steps(self) -> dict[int, float]:
+        r"""The coefficients :math:`c_t` of the average :math:`\sum_t c_t \theta_t` that the training ended with, by step."""
+        average = self.manifest.average
+        if average is None:
+            return {}
+        found: dict[int, float] = {}
+        for step, coefficient in zip(average["steps"], average["coefficients"], strict=True):
+            found[step] = found.get(step, 0.0) + coefficient
+        return found
+
     def micro_batches(self, step: int) -> list[MicroBatch]:
         """Return the forward passes whose gradients the step applied, in order."""
         micro_batches = []
@@ -217,14 +260,18 @@ class Run:
         where the last group of an epoch has fewer micro-batches. And over the number of processes, whose gradients are
         averaged.
         """
-        shard, row = self._locate(step)
-        divisor = int(shard.tensors["accumulate_grad_batches"][row]) * len(self.processes)
+        divisor = self.accumulation(step) * len(self.processes)
         return torch.cat(
             [
                 torch.full((len(micro_batch.indices),), 1 / (divisor * len(micro_batch.indices)), dtype=torch.float64)
                 for micro_batch in self.micro_batches(step)
             ]
         )
+
+    def accumulation(self, step: int) -> int:
+        """Return what Lightning divided the losses of the step's micro-batches by, ``accumulate_grad_batches``."""
+        shard, row = self._locate(step)
+        return int(shard.tensors["accumulate_grad_batches"][row])
 
     def learning_rates(self, step: int) -> Tensor:
         """Return the learning rate of each parameter group at the step ``(groups,)``, float64."""
@@ -288,6 +335,16 @@ def process_path(path: Path, number: int) -> Path:
     return path / f"process-{number}" if number else path
 
 
+def changed_examples(first: Run, second: Run) -> list[int]:
+    """Return the training examples that differ between two runs, as far as both have a checksum of them."""
+    entries = first.manifest.examples, second.manifest.examples
+    # mostly the same file: nothing has to be read
+    if entries[0] is None or entries[1] is None or entries[0]["crc32"] == entries[1]["crc32"]:
+        return []
+    checksums, others = first.example_checksums, second.example_checksums
+    return [] if checksums is None or others is None else checksums.changed(others)
+
+
 class _Shard:
     """The records of consecutive steps; ragged data lie one after the other with their lengths beside them."""
 
@@ -300,11 +357,12 @@ class _Shard:
         self._first_micro_batch = [0, *tensors["micro_batches"].cumsum(0).tolist()]
         self._rng: dict[int, dict[str, Tensor]] = {}
         for key in tensors:
-            if key.startswith("rng_states."):
-                device = key.removeprefix("rng_states.")
-                for micro_batch, state in zip(tensors["rng_micro_batches"].tolist(), tensors[key], strict=True):
+            if key.startswith(RNG_STATES):
+                name = key.removeprefix(RNG_STATES)
+                states = torch.split(tensors[key], tensors[f"{RNG_SIZES}{name}"].tolist())
+                for micro_batch, state in zip(tensors[f"{RNG_MICRO_BATCHES}{name}"].tolist(), states, strict=True):
                     # a copy: torch.set_rng_state crashes on a view into a larger tensor
-                    self._rng.setdefault(micro_batch, {})[device] = state.clone()
+                    self._rng.setdefault(micro_batch, {})[name] = state.clone()
 
     def micro_batches(self, row: int) -> list[MicroBatch]:
         tensors: dict[str, Any] = self.tensors
@@ -313,6 +371,7 @@ class _Shard:
                 indices=self._indices[m],
                 epoch=int(tensors["epochs"][m]),
                 batch_idx=int(tensors["batch_idx"][m]),
+                global_step=int(tensors["global_steps"][m]),
                 rng_states=self._rng.get(m, {}),
                 leaves=self._leaves[m] if self._leaves else (),
             )

@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.trajectory.manifest import Manifest, Status
+from lightning_dtda.trajectory.example_checksums import ExampleChecksums
+from lightning_dtda.trajectory.manifest import AVERAGE, EXAMPLES, Manifest, Status
 from lightning_dtda.trajectory.storage import write_tensors
 
 _QUEUE_LENGTH = 2
@@ -49,7 +50,7 @@ class RunWriter:
         self._lock = FileLock(directory / _LOCK)
         self._lock.acquire(timeout=0)
         manifest.save(directory)
-        kept = {entry["file"] for entry in [*manifest.checkpoints, *manifest.shards]}
+        kept = {entry["file"] for entry in manifest.files}
         for path in directory.glob("*.safetensors"):
             if path.name not in kept:
                 path.unlink()
@@ -63,6 +64,14 @@ class RunWriter:
     def add_shard(self, first_step: int, last_step: int, tensors: Mapping[str, Tensor]) -> None:
         """Queue the records of steps ``first_step`` to ``last_step - 1``. The tensors must not change any more."""
         self._put(f"steps-{first_step:08d}.safetensors", {"first_step": first_step, "last_step": last_step}, tensors)
+
+    def add_examples(self, checksums: ExampleChecksums) -> None:
+        """Queue the checksums of the training examples."""
+        self._put(EXAMPLES, {}, checksums.tensors())
+
+    def add_average(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Queue the average that the training ended with."""
+        self._put(AVERAGE, dict(facts), tensors)
 
     def sync(self) -> None:
         """Wait until all that was added is on disk and listed."""
@@ -127,7 +136,11 @@ class RunWriter:
             name, entry, tensors = item
             try:
                 written = write_tensors(self._directory / name, tensors) | entry
-                if "step" in entry:
+                if name == EXAMPLES:
+                    self._manifest.examples = written
+                elif name == AVERAGE:
+                    self._manifest.average = written
+                elif "step" in entry:
                     self._manifest.checkpoints.append(written)
                 else:
                     self._manifest.shards.append(written)

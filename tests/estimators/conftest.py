@@ -1,10 +1,13 @@
 """Recorded runs that tests of several estimators share."""
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
 from lightning_dtda import Ensemble, TrajectoryRecorder
+from lightning_dtda.estimators import unrolled
 from tests.estimators.baselines import STEPS, Classifier, classification
 
 
@@ -17,3 +20,16 @@ def classifiers(fit, tmp_path):
         loader = DataLoader(classification(), 4, shuffle=True)
         fit(Classifier(), loader, recorder, max_steps=STEPS, max_epochs=-1)
     return Ensemble.open(tmp_path / "classifiers")
+
+
+@pytest.fixture
+def take_100_mib(monkeypatch):
+    """As if a pair of a run and a query, or a removal, took 100 MiB: two at a time fit 0.25 GiB."""
+
+    def _take_100_mib(costs):
+        measured = getattr(unrolled, costs)
+        monkeypatch.setattr(
+            unrolled, costs, lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20)
+        )
+
+    return _take_100_mib

@@ -14,19 +14,19 @@ from lightning_dtda.estimators.diagnosis import diagnose
 from lightning_dtda.estimators.estimator import Diagnosis
 from lightning_dtda.optimizers.adam import Adam
 from lightning_dtda.replay import Replay, training_examples
-from tests.regression import CoupledRegressor, WeightedRegressor, loader, weighted_data
+from tests.regression import WeightedRegressor, loader, weighted_data
 
 
 def adam(module):
     return torch.optim.Adam(module.parameters(), lr=0.02)
 
 
-def record(fit, root, make=WeightedRegressor, network=None, dtype=torch.float32, gradients="none"):
+def record(fit, root, network=None, dtype=torch.float32, gradients="none"):
     """Record runs of a small regression, and return what is needed to attribute them."""
     inputs, targets, weights = weighted_data(dtype=dtype)
 
     def made():
-        return make(adam, network=network, dtype=dtype)
+        return WeightedRegressor(adam, network=network, dtype=dtype)
 
     for seed in range(2):
         pl.seed_everything(seed, verbose=False)
@@ -72,7 +72,7 @@ def with_batch_norm():
 
 
 def test_batch_norm_and_dropout_are_followed(fit, tmp_path):
-    _, found = diagnoses(*record(fit, tmp_path, CoupledRegressor, with_batch_norm, torch.float64))
+    _, found = diagnoses(*record(fit, tmp_path, with_batch_norm, torch.float64))
 
     assert max(diagnosis["finite_differences"] for diagnosis in found) < 1e-6
 
@@ -120,7 +120,7 @@ def normalised_behind_a_bias():
 
 def test_a_run_that_double_precision_does_not_reproduce_is_ill_conditioned(fit, tmp_path):
     # the bias in front of BatchNorm has no gradient but rounding, which Adam turns into steps
-    recorded = record(fit, tmp_path, CoupledRegressor, normalised_behind_a_bias, gradients="float32")
+    recorded = record(fit, tmp_path, normalised_behind_a_bias, gradients="float32")
 
     answer, found = diagnoses(*recorded)
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
-from tests.regression import Augmented, CoupledRegressor, WeightedRegressor, loader, weighted_data
+from tests.regression import Augmented, WeightedRegressor, loader, weighted_data
 
 STEP = 1e-4
 """Balances the truncation error, of order STEP squared, against rounding, of order 1e-16 / STEP."""
@@ -245,9 +245,7 @@ NORMALISED_NETWORKS = {
 def test_batch_norm_is_followed_through_its_statistics(fit, tmp_path, network, arguments):
     # not Adam: a bias in front of BatchNorm has a gradient of zero, whose rounding Adam turns into steps
     optimizer = of(torch.optim.SGD, 0.05, momentum=0.9)
-    assert_finite_differences_agree(
-        fit, tmp_path, optimizer, make=CoupledRegressor, network=network, max_epochs=3, **arguments
-    )
+    assert_finite_differences_agree(fit, tmp_path, optimizer, network=network, max_epochs=3, **arguments)
 
 
 class Tied(nn.Module):

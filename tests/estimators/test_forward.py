@@ -9,10 +9,12 @@ from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators import unrolled
-from lightning_dtda.estimators.forward import estimate_forward, forward_memory, forward_sweep
+from lightning_dtda.estimators.estimator import Question
+from lightning_dtda.estimators.forward import estimate_forward, forward_sweep
 from lightning_dtda.estimators.measuring import measure
-from lightning_dtda.replay import Replay, resolve_measurement, training_examples
+from lightning_dtda.estimators.planning import forward_costs
+from lightning_dtda.estimators.removals import Removals
+from lightning_dtda.replay import Replay, query_examples, resolve_measurement, training_examples
 from tests.estimators.test_finite_differences import (
     NORMALISED_NETWORKS,
     OPTIMIZERS,
@@ -23,7 +25,7 @@ from tests.estimators.test_finite_differences import (
     sgd,
     train,
 )
-from tests.regression import Augmented, CoupledRegressor, WeightedRegressor, weighted_data
+from tests.regression import Augmented, WeightedRegressor, weighted_data
 
 TOLERANCE = 1e-9
 """Relative to the largest response, in double precision; at most 5e-11 is reached."""
@@ -35,10 +37,10 @@ def record(fit, root, optimizer, gradients="float32", batches="indices", **argum
     train(fit, optimizer, *weighted_data(), TrajectoryRecorder(root, gradients=gradients, batches=batches), **arguments)
 
 
-def answer(root, optimizer, make=WeightedRegressor, network=None, dtype=torch.float64, queries=QUERIES, **settings):
+def answer(root, optimizer, network=None, dtype=torch.float64, queries=QUERIES, **settings):
     return attribute(
         Ensemble.open(root),
-        make(optimizer, network=network, dtype=dtype),
+        WeightedRegressor(optimizer, network=network, dtype=dtype),
         TensorDataset(*weighted_data(dtype=dtype)),
         queries=queries,
         estimator=UnrolledDifferentiation(**settings),
@@ -51,9 +53,9 @@ def assert_same(found, expected, tolerance=TOLERANCE):
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-def assert_forward_is_reverse(fit, root, optimizer, make=WeightedRegressor, network=None, **arguments):
-    record(fit, root, optimizer, make=make, network=network, **arguments)
-    forward, reverse = (answer(root, optimizer, make, network, mode=mode) for mode in ("forward", "reverse"))
+def assert_forward_is_reverse(fit, root, optimizer, network=None, **arguments):
+    record(fit, root, optimizer, network=network, **arguments)
+    forward, reverse = (answer(root, optimizer, network, mode=mode) for mode in ("forward", "reverse"))
     assert_same(forward.responses, reverse.responses)
     torch.testing.assert_close(forward.baseline, reverse.baseline, rtol=1e-12, atol=1e-12)
 
@@ -78,7 +80,7 @@ def test_forward_mode_replays_dropout(fit, tmp_path, network):
 @pytest.mark.parametrize("network", NORMALISED_NETWORKS.values(), ids=NORMALISED_NETWORKS.keys())
 def test_forward_mode_follows_batch_norm_through_its_statistics(fit, tmp_path, network, arguments):
     optimizer = of(torch.optim.SGD, 0.05, momentum=0.9)
-    assert_forward_is_reverse(fit, tmp_path, optimizer, CoupledRegressor, network, max_epochs=3, **arguments)
+    assert_forward_is_reverse(fit, tmp_path, optimizer, network, max_epochs=3, **arguments)
 
 
 def test_forward_mode_knows_tied_weights(fit, tmp_path):
@@ -102,7 +104,7 @@ def test_a_horizon_leaves_out_the_same_steps_in_both_modes(fit, tmp_path, horizo
 @pytest.mark.parametrize("network", NORMALISED_NETWORKS.values(), ids=NORMALISED_NETWORKS.keys())
 def test_statistics_of_the_steps_that_a_horizon_leaves_out_are_measured(fit, tmp_path, network):
     optimizer = of(torch.optim.SGD, 0.05, momentum=0.9)
-    arguments = {"make": CoupledRegressor, "network": network}
+    arguments = {"network": network}
     record(fit, tmp_path, optimizer, max_epochs=3, **arguments)
     forward, reverse = (
         answer(tmp_path, optimizer, **arguments, mode=mode, horizon=2) for mode in ("forward", "reverse")
@@ -155,46 +157,47 @@ def one_by_one(replay):
     return torch.eye(len(replay.examples), dtype=replay.dtype)
 
 
+def question(replay):
+    """How the loss of each query changes with each example."""
+    examples = replay.examples
+    return Question(
+        replay.eager.replica.module,
+        examples,
+        query_examples(QUERIES, examples),
+        resolve_measurement("loss")[1],
+        replay.device,
+        Removals(len(examples)),
+    )
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "make", "network"),
-    [
-        (of(torch.optim.Adam, 0.02), WeightedRegressor, None),
-        (sgd(momentum=0.9), CoupledRegressor, NORMALISED_NETWORKS["BatchNorm"]),
-    ],
+    ("optimizer", "network"),
+    [(of(torch.optim.Adam, 0.02), None), (sgd(momentum=0.9), NORMALISED_NETWORKS["BatchNorm"])],
     ids=["Adam", "BatchNorm"],
 )
-def test_responses_on_the_way_are_those_of_a_training_that_was_stopped_there(fit, tmp_path, optimizer, make, network):
-    arguments = {"make": make, "network": network}
+def test_responses_on_the_way_are_those_of_a_training_that_was_stopped_there(fit, tmp_path, optimizer, network):
+    arguments = {"network": network}
     record(fit, tmp_path / "whole", optimizer, **arguments)
     data = training_examples(TensorDataset(*weighted_data()))
-    replay = Replay([*Ensemble.open(tmp_path / "whole")], make(optimizer, network=network), data)
-    function = resolve_measurement("loss")[1]
+    replay = Replay([*Ensemble.open(tmp_path / "whole")], WeightedRegressor(optimizer, network=network), data)
     chunks = {"removals_per_chunk": 5, "queries_per_chunk": 3}
     for step in (1, 4, 7, 15):
         record(fit, tmp_path / str(step), optimizer, max_steps=step, **arguments)
         expected = answer(tmp_path / str(step), optimizer, mode="reverse", **arguments)
-        queries = training_examples(QUERIES)
-        baseline, found = estimate_forward(replay, one_by_one(replay), queries, function, step=step, **chunks)
+        baseline, found = estimate_forward(replay, one_by_one(replay), question(replay), step=step, **chunks)
         assert_same(found, expected.responses)
         torch.testing.assert_close(baseline, expected.baseline, rtol=1e-12, atol=1e-12)
 
 
 def test_running_statistics_between_checkpoints_are_rebuilt(fit, tmp_path):
-    arguments = {"make": CoupledRegressor, "network": NORMALISED_NETWORKS["BatchNorm"]}
-    record(fit, tmp_path, sgd(), **arguments)
-    module = CoupledRegressor(sgd(), network=arguments["network"])
+    network = NORMALISED_NETWORKS["BatchNorm"]
+    record(fit, tmp_path, sgd(), network=network)
+    module = WeightedRegressor(sgd(), network=network)
     replay = Replay([*Ensemble.open(tmp_path)], module, training_examples(TensorDataset(*weighted_data())))
-    function = resolve_measurement("loss")[1]
-    baseline, _ = estimate_forward(
-        replay,
-        one_by_one(replay),
-        training_examples(QUERIES),
-        function,
-        removals_per_chunk=12,
-        queries_per_chunk=4,
-        step=6,
-    )
-    expected, _, _ = measure(replay, training_examples(QUERIES).all(), function, step=6)
+    asked = question(replay)
+    chunks = {"removals_per_chunk": 12, "queries_per_chunk": 4}
+    baseline, _ = estimate_forward(replay, one_by_one(replay), asked, step=6, **chunks)
+    expected, _, _ = measure(replay, asked, range(4), step=6)
     torch.testing.assert_close(baseline, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -223,7 +226,7 @@ def test_the_response_of_a_group_is_the_sum_of_those_of_its_members(replay):
 
 
 def test_a_sweep_holds_no_steps(replay, monkeypatch):
-    monkeypatch.setattr(Replay, "segment", lambda *_: pytest.fail("a segment is held"))
+    monkeypatch.setattr(Replay, "backwards", lambda *_: pytest.fail("a segment is held"))
     (position,) = forward_sweep(replay, one_by_one(replay))
     assert position.step == 15
 
@@ -239,9 +242,8 @@ def test_steps_that_are_not_asked_for_are_not_taken(replay, monkeypatch):
 
 
 def test_the_measurement_on_the_way_is_that_of_the_rebuilt_model(replay):
-    function = resolve_measurement("loss")[1]
     (position,) = forward_sweep(replay, one_by_one(replay), {6})
-    values, gradients, _ = measure(replay, training_examples(QUERIES).all(), function, step=6)
+    values, gradients, _ = measure(replay, question(replay), range(4), step=6)
     torch.testing.assert_close(position.theta, replay.theta(6))
     assert values.shape == (1, 4)
     assert gradients.shape == (1, 4, replay.layout.size)
@@ -250,8 +252,7 @@ def test_the_measurement_on_the_way_is_that_of_the_rebuilt_model(replay):
 def test_a_replay_that_leaves_the_record_is_refused(fit, tmp_path, monkeypatch):
     optimizer = sgd(momentum=0.9)
     record(fit, tmp_path, optimizer)
-    fingerprint = Ensemble.open(tmp_path)[0].manifest.configuration["dataset"]["fingerprint"]
-    monkeypatch.setattr("lightning_dtda.replay.records.dataset_fingerprint", lambda dataset: fingerprint)
+    monkeypatch.setattr("lightning_dtda.replay.examples.refuse_changed_data", lambda *arguments: None)
     inputs, targets, weights = weighted_data()
     data = training_examples(TensorDataset(inputs, targets + 0.1, weights))
     with pytest.raises(ReplayError, match=r"gradient of step \d+ is not the recorded one"):
@@ -269,17 +270,16 @@ def test_without_recorded_gradients_it_is_found_at_the_next_checkpoint(replay, m
         list(forward_sweep(replay, one_by_one(replay)))
 
 
-def test_chunks_of_removals_and_queries_change_nothing_but_rounding(fit, tmp_path, monkeypatch):
+def test_chunks_of_removals_and_queries_change_nothing_but_rounding(fit, tmp_path, monkeypatch, take_100_mib):
     optimizer = sgd(momentum=0.9)
     record(fit, tmp_path, optimizer)
     whole = answer(tmp_path, optimizer, mode="forward").responses
-    # as if a pair of run and removal took 100 MiB: two at a time fit 0.25 GiB
-    monkeypatch.setattr(unrolled, "forward_memory", lambda *_: (0.0, 100 * 2**20))
+    take_100_mib("forward_costs")
     plans = []
     original = UnrolledDifferentiation.plan
     monkeypatch.setattr(UnrolledDifferentiation, "plan", lambda *a: plans.append(original(*a)) or plans[-1])
     chunked = answer(tmp_path, optimizer, mode="forward", memory_budget=0.25).responses
-    assert (plans[0].removals_per_chunk, plans[0].queries_per_chunk) == (2, 2)
+    assert (plans[0].removals_per_chunk, plans[0].queries_per_chunk) == (2, 1)
     assert_same(chunked, whole)
 
 
@@ -296,24 +296,14 @@ def test_auto_pays_for_the_fewer_and_says_so(fit, tmp_path, caplog, monkeypatch,
     assert bool(found.about["adjoint_norms"]["seed-0003"]) == (chosen == "reverse")
 
 
-def test_auto_goes_forwards_where_the_steps_between_checkpoints_do_not_fit(fit, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
-    monkeypatch.setattr(unrolled, "_memory", lambda *_: (2.0**40, 1.0))
-    optimizer = sgd(momentum=0.9)
-    record(fit, tmp_path, optimizer, max_epochs=2)
-    with caplog.at_level(logging.INFO, logger="lightning_dtda"):
-        answer(tmp_path, optimizer)
-    assert "in forward mode: the steps between two checkpoints do not fit" in caplog.text
-
-
 def test_what_does_not_fit_the_memory_is_refused_before_it_starts(fit, tmp_path):
     record(fit, tmp_path, sgd(), max_epochs=1)
-    with pytest.raises(AttributionError, match="One removal of one run needs"):
+    with pytest.raises(AttributionError, match="One removal of one run needs about"):
         answer(tmp_path, sgd(), mode="forward", memory_budget=1e-7)
 
 
 def test_the_members_of_many_removals_count_as_memory(replay):
-    few, many = (forward_memory(replay, 1, removals)[0] for removals in (10, 100_010))
+    few, many = (forward_costs(replay, 1, removals).per_run for removals in (10, 100_010))
     assert many - few > 100_000 * len(replay.examples) * replay.dtype.itemsize
 
 

@@ -120,9 +120,9 @@ def test_gradients_of_predictions_on_training_examples_are_inside_the_range(trai
 def test_queries_are_measured_as_many_at_once_as_the_memory_holds(trained, monkeypatch):
     run, counts = trained(Regressor()), []
 
-    def counted(replay, batch, *arguments):
-        counts.append(len(batch[0]))
-        return measure(replay, batch, *arguments)
+    def counted(replay, question, numbers, *arguments):
+        counts.append(len(numbers))
+        return measure(replay, question, numbers, *arguments)
 
     monkeypatch.setattr(null_space, "measure", counted)
     arguments = run.ensemble[0], Regressor(), run.data, queries(1000), prediction, GaussNewton(cutoff=CUTOFF)

@@ -14,7 +14,7 @@ from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import Removals, resolve_removals
 from lightning_dtda.replay import Examples
-from tests.regression import CoupledRegressor, WeightedRegressor, loader, weighted_data
+from tests.regression import WeightedRegressor, loader, weighted_data
 
 STEP = 1e-4
 """Balances the truncation error, of order STEP squared, against rounding, of order 1e-16 / STEP."""
@@ -55,9 +55,9 @@ def normalised():
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5, momentum=0.3), nn.Tanh(), nn.Linear(5, 1))
 
 
-def train(fit, weights, *callbacks, optimizer=adamw, make=WeightedRegressor, network=None, **arguments):
+def train(fit, weights, *callbacks, optimizer=adamw, network=None, **arguments):
     pl.seed_everything(3, verbose=False)
-    module = make(optimizer, network=network)
+    module = WeightedRegressor(optimizer, network=network)
     fit(module, loader(INPUTS, TARGETS, weights), *callbacks, **({"max_steps": 11} | arguments))
     return module
 
@@ -68,8 +68,8 @@ def recorded(fit, root, *, gradients="float32", checkpoint_every=4, **arguments)
     return Ensemble.open(root)
 
 
-def ask(ensemble, *, optimizer=adamw, make=WeightedRegressor, network=None, **arguments):
-    module = make(optimizer, network=network)
+def ask(ensemble, *, optimizer=adamw, network=None, **arguments):
+    module = WeightedRegressor(optimizer, network=network)
     return attribute(ensemble, module, DATA, queries=QUERIES, progress=False, **arguments)
 
 
@@ -100,11 +100,10 @@ def test_the_response_of_a_group_is_the_sum_of_its_members(fit, tmp_path):
     torch.testing.assert_close(grouped.responses, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_chunks_of_queries_change_nothing_but_rounding(fit, tmp_path, monkeypatch):
+def test_chunks_of_queries_change_nothing_but_rounding(fit, tmp_path, take_100_mib):
     ensemble = recorded(fit, tmp_path)
     whole = ask(ensemble, removals=GROUPS).responses
-    # as if a pair of run and query took 100 MiB: two queries at a time fit 0.25 GiB
-    monkeypatch.setattr("lightning_dtda.estimators.unrolled._memory", lambda *_: (0.0, 100 * 2**20))
+    take_100_mib("reverse_costs")
     chunked = ask(ensemble, removals=GROUPS, estimator=UnrolledDifferentiation(memory_budget=0.25)).responses
     torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-14)
 
@@ -132,7 +131,7 @@ def test_a_step_between_checkpoints_is_the_derivative_of_retraining_so_far(fit, 
 
 def test_running_statistics_are_those_of_the_step(fit, tmp_path):
     # not AdamW: a bias in front of BatchNorm has a gradient of zero, whose rounding Adam turns into steps
-    arguments = {"optimizer": sgd, "make": CoupledRegressor, "network": normalised}
+    arguments = {"optimizer": sgd, "network": normalised}
     attribution = ask(recorded(fit, tmp_path, **arguments), removals=GROUPS, step=6, **arguments)
     trained = train(fit, WEIGHTS, max_steps=6, **arguments).eval()
     with torch.no_grad():
@@ -155,8 +154,7 @@ def test_a_horizon_goes_back_from_the_step(fit, tmp_path):
 
 def test_a_replay_that_ends_between_checkpoints_is_still_compared_with_the_record(fit, tmp_path, monkeypatch):
     ensemble = recorded(fit, tmp_path, gradients="none")
-    fingerprint = ensemble[0].manifest.configuration["dataset"]["fingerprint"]
-    monkeypatch.setattr("lightning_dtda.replay.records.dataset_fingerprint", lambda dataset: fingerprint)
+    monkeypatch.setattr("lightning_dtda.replay.examples.refuse_changed_data", lambda *arguments: None)
     changed = TensorDataset(INPUTS + 0.1, TARGETS, WEIGHTS)
     with pytest.raises(ReplayError, match="between step 0 and step 4"):
         attribute(ensemble, WeightedRegressor(adamw), changed, queries=QUERIES, step=2, progress=False)

@@ -23,6 +23,7 @@ def everything(root):
         "coefficients": [run.coefficients(step) for step in steps],
         "hyperparameters": [run.hyperparameters(step) for step in steps],
         "states": [run.checkpoint(step).states for step in run.checkpoint_steps],
+        "examples": run.example_checksums.values,
         "manifest": dict(vars(run.manifest)),
     }
 

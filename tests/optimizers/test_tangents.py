@@ -5,25 +5,36 @@ import torch
 
 from lightning_dtda.optimizers import GroupedUpdate, Update, clipping
 from tests.optimizers import test_clipping
-from tests.optimizers.test_updates import SETTINGS, every_setting, hyperparameters, random, states_after, update_of
+from tests.optimizers.test_updates import (
+    SETTINGS,
+    STEPS,
+    every_setting,
+    hyperparameters,
+    random,
+    random_like,
+    size_of,
+    smooth_update_of,
+    states_after,
+    update_of,
+)
 
-REMOVALS, SIZE = 3, 6
+REMOVALS = 3
 
 
 def dot(first, second):
     return sum((first[key] * second[key]).sum() for key in first)
 
 
-def tangents_of(state, seed):
-    theta, gradient = random(REMOVALS, SIZE, seed=seed), random(REMOVALS, SIZE, seed=seed + 1)
-    return theta, {key: random(REMOVALS, SIZE, seed=seed + 2 + n) for n, key in enumerate(state)}, gradient
+def tangents_of(theta, state, seed):
+    of_theta, of_gradient = (random(REMOVALS, len(theta), seed=seed + n) for n in range(2))
+    return of_theta, random_like(state, REMOVALS, seed=seed + 2), of_gradient
 
 
 def assert_transposed(update, group, step, point):
     """<tangents after, cotangents after> is <tangents before, cotangents before>."""
-    before = tangents_of(point[1], seed=20 + step)
+    before = tangents_of(*point[:2], seed=20 + step)
     after = update.tangent(*point, group, *before, step=step)
-    cotangents = random(REMOVALS, SIZE, seed=40), {key: random(REMOVALS, SIZE, seed=41) for key in point[1]}
+    cotangents = random(REMOVALS, len(point[0]), seed=40), random_like(point[1], REMOVALS, seed=41)
     pulled = update.adjoint(*point, group, *cotangents, step=step)
     forward = (after[0] * cotangents[0]).sum() + dot(after[1], cotangents[1])
     reverse = (before[0] * pulled[0]).sum() + dot(before[1], pulled[1]) + (before[2] * pulled[2]).sum()
@@ -34,23 +45,25 @@ def assert_transposed(update, group, step, point):
 @every_setting
 def test_tangents_and_cotangents_have_one_product_before_and_after_a_step(optimizer, settings):
     update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    for step, *point in states_after(update, group, random(SIZE), random(4, SIZE, seed=1)):
+    size = size_of(group)
+    for step, *point in states_after(update, group, random(size), random(STEPS, size, seed=1)):
         assert_transposed(update, group, step, point)
 
 
 @every_setting
 def test_so_they_have_where_second_moments_are_zero(optimizer, settings):
     update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    zeros = torch.zeros(SIZE, dtype=torch.float64)
-    for step, *point in states_after(update, group, zeros, torch.zeros(3, SIZE, dtype=torch.float64)):
+    zeros = torch.zeros(STEPS, size_of(group), dtype=torch.float64)
+    for step, *point in states_after(update, group, zeros[0], zeros):
         assert_transposed(update, group, step, point)
 
 
 @every_setting
 def test_tangents_are_the_derivatives_of_the_step(optimizer, settings):
-    update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    for step, *point in states_after(update, group, random(SIZE), random(4, SIZE, seed=1)):
-        tangents = tangents_of(point[1], seed=20)
+    update, group = smooth_update_of(optimizer), hyperparameters(optimizer, settings)
+    size = size_of(group)
+    for step, *point in states_after(update, group, random(size), random(STEPS, size, seed=1)):
+        tangents = tangents_of(*point[:2], seed=20)
         found = update.tangent(*point, group, *tangents, step=step)
         for removal in range(REMOVALS):
             along = (
@@ -66,15 +79,16 @@ def test_tangents_are_the_derivatives_of_the_step(optimizer, settings):
 
 @every_setting
 def test_an_optimizer_without_an_adjoint_of_its_own_has_tangents_too(optimizer, settings):
-    update, group = update_of(optimizer), hyperparameters(optimizer, settings)
+    update, group = smooth_update_of(optimizer), hyperparameters(optimizer, settings)
 
     class OnlySteps(type(update)):
         adjoint = Update.adjoint
 
     only_steps = OnlySteps.__new__(OnlySteps)
     only_steps.__dict__.update(update.__dict__)
-    *_, (step, *point) = states_after(update, group, random(SIZE), random(4, SIZE, seed=1))
-    tangents = tangents_of(point[1], seed=20)
+    size = size_of(group)
+    *_, (step, *point) = states_after(update, group, random(size), random(STEPS, size, seed=1))
+    tangents = tangents_of(*point[:2], seed=20)
     torch.testing.assert_close(
         only_steps.tangent(*point, group, *tangents, step=step),
         update.tangent(*point, group, *tangents, step=step),
@@ -86,11 +100,11 @@ def test_an_optimizer_without_an_adjoint_of_its_own_has_tangents_too(optimizer, 
 def test_groups_have_tangents_each_with_its_own_settings():
     groups = [hyperparameters(*SETTINGS[name]) for name in ("SGD with everything", "SGD with Nesterov")]
     update = update_of(torch.optim.SGD)
-    slices = slice(0, 2), slice(2, SIZE)
-    grouped = GroupedUpdate(update, slices)
-    theta, gradient = random(SIZE), random(SIZE, seed=1)
+    slices = slice(0, 2), slice(2, 6)
+    grouped = GroupedUpdate(update, slices, ((), ()))
+    theta, gradient = random(6), random(6, seed=1)
     states = [{"momentum_buffer": random(part.stop - part.start, seed=2)} for part in slices]
-    of_theta, of_gradient = random(REMOVALS, SIZE, seed=3), random(REMOVALS, SIZE, seed=4)
+    of_theta, of_gradient = random(REMOVALS, 6, seed=3), random(REMOVALS, 6, seed=4)
     of_states = [{"momentum_buffer": random(REMOVALS, part.stop - part.start, seed=5)} for part in slices]
     found, found_states = grouped.tangent(theta, states, gradient, groups, of_theta, of_states, of_gradient, step=1)
     for number, part in enumerate(slices):

@@ -1,11 +1,13 @@
 """Updates against torch's own optimizers, adjoints against automatic differentiation and finite differences."""
 
 import itertools
+import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
-from lightning_dtda.optimizers import UPDATES, GroupedUpdate, Update
+from lightning_dtda.optimizers import UPDATES, GroupedUpdate, Muon
 
 SETTINGS = {
     "SGD": (torch.optim.SGD, {}),
@@ -32,24 +34,105 @@ SETTINGS = {
         torch.optim.Adagrad,
         {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.3, "maximize": True},
     ),
+    "NAdam": (torch.optim.NAdam, {}),
+    "NAdam with weight decay": (torch.optim.NAdam, {"weight_decay": 0.1, "betas": (0.7, 0.9), "momentum_decay": 0.5}),
+    "NAdam with everything": (
+        torch.optim.NAdam,
+        {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True, "eps": 1e-3},
+    ),
+    "RAdam": (torch.optim.RAdam, {}),
+    "RAdam in its first steps": (torch.optim.RAdam, {"betas": (0.7, 0.6), "weight_decay": 0.1}),
+    "RAdam with everything": (
+        torch.optim.RAdam,
+        {"betas": (0.7, 0.8), "weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True, "eps": 1e-3},
+    ),
+    "Adamax": (torch.optim.Adamax, {}),
+    "Adamax with everything": (
+        torch.optim.Adamax,
+        {"betas": (0.7, 0.8), "weight_decay": 0.1, "maximize": True, "eps": 1e-3},
+    ),
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "Adadelta with everything": (torch.optim.Adadelta, {"rho": 0.7, "weight_decay": 0.1, "maximize": True, "eps": 0.1}),
+    "ASGD": (torch.optim.ASGD, {}),
+    "ASGD with everything": (
+        torch.optim.ASGD,
+        {"lambd": 0.3, "alpha": 0.6, "t0": 2, "weight_decay": 0.1, "maximize": True},
+    ),
 }
+if hasattr(torch.optim, "Muon"):
+    SETTINGS |= {
+        "Muon": (torch.optim.Muon, {}),
+        "Muon without Nesterov": (torch.optim.Muon, {"nesterov": False, "momentum": 0.7, "weight_decay": 0.0}),
+        "Muon with everything": (
+            torch.optim.Muon,
+            {"adjust_lr_fn": "match_rms_adamw", "ns_coefficients": (3.0, -4.0, 1.5), "ns_steps": 3, "eps": 0.1},
+        ),
+    }
+if hasattr(torch.optim, "Adafactor"):
+    SETTINGS |= {
+        "Adafactor": (torch.optim.Adafactor, {}),
+        "Adafactor with everything": (
+            torch.optim.Adafactor,
+            {"lr": 0.5, "weight_decay": 0.1, "maximize": True, "eps": (0.3, 1.5), "beta2_decay": -0.4, "d": 1.1},
+        ),
+    }
 
 every_setting = pytest.mark.parametrize(("optimizer", "settings"), SETTINGS.values(), ids=SETTINGS.keys())
+
+ROUNDED = {"Adafactor": {torch.float32: 2e-6, torch.float64: 4e-15}}
+"""Optimizers whose steps are torch's but for rounding, relative: sums of squares are added up in another order."""
+
+STEPS = 7
+"""RAdam divides by its second moments from the sixth step on."""
+
+MATRICES = (4, 3), (3, 5)
+SHAPES = (4, 3), (7,), (2, 3, 2), ()
+
+
+def parameters(optimizer, dtype=torch.float64):
+    """One group's parameters."""
+    shapes = MATRICES if optimizer.__name__ == "Muon" else SHAPES
+    return [
+        torch.nn.Parameter(random(math.prod(shape), seed=seed, dtype=dtype).reshape(shape))
+        for seed, shape in enumerate(shapes)
+    ]
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def size_of(group):
+    return sum(parameter.numel() for parameter in group["params"])
 
 
 def update_of(optimizer):
     return UPDATES[f"{optimizer.__module__}.{optimizer.__qualname__}"]
 
 
+def smooth_update_of(optimizer):
+    """The update without rounding of its own, where it has any: that is what is differentiated."""
+    return Muon(dtype=None) if optimizer.__name__ == "Muon" else update_of(optimizer)
+
+
 def hyperparameters(optimizer, settings):
-    """As a run records them: tuples spread, flags and numbers."""
-    group = optimizer([torch.zeros(1)], lr=0.1, **settings).param_groups[0]
-    flat = {key: value for key, value in group.items() if key != "params" and not isinstance(value, tuple)}
-    return flat | {f"betas.{n}": beta for n, beta in enumerate(group.get("betas", ()))}
+    """As a run records them: tuples spread, flags and numbers; and the parameters."""
+    group = optimizer(parameters(optimizer), **{"lr": 0.1} | settings).param_groups[0]
+    flat = {key: value for key, value in group.items() if not isinstance(value, tuple)}
+    spread = {key: value for key, value in group.items() if isinstance(value, tuple)}
+    return flat | {f"{key}.{n}": part for key, value in spread.items() for n, part in enumerate(value)}
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_like(parts, count, seed):
+    """Cotangents or tangents of a state."""
+    return {
+        key: random(count, part.shape[-1], seed=seed + n, dtype=part.dtype)
+        for n, (key, part) in enumerate(parts.items())
+    }
 
 
 def states_after(update, group, theta, gradients):
@@ -60,46 +143,111 @@ def states_after(update, group, theta, gradients):
         theta, state = update.step(theta, state, gradient, group, step=step)
 
 
+def end_of(update, group, theta, gradients):
+    state = update.initial_state(theta, group)
+    for step, gradient in enumerate(gradients):
+        theta, state = update.step(theta, state, gradient, group, step=step)
+    return theta
+
+
+def pulled_back(update, group, theta, gradients, cotangent):
+    """The cotangents of the initial parameters and of all gradients, through all steps."""
+    points = list(states_after(update, group, theta, gradients))
+    states = {key: torch.zeros_like(value) for key, value in points[0][2].items()}
+    of_gradients = []
+    for step, point, state, gradient in reversed(points):
+        cotangent, states, of_gradient = update.adjoint(point, state, gradient, group, cotangent, states, step=step)
+        of_gradients.insert(0, of_gradient)
+    return cotangent, torch.stack(of_gradients)
+
+
 @every_setting
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_steps_are_bitwise_those_of_torch(optimizer, settings, dtype):
-    parameter = torch.nn.Parameter(random(50, dtype=dtype))
-    torchs_own = optimizer([parameter], lr=0.1, **settings)
-    update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    theta, state = parameter.detach().clone(), update.initial_state(parameter.detach(), group)
-    for step in range(5):
-        gradient = random(50, seed=step + 1, dtype=dtype)
-        parameter.grad = gradient.clone()
+    own = parameters(optimizer, dtype)
+    foreach = {} if optimizer.__name__ == "Muon" else {"foreach": False}
+    torchs_own = optimizer(own, **{"lr": 0.1} | settings | foreach)
+    update, group = update_of(optimizer), hyperparameters(optimizer, settings) | {"params": own}
+    theta = flat(own)
+    state = update.initial_state(theta, group)
+    tolerance = ROUNDED.get(optimizer.__name__, {}).get(dtype, 0.0)
+    for step in range(STEPS):
+        gradients = [random(p.numel(), seed=100 * step + n, dtype=dtype).reshape(p.shape) for n, p in enumerate(own)]
+        for parameter, gradient in zip(own, gradients, strict=True):
+            parameter.grad = gradient.clone()
         torchs_own.step()
-        theta, state = update.step(theta, state, gradient, group, step=step)
-        assert torch.equal(theta, parameter)
+        theta, state = update.step(theta, state, flat(gradients), group, step=step)
+        torch.testing.assert_close(theta, flat(own), rtol=tolerance, atol=tolerance)
         for key, value in state.items():
-            assert torch.equal(value, torchs_own.state[parameter][key]), key
+            kept = flat(torchs_own.state[p][key] for p in own if key in torchs_own.state[p])
+            torch.testing.assert_close(value, kept[: len(value)], rtol=tolerance, atol=tolerance)
 
 
 @every_setting
 def test_learning_rates_may_differ_between_stacked_runs(optimizer, settings):
     update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    theta, gradients, rates = random(2, 5), random(3, 2, 5, seed=1), [0.1, 0.3]
+    size = size_of(group)
+    theta, gradients, rates = random(2, size), random(STEPS, 2, size, seed=1), [0.1, 0.3]
     stacked = group | {"lr": torch.tensor(rates, dtype=torch.float64)[:, None]}
     ends = {}
     for name, of_run, rate in (("stacked", slice(None), stacked["lr"]), ("first", 0, 0.1), ("second", 1, 0.3)):
-        *_, last = states_after(update, group | {"lr": rate}, theta[of_run], gradients[:, of_run])
-        ends[name] = last[1]
+        ends[name] = end_of(update, group | {"lr": rate}, theta[of_run], gradients[:, of_run])
     torch.testing.assert_close(ends["stacked"], torch.stack([ends["first"], ends["second"]]))
 
 
 @every_setting
 def test_adjoints_are_the_transposed_derivatives(optimizer, settings):
     update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    queries, size = 3, 6
-    for step, theta, state, gradient in states_after(update, group, random(size), random(4, size, seed=1)):
-        cotangent = random(queries, size, seed=2 + step)
-        states = {key: random(queries, size, seed=10 + step + n) for n, key in enumerate(state)}
-        point = theta, state, gradient, group, cotangent, states
-        torch.testing.assert_close(
-            update.adjoint(*point, step=step), Update.adjoint(update, *point, step=step), rtol=1e-12, atol=1e-12
-        )
+    smooth, queries, size = smooth_update_of(optimizer), 3, size_of(group)
+    for step, theta, state, gradient in states_after(update, group, random(size), random(STEPS, size, seed=1)):
+        cotangent, states = random(queries, size, seed=2 + step), random_like(state, queries, seed=10 + step)
+        found = update.adjoint(theta, state, gradient, group, cotangent, states, step=step)
+        for query in range(queries):
+            names = list(state)
+            inputs = [part.clone().requires_grad_() for part in (theta, *state.values(), gradient)]
+            moved, after = smooth.step(
+                inputs[0], dict(zip(names, inputs[1:-1], strict=True)), inputs[-1], group, step=step
+            )
+            product = (moved * cotangent[query]).sum() + sum((after[key] * states[key][query]).sum() for key in names)
+            expected = torch.autograd.grad(product, inputs, materialize_grads=True)
+            of_query = [found[0][query], *(found[1][key][query] for key in names), found[2][query]]
+            for one, other in zip(of_query, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@every_setting
+def test_adjoints_of_stacked_runs_are_those_of_each(optimizer, settings):
+    update, group = update_of(optimizer), hyperparameters(optimizer, settings)
+    runs, queries, size = 2, 3, size_of(group)
+    *_, (step, theta, state, gradient) = states_after(
+        update, group, random(runs, 1, size), random(STEPS, runs, 1, size, seed=1)
+    )
+    cotangent = random(runs, queries, size, seed=2)
+    states = {key: part.new_ones(runs, queries, part.shape[-1]) for key, part in state.items()}
+    found = update.adjoint(theta, state, gradient, group, cotangent, states, step=step)
+    for run in range(runs):
+        point = tree_map(lambda part, run=run: part[run, 0], (theta, state, gradient))
+        of_run, *cotangents = tree_map(lambda part, run=run: part[run], (found, cotangent, states))
+        alone = update.adjoint(*point, group, *cotangents, step=step)
+        torch.testing.assert_close(of_run, alone, rtol=1e-12, atol=1e-12)
+
+
+@every_setting
+def test_adjoints_through_many_steps_agree_with_finite_differences(optimizer, settings):
+    update, group = smooth_update_of(optimizer), hyperparameters(optimizer, settings)
+    size = size_of(group)
+    theta, gradients, cotangent = random(size), random(STEPS, size, seed=1), random(size, seed=2)
+    of_theta, of_gradients = pulled_back(update, group, theta, gradients, cotangent)
+
+    def measured(along, theta_along, gradients_along):
+        return end_of(update, group, theta + along * theta_along, gradients + along * gradients_along) @ cotangent
+
+    for seed in range(5):
+        along = random(size, seed=3 + seed), random(STEPS, size, seed=50 + seed)
+        near, far = (measured(h, *along) - measured(-h, *along) for h in (1e-5, 2e-5))
+        expected = (8 * near - far) / 12e-5  # of fourth order
+        found = of_theta @ along[0] + (of_gradients * along[1]).sum()
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("later", [True, False], ids=["with gradients later", "without"])
@@ -107,36 +255,38 @@ def test_adjoints_are_the_transposed_derivatives(optimizer, settings):
 def test_adjoints_are_finite_and_right_where_a_second_moment_is_zero(optimizer, settings, later):
     if settings.get("centered"):
         pytest.skip("its variance may fall below zero by rounding, in torch too: see the test below")
-    update, group = update_of(optimizer), hyperparameters(optimizer, settings)
-    if "eps" in group:  # the update bends where gradients are as large as eps; differences have to stay below
-        group["eps"] = 0.5
-    gradients = torch.zeros(3, 4, dtype=torch.float64)
+    update, group = smooth_update_of(optimizer), hyperparameters(optimizer, settings)
+    size = size_of(group)
+    # the update bends where gradients are as large as eps; differences have to stay below
+    group |= {key: 0.5 for key in ("eps", "eps.0") if key in group}
+    gradients = torch.zeros(STEPS, size, dtype=torch.float64)
     if later:
-        gradients[2] = random(4, seed=1)
+        gradients[-1] = random(size, seed=1)
     gradients[:, 0] = 0  # an entry whose gradient is always zero, as behind a dead unit
-    theta = torch.zeros(4, dtype=torch.float64)  # weight decay makes no gradient either
+    theta = torch.zeros(size, dtype=torch.float64)  # weight decay makes no gradient either
+    cotangent = torch.ones(size, dtype=torch.float64)
+    of_theta, of_gradients = pulled_back(update, group, theta, gradients, cotangent)
+    assert of_theta.isfinite().all()
+    moved = 1e-6 * torch.eye(size, dtype=torch.float64)
 
-    def end(first_gradient):
-        changed = torch.cat([first_gradient[None], gradients[1:]])
-        state, point = update.initial_state(theta, group), theta
-        for step, gradient in enumerate(changed):
-            point, state = update.step(point, state, gradient, group, step=step)
-        return point
+    def end(moved):
+        return end_of(update, group, theta, torch.cat([gradients[:1] + moved, gradients[1:]])) @ cotangent
 
-    points = list(states_after(update, group, theta, gradients))
-    cotangent = torch.ones(4, dtype=torch.float64)
-    states = {key: torch.zeros_like(value) for key, value in points[0][2].items()}
-    for step, point, state, gradient in reversed(points):
-        cotangent, states, of_gradient = update.adjoint(point, state, gradient, group, cotangent, states, step=step)
-        assert of_gradient.isfinite().all()
-    moved = 1e-6  # all entries at once: they do not act on each other
-    expected = (end(gradients[0] + moved) - end(gradients[0] - moved)) / (2 * moved)
-    torch.testing.assert_close(of_gradient, expected, rtol=1e-4, atol=1e-6)
+    expected = torch.stack([end(entry) - end(-entry) for entry in moved]) / 2e-6
+    torch.testing.assert_close(of_gradients[0], expected, rtol=1e-4, atol=1e-6)
+
+
+@every_setting
+def test_adjoints_are_finite_at_gradients_of_zero(optimizer, settings):
+    update, group = update_of(optimizer), hyperparameters(optimizer, settings)
+    zeros = torch.zeros(STEPS, size_of(group), dtype=torch.float64)
+    for part in pulled_back(update, group, zeros[0], zeros, torch.ones_like(zeros[0])):
+        assert part.isfinite().all()
 
 
 def test_a_centered_second_moment_of_zero_gives_a_finite_adjoint():
     update, group = update_of(torch.optim.RMSprop), hyperparameters(torch.optim.RMSprop, {"centered": True})
-    zeros = torch.zeros(4, dtype=torch.float64)
+    zeros = torch.zeros(size_of(group), dtype=torch.float64)
     state = update.initial_state(zeros, group)
     _, _, found = update.adjoint(zeros, state, zeros, group, zeros + 1, dict.fromkeys(state, zeros), step=0)
     torch.testing.assert_close(found, zeros - group["lr"] / group["eps"])
@@ -149,7 +299,7 @@ def test_groups_are_updated_each_with_its_own_settings(pair):
     torchs_own = torch.optim.SGD(
         [{"params": [p], "lr": 0.1, **SETTINGS[name][1]} for p, name in zip(parameters, pair, strict=True)]
     )
-    grouped = GroupedUpdate(update_of(torch.optim.SGD), (slice(0, 3), slice(3, 7)))
+    grouped = GroupedUpdate(update_of(torch.optim.SGD), (slice(0, 3), slice(3, 7)), tuple((p,) for p in parameters))
     theta = torch.cat([p.detach() for p in parameters])
     states = grouped.initial_states(theta, groups)
     for step in range(3):

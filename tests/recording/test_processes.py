@@ -22,7 +22,7 @@ from lightning_dtda import (
 from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.trajectory import RunWriter
 from tests.recording.test_endings import Stop, fail
-from tests.regression import Augmented, CoupledRegressor, WeightedRegressor, loader, weighted_data
+from tests.regression import Augmented, WeightedRegressor, loader, weighted_data
 from tests.trajectory.runs import manifest, records
 
 EXAMPLES = 13
@@ -75,7 +75,7 @@ class KeepTrained(pl.Callback):
             torch.save(pl_module.state_dict(), self.path)
 
 
-def train(*callbacks, optimizer=sgd, make=WeightedRegressor, network=None, weights=None, seed=3, **arguments):
+def train(*callbacks, optimizer=sgd, network=None, weights=None, seed=3, **arguments):
     """Train in two processes, or in ``devices``, forked from this one."""
     inputs, targets, ones = weighted_data(EXAMPLES)
     data = arguments.pop("data", None) or loader(inputs, targets, ones if weights is None else weights)
@@ -90,15 +90,15 @@ def train(*callbacks, optimizer=sgd, make=WeightedRegressor, network=None, weigh
         enable_model_summary=False,
         **({"max_epochs": 3, "devices": 2, "strategy": "ddp_fork"} | arguments),
     )
-    trainer.fit(make(optimizer, network=network), data, ckpt_path=ckpt_path)
+    trainer.fit(WeightedRegressor(optimizer, network=network), data, ckpt_path=ckpt_path)
 
 
-def ask(root, make=WeightedRegressor, network=None, **settings):
+def ask(root, network=None, **settings):
     queries, wanted, ones = weighted_data(4, seed=1)
     inputs, targets, weights = weighted_data(EXAMPLES)
     return attribute(
         Ensemble.open(root),
-        make(sgd, network=network),
+        WeightedRegressor(sgd, network=network),
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(queries, wanted, ones),
         estimator=UnrolledDifferentiation(**settings),
@@ -171,9 +171,8 @@ def test_stored_batches_are_replayed(tmp_path):
 
 
 def test_statistics_of_batch_norm_are_those_of_the_first_process(tmp_path):
-    arguments = {"make": CoupledRegressor, "network": with_batch_norm}
-    train(TrajectoryRecorder(tmp_path / "runs"), **arguments)
-    answer = ask(tmp_path / "runs", **arguments)
+    train(TrajectoryRecorder(tmp_path / "runs"), network=with_batch_norm)
+    answer = ask(tmp_path / "runs", network=with_batch_norm)
     queries, wanted, _ = weighted_data(4, seed=1)
 
     for example in answer.responses[0].abs().amax(0).argsort(descending=True)[:3].tolist():
@@ -181,8 +180,8 @@ def test_statistics_of_batch_norm_are_those_of_the_first_process(tmp_path):
         for sign in (1, -1):
             weights = torch.ones(EXAMPLES, dtype=torch.float64)
             weights[example] += sign * STEP
-            train(KeepTrained(tmp_path / "trained.pt"), weights=weights, **arguments)
-            module = CoupledRegressor(sgd, network=with_batch_norm)
+            train(KeepTrained(tmp_path / "trained.pt"), weights=weights, network=with_batch_norm)
+            module = WeightedRegressor(sgd, network=with_batch_norm)
             module.load_state_dict(torch.load(tmp_path / "trained.pt"))
             with torch.no_grad():
                 values.append((module.eval()(queries) - wanted) ** 2)
@@ -192,9 +191,8 @@ def test_statistics_of_batch_norm_are_those_of_the_first_process(tmp_path):
 
 
 def test_forward_and_reverse_mode_agree(tmp_path):
-    arguments = {"make": CoupledRegressor, "network": with_batch_norm}
-    train(TrajectoryRecorder(tmp_path), accumulate_grad_batches=2, **arguments)
-    forward, reverse = (ask(tmp_path, mode=mode, **arguments).responses for mode in ("forward", "reverse"))
+    train(TrajectoryRecorder(tmp_path), accumulate_grad_batches=2, network=with_batch_norm)
+    forward, reverse = (ask(tmp_path, mode=mode, network=with_batch_norm).responses for mode in ("forward", "reverse"))
     assert (forward - reverse).abs().max() < 1e-9 * reverse.abs().max()
 
 

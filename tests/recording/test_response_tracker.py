@@ -22,7 +22,7 @@ from tests.estimators.test_finite_differences import (
     sgd,
     train,
 )
-from tests.regression import Augmented, CoupledRegressor, WeightedRegressor, weighted_data
+from tests.regression import Augmented, WeightedRegressor, weighted_data
 
 TOLERANCE = 1e-9
 """Relative to the largest response, in double precision."""
@@ -43,12 +43,12 @@ def assert_same(found, expected, tolerance=TOLERANCE):
     assert error < tolerance, f"relative error {error:.2e}"
 
 
-def assert_tracked_as_recorded(fit, root, optimizer, make=WeightedRegressor, network=None, batches="indices", **more):
+def assert_tracked_as_recorded(fit, root, optimizer, network=None, batches="indices", **more):
     tracker = ResponseTracker(GROUPS)
     recorder = TrajectoryRecorder(root, gradients="none", batches=batches)
-    train(fit, optimizer, *weighted_data(), tracker, recorder, make=make, network=network, **more)
+    train(fit, optimizer, *weighted_data(), tracker, recorder, network=network, **more)
     data = TensorDataset(*weighted_data())
-    module = make(optimizer, network=network)
+    module = WeightedRegressor(optimizer, network=network)
     (position,) = forward_sweep(Replay([*Ensemble.open(root)], module, training_examples(data)), membership())
     assert tracker.responses.shape == (3, tracker.layout.size)
     assert_same(tracker.responses, position.tangents.theta[0])
@@ -84,7 +84,7 @@ def test_the_tracker_follows_dropout(fit, tmp_path, network):
 @pytest.mark.parametrize("network", NORMALISED_NETWORKS.values(), ids=NORMALISED_NETWORKS.keys())
 def test_the_tracker_follows_batch_norm(fit, tmp_path, network, arguments):
     optimizer = of(torch.optim.SGD, 0.05, momentum=0.9)
-    assert_tracked_as_recorded(fit, tmp_path, optimizer, CoupledRegressor, network, max_epochs=3, **arguments)
+    assert_tracked_as_recorded(fit, tmp_path, optimizer, network, max_epochs=3, **arguments)
 
 
 def test_the_tracker_knows_tied_weights(fit, tmp_path):
@@ -122,7 +122,7 @@ def test_batch_norm_is_left_alone(fit):
     trainings = []
     for callbacks in ([], [ResponseTracker(GROUPS)]):
         network = NORMALISED_NETWORKS["BatchNorm"]
-        trainings.append(train(fit, sgd(), *weighted_data(), *callbacks, make=CoupledRegressor, network=network))
+        trainings.append(train(fit, sgd(), *weighted_data(), *callbacks, network=network))
     for name, value in trainings[0].state_dict().items():
         assert torch.equal(value, trainings[1].state_dict()[name]), name
 
@@ -239,7 +239,7 @@ def test_responses_before_any_training_are_refused():
 
 
 def test_what_the_recorder_refuses_is_refused(fit):
-    with pytest.raises(RecordingError, match="is not known"):
+    with pytest.raises(RecordingError, match="cannot be followed: its step is made of signs"):
         train(fit, of(torch.optim.Rprop), *weighted_data(), ResponseTracker(GROUPS))
     network = NORMALISED_NETWORKS["BatchNorm"]
     with pytest.raises(RecordingError, match="BatchNorm in training mode"):

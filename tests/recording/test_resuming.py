@@ -81,7 +81,7 @@ def test_the_record_is_that_of_what_was_trained(train, root, tmp_path, step, opt
     for t in range(run.steps):
         assert run.batch_indices(t).tolist() == indices[t]
         assert_same(run.theta(t + 1), thetas[t + 1])
-    listed = {entry["file"] for entry in [*run.manifest.shards, *run.manifest.checkpoints]}
+    listed = {entry["file"] for entry in run.manifest.files}
     assert listed == {path.name for path in run.path.glob("*.safetensors")}
 
 
@@ -208,7 +208,7 @@ def test_a_checkpoint_that_was_loaded_for_another_purpose_is_not_resumed_from(tr
             pass
 
     trainer = pl.Trainer(
-        callbacks=[TrajectoryRecorder(root, "other")],
+        callbacks=[TrajectoryRecorder(tmp_path / "others", "other")],
         max_epochs=1,
         accelerator="cpu",
         logger=False,
@@ -221,4 +221,4 @@ def test_a_checkpoint_that_was_loaded_for_another_purpose_is_not_resumed_from(tr
         trainer.validate(Validated(), loader(), ckpt_path=saved(tmp_path, 4))
     trainer.fit(Validated(), loader())
 
-    assert Run(root / "other").steps == STEPS_PER_EPOCH
+    assert Run(tmp_path / "others" / "other").steps == STEPS_PER_EPOCH

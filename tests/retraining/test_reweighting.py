@@ -42,7 +42,9 @@ def reweighted(ensemble, **arguments):
     return retrain(module, data, queries=queries, ensemble=ensemble, progress=False, **(defaults | arguments))
 
 
-def test_reweighting_is_training_with_weights_of_zero_in_the_same_order(ensemble):
+@pytest.mark.parametrize("stacked", [False, True])
+def test_reweighting_is_training_with_weights_of_zero_in_the_same_order(ensemble, monkeypatch, stacked):
+    monkeypatch.setattr("lightning_dtda.retraining.reweighting._STACKED_SECONDS", 0 if stacked else torch.inf)
     truth = reweighted(ensemble)
     assert (truth.seeds, truth.baseline_seeds, truth.queries) == (SEEDS, SEEDS, (4, 7))
     assert truth.about["removal"] == "reweight"
@@ -65,7 +67,7 @@ def test_more_runs_extend_what_is_stored_and_other_data_are_refused(ensemble, tm
     assert torch.equal(both.measurements[:, :1], first.measurements)
     assert GroundTruth.load(tmp_path / "truth").seeds == SEEDS
     inputs, targets, weights = weighted_data()
-    with pytest.raises(ReplayError, match="training data are not those of"):
+    with pytest.raises(ReplayError, match=r"11 others.* of the training data is not the one that .* was trained on"):
         reweighted(ensemble, data=loader(inputs, targets + 1, weights))
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torchmetrics.classification import BinaryAccuracy
 
 from lightning_dtda import retrain
 from lightning_dtda.errors import RetrainingError
@@ -95,7 +96,40 @@ class Validating(Data):
         return DataLoader(self.train, 5, shuffle=True)
 
 
-@pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Annealed, Late, Partly])
+class Measuring(Regressor):
+    """Updates a metric, which looks at values, and remembers its losses."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = BinaryAccuracy()
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        self.accuracy(self(batch[0]).sigmoid(), batch[1] > 0)
+        self.losses.append(super().training_step(batch, batch_idx))
+        return self.losses[-1]
+
+
+class Cutting(Regressor):
+    """Uses the first features only, however many there are."""
+
+    def forward(self, inputs):
+        return super().forward(inputs[:, :3])
+
+
+class Transferring(Data):
+    """Changes batches on their way to the device."""
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return 2 * batch[0], batch[1]
+
+
+def reversed_examples(items):
+    inputs, targets = zip(*reversed(items), strict=True)
+    return torch.stack(inputs), torch.stack(targets)
+
+
+@pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Annealed, Late, Partly, Measuring])
 def test_engines_agree_on_the_same_seeds(module):
     assert_engines_agree(module=module)
 
@@ -137,6 +171,20 @@ def test_engines_agree_on_a_module_that_the_trainer_casts_to_double_precision():
 
 def test_engines_agree_where_validation_draws_random_numbers_in_between():
     assert_engines_agree(data=Validating(), trainer=lambda: make_trainer(num_sanity_val_steps=1))
+
+
+def test_engines_agree_where_the_data_module_changes_batches_and_a_collate_fn_makes_them():
+    assert_engines_agree(data=Transferring())
+    assert_engines_agree(data=training_loader(collate_fn=reversed_examples))
+
+
+def test_batches_of_other_shapes_in_other_trainings_are_refused():
+    def padded(items):  # by the value of an example
+        inputs, targets = reversed_examples(items)
+        return torch.nn.functional.pad(inputs, (0, int(targets[0] > 0))), targets
+
+    with pytest.raises(RetrainingError, match="batches do not hold tensors of the same shapes in all trainings"):
+        retrained(Cutting, data=training_loader(collate_fn=padded))
 
 
 @pytest.mark.parametrize("dropping", [True, False])
@@ -246,11 +294,7 @@ class Lucky(Regressor):
 class Branching(Regressor):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        return 2 * loss if loss.item() > 1 else loss
-
-    def example_losses(self, batch):
-        loss = (self(batch[0]) - batch[1]) ** 2
-        return torch.where(loss.mean() > 1, 2.0, 1.0) * loss
+        return loss * (2 if loss.item() > 1 else 1)
 
 
 class Reset(Regressor):
@@ -280,9 +324,6 @@ class Normalised(Regressor):
     def __init__(self):
         super().__init__()
         self.net.insert(1, torch.nn.BatchNorm1d(5).double())
-
-    def example_losses(self, batch):
-        return (self(batch[0]) - batch[1]) ** 2
 
 
 class Satisfied(pl.Callback):

@@ -6,11 +6,13 @@ import torch
 
 from lightning_dtda import Run
 from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
+from lightning_dtda.trajectory.example_checksums import ExampleChecksums
 
 SHAPES = {"weight": (3, 2), "bias": (3,)}
 LAYOUT = ParameterLayout(tuple(SHAPES), tuple(SHAPES.values()), (1, 1))
 """Two groups of one parameter each."""
 
+EXAMPLES = 10
 STEPS = 7
 CHECKPOINTS = (0, 3, STEPS)
 SHARDS = ((0, 3), (3, STEPS))
@@ -28,7 +30,11 @@ class Written:
 def manifest(**changes):
     fields = {
         "seed": 7,
-        "configuration": {"dataset": {"length": 10}, "training": {"batch_size": 2}, "module": {"class": "Linear"}},
+        "configuration": {
+            "dataset": {"length": EXAMPLES},
+            "training": {"batch_size": 2},
+            "module": {"class": "Linear"},
+        },
         "parameters": [{"name": name, "shape": list(shape)} for name, shape in SHAPES.items()],
         "group_lengths": list(LAYOUT.group_lengths),
         "dtype": "float32",
@@ -39,6 +45,8 @@ def manifest(**changes):
         "batches": "indices",
         "processes": 1,
         "evaluation_modules": [],
+        "circumstances": {"trainer": {}, "updated_buffers": [], "transfer_hooks": {}},
+        "shared": {"training": "none", "evaluation": "none", "reduction": "mean"},
         "threads": 1,
         "versions": {"torch": torch.__version__},
         "planned_steps": STEPS,
@@ -55,6 +63,7 @@ def records(first, last, gradients):
         "micro_batches": torch.full((steps,), 2),
         "epochs": torch.zeros(2 * steps, dtype=torch.long),
         "batch_idx": torch.arange(2 * first, 2 * last),
+        "global_steps": torch.arange(first, last).repeat_interleave(2),
         "accumulate_grad_batches": torch.full((steps,), 2),
         "hyperparameters": torch.tensor([[[0.1, 0.9, 0.0, 0.0], [0.2, 0.0, 0.0, 0.01]]] * steps, dtype=torch.float64),
     }
@@ -73,6 +82,7 @@ def write_run(directory, draw=0, status="complete", reason=None, with_gradients=
     directory.mkdir(parents=True)
     writer = RunWriter(directory, manifest(**changes))
     thetas, gradients = [LAYOUT.flatten(parameters.values())], []
+    writer.add_examples(ExampleChecksums(EXAMPLES, 1, torch.arange(EXAMPLES) ** 20))
     writer.add_checkpoint(0, checkpoint(parameters, optimizer))
     for first, last in SHARDS:
         for _ in range(first, last):

@@ -72,7 +72,7 @@ def test_a_directory_without_a_manifest_is_refused(tmp_path):
 def test_a_newer_format_is_refused_with_both_versions(directory):
     change_manifest(directory, lambda content: content.update(format_version=99))
 
-    with pytest.raises(TrajectoryError, match=r"format version 99; .* reads version 1"):
+    with pytest.raises(TrajectoryError, match=r"format version 99; .* reads version 2"):
         Run(directory)
 
 

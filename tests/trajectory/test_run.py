@@ -64,17 +64,27 @@ def test_hyperparameters_are_numbers_and_settings(tmp_path):
 def test_random_states_belong_to_their_micro_batches_and_can_be_set(tmp_path):
     (tmp_path / "run").mkdir()
     writer = RunWriter(tmp_path / "run", manifest(gradients="none"))
-    states = torch.stack([torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)])
-    drawing = {"rng_micro_batches": torch.tensor([1, 2]), "rng_states.cpu": states}
+    states = [torch.Generator().manual_seed(seed).get_state() for seed in (1, 2)]
+    others = [torch.tensor([7, 8, 9], dtype=torch.uint8), torch.tensor([5], dtype=torch.uint8)]  # of no fixed length
+    drawing = {
+        "rng_states.cpu": torch.cat(states),
+        "rng_sizes.cpu": torch.tensor([len(state) for state in states]),
+        "rng_micro_batches.cpu": torch.tensor([1, 2]),
+        "rng_states.own.0": torch.cat(others),
+        "rng_sizes.own.0": torch.tensor([3, 1]),
+        "rng_micro_batches.own.0": torch.tensor([0, 2]),
+    }
     writer.add_shard(0, 2, {**records(0, 2, None), **drawing})
     writer.close("complete")
 
     run = Run(tmp_path / "run")
     micro_batches = [part for step in range(2) for part in run.micro_batches(step)]
 
-    assert [list(part.rng_states) for part in micro_batches] == [[], ["cpu"], ["cpu"], []]
+    assert [sorted(part.rng_states) for part in micro_batches] == [["own.0"], ["cpu"], ["cpu", "own.0"], []]
     for part, state in zip(micro_batches[1:3], states, strict=True):
         assert torch.equal(torch.Generator().set_state(part.rng_states["cpu"]).get_state(), state)
+    for number, state in zip((0, 2), others, strict=True):
+        assert torch.equal(micro_batches[number].rng_states["own.0"], state)
 
 
 @pytest.mark.parametrize("step", [-1, STEPS + 1])

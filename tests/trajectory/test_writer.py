@@ -99,7 +99,7 @@ def test_the_manifest_is_rewritten_less_often_the_more_it_lists(directory, monke
 def test_closing_waits_until_everything_is_on_disk(tmp_path):
     run = write_run(tmp_path / "run").run
 
-    named = {entry["file"] for entry in [*run.manifest.shards, *run.manifest.checkpoints]}
+    named = {entry["file"] for entry in run.manifest.files}
     assert {path.name for path in run.path.iterdir()} == {"manifest.json", *named}
     assert not [thread for thread in threading.enumerate() if thread.name == "lightning-dtda-writer"]
 

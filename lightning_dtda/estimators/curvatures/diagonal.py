@@ -10,7 +10,9 @@ from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, c
 from lightning_dtda.estimators.curvatures.identity import DiagonalSpectrum
 from lightning_dtda.estimators.curvatures.layers import outer_products
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.replay.network import Network
+
+_SAMPLES = 64
+"""Random vectors from which a diagonal is estimated: its entries are then good to about an eighth of the row's norm."""
 
 
 class Diagonal(Curvature):
@@ -23,41 +25,47 @@ class Diagonal(Curvature):
 
     Args:
         damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
-        network: As for :class:`~lightning_dtda.estimators.GaussNewton`.
 
     Raises:
         AttributionError: If the damping is out of range.
     """
 
-    arguments = ("damping", "network")
-
-    def __init__(self, damping: Damping = "auto", network: str | None = None) -> None:
+    def __init__(self, damping: Damping = "auto") -> None:
         self.damping = check_damping(damping)
-        self.network = network
 
     @override
     def fit(self, objective: Objective) -> DiagonalSpectrum:
-        network = objective.find_network(self.network)
-        return DiagonalSpectrum(gauss_newton_diagonal(objective, network).add_(objective.penalty))
+        return DiagonalSpectrum(gauss_newton_diagonal(objective).add_(objective.penalty))
 
     @override
     def passes(self, objective: Objective) -> float:
         return 2.0
 
 
-def gauss_newton_diagonal(objective: Objective, network: Network) -> Tensor:
+def gauss_newton_diagonal(objective: Objective) -> Tensor:
     r"""Return the diagonal of the Gauss-Newton matrix without the weight decay ``(P,)``.
 
     .. math:: \frac1N \sum_{n, c} A_{nc}^2, \qquad \frac1N \sum_n a_n^2 \sum_c g_{nc}^2
         \text{ where } A_{nc} = g_{nc} a_n^\top
+
+    Where the matrix has no root of single examples' rows (see ``Objective.has_root``), it is estimated from products with
+    vectors of random signs, :math:`E[\epsilon \odot G \epsilon]` (Bekas, Kokiopoulou and Saad, 2007).
     """
-    layers = outer_products(network, objective)
+    if not objective.has_root:
+        generator = torch.Generator().manual_seed(0)
+        total = torch.zeros_like(objective.theta)
+        for _ in range(_SAMPLES):
+            signs = torch.randint(2, (1, objective.size), generator=generator).to(total) * 2 - 1
+            products = objective.gauss_newton_products(signs)
+            total += (signs * products)[0] - objective.penalty
+        return total.div_(_SAMPLES).clamp_min_(0)
+    layers, _ = outer_products(objective)
     plain = torch.ones(objective.size, dtype=torch.bool)
     for layer in layers:
         plain[layer.weight] = False
     columns = plain.nonzero()[:, 0].to(objective.theta.device)
     diagonal = torch.zeros_like(objective.theta)
-    for _, rows, of_layers in objective.roots(network, columns, [layer.name for layer in layers]):
+    for _, rows, of_layers in objective.roots(columns, [layer.name for layer in layers]):
         diagonal[columns] += rows.square_().sum(0)
         for layer, (derivatives, inputs) in zip(layers, of_layers, strict=True):
             of_outputs = derivatives.square_().unflatten(0, (len(inputs), -1)).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import Literal
 
@@ -27,8 +28,9 @@ from lightning_dtda.estimators.curvatures.solvers import (
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
-from lightning_dtda.replay.network import Network
 from lightning_dtda.units import human_bytes
+
+_log = logging.getLogger(__name__)
 
 
 class GaussNewton(Curvature):
@@ -50,7 +52,9 @@ class GaussNewton(Curvature):
     That may be some tens of thousands, P is free. ``solver="cg"`` needs products with G only, several queries at once.
 
     Args:
-        solver: ``"gram"`` or ``"cg"``.
+        solver: ``"gram"`` or ``"cg"``; ``"auto"`` is the former where the loss is a mean over examples and the Gram matrix
+            fits the memory. Where the loss has no curvature in the network's outputs, or a negative one, it takes the Fisher
+            matrix of the training labels, :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and says so.
         damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
         iterations: Of conjugate gradients: where to stop at the latest, converged or not; ``None`` goes on until the
             tolerance is reached. Few iterations leave small eigenvalues out, which regularises as a damping does.
@@ -61,28 +65,25 @@ class GaussNewton(Curvature):
             ``lightning_dtda.estimators.projection.Projection``. ``None``, or a model of no more parameters, is all of
             them.
         seed: Of the projection.
-        network: The name of the submodule whose outputs count; ``None`` finds it, see
-            ``lightning_dtda.replay.network.Network``.
 
     Raises:
         AttributionError: If an argument is out of range.
     """
 
-    arguments = ("solver", "damping", "iterations", "tolerance", "cutoff", "projection", "seed", "network")
+    arguments = ("solver", "damping", "iterations", "tolerance", "cutoff", "projection", "seed")
 
     def __init__(
         self,
-        solver: Literal["gram", "cg"] = "gram",
+        solver: Literal["auto", "gram", "cg"] = "auto",
         damping: Damping = "auto",
         iterations: int | None = None,
         tolerance: float = 1e-4,
         cutoff: float | None = None,
         projection: int | None = None,
         seed: int = 0,
-        network: str | None = None,
     ) -> None:
-        if solver not in ("gram", "cg"):
-            raise AttributionError(f'solver={solver!r}; choose "gram" or "cg".')
+        if solver not in ("auto", "gram", "cg"):
+            raise AttributionError(f'solver={solver!r}; choose "auto", "gram" or "cg".')
         check_iterations(iterations, tolerance)
         self.solver = solver
         self.damping = check_damping(damping)
@@ -91,25 +92,38 @@ class GaussNewton(Curvature):
         self.cutoff = check_cutoff(cutoff)
         self.projection = check_dimension(projection)
         self.seed = seed
-        self.network = network
 
     @override
     def fit(self, objective: Objective) -> FittedCurvature:
-        network = objective.find_network(self.network)
         projection = projection_to(self.projection, objective.size, self.seed)
         if projection is not None and len(objective.penalty.unique()) > 1:
             raise AttributionError(
                 f"The parameters of {objective.run.path} have different weight decays, which a projection mixes. Leave "
                 "projection out, or use EKFAC()."
             )
-        if self.solver == "cg":
-            return ImplicitGaussNewton(objective, network, projection, self.iterations, self.tolerance)
-        return GramMatrix(objective, network, projection, self.cutoff)
+        is_auto = self.solver == "auto"
+        use_gram = self.solver == "gram" or (
+            is_auto and objective.lacks_curvature is None and objective.has_root and fits_gram(objective)
+        )
+        if use_gram:
+            return GramMatrix(objective, projection, self.cutoff)
+        return ImplicitGaussNewton(objective, projection, self.iterations, self.tolerance, may_take_fisher=is_auto)
 
     @override
     def passes(self, objective: Objective) -> float:
         # products with a root that is kept cost next to nothing
-        return 4.0 if self.solver == "gram" else 4.0 * (self.iterations or 20)
+        return 4.0 if self.solver != "cg" else 4.0 * (self.iterations or 20)
+
+
+def gram_bytes(objective: Objective) -> float:
+    """Return the bytes that the Gram matrix takes, with those of the work on it."""
+    rows = objective.examples * objective.outputs
+    return (len(objective.penalty.unique()) + 2) * rows**2 * objective.theta.itemsize
+
+
+def fits_gram(objective: Objective) -> bool:
+    """Whether the Gram matrix fits the memory."""
+    return gram_bytes(objective) <= objective.memory
 
 
 _ROUNDING = 0.1
@@ -123,18 +137,29 @@ class ImplicitGaussNewton(FittedCurvature):
     def __init__(
         self,
         objective: Objective,
-        network: Network,
         projection: Projection | None,
         iterations: int | None,
         tolerance: float,
+        may_take_fisher: bool = False,
     ) -> None:
         self._objective = objective
-        self._network = network
         self._projection = projection
         self._iterations = iterations
         self._tolerance = tolerance
-        root = Root(objective, network, projection)
-        self._root = root if root.is_kept or projection is not None else None
+        self._root: Root | None = None
+        self._of_objective = objective.gauss_newton_products
+        self._may_take_fisher = may_take_fisher
+        if may_take_fisher and objective.lacks_curvature is not None:
+            self._take_fisher(objective.lacks_curvature)
+        elif objective.has_root:
+            root = Root(objective, projection)
+            self._root = root if root.is_kept or projection is not None else None
+        elif projection is not None:
+            objective.refuse_root("A projection of the Gauss-Newton matrix")
+
+    def _take_fisher(self, why: str) -> None:
+        _log.warning("For the Gauss-Newton matrix stands the Fisher matrix of the training labels: %s.", why)
+        self._of_objective, self._root, self._may_take_fisher = self._objective.fisher_products, None, False
 
     @cached_property
     def _mean_eigenvalue(self) -> float:
@@ -149,7 +174,7 @@ class ImplicitGaussNewton(FittedCurvature):
 
     def _products(self, vectors: Tensor) -> Tensor:
         if self._root is None:
-            return self._objective.gauss_newton_products(self._network, vectors)
+            return self._of_objective(vectors)
         penalty = self._objective.penalty if self._projection is None else self._objective.penalty[:1]
         return (
             self._root.transposed(self._root.times(vectors)).div_(self._objective.examples).addcmul_(vectors, penalty)
@@ -158,12 +183,17 @@ class ImplicitGaussNewton(FittedCurvature):
     @override
     def solve(self, vectors: Tensor, damping: float) -> Solution:
         projected = vectors if self._projection is None else self._projection.forward(vectors)
-        solution, residuals = conjugate_gradients(
-            lambda vectors: self._products(vectors).add_(vectors, alpha=damping),
-            projected,
-            self._iterations,
-            self._tolerance,
-        )
+
+        def damped(vectors: Tensor) -> Tensor:
+            return self._products(vectors).add_(vectors, alpha=damping)
+
+        try:
+            solution, residuals = conjugate_gradients(damped, projected, self._iterations, self._tolerance)
+        except AttributionError:
+            if not self._may_take_fisher:
+                raise
+            self._take_fisher("it is not positive")
+            solution, residuals = conjugate_gradients(damped, projected, self._iterations, self._tolerance)
         return Solution(solution if self._projection is None else self._projection.transpose(solution), residuals)
 
 
@@ -173,21 +203,18 @@ class GramMatrix(Spectrum):
     Parameters of equal weight decay share a Gram matrix, so that any damping can be had of what is computed once.
     """
 
-    def __init__(
-        self, objective: Objective, network: Network, projection: Projection | None, cutoff: float | None
-    ) -> None:
+    def __init__(self, objective: Objective, projection: Projection | None, cutoff: float | None) -> None:
         self._objective = objective
         self._projection = projection
         self._penalties, groups = objective.penalty.unique(return_inverse=True)
-        rows = objective.examples * network.outputs
-        needed = (len(self._penalties) + 2) * rows**2 * objective.theta.itemsize
+        needed = gram_bytes(objective)
         if needed > objective.memory:
             raise AttributionError(
-                f"The Gram matrix of {objective.examples} examples with {network.outputs} outputs takes "
+                f"The Gram matrix of {objective.examples} examples with {objective.outputs} outputs takes "
                 f"{human_bytes(needed)}; {human_bytes(objective.memory)} may be used. Raise memory_budget, or use "
                 'GaussNewton(solver="cg").'
             )
-        self._root = Root(objective, network, projection)
+        self._root = Root(objective, projection)
         # the parameters' groups, or those of the projected dimensions, which all have the one weight decay
         self._groups = groups if projection is None else groups.new_zeros(projection.dimension)
         self._grams = torch.stack([self._root.gram(self._groups == group) for group in range(len(self._penalties))])

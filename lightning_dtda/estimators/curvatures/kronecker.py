@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -23,7 +23,7 @@ from lightning_dtda.estimators.curvatures.layers import Layer, layers_of
 from lightning_dtda.estimators.curvatures.solvers import Products
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.replay.network import Network
+from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
 
 _log = logging.getLogger(__name__)
@@ -63,13 +63,12 @@ class KFAC(Curvature):
         seed: Of the samples.
         rescale: Whether solutions are rescaled.
         cache: A directory where the factors of each run are kept, to be read by the next call.
-        network: As for :class:`~lightning_dtda.estimators.GaussNewton`.
 
     Raises:
         AttributionError: If an argument is out of range, or curvlinops is not installed.
     """
 
-    arguments = ("damping", "samples", "seed", "rescale", "network")
+    arguments = ("damping", "samples", "seed", "rescale")
     auto_damping: ClassVar[float] = 0.01
     """Less than elsewhere: the length of solutions, which small eigenvalues spoil first, is set by rescaling."""
     is_corrected: ClassVar[bool] = False
@@ -82,7 +81,6 @@ class KFAC(Curvature):
         seed: int = 0,
         rescale: bool = True,
         cache: str | Path | None = None,
-        network: str | None = None,
     ) -> None:
         _check(samples)
         self.damping = check_damping(damping)
@@ -90,7 +88,6 @@ class KFAC(Curvature):
         self.seed = seed
         self.rescale = rescale
         self.cache = cache
-        self.network = network
 
     @override
     def fit(self, objective: Objective) -> KroneckerSpectrum:
@@ -205,28 +202,32 @@ def _check(samples: int | None) -> None:
 
 def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
     """Compute the blocks of a run, or read them from the cache."""
-    network = objective.find_network(curvature.network)
-    module = objective.materialize()
-    submodule = module.get_submodule(network.name).get_submodule
+    if objective.scale is not None:
+        raise AttributionError(
+            f"The parameters of {objective.run.path} move at different rates: the optimizer scales each gradient's "
+            "entries, or parameter groups have learning rates of their own. Kronecker factors have no such matrix. Use "
+            "GaussNewton() or ExactHessian()."
+        )
+    module = objective.module
     layers = [
         layer
-        for layer in layers_of(module, network, objective, (nn.Linear, nn.Conv2d))
-        if _has_factors(submodule(layer.name))
+        for layer in layers_of(objective, (nn.Linear, nn.Conv2d))
+        if _has_factors(module.get_submodule(layer.name))
     ]
     in_layers = {name for layer in layers for name in layer.parameters}
     others = [name for name in objective.layout.names if name not in in_layers]
     if others:
         _log.info("The diagonal of the Gauss-Newton matrix stands for the curvature of %s.", ", ".join(others))
-    path = None if curvature.cache is None else _cache_file(objective, network, curvature)
+    path = None if curvature.cache is None else _cache_file(objective, curvature)
     tensors = None if path is None else _read(path)
     if tensors is None:
-        tensors = _factors(objective, network, module, layers, curvature)
-        tensors["diagonal"] = gauss_newton_diagonal(objective, network) if others else torch.zeros_like(objective.theta)
+        tensors = _factors(objective, layers, curvature)
+        tensors["diagonal"] = gauss_newton_diagonal(objective) if others else torch.zeros_like(objective.theta)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
     blocks = [_block(number, layer, tensors, objective) for number, layer in enumerate(layers)]
-    products = partial(objective.gauss_newton_products, network) if curvature.rescale else None
+    products = objective.gauss_newton_products if curvature.rescale else None
     return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, products)
 
 
@@ -234,35 +235,39 @@ def _has_factors(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
 
 
-def _factors(
-    objective: Objective, network: Network, module: LightningModule, layers: list[Layer], curvature: KFAC
-) -> dict[str, Tensor]:
+def _factors(objective: Objective, layers: list[Layer], curvature: KFAC) -> dict[str, Tensor]:
     """Compute eigenvectors and eigenvalues of the layers' blocks by curvlinops.
 
-    It knows three losses. Any other comes to it as a squared error: with targets :math:`z - A_c / 2`, the derivative of
-    :math:`(z - y)^2` by the outputs z is column c of the root, and the "empirical" Fisher matrix over all columns is
-    the Gauss-Newton matrix.
+    It knows three losses of a module's output, and watches what goes forwards and backwards through the layers. Here its
+    module is the training step, which goes backwards itself: from the network's outputs, where a column of the root of
+    their Hessian is put in, so that the "empirical" Fisher matrix over all columns is the Gauss-Newton matrix. Where the
+    loss has no root of single examples, it goes back from the loss, and what comes out is the Fisher matrix of the training
+    labels.
     """
     from curvlinops import EKFACLinearOperator, KFACLinearOperator
 
     if not layers:
         return {}
-    found = module.get_submodule(network.name)
-    holder = _Outputs(found)
-    by_name = dict(module.named_parameters())
+    by_name = dict(objective.module.named_parameters())
     parameters = [by_name[name] for layer in layers for name in layer.parameters]
-    columns = network.outputs if curvature.samples is None else min(curvature.samples, network.outputs)
+    columns = 1
+    if objective.has_root:
+        columns = objective.outputs if curvature.samples is None else min(curvature.samples, objective.outputs)
+    else:
+        _log.info(
+            "The Kronecker factors are those of the training labels' gradients: the loss is no mean over examples."
+        )
     operator = (EKFACLinearOperator if curvature.is_corrected else KFACLinearOperator)(
-        holder,
+        _Step(objective, layers, parameters),
         nn.MSELoss(reduction="sum"),
         parameters,
-        _Targets(objective, network, columns, curvature.seed),
+        _Columns(objective, columns, curvature.seed),
         check_deterministic=False,
         fisher_type="empirical",
         separate_weight_and_bias=False,
         num_data=objective.examples,
         num_per_example_loss_terms=1,
-        batch_size_fn=lambda arguments: len(arguments["rows"]),
+        batch_size_fn=lambda part: len(part.indices),
     )
     if curvature.is_corrected:
         operator.compute_eigenvalue_correction()
@@ -270,8 +275,8 @@ def _factors(
         operator.compute_kronecker_factors()
     state = operator.state_dict()
     tensors: dict[str, Tensor] = {}
-    for number, layer in enumerate(layers):
-        name = f"network.{layer.name}".rstrip(".")
+    for number in range(len(layers)):
+        name = f"watched.{number}"
         if curvature.is_corrected:
             left = state["gradient_covariances_eigenvectors"][name]
             right = state["input_covariances_eigenvectors"][name]
@@ -289,44 +294,109 @@ def _factors(
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-class _Outputs(nn.Module):
-    """The network as curvlinops calls it: from its arguments to its outputs ``(B, C)``."""
+@dataclass(frozen=True)
+class _Part:
+    """Some examples, and what is to arrive at their outputs.
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    @override
-    def forward(self, arguments: dict[str, Any]) -> Tensor:
-        result: Tensor = self.network(*arguments["positional"], **arguments["named"])
-        return result.flatten(1)
-
-
-class _Targets:
-    """The training data as curvlinops wants them: arguments of the network and targets, batch by batch.
-
-    Each batch comes once for each column of the root, or for each random combination of columns.
+    Args:
+        indices: The examples.
+        seed: Of the random numbers that the loss draws.
+        column: Of their roots ``(B, C)``; ``None`` for the gradients that arrive by themselves.
+        factor: What those are multiplied with.
     """
 
-    def __init__(self, objective: Objective, network: Network, columns: int, seed: int) -> None:
+    indices: Tensor
+    seed: int | None
+    column: Tensor | None
+    factor: float = 1.0
+
+
+class _Step(nn.Module):
+    """The training step as curvlinops calls it: from examples to a number for each.
+
+    What curvlinops watches are copies of the layers, with the same parameters, which stand in for them here and not where
+    the roots are computed.
+
+    Args:
+        objective: The objective.
+        layers: The layers.
+        parameters: Theirs.
+    """
+
+    def __init__(self, objective: Objective, layers: list[Layer], parameters: list[Tensor]) -> None:
+        super().__init__()
         self._objective = objective
-        self._network = network
+        self._of_layers = parameters
+        self._originals = [objective.module.get_submodule(layer.name) for layer in layers]
+        memo = {id(parameter): parameter for parameter in objective.module.parameters()}
+        self.watched = nn.ModuleList(copy.deepcopy(original, dict(memo)) for original in self._originals)
+
+    @override
+    def forward(self, part: _Part) -> Tensor:
+        with self._objective.undifferentiated(part.indices, part.seed, self._standing_in()) as (loss, outputs):
+            if part.column is None:
+                torch.autograd.grad(part.factor * loss, self._of_layers, allow_unused=True)
+            else:
+                outputs.pull(self._arriving(outputs, part.column, len(part.indices)), self._of_layers)
+        # curvlinops has seen what it is to see: what it will differentiate goes past the layers
+        return torch.stack([parameter.sum() for parameter in self._of_layers]).sum().expand(len(part.indices), 1)
+
+    @contextmanager
+    def _standing_in(self) -> Iterator[None]:
+        for original, watched in zip(self._originals, self.watched, strict=True):
+            original.forward = watched.__call__
+        try:
+            yield
+        finally:
+            for original in self._originals:
+                vars(original).pop("forward", None)
+
+    def _arriving(self, outputs: Outputs, column: Tensor, examples: int) -> list[Tensor]:
+        found, start = [], 0
+        for shape in outputs.shapes:
+            size = torch.Size(shape).numel() // examples
+            if shape[0] != examples:
+                raise AttributionError(
+                    f"The network's outputs have the shape {tuple(shape)} for {examples} examples, which Kronecker factors "
+                    "are not made of. Use GaussNewton() or Diagonal()."
+                )
+            found.append(column[:, start : start + size].reshape(shape))
+            start += size
+        return found
+
+
+class _Columns:
+    """The training data as curvlinops wants them, batch by batch.
+
+    Each batch comes once for each column of the root, or for each random combination of columns. What the targets are
+    plays no part: the gradients are replaced on their way.
+    """
+
+    def __init__(self, objective: Objective, columns: int, seed: int) -> None:
+        self._objective = objective
         self._columns = columns
         self._seed = seed
 
-    def __iter__(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def __iter__(self) -> Iterator[tuple[_Part, Tensor]]:
         objective = self._objective
         generator = torch.Generator().manual_seed(self._seed)
-        per_example = _VECTORS * objective.size * objective.theta.itemsize
-        for batch in objective.batches(max(1, int(objective.memory / per_example))):
-            outputs, roots = objective.loss_roots(self._network, batch)
-            if self._columns < self._network.outputs:
-                signs = torch.randint(2, (len(outputs), roots.shape[2], self._columns), generator=generator)
+        if not objective.has_root:
+            for indices, seed, factor in objective.parts(self._size):
+                # each example's own share of the mean loss, whose square is the Fisher matrix's
+                yield _Part(indices, seed, None, factor), objective.theta.new_zeros(len(indices), 1)
+            return
+        for indices in torch.arange(objective.examples).split(self._size):
+            roots = objective.loss_roots(indices)
+            if self._columns < objective.outputs:
+                signs = torch.randint(2, (len(indices), roots.shape[2], self._columns), generator=generator)
                 roots = roots @ (signs.to(roots) * 2 - 1) * self._columns**-0.5
-            positional, named = objective.network_inputs(self._network, batch)
-            arguments = {"positional": positional, "named": named, "rows": outputs}
             for column in range(self._columns):
-                yield arguments, outputs - roots[:, :, column] / 2
+                yield _Part(indices, None, roots[:, :, column]), objective.theta.new_zeros(len(indices), 1)
+
+    @property
+    def _size(self) -> int:
+        per_example = _VECTORS * self._objective.size * self._objective.theta.itemsize
+        return max(1, int(self._objective.memory / per_example))
 
 
 def _block(number: int, layer: Layer, tensors: dict[str, Tensor], objective: Objective) -> Block:
@@ -336,9 +406,9 @@ def _block(number: int, layer: Layer, tensors: dict[str, Tensor], objective: Obj
     return Block(layer.weight, layer.bias, left, right, values.clamp_min(0) + penalty)
 
 
-def _cache_file(objective: Objective, network: Network, curvature: KFAC) -> Path:
+def _cache_file(objective: Objective, curvature: KFAC) -> Path:
     settings = {key: value for key, value in curvature.settings().items() if key not in ("damping", "rescale")}
-    facts = [settings, network.name, objective.run.checksum, objective.step, str(objective.theta.dtype)]
+    facts = [settings, objective.run.checksum, objective.step, str(objective.theta.dtype)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Path(str(curvature.cache)) / f"{objective.run.name}-{digest}.safetensors"
 

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.replay.network import Network
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Layer:
     """A layer with a trained weight of its own, called once for an example.
 
     Args:
-        name: In the network.
+        name: In the module.
         weight: Where the weight lies in the parameters.
         bias: Where the bias lies, if it is trained.
         parameters: Names of both in the module.
@@ -30,18 +29,14 @@ class Layer:
     parameters: tuple[str, ...]
 
 
-def layers_of(
-    module: nn.Module, network: Network, objective: Objective, kinds: Sequence[type[nn.Module]]
-) -> list[Layer]:
-    """Find the layers of some kinds, in the network's order.
+def layers_of(objective: Objective, kinds: Sequence[type[nn.Module]]) -> list[Layer]:
+    """Find the layers of some kinds, in the module's order.
 
     Args:
-        module: Holds the network; see ``Objective.materialize``.
-        network: The network.
-        objective: Names the trained parameters.
+        objective: Names the trained parameters, and runs the module.
         kinds: Classes; what is derived from them may do anything, and is left out.
     """
-    layout = objective.layout
+    layout, module = objective.layout, objective.module
     starts = [0, *accumulate(layout.sizes)]
     places = {name: slice(starts[i], starts[i + 1]) for i, name in enumerate(layout.names)}
     names: dict[int, list[str]] = {}
@@ -50,30 +45,34 @@ def layers_of(
     # those that layers share have several names; a layer that is called twice has factors of neither call
     own = {found: of_one[0] for found, of_one in names.items() if len(of_one) == 1 and of_one[0] in places}
     layers = []
-    for name, layer in module.get_submodule(network.name).named_modules():
+    for name, layer in module.named_modules():
         if type(layer) not in kinds or id(layer.weight) not in own:
             continue
-        bias = None if layer.bias is None else own.get(id(layer.bias))
+        has_bias = getattr(layer, "bias", None) is not None
+        bias = own.get(id(layer.bias)) if has_bias else None
         parameters = (own[id(layer.weight)], *([] if bias is None else [bias]))
         layers.append(Layer(name, places[parameters[0]], None if bias is None else places[bias], parameters))
-    calls = network.calls_of([layer.name for layer in layers])
-    return [layer for layer, count in zip(layers, calls, strict=True) if count == 1]
+    calls = objective.calls([layer.name for layer in layers])
+    return [layer for layer in layers if len(calls[layer.name]) == 1]
 
 
-def outer_products(network: Network, objective: Objective) -> list[Layer]:
+def outer_products(objective: Objective) -> tuple[list[Layer], list[int]]:
     r"""Find the linear layers by whose weight an output's derivative is an outer product, :math:`g_n a_n^\top`.
 
     Those are called with one vector for an example, and their weight is used nowhere else. Whether it is (a decoder
     with the transposed weight of its encoder would), is seen from the first example's derivatives.
+
+    Returns:
+        The layers, and how many outputs each has for an example.
     """
     if objective.scale is not None:
-        return []  # what is scaled entry by entry is no outer product any more
-    candidates = layers_of(objective.materialize(), network, objective, (nn.Linear,))
+        return [], []  # what is scaled entry by entry is no outer product any more
+    candidates = layers_of(objective, (nn.Linear,))
     if not candidates:
-        return []
-    example = objective.first_root_rows(network, [layer.name for layer in candidates])
+        return [], []
+    example = objective.root_rows(torch.arange(1), None, [layer.name for layer in candidates])
     tolerance = torch.finfo(objective.theta.dtype).eps ** 0.5
-    found = []
+    found, sizes = [], []
     for layer, (derivatives, inputs) in zip(candidates, example.layers, strict=True):
         whole = example.rows[:, layer.weight]
         # of an example with several positions, there are more derivatives and inputs than rows and columns
@@ -81,4 +80,5 @@ def outer_products(network: Network, objective: Objective) -> list[Layer]:
             products = (derivatives[:, :, None] * inputs[:, None, :]).flatten(1)
             if bool((products - whole).norm() <= tolerance * whole.norm()):
                 found.append(layer)
-    return found
+                sizes.append(derivatives.shape[1])
+    return found, sizes

@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_dtda.estimators.curvatures.layers import outer_products
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection
-from lightning_dtda.replay.network import Network
 
 _SHARE = 0.5
 """Share of the memory that the root, or a part of it, may take; the rest is for computing it."""
@@ -92,22 +91,19 @@ class Root:
 
     Args:
         objective: The objective.
-        network: What has C outputs.
         projection: If there is one, of P to k dimensions, the root is A S, ``(N * C, k)``, and has no factors.
     """
 
-    def __init__(self, objective: Objective, network: Network, projection: Projection | None = None) -> None:
+    def __init__(self, objective: Objective, projection: Projection | None = None) -> None:
         self.objective = objective
-        self.outputs = network.outputs
-        self.rows = objective.examples * network.outputs
+        self.outputs = objective.outputs
+        self.rows = objective.examples * objective.outputs
         self.size = objective.size if projection is None else projection.dimension
-        self._network = network
         self._projection = projection
-        self._layers = [] if projection is not None else outer_products(network, objective)
-        sizes = network.sizes_of([layer.name for layer in self._layers])
+        self._layers, sizes = ([], []) if projection is not None else outer_products(objective)
         # numbers that an example has in the factors of a layer
         factors = sum(
-            network.outputs * size + (layer.weight.stop - layer.weight.start) // size
+            objective.outputs * size + (layer.weight.stop - layer.weight.start) // size
             for layer, size in zip(self._layers, sizes, strict=True)
         )
         most = _SHARE * objective.memory / objective.theta.itemsize
@@ -132,7 +128,7 @@ class Root:
         columns = self._plain if self.is_kept else self._plain[:0]
         plain = objective.theta.new_empty(self.rows, len(columns))
         parts = []
-        for indices, rows, of_layers in objective.roots(self._network, self._columns(columns), names):
+        for indices, rows, of_layers in objective.roots(self._columns(columns), names):
             plain[self._place(indices)] = rows if self._projection is None else self._projection.forward(rows)
             parts.append(of_layers)
         factors = [[torch.cat(factor) for factor in zip(*of_one, strict=True)] for of_one in zip(*parts, strict=True)]
@@ -216,14 +212,14 @@ class Root:
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield the plain columns' rows of some examples at a time, and where they stand."""
-        for indices, rows, _ in self.objective.roots(self._network, self._columns(self._plain)):
+        for indices, rows, _ in self.objective.roots(self._columns(self._plain)):
             yield self._place(indices), rows if self._projection is None else self._projection.forward(rows)
 
     def _blocks(self, columns: Tensor) -> Iterator[Tensor]:
         """Yield some of the plain columns ``(N * C, n)``, as many at once as the memory holds."""
         for chosen in columns.split(self._width):
             block = self.objective.theta.new_empty(self.rows, len(chosen))
-            for indices, rows, _ in self.objective.roots(self._network, self._columns(chosen)):
+            for indices, rows, _ in self.objective.roots(self._columns(chosen)):
                 block[self._place(indices)] = (
                     rows if self._projection is None else self._projection.forward(rows)[:, chosen]
                 )

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch.func import functional_call
 
-from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.replay import Draws
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 
 MODULES = [Classifier, Regressor]
@@ -27,19 +29,19 @@ def test_products_are_those_of_the_matrices_written_out(trained, vectors, module
     objective = run.objective()
     v = vectors(objective.size)
     torch.testing.assert_close(objective.hessian_products(v), v @ run.hessian(), rtol=1e-10, atol=1e-12)
-    products = objective.gauss_newton_products(objective.find_network(), v)
+    products = objective.gauss_newton_products(v)
     torch.testing.assert_close(products, v @ run.gauss_newton(), rtol=1e-10, atol=1e-12)
 
 
 def test_little_memory_means_few_examples_at_a_time(trained, vectors):
     run = trained(Regressor())
-    whole, chunked = run.objective(), run.objective(memory=3e3)
+    whole, chunked = run.objective(), run.objective(memory=7e3)
     assert len(list(chunked.gradients())) > len(list(whole.gradients())) == 1
     v = vectors(whole.size, 1)
     torch.testing.assert_close(chunked.slopes(v), whole.slopes(v), rtol=1e-12, atol=1e-14)
-    in_fives = run.objective(chunks={("Hessian products", 1): 5, ("Gauss-Newton products", 1): 5})
+    in_fives = run.objective(chunks={"Hessian products": 5, "Gauss-Newton products": 5})
     torch.testing.assert_close(in_fives.hessian_products(v), v @ run.hessian(), rtol=1e-10, atol=1e-12)
-    products = in_fives.gauss_newton_products(in_fives.find_network(), v)
+    products = in_fives.gauss_newton_products(v)
     torch.testing.assert_close(products, v @ run.gauss_newton(), rtol=1e-10, atol=1e-12)
 
 
@@ -57,22 +59,118 @@ def test_decoupled_weight_decay_is_no_part_of_the_objective(trained):
     assert not trained(Decoupled()).objective().penalty.any()
 
 
-def test_a_penalty_in_the_loss_is_no_part_of_a_gauss_newton_matrix(trained):
-    class Penalised(Classifier):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) + sum((p**2).sum() for p in self.parameters())
-
-    with pytest.raises(AttributionError, match="otherwise than by the outputs of the network"):
-        trained(Penalised()).objective().find_network()
+class Penalised(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + sum((p**2).sum() for p in self.parameters())
 
 
-def test_a_network_that_is_called_twice_is_none(trained):
+def test_a_penalty_in_the_loss_is_part_of_the_matrices_and_of_no_root(trained, vectors):
+    run = trained(Penalised())
+    objective, v = run.objective(), vectors(len(run.theta))
+    torch.testing.assert_close(objective.gauss_newton_products(v), v @ run.gauss_newton() + 2 * v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(objective.hessian_products(v), v @ run.hessian() + 2 * v, rtol=1e-10, atol=1e-12)
+    assert not objective.has_root
+    for ask in (lambda: objective.outputs, lambda: list(objective.roots())):
+        with pytest.raises(AttributionError, match="needs a loss that is the mean of losses of single examples"):
+            ask()
+
+
+class Weighted(Classifier):
+    """Divides by the class weights in the batch, so that an example's share depends on the others."""
+
+    def training_step(self, batch, batch_idx):
+        weight = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], weight=weight)
+
+
+class Summed(Classifier):
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+
+
+def in_sevens(run):
+    """Examples in batches as large as those of the training, the same ones each time."""
+    return torch.randperm(len(run.data), generator=torch.Generator().manual_seed(0)).split(7)
+
+
+@pytest.mark.parametrize("module", [Weighted, Summed])
+def test_losses_that_are_no_means_are_those_of_batches_as_large_as_in_training(trained, vectors, module):
+    run = trained(module())
+    objective, v, batches = run.objective(), vectors(len(run.theta)), in_sevens(run)
+    assert not objective.has_root
+
+    def loss(theta, weights):
+        losses = run.losses(theta) * weights
+        if module is Summed:
+            return losses.sum() * 7 / len(run.data)
+        of_classes = torch.tensor([1.0, 4.0, 0.5], dtype=torch.float64)[run.data.tensors[1]]
+        parts = [(of_classes * losses)[some].sum() / of_classes[some].sum() for some in batches]
+        return sum(parts) * 7 / len(run.data)
+
+    ones = torch.ones(len(run.data), dtype=torch.float64)
+    hessian = torch.func.hessian(loss)(run.theta, ones)
+    torch.testing.assert_close(objective.hessian_products(v), v @ hessian, rtol=1e-10, atol=1e-12)
+    shares = torch.func.jacrev(lambda weights: torch.func.grad(loss)(run.theta, weights))(ones).T * len(run.data)
+    torch.testing.assert_close(objective.slopes(v), v @ shares.T, rtol=1e-10, atol=1e-12)
+    gradients = torch.empty_like(shares)
+    for indices, rows in objective.gradients():
+        gradients[indices] = rows
+    torch.testing.assert_close(gradients, shares, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        objective.fisher_products(v), v @ shares.T @ shares / len(run.data), rtol=1e-10, atol=1e-12
+    )
+
+
+class Noisy(Regressor):
+    def training_step(self, batch, batch_idx):
+        noise = 0.3 * torch.randn_like(batch[0])
+        return torch.nn.functional.mse_loss(self(batch[0] + noise), batch[1])
+
+
+def test_a_loss_that_draws_random_numbers_is_the_mean_over_draws(trained, vectors):
+    run = trained(Noisy())
+    draws, (inputs, targets) = Draws(3, seed=5), run.data.tensors
+    objective, v = run.objective(draws=draws), vectors(len(run.theta))
+
+    def loss(theta):
+        total = 0.0
+        for seed in draws.of(-1):
+            for some in in_sevens(run):
+                torch.manual_seed(seed)
+                moved = inputs[some] + 0.3 * torch.randn_like(inputs[some])
+                outputs = functional_call(run.module, run.replay.layout.unflatten(theta), (moved,))
+                total = total + torch.nn.functional.mse_loss(outputs, targets[some])
+        return total * 7 / len(inputs) / draws.number
+
+    hessian = torch.autograd.functional.hessian(loss, run.theta)
+    torch.testing.assert_close(objective.hessian_products(v), v @ hessian, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        objective.slopes(v).mean(1), v @ torch.autograd.functional.jacobian(loss, run.theta), rtol=1e-10, atol=1e-12
+    )
+    assert not objective.has_root
+
+
+def test_a_network_that_is_called_twice_has_the_outputs_of_both_calls(trained, vectors):
     class Twice(Regressor):
         def training_step(self, batch, batch_idx):
             return torch.nn.functional.mse_loss(self.net(batch[0]) + self.net(-batch[0]), batch[1])
 
-    with pytest.raises(ReplayError, match="has no network to be seen"):
-        trained(Twice()).objective().find_network()
+    run = trained(Twice())
+    objective, (inputs, targets) = run.objective(), run.data.tensors
+
+    def residuals(theta):
+        parameters = run.replay.layout.unflatten(theta)
+        one, other = (functional_call(run.module, parameters, (x,)) for x in (inputs, -inputs))
+        return (one + other - targets).flatten()
+
+    # of a mean of squares: 2 / n times J^T J
+    jacobian = torch.func.jacrev(residuals)(run.theta)
+    expected = 2 / len(jacobian) * jacobian.T @ jacobian
+    v = vectors(objective.size)
+    assert objective.outputs == 4
+    torch.testing.assert_close(objective.gauss_newton_products(v), v @ expected, rtol=1e-10, atol=1e-12)
+    root = torch.cat([rows.rows for rows in objective.roots()])
+    torch.testing.assert_close(root.T @ root / objective.examples, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_a_loss_that_is_not_convex_has_no_root(trained):
@@ -82,7 +180,7 @@ def test_a_loss_that_is_not_convex_has_no_root(trained):
 
     objective = trained(Bent()).objective()
     with pytest.raises(AttributionError, match="not convex in the network's outputs"):
-        list(objective.roots(objective.find_network()))
+        list(objective.roots())
 
 
 def test_examples_that_do_not_fit_the_memory_are_refused(trained):

@@ -80,14 +80,13 @@ def test_products_and_gram_matrix_are_those_of_one_root(trained, monkeypatch, ca
     make, layers = CASES[case]
     run = trained(make())
     objective = run.objective()
-    network = objective.find_network()
     if not is_kept:
         # room for the factors, and for two of the other columns at a time
-        rows = objective.examples * network.outputs
-        factors = _factors(Root(objective, network))
+        rows = objective.examples * objective.outputs
+        factors = _factors(Root(objective))
         monkeypatch.setattr(root, "_SHARE", 8 * max(2 * factors, factors + 2 * rows) / objective.memory)
     monkeypatch.setattr(root, "_LARGEST", 150)  # two or three vectors at a time
-    found = Root(objective, network)
+    found = Root(objective)
     assert found.is_kept == is_kept
     assert len(found._kept[0]) == layers
     written_out = found.times(torch.eye(objective.size, dtype=torch.float64))
@@ -102,7 +101,7 @@ def test_products_and_gram_matrix_are_those_of_one_root(trained, monkeypatch, ca
 def test_the_diagonal_is_that_of_the_matrix(trained, case):
     run = trained(CASES[case][0]())
     objective = run.objective()
-    close(gauss_newton_diagonal(objective, objective.find_network()), run.gauss_newton().diagonal())
+    close(gauss_newton_diagonal(objective), run.gauss_newton().diagonal())
 
 
 def _factors(found):
@@ -113,7 +112,7 @@ def _factors(found):
 def test_gram_matrices_of_parts_add_up(trained):
     run = trained(Classifier(weight_decay=0.05, decayed_bias=False))
     objective = run.objective()
-    found = Root(objective, objective.find_network())
+    found = Root(objective)
     decayed = objective.penalty > 0
     assert 0 < int(decayed.sum()) < objective.size
     written_out = found.times(torch.eye(objective.size, dtype=torch.float64))
@@ -124,7 +123,7 @@ def test_gram_matrices_of_parts_add_up(trained):
 def test_factors_that_do_not_fit_the_memory_are_not_made(trained, monkeypatch):
     objective = trained(Classifier()).objective()
     monkeypatch.setattr(root, "_SHARE", 1e-6)
-    found = Root(objective, objective.find_network())
+    found = Root(objective)
     assert found._kept[0] == []
     written_out = found.times(torch.eye(objective.size, dtype=torch.float64))
     close(found.gram(torch.ones(objective.size, dtype=torch.bool)), written_out @ written_out.T)

@@ -7,6 +7,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Diagonal, ExactHessian, GaussNewton, Identity
 from lightning_dtda.estimators.curvatures import root
 from lightning_dtda.estimators.projection import Projection
+from lightning_dtda.estimators.curvatures.gauss_newton import ImplicitGaussNewton
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 
 TOLERANCE = 1e-8  # relative: what is asked of the Gram matrix's solutions; reached: about 1e-11
@@ -100,7 +101,15 @@ def test_the_pseudo_inverse_of_zero_is_zero(trained, vectors, curvature):
 
 def test_a_gram_matrix_that_does_not_fit_the_memory_is_refused(trained):
     with pytest.raises(AttributionError, match="The Gram matrix of 14 examples with 3 outputs takes"):
-        GaussNewton().fit(trained(Classifier()).objective(memory=4e4))
+        GaussNewton("gram").fit(trained(Classifier()).objective(memory=4e4))
+
+
+def test_without_room_for_a_gram_matrix_there_are_products_by_default(trained, vectors):
+    run = trained(Classifier())
+    fitted = GaussNewton(tolerance=1e-10).fit(run.objective(memory=4e4))
+    v, dense = vectors(len(run.theta)), run.gauss_newton()
+    assert isinstance(fitted, ImplicitGaussNewton)
+    close(fitted.solve(v, 0.1).vectors, torch.linalg.solve(dense + 0.1 * torch.eye(len(dense)).double(), v.T).T)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,0 +1,254 @@
+"""What a sweep costs on networks of a hundred thousand to two million parameters, next to their training.
+
+    OMP_NUM_THREADS=1 python benchmarks/modules.py --modules resnet_group_norm vit
+
+Trains each network by a plain Trainer, records the same training, and sweeps it back for one query and for three, all in
+one process and on one thread. Prints CPU seconds relative to the plain training, and the memory that a sweep takes at its
+peak beyond what was there before, relative to that of a training step; the latter for two lengths of the training.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import tempfile
+import time
+import warnings
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_dtda import Ensemble, TrajectoryRecorder
+from lightning_dtda.estimators import UnrolledDifferentiation
+from lightning_dtda.estimators.estimator import Question
+from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.estimators.removals import resolve_removals
+from lightning_dtda.replay import query_examples, resolve_measurement, training_examples
+
+BATCH = 16
+
+
+class Task(pl.LightningModule):
+    """Trains a network on classes, or on the next token, by SGD with momentum."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        scores = self.network(batch[0])
+        return functional.cross_entropy(scores.flatten(0, -2), batch[1].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class Block(nn.Module):
+    """Two convolutions with a norm each, and the way past them."""
+
+    def __init__(self, channels: int, norm: type[nn.Module]) -> None:
+        super().__init__()
+        make = (lambda: nn.GroupNorm(8, channels)) if norm is nn.GroupNorm else (lambda: nn.BatchNorm2d(channels))
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            make(),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            make(),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Add what the layers make of the images."""
+        return torch.relu(images + self.layers(images))
+
+
+def resnet(norm: type[nn.Module]) -> nn.Module:
+    """A ResNet for small images."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1),
+        Block(32, norm),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        Block(64, norm),
+        nn.Conv2d(64, 96, 3, stride=2, padding=1),
+        Block(96, norm),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(96, 10),
+    )
+
+
+class Transformer(nn.Module):
+    """A transformer over patches of an image, or over tokens with a causal mask."""
+
+    def __init__(self, inputs: nn.Module, length: int, width: int, layers: int, outputs: int, causal: bool) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.outputs = nn.Linear(width, outputs)
+        self.causal = causal
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return scores for each image ``(B, C)``, or for each token ``(B, T, C)``."""
+        hidden = self.inputs(inputs) + self.positions
+        mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1]) if self.causal else None
+        hidden = self.encoder(hidden, mask=mask, is_causal=self.causal)
+        return self.outputs(hidden if self.causal else hidden.mean(1))
+
+
+class Patches(nn.Module):
+    """Linear embeddings of the patches of an image."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, size, stride=size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return ``(B, T, width)``."""
+        return self.embed(images).flatten(2).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(64, 128)
+        self.lstm = nn.LSTM(128, 256, num_layers=2, batch_first=True)
+        self.outputs = nn.Linear(256, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return scores of the next token ``(B, T, C)``."""
+        return self.outputs(self.lstm(self.embed(tokens))[0])
+
+
+def images(examples: int) -> TensorDataset:
+    """Random images with labels."""
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(
+        torch.randn(examples, 3, 16, 16, generator=generator), torch.randint(10, (examples,), generator=generator)
+    )
+
+
+def tokens(examples: int) -> TensorDataset:
+    """Random tokens with the next ones."""
+    drawn = torch.randint(64, (examples, 33), generator=torch.Generator().manual_seed(0))
+    return TensorDataset(drawn[:, :-1], drawn[:, 1:])
+
+
+MODULES = {
+    "resnet_group_norm": (lambda: resnet(nn.GroupNorm), images),
+    "resnet_batch_norm": (lambda: resnet(nn.BatchNorm2d), images),
+    "vit": (lambda: Transformer(Patches(4, 128), 16, 128, 4, 10, causal=False), images),
+    "gpt": (lambda: Transformer(nn.Embedding(64, 128), 32, 128, 4, 64, causal=True), tokens),
+    "lstm": (Recurrent, tokens),
+}
+
+
+def trainer(steps: int, *callbacks: pl.Callback) -> pl.Trainer:
+    """Return a quiet Trainer."""
+    return pl.Trainer(
+        max_steps=steps,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+
+
+def cpu(function) -> float:
+    """Run a function and return its CPU seconds."""
+    gc.collect()
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
+    """Train, record and sweep one network."""
+    make, data = MODULES[name]
+    examples = data(steps * BATCH // 2)
+    loader = DataLoader(examples, BATCH, shuffle=True)
+    root = tempfile.mkdtemp()
+
+    def fit(*callbacks: pl.Callback, count: int = steps) -> pl.LightningModule:
+        pl.seed_everything(0, verbose=False)
+        module = Task(make())
+        trainer(count, *callbacks).fit(module, loader)
+        return module
+
+    module = fit(TrajectoryRecorder(root))
+    fit(count=2)  # warms up
+    ensemble = Ensemble.open(root)
+    training = training_examples(loader)
+    estimator = UnrolledDifferentiation(mode="reverse", runs_per_batch=1, memory_budget=8)
+
+    def question(queries: int) -> Question:
+        asked = query_examples(Subset(examples, range(queries)), training)
+        measurement = resolve_measurement("loss")[1]
+        removals = resolve_removals("leave-one-out", training)
+        return Question(module, training, asked, measurement, torch.device("cpu"), removals)
+
+    times: dict[str, list[float]] = {"training": [], "one": [], "three": []}
+    plans = {}
+    for _ in range(repeats):
+        times["training"].append(cpu(fit))
+        for label, queries in (("one", 1), ("three", 3)):
+            asked = question(queries)
+            plan = plans.setdefault(label, estimator.plan([*ensemble], asked))
+            estimator.estimate([*ensemble], asked, plan, lambda steps: None)  # the module's copy, and the cut
+            times[label].append(cpu(lambda: sweep_only(estimator, ensemble, asked, plan)))
+    fastest = {label: min(found) for label, found in times.items()}
+    asked = question(1)
+    replay = asked.replay([*ensemble])
+    batch = next(iter(loader))
+
+    def step() -> None:
+        loss = module.training_step(batch, 0)
+        loss.backward()
+
+    of_step = peak_memory(step, torch.device("cpu"))
+    of_sweep = peak_memory(lambda: sweep_only(estimator, ensemble, asked, plans["one"]), torch.device("cpu"))
+    return {
+        "parameters": replay.layout.size,
+        "one query / training": round(fastest["one"] / fastest["training"], 2),
+        "a further query / training": round((fastest["three"] - fastest["one"]) / 2 / fastest["training"], 2),
+        "peak memory of the sweep / of a training step": round(of_sweep / of_step, 2),
+    }
+
+
+def sweep_only(estimator: UnrolledDifferentiation, ensemble: Ensemble, question: Question, plan) -> None:
+    """Sweep without the diagnosis, whose part falls with the length of the training."""
+    from lightning_dtda.estimators.measuring import measure as measured
+    from lightning_dtda.estimators.sweep import sweep
+
+    replay = question.replay([*ensemble]).stack(plan.stacked)
+    replay.held = plan.held
+    _, adjoint, of_statistics = measured(replay, question, range(len(question.queries)))
+    sweep(replay, adjoint, of_statistics, len(question.examples), None, lambda steps: None)
+
+
+def main() -> None:
+    """Print the figures of each network."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="*", default=list(MODULES), choices=list(MODULES))
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in options.modules:
+        print(json.dumps({"module": name, **measure(name, options.steps, options.repeats)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

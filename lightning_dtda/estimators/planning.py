@@ -1,0 +1,249 @@
+"""How a sweep goes about it: forward or reverse, runs one by one or stacked, and how much at once; by measured costs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.forward import example_position
+from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.estimators.removals import Removals
+from lightning_dtda.estimators.sweep import no_state_cotangents
+from lightning_dtda.replay import Replay
+
+_log = logging.getLogger(__name__)
+
+Mode = Literal["auto", "reverse", "forward"]
+
+_FEWEST_HELD = 4
+"""Steps whose start is held in memory at the least."""
+
+_WORTH_TRACING = 5.0
+"""Seconds below which a sweep is not stacked: to trace a step takes about one."""
+
+_WORTHWHILE = 0.85
+"""A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
+
+_TIMED_STEPS = 3
+"""Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a mode takes, and of what: queries in reverse, removals in forward mode.
+
+    Args:
+        mode: The mode.
+        directions: Number of queries or of removals.
+        per_run: Bytes that a run needs whatever their number.
+        per_direction: Bytes that each of a chunk adds where they are computed one by one.
+        step: Takes a step of a replay with a number of directions.
+    """
+
+    mode: Literal["reverse", "forward"]
+    directions: int
+    per_run: float
+    per_direction: float
+    step: Callable[[Replay, int], object]
+
+    def fit(self, budget: float) -> bool:
+        """Say whether one direction of one run fits a number of bytes."""
+        return self.per_run + self.per_direction <= budget
+
+    def seconds(self, replay: Replay, directions: int) -> float:
+        """Time a step."""
+        fastest = float("inf")
+        with kept_pages(replay.device):
+            for _ in range(_TIMED_STEPS):
+                start = time.perf_counter()
+                self.step(replay, directions)
+                if replay.device.type == "cuda":
+                    torch.cuda.synchronize(replay.device)
+                fastest = min(fastest, time.perf_counter() - start)
+        return fastest
+
+
+@dataclass(frozen=True)
+class Way:
+    """How steps are run.
+
+    Args:
+        stacked: Whether runs and directions are computed at once.
+        runs: Number of runs that are worked on together.
+        directions: Number of directions.
+        per_direction: Bytes that each takes in each run.
+        seconds: Of a step of one run.
+    """
+
+    stacked: bool
+    runs: int
+    directions: int
+    per_direction: float
+    seconds: float
+
+
+def choose(
+    mode: Mode,
+    horizon: int | str | None,
+    budget: float,
+    queries: int,
+    removals: int,
+    reverse: Callable[[], Costs],
+    forward: Callable[[], Costs],
+) -> Costs:
+    """Return the costs of the mode that is asked for; with ``"auto"``, of the one that takes fewer sweeps.
+
+    A step costs about as much for a query in reverse as for a removal in forward mode, so that their numbers decide.
+
+    Args:
+        mode: As asked for.
+        horizon: As asked for; ``"auto"`` is known to the reverse mode only.
+        budget: Bytes.
+        queries: Q.
+        removals: K.
+        reverse: Measures the costs of the reverse mode.
+        forward: Measures those of the forward mode.
+    """
+    if mode != "auto":
+        return reverse() if mode == "reverse" else forward()
+    counts = f"{queries} queries against {removals} removals"
+    if horizon == "auto" or queries <= removals:
+        why = 'horizon="auto" needs adjoints' if horizon == "auto" else f"it pays for each query, {counts}"
+        _log.info("Differentiating in reverse mode: %s.", why)
+        return reverse()
+    forwards = forward()
+    if not forwards.fit(budget):
+        return reverse()
+    _log.info("Differentiating in forward mode: it pays for each removal, %s.", counts)
+    return forwards
+
+
+def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
+    """Measure what the reverse mode takes."""
+    point, buffers = replay.point(0), replay.buffers(0)
+
+    def step(replay: Replay, directions: int) -> object:
+        here = point if len(replay.runs) == 1 else replay.point(0)
+        held = buffers if len(replay.runs) == 1 else replay.buffers(0)
+        cotangents = torch.ones(
+            len(replay.runs), directions, replay.layout.size, dtype=replay.dtype, device=replay.device
+        )
+        direct, _, along = replay.adjoint(0, here, cotangents, no_state_cotangents(replay, cotangents))
+        _, found = replay.directional(0, here, along, held, replay.no_statistics(cotangents))
+        return found.products + direct
+
+    vector = replay.layout.size * replay.dtype.itemsize
+    states = sum(part[0].numel() for state in point.states for part in state.values()) * replay.dtype.itemsize
+    alone = _peak(lambda: step(replay, 1), replay)
+    # a group's response is summed up from those of its examples, which are there twice for a moment
+    of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
+    responses = 2 * queries * len(removals) * replay.dtype.itemsize
+    return Costs(
+        "reverse",
+        queries,
+        alone + _FEWEST_HELD * point_bytes(replay) + responses,
+        # adjoints of parameters and state, before and after the step, and the direction
+        2 * (vector + states) + vector + of_examples,
+        step,
+    )
+
+
+def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
+    """Measure what the forward mode takes."""
+
+    def step(replay: Replay, directions: int) -> object:
+        return replay.push(*example_position(replay, directions))
+
+    position, _ = example_position(replay, 1)
+    vector = replay.layout.size * replay.dtype.itemsize
+    states = sum(part[0].numel() for state in position.states for part in state.values()) * replay.dtype.itemsize
+    alone = _peak(lambda: step(replay, 1), replay)
+    # the responses, which examples the removals have, and what the diagnosis holds
+    kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
+    per_run = alone + kept + _FEWEST_HELD * point_bytes(replay)
+    return Costs("forward", removals, per_run, 2 * (vector + states) + vector, step)
+
+
+def point_bytes(replay: Replay) -> float:
+    """Return the bytes of a run's state at the start of a step, in double, as the diagnosis holds it."""
+    states = sum(part.shape[-1] for state in replay.checkpoint(0)[1] for part in state.values())
+    return (3 * replay.layout.size + states) * torch.float64.itemsize
+
+
+def held_steps(replay: Replay, runs: int, memory: float) -> float:
+    """Return how many steps of each run may be held in some memory."""
+    return _FEWEST_HELD + max(0, math.floor(memory / (runs * point_bytes(replay))))
+
+
+def fastest_way(
+    make: Callable[[int], Replay], costs: Costs, budget: float, asked: int | None, most: int, steps: int
+) -> Way:
+    """Choose how steps are run.
+
+    Args:
+        make: Makes a replay of a number of runs.
+        costs: Of the mode.
+        budget: Bytes.
+        asked: Number of runs to be worked on together; ``None`` is free.
+        most: Number of runs of the same shape.
+        steps: Of all runs, that will be taken for each chunk of directions.
+
+    Raises:
+        AttributionError: If the number of runs that is asked for does not fit the budget.
+    """
+    alone = make(1)
+    runs = asked or 1
+    directions = min(costs.directions, int((budget / runs - costs.per_run) / costs.per_direction))
+    if directions < 1:
+        raise AttributionError(
+            f"runs_per_batch={runs} does not fit memory_budget; at most "
+            f"{int(budget / (costs.per_run + costs.per_direction))} do."
+        )
+    one = costs.seconds(alone, 1)
+    each = costs.seconds(alone, 2) - one if directions > 1 else 0.0
+    eager = Way(False, runs, directions, costs.per_direction, one + max(each, 0.0) * (directions - 1))
+    total = steps * math.ceil(costs.directions / directions) * eager.seconds
+    if total < _WORTH_TRACING or not alone.can_stack:
+        return eager
+    stacked = _stacked(make, costs, budget, asked, most)
+    if stacked is None:
+        return eager
+
+    def of_all(way: Way) -> float:
+        return way.seconds * math.ceil(costs.directions / way.directions)
+
+    return stacked if of_all(stacked) < of_all(eager) else eager
+
+
+def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: int | None, most: int) -> Way | None:
+    """Return the fastest number of runs of those that fit, stacked; ``None`` where none does."""
+    alone = make(1).stack()
+    costs.step(alone, 1)
+    peaks = [_peak(lambda n=n: costs.step(alone, n), alone) for n in (1, 2)]  # type: ignore[misc]
+    per_direction = max(peaks[1] - peaks[0], 0) + costs.per_direction
+    per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction)
+    directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))
+    if directions < 1:
+        return None
+    fit = max(1, int(budget / (per_run + directions * per_direction))) if directions == costs.directions else 1
+    size = asked or min(fit, most)
+    seconds = costs.seconds(make(size).stack(), directions)
+    while asked is None and size > 1:
+        smaller = -(-size // 2)
+        timed = costs.seconds(make(smaller).stack(), directions)
+        if timed / smaller > _WORTHWHILE * seconds / size:
+            break
+        size, seconds = smaller, timed
+    return Way(True, size, directions, per_direction, seconds / size)
+
+
+def _peak(function: Callable[[], object], replay: Replay) -> float:
+    function()  # what the first call reads and keeps is none of a step's memory
+    return peak_memory(function, replay.device)

@@ -1,0 +1,57 @@
+"""``torch.optim.ASGD``: gradient descent with a falling rate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.optimizers.arithmetic import Scale, add_scaled, same_for_all, scalar_dtype
+from lightning_dtda.optimizers.direction import direction, penalty
+from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+
+ETA = "eta"
+
+
+class ASGD(Update):
+    r"""Averaged SGD (Polyak and Juditsky, *Acceleration of Stochastic Approximation by Averaging*, 1992) in torch.
+
+    With the learning rate :math:`\eta` of the step before, and of the first step at that:
+
+    .. math::
+        \eta_t = \frac{\eta}{(1 + \lambda \eta t)^\alpha}, \qquad
+        \theta_{t+1} = (1 - \lambda\eta_t)\theta_t - \eta_t (\pm g_t + \gamma\theta_t).
+
+    The average of the parameters that torch keeps beside them, ``ax``, takes no part in training; it is not followed.
+    """
+
+    def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
+        """Return the rate of the first step."""
+        rate = torch.zeros(*theta.shape[:-1], 1, dtype=scalar_dtype(), device=theta.device)
+        return {ETA: rate.copy_(torch.as_tensor(hyperparameters["lr"]))}
+
+    def step(
+        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    ) -> tuple[Tensor, State]:
+        """Return the parameters ``(..., P)`` and the state after one step."""
+        rate = same_for_all(state[ETA].detach(), theta.dtype)
+        decayed = theta * (1 - hyperparameters["lambd"] * rate)
+        moved = add_scaled(decayed, direction(theta, gradient, hyperparameters), -rate)
+        later = torch.zeros_like(state[ETA]).copy_(torch.as_tensor(_rate(hyperparameters, step + 1)))
+        return moved, {ETA: later}
+
+    def penalty(self, hyperparameters: Hyperparameters) -> float:
+        """Return the weight decay."""
+        return penalty(hyperparameters)
+
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta_t`, as if the learning rate were that of the step before."""
+        return float(_rate(hyperparameters, step))
+
+    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\lambda\eta_t`."""
+        return float(hyperparameters["lambd"]) * float(_rate(hyperparameters, step))
+
+
+def _rate(hyperparameters: Hyperparameters, step: int) -> Scale:
+    rate, decay = hyperparameters["lr"], hyperparameters["lambd"]
+    return rate / (1 + decay * rate * step) ** hyperparameters["alpha"]

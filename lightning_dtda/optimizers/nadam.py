@@ -1,0 +1,66 @@
+"""``torch.optim.NAdam``: Adam with Nesterov momentum that grows from step to step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.optimizers.adam import MEAN, SECOND_MOMENT, moments
+from lightning_dtda.optimizers.arithmetic import add_quotient, root, same_for_all, scalar_dtype
+from lightning_dtda.optimizers.direction import decoupled_decay, direction, kept, penalty
+from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+
+MU_PRODUCT = "mu_product"
+
+
+class NAdam(Update):
+    r"""NAdam (Dozat, *Incorporating Nesterov Momentum into Adam*, 2016, algorithm 2) as torch computes it.
+
+    With Adam's moments :math:`m_{t+1}, v_{t+1}` of the directions :math:`h_t`, and momentum decay :math:`\psi`:
+
+    .. math::
+        \mu_t = \beta_1 \left(1 - \tfrac12 \, 0.96^{(t + 1) \psi}\right), \qquad
+        \theta_{t+1} = (1 - \eta\gamma)\theta_t - \frac{\eta}{\sqrt{v_{t+1} / (1 - \beta_2^{t+1})} + \epsilon}
+        \left(\frac{(1 - \mu_t) h_t}{1 - \prod_{s \le t} \mu_s}
+        + \frac{\mu_{t+1} m_{t+1}}{1 - \prod_{s \le t + 1} \mu_s}\right),
+
+    the factor :math:`1 - \eta\gamma` only where the decay is decoupled.
+    """
+
+    def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
+        """Return zero moments, and a product of one."""
+        product = torch.ones(*theta.shape[:-1], 1, dtype=scalar_dtype(), device=theta.device)
+        return {MEAN: torch.zeros_like(theta), SECOND_MOMENT: torch.zeros_like(theta), MU_PRODUCT: product}
+
+    def step(
+        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    ) -> tuple[Tensor, State]:
+        """Return the parameters ``(..., P)`` and the state after one step."""
+        rate, beta1, beta2 = hyperparameters["lr"], hyperparameters["betas.0"], hyperparameters["betas.1"]
+        decay = hyperparameters["momentum_decay"]
+        now, later = (beta1 * (1.0 - 0.5 * 0.96 ** (t * decay)) for t in (step + 1, step + 2))
+        h = direction(theta, gradient, hyperparameters)
+        product = state[MU_PRODUCT].detach()
+        product = (product.to(scalar_dtype()) * now).to(product.dtype)  # rounded as by torch, in a double replay too
+        new_state = moments(state, h, hyperparameters) | {MU_PRODUCT: product}
+        so_far = same_for_all(product, theta.dtype)
+        denominator = root(new_state[SECOND_MOMENT] / (1 - beta2 ** (step + 1))) + hyperparameters["eps"]
+        moved = add_quotient(kept(theta, hyperparameters), h, denominator, -rate * (1.0 - now) / (1.0 - so_far))
+        return add_quotient(moved, new_state[MEAN], denominator, -rate * later / (1.0 - so_far * later)), new_state
+
+    def penalty(self, hyperparameters: Hyperparameters) -> float:
+        """Return the weight decay, unless it is decoupled."""
+        return penalty(hyperparameters)
+
+    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta`: a gradient's weights sum up to one, but for what :math:`\mu` grows meanwhile."""
+        return float(hyperparameters["lr"])
+
+    def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
+        """Return one over the denominator of the update."""
+        corrected = state[SECOND_MOMENT] / (1 - hyperparameters["betas.1"] ** (step + 1))
+        return 1 / (corrected.sqrt() + hyperparameters["eps"])
+
+    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
+        r"""Return :math:`\eta\gamma` where the decay is decoupled."""
+        return decoupled_decay(hyperparameters)

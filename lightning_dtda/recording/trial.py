@@ -1,0 +1,179 @@
+"""One attribution step, tried on the first batch: what would fail after the training fails before it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import DTDAError, RecordingError, ReplayError
+from lightning_dtda.replay.eager import Eager, reduction, shared_by_examples
+from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.measured import Draws, measured
+from lightning_dtda.replay.measurements import loss
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.stand_ins import Circumstances, Time
+from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+from lightning_dtda.trajectory import ParameterLayout
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one attribution step on the first batch showed.
+
+    Args:
+        layout: The parameters that the loss uses.
+        circumstances: Those of the training, with the buffers that a step changes.
+        shared: As in a manifest.
+        gradient: Of the batch's loss ``(P,)``.
+        eager: What the step was run with.
+    """
+
+    layout: ParameterLayout
+    circumstances: Circumstances
+    shared: dict[str, str]
+    gradient: Tensor
+    eager: Eager
+
+
+def try_step(
+    module: pl.LightningModule,
+    layout: ParameterLayout,
+    circumstances: Circumstances,
+    datamodule: Any,
+    examples: int,
+    make: Callable[[Sequence[int]], Any],
+    time: Time,
+    states: Mapping[str, Tensor],
+) -> Trial:
+    """Run an attribution step: gradient, products, tangents, and the default measurement of an example.
+
+    Args:
+        module: The module, which is about to be trained.
+        layout: Parameters that the optimizer was given.
+        circumstances: Of the training, as far as they are known.
+        datamodule: The Trainer's, if there is one.
+        examples: B.
+        make: Makes the first batch again, of some of its rows, as the ``collate_fn`` makes it.
+        time: The Trainer's.
+        states: Of the generators, before the batch was moved.
+
+    Raises:
+        RecordingError: If a step cannot be replayed or differentiated.
+    """
+    try:
+        return _try_step(module, layout, circumstances, datamodule, examples, make, time, states)
+    except ReplayError as error:
+        raise RecordingError(str(error)) from error
+    except DTDAError:
+        raise
+    except Exception as error:  # whatever the user's code, and torch's derivatives, do
+        raise RecordingError(
+            f"A step of {type(module).__name__} was tried on the first batch as it will be replayed, and fails "
+            f"({type(error).__name__}: {error}). What training_step does must work outside of a Trainer too, and be twice "
+            "differentiable."
+        ) from error
+
+
+def _try_step(
+    module: pl.LightningModule,
+    layout: ParameterLayout,
+    circumstances: Circumstances,
+    datamodule: Any,
+    examples: int,
+    make: Callable[[Sequence[int]], Any],
+    time: Time,
+    states: Mapping[str, Tensor],
+) -> Trial:
+    like = module.get_parameter(layout.names[0])
+    dtype, device = like.dtype, module.device
+    every_buffer = [name for name, _ in module.named_buffers()]
+    first = Replica(
+        module, layout, replace(circumstances, updated_buffers=every_buffer), dtype, device, datamodule=datamodule
+    )
+    inputs = MicroBatchInputs(examples, time, states, make)
+    with first.generators.kept():
+        unused, updated = _unused_and_updated(first, module, inputs)
+    layout = layout.without(unused)
+    if not layout.names:
+        raise RecordingError(f"The loss of {type(module).__name__} does not depend on any parameter that is trained.")
+    if unused:
+        _log.info("The loss does not use the parameters %s, which the optimizer leaves as they are.", ", ".join(unused))
+    circumstances = replace(circumstances, updated_buffers=updated)
+    eager = Eager(Replica(module, layout, circumstances, dtype, device, datamodule=datamodule))
+    theta = layout.flatten([module.get_parameter(name) for name in layout.names])
+    buffers = _tensors(module, layout)
+    followed = {*eager.statistics.names, *(name for name in updated if name.endswith("num_batches_tracked"))}
+    if unfollowed := [name for name in updated if name not in followed]:
+        _log.warning(
+            "A training step changes the buffers %s. They are replayed as they were; how they depend on the examples is "
+            "not followed.",
+            ", ".join(unfollowed),
+        )
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(1, 1, len(theta), generator=generator, dtype=torch.float64).to(theta)
+    stacked = {name: buffer[None] for name, buffer in buffers.items()}
+    cotangents = {name: torch.ones_like(stacked[name])[:, None] for name in eager.statistics.names}
+    batch = StepBatch.of([torch.arange(examples)], [[inputs]], device)
+    found = eager.products(batch, theta[None], stacked, direction, cotangents)
+    eager.statistics_along(batch, theta[None], stacked, direction, cotangents)
+    if not bool(torch.isfinite(found.gradient).all()):
+        raise RecordingError(f"The gradient of {type(module).__name__}'s loss is not finite on the first batch.")
+    if not bool(torch.isfinite(found.products).all()):
+        raise RecordingError(
+            f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square root or "
+            "the norm of a zero on the way, say. Add a small number under the root."
+        )
+    shared = {
+        "training": shared_by_examples(eager, inputs, theta, buffers),
+        "evaluation": shared_by_examples(eager, inputs, theta, buffers, training=False),
+        "reduction": reduction(eager, inputs, theta, buffers),
+    }
+    _try_measurement(eager, inputs, theta, stacked)
+    return Trial(layout, circumstances, shared, found.gradient[0], eager)
+
+
+def _unused_and_updated(
+    replica: Replica, module: pl.LightningModule, inputs: MicroBatchInputs
+) -> tuple[list[str], list[str]]:
+    """Return parameters that the loss does not use, and buffers that a pass changes."""
+    layout = replica.layout
+    theta = layout.flatten([module.get_parameter(name) for name in layout.names])
+    before = _tensors(module, layout)
+    with replica.passing():
+        replica.load(theta, before)
+        value = replica.training_loss(inputs.batch(), inputs.time, inputs.states)
+        if not value.requires_grad:
+            return list(layout.names), []
+        gradients = torch.autograd.grad(value, replica.parameters, allow_unused=True)
+        names = [name for name, _ in module.named_buffers()]
+        updated = [name for name, after in replica.buffers(names).items() if not torch.equal(after, before[name])]
+    return [name for name, one in zip(layout.names, gradients, strict=True) if one is None], updated
+
+
+def _try_measurement(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor]) -> None:
+    """Take the default measurement of an example, and say so where that fails."""
+    queries = Examples([0], collate_fn=lambda rows: inputs.make(rows))  # type: ignore[arg-type]
+    try:
+        measured(eager, theta[None], buffers, queries, [0], loss, ["the start"], inputs.time, Draws(1))
+    except DTDAError as error:
+        _log.warning(
+            'The measurement "loss" cannot be taken of a single example: %s Give attribute() another measurement.',
+            error,
+        )
+
+
+def _tensors(module: pl.LightningModule, layout: ParameterLayout) -> dict[str, Tensor]:
+    """Return copies of the buffers and of the parameters that are not in the layout, by name."""
+    names = set(layout.names)
+    found = dict(module.named_buffers()) | {
+        name: parameter for name, parameter in module.named_parameters() if name not in names
+    }
+    return {name: tensor.detach().clone() for name, tensor in found.items()}

@@ -1,0 +1,385 @@
+"""A step's derivatives in plain eager autograd, one run and one direction at a time: the reference, for any module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.cut import Cuts, CutTensor, UnknownGraphError, edges_of, weigh, zeros
+from lightning_dtda.replay.outputs import Outputs
+from lightning_dtda.replay.passes import Pass
+from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.running_statistics import RunningStatistics
+from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Relative difference of two derivatives that is taken for rounding: a dependence on examples is far above."""
+
+
+class Products(NamedTuple):
+    r"""What a step's adjoint needs, for R runs and Q directions.
+
+    Args:
+        terms: :math:`d_n = \partial_{w_n} \langle g, v \rangle` ``(runs, queries, B)``, with the coefficient that the
+            example has in the step's loss.
+        products: :math:`H v + \nabla_\theta \langle \mu, F \rangle` ``(runs, queries, P)``.
+        statistics_cotangents: Of the running statistics before the step, each ``(runs, queries, ...)``.
+        gradient: g ``(runs, P)``.
+    """
+
+    terms: Tensor
+    products: Tensor
+    statistics_cotangents: dict[str, Tensor]
+    gradient: Tensor
+
+
+class Eager:
+    """Computes the derivatives of steps.
+
+    Args:
+        replica: The module.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self.replica = replica
+        self.statistics = RunningStatistics(replica.module)
+        self.cuts = Cuts()
+
+    # -- of stacked runs
+
+    def gradient(
+        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        r"""Return the gradient g of a step ``(runs, P)`` with weights of examples, and the updated buffers after it.
+
+        Args:
+            batch: The step.
+            theta: Parameters ``(runs, P)``.
+            buffers: Buffers and frozen parameters, each ``(runs, ...)``.
+            weights: w ``(runs, B)``; ones if not given.
+        """
+        gradients, after = [], []
+        names = self.replica.circumstances.updated_buffers
+        for run, passes in enumerate(batch.passes):
+            current = _of_run(buffers, run)
+            total = torch.zeros_like(theta[run])
+            for part, inputs in _parts(passes):
+                of_examples = None if weights is None else weights[run, part]
+                with self.passed(inputs, theta[run], current, of_examples, create_graph=False) as one:
+                    total += inputs.factor * self.replica.layout.flatten(one.gradient)
+                    if inputs.keeps_statistics:
+                        current |= {name: tensor.clone() for name, tensor in self.replica.buffers(names).items()}
+                        current |= one.statistics
+            gradients.append(total)
+            after.append({name: current[name] for name in names})
+        return torch.stack(gradients), _stacked(after)
+
+    def products(
+        self,
+        batch: StepBatch,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        directions: Tensor,
+        statistics_cotangents: Mapping[str, Tensor],
+    ) -> Products:
+        """Differentiate a step's gradient along directions v ``(runs, queries, P)``.
+
+        Args:
+            batch: The step.
+            theta: Parameters ``(runs, P)``.
+            buffers: Buffers and frozen parameters, each ``(runs, ...)``.
+            directions: v.
+            statistics_cotangents: Of the running statistics after the step, each ``(runs, queries, ...)``.
+        """
+        runs, queries, _ = directions.shape
+        terms = directions.new_zeros(runs, queries, batch.size)
+        products = torch.zeros_like(directions)
+        gradient = torch.zeros_like(theta)
+        before = {name: cotangents.clone() for name, cotangents in statistics_cotangents.items()}
+        for run, passes in enumerate(batch.passes):
+            for part, inputs in reversed(list(_parts(passes))):
+                with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
+                    gradient[run] += inputs.factor * self.replica.layout.flatten(one.gradient)
+                    for query in range(queries):
+                        direction = self._parameters(directions[run, query] * inputs.factor)
+                        cotangents = (
+                            {name: c[run, query] for name, c in before.items()} if inputs.keeps_statistics else {}
+                        )
+                        curved, of_examples, of_statistics = one.products(direction, cotangents)
+                        products[run, query] += self.replica.layout.flatten(curved)
+                        terms[run, query, part] = of_examples
+                        for name, cotangent in of_statistics.items():
+                            before[name][run, query] = cotangent
+        return Products(terms, products, before, gradient)
+
+    def statistics_along(
+        self,
+        batch: StepBatch,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        tangents: Tensor,
+        before: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Return how running statistics change along tangents of the parameters, and along their own before the step.
+
+        Args:
+            batch: The step.
+            theta: Parameters ``(runs, P)``.
+            buffers: Buffers and frozen parameters, each ``(runs, ...)``.
+            tangents: Of the parameters ``(runs, removals, P)``.
+            before: Of the running statistics, each ``(runs, removals, ...)``.
+        """
+        if not before:
+            return {}
+        after = {name: tangent.clone() for name, tangent in before.items()}
+        for run, passes in enumerate(batch.passes):
+            for _, inputs in _parts(passes):
+                if not inputs.keeps_statistics:
+                    continue
+                with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
+                    for removal in range(tangents.shape[1]):
+                        own = {name: tangent[run, removal] for name, tangent in after.items()}
+                        found = one.statistics_along(self._parameters(tangents[run, removal]), own)
+                        for name, tangent in found.items():
+                            after[name][run, removal] = tangent
+        return after
+
+    # -- of one pass
+
+    @contextmanager
+    def passed(
+        self,
+        inputs: MicroBatchInputs,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        weights: Tensor | None = None,
+        *,
+        create_graph: bool = True,
+        batch: Any = None,
+        training: bool = True,
+    ) -> Iterator[Pass]:
+        """Run ``training_step`` for a micro-batch of a run; the pass is there as long as the context.
+
+        Args:
+            inputs: The micro-batch.
+            theta: Parameters ``(P,)``.
+            buffers: Buffers and frozen parameters by name.
+            weights: w ``(B,)``; ones if not given.
+            create_graph: Whether derivatives of the gradient will be asked for.
+            batch: In place of the micro-batch's own.
+            training: Whether the module is in training mode.
+        """
+        replica = self.replica
+        if weights is None:
+            weights = theta.new_ones(inputs.examples)
+        weights = weights.detach().requires_grad_(create_graph)
+        names = self.statistics.names if training else []
+        before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
+        with replica.generators.kept(), replica.passing(training=training, twice=create_graph):
+            replica.load(theta, {name: tensor.detach() for name, tensor in buffers.items()})
+            with self.statistics.followed(before) if training else nullcontext({}) as after:
+                loss = replica.training_loss(inputs.batch() if batch is None else batch, inputs.time, inputs.states)
+            cut = self.cut(loss, inputs)
+            yield Pass(loss, cut, replica.parameters, weights, before, after, create_graph)
+
+    def cut(self, loss: Tensor, inputs: MicroBatchInputs) -> list[CutTensor]:
+        """Return the tensors at which weights act; found by leaving examples out where the graph is a new one.
+
+        Raises:
+            ReplayError: If there are none, or something else of the gradient depends on the examples.
+        """
+        name = type(self.replica.module).__name__
+        if loss.grad_fn is None:
+            raise ReplayError(f"The loss of {name}.training_step does not depend on the trained parameters.")
+        try:
+            return self.cuts.find(loss, inputs.examples)
+        except UnknownGraphError:
+            pass
+        tried: list[tuple[Tensor, int]] = []
+        with self.replica.keeping_buffers():
+            cut = self.cuts.learn(loss, inputs.examples, self._others(inputs, tried), name)
+            if any(tensor.rows.repeats > 1 for tensor in cut) and self._are_interleaved(loss, cut, inputs):
+                self.cuts.interleave()
+                cut = self.cuts.find(loss, inputs.examples)
+        self._check_beyond([(loss, inputs.examples), *tried], cut)
+        return cut
+
+    def _others(self, inputs: MicroBatchInputs, tried: list[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, int]]:
+        """Yield the losses of batches with one example less or more, and note them."""
+        name = type(self.replica.module).__name__
+        failed: Exception | None = None
+        for batch, size in inputs.less_or_more():
+            try:
+                other = self.replica.training_loss(batch, inputs.time, inputs.states)
+            except Exception as error:  # whatever the user's code does with a batch of another size
+                failed = error
+                continue
+            tried.append((other, size))
+            yield tried[-1]
+        if not tried:
+            raise ReplayError(
+                f"{name}.training_step fails for a batch with an example less or more than {inputs.examples} "
+                f"({type(failed).__name__}: {failed}), which is tried to learn which part of the loss belongs to which "
+                "example. Let it take batches of any size."
+            ) from failed
+
+    def _are_interleaved(self, loss: Tensor, cut: list[CutTensor], inputs: MicroBatchInputs) -> bool:
+        """Whether the rows of an example lie beside each other: those change that its replacement changes."""
+        direction = self._parameters(_direction(self.replica.layout.flatten(self.replica.parameters)))
+        for position, batch in inputs.replaced():
+            other = self.replica.training_loss(batch, inputs.time, inputs.states)
+            changes = []
+            for tensor, one, two in zip(
+                cut,
+                Outputs(loss, cut, self.replica.parameters, last_parametrised=False).push(direction),
+                Outputs(
+                    other, self.cuts.find(other, inputs.examples), self.replica.parameters, last_parametrised=False
+                ).push(direction),
+                strict=True,
+            ):
+                if tensor.rows.repeats == 1 or one.shape != two.shape:
+                    continue
+                rows = (one - two).movedim(tensor.rows.axis, 0).flatten(1).norm(dim=1)
+                if rows.ndim != 1 or not bool(rows.any()):
+                    continue
+                changes.append(
+                    [
+                        float(
+                            tensor.rows._replace(is_blocked=blocked).of_examples(rows, inputs.examples)[position].sum()
+                        )
+                        for blocked in (True, False)
+                    ]
+                )
+            if changes:
+                blocked, interleaved = map(sum, zip(*changes, strict=True))
+                return interleaved > blocked
+        return False
+
+    def _check_beyond(self, losses: Sequence[tuple[Tensor, int]], cut: list[CutTensor]) -> None:
+        """Refuse a gradient that depends on the examples otherwise than by the rows at which weights act."""
+        replica = self.replica
+        found = []
+        for number, (loss, size) in enumerate(losses):
+            try:
+                of_loss = cut if number == 0 else self.cuts.find(loss, size)
+            except UnknownGraphError:
+                continue
+            handles = weigh(of_loss, loss.new_zeros(size))
+            try:
+                gradients = grad(
+                    loss, replica.parameters, create_graph=number == 0, retain_graph=True, allow_unused=True
+                )
+            finally:
+                for handle in handles:
+                    handle.remove()
+            found.append(gradients)
+        tolerance = _TOLERANCE.get(replica.dtype, 1e-3)
+        for parameter, name, *of_each in zip(replica.parameters, replica.layout.names, *found, strict=True):
+            beyond = [zeros(one, parameter) for one in of_each]
+            if not bool(beyond[0].detach().any()):
+                continue
+            allowed = tolerance * beyond[0].norm()
+            depends = any(bool((other - beyond[0]).norm() > allowed) for other in beyond[1:])
+            if not depends and beyond[0].requires_grad:
+                slopes = grad(beyond[0].sum(), edges_of(cut), retain_graph=True, allow_unused=True)
+                depends = any(slope is not None and bool(slope.any()) for slope in slopes)
+            if depends:
+                raise ReplayError(
+                    f"The gradient of parameter {name} depends on the examples of a batch, but on none of them alone: it "
+                    "weighs what was summed over all of them (a learned weight between two losses, a temperature of "
+                    "their similarities). Which part an example has in it cannot be told. Freeze the parameter, or use "
+                    "it before the sum over examples."
+                )
+
+    def _parameters(self, vector: Tensor) -> list[Tensor]:
+        return list(self.replica.layout.unflatten(vector).values())
+
+
+def shared_by_examples(
+    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor], training: bool = True
+) -> str:
+    """Say what the examples of a batch share: ``"none"``, their ``"network"`` or their ``"loss"``.
+
+    One example is put in place of another: what then changes of the others' terms, they share. In the network that is
+    BatchNorm or mixup, in the loss a divisor that depends on the batch, or a contrast.
+    """
+    direction = _direction(theta)
+    whole = _observed(eager, inputs, theta, buffers, direction, training)
+    tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+    for position, batch in inputs.replaced():
+        try:
+            other = _observed(eager, inputs, theta, buffers, direction, training, batch)
+        except ReplayError:
+            continue
+        if [part.shape for part in whole[1]] != [part.shape for part in other[1]]:
+            continue  # padding has become shorter; with another choice it may not
+        kept = torch.arange(inputs.examples, device=theta.device) != position
+        if any(
+            bool(((a - b)[kept]).norm() > tolerance * a[kept].norm()) for a, b in zip(whole[1], other[1], strict=True)
+        ):
+            return "loss"
+        if bool((whole[0] - other[0])[kept].norm() > tolerance * whole[0][kept].norm()):
+            return "network"
+    return "none"
+
+
+def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor]) -> str:
+    """Say what kind of reduction over examples the loss is: ``"mean"``, ``"sum"`` or ``"other"``, in evaluation mode."""
+    direction = _direction(theta)
+    whole, _ = _observed(eager, inputs, theta, buffers, direction, training=False)
+    tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+    if inputs.examples < 2:
+        return "other"
+    batch, size = inputs.make(list(range(inputs.examples - 1))), inputs.examples - 1
+    try:
+        part, _ = _observed(eager, replace(inputs, examples=size), theta, buffers, direction, False, batch)
+    except ReplayError:
+        return "other"
+    common = min(size, inputs.examples)
+    whole, part = whole[:common], part[:common]
+    for kind, one, other in (("mean", whole * inputs.examples, part * size), ("sum", whole, part)):
+        if bool((one - other).norm() <= tolerance * one.norm()):
+            return kind
+    return "other"
+
+
+def _direction(theta: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(len(theta), generator=generator, dtype=torch.float64).to(theta)
+
+
+def _observed(
+    eager: Eager,
+    inputs: MicroBatchInputs,
+    theta: Tensor,
+    buffers: Mapping[str, Tensor],
+    direction: Tensor,
+    training: bool,
+    batch: Any = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the examples' terms along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
+    with eager.passed(inputs, theta, buffers, batch=batch, training=training) as one:
+        return one.terms(eager._parameters(direction)), one.arrived()
+
+
+def _parts(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBatchInputs]]:
+    """Yield a step's micro-batches, with where their examples stand in the step."""
+    start = 0
+    for inputs in passes:
+        yield slice(start, start + inputs.examples), inputs
+        start += inputs.examples
+
+
+def _of_run(buffers: Mapping[str, Tensor], run: int) -> dict[str, Tensor]:
+    return {name: tensor[run] for name, tensor in buffers.items()}
+
+
+def _stacked(of_runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([one[name] for one in of_runs]) for name in of_runs[0]}

@@ -1,0 +1,385 @@
+"""A copy of the user's module that is run as it was in training: it logs nothing and remembers nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric
+
+from lightning_dtda.compatibility import overrides
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.batches import converted
+from lightning_dtda.replay.random_states import DrawnIn, Generators
+from lightning_dtda.replay.stand_ins import Circumstances, ReplayOptimizer, ReplayTrainer, Time
+from lightning_dtda.trajectory import ParameterLayout
+
+_AUTOCAST = {"bf16-mixed": torch.bfloat16}
+"""Mixed precision that is replayed as it was. With ``16-mixed`` gradients were computed of a scaled loss; they are
+computed anew in the parameters' precision, where nothing overflows."""
+
+_CAST = frozenset({"64-true", "bf16-true", "16-true"})
+"""Precisions in which the Trainer casts module and batches."""
+
+_INTERNAL = frozenset({"_parameters", "_buffers", "_modules", "_trainer"})
+"""Attributes of a module that :class:`_Memory` leaves alone."""
+
+
+class Replica:
+    """The user's module, copied, with parameters and buffers that can be put in and a Trainer that answers from a record.
+
+    Whatever ``training_step`` does, it finds what it found in the training: the batch as the user's hooks moved it, the
+    mode of each submodule, autocast, the clock, learning rates, and the random number generators as they were.
+
+    Args:
+        module: The user's module; only its architecture counts, and it is not changed, even while it is trained.
+        layout: The recorded parameters.
+        circumstances: Of the training.
+        dtype: Of the computation; the module's floating point buffers are cast to it.
+        device: Of the computation.
+        recorded_dtype: Of the training; ``dtype`` if not given.
+        datamodule: Whose hooks on a batch's way count before the module's; ``None`` where there is none.
+
+    Raises:
+        ReplayError: If the module cannot be copied, or its parameters are not those of the layout.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        layout: ParameterLayout,
+        circumstances: Circumstances,
+        dtype: torch.dtype,
+        device: torch.device,
+        recorded_dtype: torch.dtype | None = None,
+        datamodule: Any = None,
+    ) -> None:
+        _check_parameters(module, layout)
+        self.layout = layout
+        self.dtype = dtype
+        self.device = device
+        self.circumstances = circumstances
+        self.module = _copy(module)
+        if any(self.module.get_parameter(name).dtype != dtype for name in layout.names):
+            self.module.to(dtype)
+        self.module.to(device).train()
+        for name in circumstances.evaluation_modules:
+            self.module.get_submodule(name).eval()
+        self.trainer = ReplayTrainer(circumstances.trainer)
+        self.trainer.datamodule, self.trainer.lightning_module = datamodule, self.module
+        self.module._trainer = self.trainer  # type: ignore[assignment]
+        for name in ("log", "log_dict", "print"):
+            setattr(self.module, name, _nothing)
+        self.module.optimizers = self._optimizers  # type: ignore[method-assign,assignment]
+        self.module.lr_schedulers = self._optimizers  # type: ignore[method-assign,assignment]
+        self.generators = Generators(self.module, device)
+        self._recorded_dtype = recorded_dtype or dtype
+        self._hooks = _transfer_hooks(self.module, datamodule, circumstances)
+        parameters = dict(self.module.named_parameters())
+        self.parameters = [parameters[name].requires_grad_() for name in layout.names]
+        self._frozen = {name: one for name, one in parameters.items() if name not in set(layout.names)}
+        for parameter in self._frozen.values():
+            parameter.requires_grad_(False)
+        self._owners = {name: _owner(self.module, name) for name, _ in self.module.named_buffers()}
+        of_parameters = {id(one): name for name, one in parameters.items()}
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        for name, one in self.module.named_parameters(remove_duplicate=False):
+            self._places.setdefault(of_parameters[id(one)], []).append(_owner(self.module, name))
+        self._updated = set(circumstances.updated_buffers)
+        self._has_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.module.modules())
+        self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
+        self._memory = _Memory(self.module)
+        self.metrics_count = True
+        """Whether torchmetrics are run as they are: the loss may be one. They are left out where it is the same."""
+        self._parameter_dtype_differs = self._recorded_dtype != dtype
+
+    # -- what is put in
+
+    def load(self, theta: Tensor, buffers: Mapping[str, Tensor]) -> None:
+        """Put in parameters ``(P,)`` and, by name, buffers and frozen parameters; of others the module's own stay."""
+        for parameter, part in zip(self.parameters, self.layout.unflatten(theta).values(), strict=True):
+            parameter.data = part
+        for name, tensor in buffers.items():
+            if name in self._frozen:
+                self._frozen[name].data = tensor
+            elif name in self._owners:
+                owner, key = self._owners[name]
+                # what a pass changes in place is not the caller's
+                owner._buffers[key] = tensor.clone() if name in self._updated and not tensor.requires_grad else tensor
+
+    @contextmanager
+    def swapped(self, parameters: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
+        """Have other tensors for parameters, in the layout's order, and for buffers and frozen parameters: a trace's."""
+        tensors = dict(zip(self.layout.names, parameters, strict=True)) | {
+            name: tensor for name, tensor in buffers.items() if name in self._frozen
+        }
+        kept = [(owner, key, owner._parameters[key]) for name in tensors for owner, key in self._places[name]]
+        kept_buffers = [(*self._owners[name], self._own_buffer(name)) for name in buffers if name in self._owners]
+        try:
+            for name, tensor in tensors.items():
+                for owner, key in self._places[name]:
+                    owner._parameters[key] = tensor  # type: ignore[assignment]
+            for name, tensor in buffers.items():
+                if name in self._owners:
+                    owner, key = self._owners[name]
+                    owner._buffers[key] = tensor.clone() if name in self._updated else tensor
+            yield
+        finally:
+            for owner, key, parameter in kept:
+                owner._parameters[key] = parameter
+            for owner, key, buffer in kept_buffers:
+                owner._buffers[key] = buffer
+
+    def _own_buffer(self, name: str) -> Tensor | None:
+        owner, key = self._owners[name]
+        return owner._buffers[key]
+
+    def buffers(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return buffers as they are after the last pass."""
+        return {name: self._owners[name][0]._buffers[self._owners[name][1]] for name in names}  # type: ignore[misc]
+
+    @contextmanager
+    def keeping_buffers(self) -> Iterator[None]:
+        """Leave the buffers as they are, whatever is run inside."""
+        kept = [(*self._owners[name], self._own_buffer(name)) for name in self._updated]
+        for owner, key, buffer in kept:
+            owner._buffers[key] = None if buffer is None else buffer.clone()
+        try:
+            yield
+        finally:
+            for owner, key, buffer in kept:
+                owner._buffers[key] = buffer
+
+    # -- what is run
+
+    @contextmanager
+    def passing(self, *, training: bool = True, twice: bool = True) -> Iterator[None]:
+        """Run something of the module, then forget what it left behind.
+
+        Args:
+            training: Whether in training mode; else in evaluation mode.
+            twice: Whether what is run will be differentiated twice, which not all kernels of the training can be.
+        """
+        modes = [] if training else [layer for layer in self.module.modules() if layer.training]
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            if twice:
+                # of the attention kernels, only the composite one has second derivatives; so it is with cuDNN's cells
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+                stack.enter_context(_without_fastpath())
+                if self._has_recurrent and self.device.type == "cuda":
+                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            stack.enter_context(_without_compilation())
+            if (mixed := _AUTOCAST.get(self.circumstances.precision)) is not None and not self._parameter_dtype_differs:
+                stack.enter_context(torch.autocast(self.device.type, mixed, cache_enabled=False))
+            if self._is_converted:
+                stack.enter_context(_default_dtype(self.dtype))
+            if self._parameter_dtype_differs:
+                stack.enter_context(DrawnIn(self._recorded_dtype, self.dtype))
+            if not self.metrics_count:
+                stack.enter_context(_silenced(self._metrics))
+            for layer in modes:
+                layer.training = False
+            self.trainer.training, self.trainer.validating = training, not training
+            try:
+                yield
+            finally:
+                for layer in modes:
+                    layer.training = True
+                self.trainer.training, self.trainer.validating = True, False
+                self._memory.restore()
+                for metric in self._metrics if self.metrics_count else ():
+                    metric.reset()
+
+    def training_loss(self, batch: Any, time: Time, states: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss that ``training_step`` returns for a collated batch; within :meth:`passing`.
+
+        Args:
+            batch: As the ``collate_fn`` made it.
+            time: The Trainer's.
+            states: Of the generators; ``None`` leaves them.
+        """
+        self.trainer.time = time
+        module = self.module
+        if module.training and overrides(module, "on_train_epoch_start"):
+            module.on_train_epoch_start()
+        if states:
+            self.generators.set(states)
+        batch = self.moved(batch)
+        if module.training and overrides(module, "on_train_batch_start"):
+            module.on_train_batch_start(batch, time.batch_idx)
+        return step_loss(module, batch, time.batch_idx)
+
+    def moved(self, batch: Any) -> Any:
+        """Take a collated batch the way to ``training_step``: to the precision, through the user's hooks, to the device."""
+        if self._is_converted:
+            batch = converted(batch, self.dtype)
+        before, transfer, after = self._hooks
+        return after(transfer(before(batch, 0), self.device, 0), 0)
+
+    def forget(self) -> None:
+        """Drop what graphs the module holds on to."""
+        self._memory.restore()
+
+    @property
+    def _is_converted(self) -> bool:
+        """Whether floating point numbers are cast on the way: made double in place of single, or as the Trainer casts."""
+        return self._parameter_dtype_differs or self.circumstances.precision in _CAST
+
+    def _optimizers(self, *args: Any, **kwargs: Any) -> ReplayOptimizer:
+        return ReplayOptimizer(self.trainer.time.hyperparameters)
+
+
+def step_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor:
+    """Return the loss that ``training_step`` returns for a batch, a scalar."""
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+    output = module.training_step(batch, batch_idx) if takes_index else module.training_step(batch)
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ReplayError(
+            f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor of one number, "
+            'or a dict with it under "loss").'
+        )
+    return loss.reshape(())
+
+
+class _Memory:
+    """What a module knew before a pass: lists that it appends to, losses that it keeps.
+
+    Args:
+        module: The module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._collections: list[tuple[Any, Any]] = []
+        for layer in module.modules():
+            kept = {name: value for name, value in vars(layer).items() if name not in _INTERNAL}
+            self._attributes.append((vars(layer), kept))
+            self._collections += [
+                (value, copy.copy(value)) for name, value in kept.items() if _is_remembered(name, value)
+            ]
+
+    def restore(self) -> None:
+        """Let the module know what it knew."""
+        for attributes, kept in self._attributes:
+            if len(attributes) != len(kept) + len(_INTERNAL & attributes.keys()):
+                for name in attributes.keys() - kept.keys() - _INTERNAL:
+                    del attributes[name]
+            for name, value in kept.items():
+                if attributes.get(name) is not value:
+                    attributes[name] = value
+        for collection, content in self._collections:
+            collection.clear()
+            collection.update(content) if isinstance(content, (dict, set)) else collection.extend(content)
+
+
+def _is_remembered(name: str, value: Any) -> bool:
+    return type(value) in (list, dict, set) and not name.startswith("_")
+
+
+def _copy(module: LightningModule) -> LightningModule:
+    # tensors with a history, which a training may have left, have no copy
+    memo: dict[int, Any] = {}
+    for layer in module.modules():
+        for leaf in tree_leaves({k: v for k, v in vars(layer).items() if k not in ("_modules", "_parameters")}):
+            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+                memo[id(leaf)] = leaf.detach()
+    try:
+        copied: LightningModule = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise ReplayError(
+            f"{type(module).__name__} cannot be copied ({error}). Keep what has no copy (locks, open files) out of the "
+            "module, or define __deepcopy__."
+        ) from error
+    for name in ("training_step", "forward"):  # compiled by torch.compile(module): those of the class are the same
+        if getattr(copied, "_compiler_ctx", None) is not None:
+            vars(copied).pop(name, None)
+    return copied
+
+
+def _transfer_hooks(module: LightningModule, datamodule: Any, circumstances: Circumstances) -> list[Callable[..., Any]]:
+    """Return the three hooks of a batch's way, the data module's where it has its own, as Lightning has it."""
+    hooks = []
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        owner = circumstances.transfer_hooks.get(name, "module")
+        if owner == "datamodule" and datamodule is None:
+            raise ReplayError(
+                f"The training took its batches through {name} of a data module. Give that data module as data."
+            )
+        hooks.append(getattr(datamodule if owner == "datamodule" else module, name))
+    return hooks
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path), key
+
+
+@contextmanager
+def _silenced(metrics: Sequence[Metric]) -> Iterator[None]:
+    for metric in metrics:
+        vars(metric).update(forward=_zero, update=_zero, compute=_zero, reset=_nothing)
+    try:
+        yield
+    finally:
+        for metric in metrics:
+            for name in ("forward", "update", "compute", "reset"):
+                vars(metric).pop(name, None)
+
+
+@contextmanager
+def _without_fastpath() -> Iterator[None]:
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _without_compilation() -> AbstractContextManager[Any]:
+    """Run compiled modules as they are written: what is compiled has no second derivative."""
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return ExitStack() if stance is None else stance("force_eager")
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _zero(*args: Any, **kwargs: Any) -> Tensor:
+    return torch.zeros(())
+
+
+def _check_parameters(module: LightningModule, layout: ParameterLayout) -> None:
+    found = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in found:
+            raise ReplayError(
+                f"The recorded runs have a parameter {name} that {type(module).__name__} lacks. Give the module class "
+                "and arguments that were trained."
+            )
+        if found[name] != shape:
+            raise ReplayError(
+                f"Parameter {name} has shape {found[name]} in this {type(module).__name__} and {shape} in the "
+                "recorded runs. Give the arguments that were trained with."
+            )

@@ -1,0 +1,532 @@
+"""A step's derivatives for all runs and directions at once: eager autograd, traced once for a shape and then mapped.
+
+What is traced is the eager way itself, so that there is one derivative. Left are plain operations on tensors, without
+what Python does on the way, which takes longer than they do for a small network. Random numbers are inputs of the trace;
+they are drawn beforehand from the recorded states, in the order of the training.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize, vmap
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+
+from lightning_dtda.replay.eager import Eager, Products
+from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.outputs import Outputs
+from lightning_dtda.replay.passes import Pass
+from lightning_dtda.replay.stand_ins import Time
+from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+
+_log = logging.getLogger(__name__)
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""Relative difference from the eager way that is taken for rounding."""
+
+_DRAWS = frozenset(
+    "rand rand_like randn randn_like randint randint_like randperm bernoulli_.float bernoulli.p normal_ normal.float_float "
+    "uniform_ random_ exponential_ log_normal_ cauchy_ geometric_".split()
+)
+"""Random operations whose numbers depend on the shape of what they are given, not on its values."""
+
+
+class CannotTraceError(Exception):
+    """A step cannot be traced, or its trace computes something else."""
+
+
+class Stacked:
+    """Computes the derivatives of steps for all runs and directions at once, and leaves to the eager way what it cannot.
+
+    Args:
+        eager: The eager way.
+    """
+
+    def __init__(self, eager: Eager) -> None:
+        self._eager = eager
+        self._traces: dict[Any, Trace | None] = {}
+
+    @property
+    def has_traced(self) -> bool:
+        """Whether a trace was made, and computes what the eager way does."""
+        return any(trace is not None for trace in self._traces.values())
+
+    def gradient(
+        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As :meth:`Eager.gradient`."""
+        names = list(self._eager.replica.circumstances.updated_buffers)
+        weights = theta.new_ones(len(theta), batch.size) if weights is None else weights
+        current = dict(buffers)
+        total = torch.zeros_like(theta)
+        for number, (part, inputs) in enumerate(_parts(batch)):
+            leaves = batch.leaves(number)
+            trace = None if leaves is None else self._gradient_trace(batch, number, theta, current, leaves)
+            if trace is None or leaves is None:
+                return self._eager.gradient(batch, theta, buffers, weights)
+            states = [passes[number].states for passes in batch.passes]
+            gradient, *after = trace.run([theta, *_sorted(current), *leaves, weights[:, part]], states)
+            total += inputs.factor * gradient
+            if inputs.keeps_statistics:
+                current |= dict(zip(names, after, strict=True))
+        return total, {name: current[name] for name in names}
+
+    def products(
+        self,
+        batch: StepBatch,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        directions: Tensor,
+        statistics_cotangents: Mapping[str, Tensor],
+    ) -> Products:
+        """As :meth:`Eager.products`."""
+        cotangents = {name: statistics_cotangents[name] for name in sorted(statistics_cotangents)}
+        before = dict(cotangents)
+        terms, total, gradients = [], torch.zeros_like(directions), torch.zeros_like(theta)
+        for number, (_, inputs) in reversed(list(enumerate(_parts(batch)))):
+            leaves = batch.leaves(number)
+            along = [directions if inputs.factor == 1 else directions * inputs.factor, *before.values()]
+            trace = None if leaves is None else self._products_trace(batch, number, theta, buffers, leaves, along)
+            if trace is None or leaves is None:
+                return self._eager.products(batch, theta, buffers, directions, statistics_cotangents)
+            states = [passes[number].states for passes in batch.passes]
+            if not inputs.keeps_statistics:
+                along = [along[0], *map(torch.zeros_like, before.values())]
+            found = trace.run([theta, *_sorted(buffers), *leaves], states, along)
+            gradient, products, of_examples, *of_statistics = found
+            gradients += inputs.factor * gradient[:, 0]
+            total += products
+            terms.append(of_examples)
+            if inputs.keeps_statistics:
+                before = dict(zip(before, of_statistics, strict=True))
+        return Products(torch.cat(terms[::-1], 2), total, before, gradients)
+
+    def statistics_along(
+        self,
+        batch: StepBatch,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        tangents: Tensor,
+        before: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """As :meth:`Eager.statistics_along`, which does it."""
+        return self._eager.statistics_along(batch, theta, buffers, tangents, before)
+
+    # -- traces
+
+    def _products_trace(
+        self,
+        batch: StepBatch,
+        number: int,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        leaves: list[Tensor],
+        along: list[Tensor],
+    ) -> Trace | None:
+        inputs = batch.passes[0][number]
+        names = sorted(self._eager.statistics.names)
+
+        def function(one: Pass, extra: list[Tensor]) -> list[Tensor]:
+            direction = self._eager._parameters(extra[0])
+            curved, terms, of_statistics = one.products(direction, dict(zip(names, extra[1:], strict=True)))
+            flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (one.gradient, curved)]
+            return [flat[0].detach(), flat[1], terms, *(of_statistics[name] for name in names)]
+
+        def reference(extra: list[Tensor]) -> list[Tensor]:
+            current = {name: tensor[0] for name, tensor in buffers.items()}
+            with self._eager.passed(inputs, theta[0], current) as one:
+                return function(one, extra)
+
+        first = [tensor[0, 0] for tensor in along]
+        return self._trace("products", batch, number, theta, buffers, leaves, first, function, reference)
+
+    def _gradient_trace(
+        self, batch: StepBatch, number: int, theta: Tensor, buffers: Mapping[str, Tensor], leaves: list[Tensor]
+    ) -> Trace | None:
+        inputs = batch.passes[0][number]
+        names = list(self._eager.replica.circumstances.updated_buffers)
+        weights = torch.rand(inputs.examples, generator=torch.Generator().manual_seed(0)).to(theta)
+
+        def function(one: Pass, extra: list[Tensor]) -> list[Tensor]:
+            after = self._eager.replica.buffers(names) | one.statistics
+            return [torch.cat([part.reshape(-1) for part in one.gradient]), *(after[name].clone() for name in names)]
+
+        def reference(extra: list[Tensor]) -> list[Tensor]:
+            current = {name: tensor[0] for name, tensor in buffers.items()}
+            with self._eager.passed(inputs, theta[0], current, extra[0], create_graph=False) as one:
+                return function(one, extra)
+
+        return self._trace(
+            "gradient", batch, number, theta, buffers, leaves, [weights], function, reference, is_weighted=True
+        )
+
+    def _trace(
+        self,
+        kind: str,
+        batch: StepBatch,
+        number: int,
+        theta: Tensor,
+        buffers: Mapping[str, Tensor],
+        leaves: list[Tensor],
+        extra: list[Tensor],
+        function: Callable[[Pass, list[Tensor]], list[Tensor]],
+        reference: Callable[[list[Tensor]], list[Tensor]],
+        is_weighted: bool = False,
+    ) -> Trace | None:
+        """Return the trace for a micro-batch of this shape; ``None`` where there is none."""
+        inputs = batch.passes[0][number]
+        states = [set(passes[number].states) for passes in batch.passes]
+        key = (
+            kind,
+            inputs.examples,
+            inputs.keeps_statistics,
+            frozenset(states[0]),
+            *(leaf.shape[1:] for leaf in leaves),
+        )
+        if key in self._traces:
+            return self._traces[key] if all(other == states[0] for other in states) else None
+        self._traces[key] = None
+        structure = tree_flatten(inputs.batch())[1]
+        sample = [theta[0], *(buffer[0] for buffer in _sorted(buffers)), *(leaf[0] for leaf in leaves)]
+        try:
+            if states[0] - {"cpu", "cuda"}:
+                raise CannotTraceError("random numbers are drawn from other generators than torch's")
+            wanted = reference(extra)  # first: it learns where weights act
+            graphs = [
+                self._graph(function, inputs, time, sorted(buffers), structure, len(extra), is_weighted, sample + extra)
+                for time in (inputs.time, _another(inputs.time))
+            ]
+            if not same_trace(*graphs):
+                raise CannotTraceError("the loss depends on the epoch, the step or the learning rate")
+            trace = Trace.of(graphs[0], self._eager, len(extra) if not is_weighted else 0)
+            found = trace.run(
+                [tensor[None] for tensor in (sample + extra if is_weighted else sample)],
+                [inputs.states],
+                [] if is_weighted else [tensor[None, None] for tensor in extra],
+            )
+            tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+            for one, other in zip(found, wanted, strict=True):
+                _compare(one.reshape(other.shape), other, tolerance)
+        except Exception as error:  # whatever the user's code does, and whatever torch cannot map
+            _log.info(
+                "Steps of %s are run one by one, not stacked: %s",
+                type(self._eager.replica.module).__name__,
+                str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
+            )
+            return None
+        self._traces[key] = trace
+        return trace
+
+    def _graph(
+        self,
+        function: Callable[[Pass, list[Tensor]], list[Tensor]],
+        inputs: MicroBatchInputs,
+        time: Time,
+        names: list[str],
+        structure: TreeSpec,
+        extras: int,
+        is_weighted: bool,
+        arguments: list[Tensor],
+    ) -> GraphModule:
+        eager, replica = self._eager, self._eager.replica
+
+        def run(*tensors: Tensor) -> list[Tensor]:
+            theta, *rest = tensors
+            held, leaves, extra = rest[: len(names)], rest[len(names) : -extras], rest[-extras:]
+            parameters = [part.detach().requires_grad_() for part in eager._parameters(theta)]
+            buffers = dict(zip(names, held, strict=True))
+            weights = (
+                (extra[0] if is_weighted else theta.new_ones(inputs.examples)).detach().requires_grad_(not is_weighted)
+            )
+            before = {name: buffers[name].detach().requires_grad_(not is_weighted) for name in eager.statistics.names}
+            with replica.passing(), replica.swapped(parameters, buffers):
+                with eager.statistics.followed(before) as after:
+                    loss = replica.training_loss(tree_unflatten(leaves, structure), time, inputs.states)
+                cut = eager.cuts.find(loss, inputs.examples)
+                one = Pass(loss, cut, parameters, weights, before, after, create_graph=not is_weighted)
+                return [tensor.detach() for tensor in function(one, extra)]
+
+        with replica.generators.kept():
+            graph: GraphModule = make_fx(run)(*arguments)
+        return graph
+
+
+OfOne = Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]]
+"""Given an example's loss, the network's outputs, parameters and what else it was called for, returns tensors."""
+
+
+def each_example(
+    eager: Eager,
+    kept: dict[Any, Trace | None],
+    what: str,
+    examples: Examples,
+    indices: Tensor,
+    theta: Tensor,
+    buffers: Mapping[str, Tensor],
+    time: Time,
+    states: Mapping[str, Tensor],
+    function: OfOne,
+    extra: Sequence[Tensor] = (),
+    calls: dict[str, list[Any]] | None = None,
+) -> list[Tensor]:
+    """Apply a function to the passes of examples, each in a batch of its own, in evaluation mode.
+
+    Args:
+        eager: Runs the module.
+        kept: Traces, by what is computed and for which shapes.
+        what: Is computed.
+        examples: All examples.
+        indices: Which of them ``(B,)``.
+        theta: Parameters ``(P,)``.
+        buffers: Buffers and frozen parameters.
+        time: Where the training stands.
+        states: Of the generators before each pass.
+        function: What is computed.
+        extra: Further arguments of it, each ``(B, ...)``.
+        calls: Lists that a pass fills, and that are emptied before each.
+
+    Returns:
+        Results, each ``(B, ...)``.
+    """
+    names = sorted(buffers)
+
+    def of(loss: Tensor, inputs: MicroBatchInputs, parameters: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+        cut = eager.cut(loss, inputs)
+        return [found.detach() for found in function(loss, Outputs(loss, cut, parameters), parameters, more)]
+
+    def one_by_one(number: int) -> list[Tensor]:
+        index = int(indices[number])
+        inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([index] * len(rows)))
+        _clear(calls)
+        with eager.replica.generators.kept(), eager.replica.passing(training=False):
+            eager.replica.load(theta, buffers)
+            loss = eager.replica.training_loss(inputs.batch(), time, states)
+            return of(loss, inputs, eager.replica.parameters, [tensor[number] for tensor in extra])
+
+    first = one_by_one(0)
+    leaves = examples.tensors(indices[:, None]) if len(indices) > 1 else None
+    if leaves is not None:
+        key = (what, frozenset(states), *(leaf.shape[1:] for leaf in leaves), *(part.shape[1:] for part in extra))
+        if key not in kept:
+            kept[key] = None
+            structure = tree_flatten(examples.collated([0]))[1]
+            inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([int(indices[0])] * len(rows)))
+
+            def run(*tensors: Tensor) -> list[Tensor]:
+                theta, *rest = tensors
+                held, of_batch, more = (
+                    rest[: len(names)],
+                    rest[len(names) : len(names) + len(leaves)],
+                    rest[len(names) + len(leaves) :],
+                )
+                parameters = [part.detach().requires_grad_() for part in eager._parameters(theta)]
+                _clear(calls)
+                with (
+                    eager.replica.passing(training=False),
+                    eager.replica.swapped(parameters, dict(zip(names, held, strict=True))),
+                ):
+                    loss = eager.replica.training_loss(tree_unflatten(of_batch, structure), time, states)
+                    return of(loss, inputs, parameters, more)
+
+            sample = [theta, *_sorted(buffers), *(leaf[0] for leaf in leaves), *(part[0] for part in extra)]
+            try:
+                with eager.replica.generators.kept():
+                    graph = make_fx(run)(*sample)
+                trace = Trace.of(graph, eager, 0)
+                shared = 1 + len(names)
+                found = trace.each(sample[:shared], [tensor[None] for tensor in sample[shared:]], states)
+                tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+                for one, other in zip(found, first, strict=True):
+                    _compare(one[0], other, tolerance)
+                kept[key] = trace
+            except Exception as error:  # whatever the user's code does, and whatever torch cannot map
+                _log.info("%s are computed example by example: %s", what, str(error).strip().split(chr(10))[0])
+        trace_of = kept[key]
+        if trace_of is not None:
+            return trace_of.each([theta, *_sorted(buffers)], [*leaves, *extra], states)
+    others = [one_by_one(number) for number in range(1, len(indices))]
+    return [torch.stack(parts) for parts in zip(first, *others, strict=True)]
+
+
+def _clear(calls: dict[str, list[Any]] | None) -> None:
+    for found in (calls or {}).values():
+        found.clear()
+
+
+@dataclass
+class Trace:
+    """A traced step.
+
+    Args:
+        graph: With the drawn numbers as its last inputs.
+        draws: What draws them: an operation and its arguments, tensors among them by shape.
+        eager: The eager way.
+        directions: How many of the inputs differ from query to query.
+    """
+
+    graph: GraphModule
+    draws: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
+    eager: Eager
+    directions: int
+    is_functional: bool = False
+
+    @classmethod
+    def of(cls, graph: GraphModule, eager: Eager, directions: int) -> Trace:
+        """Make inputs of what a graph draws.
+
+        Raises:
+            CannotTraceError: If it draws what depends on values.
+        """
+        return cls(graph, _take_draws(graph), eager, directions)
+
+    def run(
+        self, tensors: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], directions: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """Run it for some runs, and for some directions each.
+
+        Args:
+            tensors: Inputs, each ``(runs, ...)``.
+            states: Of the generators, for each run.
+            directions: Further inputs, each ``(runs, queries, ...)``.
+
+        Returns:
+            Results, each ``(runs, ...)``, or ``(runs, queries, ...)`` where there are directions.
+        """
+        drawn = [torch.stack(of_runs) for of_runs in zip(*map(self._draw, states), strict=True)] if self.draws else []
+        arguments = [*tensors, *directions, *drawn]
+        try:
+            return self._mapped(*arguments)
+        except RuntimeError:
+            if self.is_functional:
+                raise
+        # an operation in place, on what is the same for all directions: without such operations
+        first = [tensor[0] for tensor in tensors] + [v[0, 0] for v in directions] + [draw[0] for draw in drawn]
+        self.graph = make_fx(functionalize(self.graph, remove="mutations_and_views"))(*first)
+        self.is_functional = True
+        return self._mapped(*arguments)
+
+    def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: Mapping[str, Tensor]) -> list[Tensor]:
+        """Run it for some examples, for which some inputs are the same, with the same random numbers for each."""
+        drawn = self._draw(states) if self.draws else []
+        in_dims = (*[None] * len(shared), *[0] * len(tensors), *[None] * len(drawn))
+        with torch.no_grad():
+            result: list[Tensor] = vmap(self.graph, in_dims=in_dims)(*shared, *tensors, *drawn)
+        return result
+
+    def _mapped(self, *arguments: Tensor) -> list[Tensor]:
+        function = self.graph
+        if self.directions:
+            fixed = len(arguments) - self.directions - len(self.draws)
+            inner = (None,) * fixed + (0,) * self.directions + (None,) * len(self.draws)
+            function = vmap(function, in_dims=inner)  # type: ignore[assignment]
+        with torch.no_grad():
+            result: list[Tensor] = vmap(function)(*arguments)
+        return result
+
+    def _draw(self, states: Mapping[str, Tensor]) -> list[Tensor]:
+        generators = self.eager.replica.generators
+        with generators.kept():
+            generators.set(states)
+            return [draw(*tree_map(_empty, args), **tree_map(_empty, kwargs)) for draw, args, kwargs in self.draws]
+
+
+@dataclass(frozen=True)
+class _Like:
+    """A tensor of which only the shape counts."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _empty(value: Any) -> Any:
+    if not isinstance(value, _Like):
+        return value
+    return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=value.device)
+
+
+def _take_draws(graph: GraphModule) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Replace the random operations of a graph by inputs, and return them."""
+    draws = []
+    nodes = graph.graph
+    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    for node in list(nodes.nodes):
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            continue
+        name = str(node.target).removeprefix("aten.")
+        if (name not in _DRAWS and name.split(".")[0] not in _DRAWS) or node.kwargs.get("generator") is not None:
+            raise CannotTraceError(f"it draws random numbers that depend on values ({name})")
+        draws.append((node.target, tree_map(_like, node.args), tree_map(_like, dict(node.kwargs))))
+        with nodes.inserting_after(last):
+            last = nodes.placeholder(f"drawn_{len(draws)}")
+        with nodes.inserting_before(node):
+            copied = nodes.call_function(torch.ops.aten.clone.default, (last,))
+        node.replace_all_uses_with(copied)
+        nodes.erase_node(node)
+    nodes.eliminate_dead_code()
+    graph.recompile()
+    return draws
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, Node):
+        return value
+    tensor = value.meta["val"] if "val" in value.meta else value.meta["tensor_meta"]
+    stride = tensor.stride() if callable(tensor.stride) else tensor.stride
+    return _Like(tuple(tensor.shape), tuple(stride), tensor.dtype, getattr(tensor, "device", torch.device("cpu")))
+
+
+def _compare(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Compare what a trace computes with what the eager way does.
+
+    Raises:
+        CannotTraceError: If they differ by more than rounding.
+    """
+    found, wanted = found.double(), wanted.double()
+    if not bool((found - wanted).norm() <= tolerance * wanted.norm() + torch.finfo(torch.float64).eps):
+        raise CannotTraceError("its trace computes something else")
+
+
+def _another(time: Time) -> Time:
+    """Return another time of the same training."""
+    groups = [
+        {key: value * 0.5 if isinstance(value, float) else value for key, value in group.items()}
+        for group in time.hyperparameters
+    ]
+    return Time(time.epoch + 1, time.step + 7, time.batch_idx + 1, groups)
+
+
+def _parts(batch: StepBatch) -> list[tuple[slice, MicroBatchInputs]]:
+    parts, start = [], 0
+    for inputs in batch.passes[0]:
+        parts.append((slice(start, start + inputs.examples), inputs))
+        start += inputs.examples
+    return parts
+
+
+def _sorted(buffers: Mapping[str, Tensor]) -> list[Tensor]:
+    return [buffers[name] for name in sorted(buffers)]
+
+
+def same_trace(first: GraphModule, second: GraphModule) -> bool:
+    """Whether two traces are of the same operations, on the same numbers."""
+    constants = [
+        [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
+        for graph in (first, second)
+    ]
+    return first.code == second.code and all(map(_equal, *constants))
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two constants of traces are equal: tensors, or functions that operations take."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.equal(first, second)
+    return isinstance(first, GraphModule) and isinstance(second, GraphModule) and same_trace(first, second)

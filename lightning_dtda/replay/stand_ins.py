@@ -1,0 +1,140 @@
+"""What stands in for the Trainer while a recorded step is replayed: it answers from the record, and trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+
+from lightning_dtda.errors import ReplayError
+from lightning_dtda.optimizers import Hyperparameters
+from lightning_dtda.trajectory import Manifest
+
+
+class Time(NamedTuple):
+    """Where a training stands, as its ``training_step`` can see it.
+
+    Args:
+        epoch: ``current_epoch``.
+        step: ``global_step``.
+        batch_idx: As ``training_step`` gets it.
+        hyperparameters: Of each parameter group, at this step; none where they are not known.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    batch_idx: int = 0
+    hyperparameters: Sequence[Hyperparameters] = ()
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What of a training ``training_step`` may depend on, beside its batch, the parameters and the time.
+
+    Args:
+        precision: The Trainer's: ``"32-true"``, ``"bf16-mixed"``, ...
+        trainer: What the Trainer says of itself and does not change: ``max_epochs``, ``num_training_batches``, ...
+        evaluation_modules: Submodules that are in evaluation mode during training.
+        updated_buffers: Buffers that a training step changes.
+        transfer_hooks: Names of the hooks on a batch's way that are overridden, with whose they are: ``"module"`` or
+            ``"datamodule"``.
+    """
+
+    precision: str = "32-true"
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    evaluation_modules: Sequence[str] = ()
+    updated_buffers: Sequence[str] = ()
+    transfer_hooks: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Circumstances:
+        """Return those of a recorded run."""
+        precision = manifest.configuration["training"]["precision"]
+        return cls(precision=precision, evaluation_modules=manifest.evaluation_modules, **manifest.circumstances)
+
+    def content(self) -> dict[str, Any]:
+        """Return what :meth:`of` does not find elsewhere in a manifest, in JSON."""
+        return {
+            "trainer": dict(self.trainer),
+            "updated_buffers": list(self.updated_buffers),
+            "transfer_hooks": dict(self.transfer_hooks),
+        }
+
+
+class ReplayTrainer:
+    """Stands in for the Trainer: the clock, what was recorded of it, and loggers that drop everything.
+
+    Args:
+        facts: As :attr:`Circumstances.trainer`.
+    """
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        self.time = Time()
+        self.datamodule: Any = None
+        self.lightning_module: Any = None
+        self.training = True
+        self.testing = self.validating = self.predicting = self.sanity_checking = self.evaluating = False
+        self.state = TrainerState(status=TrainerStatus.RUNNING, fn=TrainerFn.FITTING, stage=RunningStage.TRAINING)
+        self.strategy = SingleDeviceStrategy()
+        self.should_stop = self.interrupted = False
+        self.is_global_zero = True
+        self.global_rank = self.local_rank = self.node_rank = 0
+        self.world_size = self.num_nodes = self.num_devices = 1
+        self.logger = DummyLogger()
+        self.loggers = [self.logger]
+        self.callbacks: list[Any] = []
+        self.callback_metrics: dict[str, Any] = {}
+        self.logged_metrics: dict[str, Any] = {}
+        self.progress_bar_metrics: dict[str, Any] = {}
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    @property
+    def current_epoch(self) -> int:
+        """As at the recorded step."""
+        return self.time.epoch
+
+    @property
+    def global_step(self) -> int:
+        """As at the recorded step."""
+        return self.time.step
+
+    @property
+    def optimizers(self) -> list[ReplayOptimizer]:
+        """One, with the hyperparameters of the recorded step."""
+        return [ReplayOptimizer(self.time.hyperparameters)]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ReplayError(
+            f"The module reads self.trainer.{name} while it trains, which is not recorded. Keep what the loss depends on "
+            "in the module or its batches."
+        )
+
+
+class ReplayOptimizer:
+    """Stands in for the optimizer, and for its scheduler: the hyperparameters of the recorded step.
+
+    Args:
+        hyperparameters: Of each parameter group.
+    """
+
+    def __init__(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        self.param_groups = [dict(group) for group in hyperparameters]
+
+    def get_last_lr(self) -> list[Any]:
+        """Return the learning rates, as a scheduler does."""
+        return [group["lr"] for group in self.param_groups]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ReplayError(
+            f"training_step uses {name} of its optimizer or scheduler, which is not recorded; param_groups and "
+            "get_last_lr() are. Keep what the loss depends on in the module or its batches."
+        )

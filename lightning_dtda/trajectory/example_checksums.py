@@ -1,0 +1,86 @@
+"""Checksums of the training examples, by which a changed one is found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.errors import TrajectoryError
+
+_LISTED = 10
+"""Examples that a message names."""
+
+
+@dataclass(frozen=True)
+class ExampleChecksums:
+    """Checksums of every example of a data set, or of every second, fourth, eighth ... one.
+
+    Strides are powers of two, so that of two such sets one contains the other.
+
+    Args:
+        length: N, the number of examples.
+        stride: Between the examples that have a checksum; 1 is all of them.
+        values: Their checksums in order ``(ceil(N / stride),)``, int64.
+
+    Example:
+        >>> recorded = ExampleChecksums(4, 1, torch.tensor([5, 6, 7, 8]))
+        >>> recorded.changed(ExampleChecksums(4, 2, torch.tensor([5, 9])))
+        [2]
+    """
+
+    length: int
+    stride: int
+    values: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def changed(self, other: ExampleChecksums) -> list[int]:
+        """Return the examples of which both have a checksum, and not the same.
+
+        Args:
+            other: Those of a data set of the same length.
+        """
+        stride = max(self.stride, other.stride)
+        mine, others = (checksums.values[:: stride // checksums.stride] for checksums in (self, other))
+        return [stride * int(number) for number in (mine != others).nonzero()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is written into a file."""
+        return {"checksums": self.values, "stride": torch.tensor(self.stride)}
+
+    @classmethod
+    def of(cls, length: int, tensors: Mapping[str, Tensor]) -> ExampleChecksums:
+        """Take them from what was read from a file.
+
+        Raises:
+            TrajectoryError: If it holds something else.
+        """
+        try:
+            values, stride = tensors["checksums"], int(tensors["stride"])
+        except (KeyError, RuntimeError) as error:
+            raise TrajectoryError(f"The checksums of the training examples are incomplete ({error}).") from None
+        if stride < 1 or stride & (stride - 1) or values.shape != (len(range(0, length, stride)),):
+            raise TrajectoryError(
+                f"{len(values)} checksums with the stride {stride} are not those of {length} training examples."
+            )
+        return cls(length, stride, values)
+
+
+def list_examples(indices: Sequence[int]) -> str:
+    """Name examples in a sentence, the first few of many.
+
+    Example:
+        >>> list_examples([17, 40, 311])
+        '17 (and 2 others: 40, 311)'
+        >>> list_examples([17])
+        '17'
+    """
+    first, *others = indices
+    if not others:
+        return str(first)
+    named = ", ".join(map(str, others[: _LISTED - 1])) + (", ..." if len(indices) > _LISTED else "")
+    return f"{first} (and {len(others)} other{'s' if len(others) > 1 else ''}: {named})"

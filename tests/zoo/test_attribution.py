@@ -1,0 +1,110 @@
+"""Every case records unchanged, and its responses are those of real weighted retraining."""
+
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.estimators import InfluenceFunctions
+from lightning_dtda.replay import Replay, training_examples
+
+REFUSED = {"neuralforecast_nhits": "has a row for each example"}
+"""Its step draws windows of series across the batch, so that no row of the loss belongs to an example."""
+
+RANDOM_ITEMS = {"augmented_items"}
+"""The data set draws each time it is asked: the batches themselves are recorded."""
+
+STEP = 1e-7
+"""Change of the weights: below the distance to the next kink of a ReLU, mostly."""
+
+TOLERANCES = {"gin": (1e-5, 1e-3), "gpt2": (1e-3, 1e-3), "gpt2_lora": (1e-3, 1e-3)}
+"""Other changes of the weights, and tolerances. GIN has biases in front of BatchNorm, whose gradients are rounding that Adam
+makes steps of. The causal language model computes its loss in float32."""
+
+
+def projected(module, batch):
+    """A fixed random combination of the parameters: what the training made of them, and nothing of the query."""
+    parameters = torch.cat([parameter.reshape(-1) for parameter in module.parameters()])
+    weights = torch.randn(len(parameters), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (parameters * weights.to(parameters)).sum().reshape(1)
+
+
+@pytest.fixture
+def recorded(case, tmp_path):
+    """Two recorded runs in float64, and a module and data to attribute them with."""
+    if case.name in REFUSED:
+        pytest.skip("refused, with the reason: see the test of that")
+    batches = "store" if case.name in RANDOM_ITEMS else "indices"
+    for seed in range(2):
+        module, data = _made(case, seed)
+        case.trainer(TrajectoryRecorder(tmp_path, batches=batches), precision="64-true").fit(module, data)
+    return Ensemble.open(tmp_path), *_made(case, 0)
+
+
+def _made(case, seed):
+    module, data = case.make(seed, float64=True)
+    if case.float32_inside:
+        # Adam divides by gradients that are near zero at first, which rounding to float32 makes other numbers of
+        module.configure_optimizers = lambda: torch.optim.SGD(
+            [p for p in module.parameters() if p.requires_grad], lr=0.1
+        )
+    return module, data
+
+
+@pytest.mark.slow
+def test_responses_are_those_of_weighted_retraining(case, recorded):
+    ensemble, module, data = recorded
+    queries = Subset(case.queries(), range(2))
+    attribution = attribute(ensemble, module, data, queries=queries, measurement=projected, progress=False)
+    responses = attribution.responses[:, 0].double()
+    assert responses.abs().max() > 0
+    replay = Replay([*ensemble], module, training_examples(data), precision="float64")
+    step, tolerance = TOLERANCES.get(case.name, (STEP, 1e-5))
+    weights = torch.randn(responses.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    values = []
+    for change in (step, -step, 2 * step, -2 * step):
+        theta, buffers = replay.retrain(1 + change * weights)
+        values.append(_projections(module, replay.layout, theta, buffers))
+    differences = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * step)
+    error = (differences + (responses * weights).sum(1)).norm() / responses.norm()
+    assert error < tolerance
+
+
+def _projections(module, layout, theta, buffers):
+    """The same combination of the retrained parameters, in the order of the module's."""
+    found = []
+    for run, vector in enumerate(theta):
+        parameters = layout.unflatten(vector)
+        parts = [
+            parameters[name] if name in parameters else buffers[name][run] for name, _ in module.named_parameters()
+        ]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found.append((flat * weights).sum())
+    return torch.stack(found)
+
+
+@pytest.mark.slow
+def test_influence_functions_answer(case, recorded):
+    ensemble, module, data = recorded
+    if case.name == "contrastive":
+        pytest.skip("the contrastive loss of one image alone is zero")
+    found = attribute(
+        ensemble, module, data, queries=Subset(case.queries(), [0]), estimator=InfluenceFunctions(), progress=False
+    )
+    assert found.responses.isfinite().all()
+    assert found.responses.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_attributed_is_refused_before_the_training(name, tmp_path):
+    from tests.zoo.cases import CASES
+
+    case = CASES[name]
+    case.skip_unless_installed()
+    module, data = case.make(0)
+    before = {name: parameter.clone() for name, parameter in module.named_parameters()}
+    with pytest.raises(RecordingError, match=REFUSED[name]):
+        case.trainer(TrajectoryRecorder(tmp_path)).fit(module, data)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in module.named_parameters())
