@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/modules.py --modules resnet_group_norm vit
 
-Trains each network by a plain Trainer, records the same training, and sweeps it back for one query and for three, all in
-one process and on one thread. Prints CPU seconds relative to the plain training, and the memory that a sweep takes at its
-peak beyond what was there before, relative to that of a training step; the latter for two lengths of the training.
+Trains each network by a plain Trainer, records the same training, and sweeps it back for one query and for three, all
+in one process and on one thread. Prints CPU seconds relative to the plain training, and the memory that a sweep takes
+at its peak beyond what was there before, relative to that of a training step; the latter for two lengths of the
+training.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import logging
 import tempfile
 import time
 import warnings
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
@@ -205,7 +207,7 @@ def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
             asked = question(queries)
             plan = plans.setdefault(label, estimator.plan([*ensemble], asked))
             estimator.estimate([*ensemble], asked, plan, lambda steps: None)  # the module's copy, and the cut
-            times[label].append(cpu(lambda: sweep_only(estimator, ensemble, asked, plan)))
+            times[label].append(cpu(partial(sweep_only, estimator, ensemble, asked, plan)))
     fastest = {label: min(found) for label, found in times.items()}
     asked = question(1)
     replay = asked.replay([*ensemble])

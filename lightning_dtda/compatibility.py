@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
 
-_KNOWN = "torch 2.4 to 2.13 and lightning 2.5 to 2.6"
+_KNOWN = "torch 2.6 to 2.13 and lightning 2.5 to 2.6"
 """Versions with which these names are known to be there."""
 
 
@@ -34,8 +37,36 @@ def shapes_out_of(node: Any) -> list[tuple[int, ...]]:
         raise ReplayError(missing("What autograd knows of a tensor's shape", error)) from error
 
 
+def prelu_backward() -> Any:
+    """Return the operation behind PReLU's derivative; ``None`` where a version of torch has none of this name."""
+    return getattr(getattr(torch.ops.aten, "_prelu_kernel_backward", None), "default", None)
+
+
+@contextmanager
+def twice_differentiable_weight_norm() -> Iterator[None]:
+    """Compute weight normalisation in plain operations: of torch's own, the second derivative is wrong (torch 2.13).
+
+    Its norms count as constants there. A version without these names is left as it is.
+    """
+    places = [
+        place for place in (torch, sys.modules.get("torch.nn.utils.weight_norm")) if hasattr(place, "_weight_norm")
+    ]
+    kept = [(place, place._weight_norm) for place in places]  # type: ignore[union-attr]
+
+    def weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+        return direction * (length / torch.norm_except_dim(direction, 2, dim))
+
+    for place, _ in kept:
+        place._weight_norm = weight_norm  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for place, function in kept:
+            place._weight_norm = function  # type: ignore[union-attr]
+
+
 def is_a(value: object, name: str) -> bool:
-    """Whether something is an instance of a class of Lightning's, under either of the two names that it is installed by.
+    """Whether something is an instance of a class of Lightning's, of either of its two packages.
 
     ``lightning.pytorch`` and ``pytorch_lightning`` are the same code, but their classes are not the same.
 
@@ -47,7 +78,7 @@ def is_a(value: object, name: str) -> bool:
 
 
 def kinds(*names: str) -> tuple[type, ...]:
-    """Return classes of Lightning's by their names, as :func:`is_a` takes them, from both packages as far as they are in use.
+    """Return classes of Lightning's by their names, from both packages as far as they are in use.
 
     A name that a version does not have stands for no class.
     """
@@ -63,7 +94,7 @@ def kinds(*names: str) -> tuple[type, ...]:
 
 
 def overrides(instance: object, hook: str) -> bool:
-    """Whether a module, a data module or a callback has a hook of its own, in place of the one that Lightning gives it."""
+    """Whether a module, a data module or a callback has a hook of its own, in place of Lightning's."""
     if hook in getattr(instance, "__dict__", {}):
         return True
     own = getattr(type(instance), hook, None)

@@ -53,7 +53,7 @@ class Question:
     _replays: _Kept = field(default_factory=lambda: _Kept(), compare=False, repr=False)
 
     def replay(self, runs: Sequence[Run], precision: Precision = "recorded", tolerance: float = 1e-3) -> Replay:
-        """Return the replay of some runs; all of a precision share one copy of the module, and what it takes long to make.
+        """Return the replay of some runs; all of a precision share one copy of the module.
 
         Args:
             runs: Runs of equal shape.

@@ -51,9 +51,9 @@ class Objective:
     .. math:: L(\theta) = \frac1N \sum_n l_n(\theta) + \frac12 \sum_p \gamma_p \theta_p^2
 
     with :math:`\gamma` the weight decay of optimizers that add it to the gradient (a decoupled one is no part of any
-    objective), and minus the losses for an optimizer that maximizes them. The losses are those that were trained on: where
-    they depend on the batch (class weights normalised by it, a mean over its tokens), examples pass through the module in
-    batches as large as those of the training, and :math:`l_n` has the coefficient that it has there.
+    objective), and minus the losses for an optimizer that maximizes them. The losses are those that were trained on:
+    where they depend on the batch (class weights normalised by it, a mean over its tokens), examples pass through the
+    module in batches as large as those of the training, and :math:`l_n` has the coefficient that it has there.
 
     Args:
         replay: One run.
@@ -225,8 +225,8 @@ class Objective:
         per_example = (2 + held) * self.size * self.theta.itemsize
         if per_example > self.memory:
             raise AttributionError(
-                f"Gradients of one example take {human_bytes(per_example)}; {human_bytes(self.memory)} may be used. Raise "
-                "memory_budget."
+                f"Gradients of one example take {human_bytes(per_example)}; {human_bytes(self.memory)} may be used. "
+                "Raise memory_budget."
             )
         chunk = max(1, int(self.memory / per_example))
         if self._is_free:
@@ -273,7 +273,8 @@ class Objective:
     def gauss_newton_products(self, vectors: Tensor) -> Tensor:
         r"""Return the Gauss-Newton matrix of L times each of ``vectors`` ``(Q, P)``.
 
-        .. math:: G = \frac1N \sum_n J_n^\top \nabla^2\ell_n(z_n) J_n + \nabla^2 R(\theta) + \operatorname{diag}(\gamma),
+        .. math:: G = \frac1N \sum_n J_n^\top \nabla^2\ell_n(z_n) J_n + \nabla^2 R(\theta) +
+        \operatorname{diag}(\gamma),
             \qquad J_n = \frac{d z_n}{d \theta}
 
         with what the loss has of the parameters beside the network's outputs, R: a penalty in ``training_step``.
@@ -298,7 +299,8 @@ class Objective:
         """C, the number of the network's outputs for an example.
 
         Raises:
-            AttributionError: If the loss of the batch is no mean over examples, or depends on parameters past all outputs.
+            AttributionError: If the loss of the batch is no mean over examples, or depends on parameters past all
+            outputs.
         """
         self.refuse_root("A root of the Gauss-Newton matrix")
         with self.passed(torch.arange(1), self._seeds[0]) as one:
@@ -359,7 +361,8 @@ class Objective:
                 total += hessians * (self._sign / len(self._seeds))
             except RuntimeError as error:
                 raise AttributionError(
-                    "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix has no "
+                    "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix "
+                    "has no "
                     f'root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
                 ) from error
         values, vectors = torch.linalg.eigh(total)
@@ -379,7 +382,8 @@ class Objective:
 
         Args:
             columns: The parameters by which to differentiate; ``None`` is all of them.
-            layers: Names of submodules that are called once, with one tensor, and whose inputs and derivatives are wanted
+            layers: Names of submodules that are called once, with one tensor, and whose inputs and derivatives are
+            wanted
                 as well.
 
         Raises:
@@ -461,8 +465,11 @@ class Objective:
         """Whether the Gauss-Newton matrix has a root whose rows are those of single examples."""
         if not self._is_free or self._seeds != [None]:
             return False
-        with self.passed(torch.arange(min(2, self.examples))) as one:
-            return one.beyond is None
+        try:
+            with self.passed(torch.arange(1)) as one:
+                return one.beyond is None
+        except Exception:  # whatever the user's code does with a batch of one
+            return False
 
     def refuse_root(self, what: str) -> None:
         """Refuse what needs a root.
@@ -472,7 +479,8 @@ class Objective:
         """
         if not self.has_root:
             raise AttributionError(
-                f"{what} needs a loss that is the mean of losses of single examples and draws nothing at random; that of "
+                f"{what} needs a loss that is the mean of losses of single examples and draws nothing at random; "
+                "that of "
                 f"{type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
                 'GaussNewton(solver="cg") or Hessian(...).'
             )
@@ -527,8 +535,8 @@ class Objective:
             per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
             if alone > self.memory:
                 raise AttributionError(
-                    f"{what[0].upper() + what[1:]} of {few} examples take {human_bytes(alone)}; {human_bytes(self.memory)} "
-                    "may be used. Raise memory_budget, or ask fewer queries at a time."
+                    f"{what[0].upper() + what[1:]} of {few} examples take {human_bytes(alone)}; "
+                    f"{human_bytes(self.memory)} may be used. Raise memory_budget, or ask fewer queries at a time."
                 )
             self._chunks[what] = int(min(self.examples, _LARGEST_CHUNK, few + (self.memory - alone) // per_example))
         return self._chunks[what]

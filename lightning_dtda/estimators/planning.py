@@ -1,4 +1,4 @@
-"""How a sweep goes about it: forward or reverse, runs one by one or stacked, and how much at once; by measured costs."""
+"""How a sweep goes about it: forward or reverse, runs one by one or stacked, and how much at once."""
 
 from __future__ import annotations
 

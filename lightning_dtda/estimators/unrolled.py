@@ -126,8 +126,8 @@ class UnrolledDifferentiation(Estimator):
         if not costs.fit(budget):
             what = "removal" if costs.mode == "forward" else "query"
             raise AttributionError(
-                f"One {what} of one run needs about {human_bytes(costs.per_run + costs.per_direction)}; memory_budget is "
-                f"{self.memory_budget:g} GiB. Raise it."
+                f"One {what} of one run needs about {human_bytes(costs.per_run + costs.per_direction)}; "
+                f"memory_budget is {self.memory_budget:g} GiB. Raise it."
             )
         steps = sum(self._unrolled(run, question) for run in runs)
         way = fastest_way(

@@ -128,8 +128,8 @@ class AveragingTap:
         rates = [self._averaged(old, new, count) for old, new in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0))]
         if abs(rates[2] - 2 * rates[0] - 3 * rates[1]) > 1e-6:
             raise RecordingError(
-                "The average of the parameters is not linear in them, so that it cannot be followed. Use an average with "
-                "fixed weights, as EMAWeightAveraging and the default ones are."
+                "The average of the parameters is not linear in them, so that it cannot be followed. Use an average "
+                "with fixed weights, as EMAWeightAveraging and the default ones are."
             )
         self._updates.append((self._steps(), rates[0], rates[1]))
 

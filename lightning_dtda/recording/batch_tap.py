@@ -93,8 +93,8 @@ class BatchTap:
             return [operator.index(index) for index in indices]
         except (TypeError, ValueError) as error:
             raise RecordingError(
-                f"The sampler yields {indices!r}, not a list of data set indices. Let it yield lists of integers, or give the "
-                "DataLoader a batch_size, so that a batch is a list of examples."
+                f"The sampler yields {indices!r}, not a list of data set indices. Let it yield lists of integers, or "
+                "give the DataLoader a batch_size, so that a batch is a list of examples."
             ) from error
 
     def _process_dataloader(self, loader: Any) -> Any:

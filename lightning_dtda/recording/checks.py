@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -78,7 +79,8 @@ def refuse_strategy(strategy: Strategy) -> None:
             f'The strategy {type(strategy).__name__} {why}. Train with strategy="ddp", or on one device: '
             'Trainer(devices=1, strategy="auto").'
         )
-    if strategy._ddp_comm_hook is not None or strategy._model_averaging_period is not None:
+    of_ddp: Any = strategy
+    if of_ddp._ddp_comm_hook is not None or of_ddp._model_averaging_period is not None:
         raise RecordingError(
             "The DDPStrategy has a communication hook or averages models, so that what is applied is not the mean of "
             "the processes' gradients. Leave ddp_comm_hook and model_averaging_period out."

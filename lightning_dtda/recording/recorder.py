@@ -81,8 +81,8 @@ class TrajectoryRecorder(Callback):
     Raises:
         RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
             sets, several data loaders, manual optimization, several or unknown optimizers, strategies other than DDP,
-            half precision, a loss of which no part belongs to an example, a run that exists, or a disk that is too small.
-            The message says what to do.
+            half precision, a loss of which no part belongs to an example, a run that exists, or a disk that is too
+            small. The message says what to do.
 
     Example:
         >>> recorder = TrajectoryRecorder("runs/concrete", gradients="none")
@@ -262,11 +262,11 @@ class TrajectoryRecorder(Callback):
                 pl_module,
                 layout,
                 facts,
-                trainer.datamodule,
+                trainer.datamodule,  # type: ignore[attr-defined]
                 len(indices),
                 make,
                 time,
-                states,  # type: ignore[attr-defined]
+                states,
             )
             if not self._stores_batches:
                 check_batch(make(range(len(indices))), batch, trial.eager.replica, states)
@@ -395,8 +395,8 @@ class TrajectoryRecorder(Callback):
         if rows_of(batch) != examples:
             raise RecordingError(
                 'TrajectoryRecorder(batches="store") stores batches of tensors whose first dimension runs over the '
-                f"examples; this one of {examples} examples is no such batch. Let the collate_fn stack tensors, or make "
-                "the data set deterministic and leave batches out."
+                f"examples; this one of {examples} examples is no such batch. Let the collate_fn stack tensors, or "
+                "make the data set deterministic and leave batches out."
             )
         if self._shapes is None:
             self._shapes = example_shapes(batch)

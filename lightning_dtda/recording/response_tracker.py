@@ -127,8 +127,8 @@ class ResponseTracker(Callback):
         checks.refuse_trainer(trainer, pl_module)
         if (callback := averaging_callback(trainer)) is not None:
             raise RecordingError(
-                f"{type(callback).__name__} replaces the parameters by an average at the end, which the tracker does not "
-                "follow. Record the training and attribute the record, or remove the callback."
+                f"{type(callback).__name__} replaces the parameters by an average at the end, which the tracker does "
+                "not follow. Record the training and attribute the record, or remove the callback."
             )
         if trainer.world_size > 1:
             raise RecordingError(
@@ -256,11 +256,11 @@ class ResponseTracker(Callback):
             pl_module,
             layout,
             facts,
-            trainer.datamodule,
+            trainer.datamodule,  # type: ignore[attr-defined]
             len(indices),
             rows,
             time,
-            states,  # type: ignore[attr-defined]
+            states,
         )
         layout = trial.layout
         like = pl_module.get_parameter(layout.names[0]).detach()

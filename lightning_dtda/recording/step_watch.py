@@ -151,7 +151,8 @@ class StepWatch:
         for name, parameter in zip(self._layout.names, self.parameters, strict=True):
             if parameter.grad is None:
                 raise RecordingError(
-                    f"Parameter {name} got no gradient at step {self.steps}, but it did at the first one: the loss does not "
+                    f"Parameter {name} got no gradient at step {self.steps}, but it did at the first one: the loss "
+                    "does not "
                     "always use it. Let the loss use it at every step (a term of zero is enough), or freeze it "
                     "(requires_grad=False) before the optimizer is made."
                 )

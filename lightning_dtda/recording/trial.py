@@ -77,8 +77,8 @@ def try_step(
     except Exception as error:  # whatever the user's code, and torch's derivatives, do
         raise RecordingError(
             f"A step of {type(module).__name__} was tried on the first batch as it will be replayed, and fails "
-            f"({type(error).__name__}: {error}). What training_step does must work outside of a Trainer too, and be twice "
-            "differentiable."
+            f"({type(error).__name__}: {error}). What training_step does must work outside of a Trainer too, and be "
+            "twice differentiable."
         ) from error
 
 
@@ -113,7 +113,8 @@ def _try_step(
     followed = {*eager.statistics.names, *(name for name in updated if name.endswith("num_batches_tracked"))}
     if unfollowed := [name for name in updated if name not in followed]:
         _log.warning(
-            "A training step changes the buffers %s. They are replayed as they were; how they depend on the examples is "
+            "A training step changes the buffers %s. They are replayed as they were; how they depend on the examples "
+            "is "
             "not followed.",
             ", ".join(unfollowed),
         )
@@ -128,8 +129,8 @@ def _try_step(
         raise RecordingError(f"The gradient of {type(module).__name__}'s loss is not finite on the first batch.")
     if not bool(torch.isfinite(found.products).all()):
         raise RecordingError(
-            f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square root or "
-            "the norm of a zero on the way, say. Add a small number under the root."
+            f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square "
+            "root or the norm of a zero on the way, say. Add a small number under the root."
         )
     shared = {
         "training": shared_by_examples(eager, inputs, theta, buffers),

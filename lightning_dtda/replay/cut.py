@@ -2,8 +2,8 @@ r"""Where the weights of examples act: at the tensors nearest the loss that stil
 
 .. math:: g(\theta, w) = \sum_z J_z(\theta)^\top \left(w \odot \frac{\partial L}{\partial z}\right)
 
-The tensors z are found by walking back from the loss through the graph of autograd: the first tensor on each path with an
-axis that runs over the examples ends the path. Which axis that is follows from what becomes of its length when an
+The tensors z are found by walking back from the loss through the graph of autograd: the first tensor on each path with
+an axis that runs over the examples ends the path. Which axis that is follows from what becomes of its length when an
 example is left out.
 """
 
@@ -21,7 +21,8 @@ from lightning_dtda.compatibility import shapes_out_of
 from lightning_dtda.errors import ReplayError
 
 _AGREEING = 3
-"""Losses of other batches that have to agree on the axis over examples: padding may shrink with the example left out."""
+"""Losses of other batches that have to agree on the axis over examples: padding may shrink with the example left
+out."""
 
 _MOST_REPEATS = 8
 """Rows that an example may have in a tensor: views, crops, positive and negative partners."""
@@ -98,8 +99,8 @@ class _Mark:
 class Cuts:
     """The cuts of all graphs that a module's loss came with so far.
 
-    Batches of other sizes and lengths have the same graph; a module that takes another way, by the values in its batch or
-    at random, has another one.
+    Batches of other sizes and lengths have the same graph; a module that takes another way, by the values in its batch
+    or at random, has another one.
     """
 
     def __init__(self) -> None:
@@ -127,7 +128,8 @@ class Cuts:
         Args:
             loss: Of the batch.
             examples: B.
-            others: Losses of the same batch with one example less, or more, and their numbers of examples. Those that have
+            others: Losses of the same batch with one example less, or more, and their numbers of examples. Those that
+            have
                 another graph are passed over; of the others a few are enough.
             name: What errors call the module.
 
@@ -147,19 +149,21 @@ class Cuts:
                 break
         if len(losses) == 1:
             raise ReplayError(
-                f"{name}.training_step takes another way whenever an example is left out ({'; '.join(sorted(ways))}), so "
-                "that which part of its loss belongs to which example cannot be told. Let it do the same for batches of "
-                "any size."
+                f"{name}.training_step takes another way whenever an example is left out "
+                f"({'; '.join(sorted(ways))}), so "
+                "that which part of its loss belongs to which example cannot be told. Let it do the same for batches "
+                "of any size."
             )
         marks, cut = _walk(losses, sizes, 1)
         if not cut:
             marks, cut = _walk(losses, sizes, _MOST_REPEATS)
         if not cut:
             raise ReplayError(
-                f"No tensor on the way to the loss of {name}.training_step has a row for each example, so that removing "
-                "one has no meaning: a loss over the nodes of a graph or over windows of series, say, whose examples are "
-                "no rows; or of a batch from which the collate_fn leaves examples out. Let training_step compute a number "
-                "for each example, and return their mean or sum."
+                f"No tensor on the way to the loss of {name}.training_step has a row for each example, so that "
+                "removing "
+                "one has no meaning: a loss over the nodes of a graph or over windows of series, say, whose examples "
+                "are no rows; or of a batch from which the collate_fn leaves examples out. Let training_step compute a "
+                "number for each example, and return their mean or sum."
             )
         self.remember(marks)
         return cut

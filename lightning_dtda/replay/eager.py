@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -184,7 +184,9 @@ class Eager:
         before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
         with replica.generators.kept(), replica.passing(training=training, twice=create_graph):
             replica.load(theta, {name: tensor.detach() for name, tensor in buffers.items()})
-            with self.statistics.followed(before) if training else nullcontext({}) as after:
+            followed: AbstractContextManager[dict[str, Tensor]]
+            followed = self.statistics.followed(before) if training else nullcontext({})
+            with followed as after:
                 loss = replica.training_loss(inputs.batch() if batch is None else batch, inputs.time, inputs.states)
             cut = self.cut(loss, inputs)
             yield Pass(loss, cut, replica.parameters, weights, before, after, create_graph)
@@ -292,7 +294,8 @@ class Eager:
                 depends = any(slope is not None and bool(slope.any()) for slope in slopes)
             if depends:
                 raise ReplayError(
-                    f"The gradient of parameter {name} depends on the examples of a batch, but on none of them alone: it "
+                    f"The gradient of parameter {name} depends on the examples of a batch, but on none of them "
+                    "alone: it "
                     "weighs what was summed over all of them (a learned weight between two losses, a temperature of "
                     "their similarities). Which part an example has in it cannot be told. Freeze the parameter, or use "
                     "it before the sum over examples."
@@ -331,7 +334,7 @@ def shared_by_examples(
 
 
 def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor]) -> str:
-    """Say what kind of reduction over examples the loss is: ``"mean"``, ``"sum"`` or ``"other"``, in evaluation mode."""
+    """Say how the loss is reduced over examples in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``."""
     direction = _direction(theta)
     whole, _ = _observed(eager, inputs, theta, buffers, direction, training=False)
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)

@@ -38,7 +38,8 @@ class Examples:
         collate_fn: What makes a batch of a list of items; the DataLoader's own.
         loader: The DataLoader, whose workers read the examples; ``None`` reads them in this process.
         datamodule: Whose hooks batches pass on their way to the module; ``None`` where there is none.
-        takes_lists: Whether the data set is asked for whole batches, as the loader's is if its ``batch_size`` is ``None``.
+        takes_lists: Whether the data set is asked for whole batches, as the loader's is if its ``batch_size`` is
+        ``None``.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -201,9 +202,10 @@ def training_examples(data: LightningDataModule | LightningModule | DataLoader[A
         AttributionError: If ``data`` is none of these.
     """
     if isinstance(data, kinds("LightningDataModule", "LightningModule")):
-        prepare_fit(data)
-        datamodule = data if is_a(data, "LightningDataModule") else None
-        return _examples(data.train_dataloader(), "data", datamodule)
+        source: Any = data
+        prepare_fit(source)
+        datamodule = source if is_a(source, "LightningDataModule") else None
+        return _examples(source.train_dataloader(), "data", datamodule)
     return _examples(data, "data")
 
 

@@ -95,7 +95,7 @@ def reader(
     takes_lists = as_trained and loader is not None and loader.batch_sampler is None
     reads: DataLoader[Any] = DataLoader(
         dataset,
-        **({"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}),  # type: ignore[arg-type]
+        **({"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}),
         collate_fn=collate_fn,
         num_workers=int(has_workers),
         multiprocessing_context=loader.multiprocessing_context if loader is not None and has_workers else None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lightning_dtda.errors import AttributionError, DTDAError
 from lightning_dtda.replay.cut import zeros
 from lightning_dtda.replay.eager import Eager
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.measurements import Measurement
+from lightning_dtda.replay.measurements import Measurement, loss
 from lightning_dtda.replay.random_states import drawn_from
 from lightning_dtda.replay.stand_ins import Time
 
@@ -90,7 +91,7 @@ def measured(
     with replica.generators.kept(), replica.passing(training=False):
         replica.trainer.time = time
         for place, query in enumerate(numbers):
-            collated = queries.collated([query])
+            collated = partial(_copies, queries, query)
             for run in range(runs):
                 held = {name: tensor[run].detach() for name, tensor in buffers.items()}
                 leaves = {name: held[name].clone().requires_grad_() for name in names}
@@ -132,7 +133,7 @@ def values(
 
         def one(run: int, query: int) -> float:
             replica.load(theta[run], {name: tensor[run] for name, tensor in buffers.items()})
-            return _value(eager, queries.collated([query]), query, measurement, [], draws)[0]
+            return _value(eager, partial(_copies, queries, query), query, measurement, [], draws)[0]
 
         found = None if theta.shape[0] * len(queries) == 1 else _at_once(eager, theta, buffers, queries, measurement)
         if found is not None:
@@ -169,8 +170,30 @@ def _at_once(
     return None if is_random or found.shape != (len(theta), len(queries), 1) else found[..., 0]
 
 
+def _copies(queries: Examples, query: int, copies: int) -> object:
+    """Return a batch of one query, so many times over."""
+    return queries.collated([query] * copies)
+
+
+def _taken(eager: Eager, collated: Callable[[int], object], measurement: Measurement) -> Tensor:
+    """Return a measurement of a query ``(1,)``; its loss in a batch of several copies where a batch of one fails."""
+    replica = eager.replica
+    try:
+        return measurement(replica.module, replica.moved(collated(1)))
+    except Exception:  # whatever the user's code does with a batch of one: a squeeze, most of the time
+        if measurement is not loss:
+            raise
+        two, three = (measurement(replica.module, replica.moved(collated(copies))) for copies in (2, 3))
+        tolerance = _TOLERANCE.get(replica.dtype, 1e-2)
+        if torch.isclose(two, three, tolerance, tolerance).all():
+            return two
+        if torch.isclose(two / 2, three / 3, tolerance, tolerance).all():
+            return two / 2  # a sum
+        raise
+
+
 def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: Time) -> bool:
-    """Whether a measurement draws random numbers, as seen on the first query with the module's parameters as they are."""
+    """Whether a measurement draws random numbers, as seen on the first query."""
     replica = eager.replica
     with replica.generators.kept(), replica.passing(training=False), torch.no_grad():
         replica.trainer.time = time
@@ -185,7 +208,7 @@ def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: T
 
 def _value(
     eager: Eager,
-    collated: object,
+    collated: Callable[[int], object],
     query: int,
     measurement: Measurement,
     inputs: list[Tensor],
@@ -203,7 +226,7 @@ def _value(
         replica.generators.seed(seed)
         before = replica.generators.states() if number == 0 else {}
         try:
-            value = measurement(replica.module, replica.moved(collated))
+            value = _taken(eager, collated, measurement)
             if value.shape != (1,):
                 raise AttributionError(
                     f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a "
@@ -215,8 +238,8 @@ def _value(
             raise
         except Exception as error:  # whatever the user's code does
             raise AttributionError(
-                f"The measurement fails ({error!r}). It is called with the module, in evaluation mode, and a batch of one "
-                "query, made and moved as the training's batches were; it must return a tensor (B,) that can be "
+                f"The measurement fails ({error!r}). It is called with the module, in evaluation mode, and a batch of "
+                "one query, made and moved as the training's batches were; it must return a tensor (B,) that can be "
                 "differentiated."
             ) from error
         gradients = [zeros(one, like) for one, like in zip(found, inputs, strict=True)]

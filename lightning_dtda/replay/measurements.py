@@ -44,7 +44,8 @@ def margin(module: LightningModule, batch: Any) -> Tensor:
     r"""The log-odds of the correct class of each query ``(B,)``.
 
     :math:`\log p_y - \log(1 - p_y)`, from class scores ``(B, C)`` and the integer label: the batch's second element, or
-    its entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` (Park et al., *TRAK*, arXiv 2303.14186, section 3).
+    its entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` (Park et al., *TRAK*, arXiv 2303.14186, section
+    3).
 
     Raises:
         AttributionError: If there are no class scores or no integer labels.

@@ -19,11 +19,43 @@ from lightning_dtda.compatibility import shapes_out_of
 from lightning_dtda.replay.cut import CutTensor, Edge, Rows, at_cut, edges_of, zeros
 
 _OF_PARAMETERS = frozenset(
-    "T Transpose Permute View UnsafeView Reshape ReshapeAlias Expand Squeeze Unsqueeze Slice Select Clone ToCopy Alias Mul "
-    "Div Add Sub Neg Pow Exp Log Sqrt Rsqrt Sigmoid Softplus Tanh Norm LinalgVectorNorm WeightNormInterface Sum".split()
+    {
+        "T",
+        "Transpose",
+        "Permute",
+        "View",
+        "UnsafeView",
+        "Reshape",
+        "ReshapeAlias",
+        "Expand",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Select",
+        "Clone",
+        "ToCopy",
+        "Alias",
+        "Mul",
+        "Div",
+        "Add",
+        "Sub",
+        "Neg",
+        "Pow",
+        "Exp",
+        "Log",
+        "Sqrt",
+        "Rsqrt",
+        "Sigmoid",
+        "Softplus",
+        "Tanh",
+        "Norm",
+        "LinalgVectorNorm",
+        "WeightNormInterface",
+        "Sum",
+    }
 )
-"""Operations by which a layer's weight is made of its parameters: views, casts, weight normalisation. A lookup in a table of
-embeddings is none: it is a layer."""
+"""Operations by which a layer's weight is made of its parameters: views, casts, weight normalisation. A lookup in a
+table of embeddings is none: it is a layer."""
 
 
 class Outputs:
@@ -95,7 +127,7 @@ class Outputs:
 
     @cached_property
     def _pull_back(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What is pulled back, and what comes of it: linear, so that a derivative forwards is had by one more backwards."""
+        """What is pulled back, and what comes of it, linear in the former."""
         along = [torch.zeros_like(one, requires_grad=True) for one in self.gradient()]
         return along, self.pull(along, create_graph=True)
 

@@ -87,8 +87,8 @@ class Pass:
         if not pairs:
             return [torch.zeros_like(p) for p in self._parameters], torch.zeros_like(self._weights), {}
         outputs, along = zip(*pairs, strict=True)
-        found = grad(outputs, inputs, along, retain_graph=True, allow_unused=True)
-        found = [zeros(one, part) for one, part in zip(found, inputs, strict=True)]
+        derivatives = grad(outputs, inputs, along, retain_graph=True, allow_unused=True)
+        found = [zeros(one, part) for one, part in zip(derivatives, inputs, strict=True)]
         size = len(self._parameters)
         return found[:size], found[size], dict(zip(cotangents, found[size + 1 :], strict=True))
 

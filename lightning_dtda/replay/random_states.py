@@ -104,9 +104,11 @@ class Generators:
     def _state_of_numpy(self) -> Tensor:
         # get_state() takes 25 us, which a small step would feel: it is asked only if the memory has changed, or if a
         # normal number is kept, which is not in that memory
-        content = ctypes.string_at(np.random.get_bit_generator().ctypes.state_address, _TWISTER_BYTES)  # type: ignore[attr-defined]
+        bits: Any = np.random.mtrand.get_bit_generator()
+        content = ctypes.string_at(bits.ctypes.state_address, _TWISTER_BYTES)
         if self._numpy is None or self._numpy[0] != content:
-            _, words, position, has_gaussian, gaussian = np.random.get_state()  # type: ignore[misc]
+            state_of_all: Any = np.random.get_state()
+            _, words, position, has_gaussian, gaussian = state_of_all
             packed = (
                 words.astype("<u4").tobytes() + struct.pack("<i", position) + _GAUSSIAN.pack(has_gaussian, gaussian)
             )

@@ -49,7 +49,7 @@ class Records:
         return {name: self._stack([buffers[name] for buffers in merged], cast) for name in merged[0]}
 
     def average(self) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Read the average that the runs ended with: parameters ``(runs, P)``, and buffers; ``None`` for their last ones."""
+        """Read the average that the runs ended with: parameters ``(runs, P)``, and buffers; ``None`` for none."""
         found = [run.average() for run in self.runs]
         if found[0] is None:
             return None

@@ -184,8 +184,8 @@ class Replay:
     def trained(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what there was after ``step`` steps: parameters ``(runs, P)``, and buffers, each ``(runs, ...)``.
 
-        Both are rebuilt from the checkpoint before. After the last step they are what the training ended with, which may be
-        an average over its steps.
+        Both are rebuilt from the checkpoint before. After the last step they are what the training ended with, which
+        may be an average over its steps.
         """
         if step == self.steps and (average := self._records.average()) is not None:
             return average
@@ -244,7 +244,7 @@ class Replay:
         return StepBatch.of(indices, passes, self.device, lambda part: self._leaves(micro_batches, passes, part))
 
     def expect(self, steps: Sequence[int]) -> None:
-        """Have workers, where the training used them, read the batches of steps that will be asked for in this order."""
+        """Have workers, where the training used them, read the batches of steps in this order."""
         if self._stores_batches or not self.examples.has_workers or self.examples.tensors(torch.zeros(1, 1).long()):
             self._ahead = None
             return
@@ -327,7 +327,7 @@ class Replay:
 
     @property
     def averaged_steps(self) -> dict[int, float]:
-        """The coefficients of the average that the runs ended with, by step; none where it was their last parameters."""
+        """The coefficients of the average that the runs ended with, by step; none where there is none."""
         return self.runs[0].averaged_steps
 
     def averages_statistics(self, step: int) -> float:
@@ -350,7 +350,8 @@ class Replay:
             weights: w ``(runs, N)``; ones give the recorded training, up to rounding.
             start: Step of a checkpoint.
             stop: Step of a later one, or the end.
-            averaged: Whether to return the average, where the training ended with one and it is trained from start to end.
+            averaged: Whether to return the average, where the training ended with one and it is trained from start to
+            end.
 
         Returns:
             The trained parameters ``(runs, P)``, and buffers as they were trained to, each ``(runs, ...)``.

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lightning_dtda.compatibility import overrides
+from lightning_dtda.compatibility import overrides, twice_differentiable_weight_norm
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.batches import converted
 from lightning_dtda.replay.random_states import DrawnIn, Generators
@@ -34,7 +34,7 @@ _INTERNAL = frozenset({"_parameters", "_buffers", "_modules", "_trainer"})
 
 
 class Replica:
-    """The user's module, copied, with parameters and buffers that can be put in and a Trainer that answers from a record.
+    """The user's module, copied, with parameters and buffers that can be put in, and a record for a Trainer.
 
     Whatever ``training_step`` does, it finds what it found in the training: the batch as the user's hooks moved it, the
     mode of each submodule, autocast, the clock, learning rates, and the random number generators as they were.
@@ -117,7 +117,7 @@ class Replica:
 
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        """Have other tensors for parameters, in the layout's order, and for buffers and frozen parameters: a trace's."""
+        """Have other tensors for parameters, in the layout's order, for buffers and frozen parameters."""
         tensors = dict(zip(self.layout.names, parameters, strict=True)) | {
             name: tensor for name, tensor in buffers.items() if name in self._frozen
         }
@@ -175,6 +175,7 @@ class Replica:
                 # of the attention kernels, only the composite one has second derivatives; so it is with cuDNN's cells
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 stack.enter_context(_without_fastpath())
+                stack.enter_context(twice_differentiable_weight_norm())
                 if self._has_recurrent and self.device.type == "cuda":
                     stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(_without_compilation())
@@ -219,7 +220,7 @@ class Replica:
         return step_loss(module, batch, time.batch_idx)
 
     def moved(self, batch: Any) -> Any:
-        """Take a collated batch the way to ``training_step``: to the precision, through the user's hooks, to the device."""
+        """Take a collated batch the way to ``training_step``: precision, the user's hooks, device."""
         if self._is_converted:
             batch = converted(batch, self.dtype)
         before, transfer, after = self._hooks
@@ -231,7 +232,7 @@ class Replica:
 
     @property
     def _is_converted(self) -> bool:
-        """Whether floating point numbers are cast on the way: made double in place of single, or as the Trainer casts."""
+        """Whether floating point numbers are cast on the way."""
         return self._parameter_dtype_differs or self.circumstances.precision in _CAST
 
     def _optimizers(self, *args: Any, **kwargs: Any) -> ReplayOptimizer:
@@ -245,7 +246,8 @@ def step_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ReplayError(
-            f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor of one number, "
+            f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor of one "
+            "number, "
             'or a dict with it under "loss").'
         )
     return loss.reshape(())

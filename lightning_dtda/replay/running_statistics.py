@@ -43,7 +43,8 @@ class RunningStatistics:
 
         .. math:: \sigma' = (1 - \mu)\, \sigma + \mu\, s(x)
 
-        with the mean, or the unbiased variance, :math:`s(x)` of the layer's input (Ioffe and Szegedy, arXiv 1502.03167).
+        with the mean, or the unbiased variance, :math:`s(x)` of the layer's input (Ioffe and Szegedy, arXiv
+        1502.03167).
 
         Args:
             before: The statistics before the pass, by name.

@@ -1,8 +1,8 @@
 """A step's derivatives for all runs and directions at once: eager autograd, traced once for a shape and then mapped.
 
 What is traced is the eager way itself, so that there is one derivative. Left are plain operations on tensors, without
-what Python does on the way, which takes longer than they do for a small network. Random numbers are inputs of the trace;
-they are drawn beforehand from the recorded states, in the order of the training.
+what Python does on the way, which takes longer than they do for a small network. Random numbers are inputs of the
+trace; they are drawn beforehand from the recorded states, in the order of the training.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from lightning_dtda.compatibility import prelu_backward
 from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.outputs import Outputs
@@ -32,10 +33,40 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Relative difference from the eager way that is taken for rounding."""
 
 _DRAWS = frozenset(
-    "rand rand_like randn randn_like randint randint_like randperm bernoulli_.float bernoulli.p normal_ normal.float_float "
-    "uniform_ random_ exponential_ log_normal_ cauchy_ geometric_".split()
+    {
+        "rand",
+        "rand_like",
+        "randn",
+        "randn_like",
+        "randint",
+        "randint_like",
+        "randperm",
+        "bernoulli_.float",
+        "bernoulli.p",
+        "normal_",
+        "normal.float_float",
+        "uniform_",
+        "random_",
+        "exponential_",
+        "log_normal_",
+        "cauchy_",
+        "geometric_",
+    }
 )
 """Random operations whose numbers depend on the shape of what they are given, not on its values."""
+
+
+_COMPARED_RUNS, _COMPARED_DIRECTIONS = 3, 2
+"""Runs and directions over which a trace is mapped when it is compared: different numbers of them."""
+
+
+def _prelu_backward(gradient: Tensor, value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    is_positive = value > 0
+    return torch.where(is_positive, gradient, weight * gradient), torch.where(is_positive, 0, value * gradient)
+
+
+_DECOMPOSED = {operation: _prelu_backward for operation in [prelu_backward()] if operation is not None}
+"""Operations that torch maps wrongly over two dimensions, by others (torch 2.13: sizes mismatch)."""
 
 
 class CannotTraceError(Exception):
@@ -43,7 +74,7 @@ class CannotTraceError(Exception):
 
 
 class Stacked:
-    """Computes the derivatives of steps for all runs and directions at once, and leaves to the eager way what it cannot.
+    """Computes the derivatives of steps for all runs and directions at once, where a step can be traced.
 
     Args:
         eager: The eager way.
@@ -139,9 +170,9 @@ class Stacked:
             flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (one.gradient, curved)]
             return [flat[0].detach(), flat[1], terms, *(of_statistics[name] for name in names)]
 
-        def reference(extra: list[Tensor]) -> list[Tensor]:
+        def reference(theta: Tensor, extra: list[Tensor]) -> list[Tensor]:
             current = {name: tensor[0] for name, tensor in buffers.items()}
-            with self._eager.passed(inputs, theta[0], current) as one:
+            with self._eager.passed(inputs, theta, current) as one:
                 return function(one, extra)
 
         first = [tensor[0, 0] for tensor in along]
@@ -152,19 +183,27 @@ class Stacked:
     ) -> Trace | None:
         inputs = batch.passes[0][number]
         names = list(self._eager.replica.circumstances.updated_buffers)
-        weights = torch.rand(inputs.examples, generator=torch.Generator().manual_seed(0)).to(theta)
 
         def function(one: Pass, extra: list[Tensor]) -> list[Tensor]:
             after = self._eager.replica.buffers(names) | one.statistics
             return [torch.cat([part.reshape(-1) for part in one.gradient]), *(after[name].clone() for name in names)]
 
-        def reference(extra: list[Tensor]) -> list[Tensor]:
+        def reference(theta: Tensor, extra: list[Tensor]) -> list[Tensor]:
             current = {name: tensor[0] for name, tensor in buffers.items()}
-            with self._eager.passed(inputs, theta[0], current, extra[0], create_graph=False) as one:
+            with self._eager.passed(inputs, theta, current, extra[0], create_graph=False) as one:
                 return function(one, extra)
 
         return self._trace(
-            "gradient", batch, number, theta, buffers, leaves, [weights], function, reference, is_weighted=True
+            "gradient",
+            batch,
+            number,
+            theta,
+            buffers,
+            leaves,
+            [theta.new_ones(inputs.examples)],
+            function,
+            reference,
+            is_weighted=True,
         )
 
     def _trace(
@@ -177,7 +216,7 @@ class Stacked:
         leaves: list[Tensor],
         extra: list[Tensor],
         function: Callable[[Pass, list[Tensor]], list[Tensor]],
-        reference: Callable[[list[Tensor]], list[Tensor]],
+        reference: Callable[[Tensor, list[Tensor]], list[Tensor]],
         is_weighted: bool = False,
     ) -> Trace | None:
         """Return the trace for a micro-batch of this shape; ``None`` where there is none."""
@@ -198,7 +237,7 @@ class Stacked:
         try:
             if states[0] - {"cpu", "cuda"}:
                 raise CannotTraceError("random numbers are drawn from other generators than torch's")
-            wanted = reference(extra)  # first: it learns where weights act
+            reference(theta[0], extra)  # first: it learns where weights act
             graphs = [
                 self._graph(function, inputs, time, sorted(buffers), structure, len(extra), is_weighted, sample + extra)
                 for time in (inputs.time, _another(inputs.time))
@@ -206,14 +245,7 @@ class Stacked:
             if not same_trace(*graphs):
                 raise CannotTraceError("the loss depends on the epoch, the step or the learning rate")
             trace = Trace.of(graphs[0], self._eager, len(extra) if not is_weighted else 0)
-            found = trace.run(
-                [tensor[None] for tensor in (sample + extra if is_weighted else sample)],
-                [inputs.states],
-                [] if is_weighted else [tensor[None, None] for tensor in extra],
-            )
-            tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
-            for one, other in zip(found, wanted, strict=True):
-                _compare(one.reshape(other.shape), other, tolerance)
+            self._check(trace, sample, extra, inputs.states, reference, is_weighted)
         except Exception as error:  # whatever the user's code does, and whatever torch cannot map
             _log.info(
                 "Steps of %s are run one by one, not stacked: %s",
@@ -223,6 +255,36 @@ class Stacked:
             return None
         self._traces[key] = trace
         return trace
+
+    def _check(
+        self,
+        trace: Trace,
+        sample: list[Tensor],
+        extra: list[Tensor],
+        states: Mapping[str, Tensor],
+        reference: Callable[[Tensor, list[Tensor]], list[Tensor]],
+        is_weighted: bool,
+    ) -> None:
+        """Compare a trace, mapped over some runs and directions, with the eager way.
+
+        Raises:
+            CannotTraceError: If they differ.
+        """
+        # not one of each: rules of torch's for mapping operations may be wrong where two are mapped over
+        runs, directions = _COMPARED_RUNS, _COMPARED_DIRECTIONS
+        generator = torch.Generator().manual_seed(0)
+        shape = (runs,) if is_weighted else (runs, directions)
+        given = [torch.randn(*shape, *part.shape, generator=generator).to(part) for part in extra]
+        theta = torch.stack([sample[0] * (1 + 0.01 * run) for run in range(runs)])
+        tensors = [theta, *(torch.stack([tensor] * runs) for tensor in sample[1:])]
+        found = (
+            trace.run(tensors + given, [states] * runs) if is_weighted else trace.run(tensors, [states] * runs, given)
+        )
+        tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+        for place in ((run, *([] if is_weighted else [run % directions])) for run in range(runs)):
+            wanted = reference(theta[place[0]], [part[place] for part in given])
+            for one, other in zip(found, wanted, strict=True):
+                _compare(one[place].reshape(other.shape), other, tolerance)
 
     def _graph(
         self,
@@ -254,7 +316,7 @@ class Stacked:
                 return [tensor.detach() for tensor in function(one, extra)]
 
         with replica.generators.kept():
-            graph: GraphModule = make_fx(run)(*arguments)
+            graph: GraphModule = make_fx(run, decomposition_table=_DECOMPOSED)(*arguments)
         return graph
 
 
@@ -338,7 +400,7 @@ def each_example(
             sample = [theta, *_sorted(buffers), *(leaf[0] for leaf in leaves), *(part[0] for part in extra)]
             try:
                 with eager.replica.generators.kept():
-                    graph = make_fx(run)(*sample)
+                    graph = make_fx(run, decomposition_table=_DECOMPOSED)(*sample)
                 trace = Trace.of(graph, eager, 0)
                 shared = 1 + len(names)
                 found = trace.each(sample[:shared], [tensor[None] for tensor in sample[shared:]], states)
@@ -408,7 +470,7 @@ class Trace:
                 raise
         # an operation in place, on what is the same for all directions: without such operations
         first = [tensor[0] for tensor in tensors] + [v[0, 0] for v in directions] + [draw[0] for draw in drawn]
-        self.graph = make_fx(functionalize(self.graph, remove="mutations_and_views"))(*first)
+        self.graph = make_fx(functionalize(self.graph, remove="mutations"))(*first)
         self.is_functional = True
         return self._mapped(*arguments)
 

@@ -112,8 +112,8 @@ class ReplayTrainer:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ReplayError(
-            f"The module reads self.trainer.{name} while it trains, which is not recorded. Keep what the loss depends on "
-            "in the module or its batches."
+            f"The module reads self.trainer.{name} while it trains, which is not recorded. Keep what the loss "
+            "depends on in the module or its batches."
         )
 
 

@@ -63,10 +63,12 @@ class StepBatch:
     """The examples of one step of R runs.
 
     Args:
-        indices: Data set indices ``(runs, B)``, those of all micro-batches one after the other; shorter steps are filled
+        indices: Data set indices ``(runs, B)``, those of all micro-batches one after the other; shorter steps are
+        filled
             up with zeros.
         passes: The micro-batches of each run.
-        leaves: For stacks, makes the tensors of micro-batch number i of all runs, each ``(runs, B, ...)``; ``None`` where
+        leaves: For stacks, makes the tensors of micro-batch number i of all runs, each ``(runs, B, ...)``; ``None``
+        where
             the batches do not consist of tensors of one shape.
     """
 

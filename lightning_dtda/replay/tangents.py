@@ -91,12 +91,12 @@ class Way(Protocol):
 
 
 class GradientTangents(NamedTuple):
-    """A step's gradient, and how it and the running statistics change with removals.
+    r"""A step's gradient, and how it and the running statistics change with removals.
 
     Args:
         gradient: g ``(runs, P)``.
         buffers: Those that the step updates, after it.
-        of_gradient: :math:`\\dot g` ``(runs, removals, P)``.
+        of_gradient: :math:`\dot g` ``(runs, removals, P)``.
         of_statistics: Of the running statistics after the step, each ``(runs, removals, ...)``.
     """
 

@@ -66,6 +66,17 @@ def diagnosis(attribution: Attribution) -> str:
     return ", ".join(f"{value:.1g} {words}" for words, value in known.items() if value is not None) or "not measured"
 
 
+_SHARED = {
+    "network": "The examples of a batch share what the network makes of them together (BatchNorm, mixup). Removing "
+    "one takes "
+    "away what flows through its own outputs; it keeps its part in what the others see.",
+    "loss": "The examples of a batch share its loss (class weights, a mean over tokens, a contrast, BatchNorm). "
+    "Removing one "
+    "takes away what flows through its own outputs; divisors and comparisons stay.",
+}
+"""What is said where examples depend on each other."""
+
+
 def cautions(attribution: Attribution) -> list[str]:
     """Return what the reader has to know before believing a number; nothing if there are enough runs."""
     runs = len(attribution.runs)
@@ -82,6 +93,14 @@ def cautions(attribution: Attribution) -> list[str]:
             f"{counted(len(failed), 'run is', 'runs are')} ill-conditioned ({', '.join(failed)}): on a sample of "
             "steps, responses in single and in double precision differ by more than 5 %. Attribute with "
             'UnrolledDifferentiation(precision="float64").'
+        )
+    if (shared := (attribution.about.get("shared") or {}).get("training", "none")) != "none":
+        said.append(_SHARED[shared])
+    if draws := attribution.about.get("draws"):
+        said.append(
+            f"The measurement draws random numbers. It is the mean over {draws['number']} draws (seed "
+            f"{draws['seed']}), the "
+            "same ones for every run."
         )
     return said + _about_the_number_of_runs(runs)
 

@@ -232,7 +232,7 @@ class Run:
 
     @property
     def averaged_steps(self) -> dict[int, float]:
-        r"""The coefficients :math:`c_t` of the average :math:`\sum_t c_t \theta_t` that the training ended with, by step."""
+        r"""The coefficients :math:`c_t` of the average :math:`\sum_t c_t \theta_t` by step."""
         average = self.manifest.average
         if average is None:
             return {}

@@ -241,9 +241,6 @@ def test_responses_before_any_training_are_refused():
 def test_what_the_recorder_refuses_is_refused(fit):
     with pytest.raises(RecordingError, match="cannot be followed: its step is made of signs"):
         train(fit, of(torch.optim.Rprop), *weighted_data(), ResponseTracker(GROUPS))
-    network = NORMALISED_NETWORKS["BatchNorm"]
-    with pytest.raises(RecordingError, match="BatchNorm in training mode"):
-        train(fit, sgd(), *weighted_data(), ResponseTracker(GROUPS), network=network)
 
 
 class Drifting(WeightedRegressor):

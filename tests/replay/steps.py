@@ -51,9 +51,7 @@ class Step:
         arguments: Of the replica.
     """
 
-    def __init__(
-        self, module, items, collate=default_collate, states=None, time=None, circumstances=None, **arguments
-    ):
+    def __init__(self, module, items, collate=default_collate, states=None, time=None, circumstances=None, **arguments):
         self.items = list(items)
         self.collate = collate
         dtype = arguments.pop("dtype", next(module.parameters()).dtype)

@@ -183,7 +183,9 @@ class Balanced(Stepping):
 
 
 def test_a_learned_weight_between_two_losses_is_refused_by_the_parameters_name():
-    with pytest.raises(ReplayError, match=r"parameter balance depends on the examples of a batch.*Freeze the parameter"):
+    with pytest.raises(
+        ReplayError, match=r"parameter balance depends on the examples of a batch.*Freeze the parameter"
+    ):
         Step(Balanced(), rows()).cut()
 
 
@@ -236,7 +238,9 @@ def test_a_list_of_examples_losses_that_is_stacked_has_rows():
 
 def test_a_loss_without_rows_for_examples_is_refused():
     step = Step(Stepping(lambda m, b: m.net(b[0].mean(0)).square().mean(), net=linear()), rows())
-    with pytest.raises(ReplayError, match="No tensor on the way to the loss of Stepping.training_step has a row for each"):
+    with pytest.raises(
+        ReplayError, match="No tensor on the way to the loss of Stepping.training_step has a row for each"
+    ):
         step.cut()
 
 

@@ -159,7 +159,9 @@ def test_together_with_the_networks_own_curvature_it_is_the_hessian(case):
 
 
 def test_a_loss_that_is_linear_in_the_outputs_has_no_curvature():
-    step = Step(Stepping(lambda m, b: m.net(b[0]).sum(1).mean(), net=mlp().double()), [(row, 0) for row in normal(B, F)])
+    step = Step(
+        Stepping(lambda m, b: m.net(b[0]).sum(1).mean(), net=mlp().double()), [(row, 0) for row in normal(B, F)]
+    )
     with step.passed() as one:
         assert not one.outputs.hessian().any()
         ones = one.outputs.split(torch.ones(B * C).double())
@@ -173,6 +175,8 @@ def test_parameters_of_another_layer_in_the_loss_are_outputs_too():
     step = Step(scaled, list(zip(normal(B, F), torch.arange(B) % C, strict=True)))
     with step.passed() as one:
         assert one.outputs.shapes == [(B, C)]
-        jacobian_of_scale = one.outputs.pull(one.outputs.gradient(), [step.replica.parameters[step.names.index("scale")]])
+        jacobian_of_scale = one.outputs.pull(
+            one.outputs.gradient(), [step.replica.parameters[step.names.index("scale")]]
+        )
         whole = step.layout.unflatten(step.gradient())["scale"]
         close(jacobian_of_scale[0], whole)

@@ -196,10 +196,14 @@ def test_a_pass_may_be_asked_again(case):
 
 
 def test_a_parameter_that_the_loss_does_not_use_gets_zeros():
-    module = Stepping(lambda m, b: m.net(b[0]).square().mean(), net=nn.Linear(F, 2).double(), other=nn.Linear(2, 2).double())
+    module = Stepping(
+        lambda m, b: m.net(b[0]).square().mean(), net=nn.Linear(F, 2).double(), other=nn.Linear(2, 2).double()
+    )
     step = Step(module, TABLE)
     curved, terms, _ = step.products(torch.ones_like(step.theta))
-    others = torch.cat([torch.full((size,), name.startswith("other")) for name, size in zip(step.names, step.layout.sizes)])
+    others = torch.cat(
+        [torch.full((size,), name.startswith("other")) for name, size in zip(step.names, step.layout.sizes)]
+    )
     assert not curved[others].any() and not step.gradient()[others].any()
     assert curved[~others].any() and terms.any()
 

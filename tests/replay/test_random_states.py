@@ -181,7 +181,9 @@ def test_without_it_other_numbers_would_be_drawn():
     assert not torch.allclose(single.double(), double, rtol=1e-3)
 
 
-@pytest.mark.parametrize("draw", [lambda: torch.randint(9, (5,)), lambda: torch.randperm(7)], ids=["randint", "randperm"])
+@pytest.mark.parametrize(
+    "draw", [lambda: torch.randint(9, (5,)), lambda: torch.randperm(7)], ids=["randint", "randperm"]
+)
 def test_integers_are_drawn_as_they_are(draw):
     single = default(torch.float32, draw)
 

@@ -1,4 +1,5 @@
-"""A module as it was in training: it finds what it found then, and neither it nor the user's keeps anything of a pass."""
+"""A module as it was in training: it finds what it found then, and neither it nor the user's keeps anything of a
+pass."""
 
 import copy
 import threading
@@ -166,7 +167,9 @@ class Annealed(Classifier):
     """Looks at all that a step can see of the training."""
 
     def training_step(self, batch, batch_idx):
-        progress = self.current_epoch / self.trainer.max_epochs + self.global_step / self.trainer.estimated_stepping_batches
+        progress = (
+            self.current_epoch / self.trainer.max_epochs + self.global_step / self.trainer.estimated_stepping_batches
+        )
         rate = self.optimizers().param_groups[0]["lr"]
         assert rate == self.trainer.optimizers[0].param_groups[0]["lr"] == self.lr_schedulers().get_last_lr()[0]
         return super().training_step(batch, batch_idx) * (1 + progress + 10 * rate + 100 * batch_idx)
@@ -192,7 +195,10 @@ def reading(read):
 UNKNOWN = {
     "of the Trainer": (lambda module: module.trainer.num_sanity_val_batches, r"self\.trainer\.num_sanity_val_batches"),
     "of the optimizer": (lambda module: len(module.optimizers().state), "uses state of its optimizer"),
-    "of the scheduler": (lambda module: module.lr_schedulers().last_epoch, "uses last_epoch of its optimizer or scheduler"),
+    "of the scheduler": (
+        lambda module: module.lr_schedulers().last_epoch,
+        "uses last_epoch of its optimizer or scheduler",
+    ),
 }
 
 

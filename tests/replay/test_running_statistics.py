@@ -114,7 +114,9 @@ def test_statistics_after_a_pass_are_those_that_torch_leaves(case):
         for name, statistic in one.statistics.items():
             close(statistic, expected[name], 1e-13)
             assert not torch.equal(statistic, case.buffers[name])
-    updated = case.eager.gradient(case.batch(), case.theta[None], {name: b[None] for name, b in case.buffers.items()})[1]
+    updated = case.eager.gradient(case.batch(), case.theta[None], {name: b[None] for name, b in case.buffers.items()})[
+        1
+    ]
     for name, buffer in updated.items():
         torch.testing.assert_close(buffer[0], expected[name], rtol=1e-13, atol=0)
 

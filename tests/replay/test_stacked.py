@@ -195,7 +195,7 @@ class DependingOnValues(Stepping):
 
 
 EAGER = {
-    "what looks at values": (Looking, "item"),
+    "what looks at values": (Looking, "data-dependent control flow"),
     "a loss that depends on the epoch": (Annealed, "depends on the epoch, the step or the learning rate"),
     "a loss that depends on the learning rate": (Rated, "depends on the epoch, the step or the learning rate"),
     "numbers drawn by numpy": (DrawingElsewhere, "other generators than torch's"),
@@ -238,7 +238,9 @@ def test_each_shape_of_a_batch_is_traced_once():
         [MicroBatchInputs(3, passes[0].time, {}, lambda rows, make=passes[0].make: make([r for r in rows]))]
         for passes in runs.passes
     ]
-    runs.batch = StepBatch.of([torch.arange(3)] * RUNS, smaller, CPU, lambda _: stack_leaves([p[0].batch() for p in smaller]))
+    runs.batch = StepBatch.of(
+        [torch.arange(3)] * RUNS, smaller, CPU, lambda _: stack_leaves([p[0].batch() for p in smaller])
+    )
     runs.weights = runs.weights[:, :3]
     for _ in range(2):
         close(runs.gradients(runs.stacked)[0], runs.gradients(runs.eager)[0])

@@ -15,6 +15,12 @@ def case(request):
 
 
 @pytest.fixture(autouse=True)
+def _own_working_directory(monkeypatch, tmp_path):
+    # some packages leave files where they run
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
 def _no_seed_left_behind(monkeypatch):
     # seed_everything writes to the environment; setting the variable first lets monkeypatch take it away again
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")

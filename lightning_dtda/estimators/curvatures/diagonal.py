@@ -48,8 +48,8 @@ def gauss_newton_diagonal(objective: Objective) -> Tensor:
     .. math:: \frac1N \sum_{n, c} A_{nc}^2, \qquad \frac1N \sum_n a_n^2 \sum_c g_{nc}^2
         \text{ where } A_{nc} = g_{nc} a_n^\top
 
-    Where the matrix has no root of single examples' rows (see ``Objective.has_root``), it is estimated from products with
-    vectors of random signs, :math:`E[\epsilon \odot G \epsilon]` (Bekas, Kokiopoulou and Saad, 2007).
+    Where the matrix has no root of single examples' rows (see ``Objective.has_root``), it is estimated from products
+    with vectors of random signs, :math:`E[\epsilon \odot G \epsilon]` (Bekas, Kokiopoulou and Saad, 2007).
     """
     if not objective.has_root:
         generator = torch.Generator().manual_seed(0)

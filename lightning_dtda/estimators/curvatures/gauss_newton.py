@@ -52,9 +52,10 @@ class GaussNewton(Curvature):
     That may be some tens of thousands, P is free. ``solver="cg"`` needs products with G only, several queries at once.
 
     Args:
-        solver: ``"gram"`` or ``"cg"``; ``"auto"`` is the former where the loss is a mean over examples and the Gram matrix
-            fits the memory. Where the loss has no curvature in the network's outputs, or a negative one, it takes the Fisher
-            matrix of the training labels, :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and says so.
+        solver: ``"gram"`` or ``"cg"``; ``"auto"`` is the former where the loss is a mean over examples and the Gram
+        matrix
+            fits the memory. Where the loss has no curvature in the network's outputs, or a negative one, it takes the
+            Fisher matrix of the training labels, :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and says so.
         damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
         iterations: Of conjugate gradients: where to stop at the latest, converged or not; ``None`` goes on until the
             tolerance is reached. Few iterations leave small eigenvalues out, which regularises as a damping does.

@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,11 +238,11 @@ def _has_factors(layer: nn.Module) -> bool:
 def _factors(objective: Objective, layers: list[Layer], curvature: KFAC) -> dict[str, Tensor]:
     """Compute eigenvectors and eigenvalues of the layers' blocks by curvlinops.
 
-    It knows three losses of a module's output, and watches what goes forwards and backwards through the layers. Here its
-    module is the training step, which goes backwards itself: from the network's outputs, where a column of the root of
-    their Hessian is put in, so that the "empirical" Fisher matrix over all columns is the Gauss-Newton matrix. Where the
-    loss has no root of single examples, it goes back from the loss, and what comes out is the Fisher matrix of the training
-    labels.
+    It knows three losses of a module's output, and watches what goes forwards and backwards through the layers. Here
+    its module is the training step, which goes backwards itself: from the network's outputs, where a column of the root
+    of their Hessian is put in, so that the "empirical" Fisher matrix over all columns is the Gauss-Newton matrix. Where
+    the loss has no root of single examples, it goes back from the loss, and what comes out is the Fisher matrix of the
+    training labels.
     """
     from curvlinops import EKFACLinearOperator, KFACLinearOperator
 
@@ -314,8 +314,8 @@ class _Part:
 class _Step(nn.Module):
     """The training step as curvlinops calls it: from examples to a number for each.
 
-    What curvlinops watches are copies of the layers, with the same parameters, which stand in for them here and not where
-    the roots are computed.
+    What curvlinops watches are copies of the layers, with the same parameters, which stand in for them here and not
+    where the roots are computed.
 
     Args:
         objective: The objective.
@@ -323,7 +323,7 @@ class _Step(nn.Module):
         parameters: Theirs.
     """
 
-    def __init__(self, objective: Objective, layers: list[Layer], parameters: list[Tensor]) -> None:
+    def __init__(self, objective: Objective, layers: list[Layer], parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self._objective = objective
         self._of_layers = parameters
@@ -357,8 +357,8 @@ class _Step(nn.Module):
             size = torch.Size(shape).numel() // examples
             if shape[0] != examples:
                 raise AttributionError(
-                    f"The network's outputs have the shape {tuple(shape)} for {examples} examples, which Kronecker factors "
-                    "are not made of. Use GaussNewton() or Diagonal()."
+                    f"The network's outputs have the shape {tuple(shape)} for {examples} examples, which Kronecker "
+                    "factors are not made of. Use GaussNewton() or Diagonal()."
                 )
             found.append(column[:, start : start + size].reshape(shape))
             start += size

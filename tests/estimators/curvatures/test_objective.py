@@ -67,7 +67,9 @@ class Penalised(Classifier):
 def test_a_penalty_in_the_loss_is_part_of_the_matrices_and_of_no_root(trained, vectors):
     run = trained(Penalised())
     objective, v = run.objective(), vectors(len(run.theta))
-    torch.testing.assert_close(objective.gauss_newton_products(v), v @ run.gauss_newton() + 2 * v, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        objective.gauss_newton_products(v), v @ run.gauss_newton() + 2 * v, rtol=1e-10, atol=1e-12
+    )
     torch.testing.assert_close(objective.hessian_products(v), v @ run.hessian() + 2 * v, rtol=1e-10, atol=1e-12)
     assert not objective.has_root
     for ask in (lambda: objective.outputs, lambda: list(objective.roots())):

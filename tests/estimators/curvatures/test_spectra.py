@@ -6,8 +6,8 @@ import torch
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Diagonal, ExactHessian, GaussNewton, Identity
 from lightning_dtda.estimators.curvatures import root
-from lightning_dtda.estimators.projection import Projection
 from lightning_dtda.estimators.curvatures.gauss_newton import ImplicitGaussNewton
+from lightning_dtda.estimators.projection import Projection
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 
 TOLERANCE = 1e-8  # relative: what is asked of the Gram matrix's solutions; reached: about 1e-11
