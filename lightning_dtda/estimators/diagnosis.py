@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,8 @@ from lightning_dtda.estimators.estimator import Diagnosis
 from lightning_dtda.estimators.sweep import no_state_cotangents, unroll
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
+
+_log = logging.getLogger(__name__)
 
 _STEP = 1e-6
 """Change of the weights in the finite difference: below the linear range of trainings with Adam, far above what double
@@ -47,14 +50,21 @@ def diagnose(
         end: The step that is asked about; segments that begin there or later do not count.
 
     Returns:
-        One for each run.
+        One for each run; none where the module does not compute in double precision.
     """
     try:
         return _diagnose(make(runs, "float64"), make(runs, "recorded"), end)
     except ReplayError:
         if len(runs) == 1:
             return [Diagnosis(None, None)]
-        return [diagnosis for run in runs for diagnosis in diagnose([run], make, end)]
+        return [diagnosis for run in runs for diagnosis in diagnose([run], make, end) or [Diagnosis(None, None)]]
+    except Exception as error:  # whatever the user's code does with numbers of another type
+        _log.warning(
+            "Responses are not compared with those in double precision, in which the module fails (%s: %s).",
+            type(error).__name__,
+            (str(error).strip().splitlines() or [""])[0],
+        )
+        return []
 
 
 def _diagnose(double: Replay, recorded: Replay, end: int | None) -> list[Diagnosis]:

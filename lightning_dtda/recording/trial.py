@@ -23,6 +23,9 @@ from lightning_dtda.trajectory import ParameterLayout
 
 _log = logging.getLogger(__name__)
 
+_NO_DERIVATIVE = "torch::autograd::Error"
+"""What torch calls the node of autograd's graph that raises an error in place of a derivative."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -114,8 +117,7 @@ def _try_step(
     if unfollowed := [name for name in updated if name not in followed]:
         _log.warning(
             "A training step changes the buffers %s. They are replayed as they were; how they depend on the examples "
-            "is "
-            "not followed.",
+            "is not followed.",
             ", ".join(unfollowed),
         )
     generator = torch.Generator().manual_seed(0)
@@ -132,6 +134,8 @@ def _try_step(
             f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square "
             "root or the norm of a zero on the way, say. Add a small number under the root."
         )
+    with eager.passed(inputs, theta, buffers) as one:
+        _refuse_once_differentiable(one.gradient, type(module).__name__)
     shared = {
         "training": shared_by_examples(eager, inputs, theta, buffers),
         "evaluation": shared_by_examples(eager, inputs, theta, buffers, training=False),
@@ -139,6 +143,22 @@ def _try_step(
     }
     _try_measurement(eager, inputs, theta, stacked)
     return Trial(layout, circumstances, shared, found.gradient[0], eager)
+
+
+def _refuse_once_differentiable(gradient: Sequence[Tensor], name: str) -> None:
+    """Refuse a gradient of which a part has no derivative: torch says so only on the way through that part."""
+    nodes: list[Any] = [part.grad_fn for part in gradient if part.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.name() == _NO_DERIVATIVE:
+            raise RecordingError(
+                f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a kernel "
+                "of its own?), so that the gradient has no derivative. Use the same operation in plain torch."
+            )
+        following = [other for other, _ in node.next_functions if other is not None and other not in seen]
+        seen.update(following)
+        nodes.extend(following)
 
 
 def _unused_and_updated(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.attribution.checking import check
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.estimators.diagnosis import diagnose
 from lightning_dtda.estimators.estimator import Diagnosis
@@ -132,3 +133,29 @@ def test_double_precision_is_no_matter_of_it(fit, tmp_path):
     answer, _ = diagnoses(*record(fit, tmp_path), precision="float64")
 
     assert answer.ill_conditioned == ()
+
+
+class InSingle(WeightedRegressor):
+    """Has a number of its own that knows one precision only."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets, weights = batch
+        scale = torch.eye(3, dtype=torch.float32)
+        return (weights * (self(inputs @ scale) - targets) ** 2).mean()
+
+
+def test_a_module_that_computes_in_one_precision_only_is_attributed_without_a_diagnosis(fit, tmp_path, caplog):
+    pl.seed_everything(0, verbose=False)
+    data = TensorDataset(*weighted_data(dtype=torch.float32))
+    fit(InSingle(adam, dtype=torch.float32), loader(*data.tensors), TrajectoryRecorder(tmp_path), max_epochs=2)
+
+    with caplog.at_level(logging.WARNING, "lightning_dtda"):
+        answer, found = diagnoses(Ensemble.open(tmp_path), InSingle(adam, dtype=torch.float32), data)
+
+    assert found == [{}]
+    assert answer.responses.abs().sum() > 0
+    assert answer.ill_conditioned == ()
+    assert "not compared with those in double precision, in which the module fails (RuntimeError" in caplog.text
+    finding = check(Ensemble.open(tmp_path), InSingle(adam, dtype=torch.float32), data, queries=data).findings[1]
+    assert (finding.name, finding.passed) == ("replay in double precision", False)
+    assert "The module fails in double precision" in finding.advice

@@ -104,7 +104,9 @@ class Annealed(Step):
     def training_step(self, batch, batch_idx):
         progress = self.global_step / self.trainer.estimated_stepping_batches
         rate = self.optimizers().param_groups[0]["lr"]
-        return super().training_step(batch, batch_idx) * (1 + progress + 0.1 * self.current_epoch + rate + 0.1 * batch_idx)
+        return super().training_step(batch, batch_idx) * (
+            1 + progress + 0.1 * self.current_epoch + rate + 0.1 * batch_idx
+        )
 
 
 class PartlyUsed(Step):
@@ -134,19 +136,30 @@ STEPS = (Summed, DividedByItsBatch, Noisy, Mixing, Looking, Transferring, Penali
 
 @pytest.mark.parametrize("make", STEPS)
 def test_any_step_is_followed(fit, tmp_path, make):
-    assert_finite_differences_agree(fit, tmp_path, sgd(momentum=0.9), make=make, measurement=squared_error, max_epochs=2)
+    assert_finite_differences_agree(
+        fit, tmp_path, sgd(momentum=0.9), make=make, measurement=squared_error, max_epochs=2
+    )
 
 
 @pytest.mark.parametrize("make", [Noisy, DividedByItsBatch])
 def test_any_step_is_followed_over_accumulated_gradients_without_a_record_of_them(fit, tmp_path, make):
     assert_finite_differences_agree(
-        fit, tmp_path, of(torch.optim.AdamW), "none", make=make, measurement=squared_error, max_epochs=2, accumulate_grad_batches=2
+        fit,
+        tmp_path,
+        of(torch.optim.AdamW),
+        "none",
+        make=make,
+        measurement=squared_error,
+        max_epochs=2,
+        accumulate_grad_batches=2,
     )
 
 
 def test_parameters_that_the_loss_does_not_use_stay_as_they_are(fit, tmp_path):
     # AdamW would let them decay, had they a gradient
-    assert_finite_differences_agree(fit, tmp_path, of(torch.optim.AdamW, weight_decay=0.1), make=PartlyUsed, max_epochs=2)
+    assert_finite_differences_agree(
+        fit, tmp_path, of(torch.optim.AdamW, weight_decay=0.1), make=PartlyUsed, max_epochs=2
+    )
 
 
 class Recurrent(nn.Module):
@@ -190,9 +203,7 @@ class Detached(Step):
 def recorded(fit, root, make):
     train(fit, sgd(momentum=0.5), *weighted_data(), TrajectoryRecorder(root), make=make, max_epochs=5)
     data = TensorDataset(*weighted_data())
-    return attribute(
-        Ensemble.open(root), make(sgd()), data, queries=data, measurement=squared_error, progress=False
-    )
+    return attribute(Ensemble.open(root), make(sgd()), data, queries=data, measurement=squared_error, progress=False)
 
 
 class Turned(torch.autograd.Function):

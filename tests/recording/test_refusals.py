@@ -182,7 +182,7 @@ REFUSED = {
         Regressor,
         lambda: DataLoader(IndexedExamples(), batch_size=None),
         {},
-        "Give the DataLoader a batch_size",
+        "give the DataLoader a batch_size",
     ),
     "batches in the order of their arrival": (
         Regressor,
@@ -191,7 +191,12 @@ REFUSED = {
         "in_order=True",
     ),
     "a data set without integer indices": (Regressor, lambda: loader(Named(), sampler=NAMES), {}, "indices 0 to 22"),
-    "a sampler of other than integers": (Regressor, lambda: loader(EitherWay(), sampler=NAMES), {}, "yield integers"),
+    "a sampler of other than integers": (
+        Regressor,
+        lambda: loader(EitherWay(), sampler=NAMES),
+        {},
+        "lists of integers",
+    ),
     "random augmentation": (
         Regressor,
         lambda: shuffled(dataset=Augmented()),
@@ -204,7 +209,12 @@ REFUSED = {
         {},
         'batches="store".*make the collate_fn deterministic',
     ),
-    "a collate_fn that drops examples": (Regressor, lambda: shuffled(collate_fn=dropping), {}, "the collate_fn leaves examples out"),
+    "a collate_fn that drops examples": (
+        Regressor,
+        lambda: shuffled(collate_fn=dropping),
+        {},
+        "the collate_fn leaves examples out",
+    ),
     "negative indices": (Regressor, lambda: loader(sampler=range(-8, 0)), {}, "yield indices from 0 to 22"),
     "parameters that are trained later": (
         Regressor,

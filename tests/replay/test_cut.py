@@ -239,7 +239,7 @@ def test_a_list_of_examples_losses_that_is_stacked_has_rows():
 def test_a_loss_without_rows_for_examples_is_refused():
     step = Step(Stepping(lambda m, b: m.net(b[0].mean(0)).square().mean(), net=linear()), rows())
     with pytest.raises(
-        ReplayError, match="No tensor on the way to the loss of Stepping.training_step has a row for each"
+        ReplayError, match=r"No tensor on the way to the loss of Stepping.training_step has a row for each"
     ):
         step.cut()
 
@@ -255,5 +255,5 @@ def test_a_step_that_takes_one_size_only_is_refused_with_its_own_error():
         assert len(batch[0]) == B, "batches of five, please"
         return module.net(batch[0]).square().mean()
 
-    with pytest.raises(ReplayError, match="(?s)batches of five, please.*Let it take batches of any size"):
+    with pytest.raises(ReplayError, match=r"(?s)batches of five, please.*Let it take batches of any size"):
         Step(Stepping(particular, net=linear()), rows()).cut()

@@ -235,7 +235,7 @@ def test_each_shape_of_a_batch_is_traced_once():
         runs.gradients(runs.stacked)
     assert len(runs.traces) == 1
     smaller = [
-        [MicroBatchInputs(3, passes[0].time, {}, lambda rows, make=passes[0].make: make([r for r in rows]))]
+        [MicroBatchInputs(3, passes[0].time, {}, lambda rows, make=passes[0].make: make(list(rows)))]
         for passes in runs.passes
     ]
     runs.batch = StepBatch.of(
