@@ -98,9 +98,8 @@ def attribute(
             such; a label for each example, one group for each label; or ``"column:KEY"``, where KEY is the position or
             the key of the labels in the data set's items.
         step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
-        measurement_draws: Where the measurement draws random numbers (the denoising loss of a diffusion model, a
-        VAE's),
-            how many draws it is the mean of; the same ones for every run.
+        measurement_draws: Where the measurement draws random numbers (the denoising loss of a diffusion model), how
+            many draws it is the mean of; the same ones for every run.
         measurement_seed: Of these draws.
         device: Where to compute; ``None`` is the module's own device.
         jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.

@@ -274,8 +274,7 @@ class Objective:
         r"""Return the Gauss-Newton matrix of L times each of ``vectors`` ``(Q, P)``.
 
         .. math:: G = \frac1N \sum_n J_n^\top \nabla^2\ell_n(z_n) J_n + \nabla^2 R(\theta) +
-        \operatorname{diag}(\gamma),
-            \qquad J_n = \frac{d z_n}{d \theta}
+            \operatorname{diag}(\gamma), \qquad J_n = \frac{d z_n}{d \theta}
 
         with what the loss has of the parameters beside the network's outputs, R: a penalty in ``training_step``.
         """
