@@ -382,8 +382,7 @@ class Objective:
         Args:
             columns: The parameters by which to differentiate; ``None`` is all of them.
             layers: Names of submodules that are called once, with one tensor, and whose inputs and derivatives are
-            wanted
-                as well.
+                wanted as well.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.

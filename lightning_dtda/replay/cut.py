@@ -129,8 +129,7 @@ class Cuts:
             loss: Of the batch.
             examples: B.
             others: Losses of the same batch with one example less, or more, and their numbers of examples. Those that
-            have
-                another graph are passed over; of the others a few are enough.
+                have another graph are passed over; of the others a few are enough.
             name: What errors call the module.
 
         Raises:

@@ -133,8 +133,7 @@ class Comparison:
             computed: The gradient, by kernels that can be differentiated twice.
             expected: What it should be.
             again: Computes it by the kernels of the training. Others round otherwise, which may put an input on the
-            other
-                side of a kink (of a ReLU, say), from where on the two differ by more than rounding.
+                other side of a kink (of a ReLU, say), from where on the two differ by more than rounding.
 
         Raises:
             ReplayError: If they differ by more than rounding, naming the run.

@@ -39,7 +39,7 @@ class Examples:
         loader: The DataLoader, whose workers read the examples; ``None`` reads them in this process.
         datamodule: Whose hooks batches pass on their way to the module; ``None`` where there is none.
         takes_lists: Whether the data set is asked for whole batches, as the loader's is if its ``batch_size`` is
-        ``None``.
+            ``None``.
 
     Example:
         >>> from torch.utils.data import TensorDataset

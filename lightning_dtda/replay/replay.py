@@ -351,7 +351,7 @@ class Replay:
             start: Step of a checkpoint.
             stop: Step of a later one, or the end.
             averaged: Whether to return the average, where the training ended with one and it is trained from start to
-            end.
+                end.
 
         Returns:
             The trained parameters ``(runs, P)``, and buffers as they were trained to, each ``(runs, ...)``.

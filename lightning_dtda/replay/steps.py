@@ -64,12 +64,10 @@ class StepBatch:
 
     Args:
         indices: Data set indices ``(runs, B)``, those of all micro-batches one after the other; shorter steps are
-        filled
-            up with zeros.
+            filled up with zeros.
         passes: The micro-batches of each run.
         leaves: For stacks, makes the tensors of micro-batch number i of all runs, each ``(runs, B, ...)``; ``None``
-        where
-            the batches do not consist of tensors of one shape.
+            where the batches do not consist of tensors of one shape.
     """
 
     indices: Tensor

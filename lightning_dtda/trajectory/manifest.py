@@ -53,8 +53,7 @@ class Manifest:
         shards: Files of per-step records, each with its first and last step.
         checkpoints: Files of parameters and optimizer state, each with its step.
         average: File of the averaged parameters that the training ended with in place of its last ones, with the
-        ``steps``
-            and ``coefficients`` of the average; ``None`` where it ended with the last ones.
+            ``steps`` and ``coefficients`` of the average; ``None`` where it ended with the last ones.
         examples: File of the training examples' checksums; ``None`` where batches are stored.
     """
 

@@ -53,9 +53,9 @@ class GaussNewton(Curvature):
 
     Args:
         solver: ``"gram"`` or ``"cg"``; ``"auto"`` is the former where the loss is a mean over examples and the Gram
-        matrix
-            fits the memory. Where the loss has no curvature in the network's outputs, or a negative one, it takes the
-            Fisher matrix of the training labels, :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and says so.
+            matrix fits the memory. Where the loss has no curvature in the network's outputs, or a negative one, it
+            takes the Fisher matrix of the training labels, :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and says
+            so.
         damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
         iterations: Of conjugate gradients: where to stop at the latest, converged or not; ``None`` goes on until the
             tolerance is reached. Few iterations leave small eigenvalues out, which regularises as a damping does.
