@@ -402,16 +402,18 @@ class Objective:
             by = [*parameters, *(result for _, result in of_layers)]
             found = [outputs.pull(outputs.split(column), by) for column in extra[0].unbind(1)]
             of_parameters = torch.stack([self.layout.flatten(one[: len(parameters)]) for one in found])
-            if columns is not None:
-                of_parameters = of_parameters[:, columns]
+            if len(extra) > 1:
+                of_parameters = of_parameters[:, extra[1]]
             derivatives = [
                 torch.stack([one[len(parameters) + n].reshape(-1) for one in found]) for n in range(len(layers))
             ]
             return [of_parameters, *derivatives, *(value.reshape(-1) for value, _ in of_layers)]
 
-        key = f"roots of {'all' if columns is None else hash(tuple(columns.tolist()))} {' '.join(layers)}"
+        key = f"roots {' '.join(layers)}"
+        # which columns is given to each example, so that one trace does for all that are asked for
+        chosen = [] if columns is None else [columns.expand(len(indices), -1)]
         with watched(self.module, layers) as calls:
-            found = self._of_each(key, indices, self._seeds[0], rows, [roots], calls=calls)
+            found = self._of_each(key, indices, self._seeds[0], rows, [roots, *chosen], calls=calls)
         of_parameters, *rest = found
         derivatives, inputs = rest[: len(layers)], rest[len(layers) :]
         if self.scale is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -214,6 +215,10 @@ def _checksums(loader: DataLoader[Any], drawn: Iterable[list[int]], batches: lis
             return
         except Exception as error:
             index, reason = _failing(loader, batches[number], error)
+            # the frames hold the workers' iterators, which wait for seconds if they are left to the garbage collector
+            for failed in (error, reason):
+                traceback.clear_frames(failed.__traceback__)
+            del found
             raise RecordingError(
                 f"{type(dataset).__name__}[{index}] fails ({type(reason).__name__}: {_last_line(reason)}). Let the "
                 f"data set take the indices 0 to {len(dataset) - 1}, so that removal can be of examples by index."

@@ -8,8 +8,8 @@ trace; they are drawn beforehand from the recorded states, in the order of the t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,8 @@ _DRAWS = frozenset(
 )
 """Random operations whose numbers depend on the shape of what they are given, not on its values."""
 
+
+_TIMELY = "the loss depends on the epoch, the step or the learning rate"
 
 _COMPARED_RUNS, _COMPARED_DIRECTIONS = 3, 2
 """Runs and directions over which a trace is mapped when it is compared: different numbers of them."""
@@ -170,9 +172,9 @@ class Stacked:
             flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (one.gradient, curved)]
             return [flat[0].detach(), flat[1], terms, *(of_statistics[name] for name in names)]
 
-        def reference(theta: Tensor, extra: list[Tensor]) -> list[Tensor]:
+        def reference(theta: Tensor, extra: list[Tensor], time: Time) -> list[Tensor]:
             current = {name: tensor[0] for name, tensor in buffers.items()}
-            with self._eager.passed(inputs, theta, current) as one:
+            with self._eager.passed(replace(inputs, time=time), theta, current) as one:
                 return function(one, extra)
 
         first = [tensor[0, 0] for tensor in along]
@@ -188,9 +190,10 @@ class Stacked:
             after = self._eager.replica.buffers(names) | one.statistics
             return [torch.cat([part.reshape(-1) for part in one.gradient]), *(after[name].clone() for name in names)]
 
-        def reference(theta: Tensor, extra: list[Tensor]) -> list[Tensor]:
+        def reference(theta: Tensor, extra: list[Tensor], time: Time) -> list[Tensor]:
             current = {name: tensor[0] for name, tensor in buffers.items()}
-            with self._eager.passed(inputs, theta, current, extra[0], create_graph=False) as one:
+            here = replace(inputs, time=time)
+            with self._eager.passed(here, theta, current, extra[0], create_graph=False) as one:
                 return function(one, extra)
 
         return self._trace(
@@ -216,7 +219,7 @@ class Stacked:
         leaves: list[Tensor],
         extra: list[Tensor],
         function: Callable[[Pass, list[Tensor]], list[Tensor]],
-        reference: Callable[[Tensor, list[Tensor]], list[Tensor]],
+        reference: Callable[[Tensor, list[Tensor], Time], list[Tensor]],
         is_weighted: bool = False,
     ) -> Trace | None:
         """Return the trace for a micro-batch of this shape; ``None`` where there is none."""
@@ -237,15 +240,10 @@ class Stacked:
         try:
             if states[0] - {"cpu", "cuda"}:
                 raise CannotTraceError("random numbers are drawn from other generators than torch's")
-            reference(theta[0], extra)  # first: it learns where weights act
-            graphs = [
-                self._graph(function, inputs, time, sorted(buffers), structure, len(extra), is_weighted, sample + extra)
-                for time in (inputs.time, _another(inputs.time))
-            ]
-            if not same_trace(*graphs):
-                raise CannotTraceError("the loss depends on the epoch, the step or the learning rate")
-            trace = Trace.of(graphs[0], self._eager, len(extra) if not is_weighted else 0)
-            self._check(trace, sample, extra, inputs.states, reference, is_weighted)
+            reference(theta[0], extra, inputs.time)  # first: it learns where weights act
+            graph = self._graph(function, inputs, sorted(buffers), structure, len(extra), is_weighted, sample + extra)
+            trace = Trace.of(graph, self._eager, len(extra) if not is_weighted else 0)
+            self._check(trace, inputs, sample, extra, reference, is_weighted)
         except Exception as error:  # whatever the user's code does, and whatever torch cannot map
             _log.info(
                 "Steps of %s are run one by one, not stacked: %s",
@@ -259,17 +257,18 @@ class Stacked:
     def _check(
         self,
         trace: Trace,
+        inputs: MicroBatchInputs,
         sample: list[Tensor],
         extra: list[Tensor],
-        states: Mapping[str, Tensor],
-        reference: Callable[[Tensor, list[Tensor]], list[Tensor]],
+        reference: Callable[[Tensor, list[Tensor], Time], list[Tensor]],
         is_weighted: bool,
     ) -> None:
-        """Compare a trace, mapped over some runs and directions, with the eager way.
+        """Compare a trace, mapped over some runs and directions, with the eager way, at this time and at others.
 
         Raises:
             CannotTraceError: If they differ.
         """
+        states = inputs.states
         # not one of each: rules of torch's for mapping operations may be wrong where two are mapped over
         runs, directions = _COMPARED_RUNS, _COMPARED_DIRECTIONS
         generator = torch.Generator().manual_seed(0)
@@ -282,15 +281,19 @@ class Stacked:
         )
         tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
         for place in ((run, *([] if is_weighted else [run % directions])) for run in range(runs)):
-            wanted = reference(theta[place[0]], [part[place] for part in given])
+            wanted = reference(theta[place[0]], [part[place] for part in given], inputs.time)
             for one, other in zip(found, wanted, strict=True):
                 _compare(one[place].reshape(other.shape), other, tolerance)
+        place = (0,) if is_weighted else (0, 0)
+        for time in _others(inputs.time):
+            wanted = reference(theta[0], [part[place] for part in given], time)
+            for one, other in zip(found, wanted, strict=True):
+                _compare(one[place].reshape(other.shape), other, tolerance, _TIMELY)
 
     def _graph(
         self,
         function: Callable[[Pass, list[Tensor]], list[Tensor]],
         inputs: MicroBatchInputs,
-        time: Time,
         names: list[str],
         structure: TreeSpec,
         extras: int,
@@ -310,7 +313,7 @@ class Stacked:
             before = {name: buffers[name].detach().requires_grad_(not is_weighted) for name in eager.statistics.names}
             with replica.passing(), replica.swapped(parameters, buffers):
                 with eager.statistics.followed(before) as after:
-                    loss = replica.training_loss(tree_unflatten(leaves, structure), time, inputs.states)
+                    loss = replica.training_loss(tree_unflatten(leaves, structure), inputs.time, inputs.states)
                 cut = eager.cuts.find(loss, inputs.examples)
                 one = Pass(loss, cut, parameters, weights, before, after, create_graph=not is_weighted)
                 return [tensor.detach() for tensor in function(one, extra)]
@@ -363,7 +366,7 @@ def each_example(
         cut = eager.cut(loss, inputs)
         return [found.detach() for found in function(loss, Outputs(loss, cut, parameters), parameters, more)]
 
-    def one_by_one(number: int) -> list[Tensor]:
+    def one_by_one(number: int, time: Time = time) -> list[Tensor]:
         index = int(indices[number])
         inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([index] * len(rows)))
         _clear(calls)
@@ -372,10 +375,14 @@ def each_example(
             loss = eager.replica.training_loss(inputs.batch(), time, states)
             return of(loss, inputs, eager.replica.parameters, [tensor[number] for tensor in extra])
 
-    first = one_by_one(0)
     leaves = examples.tensors(indices[:, None]) if len(indices) > 1 else None
+    shapes = [part.shape[1:] for part in [*(leaves or ()), *extra]]
+    key = (what, frozenset(states), *shapes)
+    known = None if leaves is None else kept.get(key)
+    if known is not None and leaves is not None:
+        return known.each([theta, *_sorted(buffers)], [*leaves, *extra], states)
+    first = one_by_one(0)
     if leaves is not None:
-        key = (what, frozenset(states), *(leaf.shape[1:] for leaf in leaves), *(part.shape[1:] for part in extra))
         if key not in kept:
             kept[key] = None
             structure = tree_flatten(examples.collated([0]))[1]
@@ -402,11 +409,14 @@ def each_example(
                 with eager.replica.generators.kept():
                     graph = make_fx(run, decomposition_table=_DECOMPOSED)(*sample)
                 trace = Trace.of(graph, eager, 0)
-                shared = 1 + len(names)
-                found = trace.each(sample[:shared], [tensor[None] for tensor in sample[shared:]], states)
+                found = trace.each(sample[: 1 + len(names)], [tensor[:2] for tensor in [*leaves, *extra]], states)
                 tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
-                for one, other in zip(found, first, strict=True):
-                    _compare(one[0], other, tolerance)
+                for number, wanted in enumerate([first, one_by_one(1)]):
+                    for one, other in zip(found, wanted, strict=True):
+                        _compare(one[number], other, tolerance)
+                for later in _others(time):  # it is kept for other runs, and for other steps
+                    for one, other in zip(found, one_by_one(0, later), strict=True):
+                        _compare(one[0], other, tolerance, _TIMELY)
                 kept[key] = trace
             except Exception as error:  # whatever the user's code does, and whatever torch cannot map
                 _log.info("%s are computed example by example: %s", what, str(error).strip().split(chr(10))[0])
@@ -546,7 +556,7 @@ def _like(value: Any) -> Any:
     return _Like(tuple(tensor.shape), tuple(stride), tensor.dtype, getattr(tensor, "device", torch.device("cpu")))
 
 
-def _compare(found: Tensor, wanted: Tensor, tolerance: float) -> None:
+def _compare(found: Tensor, wanted: Tensor, tolerance: float, why: str = "its trace computes something else") -> None:
     """Compare what a trace computes with what the eager way does.
 
     Raises:
@@ -554,16 +564,17 @@ def _compare(found: Tensor, wanted: Tensor, tolerance: float) -> None:
     """
     found, wanted = found.double(), wanted.double()
     if not bool((found - wanted).norm() <= tolerance * wanted.norm() + torch.finfo(torch.float64).eps):
-        raise CannotTraceError("its trace computes something else")
+        raise CannotTraceError(why)
 
 
-def _another(time: Time) -> Time:
-    """Return another time of the same training."""
+def _others(time: Time) -> Iterator[Time]:
+    """Yield other times of the same training: a little later, and so late that what changes in time has changed."""
     groups = [
         {key: value * 0.5 if isinstance(value, float) else value for key, value in group.items()}
         for group in time.hyperparameters
     ]
-    return Time(time.epoch + 1, time.step + 7, time.batch_idx + 1, groups)
+    for epochs, steps in ((1, 7), (10**4, 10**7)):
+        yield Time(time.epoch + epochs, time.step + steps, time.batch_idx + 1, groups)
 
 
 def _parts(batch: StepBatch) -> list[tuple[slice, MicroBatchInputs]]:

@@ -15,7 +15,7 @@ from tests.regression import Augmented, WeightedRegressor, loader, weighted_data
 STEP = 1e-4
 """Balances the truncation error, of order STEP squared, against rounding, of order 1e-16 / STEP."""
 
-DIRECTIONS = 3
+DIRECTIONS = 2
 
 TOLERANCE = 1e-6
 """Relative to the largest response; at most 5e-8 is reached. The promise is 1e-5."""

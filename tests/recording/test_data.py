@@ -199,6 +199,7 @@ def test_a_training_does_not_go_on_with_other_data(fit, root, tmp_path):
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
+            default_root_dir=tmp_path,
             max_epochs=3,
         )
         trainer.fit(Classifier(), DataLoader(data, 64), **arguments)

@@ -46,7 +46,7 @@ def assert_same(found, expected, tolerance=TOLERANCE):
 def assert_tracked_as_recorded(fit, root, optimizer, network=None, batches="indices", **more):
     tracker = ResponseTracker(GROUPS)
     recorder = TrajectoryRecorder(root, gradients="none", batches=batches)
-    train(fit, optimizer, *weighted_data(), tracker, recorder, network=network, **more)
+    train(fit, optimizer, *weighted_data(), tracker, recorder, network=network, **({"max_epochs": 3} | more))
     data = TensorDataset(*weighted_data())
     module = WeightedRegressor(optimizer, network=network)
     (position,) = forward_sweep(Replay([*Ensemble.open(root)], module, training_examples(data)), membership())

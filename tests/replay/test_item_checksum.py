@@ -137,6 +137,7 @@ def test_what_went_through_a_file_has_the_checksum_that_it_had(item):
     assert item_checksum(pickle.loads(pickle.dumps(item))) == item_checksum(item)
 
 
+@pytest.mark.slow
 def test_another_process_computes_the_same_checksums():
     """With another seed for the hashes of strings, on which the order of sets depends, and other addresses."""
     code = (

@@ -177,6 +177,14 @@ class Annealed(Stepping):
         return super().training_step(batch, batch_idx) * (1 + self.current_epoch)
 
 
+class Switched(Stepping):
+    """Takes a term in after some epochs."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss if self.current_epoch < 50 else loss + self.net(batch[0]).square().mean()
+
+
 class Rated(Stepping):
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) * self.optimizers().param_groups[0]["lr"]
@@ -197,6 +205,7 @@ class DependingOnValues(Stepping):
 EAGER = {
     "what looks at values": (Looking, "data-dependent control flow"),
     "a loss that depends on the epoch": (Annealed, "depends on the epoch, the step or the learning rate"),
+    "a loss that will depend on the epoch": (Switched, "depends on the epoch, the step or the learning rate"),
     "a loss that depends on the learning rate": (Rated, "depends on the epoch, the step or the learning rate"),
     "numbers drawn by numpy": (DrawingElsewhere, "other generators than torch's"),
     "draws that depend on values": (DependingOnValues, "depend on values"),

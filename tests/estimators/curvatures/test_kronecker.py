@@ -174,3 +174,54 @@ def test_a_cache_of_something_else_is_not_read(trained, vectors, tmp_path, other
 def test_no_samples_are_refused():
     with pytest.raises(AttributionError, match="samples=0; give at least 1"):
         EKFAC(samples=0)
+
+
+class OfPositions(Classifier):
+    """Classifies each of two positions."""
+
+    def training_step(self, batch, batch_idx):
+        outputs = self(batch[0].unflatten(1, (2, 2)))
+        return torch.nn.functional.cross_entropy(outputs.flatten(0, 1), batch[1].repeat_interleave(2))
+
+
+def gauss_newton_of_positions(run):
+    inputs, labels = run.data.tensors
+
+    def outputs(theta):
+        return torch.func.functional_call(
+            run.module.eval(), run.replay.layout.unflatten(theta), (inputs.unflatten(1, (2, 2)),)
+        ).flatten(0, 1)
+
+    def loss(outputs):
+        return torch.nn.functional.cross_entropy(outputs, labels.repeat_interleave(2))
+
+    jacobian = torch.func.jacrev(outputs)(run.theta).flatten(0, 1)
+    hessian = torch.func.hessian(loss)(outputs(run.theta)).reshape(len(jacobian), len(jacobian))
+    return jacobian.T @ hessian @ jacobian
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_outputs_at_several_positions_are_those_of_one_example(trained, vectors, bias):
+    nn = torch.nn
+    network = lambda: nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3, bias=bias))  # noqa: E731
+    run = trained(OfPositions(network=network))
+    dense = gauss_newton_of_positions(run)
+    fitted = EKFAC(rescale=False).fit(run.objective())
+    # corrected eigenvalues keep the trace of each block
+    assert fitted.mean_eigenvalue == pytest.approx(float(dense.trace()) / len(dense), rel=1e-8)
+    v = vectors(len(dense))
+    close(run.objective().gauss_newton_products(v), v @ dense)
+
+
+class PenalisedOnce(Classifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 0.1 * sum((p**2).sum() for p in self.parameters())
+
+
+def test_without_a_root_the_factors_are_those_of_the_training_labels(trained, caplog):
+    run = trained(PenalisedOnce())
+    with caplog.at_level(logging.INFO, "lightning_dtda"):
+        fitted = EKFAC(rescale=False).fit(run.objective())
+    assert "those of the training labels' gradients" in caplog.text
+    gradients = torch.func.jacrev(run.losses)(run.theta)
+    assert fitted.mean_eigenvalue == pytest.approx(float(gradients.square().sum()) / gradients.numel(), rel=1e-8)

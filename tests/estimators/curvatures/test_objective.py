@@ -189,3 +189,16 @@ def test_examples_that_do_not_fit_the_memory_are_refused(trained):
     objective = trained(Regressor()).objective(memory=100)
     with pytest.raises(AttributionError, match="Raise memory_budget"):
         list(objective.gradients())
+
+
+class Annealed(Regressor):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (1 + self.global_step)
+
+
+def test_what_is_kept_from_one_step_to_the_next_is_that_of_its_step(trained):
+    run, kept = trained(Annealed()), {}
+    for step in (4, 8, None):
+        (_, found), *_ = run.objective(step=step, kept=kept).gradients()
+        (_, expected), *_ = run.objective(step=step).gradients()
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
