@@ -82,6 +82,7 @@ class ResponseTracking:
             layout=layout,
             hyperparameter_names=self._names,
             state_sizes=checks.state_sizes(optimizer, map(module.get_parameter, layout.names)),
+            applying=self._note_gradient,
             taken=self._after_step,
             steps=steps,
         )
@@ -137,6 +138,9 @@ class ResponseTracking:
         self.watch.close()
         self._last_buffers = self._buffers()
 
+    def _note_gradient(self, gradients: list[Tensor]) -> None:
+        self._applied = self.layout.flatten(gradients)[None]
+
     def _after_step(self, step: TakenStep) -> None:
         number = self.watch.steps - 1
         of_groups = self._of_groups(step.hyperparameters)
@@ -154,7 +158,7 @@ class ResponseTracking:
         ]
 
     def _push(self, number: int, step: TakenStep, of_groups: list[Hyperparameters], states: list[State]) -> None:
-        applied = self.layout.flatten(step.gradients)[None]
+        applied = self._applied
         batch = self._batch(number, step.micro_batches, step.accumulate_grad_batches, of_groups)
         removed = self._membership[:, batch.indices].transpose(0, 1)
         buffers = {name: buffer.clone() for name, buffer in self._before.items()}

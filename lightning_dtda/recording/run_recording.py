@@ -57,6 +57,7 @@ class RunRecording:
             layout=layout,
             hyperparameter_names=hyperparameter_names,
             state_sizes=state_sizes,
+            applying=buffer.put_gradient,
             taken=self._after_step,
             steps=buffer.first_step,
         )
@@ -102,7 +103,6 @@ class RunRecording:
             self._writer.close(status, reason)
 
     def _after_step(self, step: TakenStep) -> None:
-        self._buffer.put_gradient(step.gradients)
         self._buffer.append(step.micro_batches, step.hyperparameters, step.accumulate_grad_batches)
         if self._interval is not None and self.steps % self._interval == 0:
             self._checkpoint()

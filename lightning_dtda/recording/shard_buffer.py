@@ -55,7 +55,7 @@ class ShardBuffer:
         return shard_steps(self.layout, self.gradients)
 
     def put_gradient(self, gradients: list[Tensor]) -> None:
-        """Copy the gradient that the optimizer just applied; ``append`` completes the step."""
+        """Copy the gradient that the optimizer is about to apply; ``append`` completes the step."""
         if self.gradients is None:
             return
         if self._gradients is None:

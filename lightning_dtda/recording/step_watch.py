@@ -26,13 +26,11 @@ class TakenStep:
 
     Args:
         micro_batches: The passes whose gradients it applied.
-        gradients: As the optimizer applied them, in the layout's order.
         hyperparameters: The numbers of each parameter group at this very step.
         accumulate_grad_batches: What Lightning divided the losses by.
     """
 
     micro_batches: list[MicroBatch]
-    gradients: list[Tensor]
     hyperparameters: list[list[float]]
     accumulate_grad_batches: int
 
@@ -46,6 +44,8 @@ class StepWatch:
         layout: The trained parameters.
         hyperparameter_names: Of the numbers that are told at each step.
         state_sizes: How many numbers the optimizer keeps of each parameter group, by name.
+        applying: Called with the gradient that a step is about to apply, in the layout's order; clipped, not yet changed
+            by the optimizer.
         taken: Called after each step.
         steps: Number of steps taken before.
     """
@@ -58,6 +58,7 @@ class StepWatch:
         layout: ParameterLayout,
         hyperparameter_names: list[str],
         state_sizes: list[dict[str, int]],
+        applying: Callable[[list[Tensor]], None],
         taken: Callable[[TakenStep], None],
         steps: int = 0,
     ) -> None:
@@ -70,12 +71,16 @@ class StepWatch:
         self._known = set(self._identities)
         self._names = hyperparameter_names
         self._state_sizes = state_sizes
+        self._applying = applying
         self._taken = taken
         self._pending: list[MicroBatch] = []
         self._current: MicroBatch | None = None
         self._accumulate_grad_batches = 1
         self._last_applied: list[list[float]] | None = None
-        self._handle: RemovableHandle = optimizer.register_step_post_hook(self._after_step)
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
 
     @property
     def is_between_steps(self) -> bool:
@@ -131,11 +136,34 @@ class StepWatch:
 
     def close(self) -> None:
         """Follow no more steps."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        # the gradient is clipped only at the end of the closure, which the optimizer calls; and some optimizers write
+        # over it then (SGD with Nesterov momentum on a GPU): between the two it is what is applied
+        if (closure := kwargs.get("closure")) is not None:
+            return args, {**kwargs, "closure": self._noting(closure)}
+        if len(args) > 1 and args[1] is not None:
+            return (args[0], self._noting(args[1]), *args[2:]), kwargs
+        self._note_gradient()
+        return None
+
+    def _noting(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def noting() -> Any:
+            loss = closure()
+            self._note_gradient()
+            return loss
+
+        return noting
+
+    def _note_gradient(self) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if len(gradients) == len(self.parameters):  # else the step is refused when it is taken
+            self._applying(gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # the gradient is what was applied, and the learning rate that of this step, only here: before the step the
-        # gradient is not yet clipped, after the batch the scheduler has moved on
+        # the learning rate is that of this step only here: after the batch the scheduler has moved on
         given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if all(parameter.grad is None for parameter in given):
             self._pending = []  # training_step returned None: nothing was taken
@@ -147,16 +175,13 @@ class StepWatch:
                 f"Other parameters are trained at step {self.steps} than at the start. Train the same ones throughout: "
                 "no parameters frozen, unfrozen or added in mid-training."
             )
-        gradients = []
         for name, parameter in zip(self._layout.names, self.parameters, strict=True):
             if parameter.grad is None:
                 raise RecordingError(
                     f"Parameter {name} got no gradient at step {self.steps}, but it did at the first one: the loss "
-                    "does not "
-                    "always use it. Let the loss use it at every step (a term of zero is enough), or freeze it "
+                    "does not always use it. Let the loss use it at every step (a term of zero is enough), or freeze it "
                     "(requires_grad=False) before the optimizer is made."
                 )
-            gradients.append(parameter.grad)
         applied = hyperparameter_values(optimizer, self._names)
         if applied != self._last_applied and checks.state_sizes(optimizer, self.parameters) != self._state_sizes:
             raise RecordingError(
@@ -165,7 +190,7 @@ class StepWatch:
                 "throughout, if need be with a tiny value."
             )
         self._last_applied = applied
-        step = TakenStep(self._pending, gradients, applied, self._accumulate_grad_batches)
+        step = TakenStep(self._pending, applied, self._accumulate_grad_batches)
         self._pending = []
         self.steps += 1
         self._taken(step)

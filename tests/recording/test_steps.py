@@ -97,6 +97,32 @@ def test_gradient_is_what_the_optimizer_applied(record, optimizer, arguments):
         assert_same(run.gradient(step), gradient)
 
 
+class GradientsBeforeTheStep(pl.Callback):
+    """Notes each gradient before the optimizer may write over it."""
+
+    def __init__(self):
+        self.gradients = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.gradients.append({name: parameter.grad.clone() for name, parameter in pl_module.named_parameters()})
+
+
+def nesterov_that_writes_over_gradients(module):
+    """As on a GPU, where ``foreach`` is what torch chooses itself."""
+    return torch.optim.SGD(module.parameters(), lr=0.03, momentum=0.8, nesterov=True, foreach=True)
+
+
+def test_gradient_is_the_applied_one_where_the_optimizer_writes_over_it(record):
+    before, after = GradientsBeforeTheStep(), Watch()
+
+    run = record(Regressor(nesterov_that_writes_over_gradients), shuffled(), before, after, max_epochs=2)
+
+    first, changed = before.gradients[0], after.gradients[0]
+    assert any(not torch.equal(first[name], changed[name]) for name in first)
+    for step, gradient in enumerate(before.gradients):
+        assert_same(run.gradient(step), gradient)
+
+
 class NormsBeforeClipping(pl.Callback):
     def __init__(self):
         self.norms = []
