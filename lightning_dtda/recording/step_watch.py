@@ -44,8 +44,8 @@ class StepWatch:
         layout: The trained parameters.
         hyperparameter_names: Of the numbers that are told at each step.
         state_sizes: How many numbers the optimizer keeps of each parameter group, by name.
-        applying: Called with the gradient that a step is about to apply, in the layout's order; clipped, not yet changed
-            by the optimizer.
+        applying: Called with the gradient that a step is about to apply, in the layout's order: clipped, and not yet
+            changed by the optimizer.
         taken: Called after each step.
         steps: Number of steps taken before.
     """
@@ -179,8 +179,8 @@ class StepWatch:
             if parameter.grad is None:
                 raise RecordingError(
                     f"Parameter {name} got no gradient at step {self.steps}, but it did at the first one: the loss "
-                    "does not always use it. Let the loss use it at every step (a term of zero is enough), or freeze it "
-                    "(requires_grad=False) before the optimizer is made."
+                    "does not always use it. Let the loss use it at every step (a term of zero is enough), or freeze "
+                    "it (requires_grad=False) before the optimizer is made."
                 )
         applied = hyperparameter_values(optimizer, self._names)
         if applied != self._last_applied and checks.state_sizes(optimizer, self.parameters) != self._state_sizes:

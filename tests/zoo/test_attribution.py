@@ -35,15 +35,27 @@ def projected(module, batch):
     return (parameters * weights.to(parameters)).sum().reshape(1)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+ACCELERATORS = {"cpu": "cpu", "cuda": "gpu"}
+"""What Lightning calls torch's devices."""
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request):
+    return request.param
+
+
 @pytest.fixture
-def recorded(case, tmp_path):
+def recorded(case, device, tmp_path):
     """Two recorded runs in float64, and a module and data to attribute them with."""
     if case.name in REFUSED:
         pytest.skip("refused, with the reason: see the test of that")
     batches = "store" if case.name in RANDOM_ITEMS else "indices"
     for seed in range(2):
         module, data = _made(case, seed)
-        case.trainer(TrajectoryRecorder(tmp_path, batches=batches), precision="64-true").fit(module, data)
+        recorder = TrajectoryRecorder(tmp_path, batches=batches)
+        case.trainer(recorder, precision="64-true", accelerator=ACCELERATORS[device], devices=1).fit(module, data)
     return Ensemble.open(tmp_path), *_made(case, 0)
 
 
@@ -58,19 +70,21 @@ def _made(case, seed):
 
 
 @pytest.mark.slow
-def test_responses_are_those_of_weighted_retraining(case, recorded):
+def test_responses_are_those_of_weighted_retraining(case, device, recorded):
     ensemble, module, data = recorded
     queries = Subset(case.queries(), range(2))
-    attribution = attribute(ensemble, module, data, queries=queries, measurement=projected, progress=False)
+    attribution = attribute(
+        ensemble, module, data, queries=queries, measurement=projected, device=device, progress=False
+    )
     responses = attribution.responses[:, 0].double()
     assert responses.abs().max() > 0
-    replay = Replay([*ensemble], module, training_examples(data), precision="float64")
+    replay = Replay([*ensemble], module, training_examples(data), precision="float64", device=device)
     step, tolerance = TOLERANCES.get(case.name, (STEP, 1e-5))
     weights = torch.randn(responses.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     values = []
     for change in (step, -step, 2 * step, -2 * step):
-        theta, buffers = replay.retrain(1 + change * weights)
-        values.append(_projections(module, replay.layout, theta, buffers))
+        theta, buffers = replay.retrain((1 + change * weights).to(device))
+        values.append(_projections(module, replay.layout, theta, buffers).cpu())
     differences = (8 * (values[0] - values[1]) - (values[2] - values[3])) / (12 * step)
     error = (differences + (responses * weights).sum(1)).norm() / responses.norm()
     assert error < tolerance
@@ -86,20 +100,42 @@ def _projections(module, layout, theta, buffers):
         ]
         flat = torch.cat([part.reshape(-1) for part in parts])
         weights = torch.randn(len(flat), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        found.append((flat * weights).sum())
+        found.append((flat * weights.to(flat)).sum())
     return torch.stack(found)
 
 
 @pytest.mark.slow
-def test_influence_functions_answer(case, recorded):
+def test_influence_functions_answer(case, device, recorded):
     ensemble, module, data = recorded
     if case.name == "contrastive":
         pytest.skip("the contrastive loss of one image alone is zero")
+    queries = Subset(case.queries(), [0])
     found = attribute(
-        ensemble, module, data, queries=Subset(case.queries(), [0]), estimator=InfluenceFunctions(), progress=False
+        ensemble, module, data, queries=queries, estimator=InfluenceFunctions(), device=device, progress=False
     )
     assert found.responses.isfinite().all()
     assert found.responses.abs().max() > 0
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_trains_and_replays_on_a_gpu_as_people_train(case, precision, tmp_path):
+    if case.name in REFUSED:
+        pytest.skip("refused, with the reason: see the test of that")
+    module, data = case.make(0)
+    recorder = TrajectoryRecorder(tmp_path, batches="store" if case.name in RANDOM_ITEMS else "indices")
+    case.trainer(recorder, precision=precision, accelerator="gpu", devices=1).fit(module, data)
+    ensemble = Ensemble.open(tmp_path)
+    module, data = case.make(0)
+    queries = Subset(case.queries(), range(2))
+    found = {
+        device: attribute(
+            ensemble, module, data, queries=queries, measurement=projected, device=device, progress=False
+        ).responses
+        for device in ("cuda", "cpu")
+    }
+    assert found["cuda"].isfinite().all()
+    assert found["cuda"].abs().max() > 0
 
 
 @pytest.mark.parametrize("name", REFUSED)
