@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_dtda.compatibility import overrides
+from lightning_dtda.replay.kernels import enabled_kernels
 from lightning_dtda.replay.stand_ins import Circumstances
 from lightning_dtda.version import __version__
 
@@ -88,6 +89,7 @@ def circumstances(trainer: pl.Trainer, module: pl.LightningModule) -> Circumstan
         trainer={name: fact for name, fact in facts.items() if fact is not None and fact != math.inf},
         evaluation_modules=[name for name, layer in module.named_modules() if name and not layer.training],
         transfer_hooks=hooks,
+        kernels=enabled_kernels(),
     )
 
 

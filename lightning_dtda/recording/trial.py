@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_dtda.errors import DTDAError, RecordingError, ReplayError
 from lightning_dtda.replay.eager import Eager, reduction, shared_by_examples
 from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.kernels import drops_out_inside
 from lightning_dtda.replay.measured import Draws, measured
 from lightning_dtda.replay.measurements import loss
 from lightning_dtda.replay.replica import Replica
@@ -25,6 +26,20 @@ _log = logging.getLogger(__name__)
 
 _NO_DERIVATIVE = "torch::autograd::Error"
 """What torch calls the node of autograd's graph that raises an error in place of a derivative."""
+
+_DROPOUT_INSIDE = {
+    "attention": (
+        "The attention of this training drops out inside a fused kernel, which has no second derivative, and no other "
+        "kernel draws the same random numbers. Train without fused attention, `with torch.nn.attention."
+        "sdpa_kernel(torch.nn.attention.SDPBackend.MATH): trainer.fit(...)`, or without dropout in the attention."
+    ),
+    "recurrent layer": (
+        "A recurrent layer of this training drops out inside cuDNN, which draws random numbers that cannot be drawn "
+        "again. Set torch.backends.cudnn.enabled = False before the training, or the layer's dropout to 0 and put "
+        "nn.Dropout between layers of their own."
+    ),
+}
+"""Why dropout inside a kernel is refused, by what is computed there."""
 
 
 @dataclass(frozen=True)
@@ -168,11 +183,13 @@ def _unused_and_updated(
     layout = replica.layout
     theta = layout.flatten([module.get_parameter(name) for name in layout.names])
     before = _tensors(module, layout)
-    with replica.passing():
+    with replica.passing(twice=False):
         replica.load(theta, before)
         value = replica.training_loss(inputs.batch(), inputs.time, inputs.states)
         if not value.requires_grad:
             return list(layout.names), []
+        if (what := drops_out_inside(value)) is not None:
+            raise RecordingError(_DROPOUT_INSIDE[what])
         gradients = torch.autograd.grad(value, replica.parameters, allow_unused=True)
         names = [name for name, _ in module.named_buffers()]
         updated = [name for name, after in replica.buffers(names).items() if not torch.equal(after, before[name])]

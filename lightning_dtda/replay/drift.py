@@ -15,6 +15,12 @@ _ROUNDING_STEPS = 16
 """Units in the last place that a step may lose: a replay on other kernels than the training's rounds differently."""
 
 
+_KINKS = 1e-2
+"""How far, relatively, a gradient may be from its record by inputs that other kernels put on the other side of a kink.
+
+A GPT of 0.8 million parameters had 1.3e-3. More is something else, dropout that other kernels draw otherwise, say."""
+
+
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
 
@@ -139,7 +145,7 @@ class Comparison:
             ReplayError: If they differ by more than rounding, naming the run.
         """
         relative, within = self._within(computed, expected)
-        if not within and again is not None:
+        if not within and again is not None and bool((relative <= _KINKS).all()):
             relative, within = self._within(again(), expected)
         torch.maximum(self._gradient_drift, relative, out=self._gradient_drift)
         if not within:

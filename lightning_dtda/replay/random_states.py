@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_dtda.errors import ReplayError
+
 _OWN = "own."
 """Prefix of generators that are attributes of the module, numbered in the order of its submodules."""
 
@@ -64,13 +66,21 @@ class Generators:
         return states
 
     def set(self, states: Mapping[str, Tensor]) -> None:
-        """Set the generators that are named to what :meth:`states` returned."""
+        """Set the generators that are named to what :meth:`states` returned.
+
+        Raises:
+            ReplayError: If a GPU's is among them and the module is on none.
+        """
         for name, state in states.items():
             if name == "cpu":
                 torch.set_rng_state(state)
             elif name == "cuda":
-                if self._device.type == "cuda":
-                    torch.cuda.set_rng_state(state, self._device)
+                if self._device.type != "cuda":
+                    raise ReplayError(
+                        f"The training drew random numbers on a GPU, and replays are to run on {self._device}, which "
+                        'cannot draw the same. Give device="cuda" (on the command line, --device cuda).'
+                    )
+                torch.cuda.set_rng_state(state, self._device)
             elif name == "numpy":
                 np.random.set_state(_to_numpy(state))
                 self._numpy = None  # a number may be kept again beside a memory that was seen without
@@ -91,6 +101,25 @@ class Generators:
                 generator.bit_generator.state = type(generator.bit_generator)(seed).state
             else:
                 generator.seed(seed % 2**32)
+
+    @contextmanager
+    def refusing_other_devices(self, states: Mapping[str, Tensor]) -> Iterator[None]:
+        """Refuse that a GPU draws where the training drew on none.
+
+        Args:
+            states: Of the generators that the training drew from.
+
+        Raises:
+            ReplayError: If it does.
+        """
+        is_on_gpu = self._device.type == "cuda" and "cuda" not in states
+        before = torch.cuda.get_rng_state(self._device) if is_on_gpu else None
+        yield
+        if before is not None and not torch.equal(before, torch.cuda.get_rng_state(self._device)):
+            raise ReplayError(
+                "The training drew its random numbers on the CPU, and replays are to run on a GPU, which cannot draw "
+                'the same. Give device="cpu" (on the command line, --device cpu).'
+            )
 
     @contextmanager
     def kept(self) -> Iterator[None]:

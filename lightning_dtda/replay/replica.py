@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
 from lightning_dtda.compatibility import overrides, twice_differentiable_weight_norm
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.batches import converted
+from lightning_dtda.replay.kernels import WITH_SECOND_DERIVATIVES, enabled_kernels, using_kernels
 from lightning_dtda.replay.random_states import DrawnIn, Generators
 from lightning_dtda.replay.stand_ins import Circumstances, ReplayOptimizer, ReplayTrainer, Time
 from lightning_dtda.trajectory import ParameterLayout
@@ -169,15 +169,14 @@ class Replica:
             twice: Whether what is run will be differentiated twice, which not all kernels of the training can be.
         """
         modes = [] if training else [layer for layer in self.module.modules() if layer.training]
+        kernels = set(enabled_kernels() if self.circumstances.kernels is None else self.circumstances.kernels)
+        if twice:
+            kernels &= WITH_SECOND_DERIVATIVES - ({"cudnn"} if self._has_recurrent else set())
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(using_kernels(kernels))
             if twice:
-                # of the attention kernels, only the composite one has second derivatives; so it is with cuDNN's cells
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-                stack.enter_context(_without_fastpath())
                 stack.enter_context(twice_differentiable_weight_norm())
-                if self._has_recurrent and self.device.type == "cuda":
-                    stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(_without_compilation())
             if (mixed := _AUTOCAST.get(self.circumstances.precision)) is not None and not self._parameter_dtype_differs:
                 stack.enter_context(torch.autocast(self.device.type, mixed, cache_enabled=False))
@@ -212,12 +211,13 @@ class Replica:
         module = self.module
         if module.training and overrides(module, "on_train_epoch_start"):
             module.on_train_epoch_start()
-        if states:
+        if states is not None:
             self.generators.set(states)
-        batch = self.moved(batch)
-        if module.training and overrides(module, "on_train_batch_start"):
-            module.on_train_batch_start(batch, time.batch_idx)
-        return step_loss(module, batch, time.batch_idx)
+        with nullcontext() if states is None else self.generators.refusing_other_devices(states):
+            batch = self.moved(batch)
+            if module.training and overrides(module, "on_train_batch_start"):
+                module.on_train_batch_start(batch, time.batch_idx)
+            return step_loss(module, batch, time.batch_idx)
 
     def moved(self, batch: Any) -> Any:
         """Take a collated batch the way to ``training_step``: precision, the user's hooks, device."""
@@ -336,16 +336,6 @@ def _silenced(metrics: Sequence[Metric]) -> Iterator[None]:
         for metric in metrics:
             for name in ("forward", "update", "compute", "reset"):
                 vars(metric).pop(name, None)
-
-
-@contextmanager
-def _without_fastpath() -> Iterator[None]:
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _without_compilation() -> AbstractContextManager[Any]:

@@ -42,6 +42,8 @@ class Circumstances:
         updated_buffers: Buffers that a training step changes.
         transfer_hooks: Names of the hooks on a batch's way that are overridden, with whose they are: ``"module"`` or
             ``"datamodule"``.
+        kernels: Those of torch's kernels that have a switch and were switched on; ``None`` for those that are on at
+            the replay.
     """
 
     precision: str = "32-true"
@@ -49,6 +51,7 @@ class Circumstances:
     evaluation_modules: Sequence[str] = ()
     updated_buffers: Sequence[str] = ()
     transfer_hooks: Mapping[str, str] = field(default_factory=dict)
+    kernels: Sequence[str] | None = None
 
     @classmethod
     def of(cls, manifest: Manifest) -> Circumstances:
@@ -62,6 +65,7 @@ class Circumstances:
             "trainer": dict(self.trainer),
             "updated_buffers": list(self.updated_buffers),
             "transfer_hooks": dict(self.transfer_hooks),
+            "kernels": None if self.kernels is None else list(self.kernels),
         }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.random_states import DrawnIn, Generators, drawn_from
 
 CPU = torch.device("cpu")
@@ -217,3 +218,8 @@ def test_dropout_of_parameters_in_double_is_differentiated():
         (gradient,) = torch.autograd.grad((dropped**2).sum(), weight)
     torch.testing.assert_close(gradient, 2 * dropped / 0.7)
     assert 0 < int((dropped == 0).sum()) < 20
+
+
+def test_numbers_drawn_on_a_gpu_are_not_drawn_again_on_the_cpu(module):
+    with pytest.raises(ReplayError, match=r'cannot draw the same\. Give device="cuda"'):
+        Generators(module, CPU).set({"cuda": torch.get_rng_state()})

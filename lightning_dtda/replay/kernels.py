@@ -1,0 +1,70 @@
+"""Which of torch's kernels compute a pass: those of the training, or those that can be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_cuda = torch.backends.cuda
+
+
+def _use_cudnn(enabled: bool) -> None:
+    torch.backends.cudnn.enabled = enabled
+
+
+_SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] = {
+    "cudnn": (lambda: torch.backends.cudnn.enabled, _use_cudnn),
+    "flash_attention": (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
+    "efficient_attention": (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
+    "cudnn_attention": (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
+    "fused_encoder_layers": (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
+}
+"""What torch can be told to use or not, and how it is asked and told."""
+
+_DROPOUT_INSIDE = {
+    "CudnnRnnBackward0": ("_saved_dropout", "recurrent layer"),
+    "ScaledDotProductFlashAttentionBackward0": ("_saved_dropout_p", "attention"),
+    "ScaledDotProductEfficientAttentionBackward0": ("_saved_dropout_p", "attention"),
+    "ScaledDotProductCudnnAttentionBackward0": ("_saved_dropout_p", "attention"),
+}
+"""Nodes of autograd's graph whose kernels may drop out: what they call the rate, and what they compute."""
+
+WITH_SECOND_DERIVATIVES = frozenset({"cudnn"})
+"""Those of the kernels with a switch that can be differentiated twice, but for cuDNN's recurrent layers."""
+
+
+def enabled_kernels() -> list[str]:
+    """Return the names of those that are switched on."""
+    return [name for name, (is_on, _) in _SWITCHES.items() if is_on()]
+
+
+@contextmanager
+def using_kernels(names: Iterable[str]) -> Iterator[None]:
+    """Switch on those of the given names, and the others off."""
+    before, wanted = enabled_kernels(), set(names)
+    try:
+        for name, (_, switch) in _SWITCHES.items():
+            switch(name in wanted)
+        yield
+    finally:
+        for name, (_, switch) in _SWITCHES.items():
+            switch(name in before)
+
+
+def drops_out_inside(loss: Tensor) -> str | None:
+    """Return what of a loss's graph drops out inside a kernel, where no other kernel draws the same; or ``None``."""
+    nodes: list[Any] = [loss.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        rate, what = _DROPOUT_INSIDE.get(node.name(), ("", ""))
+        if getattr(node, rate, 0.0) > 0:
+            return what
+        following = [other for other, _ in node.next_functions if other is not None and other not in seen]
+        seen.update(following)
+        nodes.extend(following)
+    return None
