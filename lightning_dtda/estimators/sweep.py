@@ -111,11 +111,12 @@ def unroll(
     for step, point in replay.backwards(first, last, None if end is None else min(last, end)):
         if step < start:
             break
-        direct, state_adjoints, gradient_cotangent = replay.adjoint(step, point, adjoint, state_adjoints)
-        indices, found = replay.directional(step, point, gradient_cotangent, buffers, statistics_adjoint)
+        adjoint, state_adjoints, of_gradient = replay.adjoint(step, point, adjoint, state_adjoints)
+        indices, found = replay.directional(step, point, of_gradient, buffers, statistics_adjoint)
         statistics_adjoint = found.statistics_cotangents
         responses.scatter_add_(2, indices[:, None].expand(-1, adjoint.shape[1], -1), -found.terms)
-        adjoint = found.products + direct
+        adjoint = found.products.add_(adjoint)
+        del found, of_gradient  # the next step takes the memory
         if enter is not None:
             adjoint, statistics_adjoint = enter(step, adjoint, statistics_adjoint)
     return adjoint, state_adjoints, statistics_adjoint

@@ -106,17 +106,20 @@ class Eager:
         for run, passes in enumerate(batch.passes):
             for part, inputs in reversed(list(_parts(passes))):
                 with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
-                    gradient[run] += inputs.factor * self.replica.layout.flatten(one.gradient)
                     for query in range(queries):
-                        direction = self._parameters(directions[run, query] * inputs.factor)
+                        along = directions[run, query]
+                        direction = self._parameters(along if inputs.factor == 1 else along * inputs.factor)
                         cotangents = (
                             {name: c[run, query] for name, c in before.items()} if inputs.keeps_statistics else {}
                         )
-                        curved, of_examples, of_statistics = one.products(direction, cotangents)
+                        is_last = query == queries - 1
+                        curved, of_examples, of_statistics = one.products(direction, cotangents, is_last=is_last)
                         products[run, query] += self.replica.layout.flatten(curved)
+                        del curved
                         terms[run, query, part] = of_examples
                         for name, cotangent in of_statistics.items():
                             before[name][run, query] = cotangent
+                    gradient[run] += inputs.factor * self.replica.layout.flatten(one.gradient)
         return Products(terms, products, before, gradient)
 
     def statistics_along(

@@ -65,13 +65,14 @@ class Pass:
         """Running statistics after the pass."""
 
     def products(
-        self, direction: Sequence[Tensor], cotangents: Mapping[str, Tensor] | None = None
+        self, direction: Sequence[Tensor], cotangents: Mapping[str, Tensor] | None = None, is_last: bool = False
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
         r"""Differentiate g along a direction v, and running statistics along their cotangents :math:`\mu`.
 
         Args:
             direction: v, one tensor for each parameter.
             cotangents: :math:`\mu`, by name; zero if not given.
+            is_last: Whether nothing else is asked of the pass, whose graph is freed then on the way.
 
         Returns:
             :math:`H v + \nabla_\theta \langle \mu, F \rangle`, one tensor for each parameter; the examples' terms d
@@ -87,7 +88,7 @@ class Pass:
         if not pairs:
             return [torch.zeros_like(p) for p in self._parameters], torch.zeros_like(self._weights), {}
         outputs, along = zip(*pairs, strict=True)
-        derivatives = grad(outputs, inputs, along, retain_graph=True, allow_unused=True)
+        derivatives = grad(outputs, inputs, along, retain_graph=not is_last, allow_unused=True)
         found = [zeros(one, part) for one, part in zip(derivatives, inputs, strict=True)]
         size = len(self._parameters)
         return found[:size], found[size], dict(zip(cotangents, found[size + 1 :], strict=True))

@@ -106,9 +106,10 @@ class Replay:
         self.checkpoint_steps = first.checkpoint_steps
         self._records = Records(self.runs, self.dtype, self.device)
         self._comparison = Comparison.of_runs(self.runs, self._tolerance, self.dtype, self.device)
-        self._rebuild_from_gradients = (
+        self.rebuilds_from_gradients = (
             first.has_exact_gradients and self.dtype == self.recorded_dtype and not self._pass_depends_on_buffers
         )
+        """Whether steps are rebuilt from recorded gradients, without the module."""
         self._records_gradients = first.manifest.gradients != "none"
         self._stores_batches = first.manifest.batches == "store"
         self._ahead: Iterator[tuple[int, list[list[Any]]]] | None = None
@@ -197,7 +198,7 @@ class Replay:
                 unclipped, after = self._gradient(t, theta, buffers)
                 point = (
                     self._recorded_point(t, theta, states)
-                    if self._rebuild_from_gradients
+                    if self.rebuilds_from_gradients
                     else Point(theta, states, self.clipping.apply(unclipped), unclipped)
                 )
                 buffers = buffers | after
@@ -421,7 +422,7 @@ class Replay:
         steps = stop - first
         piece = steps if steps <= held else math.ceil(steps / min(held // 2, math.ceil(steps / (held // 2))))
         begun, points, starts = theta, [], []
-        forward = not self._rebuild_from_gradients
+        forward = not self.rebuilds_from_gradients
         if forward:
             self.expect(range(first, last if compare else stop))
         for step in range(first, last if compare else stop):
@@ -515,7 +516,7 @@ class Replay:
             return self.clipping.apply(self.eager.gradient(self.batch(step), point.theta, held)[0])
 
         self._comparison.gradient(step, applied, point.gradient, again)
-        if self._records_gradients and not self._rebuild_from_gradients:
+        if self._records_gradients and not self.rebuilds_from_gradients:
             self._comparison.gradient(step, applied, self._records.gradient(step), again)
         return batch.indices, products
 
@@ -555,7 +556,7 @@ class Replay:
             )
         point = (
             self._recorded_point(step, theta, states)
-            if self._rebuild_from_gradients
+            if self.rebuilds_from_gradients
             else Point(theta, states, applied, tangents.gradient)
         )
         after = push(
@@ -574,7 +575,7 @@ class Replay:
         self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]
     ) -> tuple[Point, dict[str, Tensor]]:
         """Return what a step starts from, and the buffers after it."""
-        if self._rebuild_from_gradients:
+        if self.rebuilds_from_gradients:
             return self._recorded_point(step, theta, states), buffers
         unclipped, after = self._gradient(step, theta, buffers)
         held = {name: buffers[name] for name in after} if self._pass_depends_on_buffers else {}
