@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/modules.py --modules resnet_group_norm vit
 
 Trains each network by a plain Trainer, records the same training, and sweeps it back for one query and for three, all
-in one process and on one thread. Prints CPU seconds relative to the plain training, and the memory that a sweep takes
-at its peak beyond what was there before, relative to that of a training step; the latter for two lengths of the
-training.
+in one process and on one thread. Prints CPU seconds relative to the plain training; and the memory of a sweep for one
+query at its peak beyond that of the training, in units of the graph that a training step keeps for its backward pass,
+for two lengths of the training. The training's memory is that of a step, and of the parameters and their momentum.
 """
 
 import argparse
@@ -15,12 +15,14 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder
@@ -30,7 +32,10 @@ from lightning_dtda.estimators.memory import peak_memory
 from lightning_dtda.estimators.removals import resolve_removals
 from lightning_dtda.replay import query_examples, resolve_measurement, training_examples
 
-BATCH = 16
+BATCH = 64
+
+SHORT = 8
+"""Steps of the shorter training whose memory is measured."""
 
 
 class Task(pl.LightningModule):
@@ -177,7 +182,7 @@ def cpu(function) -> float:
 def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
     """Train, record and sweep one network."""
     make, data = MODULES[name]
-    examples = data(steps * BATCH // 2)
+    examples = data(min(steps, 8) * BATCH)
     loader = DataLoader(examples, BATCH, shuffle=True)
     root = tempfile.mkdtemp()
 
@@ -209,22 +214,34 @@ def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
             estimator.estimate([*ensemble], asked, plan, lambda steps: None)  # the module's copy, and the cut
             times[label].append(cpu(partial(sweep_only, estimator, ensemble, asked, plan)))
     fastest = {label: min(found) for label, found in times.items()}
-    asked = question(1)
-    replay = asked.replay([*ensemble])
-    batch = next(iter(loader))
-
-    def step() -> None:
-        loss = module.training_step(batch, 0)
-        loss.backward()
-
-    of_step = peak_memory(step, torch.device("cpu"))
-    of_sweep = peak_memory(lambda: sweep_only(estimator, ensemble, asked, plans["one"]), torch.device("cpu"))
-    return {
-        "parameters": replay.layout.size,
+    size = sum(parameter.numel() for parameter in module.parameters())
+    found = {
+        "parameters": size,
         "one query / training": round(fastest["one"] / fastest["training"], 2),
         "a further query / training": round((fastest["three"] - fastest["one"]) / 2 / fastest["training"], 2),
-        "peak memory of the sweep / of a training step": round(of_sweep / of_step, 2),
     }
+    batch = next(iter(loader))
+    cpu_device = torch.device("cpu")
+    graph = kept_memory(lambda: module.training_step(batch, 0))
+    module.zero_grad()
+    of_training = peak_memory(lambda: module.training_step(batch, 0).backward(), cpu_device) + 2 * 4 * size
+    for length in (SHORT, 4 * SHORT):
+        root = tempfile.mkdtemp()
+        fit(TrajectoryRecorder(root), count=length)
+        recorded, asked = Ensemble.open(root), question(1)
+        plan = estimator.plan([*recorded], asked)
+        # the module's parameters, which were there before, are the training's as well
+        of_sweep = peak_memory(partial(sweep_only, estimator, recorded, asked, plan), cpu_device) + 4 * size
+        found[f"memory beyond the training's / graph, {length} steps"] = round((of_sweep - of_training) / graph, 2)
+    return found | {"graph, MiB": round(graph / 2**20, 1)}
+
+
+def kept_memory(function: Callable[[], object]) -> int:
+    """Return the bytes that what a function returns holds."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        kept = function()
+    del kept
+    return sum(event.self_cpu_memory_usage for event in record.events() or [])
 
 
 def sweep_only(estimator: UnrolledDifferentiation, ensemble: Ensemble, question: Question, plan) -> None:

@@ -43,7 +43,6 @@ class Costs:
         mode: The mode.
         directions: Number of queries or of removals.
         per_run: Bytes that a run needs whatever their number.
-        of_step: Those of them that a step takes.
         per_direction: Bytes that each of a chunk adds where they are computed one by one.
         step: Takes a step of a replay with a number of directions.
     """
@@ -51,7 +50,6 @@ class Costs:
     mode: Literal["reverse", "forward"]
     directions: int
     per_run: float
-    of_step: float
     per_direction: float
     step: Callable[[Replay, int], object]
 
@@ -151,7 +149,6 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         "reverse",
         queries,
         alone + _FEWEST_HELD * point_bytes(replay) + responses,
-        alone,
         # adjoints of parameters and state, before and after the step, and the direction
         2 * (vector + states) + vector + of_examples,
         step,
@@ -171,7 +168,7 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     # the responses, which examples the removals have, and what the diagnosis holds
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
     per_run = alone + kept + _FEWEST_HELD * point_bytes(replay)
-    return Costs("forward", removals, per_run, alone, 2 * (vector + states) + vector, step)
+    return Costs("forward", removals, per_run, 2 * (vector + states) + vector, step)
 
 
 def point_bytes(replay: Replay) -> float:
@@ -180,21 +177,15 @@ def point_bytes(replay: Replay) -> float:
     return (3 * replay.layout.size + states) * torch.float64.itemsize
 
 
-def held_steps(replay: Replay, runs: int, memory: float, of_step: float) -> float:
-    """Return how many steps of each run are held.
+def held_steps(replay: Replay, way: Way, memory: float) -> float:
+    """Return how many steps of each run are held, in the memory that is left for it.
 
-    Where the gradients were recorded, a step is rebuilt for next to nothing, and those held take no more memory than
-    the step that is being differentiated.
-
-    Args:
-        replay: Of a run.
-        runs: Number of runs that are worked on together.
-        memory: Bytes that are left for it.
-        of_step: Bytes that a step takes in each run.
+    Where the gradients were recorded, a step is rebuilt by the optimizer's update alone. Beside the derivatives of a
+    network that is not stacked this takes no time worth the memory.
     """
-    if replay.rebuilds_from_gradients:
-        memory = min(memory, runs * of_step)
-    return _FEWEST_HELD + max(0, math.floor(memory / (runs * point_bytes(replay))))
+    if replay.rebuilds_from_gradients and not way.stacked:
+        return _FEWEST_HELD
+    return _FEWEST_HELD + max(0, math.floor(memory / (way.runs * point_bytes(replay))))
 
 
 def fastest_way(

@@ -151,7 +151,7 @@ class UnrolledDifferentiation(Estimator):
             seconds=steps * -(-costs.directions // way.directions) * way.seconds,
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
-            held=held_steps(replay, way.runs, left, costs.of_step),
+            held=held_steps(replay, way, left),
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
