@@ -28,6 +28,9 @@ _FEWEST_HELD = 4
 _WORTH_TRACING = 5.0
 """Seconds below which a sweep is not stacked: to trace a step takes about one."""
 
+_LONG_STEP = 0.1
+"""Seconds of a step above which it is not stacked: what Python takes of them, which stacking saves, is little."""
+
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
 
@@ -216,7 +219,7 @@ def fastest_way(
     each = costs.seconds(alone, 2) - one if directions > 1 else 0.0
     eager = Way(False, runs, directions, costs.per_direction, one + max(each, 0.0) * (directions - 1))
     total = steps * math.ceil(costs.directions / directions) * eager.seconds
-    if total < _WORTH_TRACING or not alone.can_stack:
+    if total < _WORTH_TRACING or one > _LONG_STEP or not alone.can_stack:
         return eager
     stacked = _stacked(make, costs, budget, asked, most)
     if stacked is None:

@@ -16,8 +16,13 @@ def _use_cudnn(enabled: bool) -> None:
     torch.backends.cudnn.enabled = enabled
 
 
+def _use_mkldnn(enabled: bool) -> None:
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]
+
+
 _SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] = {
     "cudnn": (lambda: torch.backends.cudnn.enabled, _use_cudnn),
+    "mkldnn": (lambda: bool(torch.backends.mkldnn.enabled), _use_mkldnn),
     "flash_attention": (_cuda.flash_sdp_enabled, _cuda.enable_flash_sdp),
     "efficient_attention": (_cuda.mem_efficient_sdp_enabled, _cuda.enable_mem_efficient_sdp),
     "cudnn_attention": (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
@@ -33,8 +38,10 @@ _DROPOUT_INSIDE = {
 }
 """Nodes of autograd's graph whose kernels may drop out: what they call the rate, and what they compute."""
 
-WITH_SECOND_DERIVATIVES = frozenset({"cudnn"})
-"""Those of the kernels with a switch that can be differentiated twice, but for cuDNN's recurrent layers."""
+WITH_SECOND_DERIVATIVES = frozenset({"cudnn", "mkldnn"})
+"""Those of the kernels with a switch that can be differentiated twice.
+
+Recurrent layers cannot by cuDNN's; by oneDNN's (mkldnn) they can, and take twice as long as without."""
 
 
 def enabled_kernels() -> list[str]:

@@ -171,7 +171,7 @@ class Replica:
         modes = [] if training else [layer for layer in self.module.modules() if layer.training]
         kernels = set(enabled_kernels() if self.circumstances.kernels is None else self.circumstances.kernels)
         if twice:
-            kernels &= WITH_SECOND_DERIVATIVES - ({"cudnn"} if self._has_recurrent else set())
+            kernels &= frozenset() if self._has_recurrent else WITH_SECOND_DERIVATIVES
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(using_kernels(kernels))
