@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,12 +24,7 @@ from lightning_dtda.attribution.differences import (
     resolve_difference,
 )
 from lightning_dtda.attribution.inference import Inference, Runs
-from lightning_dtda.attribution.removed import (
-    group_members,
-    group_names,
-    positions_of_examples,
-    positions_of_groups,
-)
+from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError
@@ -93,12 +89,14 @@ class Attribution(Inference):
     @property
     def removals(self) -> tuple[str, ...] | None:
         """Names of the groups of examples that are removed; ``None`` where each example is a removal of its own."""
-        return group_names(self.about)
+        groups = self.about.get("removals")
+        return tuple(group["name"] for group in groups) if isinstance(groups, list) else None
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...] | None:
         """Indices of each group's training examples, in the order of :attr:`removals`; ``None`` without groups."""
-        return group_members(self.about)
+        groups = self.about.get("removals")
+        return tuple(tuple(group["examples"]) for group in groups) if isinstance(groups, list) else None
 
     @property
     def step(self) -> int | None:
@@ -218,8 +216,7 @@ class Attribution(Inference):
         Raises:
             AttributionError: If there is no such query, or the removals cannot be made together.
         """
-        selected, chosen = self._selected(runs), difference or SlicedWasserstein()
-        return selected._jointly(lambda baseline, predicted: chosen(baseline, predicted), queries, removed)
+        return self._selected(runs)._jointly(difference or SlicedWasserstein(), queries, removed)
 
     def joint_standard_error(
         self,
@@ -229,15 +226,11 @@ class Attribution(Inference):
         runs: Runs = "trusted",
     ) -> Tensor:
         """Return the jackknife's standard error of :meth:`joint_influence`; same arguments and shape."""
-        selected, chosen = self._selected(runs), difference or SlicedWasserstein()
-        return selected._jointly(lambda baseline, predicted: jackknife(chosen, baseline, predicted), queries, removed)
+        error = partial(jackknife, difference or SlicedWasserstein())
+        return self._selected(runs)._jointly(error, queries, removed)
 
     def top(
-        self,
-        k: int = 10,
-        difference: str | Difference = "mean",
-        query: int | None = None,
-        runs: Runs = "trusted",
+        self, k: int = 10, difference: str | Difference = "mean", query: int | None = None, runs: Runs = "trusted"
     ) -> pd.DataFrame:
         """Return the removals of the largest absolute influence on each query.
 
@@ -360,12 +353,11 @@ class Attribution(Inference):
         return replace(self, baseline=self.baseline[positions], responses=self.responses[positions], runs=names)
 
     def _influence(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
-        return self._each_query(lambda baseline, predicted: difference(baseline, predicted), removed)
+        return self._each_query(difference, removed)
 
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
         is_median = isinstance(difference, Mean) and difference.location == "median"
-        error = bootstrap if is_median else jackknife
-        return self._each_query(lambda baseline, predicted: error(difference, baseline, predicted), removed)
+        return self._each_query(partial(bootstrap if is_median else jackknife, difference), removed)
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
@@ -386,10 +378,10 @@ class Attribution(Inference):
     ) -> Tensor:
         """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument."""
         responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
-        queries = range(len(self.queries))
-        stacked = torch.stack(
-            [_in_parts(function, self.baseline, responses, query, outputs, copies) for query in queries]
-        )
+        of_queries = [
+            _in_parts(function, self.baseline, responses, query, outputs, copies) for query in range(len(self.queries))
+        ]
+        stacked = torch.stack(of_queries)
         return stacked if removed is None else stacked.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:

@@ -187,7 +187,7 @@ class Run:
                 'it from. Record with gradients="float32" or checkpoint_every="all", or replay the run with its '
                 "module and data (lightning_dtda.replay.Replay)."
             )
-        start = self._checkpoint_before(step)
+        start = max(earlier for earlier in self._checkpoints if earlier <= step)
         if self._cursor is None or not start <= self._cursor[0] <= step:
             checkpoint = self.checkpoint(start)
             self._cursor = (start, checkpoint.theta, checkpoint.states)
@@ -315,10 +315,6 @@ class Run:
         if "gradient_norms" not in shard.tensors:
             raise TrajectoryError(f"{self.path} has no gradient norms: its gradients were not clipped by norm.")
         return shard.tensors["gradient_norms"][row]
-
-    def _checkpoint_before(self, step: int) -> int:
-        steps = self.checkpoint_steps
-        return steps[bisect_right(steps, step) - 1]
 
     def _locate(self, step: int) -> tuple[_Shard, int]:
         """Return the shard that holds the step's record, read if need be, and the step's row in it."""
