@@ -208,5 +208,4 @@ def _do(content: list[Any], item: Any, threads: int) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(content: Any) -> Callable[[Any], Any]:
-    work: Callable[[Any], Any] = cloudpickle.loads(_ray().get(content))
-    return work
+    return cloudpickle.loads(_ray().get(content))

@@ -101,8 +101,7 @@ class Attribution(Inference):
     @property
     def step(self) -> int | None:
         """The step after which m was measured; ``None`` is the end of each run."""
-        step: int | None = self.about.get("step")
-        return step
+        return self.about.get("step")
 
     @property
     def measurement(self) -> str:
@@ -254,27 +253,19 @@ class Attribution(Inference):
             raise AttributionError(f"k={k}; give the number of removals to list, at least 1.")
         positions = range(len(self.queries)) if query is None else self._positions([query])
         selected = self._selected(runs)
-        chosen, mean = selected._difference(difference), resolve_difference("mean")
+        chosen = selected._difference(difference)
         influence, error = selected._influence(chosen), selected._standard_error(chosen)
-        mean_shift = -selected._influence(mean)
-        variance = torch.full_like(mean_shift, torch.nan)
+        shift = -selected._influence(DIFFERENCES["mean"])
+        variance = torch.full_like(shift, torch.nan)
         if len(selected.runs) > 1:
-            variance = selected._influence(resolve_difference("variance"))
+            variance = selected._influence(DIFFERENCES["variance"])
+        columns = {"influence": influence, "standard_error": error, "mean_shift": shift, "variance_change": variance}
         rows = []
         for q in positions:
             order = influence[q].abs().argsort(descending=True)[:k]
-            rows += [
-                {
-                    "query": self.queries[q],
-                    "rank": rank,
-                    **self._named(n),
-                    "influence": float(influence[q, n]),
-                    "standard_error": float(error[q, n]),
-                    "mean_shift": float(mean_shift[q, n]),
-                    "variance_change": float(variance[q, n]),
-                }
-                for rank, n in enumerate(order.tolist(), start=1)
-            ]
+            for rank, n in enumerate(order.tolist(), start=1):
+                figures = {name: float(values[q, n]) for name, values in columns.items()}
+                rows.append({"query": self.queries[q], "rank": rank, **self._named(n), **figures})
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -361,10 +352,7 @@ class Attribution(Inference):
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
-        if runs < chosen.least_runs:
-            raise AttributionError(
-                f"The {chosen.name} influence needs {chosen.least_runs} runs; there are {runs}. Record more seeds."
-            )
+        self._enough(chosen, chosen.least_runs)
         if runs < ENOUGH_RUNS:
             warnings.warn(
                 f"Influences of {runs} runs: with fewer than {ENOUGH_RUNS} the standard errors are themselves "

@@ -220,11 +220,11 @@ class Inference:
         share = top_agreement(lambda some: selected._of(some.tolist())._influence(chosen), len(selected.runs), k)
         return runs_for_agreement(share, half, k, removals, agreement).clamp_min(chosen.least_runs)
 
-    def _enough(self, difference: Difference, least: int, what: str) -> None:
+    def _enough(self, difference: Difference, least: int, what: str = "") -> None:
+        subject = f"{what} of the {difference.name}" if what else difference.name
         if len(self.runs) < least:
             raise AttributionError(
-                f"The {what} of the {difference.name} influence needs {least} runs; there are {len(self.runs)}. "
-                "Record more seeds."
+                f"The {subject} influence needs {least} runs; there are {len(self.runs)}. Record more seeds."
             )
 
 

@@ -70,18 +70,15 @@ class AttributionStore:
             "wanted": dict(wanted),
             "runs": {},
         }
-        left_over: list[Path] = []
         with _ANSWERS.begun(path):
             found = _ANSWERS.found(path, overwrite)
             if found.get("runs"):
                 _ANSWERS.check_same(path, _changes(found, index))
                 index["runs"] = found["runs"]
-            else:  # an index without an answer stands in nobody's way
-                left_over = list(path.glob("*.safetensors"))
             _ANSWERS.write(path, index)
-            # only now: the index that named them is gone
-            for file in left_over:
-                file.unlink()
+            if not index["runs"]:  # left over from an answer that is replaced; only now, when no index names them
+                for file in path.glob("*.safetensors"):
+                    file.unlink()
         return cls(path, index)
 
     @staticmethod

@@ -45,13 +45,9 @@ def ill_conditioned(diagnoses: Mapping[str, Mapping[str, Any]]) -> list[str]:
         >>> ill_conditioned({"a": {"precision": 1e-6}, "b": {"precision": 0.2}, "c": {"precision": None}, "d": {}})
         ['b', 'c']
     """
-    found = []
-    for run, diagnosis in diagnoses.items():
-        # None: not even the parameters were reproduced in double precision
-        precision = diagnosis.get("precision", 0.0)
-        if precision is None or not precision <= _ILL_CONDITIONED:
-            found.append(run)
-    return found
+    precisions = {run: diagnosis.get("precision", 0.0) for run, diagnosis in diagnoses.items()}
+    # None: not even the parameters were reproduced in double precision
+    return [run for run, precision in precisions.items() if precision is None or not precision <= _ILL_CONDITIONED]
 
 
 def chaotic(norms: Mapping[str, float]) -> list[str]:

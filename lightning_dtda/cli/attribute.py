@@ -129,6 +129,5 @@ def _project(root: Path) -> str | None:
     loggers = yaml.safe_load(path.read_text())["trainer"].get("logger") if path.exists() else None
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger, dict) and logger.get("class_path", "").endswith("WandbLogger"):
-            project: str | None = logger.get("init_args", {}).get("project")
-            return project
+            return logger.get("init_args", {}).get("project")
     return None

@@ -88,8 +88,7 @@ class RetrainCLI(QuestionCLI):
             # what callbacks write all the same, each training has a place of its own for
             name = run_name(int(os.environ.get("PL_GLOBAL_SEED", 0)))
             kwargs["default_root_dir"] = str(Path(self.config.output) / "logs" / f"{name}-{os.getpid()}")
-        trainer: pl.Trainer = super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
-        return trainer
+        return super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
 
 
 class ConfiguredTraining:
@@ -121,8 +120,7 @@ class ConfiguredTraining:
         """Make the module, and everything else in the order of record, which draws the same random numbers."""
         self.cli.build()
         self._trainer = self.cli.trainer
-        module: pl.LightningModule = self.cli.model
-        return module
+        return self.cli.model
 
     def trainer(self) -> pl.Trainer:
         """Return the Trainer that was made with the module."""

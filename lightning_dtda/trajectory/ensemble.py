@@ -83,8 +83,7 @@ class Ensemble(Sequence[Run]):
     @property
     def examples(self) -> int:
         """N, the number of training examples."""
-        length: int = self.runs[0].manifest.configuration["dataset"]["length"]
-        return length
+        return self.runs[0].manifest.configuration["dataset"]["length"]
 
 
 def _how_it_ended(run: Run) -> str:

@@ -95,8 +95,7 @@ class Manifest:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)
 
     @property
     def files(self) -> list[dict[str, Any]]:
