@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
@@ -273,10 +274,8 @@ def _answer_to_disk(
     if remaining := [run for run in ensemble if run.name not in finished]:
         if finished:
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
-        for batch, estimate in _estimates(remaining, question, estimator, where, progress, store.path):
-            for number, run in enumerate(batch):
-                facts = _facts(estimate, number)
-                store.add(run.name, estimate.baseline[number], estimate.responses[number], facts)
+        for answer in _run_by_run(_estimates(remaining, question, estimator, where, progress, store.path)):
+            store.add(*answer)
     return Attribution.load(store.path)
 
 
@@ -284,23 +283,23 @@ def _assembled(
     estimates: Iterable[tuple[tuple[Run, ...], Estimate]], about: dict[str, Any], names: tuple[int, ...]
 ) -> Attribution:
     """Put the answers of batches of runs together."""
-    answers: dict[str, Any] = {}
-    facts = {}
+    answers = sorted(_run_by_run(estimates), key=lambda answer: answer[0])
+    runs, baselines, responses, facts = zip(*answers, strict=True)
+    about = with_runs(about, dict(zip(runs, facts, strict=True)))
+    return Attribution(torch.stack(baselines), torch.stack(responses), runs, names, about)
+
+
+def _run_by_run(
+    estimates: Iterable[tuple[tuple[Run, ...], Estimate]],
+) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
+    """Yield each run's name, baseline ``(queries,)``, responses ``(queries, removals)`` and what is known of it."""
     for batch, estimate in estimates:
         for number, run in enumerate(batch):
-            answers[run.name] = estimate.baseline[number].cpu(), estimate.responses[number].cpu()
-            facts[run.name] = _facts(estimate, number)
-    runs = tuple(sorted(answers))
-    baseline, responses = (torch.stack([answers[run][part] for run in runs]) for part in (0, 1))
-    return Attribution(baseline, responses, runs, names, with_runs(about, facts))
-
-
-def _facts(estimate: Estimate, number: int) -> dict[str, Any]:
-    """Return what is known of one of an estimate's runs."""
-    norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
-    diagnosis = asdict(estimate.diagnoses[number]) if estimate.diagnoses else {}
-    known = {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms, "diagnosis": diagnosis}
-    return known | sizes(estimate.responses[number])
+            norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
+            diagnosis = asdict(estimate.diagnoses[number]) if estimate.diagnoses else {}
+            known = {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms, "diagnosis": diagnosis}
+            baseline, responses = estimate.baseline[number], estimate.responses[number]
+            yield run.name, baseline.cpu(), responses.cpu(), known | sizes(responses)
 
 
 def _estimates(
