@@ -61,8 +61,8 @@ def chaotic(norms: Mapping[str, float]) -> list[str]:
         0.6745\, \frac{\log \rho_s - \mathrm{med}}{\mathrm{MAD}} > 3.5
         \quad\text{and}\quad \rho_s > 2\, e^{\mathrm{med}},
 
-    med and MAD being the median of the :math:`\log\rho` and their median absolute deviation from it. Only large norms
-    are told out: a run on which removals do little does no harm.
+    med and MAD being the median of the :math:`\log\rho` and their median absolute deviation from it. Only runs
+    with large norms are named: one on which removals do little does no harm.
 
     Args:
         norms: Each run's :func:`response_norm`, by name.

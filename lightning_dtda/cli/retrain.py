@@ -85,7 +85,7 @@ class RetrainCLI(QuestionCLI):
         if not any("Checkpoint" in str(getattr(callback, "class_path", "")) for callback in callbacks):
             kwargs.setdefault("enable_checkpointing", False)
         if options.default_root_dir is None:
-            # what callbacks write all the same, each training has a place of its own for
+            # callbacks may write all the same: each training has a place of its own for that
             name = run_name(int(os.environ.get("PL_GLOBAL_SEED", 0)))
             kwargs["default_root_dir"] = str(Path(self.config.output) / "logs" / f"{name}-{os.getpid()}")
         return super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
