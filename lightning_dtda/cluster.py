@@ -90,7 +90,9 @@ class RayCluster:
 
     def places(self) -> int:
         """Return how many pieces of work the cluster that this process is connected to can do at a time."""
-        return self._places(_ray())
+        needs = {"CPU": self.cpus, "GPU": self.gpus}
+        nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+        return sum(min(int(node.get(kind, 0) / number) for kind, number in needs.items() if number) for node in nodes)
 
     def _run(self, ray: Any, content: bytes, items: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
         # not Ray's own max_retries: those do not count workers killed for their memory, which it tries again for ever
@@ -101,7 +103,7 @@ class RayCluster:
         losses: Counter[Any] = Counter()
         running: dict[Any, Any] = {}
         end = object()
-        if not self._places(ray):
+        if not self.places():
             # no error: there are clusters that start a node when something waits for one
             _log.warning(
                 "No node of the Ray cluster has %g CPUs and %g GPUs, which each piece of work needs: waiting for one.",
@@ -111,7 +113,7 @@ class RayCluster:
         try:
             while True:
                 # nodes come and go, and a cluster that grows by itself does so for what waits
-                for _ in range(_IN_FLIGHT * max(1, self._places(ray)) - len(running)):
+                for _ in range(_IN_FLIGHT * max(1, self.places()) - len(running)):
                     # in a list: a bare reference would be fetched for every task
                     item = lost.popleft() if lost else next(items, end)
                     if item is end:
@@ -138,12 +140,6 @@ class RayCluster:
         finally:
             for task in running:
                 ray.cancel(task, force=True)
-
-    def _places(self, ray: Any) -> int:
-        """Return how many pieces of work the cluster can do at a time."""
-        needs = {"CPU": self.cpus, "GPU": self.gpus}
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return sum(min(int(node.get(kind, 0) / number) for kind, number in needs.items() if number) for node in nodes)
 
     @contextmanager
     def _connected(self, ray: Any) -> Iterator[None]:
@@ -194,7 +190,12 @@ def _result(ray: Any, task: Any) -> Any:
     try:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:  # what was raised in the worker
-        raise ClusterError(_told(error)) from error
+        cause = error.cause or error
+        raise ClusterError(
+            f"A worker of Ray cannot do this ({type(cause).__name__}: {cause}). Its node must have the packages, "
+            'modules and files that are needed; ray.init(runtime_env={"working_dir": "."}) beforehand sends it those '
+            "next to a script."
+        ) from error
     except ray.exceptions.RayError as error:  # what became of the worker itself
         return Lost(f"{type(error).__name__}: {str(error).strip()}")
 
@@ -207,14 +208,4 @@ def _do(content: list[Any], item: Any, threads: int) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(content: Any) -> Callable[[Any], Any]:
-    work: Callable[[Any], Any] = cloudpickle.loads(_ray().get(content))
-    return work
-
-
-def _told(error: Any) -> str:
-    cause = error.cause or error
-    return (
-        f"A worker of Ray cannot do this ({type(cause).__name__}: {cause}). Its node must have the packages, modules "
-        'and files that are needed; ray.init(runtime_env={"working_dir": "."}) beforehand sends it those next to a '
-        "script."
-    )
+    return cloudpickle.loads(_ray().get(content))

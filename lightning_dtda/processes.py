@@ -65,5 +65,4 @@ def _do(path: Path, item: Any) -> tuple[Any, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _loaded(path: Path) -> Callable[[Any], Any]:
-    work: Callable[[Any], Any] = cloudpickle.loads(path.read_bytes())
-    return work
+    return cloudpickle.loads(path.read_bytes())

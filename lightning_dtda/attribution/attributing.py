@@ -12,20 +12,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.engines import Engine, EngineName
-from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
-from lightning_dtda.attribution.trust import chaotic, sizes
+from lightning_dtda.attribution.store import AttributionStore, with_runs
+from lightning_dtda.attribution.trust import sizes
 from lightning_dtda.cluster import RayCluster
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
@@ -39,7 +32,9 @@ from lightning_dtda.estimators import (
     resolve_removals,
 )
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
+from lightning_dtda.estimators.estimator import Advance
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.progress import progress_bar
 from lightning_dtda.replay import (
     Draws,
     Measurement,
@@ -118,20 +113,15 @@ def attribute(
         ClusterError: If there is no Ray cluster, or its workers cannot do it.
     """
     estimator, where = UnrolledDifferentiation() if estimator is None else estimator, Engine.of(engine, jobs)
+    draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
-        ensemble,
-        module,
-        data,
-        queries,
-        measurement,
-        estimator,
-        removals=removals,
-        step=step,
-        device=device,
-        draws=Draws(measurement_draws, measurement_seed),
+        ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
     )
-    name = about["measurement"]
-    if output is not None:
+    if output is None:
+        estimates = _estimates(list(ensemble), question, estimator, where, progress)
+        answer = _assembled(estimates, about, names)
+    else:
+        name = about["measurement"]
         if "<" in name:
             raise AttributionError(
                 f"The measurement {name} has no name of its own, so that its stored answers could not be told from "
@@ -141,8 +131,6 @@ def attribute(
             output, about, names, len(question.removals), {run.name: run.checksum for run in ensemble}, overwrite
         )
         answer = _answer_to_disk(ensemble, question, estimator, where, store, progress)
-    else:
-        answer = _answer_in_memory(ensemble, question, estimator, where, about, names, progress)
     drift = answer.about["drift"]
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
     if answer.chaotic:
@@ -210,23 +198,12 @@ def attribute_dampings(
         raise AttributionError(f"dampings={dampings!r}; give at least one, each once.")
     for damping in dampings:
         check_damping(damping)
+    draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
-        ensemble,
-        module,
-        data,
-        queries,
-        measurement,
-        estimator,
-        removals=removals,
-        step=step,
-        device=device,
-        draws=Draws(measurement_draws, measurement_seed),
+        ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
     )
-    runs = list(ensemble)
-    plan = estimator.plan(runs, question)
-    _check_resources(plan, runs, question, None, answers=len(dampings))
     found: list[list[tuple[tuple[Run, ...], Estimate]]] = [[] for _ in dampings]
-    with _progress_bar(progress, plan, runs, question) as advance:
+    with _planned(list(ensemble), question, estimator, progress, answers=len(dampings)) as (plan, advance):
         for batch in plan.batches:
             estimates = estimator.estimate_dampings(batch, question, plan, advance, dampings)
             for of_damping, estimate in zip(found, estimates, strict=True):
@@ -246,7 +223,6 @@ def _ask(
     queries: DataLoader[Any] | Dataset[Any],
     measurement: str | Measurement,
     estimator: Estimator,
-    *,
     removals: Any,
     step: int | None,
     device: torch.device | str | None,
@@ -298,62 +274,62 @@ def _answer_to_disk(
     if remaining := [run for run in ensemble if run.name not in finished]:
         if finished:
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
-        for batch, estimate in _estimates(remaining, question, estimator, where, progress, store.path):
-            for number, run in enumerate(batch):
-                facts = _facts(estimate, number)
-                store.add(run.name, estimate.baseline[number], estimate.responses[number], facts)
+        for answer in _run_by_run(_estimates(remaining, question, estimator, where, progress, store.path)):
+            store.add(*answer)
     return Attribution.load(store.path)
-
-
-def _answer_in_memory(
-    ensemble: Ensemble,
-    question: Question,
-    estimator: Estimator,
-    where: Engine,
-    about: dict[str, Any],
-    names: tuple[int, ...],
-    progress: bool,
-) -> Attribution:
-    return _assembled(_estimates(list(ensemble), question, estimator, where, progress, None), about, names)
 
 
 def _assembled(
     estimates: Iterable[tuple[tuple[Run, ...], Estimate]], about: dict[str, Any], names: tuple[int, ...]
 ) -> Attribution:
     """Put the answers of batches of runs together."""
-    answers: dict[str, Any] = {}
-    facts = {}
+    answers = sorted(_run_by_run(estimates), key=lambda answer: answer[0])
+    runs, baselines, responses, facts = zip(*answers, strict=True)
+    about = with_runs(about, dict(zip(runs, facts, strict=True)))
+    return Attribution(torch.stack(baselines), torch.stack(responses), runs, names, about)
+
+
+def _run_by_run(
+    estimates: Iterable[tuple[tuple[Run, ...], Estimate]],
+) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
+    """Yield each run's name, baseline ``(queries,)``, responses ``(queries, removals)`` and what is known of it."""
     for batch, estimate in estimates:
         for number, run in enumerate(batch):
-            answers[run.name] = estimate.baseline[number].cpu(), estimate.responses[number].cpu()
-            facts[run.name] = _facts(estimate, number)
-    runs = tuple(sorted(answers))
-    baseline, responses = (torch.stack([answers[run][part] for run in runs]) for part in (0, 1))
-    of_runs = {key: {run: facts[run][key] for run in runs} for key in OF_RUNS}
-    about = {**about, **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
-    return Attribution(baseline, responses, runs, names, about)
-
-
-def _facts(estimate: Estimate, number: int) -> dict[str, Any]:
-    """Return what is known of one of an estimate's runs."""
-    norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
-    diagnosis = asdict(estimate.diagnoses[number]) if estimate.diagnoses else {}
-    known = {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms, "diagnosis": diagnosis}
-    return known | sizes(estimate.responses[number])
+            norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
+            diagnosis = asdict(estimate.diagnoses[number]) if estimate.diagnoses else {}
+            known = {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms, "diagnosis": diagnosis}
+            baseline, responses = estimate.baseline[number], estimate.responses[number]
+            yield run.name, baseline.cpu(), responses.cpu(), known | sizes(responses)
 
 
 def _estimates(
-    runs: list[Run], question: Question, estimator: Estimator, where: Engine, progress: bool, path: Path | None
+    runs: list[Run], question: Question, estimator: Estimator, where: Engine, progress: bool, path: Path | None = None
 ) -> Iterator[tuple[tuple[Run, ...], Estimate]]:
-    """Yield the estimator's answers batch by batch, after making sure that they will fit."""
-    plan = estimator.plan(runs, question)
-    _check_resources(plan, runs, question, path, jobs=where.jobs)
-    with _progress_bar(progress, plan, runs, question) as advance:
+    """Yield the estimator's answers batch by batch."""
+    with _planned(runs, question, estimator, progress, path, jobs=where.jobs) as (plan, advance):
         yield from where.estimates(estimator, question, plan, advance)
 
 
+@contextmanager
+def _planned(
+    runs: list[Run],
+    question: Question,
+    estimator: Estimator,
+    progress: bool,
+    path: Path | None = None,
+    answers: int = 1,
+    jobs: int = 1,
+) -> Iterator[tuple[Plan, Advance]]:
+    """Yield the estimator's plan, after making sure that it will fit, and what moves the progress bar."""
+    plan = estimator.plan(runs, question)
+    _check_resources(plan, runs, question, path, answers, jobs)
+    description, steps = f"{len(runs)} runs, {len(question.queries)} queries", sum(run.steps for run in runs)
+    with progress_bar(description, "steps", steps, progress) as advance:
+        yield plan, advance
+
+
 def _check_resources(
-    plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int = 1, jobs: int = 1
+    plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
 ) -> None:
     itemsize, memory = runs[0].manifest.torch_dtype.itemsize, jobs * plan.memory
     answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
@@ -416,24 +392,5 @@ def available_memory(device: torch.device) -> int | None:
     meminfo = Path("/proc/meminfo")
     if device.type != "cpu" or not meminfo.exists():
         return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-@contextmanager
-def _progress_bar(show: bool, plan: Plan, runs: list[Run], question: Question) -> Iterator[Any]:
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-        disable=not show,
-    )
-    with bar:
-        task = bar.add_task(f"{len(runs)} runs, {len(question.queries)} queries", total=sum(run.steps for run in runs))
-        yield lambda steps: bar.update(task, advance=steps)
+    lines = meminfo.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,12 +24,7 @@ from lightning_dtda.attribution.differences import (
     resolve_difference,
 )
 from lightning_dtda.attribution.inference import Inference, Runs
-from lightning_dtda.attribution.removed import (
-    group_members,
-    group_names,
-    positions_of_examples,
-    positions_of_groups,
-)
+from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError
@@ -93,18 +89,19 @@ class Attribution(Inference):
     @property
     def removals(self) -> tuple[str, ...] | None:
         """Names of the groups of examples that are removed; ``None`` where each example is a removal of its own."""
-        return group_names(self.about)
+        groups = self.about.get("removals")
+        return tuple(group["name"] for group in groups) if isinstance(groups, list) else None
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...] | None:
         """Indices of each group's training examples, in the order of :attr:`removals`; ``None`` without groups."""
-        return group_members(self.about)
+        groups = self.about.get("removals")
+        return tuple(tuple(group["examples"]) for group in groups) if isinstance(groups, list) else None
 
     @property
     def step(self) -> int | None:
         """The step after which m was measured; ``None`` is the end of each run."""
-        step: int | None = self.about.get("step")
-        return step
+        return self.about.get("step")
 
     @property
     def measurement(self) -> str:
@@ -218,8 +215,7 @@ class Attribution(Inference):
         Raises:
             AttributionError: If there is no such query, or the removals cannot be made together.
         """
-        selected, chosen = self._selected(runs), difference or SlicedWasserstein()
-        return selected._jointly(lambda baseline, predicted: chosen(baseline, predicted), queries, removed)
+        return self._selected(runs)._jointly(difference or SlicedWasserstein(), queries, removed)
 
     def joint_standard_error(
         self,
@@ -229,15 +225,11 @@ class Attribution(Inference):
         runs: Runs = "trusted",
     ) -> Tensor:
         """Return the jackknife's standard error of :meth:`joint_influence`; same arguments and shape."""
-        selected, chosen = self._selected(runs), difference or SlicedWasserstein()
-        return selected._jointly(lambda baseline, predicted: jackknife(chosen, baseline, predicted), queries, removed)
+        error = partial(jackknife, difference or SlicedWasserstein())
+        return self._selected(runs)._jointly(error, queries, removed)
 
     def top(
-        self,
-        k: int = 10,
-        difference: str | Difference = "mean",
-        query: int | None = None,
-        runs: Runs = "trusted",
+        self, k: int = 10, difference: str | Difference = "mean", query: int | None = None, runs: Runs = "trusted"
     ) -> pd.DataFrame:
         """Return the removals of the largest absolute influence on each query.
 
@@ -261,27 +253,19 @@ class Attribution(Inference):
             raise AttributionError(f"k={k}; give the number of removals to list, at least 1.")
         positions = range(len(self.queries)) if query is None else self._positions([query])
         selected = self._selected(runs)
-        chosen, mean = selected._difference(difference), resolve_difference("mean")
+        chosen = selected._difference(difference)
         influence, error = selected._influence(chosen), selected._standard_error(chosen)
-        mean_shift = -selected._influence(mean)
-        variance = torch.full_like(mean_shift, torch.nan)
+        shift = -selected._influence(DIFFERENCES["mean"])
+        variance = torch.full_like(shift, torch.nan)
         if len(selected.runs) > 1:
-            variance = selected._influence(resolve_difference("variance"))
+            variance = selected._influence(DIFFERENCES["variance"])
+        columns = {"influence": influence, "standard_error": error, "mean_shift": shift, "variance_change": variance}
         rows = []
         for q in positions:
             order = influence[q].abs().argsort(descending=True)[:k]
-            rows += [
-                {
-                    "query": self.queries[q],
-                    "rank": rank,
-                    **self._named(n),
-                    "influence": float(influence[q, n]),
-                    "standard_error": float(error[q, n]),
-                    "mean_shift": float(mean_shift[q, n]),
-                    "variance_change": float(variance[q, n]),
-                }
-                for rank, n in enumerate(order.tolist(), start=1)
-            ]
+            for rank, n in enumerate(order.tolist(), start=1):
+                figures = {name: float(values[q, n]) for name, values in columns.items()}
+                rows.append({"query": self.queries[q], "rank": rank, **self._named(n), **figures})
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -360,19 +344,15 @@ class Attribution(Inference):
         return replace(self, baseline=self.baseline[positions], responses=self.responses[positions], runs=names)
 
     def _influence(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
-        return self._each_query(lambda baseline, predicted: difference(baseline, predicted), removed)
+        return self._each_query(difference, removed)
 
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
         is_median = isinstance(difference, Mean) and difference.location == "median"
-        error = bootstrap if is_median else jackknife
-        return self._each_query(lambda baseline, predicted: error(difference, baseline, predicted), removed)
+        return self._each_query(partial(bootstrap if is_median else jackknife, difference), removed)
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
-        if runs < chosen.least_runs:
-            raise AttributionError(
-                f"The {chosen.name} influence needs {chosen.least_runs} runs; there are {runs}. Record more seeds."
-            )
+        self._enough(chosen, chosen.least_runs)
         if runs < ENOUGH_RUNS:
             warnings.warn(
                 f"Influences of {runs} runs: with fewer than {ENOUGH_RUNS} the standard errors are themselves "
@@ -386,10 +366,10 @@ class Attribution(Inference):
     ) -> Tensor:
         """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument."""
         responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
-        queries = range(len(self.queries))
-        stacked = torch.stack(
-            [_in_parts(function, self.baseline, responses, query, outputs, copies) for query in queries]
-        )
+        of_queries = [
+            _in_parts(function, self.baseline, responses, query, outputs, copies) for query in range(len(self.queries))
+        ]
+        stacked = torch.stack(of_queries)
         return stacked if removed is None else stacked.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:

@@ -116,13 +116,12 @@ def check(
     double = UnrolledDifferentiation(precision="float64")
     try:
         first = attribute(ensemble[:1], module, data, estimator=double, **question)  # type: ignore[arg-type]
-    except ReplayError as error:
-        found = [_replay(all_runs), Finding("replay in double precision", False, "stopped", f"{error} {_NOISE}")]
-        return Check((*found, _chaos(all_runs)), float("nan"))
     except Exception as error:  # whatever the user's code does with numbers of another type
         advice = f"The module fails in double precision, in which it is compared: {type(error).__name__}: {error}"
-        found = [_replay(all_runs), Finding("replay in double precision", False, "stopped", advice)]
-        return Check((*found, _chaos(all_runs)), float("nan"))
+        if isinstance(error, ReplayError):
+            advice = f"{error} {_NOISE}"
+        stopped = Finding("replay in double precision", False, "stopped", advice)
+        return Check((_replay(all_runs), stopped, _chaos(all_runs)), float("nan"))
     responses = first.responses[0]
     chosen = responses.abs().amax(0).argsort(descending=True)[:examples]
     ones = torch.ones(responses.shape[1], dtype=torch.float64)

@@ -76,7 +76,12 @@ class Engine:
         work = _Work(estimator, question, replace(plan, batches=()))
         lost: list[str] = []
         runs = {str(run.path.resolve()): run for batch in plan.batches for run in batch}
-        finished = self._on_cluster(work, plan, lost) if self.cluster else self._in_processes(work, plan)
+        if self.cluster:
+            finished = _on_cluster(self.cluster, work, plan, lost)
+        else:
+            pieces = _pieces(plan, self.jobs)
+            jobs = min(self.jobs, len(pieces))
+            finished = run_in_processes(work, pieces, jobs, "batches of runs", AttributionError)
         for paths, estimate in finished:
             batch = tuple(runs[path] for path in paths)
             advance(sum(run.steps for run in batch))
@@ -86,25 +91,6 @@ class Engine:
                 f"{len(lost)} batches of runs are not attributed: {lost[0]}. The others are on disk if there is an "
                 "output: call again to go on."
             )
-
-    def _in_processes(self, work: _Work, plan: Plan) -> Iterator[tuple[tuple[str, ...], Estimate]]:
-        pieces = _pieces(plan, self.jobs)
-        return run_in_processes(work, pieces, min(self.jobs, len(pieces)), "batches of runs", AttributionError)
-
-    def _on_cluster(self, work: _Work, plan: Plan, lost: list[str]) -> Iterator[tuple[tuple[str, ...], Estimate]]:
-        cluster = self.cluster
-        assert cluster is not None
-
-        def pieces() -> Iterator[tuple[str, ...]]:
-            # asked for when the cluster is connected to
-            yield from _pieces(plan, max(1, cluster.places()))
-
-        for done in cluster.run(work, pieces()):
-            for paths, found in done:
-                if isinstance(found, Lost):
-                    lost.append(f"{', '.join(Path(path).name for path in paths)}: {found.reason}")
-                else:
-                    yield paths, found
 
 
 @dataclass(frozen=True)
@@ -126,6 +112,21 @@ class _Work:
         # the process that asked may have no such device
         baseline, responses = (part.cpu() for part in (estimate.baseline, estimate.responses))
         return replace(estimate, baseline=baseline, responses=responses)
+
+
+def _on_cluster(
+    cluster: RayCluster, work: _Work, plan: Plan, lost: list[str]
+) -> Iterator[tuple[tuple[str, ...], Estimate]]:
+    def pieces() -> Iterator[tuple[str, ...]]:
+        # asked for when the cluster is connected to
+        yield from _pieces(plan, max(1, cluster.places()))
+
+    for done in cluster.run(work, pieces()):
+        for paths, found in done:
+            if isinstance(found, Lost):
+                lost.append(f"{', '.join(Path(path).name for path in paths)}: {found.reason}")
+            else:
+                yield paths, found
 
 
 def _pieces(plan: Plan, places: int) -> list[tuple[str, ...]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -63,13 +63,13 @@ class Inference:
         Raises:
             AttributionError: If the difference needs more runs, or the level is no share.
         """
-        _share(level, "level")
+        check_share(level, "level")
         if replicates < 2:
             raise AttributionError(f"replicates={replicates}; give the number of draws, at least 2 and rather 1000.")
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, max(chosen.least_runs, 1) + 1, "interval")
         ends = selected._each_query(
-            lambda baseline, predicted: bootstrap_interval(chosen, baseline, predicted, level, replicates),
+            partial(bootstrap_interval, chosen, level=level, replicates=replicates),
             removed,
             outputs=(2,),
             copies=1 + 4 * replicates // len(selected.runs),  # the replicates take more memory than the samples
@@ -97,9 +97,7 @@ class Inference:
         """
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, significance.least_runs(chosen), "test")
-        return selected._each_query(
-            lambda baseline, predicted: significance.p_values(chosen, baseline, predicted), removed
-        )
+        return selected._each_query(partial(significance.p_values, chosen), removed)
 
     def significant(self, difference: str | Difference, fdr: float = 0.05, runs: Runs = "trusted") -> Tensor:
         """Return which removals have an effect, for each query ``(queries, removals)``, bool.
@@ -114,7 +112,7 @@ class Inference:
         Raises:
             AttributionError: If the test needs more runs, or the rate is no share.
         """
-        _share(fdr, "fdr")
+        check_share(fdr, "fdr")
         return significance.discoveries(self.p_values(difference, runs=runs), fdr)
 
     def runs_for_significance(
@@ -138,8 +136,8 @@ class Inference:
         Raises:
             AttributionError: If the test needs more runs, or ``fdr`` or ``power`` is no share.
         """
-        _share(fdr, "fdr")
-        _share(power, "power")
+        check_share(fdr, "fdr")
+        check_share(power, "power")
         selected, chosen = self._selected(runs), resolve_difference(difference)
         level = fdr / self.responses.shape[2]
         return runs_for_significance(chosen, selected.p_values(chosen), len(selected.runs), level, power)
@@ -172,13 +170,11 @@ class Inference:
         Raises:
             AttributionError: If the difference needs more runs, or ``power`` or ``alpha`` is no share.
         """
-        _share(power, "power")
-        _share(alpha, "alpha")
+        check_share(power, "power")
+        check_share(alpha, "alpha")
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, max(2, chosen.least_runs), "number of seeds")
-        return selected._each_query(
-            lambda baseline, predicted: seeds_needed(chosen, baseline, predicted, power, alpha), removed
-        )
+        return selected._each_query(partial(seeds_needed, chosen, power=power, alpha=alpha), removed)
 
     def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
         """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
@@ -194,11 +190,7 @@ class Inference:
         return split_half(lambda half: selected._of(half.tolist())._influence(chosen), len(selected.runs))
 
     def runs_needed(
-        self,
-        difference: str | Difference = "mean",
-        k: int = 10,
-        agreement: float = 0.9,
-        runs: Runs = "trusted",
+        self, difference: str | Difference = "mean", k: int = 10, agreement: float = 0.9, runs: Runs = "trusted"
     ) -> Tensor:
         """Return with how many runs in all the top k removals of each query would be stable.
 
@@ -218,7 +210,7 @@ class Inference:
         Raises:
             AttributionError: If there are too few runs to be halved, or not more than k removals.
         """
-        _share(agreement, "agreement")
+        check_share(agreement, "agreement")
         removals = self.responses.shape[2]
         if not 1 <= k < removals:
             raise AttributionError(f"k={k}; give a number of removals from 1 to {removals - 1}, one less than all.")
@@ -228,14 +220,19 @@ class Inference:
         share = top_agreement(lambda some: selected._of(some.tolist())._influence(chosen), len(selected.runs), k)
         return runs_for_agreement(share, half, k, removals, agreement).clamp_min(chosen.least_runs)
 
-    def _enough(self, difference: Difference, least: int, what: str) -> None:
+    def _enough(self, difference: Difference, least: int, what: str = "") -> None:
+        subject = f"{what} of the {difference.name}" if what else difference.name
         if len(self.runs) < least:
             raise AttributionError(
-                f"The {what} of the {difference.name} influence needs {least} runs; there are {len(self.runs)}. "
-                "Record more seeds."
+                f"The {subject} influence needs {least} runs; there are {len(self.runs)}. Record more seeds."
             )
 
 
-def _share(value: float, name: str) -> None:
-    if not 0 < value < 1 or math.isnan(value):
+def check_share(value: float, name: str) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        AttributionError: If it is not between 0 and 1.
+    """
+    if not 0 < value < 1:
         raise AttributionError(f"{name}={value}; give a share between 0 and 1.")

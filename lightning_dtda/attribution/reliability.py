@@ -15,6 +15,13 @@ _SPLITS = 10
 """Random halvings that are averaged: their spread is then small next to what more runs would change."""
 
 
+def halves(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return the positions in two random halves of a number of runs, or of seeds; of an odd number one is left out."""
+    order = torch.randperm(number, generator=generator)
+    half = number // 2
+    return order[:half], order[half : 2 * half]
+
+
 def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
     r"""Return the reliability of a ranking of removals from how well halves of the runs agree about it.
 
@@ -33,9 +40,8 @@ def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     agreements = []
     for _ in range(_SPLITS):
-        order = torch.randperm(runs, generator=generator)
-        first, second = (influence(half) for half in (order[: runs // 2], order[runs // 2 : 2 * (runs // 2)]))
-        agreements.append(torch.atleast_1d(spearman_corrcoef(first.T.squeeze(-1), second.T.squeeze(-1))))
+        first, second = (influence(half).T.squeeze(-1) for half in halves(runs, generator))
+        agreements.append(torch.atleast_1d(spearman_corrcoef(first, second)))
     agreement = torch.stack(agreements).double().mean(0).clamp_min(0)
     return 2 * agreement / (1 + agreement)
 
@@ -54,9 +60,7 @@ def top_agreement(influence: Callable[[Tensor], Tensor], runs: int, k: int) -> T
     generator = torch.Generator().manual_seed(0)
     shares = []
     for _ in range(2 * _SPLITS):  # of k alone: a rank correlation averages over all removals
-        order = torch.randperm(runs, generator=generator)
-        halves = order[: runs // 2], order[runs // 2 : 2 * (runs // 2)]
-        first, second = (influence(half).abs().topk(k).indices for half in halves)
+        first, second = (influence(half).abs().topk(k).indices for half in halves(runs, generator))
         shares.append((first[..., :, None] == second[..., None, :]).sum((-1, -2)) / k)
     return torch.stack(shares).double().mean(0)
 

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
-
-
-def group_names(about: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return what the groups of an attribution are called; ``None`` where every example is a removal of its own."""
-    groups = about.get("removals")
-    return tuple(group["name"] for group in groups) if isinstance(groups, list) else None
-
-
-def group_members(about: Mapping[str, Any]) -> tuple[tuple[int, ...], ...] | None:
-    """Return the indices of each group's examples; ``None`` where every example is a removal of its own."""
-    groups = about.get("removals")
-    return tuple(tuple(group["examples"]) for group in groups) if isinstance(groups, list) else None
 
 
 def positions_of_examples(removed: Sequence[int | str], examples: int) -> list[int]:

@@ -70,18 +70,15 @@ class AttributionStore:
             "wanted": dict(wanted),
             "runs": {},
         }
-        left_over: list[Path] = []
         with _ANSWERS.begun(path):
             found = _ANSWERS.found(path, overwrite)
             if found.get("runs"):
                 _ANSWERS.check_same(path, _changes(found, index))
                 index["runs"] = found["runs"]
-            else:  # an index without an answer stands in nobody's way
-                left_over = list(path.glob("*.safetensors"))
             _ANSWERS.write(path, index)
-            # only now: the index that named them is gone
-            for file in left_over:
-                file.unlink()
+            if not index["runs"]:  # left over from an answer that is replaced; only now, when no index names them
+                for file in path.glob("*.safetensors"):
+                    file.unlink()
         return cls(path, index)
 
     @staticmethod
@@ -102,9 +99,7 @@ class AttributionStore:
     @property
     def about(self) -> dict[str, Any]:
         """What was asked and how it was answered, with what is known of each run, and which are chaotic."""
-        runs = self._index["runs"]
-        of_runs = {key: {name: runs[name][key] for name in self.finished} for key in OF_RUNS}
-        return {**self._index["about"], **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
+        return with_runs(self._index["about"], self._index["runs"])
 
     @property
     def queries(self) -> tuple[int, ...]:
@@ -132,7 +127,7 @@ class AttributionStore:
         """
         entry = write_tensors(self.path / f"{run}.safetensors", {"baseline": baseline, "responses": responses})
         self._index["runs"][run] = entry | {key: facts[key] for key in OF_RUNS}
-        self._save()
+        _ANSWERS.write(self.path, self._index)
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Read baseline ``(runs, queries)`` and responses ``(runs, queries, removals)`` of the finished runs.
@@ -145,8 +140,11 @@ class AttributionStore:
         tensors = [read_tensors(self.path, self._index["runs"][run]) for run in self.finished]
         return torch.stack([run["baseline"] for run in tensors]), torch.stack([run["responses"] for run in tensors])
 
-    def _save(self) -> None:
-        _ANSWERS.write(self.path, self._index)
+
+def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is said of an answer, with the facts of each run, and which runs are chaotic."""
+    of_runs = {key: {run: facts[run][key] for run in sorted(facts)} for key in OF_RUNS}
+    return {**about, **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
 
 
 def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from scipy import special
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.inference import Runs
+from lightning_dtda.attribution.inference import Runs, check_share
 from lightning_dtda.errors import AttributionError
 
 if TYPE_CHECKING:
@@ -150,9 +150,8 @@ def suggest_removals(
       spread falls, whatever its unit; with the variance, those that vary most count most.
 
     Removals are added one by one, each time the one that lowers the quantity of the set so far most. This takes account
-    of
-    interactions: two removals that each cancel the same part of the seed noise overshoot together. A candidate counts
-    by its gain less ``caution`` standard errors, and when none is left that gains, the set is complete.
+    of interactions: two removals that each cancel the same part of the seed noise overshoot together. A candidate
+    counts by its gain less ``caution`` standard errors, and when none is left that gains, the set is complete.
 
     The largest of many noisy gains are overestimates. So the choice is made with a part of the runs, and the effects
     are those on the others.
@@ -183,7 +182,7 @@ def suggest_removals(
         (0,)
     """
     _sensible(goal, k, held_out, level)
-    selected = attribution.trusted() if runs == "trusted" else attribution
+    selected = attribution._selected(runs)
     positions = list(range(len(selected.queries))) if queries is None else selected._positions(queries)
     choosing, evaluating = _split(len(selected.runs), held_out)
     contributions = GOALS[goal].contributions
@@ -230,8 +229,7 @@ def _sensible(goal: str, k: int, held_out: float, level: float) -> None:
         raise AttributionError(f"k={k}; give the most removals to suggest, at least 1.")
     if not 0 <= held_out < 1:
         raise AttributionError(f"held_out={held_out}; give a share of the runs, from 0 to less than 1.")
-    if not 0 < level < 1:
-        raise AttributionError(f"level={level}; give a share between 0 and 1.")
+    check_share(level, "level")
 
 
 def _split(runs: int, held_out: float) -> tuple[list[int], list[int]]:

@@ -45,13 +45,9 @@ def ill_conditioned(diagnoses: Mapping[str, Mapping[str, Any]]) -> list[str]:
         >>> ill_conditioned({"a": {"precision": 1e-6}, "b": {"precision": 0.2}, "c": {"precision": None}, "d": {}})
         ['b', 'c']
     """
-    found = []
-    for run, diagnosis in diagnoses.items():
-        # None: not even the parameters were reproduced in double precision
-        precision = diagnosis.get("precision", 0.0)
-        if precision is None or not precision <= _ILL_CONDITIONED:
-            found.append(run)
-    return found
+    precisions = {run: diagnosis.get("precision", 0.0) for run, diagnosis in diagnoses.items()}
+    # None: not even the parameters were reproduced in double precision
+    return [run for run, precision in precisions.items() if precision is None or not precision <= _ILL_CONDITIONED]
 
 
 def chaotic(norms: Mapping[str, float]) -> list[str]:
@@ -65,8 +61,8 @@ def chaotic(norms: Mapping[str, float]) -> list[str]:
         0.6745\, \frac{\log \rho_s - \mathrm{med}}{\mathrm{MAD}} > 3.5
         \quad\text{and}\quad \rho_s > 2\, e^{\mathrm{med}},
 
-    med and MAD being the median of the :math:`\log\rho` and their median absolute deviation from it. Only large norms
-    are told out: a run on which removals do little does no harm.
+    med and MAD being the median of the :math:`\log\rho` and their median absolute deviation from it. Only runs
+    with large norms are named: one on which removals do little does no harm.
 
     Args:
         norms: Each run's :func:`response_norm`, by name.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from typing_extensions import override
 from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
 from lightning_dtda.attribution.engines import EngineName
 from lightning_dtda.attribution.store import AttributionStore
-from lightning_dtda.cli.configuration import CONFIG
+from lightning_dtda.cli.configuration import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import AttributionError
@@ -24,20 +23,6 @@ from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 
 class AttributeCLI(QuestionCLI):
     """The ensemble's configuration and what is asked of it."""
-
-    own_options = (
-        *QuestionCLI.own_options,
-        "output",
-        "overwrite",
-        "estimator",
-        "dampings",
-        "wandb",
-        "removals",
-        "step",
-        "jobs",
-        "engine",
-        "ray",
-    )
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -55,7 +40,8 @@ class AttributeCLI(QuestionCLI):
             "--step", type=int | None, default=None, help="The step that is measured; the end of training if not given."
         )
         parser.add_subclass_arguments(Estimator, "estimator", help="How responses are computed.")
-        parser.set_defaults({"estimator": {"class_path": _class_path(UnrolledDifferentiation)}})
+        exact = f"{UnrolledDifferentiation.__module__}.{UnrolledDifferentiation.__qualname__}"
+        parser.set_defaults({"estimator": {"class_path": exact}})
         parser.add_argument(
             "--dampings",
             type=list[float | Literal["auto"]] | None,
@@ -86,18 +72,17 @@ def run(arguments: Sequence[str]) -> None:
         "the one that the ensemble was recorded with.",
         arguments,
     )
-    config = cli.config
-    from lightning_dtda.reporting import log_to_wandb, print_summary
+    from lightning_dtda.reporting import log_to_wandb, print_summary  # here, so that --help is quick
 
     for path, attribution in _attributions(cli):
         print_summary(attribution)
         print(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
-        if config.wandb:
-            log_to_wandb(attribution, path, project=_project(Path(config.ensemble)))
+        if cli.config.wandb:
+            log_to_wandb(attribution, path, project=_project(Path(cli.config.ensemble)))
 
 
-def _attributions(cli: AttributeCLI) -> Iterator[tuple[Path, Attribution]]:
-    """Yield what was asked for, and where it is: one attribution, or one for each damping."""
+def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
+    """Return what was asked for, and where it is: one attribution, or one for each damping."""
     config, output = cli.config, Path(cli.config.output)
     paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
     if paths and (config.jobs > 1 or config.engine != "local"):
@@ -106,27 +91,19 @@ def _attributions(cli: AttributeCLI) -> Iterator[tuple[Path, Attribution]]:
         # before the work, not after it
         if AttributionStore.is_at(path) and not config.overwrite:
             raise AttributionError(f"{path} holds an attribution. Choose another --output, or set --overwrite.")
-    question = cli.question() | {"removals": read_removals(config.removals), "step": config.step}
-    estimator = cli.config_init.estimator
+    question = cli.question() | {
+        "removals": read_removals(config.removals),
+        "step": config.step,
+        "estimator": cli.config_init.estimator,
+    }
     if config.dampings is None:
         engine = RayCluster(**config.ray.as_dict()) if config.engine == "ray" else config.engine
-        yield (
-            output,
-            attribute(
-                **question,
-                estimator=estimator,
-                output=output,
-                overwrite=config.overwrite,
-                jobs=config.jobs,
-                engine=engine,
-            ),
-        )
-        return
-    found = attribute_dampings(**question, estimator=estimator, dampings=config.dampings)
+        where = {"output": output, "overwrite": config.overwrite, "jobs": config.jobs, "engine": engine}
+        return [(output, attribute(**question, **where))]
+    found = attribute_dampings(**question, dampings=config.dampings)
     for damping, attribution in found.items():
         attribution.save(paths[damping], overwrite=config.overwrite)
-    for damping, attribution in found.items():
-        yield paths[damping], attribution
+    return [(paths[damping], attribution) for damping, attribution in found.items()]
 
 
 def read_removals(removals: str) -> Any:
@@ -137,10 +114,7 @@ def read_removals(removals: str) -> Any:
     """
     if not removals.endswith(".json"):
         return removals
-    try:
-        content = json.loads(Path(removals).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AttributionError(f"--removals {removals} cannot be read ({error}). Give a JSON file.") from error
+    content = read_json_option("--removals", removals, AttributionError)
     if not isinstance(content, (dict, list)):
         raise AttributionError(
             f"--removals {removals} holds {content!r}. Write a list of lists of indices, an object with lists of "
@@ -155,10 +129,5 @@ def _project(root: Path) -> str | None:
     loggers = yaml.safe_load(path.read_text())["trainer"].get("logger") if path.exists() else None
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         if isinstance(logger, dict) and logger.get("class_path", "").endswith("WandbLogger"):
-            project: str | None = logger.get("init_args", {}).get("project")
-            return project
+            return logger.get("init_args", {}).get("project")
     return None
-
-
-def _class_path(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -19,8 +19,6 @@ _QUERIES = 5
 class CheckCLI(QuestionCLI):
     """What is checked."""
 
-    own_options = (*QuestionCLI.own_options, "examples")
-
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)

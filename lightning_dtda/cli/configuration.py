@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from lightning_dtda.errors import DTDAError
-from lightning_dtda.trajectory.manifest import MANIFEST
+from lightning_dtda.trajectory.manifest import MANIFEST, changed_leaves
 
 CONFIG = "config.yaml"
 
@@ -28,9 +29,6 @@ class ConfigurationCLI(LightningCLI):
         arguments: Command line arguments.
         **kwargs: To ``LightningCLI``.
     """
-
-    own_options: tuple[str, ...] = ()
-    """The command's own options, no part of the saved configuration."""
 
     usage = "--ensemble DIR [--config FILE]"
     """The options that matter, for ``--help``."""
@@ -74,11 +72,11 @@ class ConfigurationCLI(LightningCLI):
         """Make ``model``, ``datamodule`` and ``trainer`` afresh."""
         super().instantiate_classes()
 
-    def dump(self) -> dict[str, Any]:
-        """Return the configuration in plain types, without the command's own options."""
+    def dump(self, without: Sequence[str]) -> dict[str, Any]:
+        """Return the configuration in plain types, without the command's own options, which are named."""
         text = self.parser.dump(self.config, skip_link_targets=False, skip_unset=False)
         content: dict[str, Any] = yaml.safe_load(text)
-        for option in ("config", *_METHOD_OPTIONS, *self.own_options):
+        for option in ("config", *_METHOD_OPTIONS, *without):
             content.pop(option, None)
         return content
 
@@ -93,13 +91,14 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
     # what seeds the ensemble is the command's business, not the configuration's
     content = {key: value for key, value in content.items() if key != "seed_everything"}
     if path.exists():
-        changes = list(_changes(yaml.safe_load(path.read_text()), content))
+        changes = list(changed_leaves(yaml.safe_load(path.read_text()), content))
         if not changes:  # and not written once more, while another job may be reading it
             return
         if any(root.glob(f"*/{MANIFEST}")):  # what was refused before it recorded anything is no matter
+            listed = "\n".join(f"  {where}: {before!r} there, {now!r} now" for where, before, now in changes)
             raise DTDAError(
-                f"{root} was recorded with another configuration:\n" + "\n".join(changes) + "\nChoose another "
-                "--ensemble, or delete that one."
+                f"{root} was recorded with another configuration:\n{listed}\nChoose another --ensemble, or delete that "
+                "one."
             )
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -108,9 +107,15 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
         raise DTDAError(f"{root} cannot be written ({error}). Choose another --ensemble.") from error
 
 
-def _changes(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in [*before, *(key for key in after if key not in before)]:
-            yield from _changes(before.get(key), after.get(key), f"{where}.{key}" if where else str(key))
-    elif before != after:
-        yield f"  {where}: {before!r} there, {after!r} now"
+def read_json_option(option: str, path: str, error: type[DTDAError]) -> Any:
+    """Return the content of the JSON file that an option names.
+
+    Args:
+        option: The option.
+        path: The file.
+        error: Raised if it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as reason:
+        raise error(f"{option} {path} cannot be read ({reason}). Give a JSON file.") from reason

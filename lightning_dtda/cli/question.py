@@ -31,8 +31,6 @@ class QuestionCLI(ConfigurationCLI):
         **kwargs: To ``LightningCLI``.
     """
 
-    own_options: tuple[str, ...] = ("ensemble", "measurement", "queries", "device")
-
     def __init__(self, command: str, description: str, arguments: Sequence[str], **kwargs: Any) -> None:
         super().__init__(command, description, _with_configuration(list(arguments)), **kwargs)
 
@@ -109,9 +107,9 @@ def query_loader(data: LightningDataModule | LightningModule, split: Split, indi
 def _with_configuration(arguments: list[str]) -> list[str]:
     """Put the ensemble's own saved configuration in front, unless one is given."""
     given = any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in arguments)
-    root = _value(arguments, "--ensemble")
     if given:
         return arguments
+    root = option_value(arguments, "--ensemble")
     if root is None:
         raise AttributionError("Give --ensemble, the directory of the recorded runs. --help lists all options.")
     if not Path(root).is_dir():
@@ -128,10 +126,11 @@ def _with_configuration(arguments: list[str]) -> list[str]:
     return ["--config", str(path), *arguments]
 
 
-def _value(arguments: list[str], option: str) -> str | None:
+def option_value(arguments: Sequence[str], option: str) -> str | None:
+    """Return what an option is given on a command line; ``None`` without it."""
     for number, argument in enumerate(arguments):
         if argument == option and number + 1 < len(arguments):
             return arguments[number + 1]
         if argument.startswith(f"{option}="):
-            return argument.split("=", 1)[1]
+            return argument.removeprefix(f"{option}=")
     return None

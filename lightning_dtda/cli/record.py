@@ -5,20 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import override
 
 from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, save_configuration
 from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.progress import progress_bar
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.jobs import record_in_jobs
 from lightning_dtda.recording.quiet import quiet_lightning
@@ -28,11 +27,12 @@ from lightning_dtda.retraining import record_stacked
 
 _log = logging.getLogger(__name__)
 
+_OWN_OPTIONS = ("ensemble", "seeds", "jobs", "engine", "ray", "runs_to_fit", "recorder")
+"""Options of the command that are no part of the configuration."""
+
 
 class RecordCLI(ConfigurationCLI):
     """The user's configuration and which seeds of it to record where."""
-
-    own_options = ("ensemble", "seeds", "jobs", "engine", "ray", "runs_to_fit", "recorder")
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -123,13 +123,17 @@ def run(arguments: Sequence[str]) -> None:
     # in a training of several processes, the others run this command too
     is_first = getattr(rank_zero_only, "rank", 0) == 0
     say = print if is_first else _log.debug
-    save_configuration(cli.root, cli.dump())
+    save_configuration(cli.root, cli.dump(without=_OWN_OPTIONS))
     seeds = [seed for seed in everything if not is_complete(cli.root / run_name(seed))]
     if skipped := len(everything) - len(seeds):
         say(f"{skipped} of {len(everything)} runs are complete already in {cli.root}.")
     if not seeds:
         return
-    with quiet_lightning(), _progress(len(seeds), is_first) as finished:
+    with quiet_lightning(), progress_bar("recording", "runs", len(seeds), is_first) as advance:
+
+        def finished(seed: int) -> None:
+            advance(1)
+
         if cli.config.engine == "ray":
             record = functools.partial(_record_one, _command(cli), seeds)
             failures = record_on_ray(RayCluster(**cli.config.ray.as_dict()), record, cli.root, seeds, finished)
@@ -193,19 +197,3 @@ def _record_one(command: Sequence[str], seeds: Sequence[int], seed: int) -> str 
     to_fit = sum(not is_complete(cli.root / run_name(one)) for one in seeds) if seed == seeds[0] else 0
     with quiet_lightning():
         return record_seeds(make_training, cli.make_recorder, cli.root, [seed], to_fit=to_fit).get(seed)
-
-
-@contextmanager
-def _progress(runs: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("runs"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not shown) as bar:
-        task = bar.add_task("recording", total=runs)
-        yield lambda seed: bar.advance(task)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
+from lightning_dtda.cli.configuration import read_json_option
 from lightning_dtda.cli.question import QuestionCLI, query_loader
 from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import RetrainingError
@@ -27,11 +28,6 @@ from lightning_dtda.trajectory import Ensemble
 class RetrainCLI(QuestionCLI):
     """The user's configuration, what is removed, and what is measured."""
 
-    own_options = (
-        *QuestionCLI.own_options,
-        *("output", "overwrite", "subsets", "fraction", "subsets_seed", "removed"),
-        *("seeds", "baseline_seeds", "removal", "engine", "jobs", "ray"),
-    )
     usage = "--config FILE --output DIR"
 
     @override
@@ -89,11 +85,10 @@ class RetrainCLI(QuestionCLI):
         if not any("Checkpoint" in str(getattr(callback, "class_path", "")) for callback in callbacks):
             kwargs.setdefault("enable_checkpointing", False)
         if options.default_root_dir is None:
-            # what callbacks write all the same, each training has a place of its own for
+            # callbacks may write all the same: each training has a place of its own for that
             name = run_name(int(os.environ.get("PL_GLOBAL_SEED", 0)))
             kwargs["default_root_dir"] = str(Path(self.config.output) / "logs" / f"{name}-{os.getpid()}")
-        trainer: pl.Trainer = super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
-        return trainer
+        return super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
 
 
 class ConfiguredTraining:
@@ -105,31 +100,27 @@ class ConfiguredTraining:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._arguments = list(arguments)
-        self._cli: RetrainCLI | None = None
         self._trainer: pl.Trainer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_arguments": self._arguments, "_cli": None, "_trainer": None}
+        return {"_arguments": self._arguments, "_trainer": None}
 
-    @property
+    @cached_property
     def cli(self) -> RetrainCLI:
         """The configuration."""
-        if self._cli is None:
-            self._cli = RetrainCLI(
-                "retrain",
-                "Train a configuration without random subsets of its training examples, over many seeds, and measure: "
-                "ground truth for attributions. A second call does only what is missing.",
-                self._arguments,
-                trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
-            )
-        return self._cli
+        return RetrainCLI(
+            "retrain",
+            "Train a configuration without random subsets of its training examples, over many seeds, and measure: "
+            "ground truth for attributions. A second call does only what is missing.",
+            self._arguments,
+            trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
+        )
 
     def module(self) -> pl.LightningModule:
         """Make the module, and everything else in the order of record, which draws the same random numbers."""
         self.cli.build()
         self._trainer = self.cli.trainer
-        module: pl.LightningModule = self.cli.model
-        return module
+        return self.cli.model
 
     def trainer(self) -> pl.Trainer:
         """Return the Trainer that was made with the module."""
@@ -185,10 +176,7 @@ def read_subsets(config: Any, examples: int) -> list[Any]:
     """
     if config.removed is None:
         return list(random_subsets(examples, config.subsets, config.fraction, config.subsets_seed))
-    try:
-        content = json.loads(Path(config.removed).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RetrainingError(f"--removed {config.removed} cannot be read ({error}). Give a JSON file.") from error
+    content = read_json_option("--removed", config.removed, RetrainingError)
     if not isinstance(content, list) or not all(isinstance(subset, list) for subset in content):
         raise RetrainingError(f"--removed {config.removed} holds no list of lists of training examples.")
     return content

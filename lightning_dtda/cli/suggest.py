@@ -14,15 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.suggesting import GoalName, Suggestion, suggest_removals
+from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 from lightning_dtda.cli import retrain
+from lightning_dtda.cli.question import option_value
 from lightning_dtda.metrics import Verification, verify
 from lightning_dtda.metrics.evaluating import check_alignment
 from lightning_dtda.reporting.formatting import common_exponent, number, unit
 from lightning_dtda.retraining import GroundTruth
-
-_OPTIONS = ("attribution", "goal", "k", "queries", "lower_is_better", "held_out", "caution", "verify", "h", "help")
-"""What this command takes itself; all else is retrain's."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -37,46 +35,31 @@ def run(arguments: Sequence[str]) -> None:
         "of lightning-dtda retrain.",
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
-    parser.add_argument("--goal", type=GoalName, default="reduce_variance", help="What is to become better.")
-    parser.add_argument("--k", type=int, default=10, help="The most removals.")
-    parser.add_argument(
-        "--queries", type=list[int] | None, default=None, help="Positions of queries; all if not given."
-    )
-    parser.add_argument("--lower_is_better", type=bool, default=True, help="Of the measurement, for improve_mean.")
-    parser.add_argument("--held_out", type=float, default=0.5, help="Share of the runs that effects are taken from.")
-    parser.add_argument("--caution", type=float, default=1.0, help="Standard errors by which a gain is lowered.")
+    settings = parser.add_function_arguments(suggest_removals, as_group=False, skip={"attribution", "level", "runs"})
     parser.add_argument(
         "--verify",
         action="store_true",
         help="Retrain with and without the suggested examples: --ensemble (or --config), --output, --seeds ...",
     )
-    own, others = _split(list(arguments))
+    own, others = _split(arguments, ("attribution", "verify", "h", "help", *settings))
     options = parser.parse_args(own)
     if others and not options.verify:
         parser.error(f"unrecognized: {' '.join(others)}. With --verify, these would be options of retrain")
     attribution = Attribution.load(options.attribution)
-    suggestion = suggest_removals(
-        attribution,
-        options.goal,
-        options.k,
-        options.queries,
-        lower_is_better=options.lower_is_better,
-        held_out=options.held_out,
-        caution=options.caution,
-    )
+    suggestion = suggest_removals(attribution, **{name: options[name] for name in settings})
     print_suggestion(suggestion)
     if options.verify and suggestion.removals:
         print_verification(suggestion, verify(suggestion, _retrained(attribution, suggestion, others)))
 
 
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into this command's own and those that retrain gets."""
+def _split(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into this command's own options and those that retrain gets."""
     own: list[str] = []
     others: list[str] = []
     into = own
     for argument in arguments:
         if argument.startswith("-"):
-            into = own if argument.split("=")[0].lstrip("-") in _OPTIONS else others
+            into = own if argument.split("=")[0].lstrip("-") in options else others
         into.append(argument)
     return own, others
 
@@ -90,11 +73,8 @@ def _retrained(attribution: Attribution, suggestion: Suggestion, arguments: Sequ
         removed.write_text(json.dumps([sorted(suggestion.removed)]), encoding="utf-8")
         question["--removed"] = str(removed)
         retrain.run([*arguments, *(f"{name}={value}" for name, value in question.items() if name not in given)])
-    output = next(
-        value.split("=", 1)[1] if "=" in value else arguments[number + 1]
-        for number, value in enumerate(arguments)
-        if value.split("=")[0] == "--output"
-    )
+    output = option_value(arguments, "--output")
+    assert output is not None  # retrain requires it
     truth = GroundTruth.load(output)
     check_alignment(attribution, truth)
     return truth

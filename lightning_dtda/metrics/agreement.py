@@ -15,6 +15,8 @@ from lightning_dtda.metrics.functional.agreement import REPLICATES, agreement
 from lightning_dtda.metrics.functional.correlation import Correlation
 from lightning_dtda.metrics.functional.samples import arrange, collect
 
+_STATES = ("predicted", "baseline", "real", "real_baseline")
+
 
 class InfluenceAgreement(Metric):
     """What both metrics share: samples of all queries as state, and their correlation.
@@ -28,19 +30,15 @@ class InfluenceAgreement(Metric):
     plot_lower_bound = -1.0
     plot_upper_bound = 1.0
 
-    predicted: list[Tensor] | Tensor
-    baseline: list[Tensor] | Tensor
-    real: list[Tensor] | Tensor
-    real_baseline: list[Tensor] | Tensor
-
     def __init__(
         self,
-        difference: str | Difference,
-        correlation: Correlation,
-        paired: bool,
-        replicates: int,
-        confidence: float,
-        seed: int,
+        difference: str | Difference = "mean",
+        correlation: Correlation = "pearson",
+        *,
+        paired: bool = False,
+        replicates: int = REPLICATES,
+        confidence: float = 0.95,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -52,7 +50,7 @@ class InfluenceAgreement(Metric):
         self.replicates = replicates
         self.confidence = confidence
         self.seed = seed
-        for name in ("predicted", "baseline", "real", "real_baseline"):
+        for name in _STATES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     @override
@@ -69,7 +67,7 @@ class InfluenceAgreement(Metric):
             AttributionError: If shapes do not fit each other or the queries before, or values are not finite.
         """
         arranged = arrange(predicted, baseline, real, real_baseline)
-        for name, tensor in zip(("predicted", "baseline", "real", "real_baseline"), arranged, strict=True):
+        for name, tensor in zip(_STATES, arranged, strict=True):
             state = getattr(self, name)
             if state and state[0].shape[1:] != tensor.shape[1:]:
                 raise AttributionError(
@@ -88,9 +86,10 @@ class InfluenceAgreement(Metric):
         Raises:
             AttributionError: If there are too few samples, or there is no order to predict.
         """
-        arranged = tuple(dim_zero_cat(s) for s in (self.predicted, self.baseline, self.real, self.real_baseline))
+        arranged = tuple(dim_zero_cat(getattr(self, name)) for name in _STATES)
         samples = collect(arranged, self.paired)
-        return agreement(samples, self.difference, self.correlation, self.replicates, self.confidence, self.seed)
+        found, _ = agreement(samples, self.difference, self.correlation, self.replicates, self.confidence, self.seed)
+        return found
 
 
 class LinearDatamodelingScore(InfluenceAgreement):
@@ -138,7 +137,9 @@ class LinearDatamodelingScore(InfluenceAgreement):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(difference, "spearman", paired, replicates, confidence, seed, **kwargs)
+        super().__init__(
+            difference, "spearman", paired=paired, replicates=replicates, confidence=confidence, seed=seed, **kwargs
+        )
 
 
 class LeaveOneOutCorrelation(InfluenceAgreement):
@@ -166,16 +167,3 @@ class LeaveOneOutCorrelation(InfluenceAgreement):
         >>> metric.compute()["score"]
         tensor(0.9897, dtype=torch.float64)
     """
-
-    def __init__(
-        self,
-        difference: str | Difference = "mean",
-        correlation: Correlation = "pearson",
-        *,
-        paired: bool = False,
-        replicates: int = REPLICATES,
-        confidence: float = 0.95,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(difference, correlation, paired, replicates, confidence, seed, **kwargs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.metrics.evaluating import Evaluation
 from lightning_dtda.metrics.functional.bootstrap import difference_interval
@@ -68,11 +70,7 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, ScoreDifference]
     ):
         if one != other:
             raise AttributionError(f"The evaluations differ in their {what}: {one} and {other}. Evaluate again.")
-    found = {}
-    for name in first.scores:
-        if name in second.scores:
-            found[name] = _difference(first, second, name)
-    return found
+    return {name: _difference(first, second, name) for name in first.scores if name in second.scores}
 
 
 def _difference(first: Evaluation, second: Evaluation, name: str) -> ScoreDifference:
@@ -80,7 +78,7 @@ def _difference(first: Evaluation, second: Evaluation, name: str) -> ScoreDiffer
     apart, (of_one, of_other) = one.score - other.score, (one.replicates, other.replicates)
     if of_one is None or of_other is None:
         return ScoreDifference(apart, float("nan"), float("nan"))
-    if not (of_one.queries.shape == of_other.queries.shape and bool((of_one.queries == of_other.queries).all())):
+    if not torch.equal(of_one.queries, of_other.queries):
         raise AttributionError(
             "The evaluations have other draws. Evaluate both with the same replicates and the same seed."
         )

@@ -7,16 +7,16 @@ import re
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution, Runs
-from lightning_dtda.attribution.differences import PAPERS, Difference, resolve_difference
+from lightning_dtda.attribution.differences import DIFFERENCES, PAPERS, Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.metrics.functional.agreement import REPLICATES, agreement_with_replicates
+from lightning_dtda.metrics.functional.agreement import REPLICATES, agreement
 from lightning_dtda.metrics.functional.bootstrap import Replicates
 from lightning_dtda.metrics.functional.samples import arrange, collect
 from lightning_dtda.retraining.ground_truth import GroundTruth
@@ -93,10 +93,10 @@ class Evaluation:
 
     def content(self) -> dict[str, Any]:
         """Return it in what JSON can hold."""
-        scores = {name: asdict(replace(score, replicates=None)) for name, score in self.scores.items()}
+        scores = {name: {**vars(score)} for name, score in self.scores.items()}
         for score in scores.values():
             del score["replicates"]
-        return asdict(replace(self, scores={})) | {"scores": scores}
+        return vars(self) | {"scores": scores}
 
 
 def evaluate(
@@ -151,7 +151,7 @@ def evaluate(
         )
     check_alignment(attribution, truth)
     left_out = attribution.chaotic if runs == "trusted" else ()
-    selected = attribution.trusted() if runs == "trusted" else attribution
+    selected = attribution._selected(runs)
     shared = _shared_seeds(selected, truth)
     if shared:
         other = "removal='drop'" if truth.removal == "reweight" else "other seeds"
@@ -165,15 +165,13 @@ def evaluate(
         arrange(predicted_samples(selected, truth), selected.baseline, truth.measurements, truth.baseline),
         paired=truth.seeds == truth.baseline_seeds,
     )
-    chosen = _differences(differences, len(selected.runs), min(len(truth.seeds), len(truth.baseline_seeds)))
-    scores = {
-        difference.name: _score(
-            *agreement_with_replicates(
-                samples, difference, "spearman", replicates, confidence, seed, tuple(selected.runs)
-            )
-        )
-        for difference in chosen
-    }
+    if differences is None:
+        least = min(len(selected.runs), len(truth.seeds), len(truth.baseline_seeds))
+        differences = [name for name in PAPERS if least >= DIFFERENCES[name].least_runs]
+    scores = {}
+    for difference in map(resolve_difference, differences):
+        found = agreement(samples, difference, "spearman", replicates, confidence, seed, selected.runs)
+        scores[difference.name] = _score(*found)
     return Evaluation(
         scores,
         truth.measurement,
@@ -186,7 +184,7 @@ def evaluate(
         len(truth.queries),
         shared,
         confidence,
-        tuple(selected.runs),
+        selected.runs,
         _checksum(truth),
     )
 
@@ -259,13 +257,6 @@ def _groups_of(subset: Sequence[int], members: Sequence[Sequence[int]], number: 
 def _shared_seeds(attribution: Attribution, truth: GroundTruth) -> tuple[int, ...]:
     recorded = {int(match[1]) for run in attribution.runs if (match := _SEED.search(run))}
     return tuple(sorted(recorded & {*truth.seeds, *truth.baseline_seeds}))
-
-
-def _differences(wanted: Sequence[str | Difference] | None, runs: int, seeds: int) -> list[Difference]:
-    if wanted is not None:
-        return [resolve_difference(difference) for difference in wanted]
-    papers = [resolve_difference(name) for name in PAPERS]
-    return [difference for difference in papers if min(runs, seeds) >= difference.least_runs]
 
 
 def _checksum(truth: GroundTruth) -> int:

@@ -54,7 +54,8 @@ def describe(difference: str | Difference | JointDifference, measurement: str, r
         >>> describe("tail", "loss").meaning
         'fall of the mean loss over the highest 10 % of the runs on this query if the example is removed'
     """
-    chosen, m, gone = resolve(difference), measurement, f"on this query if the {removed} is removed"
+    chosen = SlicedWasserstein() if difference == SlicedWasserstein.name else resolve_difference(difference)
+    m, gone = measurement, f"on this query if the {removed} is removed"
     match chosen:
         case Mean():
             return _mean(chosen, m, removed, gone)
@@ -132,11 +133,6 @@ def describe(difference: str | Difference | JointDifference, measurement: str, r
         f"{chosen.name} of the {m} when removed",
         f"the unit of {chosen.name}",
     )
-
-
-def resolve(difference: str | Difference | JointDifference) -> Difference | JointDifference:
-    """Return the difference of a name, the joint one too."""
-    return SlicedWasserstein() if difference == SlicedWasserstein.name else resolve_difference(difference)
 
 
 def _mean(difference: Mean, m: str, removed: str, gone: str) -> Wording:

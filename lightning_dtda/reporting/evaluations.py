@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -34,27 +35,27 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | 
     """
     console = console or Console()
     width = min(console.width, _COLUMNS)
+    say = partial(console.print, width=width, highlight=False)
+    separator = " " if width >= _COLUMNS else "\n"
     first = next(iter(evaluations.values()))
-    console.print("[bold]Do predictions order removals as retraining does?[/]", width=width, highlight=False)
-    console.print(
+    say("[bold]Do predictions order removals as retraining does?[/]")
+    say(
         f"Linear datamodeling score: rank correlation over {counted(first.subsets, 'subset')} of removed examples, "
         f"mean of {counted(first.queries, 'query', 'queries')}, of the {escape(first.measurement)}. Truth: "
         f"{counted(first.seeds, 'training')} without each subset, {first.baseline_seeds} on everything. "
-        f"{_REMOVAL.get(first.removal, escape(first.removal))}",
-        width=width,
-        highlight=False,
+        f"{_REMOVAL.get(first.removal, escape(first.removal))}"
     )
-    console.print()
-    console.print(_table(evaluations, beside=width >= _COLUMNS), width=width)
-    console.print()
+    say()
+    say(_table(evaluations, separator))
+    say()
     if len(evaluations) > 1:
-        console.print(_differences(evaluations, beside=width >= _COLUMNS), width=width)
-        console.print()
+        say(_differences(evaluations, separator))
+        say()
     for note in _notes(evaluations):
-        console.print(escape(note), style="dim", width=width, highlight=False)
+        say(escape(note), style="dim")
 
 
-def _table(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
+def _table(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
     """Return the table; intervals stand beside scores or, where that is too wide, beneath them."""
     differences = list(dict.fromkeys(name for each in evaluations.values() for name in each.scores))
     table = Table(box=SIMPLE_HEAD, show_edge=False)
@@ -63,7 +64,7 @@ def _table(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
     for name in differences:
         table.add_column(escape(name), justify="right", no_wrap=True)
     for path, evaluation in evaluations.items():
-        cells = [_cell(evaluation.scores.get(name), " " if beside else "\n") for name in differences]
+        cells = [_cell(evaluation.scores.get(name), separator) for name in differences]
         table.add_row(escape(path), str(evaluation.runs), *cells)
     table.add_section()
     ceilings = [
@@ -74,7 +75,7 @@ def _table(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
     return table
 
 
-def _differences(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
+def _differences(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
     """Return the table of how much higher the others score than the first; dim where it may be none."""
     (name, first), *others = evaluations.items()
     table = Table(box=SIMPLE_HEAD, show_edge=False)
@@ -83,7 +84,7 @@ def _differences(evaluations: Mapping[str, Evaluation], beside: bool) -> Table:
         table.add_column(escape(difference), justify="right", no_wrap=True)
     for path, evaluation in others:
         apart = compare(evaluation, first)
-        cells = [_apart(apart.get(difference), " " if beside else "\n") for difference in first.scores]
+        cells = [_apart(apart.get(difference), separator) for difference in first.scores]
         table.add_row(escape(path), *cells)
     return table
 

@@ -70,12 +70,12 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
         ("variance", VERMILLION, ~clear_shift & clear_change),
         ("both", GREEN, clear_shift & clear_change),
     ):
-        scatter = go.Scattergl if len(drawn) > _SVG_POINTS else go.Scatter
-        plot.add_trace(scatter(name=name, **_markers(points, drawn[members[drawn]], color, several, attribution)))
+        add = plot.add_scattergl if len(drawn) > _SVG_POINTS else plot.add_scatter
+        add(name=name, **_markers(points, drawn[members[drawn]], color, several, attribution))
     named = _largest(points.shift, _LABELLED)
     if several:
         named = np.union1d(named, _largest(points.change, _LABELLED))
-    plot.add_trace(_labels(points, named, attribution))
+    plot.add_scatter(**_labels(points, named, attribution))
     return plot
 
 
@@ -107,32 +107,28 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
     for name, color, members in (("falls", BLUE, predicted <= trained), ("rises", VERMILLION, predicted > trained)):
         runs = [escape(run) for run, member in zip(selected.runs, members, strict=True) if member]
         pairs = np.stack([trained[members], predicted[members], np.full(len(runs), np.nan)], 1)
-        plot.add_trace(
-            go.Scatter(
-                x=[0, 1, None] * len(runs),
-                y=_numbers(pairs.ravel()),
-                text=[run for run in runs for _ in range(3)],
-                mode="lines+markers",
-                line={"color": color, "width": 1.2},
-                marker={"size": 6, "opacity": 0.8},
-                opacity=0.75,
-                name=f"{counted(len(runs), 'run')}: {name}",
-                hovertemplate="%{text}: %{y:.4g}<extra></extra>",
-            )
+        plot.add_scatter(
+            x=[0, 1, None] * len(runs),
+            y=_numbers(pairs.ravel()),
+            text=[run for run in runs for _ in range(3)],
+            mode="lines+markers",
+            line={"color": color, "width": 1.2},
+            marker={"size": 6, "opacity": 0.8},
+            opacity=0.75,
+            name=f"{counted(len(runs), 'run')}: {name}",
+            hovertemplate="%{text}: %{y:.4g}<extra></extra>",
         )
     if len(selected.runs) > 1:
         means, spreads = [trained.mean(), predicted.mean()], [trained.std(ddof=1), predicted.std(ddof=1)]
-        plot.add_trace(
-            go.Scatter(
-                x=[-0.18, 1.18],
-                y=_numbers(np.array(means)),
-                error_y=_error_bars(np.array(spreads), thickness=2, width=8),
-                mode="markers",
-                marker={"color": INK, "size": 10, "symbol": "diamond"},
-                customdata=_numbers(np.array(spreads)),
-                name="mean ± standard deviation",
-                hovertemplate="mean %{y:.4g}, standard deviation %{customdata:.3g}<extra></extra>",
-            )
+        plot.add_scatter(
+            x=[-0.18, 1.18],
+            y=_numbers(np.array(means)),
+            error_y=_error_bars(np.array(spreads), thickness=2, width=8),
+            mode="markers",
+            marker={"color": INK, "size": 10, "symbol": "diamond"},
+            customdata=_numbers(np.array(spreads)),
+            name="mean ± standard deviation",
+            hovertemplate="mean %{y:.4g}, standard deviation %{customdata:.3g}<extra></extra>",
         )
     return plot
 
@@ -168,30 +164,26 @@ def top_figure(
         yaxis={"title": {"text": title}, "type": "category", "autorange": "reversed", "showgrid": False},
         showlegend=False,
     )
-    plot.add_trace(
-        go.Bar(
-            x=[row.influence for row in top],
-            y=names,
-            customdata=[
-                [row.interval_low, row.interval_high, row.p_value, row.mean_shift, row.variance_change] for row in top
-            ],
-            orientation="h",
-            marker={"color": [BLUE if row.significant else MUTED for row in top]},
-            hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}}, {100 * LEVEL:g} % interval "
-            "%{customdata[0]:.3g} to %{customdata[1]:.3g}<br>p = %{customdata[2]:.2g}<br>"
-            "mean shift %{customdata[3]:.3g}<br>variance change %{customdata[4]:.3g}<extra></extra>",
-        )
+    plot.add_bar(
+        x=[row.influence for row in top],
+        y=names,
+        customdata=[
+            [row.interval_low, row.interval_high, row.p_value, row.mean_shift, row.variance_change] for row in top
+        ],
+        orientation="h",
+        marker={"color": [BLUE if row.significant else MUTED for row in top]},
+        hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}}, {100 * LEVEL:g} % interval "
+        "%{customdata[0]:.3g} to %{customdata[1]:.3g}<br>p = %{customdata[2]:.2g}<br>"
+        "mean shift %{customdata[3]:.3g}<br>variance change %{customdata[4]:.3g}<extra></extra>",
     )
     # lines of their own: an interval by the bootstrap need not hold the estimate, as error bars have to
-    plot.add_trace(
-        go.Scatter(
-            x=[end for row in top for end in (row.interval_low, row.interval_high, None)],
-            y=[name for name in names for _ in range(3)],
-            mode="lines+markers",
-            line={"color": INK, "width": 1},
-            marker={"color": INK, "size": 9, "symbol": "line-ns", "line": {"color": INK, "width": 1}},
-            hoverinfo="skip",
-        )
+    plot.add_scatter(
+        x=[end for row in top for end in (row.interval_low, row.interval_high, None)],
+        y=[name for name in names for _ in range(3)],
+        mode="lines+markers",
+        line={"color": INK, "width": 1},
+        marker={"color": INK, "size": 9, "symbol": "line-ns", "line": {"color": INK, "width": 1}},
+        hoverinfo="skip",
     )
     return plot
 
@@ -218,21 +210,19 @@ def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = No
     )
     runs = [escape(run) for run in attribution.runs]
     for query in ordered:
-        plot.add_trace(
-            go.Box(
-                y=_numbers(baseline[:, query]),
-                name=str(attribution.queries[query]),
-                text=runs,
-                meta=query,
-                boxpoints="all",
-                jitter=0.5,
-                pointpos=0,
-                marker={"color": BLUE, "size": 4, "opacity": 0.6},
-                line={"color": INK, "width": 1},
-                fillcolor="rgba(0,114,178,0.12)",
-                hoveron="points",
-                hovertemplate="query %{x}<br>%{text}: %{y:.4g}<extra></extra>",
-            )
+        plot.add_box(
+            y=_numbers(baseline[:, query]),
+            name=str(attribution.queries[query]),
+            text=runs,
+            meta=query,
+            boxpoints="all",
+            jitter=0.5,
+            pointpos=0,
+            marker={"color": BLUE, "size": 4, "opacity": 0.6},
+            line={"color": INK, "width": 1},
+            fillcolor="rgba(0,114,178,0.12)",
+            hoveron="points",
+            hovertemplate="query %{x}<br>%{text}: %{y:.4g}<extra></extra>",
         )
     return plot
 
@@ -260,18 +250,16 @@ def adjoint_figure(attribution: Attribution) -> go.Figure:
     for number, run in enumerate(sorted(attribution.runs, key=lambda run: run in attribution.chaotic)):
         is_chaotic = run in attribution.chaotic
         points = sorted((int(step), length) for step, length in (curves.get(run) or {}).items())
-        plot.add_trace(
-            go.Scatter(
-                x=[step for step, _ in points],
-                y=_numbers(np.array([length for _, length in points])),
-                mode="lines",
-                line={"color": VERMILLION if is_chaotic else BLUE, "width": 1.5 if is_chaotic else 1},
-                opacity=0.8,
-                name="chaotic, left out" if is_chaotic else "trusted",
-                legendgroup=str(is_chaotic),
-                showlegend=number in (0, len(attribution.runs) - len(attribution.chaotic)),
-                hovertemplate=f"{escape(run)}, step %{{x}}: %{{y:.3g}}<extra></extra>",
-            )
+        plot.add_scatter(
+            x=[step for step, _ in points],
+            y=_numbers(np.array([length for _, length in points])),
+            mode="lines",
+            line={"color": VERMILLION if is_chaotic else BLUE, "width": 1.5 if is_chaotic else 1},
+            opacity=0.8,
+            name="chaotic, left out" if is_chaotic else "trusted",
+            legendgroup=str(is_chaotic),
+            showlegend=number in (0, len(attribution.runs) - len(attribution.chaotic)),
+            hovertemplate=f"{escape(run)}, step %{{x}}: %{{y:.3g}}<extra></extra>",
         )
     return plot
 
@@ -321,26 +309,25 @@ def _markers(
         "mode": "markers",
         "marker": {"color": color, "size": 7, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
         "hovertemplate": f"<b>{noun(attribution)} %{{customdata[0]}}</b><br>"
-        "mean shift %{x:.3g} ± %{customdata[1]:.2g}"
-        f"{change}<extra></extra>",
+        f"mean shift %{{x:.3g}} ± %{{customdata[1]:.2g}}{change}<extra></extra>",
     }
 
 
-def _labels(points: _Points, named: np.ndarray, attribution: Attribution) -> go.Scatter:
-    """Return a trace that names some removals and shows their standard errors."""
-    return go.Scatter(
-        x=_numbers(points.shift[named]),
-        y=_numbers(points.change[named]),
-        error_x=_error_bars(points.shift_error[named], thickness=0.8, width=0),
-        error_y=_error_bars(points.change_error[named], thickness=0.8, width=0),
-        text=[str(name) for name in _names(attribution, named)],
-        textposition="top right",
-        cliponaxis=False,
-        mode="markers+text",
-        marker={"color": "rgba(0,0,0,0)", "size": 11, "line": {"color": INK, "width": 1}},
-        hoverinfo="skip",
-        showlegend=False,
-    )
+def _labels(points: _Points, named: np.ndarray, attribution: Attribution) -> dict[str, Any]:
+    """Return the arguments of a scatter trace that names some removals and shows their standard errors."""
+    return {
+        "x": _numbers(points.shift[named]),
+        "y": _numbers(points.change[named]),
+        "error_x": _error_bars(points.shift_error[named], thickness=0.8, width=0),
+        "error_y": _error_bars(points.change_error[named], thickness=0.8, width=0),
+        "text": [str(name) for name in _names(attribution, named)],
+        "textposition": "top right",
+        "cliponaxis": False,
+        "mode": "markers+text",
+        "marker": {"color": "rgba(0,0,0,0)", "size": 11, "line": {"color": INK, "width": 1}},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
 def _largest(values: np.ndarray, number: int) -> np.ndarray:

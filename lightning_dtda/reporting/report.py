@@ -48,7 +48,7 @@ MOST_POINTS = 100_000
 
 @dataclass(frozen=True)
 class _Table:
-    """The top examples, or groups, of one difference, what its test says, and the powers of ten of the columns."""
+    """The top examples, or groups, of one difference, and what its test says."""
 
     key: str
     difference: Difference
@@ -56,22 +56,6 @@ class _Table:
     tests: Tested
     rows: list[TopExample]
     verdicts: list[str]
-
-    @property
-    def influence_exponent(self) -> int:
-        return common_exponent(value for row in self.rows for value in (row.influence, row.interval_low))
-
-    @property
-    def shift_exponent(self) -> int:
-        return common_exponent(row.mean_shift for row in self.rows)
-
-    @property
-    def change_exponent(self) -> int:
-        return common_exponent(row.variance_change for row in self.rows)
-
-    @property
-    def has_retrainings(self) -> bool:
-        return any(row.retrainings is not None for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -85,10 +69,7 @@ class _Query:
 
 
 def report(
-    attribution: Attribution,
-    output: str | Path,
-    k: int = 10,
-    differences: Sequence[str | Difference] | None = None,
+    attribution: Attribution, output: str | Path, k: int = 10, differences: Sequence[str | Difference] | None = None
 ) -> Path:
     """Write one self-contained HTML file on an attribution.
 
@@ -122,7 +103,7 @@ def report(
     environment = Environment(
         loader=PackageLoader("lightning_dtda.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=number, unit=unit, p_value=p_value, count=count)
+    environment.filters.update(number=number, unit=unit, p_value=p_value, count=count, exponent=_exponent)
     with without_repeated_warnings():
         page = environment.get_template("report.html.jinja").render(_content(attribution, trusted, k, chosen))
     try:
@@ -185,6 +166,11 @@ def _table(attribution: Attribution, position: int, k: int, number: int, differe
     words = describe(difference, attribution.measurement, wording.noun(attribution))
     # two quantiles have one name
     return _Table(f"{difference.name}-{number}", difference, words, tests, rows, [text for text in verdicts if text])
+
+
+def _exponent(rows: list[TopExample], *fields: str) -> int:
+    """Return the power of ten in which the columns of these fields are written."""
+    return common_exponent(getattr(row, field) for row in rows for field in fields)
 
 
 def _embedded(figures: dict[str, go.Figure]) -> Markup:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,10 +28,7 @@ MOST_QUERIES = 3
 
 _COLUMNS = 100
 
-_HEADS = {
-    "mean": "change of the mean {} if removed",
-    "variance": "change of the {}'s variance if removed",
-}
+_HEADS = {"mean": "change of the mean {} if removed", "variance": "change of the {}'s variance if removed"}
 
 
 def print_summary(attribution: Attribution, k: int = 5, *, console: Console | None = None) -> None:
@@ -48,36 +46,29 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     """
     console = console or Console()
     width = min(console.width, _COLUMNS)
-    console.print(f"[bold]{escape(wording.question(attribution))}[/]", width=width, highlight=False)
-    console.print(escape(wording.answer(attribution)), width=width, highlight=False)
-    console.print(
-        f"Largest replay drift of a run: {wording.drift(attribution)} (relative).", width=width, highlight=False
-    )
+    say = partial(console.print, width=width, highlight=False)
+    say(f"[bold]{escape(wording.question(attribution))}[/]")
+    say(escape(wording.answer(attribution)))
+    say(f"Largest replay drift of a run: {wording.drift(attribution)} (relative).")
     cautions = wording.cautions(attribution)
     attribution = attribution.trusted()
-    console.print(
-        f"Largest error of responses, on a sample of steps: {wording.diagnosis(attribution)} (relative).",
-        width=width,
-        highlight=False,
-    )
+    # mean and variance say which way, the distance does not
+    differences = [name for name in attribution.available_differences if name in _HEADS]
+    say(f"Largest error of responses, on a sample of steps: {wording.diagnosis(attribution)} (relative).")
     with without_repeated_warnings():
-        console.print(
-            f"Agreement of the runs about the mean influence (split-half reliability): "
-            f"{wording.reliability(attribution)}.",
-            width=width,
-            highlight=False,
-        )
+        agreement = wording.reliability(attribution)
+        say(f"Agreement of the runs about the mean influence (split-half reliability): {agreement}.")
         for caution in cautions:
-            console.print(f"[yellow]Caution.[/] {escape(caution)}", width=width, highlight=False)
+            say(f"[yellow]Caution.[/] {escape(caution)}")
         shown = most_interesting(attribution, MOST_QUERIES)
         for query in shown:
             console.print()
-            tests = {name: significance_on(attribution, query, name) for name in _shown(attribution)}
+            tests = {name: significance_on(attribution, query, name) for name in differences}
             top = {name: top_examples(attribution, query, name, k, tests[name]) for name in tests}
             console.print(_table(attribution, query, top, beside=width >= _COLUMNS), width=width)
             for name in tests:
                 verdicts = verdict(attribution, tests[name]), retraining_verdict(attribution, top[name][0])
-                console.print(escape(" ".join(verdicts).strip()), width=width, highlight=False)
+                say(escape(" ".join(verdicts).strip()))
     console.print()
     notes = (
         f"In brackets: {100 * LEVEL:g} % interval over seeds (bootstrap). Dim, with a dot: not told from seed noise "
@@ -85,12 +76,7 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     )
     if len(shown) < len(attribution.queries):
         notes += f" {len(shown)} of {len(attribution.queries)} queries, those with the largest variance influence."
-    console.print(notes, style="dim", width=width, highlight=False)
-
-
-def _shown(attribution: Attribution) -> list[str]:
-    """Return the differences that fit the columns: mean and variance say which way, the distance does not."""
-    return [name for name in attribution.available_differences if name in _HEADS]
+    say(notes, style="dim")
 
 
 def _table(attribution: Attribution, query: int, top: Mapping[str, Sequence[TopExample]], beside: bool) -> Table:
@@ -105,19 +91,20 @@ def _table(attribution: Attribution, query: int, top: Mapping[str, Sequence[TopE
         # as a change by removal both, which is what one asks at a terminal; the mean influence is its negative
         changes = [_change(row, difference) for row in rows]
         exponent = common_exponent(part for change in changes for part in change)
-        values = [separator.join(_value(*(number(part, exponent) for part in change))) for change in changes]
+        values = [_with_interval(change, exponent, separator) for change in changes]
         head = f"{_HEADS[difference].format(attribution.measurement)} {unit(exponent)}"
         table.add_column("example" if attribution.removals is None else "group (examples)", justify="right")
         table.add_column(escape(head), justify="right")
         columns.append([_shade(_label(attribution, row), row.significant) for row in rows])
-        columns.append([_shade(escape(value), row.significant) for value, row in zip(values, rows, strict=True)])
+        columns.append([_shade(value, row.significant) for value, row in zip(values, rows, strict=True)])
     for cells in zip(*columns, strict=True):
         table.add_row(*cells)
     return table
 
 
-def _value(value: str, low: str, high: str) -> tuple[str, str]:
-    return value, f"[{low}, {high}]"
+def _with_interval(change: tuple[float, float, float], exponent: int, separator: str) -> str:
+    value, low, high = (number(part, exponent) for part in change)
+    return escape(f"{value}{separator}[{low}, {high}]")
 
 
 def _change(row: TopExample, difference: str) -> tuple[float, float, float]:

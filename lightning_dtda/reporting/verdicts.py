@@ -40,7 +40,8 @@ def verdict_on_all(attribution: Attribution, of_queries: Sequence[Tested]) -> st
     told = f"is told from seed noise at {counted(first.runs, 'run')} ({_RATE})"
     if not first.possible:
         few = f"{counted(first.runs, 'run is', 'runs are')} too few to tell"
-        return f"{few} the {name} of {_some(what, number)} from seed noise; its test takes {first.least_runs}."
+        some = f"{what}s" if number > 1 else f"the {what}"
+        return f"{few} the {name} of {some} from seed noise; its test takes {first.least_runs}."
     found = [tests.discoveries for tests in of_queries if tests.discoveries]
     if not found:
         nobody = f"None of the {number} {what}s' {name}" if number > 1 else f"Not even the {what}'s {name}"
@@ -78,10 +79,6 @@ def _what_would(attribution: Attribution, tests: Tested) -> str:
         f"The clearest is {noun(attribution)} {name}, p = {p:.2g}: if its effect is as large as it seems, about {more} "
         f"more would tell it ({_POWER}).{cannot}"
     )
-
-
-def _some(what: str, number: int) -> str:
-    return f"{what}s" if number > 1 else f"the {what}"
 
 
 def _name(attribution: Attribution, tests: Tested) -> str:

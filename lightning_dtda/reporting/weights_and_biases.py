@@ -15,7 +15,6 @@ import numpy as np
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.reporting.certainty import Tested
 from lightning_dtda.reporting.figures import influence_figure
 from lightning_dtda.reporting.findings import (
     about_in_brief,
@@ -84,13 +83,18 @@ def log_to_wandb(
     directory = Path(directory)
     facts = _facts(attribution)
     attribution = attribution.trusted()
-    tests = _tests(attribution)
-    facts |= {f"significant/{name}": _median(of_queries) for name, of_queries in tests.items()}
+    queries = most_interesting(attribution, MOST_QUERIES)
+    tests = {
+        name: [significance_on(attribution, query, name) for query in queries]
+        for name in attribution.available_differences
+    }
+    for name, of_queries in tests.items():
+        facts[f"significant/{name}"] = statistics.median(each.discoveries for each in of_queries)
     if not directory.is_dir():
         raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
     with without_repeated_warnings():
         table = wandb.Table(columns=[*_columns(attribution)], data=list(_rows(attribution, k)))
-        panels = dict(_panels(attribution))
+        panels = dict(_panels(attribution, queries))
     artifact = wandb.Artifact(_artifact_name(attribution), type="attribution", metadata=facts)
     artifact.add_dir(str(directory))
     with wandb.init(
@@ -105,16 +109,6 @@ def log_to_wandb(
         run.summary.update(facts)
         run.log_artifact(artifact)
     return str(run.id)
-
-
-def _tests(attribution: Attribution) -> dict[str, list[Tested]]:
-    """Return the tests of each difference on the queries that have panels."""
-    queries, names = most_interesting(attribution, MOST_QUERIES), attribution.available_differences
-    return {name: [significance_on(attribution, query, name) for query in queries] for name in names}
-
-
-def _median(of_queries: list[Tested]) -> float:
-    return statistics.median(tests.discoveries for tests in of_queries)
 
 
 def _columns(attribution: Attribution) -> list[str]:
@@ -135,11 +129,11 @@ def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
                 yield [fields[column] for column in _columns(attribution)]
 
 
-def _panels(attribution: Attribution) -> Iterator[tuple[str, Any]]:
+def _panels(attribution: Attribution, queries: list[int]) -> Iterator[tuple[str, Any]]:
     """Yield each query's figure and histograms, those of a query on the same bins."""
     import wandb
 
-    for query in most_interesting(attribution, MOST_QUERIES):
+    for query in queries:
         name = f"query {attribution.queries[query]}"
         yield f"influence/{name}", wandb.Plotly(influence_figure(attribution, query))
         [largest] = top_examples(attribution, query, "wasserstein", 1)
@@ -160,15 +154,10 @@ def _facts(attribution: Attribution) -> dict[str, Any]:
     facts["chaotic_runs"] = len(attribution.chaotic)
     with without_repeated_warnings(), suppress(AttributionError):  # too few runs
         facts["reliability"] = float(attribution.reliability("mean").median())
-    for part in ("parameters", "gradients"):
-        drift = largest_drift(attribution, part)
-        if drift is not None:
-            facts[f"largest_drift/{part}"] = drift
+    worst = {f"largest_drift/{part}": largest_drift(attribution, part) for part in ("parameters", "gradients")}
     for part in ("finite_differences", "precision"):
-        error = worst_diagnosis(attribution, part)
-        if error is not None:
-            facts[f"largest_error/{part}"] = error
-    return facts
+        worst[f"largest_error/{part}"] = worst_diagnosis(attribution, part)
+    return facts | {name: figure for name, figure in worst.items() if figure is not None}
 
 
 def _artifact_name(attribution: Attribution) -> str:

@@ -10,8 +10,6 @@ from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.findings import largest_drift, worst_diagnosis
 
-REMOVAL = "Removal means weight zero: order, slots and divisor are kept."
-
 
 def noun(attribution: Attribution) -> str:
     """Return what a removal takes away: an example or a group."""
@@ -38,7 +36,8 @@ def answer(attribution: Attribution) -> str:
     step = "" if attribution.step is None else f"step {attribution.step} of "
     return (
         f"The {attribution.measurement} was measured after {step}{counted(len(attribution.runs), 'seeded run')}{of}; "
-        f"its change in each run is predicted by {estimator(attribution)}. {REMOVAL}"
+        f"its change in each run is predicted by {estimator(attribution)}. Removal means weight zero: order, "
+        "slots and divisor are kept."
     )
 
 
@@ -68,11 +67,9 @@ def diagnosis(attribution: Attribution) -> str:
 
 _SHARED = {
     "network": "The examples of a batch share what the network makes of them together (BatchNorm, mixup). Removing "
-    "one takes "
-    "away what flows through its own outputs; it keeps its part in what the others see.",
+    "one takes away what flows through its own outputs; it keeps its part in what the others see.",
     "loss": "The examples of a batch share its loss (class weights, a mean over tokens, a contrast, BatchNorm). "
-    "Removing one "
-    "takes away what flows through its own outputs; divisors and comparisons stay.",
+    "Removing one takes away what flows through its own outputs; divisors and comparisons stay.",
 }
 """What is said where examples depend on each other."""
 
@@ -99,10 +96,19 @@ def cautions(attribution: Attribution) -> list[str]:
     if draws := attribution.about.get("draws"):
         said.append(
             f"The measurement draws random numbers. It is the mean over {draws['number']} draws (seed "
-            f"{draws['seed']}), the "
-            "same ones for every run."
+            f"{draws['seed']}), the same ones for every run."
         )
-    return said + _about_the_number_of_runs(runs)
+    if runs == 1:
+        said.append(
+            "There is a single run: nothing here tells an effect from seed noise. The variance influence needs two "
+            "runs, standard errors need two for the mean and three for the variance. Record more seeds."
+        )
+    elif runs < ENOUGH_RUNS:
+        said.append(
+            f"There are {runs} runs; with fewer than {ENOUGH_RUNS} the standard errors are themselves uncertain by "
+            "more than a quarter. Record more seeds."
+        )
+    return said
 
 
 def reliability(attribution: Attribution) -> str:
@@ -113,20 +119,6 @@ def reliability(attribution: Attribution) -> str:
         return "too few runs to tell"
     low, middle, high = of_queries.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=of_queries.dtype)).tolist()
     return f"{middle:.2f}" if len(of_queries) == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f} over queries)"
-
-
-def _about_the_number_of_runs(runs: int) -> list[str]:
-    if runs == 1:
-        return [
-            "There is a single run: nothing here tells an effect from seed noise. The variance influence needs two "
-            "runs, standard errors need two for the mean and three for the variance. Record more seeds."
-        ]
-    if runs < ENOUGH_RUNS:
-        return [
-            f"There are {runs} runs; with fewer than {ENOUGH_RUNS} the standard errors are themselves uncertain by "
-            "more than a quarter. Record more seeds."
-        ]
-    return []
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:

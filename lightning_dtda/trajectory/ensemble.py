@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,13 @@ class Ensemble(Sequence[Run]):
     def __getitem__(self, index: Any) -> Any:
         return Ensemble(self.runs[index], self.root) if isinstance(index, slice) else self.runs[index]
 
-    def __iter__(self) -> Iterator[Run]:
-        return iter(self.runs)
-
     def __repr__(self) -> str:
         return f"Ensemble({str(self.root)!r}, runs={len(self)}, steps={sorted({run.steps for run in self})})"
 
     @property
     def examples(self) -> int:
         """N, the number of training examples."""
-        length: int = self.runs[0].manifest.configuration["dataset"]["length"]
-        return length
+        return self.runs[0].manifest.configuration["dataset"]["length"]
 
 
 def _how_it_ended(run: Run) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import accumulate, compress, pairwise
 
 import torch
 from torch import Tensor
@@ -46,12 +47,9 @@ class ParameterLayout:
     @property
     def group_slices(self) -> tuple[slice, ...]:
         """Where each parameter group lies in the flat vector."""
-        slices, sizes, start = [], iter(self.sizes), 0
-        for length in self.group_lengths:
-            stop = start + sum(next(sizes) for _ in range(length))
-            slices.append(slice(start, stop))
-            start = stop
-        return tuple(slices)
+        groups = torch.tensor(self.sizes).split(list(self.group_lengths))
+        ends = accumulate((int(group.sum()) for group in groups), initial=0)
+        return tuple(slice(start, stop) for start, stop in pairwise(ends))
 
     def group_parameters(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
         """Return the parameters of each group, without their values: on the meta device."""
@@ -60,13 +58,9 @@ class ParameterLayout:
 
     def without(self, names: Collection[str]) -> ParameterLayout:
         """Return the layout without some parameters."""
-        groups = torch.arange(len(self.group_lengths)).repeat_interleave(torch.tensor(self.group_lengths)).tolist()
-        kept = [number for number, name in enumerate(self.names) if name not in names]
-        return ParameterLayout(
-            tuple(self.names[number] for number in kept),
-            tuple(self.shapes[number] for number in kept),
-            tuple(sum(groups[number] == group for number in kept) for group in range(len(self.group_lengths))),
-        )
+        kept = [name not in names for name in self.names]
+        lengths = tuple(int(group.sum()) for group in torch.tensor(kept).split(list(self.group_lengths)))
+        return ParameterLayout(tuple(compress(self.names, kept)), tuple(compress(self.shapes, kept)), lengths)
 
     def flatten(self, tensors: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
         """Concatenate tensors, given in the layout's order, to one vector ``(P,)``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -95,8 +95,7 @@ class Manifest:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The parameters' dtype."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return getattr(torch, self.dtype)
 
     @property
     def files(self) -> list[dict[str, Any]]:
@@ -152,13 +151,24 @@ class Manifest:
         return cls(**{name: content[name] for name in known})
 
 
-def differences(first: Any, second: Any, where: str = "") -> str:
-    """List the leaves in which two JSON values differ, a line each."""
+def changed_leaves(first: Any, second: Any, absent: Any = None, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the leaves in which two JSON values differ: where they are, and the two values.
+
+    Args:
+        first: A value.
+        second: Another one.
+        absent: Stands for what one of them lacks.
+        where: Where the two are themselves.
+    """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        keys = [*first, *(key for key in second if key not in first)]
-        lines = [
-            differences(first.get(key, "absent"), second.get(key, "absent"), f"{where}.{key}" if where else key)
-            for key in keys
-        ]
-        return "\n".join(line for line in lines if line)
-    return "" if first == second else f"  {where}: {first!r} against {second!r}"
+        for key in dict.fromkeys([*first, *second]):
+            below = f"{where}.{key}" if where else str(key)
+            yield from changed_leaves(first.get(key, absent), second.get(key, absent), absent, below)
+    elif first != second:
+        yield where, first, second
+
+
+def differences(first: Any, second: Any) -> str:
+    """List the leaves in which two JSON values differ, a line each."""
+    found = changed_leaves(first, second, absent="absent")
+    return "\n".join(f"  {where}: {one!r} against {other!r}" for where, one, other in found)

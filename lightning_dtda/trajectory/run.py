@@ -107,8 +107,7 @@ class Run:
     @property
     def checksum(self) -> int:
         """Checksum of the trained model: tells a run from another one that was recorded under its name."""
-        checksum: int = max(self.manifest.checkpoints, key=lambda entry: entry["step"])["crc32"]
-        return checksum
+        return max(self.manifest.checkpoints, key=lambda entry: entry["step"])["crc32"]
 
     @property
     def example_checksums(self) -> ExampleChecksums | None:
@@ -187,7 +186,7 @@ class Run:
                 'it from. Record with gradients="float32" or checkpoint_every="all", or replay the run with its '
                 "module and data (lightning_dtda.replay.Replay)."
             )
-        start = self._checkpoint_before(step)
+        start = max(earlier for earlier in self._checkpoints if earlier <= step)
         if self._cursor is None or not start <= self._cursor[0] <= step:
             checkpoint = self.checkpoint(start)
             self._cursor = (start, checkpoint.theta, checkpoint.states)
@@ -207,17 +206,12 @@ class Run:
         except KeyError as error:
             raise TrajectoryError(f"The checkpoint of {self.path} at step {step} lacks {error}.") from None
         states: list[State] = [{} for _ in layout.group_lengths]
-        buffers = {}
-        for name, tensor in tensors.items():
-            kind, rest = name.split(".", 1)
-            if kind == "state":
-                group, key = rest.split(".", 1)
-                states[int(group)][key] = tensor
-            elif kind == "buffers":
-                buffers[rest] = tensor
+        for name, tensor in _below("state.", tensors).items():
+            group, key = name.split(".", 1)
+            states[int(group)][key] = tensor
         if step == 0 and self.steps:  # what state there is at the start, the first step's hyperparameters tell
             states = self.update.initial_states(theta, self.hyperparameters(0))
-        return Checkpoint(step, theta, states, buffers)
+        return Checkpoint(step, theta, states, _below("buffers.", tensors))
 
     def average(self) -> Checkpoint | None:
         """Read the averaged parameters that the training ended with; ``None`` where it ended with its last ones."""
@@ -225,10 +219,7 @@ class Run:
             return None
         tensors = read_tensors(self.path, self.manifest.average)
         theta = self.layout.flatten([tensors[f"parameters.{name}"] for name in self.layout.names])
-        buffers = {
-            name.removeprefix("buffers."): tensor for name, tensor in tensors.items() if name.startswith("buffers.")
-        }
-        return Checkpoint(self.steps, theta, [], buffers)
+        return Checkpoint(self.steps, theta, [], _below("buffers.", tensors))
 
     @property
     def averaged_steps(self) -> dict[int, float]:
@@ -261,12 +252,8 @@ class Run:
         averaged.
         """
         divisor = self.accumulation(step) * len(self.processes)
-        return torch.cat(
-            [
-                torch.full((len(micro_batch.indices),), 1 / (divisor * len(micro_batch.indices)), dtype=torch.float64)
-                for micro_batch in self.micro_batches(step)
-            ]
-        )
+        sizes = torch.tensor([len(micro_batch.indices) for micro_batch in self.micro_batches(step)])
+        return (1 / (divisor * sizes.double())).repeat_interleave(sizes)
 
     def accumulation(self, step: int) -> int:
         """Return what Lightning divided the losses of the step's micro-batches by, ``accumulate_grad_batches``."""
@@ -316,10 +303,6 @@ class Run:
             raise TrajectoryError(f"{self.path} has no gradient norms: its gradients were not clipped by norm.")
         return shard.tensors["gradient_norms"][row]
 
-    def _checkpoint_before(self, step: int) -> int:
-        steps = self.checkpoint_steps
-        return steps[bisect_right(steps, step) - 1]
-
     def _locate(self, step: int) -> tuple[_Shard, int]:
         """Return the shard that holds the step's record, read if need be, and the step's row in it."""
         if not 0 <= step < self.steps:
@@ -343,6 +326,11 @@ def changed_examples(first: Run, second: Run) -> list[int]:
         return []
     checksums, others = first.example_checksums, second.example_checksums
     return [] if checksums is None or others is None else checksums.changed(others)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class _Shard:

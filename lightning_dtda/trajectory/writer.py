@@ -44,7 +44,7 @@ class RunWriter:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
         self._manifest = manifest
-        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | threading.Event | None]
+        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | None]
         self._queue = queue.Queue(_QUEUE_LENGTH)
         self._failure: Exception | None = None
         self._lock = FileLock(directory / _LOCK)
@@ -75,9 +75,8 @@ class RunWriter:
 
     def sync(self) -> None:
         """Wait until all that was added is on disk and listed."""
-        written = threading.Event()
-        self._queue.put(written)
-        written.wait()
+        self._queue.join()
+        self._save_manifest()
         self._raise_failure()
 
     def close(self, status: Status, reason: str | None = None) -> None:
@@ -126,15 +125,10 @@ class RunWriter:
     def _work(self) -> None:
         unlisted = 0
         while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                self._save_manifest()
-                unlisted = 0
-                item.set()
-                continue
-            if self._failure is not None:
-                continue  # keep emptying the queue, so that the training thread is never stuck on it
             name, entry, tensors = item
             try:
+                if self._failure is not None:
+                    continue  # keep emptying the queue, so that the training thread is never stuck on it
                 written = write_tensors(self._directory / name, tensors) | entry
                 if name == EXAMPLES:
                     self._manifest.examples = written
@@ -151,6 +145,8 @@ class RunWriter:
                     unlisted = 0
             except Exception as error:
                 self._failure = error
+            finally:
+                self._queue.task_done()
 
 
 def is_being_written(directory: Path) -> bool:

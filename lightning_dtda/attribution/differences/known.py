@@ -39,12 +39,9 @@ def resolve_difference(difference: str | Difference) -> Difference:
         return DIFFERENCES[difference]
     module, _, attribute = difference.rpartition(".")
     try:
-        found: Difference | None = getattr(importlib.import_module(module), attribute)() if module else None
-    except (ImportError, AttributeError):
-        found = None
-    if found is None:
+        return getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError, ValueError) as error:
         raise AttributionError(
             f"{difference!r} is no difference. Choose from {', '.join(DIFFERENCES)}, or give the import path of a "
             "class like lightning_dtda.attribution.differences.Mean."
-        )
-    return found
+        ) from error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -34,15 +37,9 @@ def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Te
     if runs <= max(difference.least_runs, 1):
         return _unknown(difference, baseline, predicted)
     keep = ~torch.eye(runs, dtype=torch.bool, device=predicted.device)
-    # the first two moments, run by run: all replicates at once would take S times the memory of the responses
     replicates = (difference(baseline[rows], predicted[rows]) for rows in keep)
-    total = next(replicates)
-    shift, squares = total.clone(), torch.zeros_like(total)
-    total = torch.zeros_like(total)
-    for replicate in replicates:
-        total += replicate - shift
-        squares += (replicate - shift).square()
-    return ((runs - 1) / runs * (squares - total.square() / runs)).clamp_min(0).sqrt()
+    first = next(replicates)
+    return ((runs - 1) / runs * _squares_around_mean(chain([first], replicates), first)).clamp_min(0).sqrt()
 
 
 def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:
@@ -64,14 +61,23 @@ def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, repli
     if runs <= max(difference.least_runs, 1):
         return _unknown(difference, baseline, predicted)
     generator = torch.Generator().manual_seed(0)
-    shift = difference(baseline, predicted)
-    total, squares = torch.zeros_like(shift), torch.zeros_like(shift)
-    for _ in range(replicates):
-        rows = torch.randint(runs, (runs,), generator=generator).to(predicted.device)
-        deviation = difference(baseline[rows], predicted[rows]) - shift
+    rows = (torch.randint(runs, (runs,), generator=generator).to(predicted.device) for _ in range(replicates))
+    drawn = (difference(baseline[some], predicted[some]) for some in rows)
+    return (_squares_around_mean(drawn, difference(baseline, predicted)) / (replicates - 1)).clamp_min(0).sqrt()
+
+
+def _squares_around_mean(replicates: Iterable[Tensor], shift: Tensor) -> Tensor:
+    """Sum the squared distances of replicates from their mean, of which the shift is not far.
+
+    One by one: all at once would take as many times the memory of the responses.
+    """
+    number, total, squares = 0, torch.zeros_like(shift), torch.zeros_like(shift)
+    for replicate in replicates:
+        deviation = replicate - shift
+        number += 1
         total += deviation
         squares += deviation.square()
-    return ((squares - total.square() / replicates) / (replicates - 1)).clamp_min(0).sqrt()
+    return squares - total.square() / number
 
 
 def _unknown(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:

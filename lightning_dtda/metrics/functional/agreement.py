@@ -82,7 +82,8 @@ def linear_datamodeling_score(
         tensor(1., dtype=torch.float64)
     """
     samples = collect(arrange(predicted, baseline, real, real_baseline), paired)
-    return agreement(samples, difference, "spearman", replicates, confidence, seed)
+    found, _ = agreement(samples, difference, "spearman", replicates, confidence, seed)
+    return found
 
 
 def leave_one_out_correlation(
@@ -128,35 +129,23 @@ def leave_one_out_correlation(
         tensor(0.9897, dtype=torch.float64)
     """
     samples = collect(arrange(predicted, baseline, real, real_baseline), paired)
-    return agreement(samples, difference, correlation, replicates, confidence, seed)
+    found, _ = agreement(samples, difference, correlation, replicates, confidence, seed)
+    return found
 
 
 def agreement(
     samples: Samples,
     difference: str | Difference,
     correlation: Correlation,
-    replicates: int = REPLICATES,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Return what :func:`linear_datamodeling_score` does, from samples."""
-    found, _ = agreement_with_replicates(samples, difference, correlation, replicates, confidence, seed)
-    return found
-
-
-def agreement_with_replicates(
-    samples: Samples,
-    difference: str | Difference,
-    correlation: Correlation,
-    replicates: int = REPLICATES,
-    confidence: float = 0.95,
-    seed: int = 0,
+    replicates: int,
+    confidence: float,
+    seed: int,
     runs: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], Replicates | None]:
-    """Return what :func:`agreement` does, and the draws that its interval is from, to be compared with another's.
+    """Return what :func:`linear_datamodeling_score` does, and the draws of its interval, to compare with another's.
 
     Args:
-        samples: As for :func:`agreement`, like all that is not described here.
+        samples: What a prediction is compared with.
         difference: The difference.
         correlation: The correlation.
         replicates: Number of draws; without any, there are none to return.

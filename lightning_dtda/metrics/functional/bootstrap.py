@@ -126,11 +126,15 @@ def replicate(
         correlation: ``"spearman"`` or ``"pearson"``.
         draws: What is drawn.
     """
-    number = draws.runs.shape[1]
+    drawn = []
     size = max(1, _AT_ONCE // max(samples.real.numel(), samples.predicted.numel()))
-    parts = (slice(start, start + size) for start in range(0, number, size))
-    drawn = torch.cat([_correlations(samples, difference, correlation, draws, part) for part in parts])
-    return Replicates(drawn, of_queries, draws.queries)
+    for start in range(0, draws.runs.shape[1], size):
+        part = slice(start, start + size)
+        rows = draws.removals[:, part].T[:, None].expand(-1, samples.real.shape[1], -1)
+        predicted = samples.predicted_influence(difference, draws.runs[:, part]).gather(-1, rows)
+        real = samples.real_influence(difference, draws.seeds[:, part], draws.baseline_seeds[:, part]).gather(-1, rows)
+        drawn.append(correlations(predicted, real, correlation))
+    return Replicates(torch.cat(drawn), of_queries, draws.queries)
 
 
 def replicated_scores(
@@ -190,12 +194,8 @@ def confidence_interval(score: Tensor, replicates: Tensor, confidence: float = 0
     Returns:
         Lower and upper limit; NaN where there is no replicate.
     """
-    known = replicates[~replicates.isnan()]
-    if not len(known):
-        return torch.full_like(score, torch.nan), torch.full_like(score, torch.nan)
-    of_replicates = _fisher(known)
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=known.dtype, device=known.device)
-    below, above = (of_replicates - of_replicates.mean()).quantile(tails)
+    of_replicates = _fisher(replicates[~replicates.isnan()])
+    below, above = _middle(of_replicates - of_replicates.mean(), confidence)
     return (_fisher(score) - above).tanh(), (_fisher(score) - below).tanh()
 
 
@@ -221,28 +221,20 @@ def difference_interval(first: Replicates, second: Replicates, confidence: float
     """
     means = [each.means() for each in (first, second)]
     known = ~(means[0].isnan() | means[1].isnan())
-    if not known.any():
-        return torch.full_like(first.score, torch.nan), torch.full_like(first.score, torch.nan)
     expected = []
     for each, of_draws in zip((first, second), means, strict=True):
         around = _fisher(of_draws[known])
         expected.append((_fisher(each.score) - around + around.mean()).tanh())
-    apart = expected[0] - expected[1] - first.less(second).deviations()[known]
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=apart.dtype, device=apart.device)
-    low, high = apart.quantile(tails)
+    return _middle(expected[0] - expected[1] - first.less(second).deviations()[known], confidence)
+
+
+def _middle(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Return the limits between which a share of values lies, with as many below as above; NaN without any."""
+    if not len(values):
+        return values.new_full((), torch.nan), values.new_full((), torch.nan)
+    low, high = values.quantile(values.new_tensor([(1 - share) / 2, (1 + share) / 2]))
     return low, high
 
 
 def _fisher(correlation: Tensor) -> Tensor:
     return correlation.clamp(_SHORT_OF_ONE - 1, 1 - _SHORT_OF_ONE).atanh()
-
-
-def _correlations(
-    samples: Samples, difference: Difference, correlation: Correlation, draws: Draws, part: slice
-) -> Tensor:
-    """Return the correlation of each query in some of the draws ``(part, queries)``."""
-    rows = draws.removals[:, part].T[:, None]
-    rows = rows.expand(-1, samples.real.shape[1], -1)
-    predicted = samples.predicted_influence(difference, draws.runs[:, part]).gather(-1, rows)
-    real = samples.real_influence(difference, draws.seeds[:, part], draws.baseline_seeds[:, part]).gather(-1, rows)
-    return correlations(predicted, real, correlation)

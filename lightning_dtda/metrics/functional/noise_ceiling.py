@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.differences import Difference
+from lightning_dtda.attribution.reliability import halves
 from lightning_dtda.metrics.functional.correlation import Correlation, correlations
 from lightning_dtda.metrics.functional.samples import Samples
 
@@ -28,11 +29,6 @@ class NoiseCeiling:
     split_half: Tensor
     reliability: Tensor
     ceiling: Tensor
-
-
-def least_seeds(difference: Difference) -> int:
-    """Return how many seeds can be halved, and leave what a difference needs and a spread within each half."""
-    return 2 * max(difference.least_runs, 2)
 
 
 def noise_ceiling(samples: Samples, difference: Difference, correlation: Correlation = "spearman") -> NoiseCeiling:
@@ -66,14 +62,15 @@ def noise_ceiling(samples: Samples, difference: Difference, correlation: Correla
         few removals r is noisy. Negative r counts as 0 in the ceiling.
     """
     seeds, baseline_seeds = len(samples.real), len(samples.real_baseline)
-    if min(seeds, baseline_seeds) < least_seeds(difference):
+    # each half needs what the difference needs, and a spread within it
+    if min(seeds, baseline_seeds) < 2 * max(difference.least_runs, 2):
         unknown = torch.full((), torch.nan, dtype=torch.float64)
         return NoiseCeiling(unknown, unknown, unknown)
     generator = torch.Generator().manual_seed(0)
     of_splits = []
     for _ in range(SPLITS):
-        first, second = _halves(seeds, generator)
-        first_baseline, second_baseline = _halves(baseline_seeds, generator)
+        first, second = halves(seeds, generator)
+        first_baseline, second_baseline = halves(baseline_seeds, generator)
         one = samples.real_influence(difference, first, first_baseline)
         other = samples.real_influence(difference, second, second_baseline)
         of_splits.append(correlations(one, other, correlation).nanmean())
@@ -82,9 +79,3 @@ def noise_ceiling(samples: Samples, difference: Difference, correlation: Correla
     known = split_half.clamp_min(0)
     reliability = longer * known / (1 + (longer - 1) * known)
     return NoiseCeiling(split_half, reliability, reliability.sqrt())
-
-
-def _halves(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    order = torch.randperm(number, generator=generator)
-    half = number // 2
-    return order[:half], order[half : 2 * half]
