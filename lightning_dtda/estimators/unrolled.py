@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import diagnose
-from lightning_dtda.estimators.estimator import Advance, Diagnosis, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.estimator import (
+    Advance,
+    Diagnosis,
+    Estimate,
+    Estimator,
+    Plan,
+    Question,
+    batches_of_equal_shape,
+)
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages
@@ -138,14 +145,10 @@ class UnrolledDifferentiation(Estimator):
             len(_alike(runs, len(runs))),
             steps,
         )
-        batches: list[tuple[Run, ...]] = []
-        for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
-            alike = list(group)
-            batches += [tuple(alike[start : start + way.runs]) for start in range(0, len(alike), way.runs)]
         is_forward = costs.mode == "forward"
         left = budget - way.runs * (costs.per_run + way.directions * way.per_direction)
         return Plan(
-            batches=tuple(batches),
+            batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
             memory=int(way.runs * (costs.per_run + way.directions * way.per_direction)),
             seconds=steps * -(-costs.directions // way.directions) * way.seconds,

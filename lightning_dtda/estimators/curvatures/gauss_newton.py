@@ -116,6 +116,17 @@ class GaussNewton(Curvature):
         return 4.0 if self.solver != "cg" else 4.0 * (self.iterations or 20)
 
 
+def resolve_curvature(curvature: Curvature | None) -> Curvature:
+    """Return a curvature, :class:`GaussNewton` if none is given.
+
+    Raises:
+        AttributionError: If it is something else.
+    """
+    if curvature is not None and not isinstance(curvature, Curvature):
+        raise AttributionError(f"curvature={curvature!r} is no Curvature. Give GaussNewton(), say.")
+    return GaussNewton() if curvature is None else curvature
+
+
 def gram_bytes(objective: Objective) -> float:
     """Return the bytes that the Gram matrix takes, with those of the work on it."""
     rows = objective.examples * objective.outputs
