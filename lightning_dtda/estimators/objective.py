@@ -293,11 +293,7 @@ class Objective:
         return self._products("Fisher products", product, vectors)
 
     def _products(
-        self,
-        what: str,
-        product: Callable[[Pass, list[Tensor]], Tensor],
-        vectors: Tensor,
-        chosen: Tensor | None = None,
+        self, what: str, product: Callable[[Pass, list[Tensor]], Tensor], vectors: Tensor, chosen: Tensor | None = None
     ) -> Tensor:
         """Return a matrix times each of ``vectors`` ``(Q, P)``: the mean of what it is of batches, and the decay."""
         scaled = self._scaled(vectors)

@@ -149,15 +149,14 @@ class Root:
         else:
             blocks = self._blocks(self._plain[columns])
         layers = [layer for layer in layers if chosen[layer.place.start]]
-        for examples in torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS)):
+        strips = torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS))
+        for examples in strips:
             first, last = int(examples[0]), int(examples[-1]) + 1
             for layer in layers:
-                self._add(result, first, last, layer.gram(slice(first, last), slice(first, None)))
+                self._add(result, self._place(examples), layer.gram(slice(first, last), slice(first, None)))
         for block in blocks:
-            for examples in torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS)):
-                first, last = int(examples[0]), int(examples[-1]) + 1
-                rows = slice(first * self.outputs, last * self.outputs)
-                self._add(result, first, last, block[rows] @ block[rows.start :].T)
+            for rows in map(self._place, strips):
+                self._add(result, rows, block[rows] @ block[rows.start :].T)
         return result
 
     def times(self, vectors: Tensor) -> Tensor:
@@ -195,11 +194,10 @@ class Root:
         total = sum(float(part.square().sum()) for part in parts) + sum(layer.squared_norm() for layer in layers)
         return total / self.objective.examples
 
-    def _add(self, gram: Tensor, first: int, last: int, strip: Tensor) -> None:
+    def _add(self, gram: Tensor, rows: slice, strip: Tensor) -> None:
         """Add rows of some examples, from the diagonal on, and the columns that mirror them."""
-        start, stop = first * self.outputs, last * self.outputs
-        gram[start:stop, start:] += strip
-        gram[stop:, start:stop] += strip[:, stop - start :].T
+        gram[rows, rows.start :] += strip
+        gram[rows.stop :, rows] += strip[:, rows.stop - rows.start :].T
 
     def _columns(self, columns: Tensor) -> Tensor | None:
         return columns if self._projection is None and len(columns) < self.size else None
