@@ -96,12 +96,8 @@ class Objective:
         self.scale = scale
         groups = replay.hyperparameters(max(step - 1, 0))
         self._sign = self._descended(groups)
-        penalty = torch.cat(
-            [
-                self.theta.new_full((part.stop - part.start,), replay.update.update.penalty(group))
-                for part, group in zip(replay.update.slices, groups, strict=True)
-            ]
-        )
+        of_groups = [replay.update.update.penalty(group) for group in groups]
+        penalty = replay.update.by_parameter(self.theta.new_tensor(of_groups))
         if scale is not None:
             penalty = penalty * scale.square()
         self.penalty = penalty if decay is None else penalty + decay

@@ -44,22 +44,22 @@ class Adam(DescentWithAdjoint):
     def descend(
         self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        new_state, root = _moments_and_root(state, h, hyperparameters)
+        new_state = _new_state(state, h, hyperparameters)
         rate, correction = _corrections(hyperparameters, step)
-        denominator = root / correction + hyperparameters["eps"]
+        denominator = _root(new_state) / correction + hyperparameters["eps"]
         return add_quotient(theta, new_state[MEAN], denominator, -rate), new_state
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return one over the denominator of the update."""
-        root = state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
-        return 1 / (root / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
+        return 1 / (_root(state) / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
 
     @override
     def pull_back(
         self, state: State, h: Tensor, hyperparameters: Hyperparameters, of_theta: Tensor, of_state: State, step: int
     ) -> tuple[Tensor, State]:
         beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
-        new_state, root = _moments_and_root(state, h, hyperparameters)
+        new_state = _new_state(state, h, hyperparameters)
+        root = _root(new_state)
         rate, correction = _corrections(hyperparameters, step)
         # all that depends on the point alone has no dimension of queries yet: only what follows is expensive
         denominator = root / correction + hyperparameters["eps"]
@@ -90,13 +90,16 @@ def moments(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
     }
 
 
-def _moments_and_root(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
-    """Return the new state, and the root of the second moment that the update divides by."""
+def _new_state(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
     new_state = moments(state, h, hyperparameters)
-    if LARGEST not in state:
-        return new_state, new_state[SECOND_MOMENT].sqrt()
-    new_state[LARGEST] = torch.maximum(state[LARGEST], new_state[SECOND_MOMENT])
-    return new_state, new_state[LARGEST].sqrt()
+    if LARGEST in state:
+        new_state[LARGEST] = torch.maximum(state[LARGEST], new_state[SECOND_MOMENT])
+    return new_state
+
+
+def _root(state: State) -> Tensor:
+    """Return the root of the second moment that the update divides by."""
+    return state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
 
 
 def _corrections(hyperparameters: Hyperparameters, step: int) -> tuple[Scale, Scale]:

@@ -83,6 +83,11 @@ class GroupedUpdate:
         results = [self.update.tangent(*own, step=step) for own in arguments]
         return _join([theta for theta, _ in results]), [state for _, state in results]
 
+    def by_parameter(self, of_groups: Tensor) -> Tensor:
+        """Repeat a number of each group ``(groups,)`` for its parameters ``(P,)``."""
+        sizes = torch.tensor([part.stop - part.start for part in self.slices], device=of_groups.device)
+        return of_groups.repeat_interleave(sizes)
+
     def _of_groups(self, *arguments: Tensor | Sequence[Any]) -> Iterator[list[Any]]:
         """Yield each group's part of vectors ``(..., P)``, and its element of lists that have one for each group."""
         for number, part in enumerate(self.slices):

@@ -39,7 +39,8 @@ class RMSprop(DescentWithAdjoint):
     def descend(
         self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        new_state, root = _averages(state, h, hyperparameters)
+        new_state = _averages(state, h, hyperparameters)
+        root = _root(new_state)
         denominator = root + hyperparameters["eps"]
         rate = hyperparameters["lr"]
         if MOMENTUM_BUFFER not in state:
@@ -53,17 +54,15 @@ class RMSprop(DescentWithAdjoint):
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return one over the denominator of the update."""
-        variance = state[SECOND_MOMENT]
-        if MEAN in state:
-            variance = add_product(variance, state[MEAN], state[MEAN], -1)
-        return 1 / (variance.sqrt() + hyperparameters["eps"])
+        return 1 / (_root(state) + hyperparameters["eps"])
 
     @override
     def pull_back(
         self, state: State, h: Tensor, hyperparameters: Hyperparameters, of_theta: Tensor, of_state: State, step: int
     ) -> tuple[Tensor, State]:
         alpha = hyperparameters["alpha"]
-        new_state, root = _averages(state, h, hyperparameters)
+        new_state = _averages(state, h, hyperparameters)
+        root = _root(new_state)
         denominator = root + hyperparameters["eps"]
         # of the variance under the root, not yet of its two moments
         of_variance = -h / denominator.square() * slope_of_root(root)
@@ -84,11 +83,16 @@ class RMSprop(DescentWithAdjoint):
         return direction_cotangent, before
 
 
-def _averages(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
-    """Return the new averages, and the root of the variance that the update divides by."""
+def _averages(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
+    """Return the new averages."""
     alpha = hyperparameters["alpha"]
-    second_moment = add_product(state[SECOND_MOMENT] * alpha, h, h, 1 - alpha)
-    if MEAN not in state:
-        return {SECOND_MOMENT: second_moment}, second_moment.sqrt()
-    mean = torch.lerp(state[MEAN], h, 1 - alpha)
-    return {SECOND_MOMENT: second_moment, MEAN: mean}, add_product(second_moment, mean, mean, -1).sqrt()
+    averages = {SECOND_MOMENT: add_product(state[SECOND_MOMENT] * alpha, h, h, 1 - alpha)}
+    return averages | ({MEAN: torch.lerp(state[MEAN], h, 1 - alpha)} if MEAN in state else {})
+
+
+def _root(averages: State) -> Tensor:
+    """Return the root of the variance that the update divides by."""
+    variance = averages[SECOND_MOMENT]
+    if MEAN in averages:
+        variance = add_product(variance, averages[MEAN], averages[MEAN], -1)
+    return variance.sqrt()

@@ -59,17 +59,14 @@ class SGD(DescentWithAdjoint):
         self, state: State, h: Tensor, hyperparameters: Hyperparameters, of_theta: Tensor, of_state: State, step: int
     ) -> tuple[Tensor, State]:
         update = -hyperparameters["lr"] * of_theta
-        before: State = {}
-        if MOMENTUM_BUFFER in of_state:
-            momentum, buffer = hyperparameters["momentum"], of_state[MOMENTUM_BUFFER]
-            intake = 1.0 if step == 0 else 1 - hyperparameters["dampening"]
-            if hyperparameters.get("nesterov"):
-                buffer = add_scaled(buffer, update, momentum)
-                direction_cotangent = add_scaled(update, buffer, intake)
-            else:
-                buffer = buffer + update
-                direction_cotangent = intake * buffer
-            before[MOMENTUM_BUFFER] = buffer * (0.0 if step == 0 else momentum)
+        if MOMENTUM_BUFFER not in of_state:
+            return update, {}
+        momentum, buffer = hyperparameters["momentum"], of_state[MOMENTUM_BUFFER]
+        intake = 1.0 if step == 0 else 1 - hyperparameters["dampening"]
+        if hyperparameters.get("nesterov"):
+            buffer = add_scaled(buffer, update, momentum)
+            of_direction = add_scaled(update, buffer, intake)
         else:
-            direction_cotangent = update
-        return direction_cotangent, before
+            buffer = buffer + update
+            of_direction = intake * buffer
+        return of_direction, {MOMENTUM_BUFFER: buffer * (0.0 if step == 0 else momentum)}

@@ -212,26 +212,19 @@ class GramMatrix(Spectrum):
         self._groups = groups if projection is None else groups.new_zeros(projection.dimension)
         self._grams = torch.stack([self._root.gram(self._groups == group) for group in range(len(self._penalties))])
         self._grams /= objective.examples
-        self._mean = (
-            float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(objective.penalty.sum())
-        ) / objective.size
-        self._given_cutoff = cutoff
+        self.cutoff = default_cutoff(self._grams[0, 0]) if cutoff is None else cutoff
 
     @property
     @override
     def mean_eigenvalue(self) -> float:
-        return self._mean
+        trace = float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(self._objective.penalty.sum())
+        return trace / self._objective.size
 
     @property
     @override
     def largest_eigenvalue(self) -> float:
         values, _ = self._decomposition
         return self._penalty + (float(values.max()) if len(values) else 0.0)
-
-    @property
-    def cutoff(self) -> float:  # type: ignore[override]
-        """The share of the largest eigenvalue that counts as zero."""
-        return default_cutoff(self._grams[0, 0]) if self._given_cutoff is None else self._given_cutoff
 
     @property
     def _penalty(self) -> float:

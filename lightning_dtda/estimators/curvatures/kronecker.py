@@ -333,17 +333,13 @@ class _Step(nn.Module):
                 vars(original).pop("forward", None)
 
     def _arriving(self, outputs: Outputs, column: Tensor, examples: int) -> list[Tensor]:
-        found, start = [], 0
-        for shape in outputs.shapes:
-            size = torch.Size(shape).numel() // examples
-            if shape[0] != examples:
-                raise AttributionError(
-                    f"The network's outputs have the shape {tuple(shape)} for {examples} examples, which Kronecker "
-                    "factors are not made of. Use GaussNewton() or Diagonal()."
-                )
-            found.append(column[:, start : start + size].reshape(shape))
-            start += size
-        return found
+        if others := [shape for shape in outputs.shapes if shape[0] != examples]:
+            raise AttributionError(
+                f"The network's outputs have the shape {tuple(others[0])} for {examples} examples, which Kronecker "
+                "factors are not made of. Use GaussNewton() or Diagonal()."
+            )
+        sizes = [torch.Size(shape).numel() // examples for shape in outputs.shapes]
+        return [part.reshape(shape) for part, shape in zip(column.split(sizes, 1), outputs.shapes, strict=True)]
 
 
 class _Columns:

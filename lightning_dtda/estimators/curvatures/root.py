@@ -100,11 +100,11 @@ class Root:
         self.rows = objective.examples * objective.outputs
         self.size = objective.size if projection is None else projection.dimension
         self._projection = projection
-        self._layers, sizes = ([], []) if projection is not None else outer_products(objective)
+        self._layers = outer_products(objective) if projection is None else []
         # numbers that an example has in the factors of a layer
         factors = sum(
-            objective.outputs * size + (layer.weight.stop - layer.weight.start) // size
-            for layer, size in zip(self._layers, sizes, strict=True)
+            objective.outputs * layer.outputs + (layer.weight.stop - layer.weight.start) // layer.outputs
+            for layer in self._layers
         )
         most = _SHARE * objective.memory / objective.theta.itemsize
         if factors * objective.examples > most / 2:
@@ -161,38 +161,29 @@ class Root:
 
     def times(self, vectors: Tensor) -> Tensor:
         """Return A v ``(N * C, Q)`` for vectors ``(Q, P)``."""
-        layers, plain = self._kept
-        if self.is_kept:
-            result = plain @ self._of_plain(vectors).T
-        else:
-            result = torch.cat([part @ self._of_plain(vectors).T for _, part in self._parts()])
-        for layer in layers:
+        of_plain = vectors[:, self._plain] if self._layers else vectors
+        result = torch.cat([part @ of_plain.T for _, part in self._parts()])
+        for layer in self._kept[0]:
             result += layer.times(vectors[:, layer.place])
         return result
 
     def transposed(self, weights: Tensor) -> Tensor:
         """Return the products of the transpose with ``weights`` ``(N * C, Q)``, as ``(Q, P)``."""
-        layers, plain = self._kept
-        if self.is_kept:
-            of_plain = weights.T @ plain
-        else:
-            of_plain = weights.new_zeros(weights.shape[1], len(self._plain))
-            for rows, part in self._parts():
-                of_plain.addmm_(weights[rows].T, part)
-        if not layers:
+        of_plain = weights.new_zeros(weights.shape[1], len(self._plain))
+        for rows, part in self._parts():
+            of_plain.addmm_(weights[rows].T, part)
+        if not self._layers:
             return of_plain
         result = weights.new_empty(weights.shape[1], self.size)
         result[:, self._plain] = of_plain
-        for layer in layers:
+        for layer in self._kept[0]:
             result[:, layer.place] = layer.transposed(weights)
         return result
 
     def trace(self) -> float:
         r"""Return the trace of :math:`A^\top A / N`."""
-        layers, plain = self._kept
-        parts = [plain] if self.is_kept else (part for _, part in self._parts())
-        total = sum(float(part.square().sum()) for part in parts) + sum(layer.squared_norm() for layer in layers)
-        return total / self.objective.examples
+        of_plain = sum(float(part.square().sum()) for _, part in self._parts())
+        return (of_plain + sum(layer.squared_norm() for layer in self._kept[0])) / self.objective.examples
 
     def _add(self, gram: Tensor, rows: slice, strip: Tensor) -> None:
         """Add rows of some examples, from the diagonal on, and the columns that mirror them."""
@@ -202,14 +193,14 @@ class Root:
     def _columns(self, columns: Tensor) -> Tensor | None:
         return columns if self._projection is None and len(columns) < self.size else None
 
-    def _of_plain(self, vectors: Tensor) -> Tensor:
-        return vectors[:, self._plain] if self._layers else vectors
-
     def _place(self, indices: Tensor) -> slice:
         return slice(int(indices[0]) * self.outputs, (int(indices[-1]) + 1) * self.outputs)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the plain columns' rows of some examples at a time, and where they stand."""
+        """Yield the plain columns' rows and where they stand: all at once if they are kept, else of some examples."""
+        if self.is_kept:
+            yield slice(None), self._kept[1]
+            return
         for indices, rows, _ in self.objective.roots(self._columns(self._plain)):
             yield self._place(indices), rows if self._projection is None else self._projection.forward(rows)
 
