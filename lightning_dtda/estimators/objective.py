@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -512,7 +512,7 @@ class Objective:
 
             few, many = min(2, self.examples), min(8, self.examples)
             run(few)  # the first call keeps what is no part of a chunk
-            alone, more = (peak_memory(lambda n=n: run(n), self.theta.device) for n in (few, many))  # type: ignore[misc]
+            alone, more = (peak_memory(partial(run, n), self.theta.device) for n in (few, many))
             per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
             if alone > self.memory:
                 raise AttributionError(

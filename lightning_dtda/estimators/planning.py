@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -135,7 +136,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         _, found = replay.directional(0, here, along, held, replay.no_statistics(cotangents))
         return found.products + direct
 
-    alone = _peak(lambda: step(replay, 1), replay)
+    alone = _peak(partial(step, replay, 1), replay)
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     responses = 2 * queries * len(removals) * replay.dtype.itemsize
@@ -155,7 +156,7 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     def step(replay: Replay, directions: int) -> object:
         return replay.push(*example_position(replay, directions))
 
-    alone = _peak(lambda: step(replay, 1), replay)
+    alone = _peak(partial(step, replay, 1), replay)
     # the responses, which examples the removals have, and what the diagnosis holds
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
     per_run = alone + kept + _FEWEST_HELD * point_bytes(replay)
@@ -238,7 +239,7 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
     """Return the fastest number of runs of those that fit, stacked; ``None`` where none does."""
     alone = make(1).stack()
     costs.step(alone, 1)
-    peaks = [_peak(lambda n=n: costs.step(alone, n), alone) for n in (1, 2)]  # type: ignore[misc]
+    peaks = [_peak(partial(costs.step, alone, n), alone) for n in (1, 2)]
     per_direction = max(peaks[1] - peaks[0], 0) + costs.per_direction
     per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction)
     directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))
