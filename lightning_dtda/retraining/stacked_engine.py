@@ -62,8 +62,7 @@ class StackedEngine(Engine):
         """Train what leaves the same number of examples: by the Trainer until one comes to its end, then in stacks."""
         remaining, watch = list(tasks), Watch()
         with tempfile.TemporaryDirectory() as directory:
-            reference: tuple[Task, Run] | None = None
-            while remaining and reference is None:
+            while remaining:
                 task = remaining.pop(0)
                 recorder = TrajectoryRecorder(directory, run=str(task), gradients="none")
                 recorder.runs_to_fit = 0  # the disk is for one of them only
@@ -72,11 +71,11 @@ class StackedEngine(Engine):
                 except RecordingError as error:
                     raise CannotStackError(str(error)) from error
                 yield [outcome]
-                if outcome.failure is None:
+                if outcome.failure is None and remaining:
+                    device = watch.device if retraining.device is None else retraining.device
                     reference = task, Run(Path(directory) / str(task))
-            if remaining and reference is not None:
-                device = watch.device if retraining.device is None else retraining.device
-                yield from self._stacked(retraining, loader, reference, remaining, device)
+                    yield from self._stacked(retraining, loader, reference, remaining, device)
+                    return
 
     def _stacked(
         self,

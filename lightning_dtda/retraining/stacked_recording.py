@@ -30,7 +30,7 @@ from lightning_dtda.retraining.stack_writer import StackWriter, footprint
 from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
 from lightning_dtda.retraining.stacks import Stacks, Training
 from lightning_dtda.retraining.watch import Watch
-from lightning_dtda.trajectory import Manifest, Run, RunWriter
+from lightning_dtda.trajectory import Run, RunWriter
 from lightning_dtda.trajectory.manifest import differences
 
 _log = logging.getLogger(__name__)
@@ -236,12 +236,14 @@ class _Stacking:
     def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
         """Make the run directories."""
         checksums = self._reference.example_checksums
+        manifest = replace(self._reference.manifest, status="recording", reason=None, steps=0, examples=None)
         writers: list[RunWriter] = []
         try:
             for seed in seeds:
                 directory = self._recorder.root / run_name(seed)
                 make_directory(directory, overwrite=directory.exists())
-                writers.append(RunWriter(directory, _begun(self._reference.manifest, seed)))
+                # lists of its own: the writer appends to them
+                writers.append(RunWriter(directory, replace(manifest, seed=seed, shards=[], checkpoints=[])))
                 if checksums is not None:
                     writers[-1].add_examples(checksums)
         except BaseException:  # another process may have begun one of them meanwhile
@@ -256,14 +258,6 @@ class _Stacking:
             interval=self._interval,
             start=start,
         )
-
-
-def _begun(manifest: Manifest, seed: int) -> Manifest:
-    """Return the manifest of another seed's run at its beginning."""
-    # lists of its own: the writer appends to them
-    return replace(
-        manifest, seed=seed, status="recording", reason=None, steps=0, shards=[], checkpoints=[], examples=None
-    )
 
 
 def _stop(writer: StackWriter, error: BaseException) -> None:
