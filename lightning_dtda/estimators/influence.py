@@ -81,7 +81,6 @@ class InfluenceFunctions(CheckpointEstimator):
         given = [resolve_damping(check_damping(damping), self.curvature, fitted) for damping in dampings]
 
         def respond(gradients: Tensor) -> list[Tensor]:
-            solutions = [fitted.solve(gradients, damping).vectors for damping in given]
-            return [objective.slopes(solution) / objective.examples for solution in solutions]
+            return [objective.slopes(fitted.solve(gradients, d).vectors) / objective.examples for d in given]
 
         return answer_in_chunks(replay, question, plan, respond)
