@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -124,12 +124,11 @@ class Root:
     @cached_property
     def _kept(self) -> tuple[list[OuterProducts], Tensor]:
         """The layers' columns, and all others ``(N * C, n)`` if they fit."""
-        objective, names = self.objective, [layer.name for layer in self._layers]
         columns = self._plain if self.is_kept else self._plain[:0]
-        plain = objective.theta.new_empty(self.rows, len(columns))
+        plain = self.objective.theta.new_empty(self.rows, len(columns))
         parts = []
-        for indices, rows, of_layers in objective.roots(self._columns(columns), names):
-            plain[self._place(indices)] = rows if self._projection is None else self._projection.forward(rows)
+        for place, rows, of_layers in self._rows(columns, [layer.name for layer in self._layers]):
+            plain[place] = rows
             parts.append(of_layers)
         factors = [[torch.cat(factor) for factor in zip(*of_one, strict=True)] for of_one in zip(*parts, strict=True)]
         found = [OuterProducts(layer.weight, *pair) for layer, pair in zip(self._layers, factors, strict=True)]
@@ -190,9 +189,6 @@ class Root:
         gram[rows, rows.start :] += strip
         gram[rows.stop :, rows] += strip[:, rows.stop - rows.start :].T
 
-    def _columns(self, columns: Tensor) -> Tensor | None:
-        return columns if self._projection is None and len(columns) < self.size else None
-
     def _place(self, indices: Tensor) -> slice:
         return slice(int(indices[0]) * self.outputs, (int(indices[-1]) + 1) * self.outputs)
 
@@ -201,15 +197,22 @@ class Root:
         if self.is_kept:
             yield slice(None), self._kept[1]
             return
-        for indices, rows, _ in self.objective.roots(self._columns(self._plain)):
-            yield self._place(indices), rows if self._projection is None else self._projection.forward(rows)
+        for place, rows, _ in self._rows(self._plain):
+            yield place, rows
+
+    def _rows(
+        self, columns: Tensor, layers: Sequence[str] = ()
+    ) -> Iterator[tuple[slice, Tensor, list[tuple[Tensor, Tensor]]]]:
+        """Yield some columns' rows of some examples at a time, where they stand, and what ``roots`` has of layers."""
+        chosen = columns if self._projection is None and len(columns) < self.size else None
+        for indices, rows, of_layers in self.objective.roots(chosen, layers):
+            projected = rows if self._projection is None else self._projection.forward(rows)[:, columns]
+            yield self._place(indices), projected, of_layers
 
     def _blocks(self, columns: Tensor) -> Iterator[Tensor]:
         """Yield some of the plain columns ``(N * C, n)``, as many at once as the memory holds."""
         for chosen in columns.split(self._width):
             block = self.objective.theta.new_empty(self.rows, len(chosen))
-            for indices, rows, _ in self.objective.roots(self._columns(chosen)):
-                block[self._place(indices)] = (
-                    rows if self._projection is None else self._projection.forward(rows)[:, chosen]
-                )
+            for place, rows, _ in self._rows(chosen):
+                block[place] = rows
             yield block
