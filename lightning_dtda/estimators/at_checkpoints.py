@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
+from lightning_dtda.estimators.curvatures.curvature import Curvature
+from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question, batches_of_equal_shape
+from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.replay import Draws, Precision, Replay, shape_key
+from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
@@ -25,13 +27,12 @@ _SHARE = 0.4
 """Share of the memory for the training objective's derivatives. The rest is for the queries' vectors, and for what
 convolutions take on top of their tensors."""
 
-Answer = Callable[[Replay], tuple[Tensor, Sequence[Tensor]]]
-"""Returns of one run m ``(Q,)``, and the responses ``(Q, K)``, once or in several versions."""
+Answer = tuple[Tensor, Sequence[Tensor]]
+"""Of one run, m ``(Q,)``, and the responses ``(Q, K)``, once or in several versions."""
 
 
-@dataclass(frozen=True)
-class AtCheckpoints:
-    """Precision and memory, and what follows from them.
+class CheckpointEstimator(Estimator):
+    """An estimator that looks at checkpoints of a run only.
 
     Args:
         precision: ``"recorded"``, or ``"float64"`` to compute in double.
@@ -41,67 +42,76 @@ class AtCheckpoints:
         AttributionError: If an argument is out of range.
     """
 
-    precision: Precision
-    memory_budget: float
-    _chunks: dict[str, int] = field(default_factory=dict, repr=False)
-    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    arguments: ClassVar[tuple[str, ...]] = ("precision",)
+    """Attributes that the responses depend on."""
 
-    def __post_init__(self) -> None:
-        if self.precision not in ("recorded", "float64"):
-            raise AttributionError(f'precision={self.precision!r}; choose "recorded" or "float64".')
-        if self.memory_budget <= 0:
+    vectors: ClassVar[float] = 2
+    """Vectors of P numbers that each query needs at once: its gradient, and one of the backward pass."""
+
+    def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
+        if precision not in ("recorded", "float64"):
+            raise AttributionError(f'precision={precision!r}; choose "recorded" or "float64".')
+        if memory_budget <= 0:
             raise AttributionError("memory_budget must be positive.")
+        self.precision = precision
+        self.memory_budget = memory_budget
+        self._chunks: dict[str, int] = {}
+        self._kept: dict[Any, Any] = {}
 
-    def plan(
-        self, runs: Sequence[Run], question: Question, vectors: float, passes: Callable[[Objective], float]
-    ) -> Plan:
-        """Batch runs and queries by memory, and time a pass over the training examples.
+    @override
+    def settings(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in self.arguments}
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}"} | {
+            name: value.settings() if isinstance(value, Curvature) else value for name, value in values.items()
+        }
 
-        Args:
-            runs: The runs.
-            question: The question.
-            vectors: How many of P numbers each query needs at once.
-            passes: How many passes a chunk of queries takes.
+    @abstractmethod
+    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
+        """Return how many passes over the training examples a chunk of queries takes."""
 
-        Raises:
-            AttributionError: If not even one query fits.
-        """
+    @abstractmethod
+    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
+        """Answer the question for one run."""
+
+    @override
+    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         self._chunks.clear()
         self._kept.clear()
         budget = self.memory_budget * GIB
-        objective = self.objective(self.replay(runs[:1], question), question.step, draws=question.draws)
-        each = vectors * objective.size * objective.theta.itemsize
+        objective = self.objective(question.replay(runs[:1], self.precision), question, question.step)
+        passes = self.passes(runs, question, objective)
+        each = self.vectors * objective.size * objective.theta.itemsize
         chunk = min(len(question.queries), int(budget / 2 / each))
         if chunk < 1:
             raise AttributionError(
                 f"A query needs about {human_bytes(2 * each)} for {objective.size} parameters; memory_budget is "
                 f"{self.memory_budget:g} GiB. Raise it."
             )
-        batches = [
-            tuple(alike[start : start + _TOGETHER])
-            for _, group in groupby(sorted(runs, key=shape_key), key=shape_key)
-            for alike in [list(group)]
-            for start in range(0, len(alike), _TOGETHER)
-        ]
-        vectors_of_chunk = objective.theta.new_ones(chunk, objective.size)
-        objective.slopes(vectors_of_chunk).sum().item()  # finds the chunks' size, and warms up
+        vectors = objective.theta.new_ones(chunk, objective.size)
+        objective.slopes(vectors).sum().item()  # finds the chunks' size, and warms up
         started = time.perf_counter()
-        objective.slopes(vectors_of_chunk).sum().item()  # waits for the device
-        seconds = (time.perf_counter() - started) * passes(objective)
+        objective.slopes(vectors).sum().item()  # waits for the device
+        seconds = (time.perf_counter() - started) * passes
         return Plan(
-            batches=tuple(batches),
+            batches=batches_of_equal_shape(runs, _TOGETHER),
             queries_per_chunk=chunk,
             memory=int(budget),
             seconds=len(runs) * seconds * -(-len(question.queries) // chunk),
         )
 
-    def estimates(self, runs: Sequence[Run], question: Question, advance: Advance, answer: Answer) -> list[Estimate]:
+    @override
+    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
+        return self.estimates(runs, question, advance, lambda replay: self.answer(replay, question, plan))[0]
+
+    def estimates(
+        self, runs: Sequence[Run], question: Question, advance: Advance, answer: Callable[[Replay], Answer]
+    ) -> list[Estimate]:
         """Ask for an answer run by run, and return an estimate for each version of the responses.
 
         Raises:
             AttributionError: If a run's responses are not finite.
         """
-        replay = self.replay(runs, question)
+        replay = question.replay(runs, self.precision)
         answers, drift = [], []
         for number, run in enumerate(runs):
             alone = replay.alone(number)
@@ -117,25 +127,40 @@ class AtCheckpoints:
         versions = zip(*(responses for _, responses in answers), strict=True)
         return [Estimate(baselines, torch.stack(responses), drift) for responses in versions]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # what is kept is of this process
-        return {"precision": self.precision, "memory_budget": self.memory_budget, "_chunks": {}, "_kept": {}}
-
     def objective(
         self,
         replay: Replay,
+        question: Question,
         step: int | None,
         share: float = _SHARE,
         scale: Tensor | None = None,
         decay: Tensor | None = None,
-        draws: Draws | None = None,
     ) -> Objective:
         """Return the training objective of a run at a step, whose work gets a share of the memory."""
-        memory = self.memory_budget * GIB * share
+        memory, draws = self.memory_budget * GIB * share, question.draws
         return Objective(
             replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay, draws=draws, kept=self._kept
         )
 
-    def replay(self, runs: Sequence[Run], question: Question) -> Replay:
-        """Stack the runs."""
-        return question.replay(runs, self.precision)
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_chunks": {}, "_kept": {}}  # those are of this process
+
+
+def answer_in_chunks(
+    replay: Replay, question: Question, plan: Plan, respond: Callable[[Tensor], Sequence[Tensor]]
+) -> Answer:
+    """Measure one run's queries, a chunk at a time, at the step that is asked about.
+
+    Args:
+        replay: The run.
+        question: The question.
+        plan: Its plan.
+        respond: Makes responses to examples ``(queries, N)`` of the gradients of m ``(queries, P)``, once or in several
+            versions.
+    """
+    baselines, responses = [], []
+    for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
+        values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
+        baselines.append(values[0])
+        responses.append([question.removals.total(found) for found in respond(gradients[0])])
+    return torch.cat(baselines), [torch.cat(version) for version in zip(*responses, strict=True)]

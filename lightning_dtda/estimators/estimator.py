@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_dtda.estimators.removals import Removals
-from lightning_dtda.replay import Draws, Drift, Examples, Measurement, Precision, Replay
+from lightning_dtda.replay import Draws, Drift, Examples, Measurement, Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
 
 Advance = Callable[[float], None]
@@ -153,3 +154,12 @@ class Estimator(ABC):
     @abstractmethod
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
         """Answer the question for one of the plan's batches."""
+
+
+def batches_of_equal_shape(runs: Sequence[Run], size: int) -> tuple[tuple[Run, ...], ...]:
+    """Part runs into batches of equal shape, of up to so many."""
+    batches: list[tuple[Run, ...]] = []
+    for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
+        alike = tuple(group)
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
+    return tuple(batches)

@@ -59,7 +59,12 @@ def forward_sweep(
             if position.step == last:
                 replay.compare(first, last, beginning, position.theta)
             if position.step in wanted:
-                _check(replay, position)
+                if not bool(torch.isfinite(position.tangents.theta).all()):
+                    raise ReplayError(
+                        f"The responses of {', '.join(run.name for run in replay.runs)} are not finite after "
+                        f'{position.step} steps: they overflowed. Try precision="float64" or a horizon, or leave the '
+                        "run out."
+                    )
                 yield position
         advance(runs * (last - first))
 
@@ -153,14 +158,6 @@ def _read(replay: Replay, first: int, start: int, removals: int, before: Positio
         Tangents.zeros(theta, states, replay.statistics(buffers), removals) if before is None else before.tangents
     )
     return Position(max(first, start), theta, states, buffers, tangents)
-
-
-def _check(replay: Replay, position: Position) -> None:
-    if not bool(torch.isfinite(position.tangents.theta).all()):
-        raise ReplayError(
-            f"The responses of {', '.join(run.name for run in replay.runs)} are not finite after {position.step} "
-            'steps: they overflowed. Try precision="float64" or a horizon, or leave the run out.'
-        )
 
 
 def example_position(replay: Replay, removals: int) -> tuple[Position, Tensor]:

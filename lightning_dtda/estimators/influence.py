@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.at_checkpoints import AtCheckpoints
+from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, check_damping, resolve_damping
-from lightning_dtda.estimators.curvatures.gauss_newton import GaussNewton
-from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
-from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators.curvatures.gauss_newton import resolve_curvature
+from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
+from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
 
-_VECTORS = 8
-"""Vectors of P numbers that each query needs at once: its gradient, and those of an iterative solution."""
 
-
-class InfluenceFunctions(Estimator):
+class InfluenceFunctions(CheckpointEstimator):
     r"""Responses at the end of training, by the inverse of a curvature matrix.
 
     .. math:: r_k = \frac1N \nabla m(\theta_T)^\top (H + \delta)^{-1} \nabla l_k(\theta_T)
@@ -45,31 +39,23 @@ class InfluenceFunctions(Estimator):
         AttributionError: If an argument is out of range.
     """
 
+    arguments = ("curvature", "precision")
+    vectors = 8
+    """Vectors of P numbers that each query needs at once: its gradient, and those of an iterative solution."""
+
     def __init__(
         self, curvature: Curvature | None = None, precision: Precision = "recorded", memory_budget: float = 1.0
     ) -> None:
-        self._work = AtCheckpoints(precision, memory_budget)
-        if curvature is not None and not isinstance(curvature, Curvature):
-            raise AttributionError(f"curvature={curvature!r} is no Curvature. Give GaussNewton(), say.")
-        self.curvature = GaussNewton() if curvature is None else curvature
-        self.precision = precision
-        self.memory_budget = memory_budget
+        super().__init__(precision, memory_budget)
+        self.curvature = resolve_curvature(curvature)
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "curvature": self.curvature.settings(),
-            "precision": self.precision,
-        }
+    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
+        return 1 + self.curvature.passes(objective)
 
     @override
-    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        return self._work.plan(runs, question, _VECTORS, lambda objective: 1 + self.curvature.passes(objective))
-
-    @override
-    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        return self.estimate_dampings(runs, question, plan, advance, [self.curvature.damping])[0]
+    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
+        return self._answer(replay, question, plan, [self.curvature.damping])
 
     def estimate_dampings(
         self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance, dampings: Sequence[Damping]
@@ -86,24 +72,15 @@ class InfluenceFunctions(Estimator):
         Returns:
             An estimate for each damping.
         """
-        return self._work.estimates(
-            runs, question, advance, lambda replay: self._answer(replay, question, plan, dampings)
-        )
+        return self.estimates(runs, question, advance, lambda replay: self._answer(replay, question, plan, dampings))
 
-    def _answer(
-        self, replay: Replay, question: Question, plan: Plan, dampings: Sequence[Damping]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return of one run m ``(Q,)``, and the responses ``(Q, K)`` for each damping."""
+    def _answer(self, replay: Replay, question: Question, plan: Plan, dampings: Sequence[Damping]) -> Answer:
         replay.check_step(question.end(replay.steps) - 1)
-        objective = self._work.objective(replay, question.step, draws=question.draws)
+        objective = self.objective(replay, question, question.step)
         fitted = self.curvature.fit(objective)
         given = [resolve_damping(check_damping(damping), self.curvature, fitted) for damping in dampings]
-        baselines: list[Tensor] = []
-        responses: list[list[Tensor]] = [[] for _ in given]
-        for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
-            values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
-            baselines.append(values[0])
-            for damping, found in zip(given, responses, strict=True):
-                solution = fitted.solve(gradients[0], damping).vectors
-                found.append(question.removals.total(objective.slopes(solution) / objective.examples))
-        return torch.cat(baselines), [torch.cat(found) for found in responses]
+
+        def respond(gradients: Tensor) -> list[Tensor]:
+            return [objective.slopes(fitted.solve(gradients, d).vectors) / objective.examples for d in given]
+
+        return answer_in_chunks(replay, question, plan, respond)

@@ -44,6 +44,7 @@ def measure_at(
     of: Examples | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """As :func:`measure`, for parameters ``(runs, P)`` and buffers that are known."""
+    end = "the end" if step == replay.steps else f"step {step}"
     return measured(
         replay.eager,
         theta,
@@ -51,12 +52,7 @@ def measure_at(
         question.queries if of is None else of,
         [int(number) for number in numbers],
         question.measurement,
-        places(replay, step),
+        [f"{end} of {run.path}" for run in replay.runs],
         replay.time(step),
         question.draws,
     )
-
-
-def places(replay: Replay, step: int) -> list[str]:
-    """Return what errors call the runs after a number of steps."""
-    return [f"{'the end' if step == replay.steps else f'step {step}'} of {run.path}" for run in replay.runs]

@@ -37,25 +37,19 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # the profiler otherwise says on the terminal that it starts and stops; it reads this when it is first used
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with _without_collection(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
+    was_enabled = gc.isenabled()
+    gc.disable()  # what garbage there is would be counted as if it came from the function when it is freed
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            function()
+    finally:
+        if was_enabled:
+            gc.enable()
     alive = peak = 0
     for event in sorted(record.events() or [], key=lambda event: event.time_range.start):
         alive += event.self_cpu_memory_usage
         peak = max(peak, alive)
     return peak
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Leave what garbage there is alone: what is freed would be counted as if it came from the function."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -96,12 +96,8 @@ class Objective:
         self.scale = scale
         groups = replay.hyperparameters(max(step - 1, 0))
         self._sign = self._descended(groups)
-        penalty = torch.cat(
-            [
-                self.theta.new_full((part.stop - part.start,), replay.update.update.penalty(group))
-                for part, group in zip(replay.update.slices, groups, strict=True)
-            ]
-        )
+        of_groups = [replay.update.update.penalty(group) for group in groups]
+        penalty = replay.update.by_parameter(self.theta.new_tensor(of_groups))
         if scale is not None:
             penalty = penalty * scale.square()
         self.penalty = penalty if decay is None else penalty + decay
@@ -177,7 +173,9 @@ class Objective:
             lambda some: self._replay.examples.collated([rows[row] for row in some]),
         )
 
-    def passes(self, what: str, each: Callable[[Pass], object]) -> Iterator[tuple[Tensor, float, Pass]]:
+    def passes(
+        self, what: str, each: Callable[[Pass], object], chosen: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, float, Pass]]:
         r"""Pass all examples through the module, batch by batch, and draw by draw where the loss draws random numbers.
 
         Where examples share nothing but a mean, batches are as large as the memory allows. Else they are as large as in
@@ -188,23 +186,25 @@ class Objective:
         Args:
             what: Is computed, for errors and for what is known of its memory.
             each: Computes it for a batch, when its memory is measured.
+            chosen: Which examples; all if not given.
 
         Yields:
             Which examples, what the pass's share of their sum is to be multiplied with, and the pass.
         """
-        for indices in self._batches(what, each):
-            for seed in self._seeds:
-                with self.passed(indices, seed) as one:
-                    yield indices, self._sign * len(indices) / len(self._seeds), one
+        for indices, seed, factor in self.parts(self._chunk(what, each), chosen):
+            with self.passed(indices, seed) as one:
+                yield indices, factor, one
 
-    def parts(self, largest: int) -> Iterator[tuple[Tensor, int | None, float]]:
-        """Yield which examples :meth:`passes` passes together, the seed of their draws, and the factor."""
-        for indices in self._batches("parts", lambda one: None) if not self._is_free else self._split(largest):
+    def parts(self, largest: int, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, int | None, float]]:
+        """Yield which examples :meth:`passes` passes together, the seed of their draws, and the factor.
+
+        Args:
+            largest: How many at once, at most, where it does not matter to the loss.
+            chosen: Which examples; all if not given.
+        """
+        for indices in self._batches(largest, chosen):
             for seed in self._seeds:
                 yield indices, seed, self._sign * len(indices) / len(self._seeds)
-
-    def _split(self, largest: int) -> tuple[Tensor, ...]:
-        return torch.arange(self.examples).split(min(largest, _LARGEST_CHUNK))
 
     def slopes(self, vectors: Tensor) -> Tensor:
         r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``."""
@@ -229,46 +229,33 @@ class Objective:
                 "Raise memory_budget."
             )
         chunk = max(1, int(self.memory / per_example))
-        if self._is_free:
-            for indices in torch.arange(self.examples).split(min(chunk, _LARGEST_CHUNK)):
-                total = self.theta.new_zeros(len(indices), self.size)
-                for seed in self._seeds:
-                    (rows,) = self._of_each(
-                        "gradients",
-                        indices,
-                        seed,
-                        lambda loss, outputs, parameters, extra: [_gradient(loss, parameters)],
-                    )
-                    total += rows * (self._sign / len(self._seeds))
-                yield indices, self._scaled(total)
-            return
-        for indices in self._batches("gradients", lambda one: None):
+        for indices in self._batches(chunk):
             for some in torch.arange(len(indices)).split(chunk):
                 total = self.theta.new_zeros(len(some), self.size)
                 for seed in self._seeds:
-                    with self.passed(indices, seed) as one:
-                        factor = self._sign * len(indices) / len(self._seeds)
-                        for place, row in enumerate(some.tolist()):
-                            total[place] += factor * self.layout.flatten(one.share_of(row))
+                    self._add_gradients(total, indices, some, seed)
                 yield indices[some], self._scaled(total)
+
+    def _add_gradients(self, total: Tensor, indices: Tensor, some: Tensor, seed: int | None) -> None:
+        """Add the gradients of a batch's losses at some places of it, of one draw, to ``total`` ``(B, P)``."""
+        if self._is_free:
+            (rows,) = self._of_each(
+                "gradients", indices, seed, lambda loss, outputs, parameters, extra: [_gradient(loss, parameters)]
+            )
+            total += rows * (self._sign / len(self._seeds))
+            return
+        with self.passed(indices, seed) as one:
+            factor = self._sign * len(indices) / len(self._seeds)
+            for place, row in enumerate(some.tolist()):
+                total[place] += factor * self.layout.flatten(one.share_of(row))
 
     def hessian_products(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the Hessian of L times each of ``vectors`` ``(Q, P)``, or that of the ``chosen`` examples' mean."""
-        scaled = self._scaled(vectors)
-        result = torch.zeros_like(vectors)
 
-        def product(one: Pass, vector: Tensor) -> Tensor:
-            return self.layout.flatten(one.products(self._parameters(vector))[0])
+        def product(one: Pass, direction: list[Tensor]) -> Tensor:
+            return self.layout.flatten(one.products(direction)[0])
 
-        if chosen is None:
-            parts = self.passes("Hessian products", lambda one: product(one, scaled[0]))
-        else:
-            parts = self._passes_of(chosen)
-        count = self.examples if chosen is None else len(chosen)
-        for _, factor, one in parts:
-            for number, vector in enumerate(scaled):
-                result[number] += factor / count * product(one, vector)
-        return self._scaled(result).addcmul_(vectors, self.penalty)
+        return self._products("Hessian products", product, vectors, chosen)
 
     def gauss_newton_products(self, vectors: Tensor) -> Tensor:
         r"""Return the Gauss-Newton matrix of L times each of ``vectors`` ``(Q, P)``.
@@ -278,17 +265,39 @@ class Objective:
 
         with what the loss has of the parameters beside the network's outputs, R: a penalty in ``training_step``.
         """
-        scaled = self._scaled(vectors)
-        result = torch.zeros_like(vectors)
 
-        def product(one: Pass, vector: Tensor) -> Tensor:
-            outputs, direction = one.outputs, self._parameters(vector)
+        def product(one: Pass, direction: list[Tensor]) -> Tensor:
+            outputs = one.outputs
             product = self.layout.flatten(outputs.pull(outputs.curve(outputs.push(direction))))
             return product if one.beyond is None else product + self.layout.flatten(one.curve_beyond(direction))
 
-        for _, factor, one in self.passes("Gauss-Newton products", lambda one: product(one, scaled[0])):
+        return self._products("Gauss-Newton products", product, vectors)
+
+    def fisher_products(self, vectors: Tensor) -> Tensor:
+        r"""Return the Fisher matrix of the training labels times each of ``vectors`` ``(Q, P)``.
+
+        .. math:: F = \frac1N \sum_n \nabla l_n \nabla l_n^\top + \operatorname{diag}(\gamma)
+        """
+
+        def product(one: Pass, direction: list[Tensor]) -> Tensor:
+            weights = one.terms(direction)
+            found = self.layout.flatten(one.weighted(weights))
+            found = found if one.beyond is None else found - self.layout.flatten(one.beyond)
+            # of a mean over B examples, each term and each gradient is one B-th
+            return self._sign * len(weights) * found
+
+        return self._products("Fisher products", product, vectors)
+
+    def _products(
+        self, what: str, product: Callable[[Pass, list[Tensor]], Tensor], vectors: Tensor, chosen: Tensor | None = None
+    ) -> Tensor:
+        """Return a matrix times each of ``vectors`` ``(Q, P)``: the mean of what it is of batches, and the decay."""
+        scaled = self._scaled(vectors)
+        result = torch.zeros_like(vectors)
+        count = self.examples if chosen is None else len(chosen)
+        for _, factor, one in self.passes(what, lambda one: product(one, self._parameters(scaled[0])), chosen):
             for number, vector in enumerate(scaled):
-                result[number] += factor / self.examples * product(one, vector)
+                result[number] += factor / count * product(one, self._parameters(vector))
         return self._scaled(result).addcmul_(vectors, self.penalty)
 
     # -- roots of the Gauss-Newton matrix
@@ -305,29 +314,11 @@ class Objective:
         with self.passed(torch.arange(1), self._seeds[0]) as one:
             return sum(part.numel() for part in one.outputs.gradient())
 
-    def fisher_products(self, vectors: Tensor) -> Tensor:
-        r"""Return the Fisher matrix of the training labels times each of ``vectors`` ``(Q, P)``.
-
-        .. math:: F = \frac1N \sum_n \nabla l_n \nabla l_n^\top + \operatorname{diag}(\gamma)
-        """
-        scaled = self._scaled(vectors)
-        result = torch.zeros_like(vectors)
-
-        def product(one: Pass, vector: Tensor) -> Tensor:
-            weights = one.terms(self._parameters(vector))
-            found = self.layout.flatten(one.weighted(weights))
-            return found if one.beyond is None else found - self.layout.flatten(one.beyond)
-
-        for _, factor, one in self.passes("Fisher products", lambda one: product(one, scaled[0])):
-            for number, vector in enumerate(scaled):
-                # of a mean over B examples, each term and each gradient is one B-th
-                result[number] += factor**2 * len(self._seeds) / self.examples * product(one, vector)
-        return self._scaled(result).addcmul_(vectors, self.penalty)
-
     @cached_property
     def lacks_curvature(self) -> str | None:
         """Why the Gauss-Newton matrix says nothing of the loss; ``None`` where it does. Seen on one batch."""
-        indices = self._batches("Gauss-Newton products", lambda one: one.outputs.gradient())[0][:_LOOKED_AT]
+        chunk = self._chunk("loss curvatures", lambda one: one.outputs.gradient())
+        indices = self._batches(chunk)[0][:_LOOKED_AT]
         generator = torch.Generator().manual_seed(0)
         curvatures = []
         with self.passed(indices, self._seeds[0]) as one:
@@ -360,9 +351,8 @@ class Objective:
                 total += hessians * (self._sign / len(self._seeds))
             except RuntimeError as error:
                 raise AttributionError(
-                    "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix "
-                    "has no "
-                    f'root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
+                    "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix has "
+                    f'no root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
                 ) from error
         values, vectors = torch.linalg.eigh(total)
         floor = -self.theta.new_tensor(torch.finfo(self.theta.dtype).eps).sqrt() * values.abs().amax()
@@ -479,23 +469,17 @@ class Objective:
         """
         if not self.has_root:
             raise AttributionError(
-                f"{what} needs a loss that is the mean of losses of single examples and draws nothing at random; "
-                "that of "
-                f"{type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
+                f"{what} needs a loss that is the mean of losses of single examples and draws nothing at random; that "
+                f"of {type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
                 'GaussNewton(solver="cg") or Hessian(...).'
             )
 
     @cached_property
     def _seeds(self) -> list[int | None]:
         """Of the draws of a loss that is random; one without a seed of any other."""
-        with self._replay.eager.replica.generators.kept():
-            before = self._states(0)
-            self._replay.eager.replica.generators.set(before)
-            with self._replay.eager.replica.passing(training=False):
-                self._replay.eager.replica.load(self.theta, self._buffers)
-                batch = self._replay.examples.collated(list(range(min(2, self.examples))))
-                self._replay.eager.replica.training_loss(batch, self._replay.time(self.step))
-            is_random = bool(drawn_from(before, self._replay.eager.replica.generators.states()))
+        before, generators = self._states(0), self._replay.eager.replica.generators
+        with self._loss(torch.arange(min(2, self.examples)), 0, nullcontext()):
+            is_random = bool(drawn_from(before, generators.states()))
         return list(self._draws.of(-1)[:_MOST_DRAWS]) if is_random else [None]
 
     def _states(self, seed: int) -> dict[str, Tensor]:
@@ -504,25 +488,22 @@ class Objective:
             generators.seed(seed)
             return generators.states()
 
-    def _batches(self, what: str, each: Callable[[Pass], object]) -> tuple[Tensor, ...]:
-        if not self._is_free:
-            order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(0))
-            return order.split(len(self.run.micro_batches(0)[0].indices))
-        return torch.arange(self.examples).split(self._chunk(what, each))
-
-    def _passes_of(self, chosen: Tensor) -> Iterator[tuple[Tensor, float, Pass]]:
-        size = len(chosen) if self._is_free else len(self.run.micro_batches(0)[0].indices)
-        for indices in chosen.split(min(size, _LARGEST_CHUNK)):
-            for seed in self._seeds:
-                with self.passed(indices, seed) as one:
-                    yield indices, self._sign * len(indices) / len(self._seeds), one
+    def _batches(self, largest: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Part examples into batches, of at most so many where their number does not matter to the loss."""
+        if self._is_free:
+            return (torch.arange(self.examples) if chosen is None else chosen).split(min(largest, _LARGEST_CHUNK))
+        if chosen is None:
+            chosen = torch.randperm(self.examples, generator=torch.Generator().manual_seed(0))
+        return chosen.split(len(self.run.micro_batches(0)[0].indices))
 
     def _chunk(self, what: str, each: Callable[[Pass], object]) -> int:
-        """Return how many examples at a time stay within the memory.
+        """Return how many examples at a time stay within the memory, where their number does not matter to the loss.
 
         Raises:
             AttributionError: If not even one does.
         """
+        if not self._is_free:
+            return self.examples
         if what not in self._chunks:
             # the module keeps what it needs for its outputs, per example; measured on two sizes, since much is shared
             def run(count: int) -> None:
@@ -531,7 +512,7 @@ class Objective:
 
             few, many = min(2, self.examples), min(8, self.examples)
             run(few)  # the first call keeps what is no part of a chunk
-            alone, more = (peak_memory(lambda n=n: run(n), self.theta.device) for n in (few, many))  # type: ignore[misc]
+            alone, more = (peak_memory(partial(run, n), self.theta.device) for n in (few, many))
             per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
             if alone > self.memory:
                 raise AttributionError(

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -93,13 +94,7 @@ class Way:
 
 
 def choose(
-    mode: Mode,
-    horizon: int | str | None,
-    budget: float,
-    queries: int,
-    removals: int,
-    reverse: Callable[[], Costs],
-    forward: Callable[[], Costs],
+    mode: Mode, horizon: int | str | None, budget: float, replay: Replay, queries: int, removals: Removals
 ) -> Costs:
     """Return the costs of the mode that is asked for; with ``"auto"``, of the one that takes fewer sweeps.
 
@@ -109,23 +104,23 @@ def choose(
         mode: As asked for.
         horizon: As asked for; ``"auto"`` is known to the reverse mode only.
         budget: Bytes.
+        replay: A run on which costs are measured.
         queries: Q.
-        removals: K.
-        reverse: Measures the costs of the reverse mode.
-        forward: Measures those of the forward mode.
+        removals: K of them.
     """
-    if mode != "auto":
-        return reverse() if mode == "reverse" else forward()
-    counts = f"{queries} queries against {removals} removals"
-    if horizon == "auto" or queries <= removals:
+    counts = f"{queries} queries against {len(removals)} removals"
+    if mode == "auto" and (horizon == "auto" or queries <= len(removals)):
         why = 'horizon="auto" needs adjoints' if horizon == "auto" else f"it pays for each query, {counts}"
         _log.info("Differentiating in reverse mode: %s.", why)
-        return reverse()
-    forwards = forward()
-    if not forwards.fit(budget):
-        return reverse()
-    _log.info("Differentiating in forward mode: it pays for each removal, %s.", counts)
-    return forwards
+        mode = "reverse"
+    if mode == "reverse":
+        return reverse_costs(replay, queries, removals)
+    costs = forward_costs(replay, queries, len(removals))
+    if mode == "auto":
+        if not costs.fit(budget):
+            return reverse_costs(replay, queries, removals)
+        _log.info("Differentiating in forward mode: it pays for each removal, %s.", counts)
+    return costs
 
 
 def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
@@ -142,9 +137,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         _, found = replay.directional(0, here, along, held, replay.no_statistics(cotangents))
         return found.products + direct
 
-    vector = replay.layout.size * replay.dtype.itemsize
-    states = sum(part[0].numel() for state in point.states for part in state.values()) * replay.dtype.itemsize
-    alone = _peak(lambda: step(replay, 1), replay)
+    alone = _peak(partial(step, replay, 1), replay)
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     responses = 2 * queries * len(removals) * replay.dtype.itemsize
@@ -152,8 +145,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         "reverse",
         queries,
         alone + _FEWEST_HELD * point_bytes(replay) + responses,
-        # adjoints of parameters and state, before and after the step, and the direction
-        2 * (vector + states) + vector + of_examples,
+        _vectors_bytes(replay) + of_examples,
         step,
     )
 
@@ -164,20 +156,26 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     def step(replay: Replay, directions: int) -> object:
         return replay.push(*example_position(replay, directions))
 
-    position, _ = example_position(replay, 1)
-    vector = replay.layout.size * replay.dtype.itemsize
-    states = sum(part[0].numel() for state in position.states for part in state.values()) * replay.dtype.itemsize
-    alone = _peak(lambda: step(replay, 1), replay)
+    alone = _peak(partial(step, replay, 1), replay)
     # the responses, which examples the removals have, and what the diagnosis holds
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
     per_run = alone + kept + _FEWEST_HELD * point_bytes(replay)
-    return Costs("forward", removals, per_run, 2 * (vector + states) + vector, step)
+    return Costs("forward", removals, per_run, _vectors_bytes(replay), step)
 
 
 def point_bytes(replay: Replay) -> float:
     """Return the bytes of a run's state at the start of a step, in double, as the diagnosis holds it."""
-    states = sum(part.shape[-1] for state in replay.checkpoint(0)[1] for part in state.values())
-    return (3 * replay.layout.size + states) * torch.float64.itemsize
+    return (3 * replay.layout.size + _state_size(replay)) * torch.float64.itemsize
+
+
+def _vectors_bytes(replay: Replay) -> float:
+    """Return the bytes of a direction's vectors: of parameters and state, before and after a step, and its own."""
+    return (3 * replay.layout.size + 2 * _state_size(replay)) * replay.dtype.itemsize
+
+
+def _state_size(replay: Replay) -> int:
+    """Return how many numbers a run's optimizer keeps."""
+    return sum(part.shape[-1] for state in replay.checkpoint(0)[1] for part in state.values())
 
 
 def held_steps(replay: Replay, way: Way, memory: float) -> float:
@@ -235,7 +233,7 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
     """Return the fastest number of runs of those that fit, stacked; ``None`` where none does."""
     alone = make(1).stack()
     costs.step(alone, 1)
-    peaks = [_peak(lambda n=n: costs.step(alone, n), alone) for n in (1, 2)]  # type: ignore[misc]
+    peaks = [_peak(partial(costs.step, alone, n), alone) for n in (1, 2)]
     per_direction = max(peaks[1] - peaks[0], 0) + costs.per_direction
     per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction)
     directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))

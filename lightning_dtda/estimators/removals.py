@@ -146,7 +146,11 @@ def resolve_removals(removals: Any, examples: Examples) -> Removals:
         if removals == LEAVE_ONE_OUT:
             return Removals(len(examples))
         if removals.startswith(COLUMN):
-            return _by_label(_column(removals, examples), f"removals={removals!r}", len(examples))
+            try:
+                labels = examples.column(removals.removeprefix(COLUMN))
+            except LookupError as error:
+                raise AttributionError(f"removals={removals!r}: {error.args[0]}") from error
+            return _by_label(labels, f"removals={removals!r}", len(examples))
         raise AttributionError(f"removals={removals!r}. {_FORMS}.")
     if isinstance(removals, Mapping):
         groups = tuple(_indices(group, f"group {str(name)!r}") for name, group in removals.items())
@@ -228,12 +232,3 @@ def _by_label(labels: Sequence[Any], where: str, examples: int) -> Removals:
     for number, label in enumerate(labels):
         members[label].append(number)
     return Removals(examples, tuple(map(tuple, members.values())), tuple(map(str, members)))
-
-
-def _column(removals: str, examples: Examples) -> list[Any]:
-    """Return what each example's item has at the key."""
-    key = removals.removeprefix(COLUMN)
-    try:
-        return examples.column(key)
-    except LookupError as error:
-        raise AttributionError(f"removals={removals!r}: {error.args[0]}") from error

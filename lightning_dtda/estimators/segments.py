@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.optimizers import State
 from lightning_dtda.replay import Replay
 from lightning_dtda.trajectory import Run
 
@@ -89,7 +90,7 @@ def segment(replay: Replay, first: int, last: int) -> Segment:
     preconditioners = _preconditioners(replay, middle)
     if preconditioners is None and len(totals.unique()) == 1 and not bool(decays.any()):
         return Segment(first, last, middle, float(totals[0]))
-    matrix = _by_parameter(replay, totals)
+    matrix = replay.update.by_parameter(totals).to(replay.device)
     if preconditioners is not None:
         matrix *= torch.cat(preconditioners)
     total = float(matrix.mean())
@@ -99,7 +100,7 @@ def segment(replay: Replay, first: int, last: int) -> Segment:
         middle,
         total,
         (matrix / total).sqrt().to(replay.dtype),
-        (_by_parameter(replay, decays) / total).to(replay.dtype) if bool(decays.any()) else None,
+        (replay.update.by_parameter(decays) / total).to(replay.device, replay.dtype) if bool(decays.any()) else None,
     )
 
 
@@ -120,26 +121,16 @@ def _rates(replay: Replay, first: int, last: int) -> Tensor:
     )
 
 
-def _by_parameter(replay: Replay, of_groups: Tensor) -> Tensor:
-    """Repeat a number of each group ``(groups,)`` for its parameters ``(P,)``."""
-    lengths = torch.tensor([part.stop - part.start for part in replay.update.slices])
-    return of_groups.repeat_interleave(lengths).to(replay.device)
-
-
 def _preconditioners(replay: Replay, step: int) -> list[Tensor] | None:
     """Return what the optimizer multiplies gradients by at a step, for each group; ``None`` for one."""
-    hyperparameters = replay.hyperparameters(step)
-    update = replay.update
-    if all(
-        update.update.preconditioner(state, group, step) is None
-        for state, group in zip(replay.checkpoint(0)[1], hyperparameters, strict=True)
-    ):
+    hyperparameters, update = replay.hyperparameters(step), replay.update
+
+    def found(states: Sequence[State]) -> list[Tensor]:
+        groups = zip(states, hyperparameters, strict=True)
+        of_groups = [update.update.preconditioner(state, group, step) for state, group in groups]
+        return [preconditioner[0].double() for preconditioner in of_groups if preconditioner is not None]
+
+    if not found(replay.checkpoint(0)[1]):
         return None
     point = replay.point(step)
-    _, states = update.step(point.theta, point.states, point.gradient, hyperparameters, step=step)
-    found = []
-    for state, group in zip(states, hyperparameters, strict=True):
-        preconditioner = update.update.preconditioner(state, group, step)
-        assert preconditioner is not None
-        found.append(preconditioner[0].double())
-    return found
+    return found(update.step(point.theta, point.states, point.gradient, hyperparameters, step=step)[1])

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.at_checkpoints import AtCheckpoints
+from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
 from lightning_dtda.estimators.curvatures.curvature import Curvature
-from lightning_dtda.estimators.curvatures.gauss_newton import GaussNewton
+from lightning_dtda.estimators.curvatures.gauss_newton import resolve_curvature
 from lightning_dtda.estimators.curvatures.spectrum import Function, fit_spectrum
-from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
-from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators.estimator import Plan, Question
+from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.segments import Segment, boundaries, segment
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
 
-_VECTORS = 8
-"""Vectors of P numbers that each query needs at once: its adjoint, that of the segment, and those of a product."""
 
-
-class Source(Estimator):
+class Source(CheckpointEstimator):
     r"""Responses of a training cut into segments, in each of which gradients and curvature are taken for stationary.
 
     With the mean training loss's Hessian :math:`H_l`, or a matrix in its place, and the examples' gradients at one step
@@ -69,6 +65,10 @@ class Source(Estimator):
         AttributionError: If an argument is out of range.
     """
 
+    arguments = ("segments", "curvature", "precision")
+    vectors = 8
+    """Vectors of P numbers that each query needs at once: its adjoint, that of the segment, and those of a product."""
+
     def __init__(
         self,
         segments: int | list[int] = 3,
@@ -76,66 +76,43 @@ class Source(Estimator):
         precision: Precision = "recorded",
         memory_budget: float = 1.0,
     ) -> None:
-        self._work = AtCheckpoints(precision, memory_budget)
+        super().__init__(precision, memory_budget)
         self.segments = _check_segments(segments)
-        if curvature is not None and not isinstance(curvature, Curvature):
-            raise AttributionError(f"curvature={curvature!r} is no Curvature. Give GaussNewton(), say.")
-        self.curvature = GaussNewton() if curvature is None else curvature
-        self.precision = precision
-        self.memory_budget = memory_budget
+        self.curvature = resolve_curvature(curvature)
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "segments": self.segments,
-            "curvature": self.curvature.settings(),
-            "precision": self.precision,
-        }
-
-    @override
-    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        # before any work, for what they may raise
+    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
         counts = [len(boundaries(self.segments, run, question.end(run.steps))) for run in runs]
-        each = sum(counts) / len(counts)
-        return self._work.plan(
-            runs, question, _VECTORS, lambda objective: each * (1 + self.curvature.passes(objective))
-        )
+        return sum(counts) / len(counts) * (1 + self.curvature.passes(objective))
 
     @override
-    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        return self._work.estimates(runs, question, advance, lambda replay: self._answer(replay, question, plan))[0]
-
-    def _answer(self, replay: Replay, question: Question, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-        """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
+    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
         run = replay.runs[0]
         cuts = boundaries(self.segments, run, question.end(run.steps))
         segments = [part for part in (segment(replay, first, last) for first, last in cuts) if part.total > 0]
         for part in segments:
             replay.check_step(part.middle)
-        baselines, responses = [], []
-        for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
-            values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
-            baselines.append(values[0])
-            adjoint, total = gradients[0], gradients.new_zeros(len(chunk), len(question.removals))
+
+        def respond(adjoint: Tensor) -> list[Tensor]:
+            total = adjoint.new_zeros(len(adjoint), len(question.examples))
             for part in reversed(segments):
                 slopes, adjoint = self._pull_back(replay, question, part, adjoint, is_first=part is segments[0])
-                total += question.removals.total(slopes)
-            responses.append(total)
-        found = torch.cat(responses)
-        if not bool(torch.isfinite(found).all()):
-            raise AttributionError(
-                f"The responses of {run.path} are not finite: along negative eigenvalues of "
-                f"{type(self.curvature).__name__} changes grew without bounds. Use GaussNewton(), which has none, or "
-                "more segments."
-            )
-        return torch.cat(baselines), [found]
+                total += slopes
+            if not bool(torch.isfinite(total).all()):
+                raise AttributionError(
+                    f"The responses of {run.path} are not finite: along negative eigenvalues of "
+                    f"{type(self.curvature).__name__} changes grew without bounds. Use GaussNewton(), which has none, "
+                    "or more segments."
+                )
+            return [total]
+
+        return answer_in_chunks(replay, question, plan, respond)
 
     def _pull_back(
         self, replay: Replay, question: Question, part: Segment, adjoint: Tensor, is_first: bool
     ) -> tuple[Tensor, Tensor]:
         """Return a segment's share of the responses ``(Q, N)``, and the adjoint ``(Q, P)`` before it, unless first."""
-        objective = self._work.objective(replay, part.middle, scale=part.scale, decay=part.decay, draws=question.draws)
+        objective = self.objective(replay, question, part.middle, scale=part.scale, decay=part.decay)
         spectrum = fit_spectrum(self.curvature, objective, "hence no matrix exponential")
         scaled = adjoint if part.scale is None else adjoint * part.scale
         slopes = objective.slopes(spectrum.apply(accumulated(part.total), scaled)) / objective.examples

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.at_checkpoints import AtCheckpoints
-from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator
+from lightning_dtda.estimators.estimator import Plan, Question
 from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
 
-_VECTORS = 3
-"""Vectors of P numbers that each query needs at once: its gradient, a group's part, and forward mode's own."""
 
-
-class TracIn(Estimator):
+class TracIn(CheckpointEstimator):
     r"""Responses by what each use of an example changed at once, with the gradients of recorded checkpoints.
 
     .. math:: r_k = \sum_{i} \Big( \sum_{t = t_i}^{t_{i+1} - 1} \eta_t c_{t,k} \Big)
@@ -48,6 +45,10 @@ class TracIn(Estimator):
         AttributionError: If an argument is out of range.
     """
 
+    arguments = ("checkpoints", "precision")
+    vectors = 3
+    """Vectors of P numbers that each query needs at once: its gradient, a group's part, and forward mode's own."""
+
     def __init__(
         self, checkpoints: int | None = None, precision: Precision = "recorded", memory_budget: float = 1.0
     ) -> None:
@@ -55,36 +56,21 @@ class TracIn(Estimator):
             isinstance(checkpoints, bool) or not isinstance(checkpoints, int) or checkpoints < 1
         ):
             raise AttributionError(f"checkpoints={checkpoints!r}; give a positive number, or None for all of them.")
-        self._work = AtCheckpoints(precision, memory_budget)
+        super().__init__(precision, memory_budget)
         self.checkpoints = checkpoints
-        self.precision = precision
-        self.memory_budget = memory_budget
 
     @override
-    def settings(self) -> dict[str, Any]:
-        return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "checkpoints": self.checkpoints,
-            "precision": self.precision,
-        }
+    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
+        return sum(len(self._segments(run, question)) for run in runs) / len(runs)
 
     @override
-    def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        counts = [len(self._segments(run, question)) for run in runs]  # before any work, for what they may raise
-        return self._work.plan(runs, question, _VECTORS, lambda _: sum(counts) / len(counts))
-
-    @override
-    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        return self._work.estimates(runs, question, advance, lambda replay: self._answer(replay, question, plan))[0]
-
-    def _answer(self, replay: Replay, question: Question, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-        """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
+    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
         chunks = torch.arange(len(question.queries)).split(plan.queries_per_chunk)
         baseline = torch.cat([measure(replay, question, chunk.tolist(), question.step)[0][0] for chunk in chunks])
         responses = baseline.new_zeros(len(question.queries), len(question.removals))
         for first, last in self._segments(replay.runs[0], question):
             replay.check_step(first)
-            objective = self._work.objective(replay, first, draws=question.draws)
+            objective = self.objective(replay, question, first)
             used = _used(replay, first, last)
             for chunk in chunks:
                 _, gradients, _ = measure(replay, question, chunk.tolist(), first)

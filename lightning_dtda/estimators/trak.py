@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.at_checkpoints import AtCheckpoints
+from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.curvatures.exact_hessian import DenseSpectrum
-from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.estimator import Plan, Question
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
@@ -22,9 +21,6 @@ from lightning_dtda.replay.measurements import loss
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
-_VECTORS = 2
-"""Vectors of P numbers that each query needs at once: its gradient, and one of the backward pass."""
-
 _MATRICES = 4
 """Matrices of k x k numbers that are held at once: the kernel, its eigenvectors, and the work of finding them."""
 
@@ -32,7 +28,7 @@ _GRADIENTS = 0.25
 """Share of the memory for gradients of losses; those of outputs take as much, features the rest."""
 
 
-class TRAK(Estimator):
+class TRAK(CheckpointEstimator):
     r"""Responses of a kernel machine whose features are gradients of the model's output, randomly projected.
 
     .. math:: r_k = \frac1N \phi_q^\top \left(\frac1N \Phi^\top \Phi + \delta\right)^{-1} \phi_k
@@ -69,6 +65,8 @@ class TRAK(Estimator):
         AttributionError: If an argument is out of range.
     """
 
+    arguments = ("projection", "damping", "seed", "precision")
+
     def __init__(
         self,
         projection: int | None = 2048,
@@ -77,22 +75,10 @@ class TRAK(Estimator):
         precision: Precision = "recorded",
         memory_budget: float = 1.0,
     ) -> None:
-        self._work = AtCheckpoints(precision, memory_budget)
+        super().__init__(precision, memory_budget)
         self.projection = check_dimension(projection)
         self.damping = check_damping(damping)
         self.seed = seed
-        self.precision = precision
-        self.memory_budget = memory_budget
-
-    @override
-    def settings(self) -> dict[str, Any]:
-        return {
-            "class": f"{type(self).__module__}.{type(self).__qualname__}",
-            "projection": self.projection,
-            "damping": self.damping,
-            "seed": self.seed,
-            "precision": self.precision,
-        }
 
     @override
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
@@ -101,7 +87,8 @@ class TRAK(Estimator):
                 'TRAK takes the measurement for the model\'s output, whose loss it is that is trained; the "loss" is '
                 'none. Give measurement="margin" for a classification, or "prediction" for a regression.'
             )
-        dimension = self._dimension(runs[0].layout.size)
+        size = runs[0].layout.size
+        dimension = size if self.projection is None else min(self.projection, size)
         examples = len(question.examples)
         itemsize = (runs[0].manifest.torch_dtype if self.precision == "recorded" else torch.float64).itemsize
         needed = (examples + _MATRICES * dimension) * dimension * itemsize
@@ -111,33 +98,26 @@ class TRAK(Estimator):
                 f"{human_bytes(needed)}, which may be half of memory_budget={self.memory_budget:g} GiB. Raise it, or "
                 "give a smaller projection."
             )
-        # gradients of losses and of outputs, each a forward and a backward pass
-        return self._work.plan(runs, question, _VECTORS, lambda _: 4.0)
+        return super().plan(runs, question)
 
     @override
-    def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        return self._work.estimates(runs, question, advance, lambda replay: self._answer(replay, question, plan))[0]
+    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
+        return 4.0  # gradients of losses and of outputs, each a forward and a backward pass
 
-    def _answer(self, replay: Replay, question: Question, plan: Plan) -> tuple[Tensor, list[Tensor]]:
-        """Return of one run m ``(Q,)``, and the responses ``(Q, K)``."""
-        objective = self._work.objective(replay, question.step, share=_GRADIENTS, draws=question.draws)
+    @override
+    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
+        objective = self.objective(replay, question, question.step, share=_GRADIENTS)
         replay.check_step(objective.step - 1)
         projection = projection_to(self.projection, objective.size, self.seed)
         features, slopes = _of_examples(replay, objective, question, projection)
         kernel = DenseSpectrum(features.T @ features / objective.examples, None)
         damping = self._resolved_damping(kernel.mean_eigenvalue)
         weighted = features.mul_((slopes / objective.examples)[:, None]).T
-        baselines, responses = [], []
-        for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
-            values, of_outputs, _ = measure(replay, question, chunk.tolist(), question.step)
-            baselines.append(values[0])
-            solution = kernel.solve(_projected(of_outputs[0], projection), damping).vectors
-            responses.append(question.removals.total(solution @ weighted))
-        return torch.cat(baselines), [torch.cat(responses)]
 
-    def _dimension(self, size: int) -> int:
-        """Return k for a number of parameters."""
-        return size if self.projection is None else min(self.projection, size)
+        def respond(of_outputs: Tensor) -> list[Tensor]:
+            return [kernel.solve(_projected(of_outputs, projection), damping).vectors @ weighted]
+
+        return answer_in_chunks(replay, question, plan, respond)
 
     def _resolved_damping(self, mean_eigenvalue: float) -> float:
         if self.damping != "auto":

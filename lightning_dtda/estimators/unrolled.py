@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from functools import partial
 from typing import Any
 
 import torch
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import diagnose
-from lightning_dtda.estimators.estimator import Advance, Diagnosis, Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.estimator import (
+    Advance,
+    Diagnosis,
+    Estimate,
+    Estimator,
+    Plan,
+    Question,
+    batches_of_equal_shape,
+)
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages
-from lightning_dtda.estimators.planning import (
-    Mode,
-    choose,
-    fastest_way,
-    forward_costs,
-    held_steps,
-    reverse_costs,
-)
+from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_steps
 from lightning_dtda.estimators.sweep import sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
@@ -111,18 +112,10 @@ class UnrolledDifferentiation(Estimator):
         Raises:
             AttributionError: If not even one query of one run fits the memory budget.
         """
-        queries, removals = len(question.queries), len(question.removals)
+        queries = len(question.queries)
         replay = self._replay(runs[:1], question)
         budget = self.memory_budget * GIB
-        costs = choose(
-            self.mode,
-            self.horizon,
-            budget,
-            queries,
-            removals,
-            lambda: reverse_costs(replay, queries, question.removals),
-            lambda: forward_costs(replay, queries, removals),
-        )
+        costs = choose(self.mode, self.horizon, budget, replay, queries, question.removals)
         if not costs.fit(budget):
             what = "removal" if costs.mode == "forward" else "query"
             raise AttributionError(
@@ -138,14 +131,10 @@ class UnrolledDifferentiation(Estimator):
             len(_alike(runs, len(runs))),
             steps,
         )
-        batches: list[tuple[Run, ...]] = []
-        for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
-            alike = list(group)
-            batches += [tuple(alike[start : start + way.runs]) for start in range(0, len(alike), way.runs)]
         is_forward = costs.mode == "forward"
         left = budget - way.runs * (costs.per_run + way.directions * way.per_direction)
         return Plan(
-            batches=tuple(batches),
+            batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
             memory=int(way.runs * (costs.per_run + way.directions * way.per_direction)),
             seconds=steps * -(-costs.directions // way.directions) * way.seconds,
@@ -156,8 +145,7 @@ class UnrolledDifferentiation(Estimator):
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
         """Sweep some runs: backwards, once for each chunk of queries, or forwards, once for each chunk of removals."""
-        replay = self._replay(runs, question).stack(plan.stacked)
-        replay.held = plan.held
+        replay = self._planned_replay(plan, question, runs)
         end = question.end(replay.steps)
         if plan.removals_per_chunk is not None:
             return self._estimate_forward(replay, question, plan, advance)
@@ -192,12 +180,14 @@ class UnrolledDifferentiation(Estimator):
         )
 
     def _diagnoses(self, runs: Sequence[Run], question: Question, plan: Plan) -> list[Diagnosis]:
-        def make(some: Sequence[Run], precision: Precision) -> Replay:
-            replay = self._replay(some, question, precision).stack(plan.stacked)
-            replay.held = plan.held
-            return replay
+        return diagnose(runs, partial(self._planned_replay, plan, question), question.end(runs[0].steps))
 
-        return diagnose(runs, make, question.end(runs[0].steps))
+    def _planned_replay(
+        self, plan: Plan, question: Question, runs: Sequence[Run], precision: Precision | None = None
+    ) -> Replay:
+        replay = self._replay(runs, question, precision).stack(plan.stacked)
+        replay.held = plan.held
+        return replay
 
     def _estimate_forward(self, replay: Replay, question: Question, plan: Plan, advance: Advance) -> Estimate:
         assert plan.removals_per_chunk is not None

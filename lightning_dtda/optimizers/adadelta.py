@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.arithmetic import add_product, add_scaled
-from lightning_dtda.optimizers.direction import direction, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import Descent
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 OF_DIRECTIONS, OF_UPDATES = "square_avg", "acc_delta"
 
 
-class Adadelta(Update):
+class Adadelta(Descent):
     r"""Adadelta (Zeiler, arXiv 1212.5701, algorithm 1) as torch computes it.
 
     With smoothing :math:`\rho` and :math:`h_t = \pm g_t + \gamma\theta_t`:
@@ -27,25 +28,16 @@ class Adadelta(Update):
         """Return zero averages."""
         return {OF_DIRECTIONS: torch.zeros_like(theta), OF_UPDATES: torch.zeros_like(theta)}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
         rho, eps = hyperparameters["rho"], hyperparameters["eps"]
-        h = direction(theta, gradient, hyperparameters)
         of_directions = add_product(state[OF_DIRECTIONS] * rho, h, h, 1 - rho)
         update = (state[OF_UPDATES] + eps).sqrt() / (of_directions + eps).sqrt() * h
         of_updates = add_product(state[OF_UPDATES] * rho, update, update, 1 - rho)
         moved = add_scaled(theta, update, -hyperparameters["lr"])
         return moved, {OF_DIRECTIONS: of_directions, OF_UPDATES: of_updates}
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay."""
-        return penalty(hyperparameters)
-
-    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta`."""
-        return float(hyperparameters["lr"])
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return the ratio of the roots, that of the updates with this step's among them."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.arithmetic import Scale, add_product, add_quotient, slope_of_root
-from lightning_dtda.optimizers.direction import decoupled_decay, direction, direction_adjoint, kept, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import DescentWithAdjoint
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 MEAN, SECOND_MOMENT, LARGEST = "exp_avg", "exp_avg_sq", "max_exp_avg_sq"
 
 
-class Adam(Update):
+class Adam(DescentWithAdjoint):
     r"""Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) as torch computes it, and its adjoint.
 
     With learning rate :math:`\eta`, weight decay :math:`\gamma` and :math:`h_t = \pm g_t + \gamma\theta_t`, or
@@ -41,75 +40,45 @@ class Adam(Update):
         names = [MEAN, SECOND_MOMENT, *([LARGEST] if hyperparameters.get("amsgrad") else [])]
         return {name: torch.zeros_like(theta) for name in names}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
-        settings = self._settings(hyperparameters)
-        new_state, root = _moments_and_root(state, direction(theta, gradient, settings), settings)
-        rate, correction = _corrections(settings, step)
-        denominator = root / correction + settings["eps"]
-        return add_quotient(kept(theta, settings), new_state[MEAN], denominator, -rate), new_state
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay, unless it is decoupled."""
-        return penalty(self._settings(hyperparameters))
-
-    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta`: the mean of gradients has weights that sum up to one."""
-        return float(hyperparameters["lr"])
+        new_state = _new_state(state, h, hyperparameters)
+        rate, correction = _corrections(hyperparameters, step)
+        denominator = _root(new_state) / correction + hyperparameters["eps"]
+        return add_quotient(theta, new_state[MEAN], denominator, -rate), new_state
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return one over the denominator of the update."""
-        root = state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
-        return 1 / (root / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
+        return 1 / (_root(state) / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
 
-    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta\gamma` where the decay is decoupled."""
-        return decoupled_decay(self._settings(hyperparameters))
-
-    def adjoint(
-        self,
-        theta: Tensor,
-        state: State,
-        gradient: Tensor,
-        hyperparameters: Hyperparameters,
-        theta_cotangent: Tensor,
-        state_cotangent: State,
-        *,
-        step: int,
-    ) -> tuple[Tensor, State, Tensor]:
-        """Return the cotangents of parameters, state and gradient before the step, each ``(..., P)``."""
-        settings = self._settings(hyperparameters)
-        beta1, beta2 = settings["betas.0"], settings["betas.1"]
-        h = direction(theta, gradient, settings)
-        new_state, root = _moments_and_root(state, h, settings)
-        rate, correction = _corrections(settings, step)
+    @override
+    def pull_back(
+        self, state: State, h: Tensor, hyperparameters: Hyperparameters, of_theta: Tensor, of_state: State, step: int
+    ) -> tuple[Tensor, State]:
+        beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
+        new_state = _new_state(state, h, hyperparameters)
+        root = _root(new_state)
+        rate, correction = _corrections(hyperparameters, step)
         # all that depends on the point alone has no dimension of queries yet: only what follows is expensive
-        denominator = root / correction + settings["eps"]
+        denominator = root / correction + hyperparameters["eps"]
         of_mean = -rate / denominator
         of_root = rate * new_state[MEAN] / (denominator.square() * correction)
         of_second_moment = of_root * slope_of_root(root)
 
-        mean = torch.addcmul(state_cotangent[MEAN], theta_cotangent, of_mean)
+        mean = torch.addcmul(of_state[MEAN], of_theta, of_mean)
         before: State = {}
         if LARGEST in state:
-            largest = torch.addcmul(state_cotangent[LARGEST], theta_cotangent, of_second_moment)
+            largest = torch.addcmul(of_state[LARGEST], of_theta, of_second_moment)
             is_largest = new_state[SECOND_MOMENT] >= state[LARGEST]
-            second_moment = state_cotangent[SECOND_MOMENT] + is_largest * largest
+            second_moment = of_state[SECOND_MOMENT] + is_largest * largest
             before[LARGEST] = ~is_largest * largest
         else:
-            second_moment = torch.addcmul(state_cotangent[SECOND_MOMENT], theta_cotangent, of_second_moment)
+            second_moment = torch.addcmul(of_state[SECOND_MOMENT], of_theta, of_second_moment)
         direction_cotangent = torch.addcmul(mean * (1 - beta1), second_moment, 2 * (1 - beta2) * h)
         before[MEAN], before[SECOND_MOMENT] = mean.mul_(beta1), second_moment.mul_(beta2)
-
-        theta_cotangent, gradient_cotangent = direction_adjoint(
-            kept(theta_cotangent, settings), direction_cotangent, settings
-        )
-        return theta_cotangent, before, gradient_cotangent
-
-    def _settings(self, hyperparameters: Hyperparameters) -> dict[str, Any]:
-        return {"decoupled_weight_decay": self.decoupled, **hyperparameters}
+        return direction_cotangent, before
 
 
 def moments(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
@@ -121,13 +90,16 @@ def moments(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
     }
 
 
-def _moments_and_root(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
-    """Return the new state, and the root of the second moment that the update divides by."""
+def _new_state(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
     new_state = moments(state, h, hyperparameters)
-    if LARGEST not in state:
-        return new_state, new_state[SECOND_MOMENT].sqrt()
-    new_state[LARGEST] = torch.maximum(state[LARGEST], new_state[SECOND_MOMENT])
-    return new_state, new_state[LARGEST].sqrt()
+    if LARGEST in state:
+        new_state[LARGEST] = torch.maximum(state[LARGEST], new_state[SECOND_MOMENT])
+    return new_state
+
+
+def _root(state: State) -> Tensor:
+    """Return the root of the second moment that the update divides by."""
+    return state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
 
 
 def _corrections(hyperparameters: Hyperparameters, step: int) -> tuple[Scale, Scale]:

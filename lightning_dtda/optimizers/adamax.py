@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.arithmetic import add_quotient
-from lightning_dtda.optimizers.direction import direction, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import Descent
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 MEAN, LARGEST = "exp_avg", "exp_inf"
 
 
-class Adamax(Update):
+class Adamax(Descent):
     r"""Adamax (Kingma and Ba, arXiv 1412.6980, algorithm 2) as torch computes it.
 
     With :math:`h_t = \pm g_t + \gamma\theta_t`:
@@ -26,24 +27,15 @@ class Adamax(Update):
         """Return zeros."""
         return {MEAN: torch.zeros_like(theta), LARGEST: torch.zeros_like(theta)}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
         beta1, beta2 = hyperparameters["betas.0"], hyperparameters["betas.1"]
-        h = direction(theta, gradient, hyperparameters)
         mean = torch.lerp(state[MEAN], h, 1 - beta1)
         largest = torch.maximum(state[LARGEST] * beta2, h.abs() + hyperparameters["eps"])
         rate = hyperparameters["lr"] / (1 - beta1 ** (step + 1))
         return add_quotient(theta, mean, largest, -rate), {MEAN: mean, LARGEST: largest}
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay."""
-        return penalty(hyperparameters)
-
-    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta`: the mean of gradients has weights that sum up to one."""
-        return float(hyperparameters["lr"])
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return one over the denominator of the update."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.arithmetic import Scale, add_scaled, same_for_all, scalar_dtype
-from lightning_dtda.optimizers.direction import direction, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import Descent
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 ETA = "eta"
 
 
-class ASGD(Update):
+class ASGD(Descent):
     r"""Averaged SGD (Polyak and Juditsky, *Acceleration of Stochastic Approximation by Averaging*, 1992) in torch.
 
     With the learning rate :math:`\eta` of the step before, and of the first step at that:
@@ -29,19 +30,15 @@ class ASGD(Update):
         rate = torch.zeros(*theta.shape[:-1], 1, dtype=scalar_dtype(), device=theta.device)
         return {ETA: rate.copy_(torch.as_tensor(hyperparameters["lr"]))}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
         rate = same_for_all(state[ETA].detach(), theta.dtype)
         decayed = theta * (1 - hyperparameters["lambd"] * rate)
-        moved = add_scaled(decayed, direction(theta, gradient, hyperparameters), -rate)
+        moved = add_scaled(decayed, h, -rate)
         later = torch.zeros_like(state[ETA]).copy_(torch.as_tensor(_rate(hyperparameters, step + 1)))
         return moved, {ETA: later}
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay."""
-        return penalty(hyperparameters)
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
         r"""Return :math:`\eta_t`, as if the learning rate were that of the step before."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,8 @@ class GroupedUpdate:
 
     def initial_states(self, theta: Tensor, hyperparameters: Sequence[Hyperparameters]) -> list[State]:
         """Return each group's optimizer state before the first step."""
-        return [
-            self.update.initial_state(theta[..., part], group)
-            for part, group in zip(self.slices, self._settings(hyperparameters), strict=True)
-        ]
+        arguments = self._of_groups(theta, self._settings(hyperparameters))
+        return [self.update.initial_state(*own) for own in arguments]
 
     def step(
         self,
@@ -42,10 +41,8 @@ class GroupedUpdate:
         step: int,
     ) -> tuple[Tensor, list[State]]:
         """Apply one optimizer step to ``theta`` ``(..., P)`` and each group's state."""
-        results = [
-            self.update.step(theta[..., part], state, gradient[..., part], group, step=step)
-            for part, state, group in zip(self.slices, states, self._settings(hyperparameters), strict=True)
-        ]
+        arguments = self._of_groups(theta, states, gradient, self._settings(hyperparameters))
+        results = [self.update.step(*own, step=step) for own in arguments]
         return _join([theta for theta, _ in results]), [state for _, state in results]
 
     def adjoint(
@@ -60,20 +57,10 @@ class GroupedUpdate:
         step: int,
     ) -> tuple[Tensor, list[State], Tensor]:
         """Pull cotangents ``(..., P)`` back through one step: of the parameters, the states and the gradient."""
-        results = [
-            self.update.adjoint(
-                theta[..., part],
-                state,
-                gradient[..., part],
-                group,
-                theta_cotangent[..., part],
-                cotangent,
-                step=step,
-            )
-            for part, state, group, cotangent in zip(
-                self.slices, states, self._settings(hyperparameters), state_cotangents, strict=True
-            )
-        ]
+        arguments = self._of_groups(
+            theta, states, gradient, self._settings(hyperparameters), theta_cotangent, state_cotangents
+        )
+        results = [self.update.adjoint(*own, step=step) for own in arguments]
         thetas, new_states, gradients = zip(*results, strict=True)
         return _join(thetas), list(new_states), _join(gradients)
 
@@ -90,22 +77,21 @@ class GroupedUpdate:
         step: int,
     ) -> tuple[Tensor, list[State]]:
         """Push tangents ``(..., P)`` forward through one step: to the parameters and the states after it."""
-        results = [
-            self.update.tangent(
-                theta[..., part],
-                state,
-                gradient[..., part],
-                group,
-                theta_tangent[..., part],
-                tangent,
-                gradient_tangent[..., part],
-                step=step,
-            )
-            for part, state, group, tangent in zip(
-                self.slices, states, self._settings(hyperparameters), state_tangents, strict=True
-            )
-        ]
+        arguments = self._of_groups(
+            theta, states, gradient, self._settings(hyperparameters), theta_tangent, state_tangents, gradient_tangent
+        )
+        results = [self.update.tangent(*own, step=step) for own in arguments]
         return _join([theta for theta, _ in results]), [state for _, state in results]
+
+    def by_parameter(self, of_groups: Tensor) -> Tensor:
+        """Repeat a number of each group ``(groups,)`` for its parameters ``(P,)``."""
+        sizes = torch.tensor([part.stop - part.start for part in self.slices], device=of_groups.device)
+        return of_groups.repeat_interleave(sizes)
+
+    def _of_groups(self, *arguments: Tensor | Sequence[Any]) -> Iterator[list[Any]]:
+        """Yield each group's part of vectors ``(..., P)``, and its element of lists that have one for each group."""
+        for number, part in enumerate(self.slices):
+            yield [each[..., part] if isinstance(each, Tensor) else each[number] for each in arguments]
 
     def _settings(self, hyperparameters: Sequence[Hyperparameters]) -> list[Hyperparameters]:
         return [

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.adam import MEAN, SECOND_MOMENT, moments
 from lightning_dtda.optimizers.arithmetic import add_quotient, root, same_for_all, scalar_dtype
-from lightning_dtda.optimizers.direction import decoupled_decay, direction, kept, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import Descent
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 MU_PRODUCT = "mu_product"
 
 
-class NAdam(Update):
+class NAdam(Descent):
     r"""NAdam (Dozat, *Incorporating Nesterov Momentum into Adam*, 2016, algorithm 2) as torch computes it.
 
     With Adam's moments :math:`m_{t+1}, v_{t+1}` of the directions :math:`h_t`, and momentum decay :math:`\psi`:
@@ -32,35 +33,22 @@ class NAdam(Update):
         product = torch.ones(*theta.shape[:-1], 1, dtype=scalar_dtype(), device=theta.device)
         return {MEAN: torch.zeros_like(theta), SECOND_MOMENT: torch.zeros_like(theta), MU_PRODUCT: product}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
         rate, beta1, beta2 = hyperparameters["lr"], hyperparameters["betas.0"], hyperparameters["betas.1"]
         decay = hyperparameters["momentum_decay"]
         now, later = (beta1 * (1.0 - 0.5 * 0.96 ** (t * decay)) for t in (step + 1, step + 2))
-        h = direction(theta, gradient, hyperparameters)
         product = state[MU_PRODUCT].detach()
         product = (product.to(scalar_dtype()) * now).to(product.dtype)  # rounded as by torch, in a double replay too
         new_state = moments(state, h, hyperparameters) | {MU_PRODUCT: product}
         so_far = same_for_all(product, theta.dtype)
         denominator = root(new_state[SECOND_MOMENT] / (1 - beta2 ** (step + 1))) + hyperparameters["eps"]
-        moved = add_quotient(kept(theta, hyperparameters), h, denominator, -rate * (1.0 - now) / (1.0 - so_far))
+        moved = add_quotient(theta, h, denominator, -rate * (1.0 - now) / (1.0 - so_far))
         return add_quotient(moved, new_state[MEAN], denominator, -rate * later / (1.0 - so_far * later)), new_state
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay, unless it is decoupled."""
-        return penalty(hyperparameters)
-
-    def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta`: a gradient's weights sum up to one, but for what :math:`\mu` grows meanwhile."""
-        return float(hyperparameters["lr"])
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return one over the denominator of the update."""
         corrected = state[SECOND_MOMENT] / (1 - hyperparameters["betas.1"] ** (step + 1))
         return 1 / (corrected.sqrt() + hyperparameters["eps"])
-
-    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta\gamma` where the decay is decoupled."""
-        return decoupled_decay(hyperparameters)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.adam import MEAN, SECOND_MOMENT, moments
 from lightning_dtda.optimizers.arithmetic import Scale, add_scaled, root
-from lightning_dtda.optimizers.direction import decoupled_decay, direction, kept, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import Descent
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 _KNOWN = 5.0
 """Length of the moving average from which on torch divides by its root; the paper has 4."""
 
 
-class RAdam(Update):
+class RAdam(Descent):
     r"""RAdam (Liu et al., arXiv 1908.03265, algorithm 2) as torch computes it.
 
     With Adam's moments :math:`m_{t+1}, v_{t+1}` of the directions :math:`h_t`,
@@ -33,19 +34,15 @@ class RAdam(Update):
         """Return zero moments."""
         return {MEAN: torch.zeros_like(theta), SECOND_MOMENT: torch.zeros_like(theta)}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
-        new_state = moments(state, direction(theta, gradient, hyperparameters), hyperparameters)
+        new_state = moments(state, h, hyperparameters)
         update = new_state[MEAN] / (1 - hyperparameters["betas.0"] ** (step + 1)) * hyperparameters["lr"]
         if _length(hyperparameters, step) > _KNOWN:
             update = update * _adaptive(new_state, hyperparameters, step) * _rectification(hyperparameters, step)
-        return add_scaled(kept(theta, hyperparameters), update, -1.0), new_state
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay, unless it is decoupled."""
-        return penalty(hyperparameters)
+        return add_scaled(theta, update, -1.0), new_state
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
         r"""Return :math:`\eta r_t`, or :math:`\eta` before: the mean of gradients has weights that sum up to one."""
@@ -57,10 +54,6 @@ class RAdam(Update):
         """Return what the update multiplies the mean with beside the rate: ones in the first steps."""
         is_known = _length(hyperparameters, step) > _KNOWN
         return _adaptive(state, hyperparameters, step) if is_known else torch.ones_like(state[SECOND_MOMENT])
-
-    def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta\gamma` where the decay is decoupled."""
-        return decoupled_decay(hyperparameters)
 
 
 def _longest(hyperparameters: Hyperparameters) -> Scale:

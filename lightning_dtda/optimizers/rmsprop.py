@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.arithmetic import add_product, add_quotient, add_scaled, is_nonzero, slope_of_root
-from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import DescentWithAdjoint
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 SECOND_MOMENT, MEAN, MOMENTUM_BUFFER = "square_avg", "grad_avg", "momentum_buffer"
 
 
-class RMSprop(Update):
+class RMSprop(DescentWithAdjoint):
     r"""RMSprop (Tieleman and Hinton, *Lecture 6.5*, 2012) as torch computes it, and its adjoint.
 
     With learning rate :math:`\eta`, smoothing :math:`\alpha`, momentum :math:`\mu`, weight decay :math:`\gamma` and
@@ -34,12 +35,12 @@ class RMSprop(Update):
         names += [MOMENTUM_BUFFER] if is_nonzero(hyperparameters["momentum"]) else []
         return {name: torch.zeros_like(theta) for name in names}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
-        h = direction(theta, gradient, hyperparameters)
-        new_state, root = _averages(state, h, hyperparameters)
+        new_state = _averages(state, h, hyperparameters)
+        root = _root(new_state)
         denominator = root + hyperparameters["eps"]
         rate = hyperparameters["lr"]
         if MOMENTUM_BUFFER not in state:
@@ -47,63 +48,51 @@ class RMSprop(Update):
         buffer = add_quotient(state[MOMENTUM_BUFFER] * hyperparameters["momentum"], h, denominator, 1)
         return add_scaled(theta, buffer, -rate), new_state | {MOMENTUM_BUFFER: buffer}
 
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay."""
-        return penalty(hyperparameters)
-
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
         r"""Return :math:`\eta / (1 - \mu)`."""
         return float(hyperparameters["lr"]) / (1 - float(hyperparameters["momentum"]))
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
         """Return one over the denominator of the update."""
-        variance = state[SECOND_MOMENT]
-        if MEAN in state:
-            variance = add_product(variance, state[MEAN], state[MEAN], -1)
-        return 1 / (variance.sqrt() + hyperparameters["eps"])
+        return 1 / (_root(state) + hyperparameters["eps"])
 
-    def adjoint(
-        self,
-        theta: Tensor,
-        state: State,
-        gradient: Tensor,
-        hyperparameters: Hyperparameters,
-        theta_cotangent: Tensor,
-        state_cotangent: State,
-        *,
-        step: int,
-    ) -> tuple[Tensor, State, Tensor]:
-        """Return the cotangents of parameters, state and gradient before the step, each ``(..., P)``."""
+    @override
+    def pull_back(
+        self, state: State, h: Tensor, hyperparameters: Hyperparameters, of_theta: Tensor, of_state: State, step: int
+    ) -> tuple[Tensor, State]:
         alpha = hyperparameters["alpha"]
-        h = direction(theta, gradient, hyperparameters)
-        new_state, root = _averages(state, h, hyperparameters)
+        new_state = _averages(state, h, hyperparameters)
+        root = _root(new_state)
         denominator = root + hyperparameters["eps"]
         # of the variance under the root, not yet of its two moments
         of_variance = -h / denominator.square() * slope_of_root(root)
 
         before: State = {}
-        update = -hyperparameters["lr"] * theta_cotangent
+        update = -hyperparameters["lr"] * of_theta
         if MOMENTUM_BUFFER in state:
-            update = update + state_cotangent[MOMENTUM_BUFFER]
+            update = update + of_state[MOMENTUM_BUFFER]
             before[MOMENTUM_BUFFER] = update * hyperparameters["momentum"]
-        second_moment = torch.addcmul(state_cotangent[SECOND_MOMENT], update, of_variance)
+        second_moment = torch.addcmul(of_state[SECOND_MOMENT], update, of_variance)
         direction_cotangent = update / denominator
         direction_cotangent = direction_cotangent.addcmul_(second_moment, 2 * (1 - alpha) * h)
         if MEAN in state:
-            mean = torch.addcmul(state_cotangent[MEAN], update, -2 * new_state[MEAN] * of_variance)
+            mean = torch.addcmul(of_state[MEAN], update, -2 * new_state[MEAN] * of_variance)
             direction_cotangent = direction_cotangent + (1 - alpha) * mean
             before[MEAN] = mean * alpha
         before[SECOND_MOMENT] = second_moment * alpha
-
-        theta_cotangent, gradient_cotangent = direction_adjoint(theta_cotangent, direction_cotangent, hyperparameters)
-        return theta_cotangent, before, gradient_cotangent
+        return direction_cotangent, before
 
 
-def _averages(state: State, h: Tensor, hyperparameters: Hyperparameters) -> tuple[State, Tensor]:
-    """Return the new averages, and the root of the variance that the update divides by."""
+def _averages(state: State, h: Tensor, hyperparameters: Hyperparameters) -> State:
+    """Return the new averages."""
     alpha = hyperparameters["alpha"]
-    second_moment = add_product(state[SECOND_MOMENT] * alpha, h, h, 1 - alpha)
-    if MEAN not in state:
-        return {SECOND_MOMENT: second_moment}, second_moment.sqrt()
-    mean = torch.lerp(state[MEAN], h, 1 - alpha)
-    return {SECOND_MOMENT: second_moment, MEAN: mean}, add_product(second_moment, mean, mean, -1).sqrt()
+    averages = {SECOND_MOMENT: add_product(state[SECOND_MOMENT] * alpha, h, h, 1 - alpha)}
+    return averages | ({MEAN: torch.lerp(state[MEAN], h, 1 - alpha)} if MEAN in state else {})
+
+
+def _root(averages: State) -> Tensor:
+    """Return the root of the variance that the update divides by."""
+    variance = averages[SECOND_MOMENT]
+    if MEAN in averages:
+        variance = add_product(variance, averages[MEAN], averages[MEAN], -1)
+    return variance.sqrt()

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.optimizers.arithmetic import add_scaled, is_nonzero
-from lightning_dtda.optimizers.direction import direction, direction_adjoint, penalty
-from lightning_dtda.optimizers.update import Hyperparameters, State, Update
+from lightning_dtda.optimizers.descent import DescentWithAdjoint
+from lightning_dtda.optimizers.update import Hyperparameters, State
 
 MOMENTUM_BUFFER = "momentum_buffer"
 
 
-class SGD(Update):
+class SGD(DescentWithAdjoint):
     r"""Stochastic gradient descent as ``torch.optim.SGD`` computes it, and its adjoint.
 
     With learning rate :math:`\eta`, momentum :math:`\mu`, dampening :math:`\tau` and weight decay :math:`\gamma`:
@@ -36,52 +37,36 @@ class SGD(Update):
         """Return a zero momentum buffer where momentum is used, else no state at all."""
         return {MOMENTUM_BUFFER: torch.zeros_like(theta)} if is_nonzero(hyperparameters["momentum"]) else {}
 
-    def step(
-        self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *, step: int
+    @override
+    def descend(
+        self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return the parameters ``(..., P)`` and the state after one step."""
-        h, momentum = direction(theta, gradient, hyperparameters), hyperparameters["momentum"]
         if MOMENTUM_BUFFER not in state:
             return add_scaled(theta, h, -hyperparameters["lr"]), {}
         intake = 1 - hyperparameters["dampening"]
+        momentum = hyperparameters["momentum"]
         buffer = h if step == 0 else add_scaled(state[MOMENTUM_BUFFER] * momentum, h, intake)
         update = add_scaled(h, buffer, momentum) if hyperparameters.get("nesterov") else buffer
         return add_scaled(theta, update, -hyperparameters["lr"]), {MOMENTUM_BUFFER: buffer}
-
-    def penalty(self, hyperparameters: Hyperparameters) -> float:
-        """Return the weight decay."""
-        return penalty(hyperparameters)
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
         r"""Return :math:`\eta (1 - \tau) / (1 - \mu)`, the sum of a geometric series; Nesterov's has the same."""
         rate, momentum = float(hyperparameters["lr"]), float(hyperparameters["momentum"])
         return rate * (1 - float(hyperparameters["dampening"])) / (1 - momentum) if momentum else rate
 
-    def adjoint(
-        self,
-        theta: Tensor,
-        state: State,
-        gradient: Tensor,
-        hyperparameters: Hyperparameters,
-        theta_cotangent: Tensor,
-        state_cotangent: State,
-        *,
-        step: int,
-    ) -> tuple[Tensor, State, Tensor]:
-        """Return the cotangents of parameters, state and gradient before the step, each ``(..., P)``."""
-        update = -hyperparameters["lr"] * theta_cotangent
-        before: State = {}
-        if MOMENTUM_BUFFER in state_cotangent:
-            momentum, buffer = hyperparameters["momentum"], state_cotangent[MOMENTUM_BUFFER]
-            intake = 1.0 if step == 0 else 1 - hyperparameters["dampening"]
-            if hyperparameters.get("nesterov"):
-                buffer = add_scaled(buffer, update, momentum)
-                direction_cotangent = add_scaled(update, buffer, intake)
-            else:
-                buffer = buffer + update
-                direction_cotangent = intake * buffer
-            before[MOMENTUM_BUFFER] = buffer * (0.0 if step == 0 else momentum)
+    @override
+    def pull_back(
+        self, state: State, h: Tensor, hyperparameters: Hyperparameters, of_theta: Tensor, of_state: State, step: int
+    ) -> tuple[Tensor, State]:
+        update = -hyperparameters["lr"] * of_theta
+        if MOMENTUM_BUFFER not in of_state:
+            return update, {}
+        momentum, buffer = hyperparameters["momentum"], of_state[MOMENTUM_BUFFER]
+        intake = 1.0 if step == 0 else 1 - hyperparameters["dampening"]
+        if hyperparameters.get("nesterov"):
+            buffer = add_scaled(buffer, update, momentum)
+            of_direction = add_scaled(update, buffer, intake)
         else:
-            direction_cotangent = update
-        theta_cotangent, gradient_cotangent = direction_adjoint(theta_cotangent, direction_cotangent, hyperparameters)
-        return theta_cotangent, before, gradient_cotangent
+            buffer = buffer + update
+            of_direction = intake * buffer
+        return of_direction, {MOMENTUM_BUFFER: buffer * (0.0 if step == 0 else momentum)}

@@ -75,8 +75,4 @@ def _sampler(sampler: Any, left: DataLoader[Any], generator: torch.Generator | N
 
 
 def _copied(generator: torch.Generator | None) -> torch.Generator | None:
-    if generator is None:
-        return None
-    copied = torch.Generator(generator.device)
-    copied.set_state(generator.get_state())
-    return copied
+    return None if generator is None else generator.clone_state()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
-import numpy as np
-import torch
 from typing_extensions import override
 
 from lightning_dtda.cluster import Lost, RayCluster
@@ -42,30 +40,8 @@ class RayEngine(Engine):
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
         # each a task of its own, so that nothing else is lost with its worker: that costs 3 ms, and Lightning takes
         # 50 ms for a fit of seven steps
-        for finished in self.cluster.run(functools.partial(_train, retraining), tasks):
-            yield [_outcome(task, sent) for task, sent in finished]
-
-
-class _Sent(NamedTuple):
-    """An outcome on its way: in double precision, which holds any other, since numpy has no bfloat16."""
-
-    measurements: np.ndarray | None
-    dtype: torch.dtype | None
-    failure: str | None
-
-
-def _train(retraining: Retraining, task: Task) -> _Sent:
-    outcome = train_one(retraining, task)
-    values = outcome.measurements
-    if values is None:
-        return _Sent(None, None, outcome.failure)
-    return _Sent(values.double().numpy(), values.dtype, outcome.failure)
-
-
-def _outcome(task: Task, sent: _Sent | Lost) -> Outcome:
-    if isinstance(sent, Lost):
-        return Outcome(task, None, sent.reason)
-    if sent.measurements is None:
-        return Outcome(task, None, sent.failure)
-    # copied: what Ray returns cannot be written to
-    return Outcome(task, torch.from_numpy(sent.measurements.copy()).to(sent.dtype), sent.failure)
+        for finished in self.cluster.run(functools.partial(train_one, retraining), tasks):
+            yield [
+                Outcome(task, None, outcome.reason) if isinstance(outcome, Lost) else outcome
+                for task, outcome in finished
+            ]

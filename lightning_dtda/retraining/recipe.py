@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -201,17 +202,6 @@ def _check_data(dataset: Any, expected: dict[str, Any] | None, seed: int) -> Non
         )
 
 
-@dataclass(frozen=True)
-class _Again:
-    """Makes a module of the hyperparameters that another one saved."""
-
-    module_class: type[pl.LightningModule]
-    hyperparameters: dict[str, Any]
-
-    def __call__(self) -> pl.LightningModule:
-        return self.module_class(**self.hyperparameters)
-
-
 def _maker(module: Any) -> Callable[[], pl.LightningModule]:
     if not isinstance(module, pl.LightningModule):
         if not callable(module):
@@ -219,7 +209,7 @@ def _maker(module: Any) -> Callable[[], pl.LightningModule]:
         return module
     kind = type(module)
     # LightningCLI adds _class_path and _instantiator
-    again = _Again(kind, {key: value for key, value in module.hparams.items() if not key.startswith("_")})
+    again = partial(kind, **{key: value for key, value in module.hparams.items() if not key.startswith("_")})
     give = f"Give a function that makes it: module=lambda: {kind.__name__}(...)."
     try:
         with isolate_rng():
@@ -228,12 +218,12 @@ def _maker(module: Any) -> Callable[[], pl.LightningModule]:
         arguments = ", ".join(list(inspect.signature(kind).parameters))
         raise RetrainingError(
             f"{kind.__name__}({arguments}) cannot be made again from its saved hyperparameters "
-            f"{sorted(again.hyperparameters)} ({type(error).__name__}: {error}). {give}"
+            f"{sorted(again.keywords)} ({type(error).__name__}: {error}). {give}"
         ) from error
     # the same layers with the same parameters; which values they have is up to the seed
     if _form(made) != _form(module):
         raise RetrainingError(
-            f"A {kind.__name__} that is made from its saved hyperparameters {sorted(again.hyperparameters)} is another "
+            f"A {kind.__name__} that is made from its saved hyperparameters {sorted(again.keywords)} is another "
             f"one than this: call self.save_hyperparameters() in its constructor, or {give[0].lower()}{give[1:]}"
         )
     return again

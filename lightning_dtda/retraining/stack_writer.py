@@ -13,7 +13,7 @@ from lightning_dtda.optimizers import State
 from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.recording.shard_buffer import shard_steps, step_records
 from lightning_dtda.retraining.stack_size import Footprint
-from lightning_dtda.retraining.stacked_training import Schedule, Taken
+from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
 from lightning_dtda.trajectory import MicroBatch, Run, RunWriter
 
 _IN_FLIGHT = 4
@@ -29,9 +29,7 @@ class StackWriter:
         reference: A run of the same ensemble that a recorder wrote: it has the same shape.
         schedule: Of the steps.
         interval: Steps between checkpoints.
-        orders: Data set indices of examples in order ``(runs, examples)``.
-        theta: Initial parameters ``(runs, P)``.
-        buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
+        start: What the stack begins with.
     """
 
     def __init__(
@@ -42,9 +40,7 @@ class StackWriter:
         reference: Run,
         schedule: Schedule,
         interval: int,
-        orders: Tensor,
-        theta: Tensor,
-        buffers: dict[str, Tensor],
+        start: Start,
     ) -> None:
         self._writers = writers
         self._rows = rows
@@ -55,14 +51,14 @@ class StackWriter:
         self._schedule = schedule
         self._interval = interval
         self._capacity = shard_steps(self._layout, self._gradient_dtype)
-        self._orders = orders
-        self._buffers = {name: buffer[rows].cpu() for name, buffer in buffers.items()}
+        self._orders = start.orders[rows]
+        self._buffers = {name: buffer[rows].cpu() for name, buffer in start.buffers.items()}
         # frozen parameters stand in the first checkpoint only
         self._repeated = reference.checkpoint(reference.steps).buffers.keys()
         self._first, self._steps, self._begun_examples = 0, 0, 0
         self._gradients: Tensor | None = None
         self._norms: list[Tensor] = []
-        self._checkpoint(theta[rows], [], self._buffers.keys())
+        self._checkpoint(start.theta[rows], [], self._buffers.keys())
 
     def after_step(self, taken: Taken) -> None:
         """Gather a step; write what is full or due."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder
+from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.retraining.another_seed import begun
+from lightning_dtda.retraining.dropping import without
 from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining
-from lightning_dtda.retraining.stacked_group import StackedGroup
+from lightning_dtda.retraining.stacks import Stacks, Training
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import train_one
 from lightning_dtda.retraining.watch import Watch
@@ -56,8 +62,7 @@ class StackedEngine(Engine):
         """Train what leaves the same number of examples: by the Trainer until one comes to its end, then in stacks."""
         remaining, watch = list(tasks), Watch()
         with tempfile.TemporaryDirectory() as directory:
-            reference: tuple[Task, Run] | None = None
-            while remaining and reference is None:
+            while remaining:
                 task = remaining.pop(0)
                 recorder = TrajectoryRecorder(directory, run=str(task), gradients="none")
                 recorder.runs_to_fit = 0  # the disk is for one of them only
@@ -66,12 +71,45 @@ class StackedEngine(Engine):
                 except RecordingError as error:
                     raise CannotStackError(str(error)) from error
                 yield [outcome]
-                if outcome.failure is None:
+                if outcome.failure is None and remaining:
+                    device = watch.device if retraining.device is None else retraining.device
                     reference = task, Run(Path(directory) / str(task))
-            if remaining and reference is not None:
-                device = watch.device if retraining.device is None else retraining.device
-                group = StackedGroup(retraining, loader, reference, device)
-                # of another seed, if there is one: what depends on the seed is to be found out
-                seed = reference[0].seed
-                group.check_another(next((task for task in remaining if task.seed != seed), remaining[0]))
-                yield from group.train(remaining, self.compile)
+                    yield from self._stacked(retraining, loader, reference, remaining, device)
+                    return
+
+    def _stacked(
+        self,
+        retraining: Retraining,
+        loader: DataLoader[Any],
+        reference: tuple[Task, Run],
+        tasks: Sequence[Task],
+        device: torch.device | str,
+    ) -> Iterator[list[Outcome]]:
+        """Train and measure tasks at once; the reference is one that the Trainer did, and its record."""
+        recipe, length = retraining.recipe, len(loader.dataset)  # type: ignore[arg-type]
+        assert recipe is not None
+        done, run = reference
+        thinned = without(loader, retraining.removed_in(done))
+        # of another seed, if there is one: what was read off the reference may have been its seed's own
+        another = next((task for task in tasks if task.seed != done.seed), tasks[0])
+
+        def training(task: Task) -> Training:
+            left = torch.ones(length, dtype=torch.bool)
+            left[list(retraining.removed_in(task))] = False
+            return Training(task.seed, left.nonzero()[:, 0])
+
+        def begin(seed: int) -> tuple[pl.LightningModule, DataLoader[Any]]:
+            pl.seed_everything(seed, workers=True, verbose=False)
+            return recipe.module(), without(thinned, ())
+
+        def fit(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
+            watched = replace(recipe, make_trainer=lambda: prepared(recipe.make_trainer()))
+            with quiet_lightning():
+                watched.fit(another.seed, retraining.removed_in(another), retraining.data)
+
+        stacks = Stacks(run, training(done).kept, begin, recipe.examples(loader), device)
+        with begun(another.seed, fit) as beginning:
+            stacks.check_another(beginning)
+        for numbers, theta, held in stacks.train([training(task) for task in tasks], self.compile):
+            found = retraining.measure(stacks.eager, theta, held, stacks.schedule.end)
+            yield [Outcome.measured(tasks[number], row) for number, row in zip(numbers, found, strict=True)]

@@ -28,9 +28,9 @@ from lightning_dtda.retraining.another_seed import begun
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stack_writer import StackWriter, footprint
 from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
-from lightning_dtda.retraining.stacks import Reference, Stacks, Training
+from lightning_dtda.retraining.stacks import Stacks, Training
 from lightning_dtda.retraining.watch import Watch
-from lightning_dtda.trajectory import Manifest, Run, RunWriter
+from lightning_dtda.trajectory import Run, RunWriter
 from lightning_dtda.trajectory.manifest import differences
 
 _log = logging.getLogger(__name__)
@@ -124,11 +124,7 @@ def record_stacked(
 
 
 def _record_reference(
-    make: MakeTraining,
-    recorder: TrajectoryRecorder,
-    missing: list[int],
-    watch: Watch,
-    finished: Callable[[int], None],
+    make: MakeTraining, recorder: TrajectoryRecorder, missing: list[int], watch: Watch, finished: Callable[[int], None]
 ) -> tuple[dict[int, str], Run | None]:
     """Record seeds by the Trainer, and take them from the missing, until one is complete."""
 
@@ -179,8 +175,7 @@ class _Stacking:
         _, loader, datamodule = self._begin(manifest.seed)
         examples = Examples(loader.dataset, loader.collate_fn, datamodule=datamodule)
         everything = torch.arange(manifest.configuration["dataset"]["length"])
-        of_all = Reference(Training(manifest.seed, everything), reference)
-        stacks = Stacks(of_all, lambda seed: self._begin(seed)[:2], examples, self._device)
+        stacks = Stacks(reference, everything, lambda seed: self._begin(seed)[:2], examples, self._device)
         self._check_another(stacks, seeds[-1])
 
         @contextmanager
@@ -241,12 +236,14 @@ class _Stacking:
     def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
         """Make the run directories."""
         checksums = self._reference.example_checksums
+        manifest = replace(self._reference.manifest, status="recording", reason=None, steps=0, examples=None)
         writers: list[RunWriter] = []
         try:
             for seed in seeds:
                 directory = self._recorder.root / run_name(seed)
                 make_directory(directory, overwrite=directory.exists())
-                writers.append(RunWriter(directory, _begun(self._reference.manifest, seed)))
+                # lists of its own: the writer appends to them
+                writers.append(RunWriter(directory, replace(manifest, seed=seed, shards=[], checkpoints=[])))
                 if checksums is not None:
                     writers[-1].add_examples(checksums)
         except BaseException:  # another process may have begun one of them meanwhile
@@ -259,18 +256,8 @@ class _Stacking:
             reference=self._reference,
             schedule=schedule,
             interval=self._interval,
-            orders=start.orders[rows],
-            theta=start.theta,
-            buffers=start.buffers,
+            start=start,
         )
-
-
-def _begun(manifest: Manifest, seed: int) -> Manifest:
-    """Return the manifest of another seed's run at its beginning."""
-    # lists of its own: the writer appends to them
-    return replace(
-        manifest, seed=seed, status="recording", reason=None, steps=0, shards=[], checkpoints=[], examples=None
-    )
 
 
 def _stop(writer: StackWriter, error: BaseException) -> None:

@@ -130,12 +130,7 @@ class StackedTraining:
     """
 
     def __init__(
-        self,
-        examples: Examples,
-        reference: Run,
-        schedule: Schedule,
-        gradient: StackedGradient,
-        device: torch.device,
+        self, examples: Examples, reference: Run, schedule: Schedule, gradient: StackedGradient, device: torch.device
     ) -> None:
         self._examples = examples
         self._reference = reference

@@ -61,19 +61,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Reference:
-    """A training that the Trainer did.
-
-    Args:
-        training: Which.
-        run: Its record.
-    """
-
-    training: Training
-    run: Run
-
-
-@dataclass(frozen=True)
 class Drawn:
     """What a seed gives.
 
@@ -97,7 +84,8 @@ class Stacks:
     """Makes, checks and sizes stacks.
 
     Args:
-        reference: A training by the Trainer; it is in every stack.
+        reference: The record of a training by the Trainer; it is in every stack.
+        kept: Data set indices of the examples that it was trained on.
         begin: Begins a training, without as many examples as the reference.
         examples: The training examples, all of them.
         device: Where to train.
@@ -107,26 +95,22 @@ class Stacks:
     """
 
     def __init__(
-        self,
-        reference: Reference,
-        begin: Begin,
-        examples: Examples,
-        device: torch.device | str,
+        self, reference: Run, kept: Tensor, begin: Begin, examples: Examples, device: torch.device | str
     ) -> None:
         self._reference = reference
         self.device = torch.device(device)
-        run, manifest = reference.run, reference.run.manifest
-        _refuse(run)
-        self.schedule = Schedule.of(run)
-        self._layout, self._examples = manifest.layout, examples
-        self._circumstances = Circumstances.of(manifest)
-        self._orders = BatchOrders(begin, run)
-        self._module, self._drawn = self._check(run)
+        _refuse(reference)
+        self._of_reference = Training(seed_of(reference), kept)
+        self.schedule = Schedule.of(reference)
+        self._layout, self._examples = reference.layout, examples
+        self._circumstances = Circumstances.of(reference.manifest)
+        self._orders = BatchOrders(begin, reference)
+        self._module, self._drawn = self._check(reference)
         self.eager = Eager(self._replica())
         """For measurements of what was trained."""
 
     def _replica(self) -> Replica:
-        dtype, datamodule = self._reference.run.manifest.torch_dtype, self._examples.datamodule
+        dtype, datamodule = self._reference.manifest.torch_dtype, self._examples.datamodule
         return Replica(self._module, self._layout, self._circumstances, dtype, self.device, datamodule=datamodule)
 
     def check_another(self, begun: Run) -> None:
@@ -184,7 +168,7 @@ class Stacks:
         """
         with kept_pages(self.device), torch.no_grad():
             gradient = self._gradient()
-            training = StackedTraining(self._examples, self._reference.run, self.schedule, gradient, self.device)
+            training = StackedTraining(self._examples, self._reference, self.schedule, gradient, self.device)
             size, seconds = self._fastest(training, gradient, len(trainings), largest, beside)
             stacks = math.ceil(len(trainings) / (size - 1))
             size = math.ceil(len(trainings) / stacks)
@@ -203,7 +187,7 @@ class Stacks:
                 numbers = range(begin, begin + len(stack))
                 # the last one as large as the others: another shape would be traced, and compiled, anew
                 filled = stack + [stack[-1]] * (size - len(stack))
-                start = self._start([self._reference.training, *filled])
+                start = self._start([self._of_reference, *filled])
                 try:
                     with watched(numbers, start) as taken:
                         theta, held = training.train(start, taken)
@@ -224,7 +208,7 @@ class Stacks:
 
     def _start(self, trainings: Sequence[Training]) -> Start:
         """Return what a stack of trainings begins with."""
-        drawn = {self._reference.training.seed: self._drawn}  # one seed is there for several subsets
+        drawn = {self._of_reference.seed: self._drawn}  # one seed is there for several subsets
         for training in trainings:
             if training.seed not in drawn:
                 drawn[training.seed] = self._draw(training.seed)[1]
@@ -239,7 +223,7 @@ class Stacks:
         self, training: StackedTraining, gradient: StackedGradient, trainings: int, largest: int, beside: Footprint
     ) -> tuple[int, float]:
         """Return how many at once, with the reference, are fastest for all, of those that fit, and a step's seconds."""
-        one = self._start([self._reference.training])
+        one = self._start([self._of_reference])
         batches = next(training.batches(one.orders, 0, 1))
 
         def step() -> Tensor:

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_dtda import Ensemble, TrajectoryRecorder
-from lightning_dtda.estimators import unrolled
+from lightning_dtda.estimators import planning
 from tests.estimators.baselines import STEPS, Classifier, classification
 
 
@@ -27,9 +27,9 @@ def take_100_mib(monkeypatch):
     """As if a pair of a run and a query, or a removal, took 100 MiB: two at a time fit 0.25 GiB."""
 
     def _take_100_mib(costs):
-        measured = getattr(unrolled, costs)
+        measured = getattr(planning, costs)
         monkeypatch.setattr(
-            unrolled, costs, lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20)
+            planning, costs, lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20)
         )
 
     return _take_100_mib

@@ -57,11 +57,10 @@ def test_a_query_that_is_a_training_example_has_a_cosine_of_one_with_itself(clas
 
 @pytest.mark.parametrize("estimator", [GradientDot, GradientCosine])
 def test_groups_and_chunks_add_up(classifiers, monkeypatch, estimator):
-    from lightning_dtda.estimators import gradient_products
 
     alone = ask(classifiers, estimator())
     size = classifiers[0].layout.size
-    monkeypatch.setattr(gradient_products, "_VECTORS", 2**29 / 8 / size)  # of 1 GiB: one query at a time
+    monkeypatch.setattr(estimator, "vectors", 2**29 / 8 / size)  # of 1 GiB: one query at a time
     groups = ask(classifiers, estimator(), removals=[[0, 3], [7]])
     expected = torch.stack([alone.responses[..., [0, 3]].sum(-1), alone.responses[..., 7]], -1)
     torch.testing.assert_close(groups.responses, expected, rtol=1e-12, atol=1e-14)

@@ -106,9 +106,10 @@ def test_a_group_is_the_sum_of_its_examples(converged):
 
 def test_queries_in_chunks_give_the_same(converged, monkeypatch):
     whole = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)))
-    from lightning_dtda.estimators import influence
 
-    monkeypatch.setattr(influence, "_VECTORS", 2**29 / 32)  # of a budget of 1 GiB: one query of 4 doubles at a time
+    monkeypatch.setattr(
+        InfluenceFunctions, "vectors", 2**29 / 32
+    )  # of a budget of 1 GiB: one query of 4 doubles at a time
     chunked = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)))
     torch.testing.assert_close(chunked.responses, whole.responses, rtol=1e-12, atol=1e-14)
 

@@ -335,11 +335,10 @@ def test_where_there_is_no_curvature_it_goes_on_for_the_length_of_the_training(f
 
 
 def test_groups_and_chunks_add_up(classifiers, monkeypatch):
-    from lightning_dtda.estimators import source
 
     alone = ask(classifiers, Source())
     size = classifiers[0].layout.size
-    monkeypatch.setattr(source, "_VECTORS", 2**29 / 8 / size)  # of 1 GiB: one query at a time
+    monkeypatch.setattr(Source, "vectors", 2**29 / 8 / size)  # of 1 GiB: one query at a time
     groups = ask(classifiers, Source(), removals=[[0, 3], [7]])
     expected = torch.stack([alone.responses[..., [0, 3]].sum(-1), alone.responses[..., 7]], -1)
     torch.testing.assert_close(groups.responses, expected, rtol=1e-10, atol=1e-12)

@@ -74,11 +74,10 @@ def test_for_losses_without_curvature_it_is_unrolled_differentiation(fit, tmp_pa
 
 
 def test_groups_and_chunks_add_up(classifiers, monkeypatch):
-    from lightning_dtda.estimators import tracin
 
     alone = ask(classifiers, TracIn())
     size = classifiers[0].layout.size
-    monkeypatch.setattr(tracin, "_VECTORS", 2**29 / 8 / size)  # of 1 GiB: one query at a time
+    monkeypatch.setattr(TracIn, "vectors", 2**29 / 8 / size)  # of 1 GiB: one query at a time
     groups = ask(classifiers, TracIn(), removals=[[0, 3], [7]])
     expected = torch.stack([alone.responses[..., [0, 3]].sum(-1), alone.responses[..., 7]], -1)
     torch.testing.assert_close(groups.responses, expected, rtol=1e-12, atol=1e-14)

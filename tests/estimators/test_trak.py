@@ -76,11 +76,10 @@ def test_for_squared_errors_it_is_twice_the_influence_function(fit, tmp_path):
 
 
 def test_groups_and_chunks_add_up(classifiers, monkeypatch):
-    from lightning_dtda.estimators import trak
 
     alone = ask(classifiers, TRAK(20))
     size = classifiers[0].layout.size
-    monkeypatch.setattr(trak, "_VECTORS", 2**29 / 8 / size)  # of 1 GiB: one query at a time
+    monkeypatch.setattr(TRAK, "vectors", 2**29 / 8 / size)  # of 1 GiB: one query at a time
     groups = ask(classifiers, TRAK(20), removals=[[0, 3], [7]])
     expected = torch.stack([alone.responses[..., [0, 3]].sum(-1), alone.responses[..., 7]], -1)
     torch.testing.assert_close(groups.responses, expected, rtol=1e-12, atol=1e-14)

@@ -59,7 +59,7 @@ def gauss_newton_diagonal(objective: Objective) -> Tensor:
             products = objective.gauss_newton_products(signs)
             total += (signs * products)[0] - objective.penalty
         return total.div_(_SAMPLES).clamp_min_(0)
-    layers, _ = outer_products(objective)
+    layers = outer_products(objective)
     plain = torch.ones(objective.size, dtype=torch.bool)
     for layer in layers:
         plain[layer.weight] = False

@@ -70,16 +70,6 @@ class DenseSpectrum(Spectrum):
         self.values, self._basis = torch.linalg.eigh(matrix)
         self.cutoff = default_cutoff(self.values) if cutoff is None else cutoff
 
-    @property
-    @override
-    def mean_eigenvalue(self) -> float:
-        return float(self.values.mean())
-
-    @property
-    @override
-    def largest_eigenvalue(self) -> float:
-        return float(self.values.abs().max())
-
     @override
     def apply(self, function: Function, vectors: Tensor) -> Tensor:
         return vectors @ self._basis * function(self.values) @ self._basis.T

@@ -11,20 +11,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.curvatures.curvature import (
-    Curvature,
-    Damping,
-    FittedCurvature,
-    Solution,
-    check_damping,
-)
+from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, FittedCurvature, Solution, check_damping
 from lightning_dtda.estimators.curvatures.exact_hessian import check_cutoff, default_cutoff
 from lightning_dtda.estimators.curvatures.root import Root
-from lightning_dtda.estimators.curvatures.solvers import (
-    check_iterations,
-    conjugate_gradients,
-    mean_eigenvalue,
-)
+from lightning_dtda.estimators.curvatures.solvers import check_iterations, conjugate_gradients, damped, mean_eigenvalue
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
@@ -104,7 +94,10 @@ class GaussNewton(Curvature):
             )
         is_auto = self.solver == "auto"
         use_gram = self.solver == "gram" or (
-            is_auto and objective.lacks_curvature is None and objective.has_root and fits_gram(objective)
+            is_auto
+            and objective.lacks_curvature is None
+            and objective.has_root
+            and gram_bytes(objective) <= objective.memory
         )
         if use_gram:
             return GramMatrix(objective, projection, self.cutoff)
@@ -116,15 +109,21 @@ class GaussNewton(Curvature):
         return 4.0 if self.solver != "cg" else 4.0 * (self.iterations or 20)
 
 
+def resolve_curvature(curvature: Curvature | None) -> Curvature:
+    """Return a curvature, :class:`GaussNewton` if none is given.
+
+    Raises:
+        AttributionError: If it is something else.
+    """
+    if curvature is not None and not isinstance(curvature, Curvature):
+        raise AttributionError(f"curvature={curvature!r} is no Curvature. Give GaussNewton(), say.")
+    return GaussNewton() if curvature is None else curvature
+
+
 def gram_bytes(objective: Objective) -> float:
     """Return the bytes that the Gram matrix takes, with those of the work on it."""
     rows = objective.examples * objective.outputs
     return (len(objective.penalty.unique()) + 2) * rows**2 * objective.theta.itemsize
-
-
-def fits_gram(objective: Objective) -> bool:
-    """Whether the Gram matrix fits the memory."""
-    return gram_bytes(objective) <= objective.memory
 
 
 _ROUNDING = 0.1
@@ -163,15 +162,11 @@ class ImplicitGaussNewton(FittedCurvature):
         self._of_objective, self._root, self._may_take_fisher = self._objective.fisher_products, None, False
 
     @cached_property
-    def _mean_eigenvalue(self) -> float:
+    @override
+    def mean_eigenvalue(self) -> float:
         if self._root is None:
             return mean_eigenvalue(self._products, self._objective.theta)
         return (self._root.trace() + float(self._objective.penalty.sum())) / self._objective.size
-
-    @property
-    @override
-    def mean_eigenvalue(self) -> float:
-        return self._mean_eigenvalue
 
     def _products(self, vectors: Tensor) -> Tensor:
         if self._root is None:
@@ -184,17 +179,14 @@ class ImplicitGaussNewton(FittedCurvature):
     @override
     def solve(self, vectors: Tensor, damping: float) -> Solution:
         projected = vectors if self._projection is None else self._projection.forward(vectors)
-
-        def damped(vectors: Tensor) -> Tensor:
-            return self._products(vectors).add_(vectors, alpha=damping)
-
+        products = damped(self._products, damping)
         try:
-            solution, residuals = conjugate_gradients(damped, projected, self._iterations, self._tolerance)
+            solution, residuals = conjugate_gradients(products, projected, self._iterations, self._tolerance)
         except AttributionError:
             if not self._may_take_fisher:
                 raise
             self._take_fisher("it is not positive")
-            solution, residuals = conjugate_gradients(damped, projected, self._iterations, self._tolerance)
+            return self.solve(vectors, damping)
         return Solution(solution if self._projection is None else self._projection.transpose(solution), residuals)
 
 
@@ -220,26 +212,19 @@ class GramMatrix(Spectrum):
         self._groups = groups if projection is None else groups.new_zeros(projection.dimension)
         self._grams = torch.stack([self._root.gram(self._groups == group) for group in range(len(self._penalties))])
         self._grams /= objective.examples
-        self._mean = (
-            float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(objective.penalty.sum())
-        ) / objective.size
-        self._given_cutoff = cutoff
+        self.cutoff = default_cutoff(self._grams[0, 0]) if cutoff is None else cutoff
 
     @property
     @override
     def mean_eigenvalue(self) -> float:
-        return self._mean
+        trace = float(self._grams.diagonal(dim1=1, dim2=2).sum()) + float(self._objective.penalty.sum())
+        return trace / self._objective.size
 
     @property
     @override
     def largest_eigenvalue(self) -> float:
         values, _ = self._decomposition
         return self._penalty + (float(values.max()) if len(values) else 0.0)
-
-    @property
-    def cutoff(self) -> float:  # type: ignore[override]
-        """The share of the largest eigenvalue that counts as zero."""
-        return default_cutoff(self._grams[0, 0]) if self._given_cutoff is None else self._given_cutoff
 
     @property
     def _penalty(self) -> float:
@@ -276,15 +261,15 @@ class GramMatrix(Spectrum):
     def solve(self, vectors: Tensor, damping: float) -> Solution:
         if damping == 0 and not bool(self._penalties.any()):
             return super().solve(vectors, damping)
-        damped = self._penalties + damping
-        if not bool((damped > 0).all()):
+        diagonal = self._penalties + damping
+        if not bool((diagonal > 0).all()):
             raise AttributionError(
                 f"The Gauss-Newton matrix of {self._objective.run.path} cannot be inverted with damping {damping:.3g}: "
-                f"damping and weight decay are {float(damped.min()):.3g} for some parameters. Give a larger damping."
+                f"damping and weight decay are {float(diagonal.min()):.3g} for some parameters. Give a larger damping."
             )
         vectors = vectors if self._projection is None else self._projection.forward(vectors)
-        scale = 1 / damped[self._groups]
-        gram = torch.einsum("gij,g->ij", self._grams, 1 / damped)
+        scale = 1 / diagonal[self._groups]
+        gram = torch.einsum("gij,g->ij", self._grams, 1 / diagonal)
         gram.diagonal().add_(1)
         # a third of the work of eigenvectors, and for many dampings still less
         factor, failed = torch.linalg.cholesky_ex(gram)

@@ -10,17 +10,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.curvatures.curvature import (
-    Curvature,
-    Damping,
-    FittedCurvature,
-    Solution,
-    check_damping,
-)
+from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, FittedCurvature, Solution, check_damping
 from lightning_dtda.estimators.curvatures.solvers import (
     Products,
     check_iterations,
     conjugate_gradients,
+    damped,
     largest_eigenvalue,
     lissa,
     mean_eigenvalue,
@@ -96,45 +91,37 @@ class ImplicitHessian(FittedCurvature):
         self._curvature = curvature
 
     @cached_property
-    def _mean_eigenvalue(self) -> float:
-        return mean_eigenvalue(self._objective.hessian_products, self._objective.theta)
-
-    @property
     @override
     def mean_eigenvalue(self) -> float:
-        return self._mean_eigenvalue
+        return mean_eigenvalue(self._objective.hessian_products, self._objective.theta)
 
     @override
     def solve(self, vectors: Tensor, damping: float) -> Solution:
         curvature, objective = self._curvature, self._objective
-
-        def damped(vectors: Tensor) -> Tensor:
-            return objective.hessian_products(vectors).add_(vectors, alpha=damping)
-
+        products = damped(objective.hessian_products, damping)
         if curvature.solver == "cg":
-            return Solution(*conjugate_gradients(damped, vectors, curvature.iterations, curvature.tolerance))
-        scale = largest_eigenvalue(damped, objective.theta)
-        depth = curvature.iterations
-        solution, residuals = lissa(
-            damped,
-            self._samples(damping),
-            vectors,
-            scale,
-            depth=depth,
-            repeats=curvature.repeats,
-            tolerance=curvature.tolerance,
+            return Solution(*conjugate_gradients(products, vectors, curvature.iterations, curvature.tolerance))
+        return Solution(
+            *lissa(
+                products,
+                damped(self._of_samples(), damping),
+                vectors,
+                largest_eigenvalue(products, objective.theta),
+                depth=curvature.iterations,
+                repeats=curvature.repeats,
+                tolerance=curvature.tolerance,
+            )
         )
-        return Solution(solution, residuals)
 
-    def _samples(self, damping: float) -> Products:
-        """Return products with the damped Hessian of a sample of the examples, another one each time."""
+    def _of_samples(self) -> Products:
+        """Return products with the Hessian of a sample of the examples, another one each time."""
         objective, size = self._objective, self._curvature.batch_size
         if size is None or size >= objective.examples:
-            return lambda vectors: objective.hessian_products(vectors).add_(vectors, alpha=damping)
+            return objective.hessian_products
         generator = torch.Generator().manual_seed(0)
 
         def product(vectors: Tensor) -> Tensor:
             drawn = torch.randperm(objective.examples, generator=generator)[:size]
-            return objective.hessian_products(vectors, drawn).add_(vectors, alpha=damping)
+            return objective.hessian_products(vectors, drawn)
 
         return product

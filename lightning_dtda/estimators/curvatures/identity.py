@@ -44,16 +44,6 @@ class DiagonalSpectrum(Spectrum):
         self.values = values
         self.cutoff = cutoff
 
-    @property
-    @override
-    def mean_eigenvalue(self) -> float:
-        return float(self.values.mean())
-
-    @property
-    @override
-    def largest_eigenvalue(self) -> float:
-        return float(self.values.abs().max())
-
     @override
     def apply(self, function: Function, vectors: Tensor) -> Tensor:
         return vectors * function(self.values)

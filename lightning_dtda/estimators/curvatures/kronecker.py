@@ -82,7 +82,15 @@ class KFAC(Curvature):
         rescale: bool = True,
         cache: str | Path | None = None,
     ) -> None:
-        _check(samples)
+        if samples is not None and samples < 1:
+            raise AttributionError(f"samples={samples}; give at least 1, or None for all outputs.")
+        try:
+            import curvlinops  # noqa: F401
+        except ImportError as error:
+            raise AttributionError(
+                f'Kronecker factors need curvlinops ({error}). pip install "lightning-dtda[kfac]", or use '
+                "GaussNewton()."
+            ) from error
         self.damping = check_damping(damping)
         self.samples = samples
         self.seed = seed
@@ -91,7 +99,33 @@ class KFAC(Curvature):
 
     @override
     def fit(self, objective: Objective) -> KroneckerSpectrum:
-        return _fit(objective, self)
+        if objective.scale is not None:
+            raise AttributionError(
+                f"The parameters of {objective.run.path} move at different rates: the optimizer scales each gradient's "
+                "entries, or parameter groups have learning rates of their own. Kronecker factors have no such matrix. "
+                "Use GaussNewton() or ExactHessian()."
+            )
+        module = objective.module
+        layers = [
+            layer
+            for layer in layers_of(objective, (nn.Linear, nn.Conv2d))
+            if _has_factors(module.get_submodule(layer.name))
+        ]
+        in_layers = {name for layer in layers for name in layer.parameters}
+        others = [name for name in objective.layout.names if name not in in_layers]
+        if others:
+            _log.info("The diagonal of the Gauss-Newton matrix stands for the curvature of %s.", ", ".join(others))
+        path = None if self.cache is None else _cache_file(objective, self)
+        tensors = None if path is None else _read(path)
+        if tensors is None:
+            tensors = _factors(objective, layers, self)
+            tensors["diagonal"] = gauss_newton_diagonal(objective) if others else torch.zeros_like(objective.theta)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
+        blocks = [_block(number, layer, tensors, objective) for number, layer in enumerate(layers)]
+        products = objective.gauss_newton_products if self.rescale else None
+        return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, products)
 
     @override
     def passes(self, objective: Objective) -> float:
@@ -149,18 +183,7 @@ class KroneckerSpectrum(Spectrum):
         for block in blocks:
             for part in (block.weight, *([] if block.bias is None else [block.bias])):
                 self._others[part] = False
-
-    @property
-    @override
-    def mean_eigenvalue(self) -> float:
-        total = float(self._diagonal[self._others].sum()) + sum(float(block.values.sum()) for block in self._blocks)
-        return total / len(self._diagonal)
-
-    @property
-    @override
-    def largest_eigenvalue(self) -> float:
-        parts = [block.values.flatten() for block in self._blocks]
-        return float(torch.cat([*parts, self._diagonal[self._others]]).abs().max())
+        self.values = torch.cat([diagonal[self._others], *(block.values.flatten() for block in blocks)])
 
     @override
     def solve(self, vectors: Tensor, damping: float) -> Solution:
@@ -187,48 +210,6 @@ class KroneckerSpectrum(Spectrum):
                 matrix = matrix[:, :, :-1]
             result[:, block.weight] = matrix.flatten(1)
         return result
-
-
-def _check(samples: int | None) -> None:
-    if samples is not None and samples < 1:
-        raise AttributionError(f"samples={samples}; give at least 1, or None for all outputs.")
-    try:
-        import curvlinops  # noqa: F401
-    except ImportError as error:
-        raise AttributionError(
-            f'Kronecker factors need curvlinops ({error}). pip install "lightning-dtda[kfac]", or use GaussNewton().'
-        ) from error
-
-
-def _fit(objective: Objective, curvature: KFAC) -> KroneckerSpectrum:
-    """Compute the blocks of a run, or read them from the cache."""
-    if objective.scale is not None:
-        raise AttributionError(
-            f"The parameters of {objective.run.path} move at different rates: the optimizer scales each gradient's "
-            "entries, or parameter groups have learning rates of their own. Kronecker factors have no such matrix. Use "
-            "GaussNewton() or ExactHessian()."
-        )
-    module = objective.module
-    layers = [
-        layer
-        for layer in layers_of(objective, (nn.Linear, nn.Conv2d))
-        if _has_factors(module.get_submodule(layer.name))
-    ]
-    in_layers = {name for layer in layers for name in layer.parameters}
-    others = [name for name in objective.layout.names if name not in in_layers]
-    if others:
-        _log.info("The diagonal of the Gauss-Newton matrix stands for the curvature of %s.", ", ".join(others))
-    path = None if curvature.cache is None else _cache_file(objective, curvature)
-    tensors = None if path is None else _read(path)
-    if tensors is None:
-        tensors = _factors(objective, layers, curvature)
-        tensors["diagonal"] = gauss_newton_diagonal(objective) if others else torch.zeros_like(objective.theta)
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
-    blocks = [_block(number, layer, tensors, objective) for number, layer in enumerate(layers)]
-    products = objective.gauss_newton_products if curvature.rescale else None
-    return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, products)
 
 
 def _has_factors(layer: nn.Module) -> bool:
@@ -352,17 +333,13 @@ class _Step(nn.Module):
                 vars(original).pop("forward", None)
 
     def _arriving(self, outputs: Outputs, column: Tensor, examples: int) -> list[Tensor]:
-        found, start = [], 0
-        for shape in outputs.shapes:
-            size = torch.Size(shape).numel() // examples
-            if shape[0] != examples:
-                raise AttributionError(
-                    f"The network's outputs have the shape {tuple(shape)} for {examples} examples, which Kronecker "
-                    "factors are not made of. Use GaussNewton() or Diagonal()."
-                )
-            found.append(column[:, start : start + size].reshape(shape))
-            start += size
-        return found
+        if others := [shape for shape in outputs.shapes if shape[0] != examples]:
+            raise AttributionError(
+                f"The network's outputs have the shape {tuple(others[0])} for {examples} examples, which Kronecker "
+                "factors are not made of. Use GaussNewton() or Diagonal()."
+            )
+        sizes = [torch.Size(shape).numel() // examples for shape in outputs.shapes]
+        return [part.reshape(shape) for part, shape in zip(column.split(sizes, 1), outputs.shapes, strict=True)]
 
 
 class _Columns:

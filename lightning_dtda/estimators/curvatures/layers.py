@@ -21,12 +21,14 @@ class Layer:
         weight: Where the weight lies in the parameters.
         bias: Where the bias lies, if it is trained.
         parameters: Names of both in the module.
+        outputs: The first dimension of the weight.
     """
 
     name: str
     weight: slice
     bias: slice | None
     parameters: tuple[str, ...]
+    outputs: int
 
 
 def layers_of(objective: Objective, kinds: Sequence[type[nn.Module]]) -> list[Layer]:
@@ -51,28 +53,27 @@ def layers_of(objective: Objective, kinds: Sequence[type[nn.Module]]) -> list[La
         has_bias = getattr(layer, "bias", None) is not None
         bias = own.get(id(layer.bias)) if has_bias else None
         parameters = (own[id(layer.weight)], *([] if bias is None else [bias]))
-        layers.append(Layer(name, places[parameters[0]], None if bias is None else places[bias], parameters))
+        layers.append(
+            Layer(name, places[parameters[0]], None if bias is None else places[bias], parameters, len(layer.weight))
+        )
     calls = objective.calls([layer.name for layer in layers])
     return [layer for layer in layers if len(calls[layer.name]) == 1]
 
 
-def outer_products(objective: Objective) -> tuple[list[Layer], list[int]]:
+def outer_products(objective: Objective) -> list[Layer]:
     r"""Find the linear layers by whose weight an output's derivative is an outer product, :math:`g_n a_n^\top`.
 
     Those are called with one vector for an example, and their weight is used nowhere else. Whether it is (a decoder
     with the transposed weight of its encoder would), is seen from the first example's derivatives.
-
-    Returns:
-        The layers, and how many outputs each has for an example.
     """
     if objective.scale is not None:
-        return [], []  # what is scaled entry by entry is no outer product any more
+        return []  # what is scaled entry by entry is no outer product any more
     candidates = layers_of(objective, (nn.Linear,))
     if not candidates:
-        return [], []
+        return []
     example = objective.root_rows(torch.arange(1), None, [layer.name for layer in candidates])
     tolerance = torch.finfo(objective.theta.dtype).eps ** 0.5
-    found, sizes = [], []
+    found = []
     for layer, (derivatives, inputs) in zip(candidates, example.layers, strict=True):
         whole = example.rows[:, layer.weight]
         # of an example with several positions, there are more derivatives and inputs than rows and columns
@@ -80,5 +81,4 @@ def outer_products(objective: Objective) -> tuple[list[Layer], list[int]]:
             products = (derivatives[:, :, None] * inputs[:, None, :]).flatten(1)
             if bool((products - whole).norm() <= tolerance * whole.norm()):
                 found.append(layer)
-                sizes.append(derivatives.shape[1])
-    return found, sizes
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,11 +100,11 @@ class Root:
         self.rows = objective.examples * objective.outputs
         self.size = objective.size if projection is None else projection.dimension
         self._projection = projection
-        self._layers, sizes = ([], []) if projection is not None else outer_products(objective)
+        self._layers = outer_products(objective) if projection is None else []
         # numbers that an example has in the factors of a layer
         factors = sum(
-            objective.outputs * size + (layer.weight.stop - layer.weight.start) // size
-            for layer, size in zip(self._layers, sizes, strict=True)
+            objective.outputs * layer.outputs + (layer.weight.stop - layer.weight.start) // layer.outputs
+            for layer in self._layers
         )
         most = _SHARE * objective.memory / objective.theta.itemsize
         if factors * objective.examples > most / 2:
@@ -124,12 +124,11 @@ class Root:
     @cached_property
     def _kept(self) -> tuple[list[OuterProducts], Tensor]:
         """The layers' columns, and all others ``(N * C, n)`` if they fit."""
-        objective, names = self.objective, [layer.name for layer in self._layers]
         columns = self._plain if self.is_kept else self._plain[:0]
-        plain = objective.theta.new_empty(self.rows, len(columns))
+        plain = self.objective.theta.new_empty(self.rows, len(columns))
         parts = []
-        for indices, rows, of_layers in objective.roots(self._columns(columns), names):
-            plain[self._place(indices)] = rows if self._projection is None else self._projection.forward(rows)
+        for place, rows, of_layers in self._rows(columns, [layer.name for layer in self._layers]):
+            plain[place] = rows
             parts.append(of_layers)
         factors = [[torch.cat(factor) for factor in zip(*of_one, strict=True)] for of_one in zip(*parts, strict=True)]
         found = [OuterProducts(layer.weight, *pair) for layer, pair in zip(self._layers, factors, strict=True)]
@@ -149,78 +148,71 @@ class Root:
         else:
             blocks = self._blocks(self._plain[columns])
         layers = [layer for layer in layers if chosen[layer.place.start]]
-        for examples in torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS)):
+        strips = torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS))
+        for examples in strips:
             first, last = int(examples[0]), int(examples[-1]) + 1
             for layer in layers:
-                self._add(result, first, last, layer.gram(slice(first, last), slice(first, None)))
+                self._add(result, self._place(examples), layer.gram(slice(first, last), slice(first, None)))
         for block in blocks:
-            for examples in torch.arange(self.objective.examples).split(-(-self.objective.examples // _STRIPS)):
-                first, last = int(examples[0]), int(examples[-1]) + 1
-                rows = slice(first * self.outputs, last * self.outputs)
-                self._add(result, first, last, block[rows] @ block[rows.start :].T)
+            for rows in map(self._place, strips):
+                self._add(result, rows, block[rows] @ block[rows.start :].T)
         return result
 
     def times(self, vectors: Tensor) -> Tensor:
         """Return A v ``(N * C, Q)`` for vectors ``(Q, P)``."""
-        layers, plain = self._kept
-        if self.is_kept:
-            result = plain @ self._of_plain(vectors).T
-        else:
-            result = torch.cat([part @ self._of_plain(vectors).T for _, part in self._parts()])
-        for layer in layers:
+        of_plain = vectors[:, self._plain] if self._layers else vectors
+        result = torch.cat([part @ of_plain.T for _, part in self._parts()])
+        for layer in self._kept[0]:
             result += layer.times(vectors[:, layer.place])
         return result
 
     def transposed(self, weights: Tensor) -> Tensor:
         """Return the products of the transpose with ``weights`` ``(N * C, Q)``, as ``(Q, P)``."""
-        layers, plain = self._kept
-        if self.is_kept:
-            of_plain = weights.T @ plain
-        else:
-            of_plain = weights.new_zeros(weights.shape[1], len(self._plain))
-            for rows, part in self._parts():
-                of_plain.addmm_(weights[rows].T, part)
-        if not layers:
+        of_plain = weights.new_zeros(weights.shape[1], len(self._plain))
+        for rows, part in self._parts():
+            of_plain.addmm_(weights[rows].T, part)
+        if not self._layers:
             return of_plain
         result = weights.new_empty(weights.shape[1], self.size)
         result[:, self._plain] = of_plain
-        for layer in layers:
+        for layer in self._kept[0]:
             result[:, layer.place] = layer.transposed(weights)
         return result
 
     def trace(self) -> float:
         r"""Return the trace of :math:`A^\top A / N`."""
-        layers, plain = self._kept
-        parts = [plain] if self.is_kept else (part for _, part in self._parts())
-        total = sum(float(part.square().sum()) for part in parts) + sum(layer.squared_norm() for layer in layers)
-        return total / self.objective.examples
+        of_plain = sum(float(part.square().sum()) for _, part in self._parts())
+        return (of_plain + sum(layer.squared_norm() for layer in self._kept[0])) / self.objective.examples
 
-    def _add(self, gram: Tensor, first: int, last: int, strip: Tensor) -> None:
+    def _add(self, gram: Tensor, rows: slice, strip: Tensor) -> None:
         """Add rows of some examples, from the diagonal on, and the columns that mirror them."""
-        start, stop = first * self.outputs, last * self.outputs
-        gram[start:stop, start:] += strip
-        gram[stop:, start:stop] += strip[:, stop - start :].T
-
-    def _columns(self, columns: Tensor) -> Tensor | None:
-        return columns if self._projection is None and len(columns) < self.size else None
-
-    def _of_plain(self, vectors: Tensor) -> Tensor:
-        return vectors[:, self._plain] if self._layers else vectors
+        gram[rows, rows.start :] += strip
+        gram[rows.stop :, rows] += strip[:, rows.stop - rows.start :].T
 
     def _place(self, indices: Tensor) -> slice:
         return slice(int(indices[0]) * self.outputs, (int(indices[-1]) + 1) * self.outputs)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the plain columns' rows of some examples at a time, and where they stand."""
-        for indices, rows, _ in self.objective.roots(self._columns(self._plain)):
-            yield self._place(indices), rows if self._projection is None else self._projection.forward(rows)
+        """Yield the plain columns' rows and where they stand: all at once if they are kept, else of some examples."""
+        if self.is_kept:
+            yield slice(None), self._kept[1]
+            return
+        for place, rows, _ in self._rows(self._plain):
+            yield place, rows
+
+    def _rows(
+        self, columns: Tensor, layers: Sequence[str] = ()
+    ) -> Iterator[tuple[slice, Tensor, list[tuple[Tensor, Tensor]]]]:
+        """Yield some columns' rows of some examples at a time, where they stand, and what ``roots`` has of layers."""
+        chosen = columns if self._projection is None and len(columns) < self.size else None
+        for indices, rows, of_layers in self.objective.roots(chosen, layers):
+            projected = rows if self._projection is None else self._projection.forward(rows)[:, columns]
+            yield self._place(indices), projected, of_layers
 
     def _blocks(self, columns: Tensor) -> Iterator[Tensor]:
         """Yield some of the plain columns ``(N * C, n)``, as many at once as the memory holds."""
         for chosen in columns.split(self._width):
             block = self.objective.theta.new_empty(self.rows, len(chosen))
-            for indices, rows, _ in self.objective.roots(self._columns(chosen)):
-                block[self._place(indices)] = (
-                    rows if self._projection is None else self._projection.forward(rows)[:, chosen]
-                )
+            for place, rows, _ in self._rows(chosen):
+                block[place] = rows
             yield block

@@ -12,6 +12,7 @@ from lightning_dtda.errors import AttributionError
 Products = Callable[[Tensor], Tensor]
 """Vectors ``(Q, P)`` to the matrix times each of them."""
 
+
 _SLACK = 2.0
 """How far a real residual may be above the recurrence's, which ended the iterations."""
 
@@ -29,6 +30,11 @@ _LONGEST = 10_000
 
 _TERMS = 100
 """Terms of a Neumann series between looks at its residual."""
+
+
+def damped(products: Products, damping: float) -> Products:
+    """Return products with a matrix to which a damping is added."""
+    return lambda vectors: products(vectors).add_(vectors, alpha=damping)
 
 
 def conjugate_gradients(

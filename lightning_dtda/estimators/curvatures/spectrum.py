@@ -32,11 +32,18 @@ class Spectrum(FittedCurvature):
     """
 
     cutoff: float
+    values: Tensor
+    """The eigenvalues ``(P,)``, unless the class has other means of knowing their mean and the largest one."""
 
     @property
-    @abstractmethod
+    @override
+    def mean_eigenvalue(self) -> float:
+        return float(self.values.mean())
+
+    @property
     def largest_eigenvalue(self) -> float:
         """The largest absolute eigenvalue."""
+        return float(self.values.abs().max())
 
     @abstractmethod
     def apply(self, function: Function, vectors: Tensor) -> Tensor:

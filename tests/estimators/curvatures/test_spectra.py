@@ -170,6 +170,16 @@ def test_projected_solutions_are_those_of_the_projected_matrix(trained, vectors,
         close(by_products.vectors, expected, 1e-6)
 
 
+@pytest.mark.parametrize("solver", ["gram", "cg"])
+def test_a_projected_root_that_does_not_fit_the_memory_is_computed_again(trained, vectors, monkeypatch, solver):
+    run = trained(Classifier())
+    objective, v = run.objective(), vectors(len(run.theta))
+    curvature = GaussNewton(solver, projection=20, seed=5, tolerance=1e-9)
+    held = curvature.fit(objective).solve(v, 0.1).vectors
+    monkeypatch.setattr(root, "_SHARE", 2e-6)
+    close(curvature.fit(objective).solve(v, 0.1).vectors, held, 1e-6)
+
+
 def test_a_model_of_no_more_parameters_than_dimensions_is_not_projected(trained, vectors):
     run = trained(Classifier(weight_decay=0.05, decayed_bias=False))
     v = vectors(len(run.theta))
