@@ -106,11 +106,13 @@ def estimate_forward(
     step = replay.steps if step is None else step
     chunks = membership.split(removals_per_chunk)
     baseline, responses = torch.empty(0), []
-    wanted = {step} | (set(replay.averaged_steps) if step == replay.steps else set())
+    averaged = set(replay.averaged_steps) if step == replay.steps else set()
     for chunk in chunks:
         average: Tangents | None = None
-        for position in forward_sweep(replay, chunk, wanted, start, lambda steps: advance(steps / len(chunks))):
-            if len(wanted) > 1 or replay.averaged_steps:
+        for position in forward_sweep(
+            replay, chunk, averaged | {step}, start, lambda steps: advance(steps / len(chunks))
+        ):
+            if averaged:
                 average = _added(replay, average, position)
             if position.step != step:
                 continue

@@ -73,7 +73,9 @@ class GradientCosine(CheckpointEstimator):
     def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
         objective = self.objective(replay, question, question.step)
         replay.check_step(objective.step - 1)
-        norms = torch.cat([gradients.norm(dim=1) for _, gradients in objective.gradients(held=1)])
+        norms = objective.theta.new_empty(objective.examples)
+        for indices, of_examples in objective.gradients(held=1):
+            norms[indices] = of_examples.norm(dim=1)
 
         def respond(gradients: Tensor) -> list[Tensor]:
             directions = gradients * _reciprocal(gradients.norm(dim=1, keepdim=True))

@@ -136,15 +136,15 @@ def _of_examples(
     r"""Return the examples' features ``(N, k)`` and :math:`\partial l / \partial f` ``(N,)``."""
     width = objective.size if projection is None else projection.dimension
     features = objective.theta.new_empty(objective.examples, width)
-    slopes = []
+    slopes = objective.theta.new_empty(objective.examples)
     # the outputs' gradients, their products with the losses', and the losses' from the chunk before
     for indices, of_losses in objective.gradients(held=3):
         _, found, _ = measure(replay, question, indices.tolist(), question.step, of=replay.examples)
         of_outputs = found[0]
         squares = of_outputs.square().sum(1)
-        slopes.append(torch.where(squares > 0, (of_losses * of_outputs).sum(1) / squares, 0))
-        features[int(indices[0]) : int(indices[-1]) + 1] = _projected(of_outputs, projection)
-    return features, torch.cat(slopes)
+        slopes[indices] = torch.where(squares > 0, (of_losses * of_outputs).sum(1) / squares, 0)
+        features[indices] = _projected(of_outputs, projection)
+    return features, slopes
 
 
 def _projected(gradients: Tensor, projection: Projection | None) -> Tensor:

@@ -19,6 +19,14 @@ class Classifier(_Classifier):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Weighted(Classifier):
+    """With weights of the classes, by whose sum over the batch torch divides."""
+
+    def training_step(self, batch, batch_idx):
+        weights = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], weight=weights)
+
+
 def classification(examples=EXAMPLES, seed=0):
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(examples, 4, generator=generator, dtype=torch.float64)
@@ -42,6 +50,6 @@ def written_out(run):
     return margins, losses
 
 
-def ask(ensemble, estimator, **arguments):
+def ask(ensemble, estimator, module=None, **arguments):
     asked = {"measurement": "margin", "progress": False, "queries": classification(QUERIES, seed=1)}
-    return attribute(ensemble, Classifier(), classification(), estimator=estimator, **(asked | arguments))
+    return attribute(ensemble, module or Classifier(), classification(), estimator=estimator, **(asked | arguments))

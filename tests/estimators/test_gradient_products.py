@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from lightning_dtda import InfluenceFunctions, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import GradientCosine, GradientDot, Identity
-from tests.estimators.baselines import QUERIES, Classifier, ask, classification, written_out
+from tests.estimators.baselines import QUERIES, Classifier, Weighted, ask, classification, written_out
 
 
 def expected(ensemble, step=None):
@@ -37,6 +37,13 @@ def test_it_is_the_influence_function_with_the_identity_for_a_curvature(classifi
 def test_the_cosine_is_that_of_the_gradients(classifiers):
     found = ask(classifiers, GradientCosine())
     for number, (_, of_queries, of_examples) in enumerate(expected(classifiers)):
+        cosines = torch.nn.functional.cosine_similarity(of_queries[:, None], of_examples[None], dim=2)
+        torch.testing.assert_close(found.responses[number], cosines, rtol=1e-10, atol=1e-12)
+
+
+def test_a_coefficient_in_the_loss_of_the_batch_leaves_the_cosine_as_it_is(weighted_classifiers):
+    found = ask(weighted_classifiers, GradientCosine(), Weighted())
+    for number, (_, of_queries, of_examples) in enumerate(expected(weighted_classifiers)):
         cosines = torch.nn.functional.cosine_similarity(of_queries[:, None], of_examples[None], dim=2)
         torch.testing.assert_close(found.responses[number], cosines, rtol=1e-10, atol=1e-12)
 

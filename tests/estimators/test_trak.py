@@ -10,7 +10,7 @@ from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, att
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import TRAK, GaussNewton
 from lightning_dtda.estimators.projection import Projection
-from tests.estimators.baselines import EXAMPLES, ask, classification, written_out
+from tests.estimators.baselines import EXAMPLES, Weighted, ask, classification, written_out
 from tests.estimators.test_influence import Ridge, regression
 
 
@@ -55,6 +55,18 @@ def test_responses_are_of_the_step_that_is_asked_for(classifiers):
     found = ask(classifiers, TRAK(None, 0.1), step=5)
     for number, run in enumerate(classifiers):
         torch.testing.assert_close(found.responses[number], written(run, None, 0.1, 5), rtol=1e-10, atol=1e-12)
+
+
+def test_coefficients_in_the_loss_of_the_batch_are_those_of_the_example(weighted_classifiers):
+    found = ask(weighted_classifiers, TRAK(None, 0.1), Weighted())
+    for number, run in enumerate(weighted_classifiers):
+        # 4 times the class's weight over the sum of the batch's, which is between 4 and 16
+        coefficients = found.responses[number] / written(run, None, 0.1)
+        torch.testing.assert_close(coefficients, coefficients[:1].expand_as(coefficients), rtol=1e-8, atol=0)
+        classes = classification().tensors[1]
+        of_class = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)[classes]
+        assert bool((coefficients[0] >= of_class / 4 - 1e-8).all())
+        assert bool((coefficients[0] <= of_class + 1e-8).all())
 
 
 def test_for_squared_errors_it_is_twice_the_influence_function(fit, tmp_path):

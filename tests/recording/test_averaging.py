@@ -85,16 +85,33 @@ def test_the_training_is_unchanged_to_the_bit(fit, tmp_path):
     assert "on_train_end" not in vars(average)  # the callback is given back as it was
 
 
-def test_an_earlier_step_is_that_of_the_training(fit, tmp_path):
+@pytest.mark.parametrize("mode", ["reverse", "forward"])
+def test_an_earlier_step_is_that_of_the_training(fit, tmp_path, mode):
     data = TensorDataset(*weighted_data())
     train(
-        fit, sgd(), *data.tensors, callbacks.EMAWeightAveraging(decay=0.7), TrajectoryRecorder(tmp_path), max_epochs=2
+        fit,
+        sgd(),
+        *data.tensors,
+        callbacks.EMAWeightAveraging(decay=0.7),
+        TrajectoryRecorder(tmp_path / "averaged"),
+        max_epochs=2,
     )
-    plain = train(fit, sgd(), *data.tensors, max_epochs=2, max_steps=4)
-    answer = attribute(
-        Ensemble.open(tmp_path), WeightedRegressor(sgd()), data, queries=TensorDataset(*QUERIES), step=4, progress=False
-    )
-    torch.testing.assert_close(answer.baseline[0], measured(plain, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
+    plain = train(fit, sgd(), *data.tensors, TrajectoryRecorder(tmp_path / "plain"), max_epochs=2, max_steps=4)
+
+    def answer(root, **arguments):
+        return attribute(
+            Ensemble.open(root),
+            WeightedRegressor(sgd()),
+            data,
+            queries=TensorDataset(*QUERIES),
+            estimator=UnrolledDifferentiation(mode=mode),
+            progress=False,
+            **arguments,
+        )
+
+    earlier = answer(tmp_path / "averaged", step=4)
+    torch.testing.assert_close(earlier.baseline[0], measured(plain, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(earlier.responses, answer(tmp_path / "plain").responses, rtol=1e-9, atol=1e-12)
 
 
 def test_statistics_that_are_taken_anew_are_refused(fit, tmp_path):
