@@ -137,14 +137,14 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         _, found = replay.directional(0, here, along, held, replay.no_statistics(cotangents))
         return found.products + direct
 
-    alone = _peak(partial(step, replay, 1), replay)
+    alone = _in_double(_peak(partial(step, replay, 1), replay), replay)
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     responses = 2 * queries * len(removals) * replay.dtype.itemsize
     return Costs(
         "reverse",
         queries,
-        alone + _FEWEST_HELD * point_bytes(replay) + responses,
+        alone + _fewest_held(replay) * point_bytes(replay) + responses,
         _vectors_bytes(replay) + of_examples,
         step,
     )
@@ -156,16 +156,30 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     def step(replay: Replay, directions: int) -> object:
         return replay.push(*example_position(replay, directions))
 
-    alone = _peak(partial(step, replay, 1), replay)
+    alone = _in_double(_peak(partial(step, replay, 1), replay), replay)
     # the responses, which examples the removals have, and what the diagnosis holds
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
-    per_run = alone + kept + _FEWEST_HELD * point_bytes(replay)
+    per_run = alone + kept + _fewest_held(replay) * point_bytes(replay)
     return Costs("forward", removals, per_run, _vectors_bytes(replay), step)
+
+
+def _in_double(memory: float, replay: Replay) -> float:
+    """Return what takes some bytes takes in double precision, in which the diagnosis computes as well."""
+    return memory * torch.float64.itemsize / replay.dtype.itemsize
 
 
 def point_bytes(replay: Replay) -> float:
     """Return the bytes of a run's state at the start of a step, in double, as the diagnosis holds it."""
     return (3 * replay.layout.size + _state_size(replay)) * torch.float64.itemsize
+
+
+def _fewest_held(replay: Replay) -> int:
+    """Return how many steps take as much memory as the fewest that are held, and the start of one piece of each size."""
+    return _FEWEST_HELD + max(0, math.ceil(math.log2(_longest(replay) / _FEWEST_HELD)))
+
+
+def _longest(replay: Replay) -> int:
+    return max(last - first for first, last in replay.segments)
 
 
 def _vectors_bytes(replay: Replay) -> float:
@@ -178,15 +192,20 @@ def _state_size(replay: Replay) -> int:
     return sum(part.shape[-1] for state in replay.checkpoint(0)[1] for part in state.values())
 
 
-def held_steps(replay: Replay, way: Way, memory: float) -> float:
-    """Return how many steps of each run are held, in the memory that is left for it.
+def held_steps(replay: Replay, way: Way, memory: float) -> int:
+    """Return how many steps of each run are held, in the memory that is left for more than the fewest.
 
     Where the gradients were recorded, a step is rebuilt by the optimizer's update alone. Beside the derivatives of a
     network that is not stacked this takes no time worth the memory.
     """
     if replay.rebuilds_from_gradients and not way.stacked:
         return _FEWEST_HELD
-    return _FEWEST_HELD + max(0, math.floor(memory / (way.runs * point_bytes(replay))))
+    return _fewest_held(replay) + max(0, math.floor(memory / (way.runs * point_bytes(replay))))
+
+
+def held_bytes(replay: Replay, way: Way, held: int) -> float:
+    """Return the bytes of the steps that are held beyond the fewest; no more than the longest segment has."""
+    return way.runs * max(0, min(held, _longest(replay)) - _fewest_held(replay)) * point_bytes(replay)
 
 
 def fastest_way(

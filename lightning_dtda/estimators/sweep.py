@@ -116,7 +116,7 @@ def unroll(
         statistics_adjoint = found.statistics_cotangents
         responses.scatter_add_(2, indices[:, None].expand(-1, adjoint.shape[1], -1), -found.terms)
         adjoint = found.products.add_(adjoint)
-        del found, of_gradient  # the next step takes the memory
+        del point, found, of_gradient  # the next step takes the memory
         if enter is not None:
             adjoint, statistics_adjoint = enter(step, adjoint, statistics_adjoint)
     return adjoint, state_adjoints, statistics_adjoint

@@ -22,7 +22,7 @@ from lightning_dtda.estimators.estimator import (
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages
-from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_steps
+from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_bytes, held_steps
 from lightning_dtda.estimators.sweep import sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
@@ -132,15 +132,17 @@ class UnrolledDifferentiation(Estimator):
             steps,
         )
         is_forward = costs.mode == "forward"
-        left = budget - way.runs * (costs.per_run + way.directions * way.per_direction)
+        memory = way.runs * (costs.per_run + way.directions * way.per_direction)
+        left = budget - memory
+        held = held_steps(replay, way, left)
         return Plan(
             batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
-            memory=int(way.runs * (costs.per_run + way.directions * way.per_direction)),
+            memory=int(memory + held_bytes(replay, way, held)),
             seconds=steps * -(-costs.directions // way.directions) * way.seconds,
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
-            held=held_steps(replay, way, left),
+            held=held,
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:

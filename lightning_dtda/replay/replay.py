@@ -421,28 +421,43 @@ class Replay:
         held = max(_FEWEST_HELD, self.held) if held is None else held
         steps = stop - first
         piece = steps if steps <= held else math.ceil(steps / min(held // 2, math.ceil(steps / (held // 2))))
-        begun, points, starts = theta, [], []
-        forward = not self.rebuilds_from_gradients
-        if forward:
-            self.expect(range(first, last if compare else stop))
-        for step in range(first, last if compare else stop):
-            if step < stop and piece < steps and (step - first) % piece == 0:
-                starts.append((step, theta, states, buffers))
+        points, starts = self._rebuilt(first, last if compare else stop, stop, piece, theta, states, buffers, compare)
+        if points:
+            self.expect(range(stop - 1, first - 1, -1))
+        while points:
+            yield first + len(points) - 1, points.pop()
+        left = max(_FEWEST_HELD, held - len(starts))
+        while starts:
+            begin = first + piece * (len(starts) - 1)
+            end = min(begin + piece, stop)
+            # not by names here, which would hold what the pieces inside are done with
+            yield from self._backwards(begin, end, end, *starts.pop(), held=left)
+
+    def _rebuilt(
+        self,
+        first: int,
+        last: int,
+        stop: int,
+        piece: int,
+        theta: Tensor,
+        states: list[State],
+        buffers: dict[str, Tensor],
+        compare: bool,
+    ) -> tuple[list[Point], list[tuple[Tensor, list[State], dict[str, Tensor]]]]:
+        """Return what the steps before ``stop`` start from, if they are one piece; else what each piece starts from."""
+        points, starts, begun = [], [], theta
+        if not self.rebuilds_from_gradients:
+            self.expect(range(first, last))
+        for step in range(first, last):
+            if step < stop and piece < stop - first and (step - first) % piece == 0:
+                starts.append((theta, states, buffers))
             point, buffers = self._point(step, theta, states, buffers)
-            if step < stop and piece == steps:
+            if step < stop and not starts:
                 points.append(point)
             theta, states = self._advance(step, point)
         if compare:
             self.compare(first, last, begun, theta)
-        if piece == steps:
-            self.expect(range(stop - 1, first - 1, -1))
-            for step in reversed(range(first, stop)):
-                yield step, points.pop()
-        left = held - len(starts)
-        while starts:
-            start, theta, states, buffers = starts.pop()
-            end = min(start + piece, stop)
-            yield from self._backwards(start, end, end, theta, states, buffers, held=max(_FEWEST_HELD, left))
+        return points, starts
 
     def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:
         """Compare what a replay came to at the end of a segment with the record.
