@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import DTDAError, RecordingError, ReplayError
+from lightning_dtda.replay.cut import nodes_behind
 from lightning_dtda.replay.eager import Eager, reduction, shared_by_examples
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import drops_out_inside
@@ -162,18 +163,11 @@ def _try_step(
 
 def _refuse_once_differentiable(gradient: Sequence[Tensor], name: str) -> None:
     """Refuse a gradient of which a part has no derivative: torch says so only on the way through that part."""
-    nodes: list[Any] = [part.grad_fn for part in gradient if part.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == _NO_DERIVATIVE:
-            raise RecordingError(
-                f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a kernel "
-                "of its own?), so that the gradient has no derivative. Use the same operation in plain torch."
-            )
-        following = [other for other, _ in node.next_functions if other is not None and other not in seen]
-        seen.update(following)
-        nodes.extend(following)
+    if any(node.name() == _NO_DERIVATIVE for node in nodes_behind(gradient)):
+        raise RecordingError(
+            f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a kernel "
+            "of its own?), so that the gradient has no derivative. Use the same operation in plain torch."
+        )
 
 
 def _unused_and_updated(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lightning_dtda.errors import ReplayError
-from lightning_dtda.replay.cut import Cuts, CutTensor, UnknownGraphError, edges_of, weigh, zeros
+from lightning_dtda.replay.cut import Cuts, CutTensor, UnknownGraphError, edges_of, weighed, zeros
 from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.replica import Replica
@@ -203,10 +203,8 @@ class Eager:
         name = type(self.replica.module).__name__
         if loss.grad_fn is None:
             raise ReplayError(f"The loss of {name}.training_step does not depend on the trained parameters.")
-        try:
+        with suppress(UnknownGraphError):
             return self.cuts.find(loss, inputs.examples)
-        except UnknownGraphError:
-            pass
         tried: list[tuple[Tensor, int]] = []
         with self.replica.keeping_buffers():
             cut = self.cuts.learn(loss, inputs.examples, self._others(inputs, tried), name)
@@ -276,15 +274,10 @@ class Eager:
                 of_loss = cut if number == 0 else self.cuts.find(loss, size)
             except UnknownGraphError:
                 continue
-            handles = weigh(of_loss, loss.new_zeros(size))
-            try:
-                gradients = grad(
-                    loss, replica.parameters, create_graph=number == 0, retain_graph=True, allow_unused=True
+            with weighed(of_loss, loss.new_zeros(size)):
+                found.append(
+                    grad(loss, replica.parameters, create_graph=number == 0, retain_graph=True, allow_unused=True)
                 )
-            finally:
-                for handle in handles:
-                    handle.remove()
-            found.append(gradients)
         tolerance = _TOLERANCE.get(replica.dtype, 1e-3)
         for parameter, name, *of_each in zip(replica.parameters, replica.layout.names, *found, strict=True):
             beyond = [zeros(one, parameter) for one in of_each]
@@ -298,10 +291,9 @@ class Eager:
             if depends:
                 raise ReplayError(
                     f"The gradient of parameter {name} depends on the examples of a batch, but on none of them "
-                    "alone: it "
-                    "weighs what was summed over all of them (a learned weight between two losses, a temperature of "
-                    "their similarities). Which part an example has in it cannot be told. Freeze the parameter, or use "
-                    "it before the sum over examples."
+                    "alone: it weighs what was summed over all of them (a learned weight between two losses, a "
+                    "temperature of their similarities). Which part an example has in it cannot be told. Freeze the "
+                    "parameter, or use it before the sum over examples."
                 )
 
     def _parameters(self, vector: Tensor) -> list[Tensor]:

@@ -247,8 +247,7 @@ def step_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ReplayError(
             f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor of one "
-            "number, "
-            'or a dict with it under "loss").'
+            'number, or a dict with it under "loss").'
         )
     return loss.reshape(())
 

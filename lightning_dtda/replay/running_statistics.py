@@ -7,7 +7,7 @@ acts on them through the parameters, and a trained model is measured with them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -70,15 +70,10 @@ class RunningStatistics:
 
             return hook
 
-        handles = [
-            layer.register_forward_pre_hook(hook_of(name, layer), with_kwargs=True)
-            for name, layer in self._layers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(hook_of(name, layer), with_kwargs=True))
             yield after
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def exposed(self, statistics: Mapping[str, Tensor]) -> Iterator[None]:
@@ -107,14 +102,10 @@ class RunningStatistics:
 
             return hook
 
-        handles = [
-            layer.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in self._layers.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(hook_of(name), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _join(name: str, kind: str) -> str:
