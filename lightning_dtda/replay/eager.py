@@ -70,7 +70,7 @@ class Eager:
         for run, passes in enumerate(batch.passes):
             current = _of_run(buffers, run)
             total = torch.zeros_like(theta[run])
-            for part, inputs in _parts(passes):
+            for part, inputs in parts_of(passes):
                 of_examples = None if weights is None else weights[run, part]
                 with self.passed(inputs, theta[run], current, of_examples, create_graph=False) as one:
                     total += inputs.factor * self.replica.layout.flatten(one.gradient)
@@ -104,7 +104,7 @@ class Eager:
         gradient = torch.zeros_like(theta)
         before = {name: cotangents.clone() for name, cotangents in statistics_cotangents.items()}
         for run, passes in enumerate(batch.passes):
-            for part, inputs in reversed(list(_parts(passes))):
+            for part, inputs in reversed(list(parts_of(passes))):
                 with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
                     for query in range(queries):
                         along = directions[run, query]
@@ -143,7 +143,7 @@ class Eager:
             return {}
         after = {name: tangent.clone() for name, tangent in before.items()}
         for run, passes in enumerate(batch.passes):
-            for _, inputs in _parts(passes):
+            for _, inputs in parts_of(passes):
                 if not inputs.keeps_statistics:
                     continue
                 with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
@@ -180,19 +180,31 @@ class Eager:
             training: Whether the module is in training mode.
         """
         replica = self.replica
-        if weights is None:
-            weights = theta.new_ones(inputs.examples)
-        weights = weights.detach().requires_grad_(create_graph)
-        names = self.statistics.names if training else []
-        before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
         with replica.generators.kept(), replica.passing(training=training, twice=create_graph):
             replica.load(theta, {name: tensor.detach() for name, tensor in buffers.items()})
-            followed: AbstractContextManager[dict[str, Tensor]]
-            followed = self.statistics.followed(before) if training else nullcontext({})
-            with followed as after:
-                loss = replica.training_loss(inputs.batch() if batch is None else batch, inputs.time, inputs.states)
-            cut = self.cut(loss, inputs)
-            yield Pass(loss, cut, replica.parameters, weights, before, after, create_graph)
+            batch = inputs.batch() if batch is None else batch
+            yield self._pass(inputs, batch, replica.parameters, buffers, weights, create_graph, training)
+
+    def _pass(
+        self,
+        inputs: MicroBatchInputs,
+        batch: Any,
+        parameters: list[Tensor],
+        buffers: Mapping[str, Tensor],
+        weights: Tensor | None,
+        create_graph: bool,
+        training: bool = True,
+    ) -> Pass:
+        """Run ``training_step`` with the parameters and buffers that the module holds."""
+        weights = parameters[0].new_ones(inputs.examples) if weights is None else weights
+        names = self.statistics.names if training else []
+        before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
+        followed: AbstractContextManager[dict[str, Tensor]]
+        followed = self.statistics.followed(before) if training else nullcontext({})
+        with followed as after:
+            loss = self.replica.training_loss(batch, inputs.time, inputs.states)
+        weights = weights.detach().requires_grad_(create_graph)
+        return Pass(loss, self.cut(loss, inputs), parameters, weights, before, after, create_graph)
 
     def cut(self, loss: Tensor, inputs: MicroBatchInputs) -> list[CutTensor]:
         """Return the tensors at which weights act; found by leaving examples out where the graph is a new one.
@@ -238,30 +250,18 @@ class Eager:
         direction = self._parameters(_direction(self.replica.layout.flatten(self.replica.parameters)))
         for position, batch in inputs.replaced():
             other = self.replica.training_loss(batch, inputs.time, inputs.states)
-            changes = []
-            for tensor, one, two in zip(
-                cut,
-                Outputs(loss, cut, self.replica.parameters, last_parametrised=False).push(direction),
-                Outputs(
-                    other, self.cuts.find(other, inputs.examples), self.replica.parameters, last_parametrised=False
-                ).push(direction),
-                strict=True,
-            ):
-                if tensor.rows.repeats == 1 or one.shape != two.shape:
-                    continue
-                rows = (one - two).movedim(tensor.rows.axis, 0).flatten(1).norm(dim=1)
-                if rows.ndim != 1 or not bool(rows.any()):
-                    continue
-                changes.append(
-                    [
-                        float(
-                            tensor.rows._replace(is_blocked=blocked).of_examples(rows, inputs.examples)[position].sum()
-                        )
-                        for blocked in (True, False)
-                    ]
-                )
-            if changes:
-                blocked, interleaved = map(sum, zip(*changes, strict=True))
+            pushed = [
+                Outputs(of, z, self.replica.parameters, last_parametrised=False).push(direction)
+                for of, z in ((loss, cut), (other, self.cuts.find(other, inputs.examples)))
+            ]
+            blocked, interleaved = 0.0, 0.0
+            for tensor, one, two in zip(cut, *pushed, strict=True):
+                if tensor.rows.repeats > 1 and one.shape == two.shape:
+                    rows = (one - two).movedim(tensor.rows.axis, 0)
+                    changes = rows.reshape(len(rows), -1).norm(dim=1)
+                    blocked += float(changes.unflatten(0, (-1, inputs.examples))[:, position].sum())
+                    interleaved += float(changes.unflatten(0, (inputs.examples, -1))[position].sum())
+            if blocked or interleaved:
                 return interleaved > blocked
         return False
 
@@ -367,7 +367,7 @@ def _observed(
         return one.terms(eager._parameters(direction)), one.arrived()
 
 
-def _parts(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBatchInputs]]:
+def parts_of(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBatchInputs]]:
     """Yield a step's micro-batches, with where their examples stand in the step."""
     start = 0
     for inputs in passes:

@@ -163,7 +163,7 @@ class Replay:
         return self._can_stack
 
     @property
-    def _way(self) -> Eager | Stacked:
+    def _way(self) -> Eager:
         return self._stacking if self._is_stacked else self.eager
 
     def no_statistics(self, cotangents: Tensor) -> dict[str, Tensor]:

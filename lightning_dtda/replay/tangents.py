@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.optimizers import Clipping, GroupedUpdate, Hyperparameters, State
-from lightning_dtda.replay.eager import Products
+from lightning_dtda.replay.eager import Eager
 from lightning_dtda.replay.steps import Point, StepBatch
 
 
@@ -61,35 +61,6 @@ class Position:
     tangents: Tangents
 
 
-class Way(Protocol):
-    """A way of running a step; see :class:`~lightning_dtda.replay.eager.Eager`."""
-
-    def gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the gradient with weights of examples, and the updated buffers."""
-
-    def products(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        directions: Tensor,
-        statistics_cotangents: Mapping[str, Tensor],
-    ) -> Products:
-        """Differentiate the gradient along directions."""
-
-    def statistics_along(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        tangents: Tensor,
-        before: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Return how running statistics change."""
-
-
 class GradientTangents(NamedTuple):
     r"""A step's gradient, and how it and the running statistics change with removals.
 
@@ -107,7 +78,7 @@ class GradientTangents(NamedTuple):
 
 
 def gradient_tangents(
-    way: Way,
+    way: Eager,
     batch: StepBatch,
     theta: Tensor,
     buffers: Mapping[str, Tensor],
