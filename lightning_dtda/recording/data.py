@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording.configuration import class_path
 from lightning_dtda.replay.fingerprint import (
     READING_SECONDS,
     checksums_of,
@@ -37,7 +38,8 @@ class TrainingData:
 
     Args:
         loader: The training DataLoader.
-        stored: As for :func:`describe_data`.
+        stored: Whether batches are stored, so that examples may differ each time they are asked for; they have no
+            fingerprint then.
 
     Attributes:
         description: What must not differ between runs.
@@ -114,18 +116,16 @@ class TrainingData:
             )
 
 
-def describe_data(loader: DataLoader[Any], stored: bool = False) -> dict[str, Any]:
+def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return what must not differ between runs: the data set's class, length and fingerprint.
 
     Args:
         loader: The training DataLoader.
-        stored: Whether batches are stored, so that examples may differ each time they are asked for; they have no
-            fingerprint then.
 
     Raises:
         RecordingError: If the data set has no integer indices, or gives another example each time it is asked.
     """
-    return _examine(loader, stored, 0)[0]
+    return _examine(loader, stored=False, seconds=0)[0]
 
 
 def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str, Tensor]) -> None:
@@ -144,8 +144,7 @@ def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str
         replica.generators.set(states)
         again = replica.moved(collated)
     found, wanted = tree_flatten(again), tree_flatten(batch)
-    same = found[1] == wanted[1] and all(map(_equal, found[0], wanted[0]))
-    if not same:
+    if found[1] != wanted[1] or not all(map(_equal, found[0], wanted[0])):
         raise RecordingError(
             "The first batch is not what the collate_fn makes of its examples when it is asked again (random mixup, "
             "other examples?), so that the recorded steps could not be reproduced. Store the batches themselves, "
@@ -153,9 +152,10 @@ def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str
         )
 
 
-def read_batches(loader: DataLoader[Any], batches: list[list[int]]) -> Any:
-    """Iterate over batches of the examples at some indices, read where the training reads them."""
-    return reader(loader.dataset, loader, batches, loader.collate_fn, as_trained=True)
+def read_batch(loader: DataLoader[Any], indices: list[int]) -> Any:
+    """Return the batch of the examples at some indices, read where the training reads them."""
+    with isolate_rng():
+        return next(reader(loader.dataset, loader, [indices], loader.collate_fn, as_trained=True))
 
 
 def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dict[str, Any], ExampleChecksums | None]:
@@ -165,7 +165,7 @@ def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dic
     if not hasattr(dataset, "__len__"):
         raise RecordingError(f"{name} has no length. Define __len__, so that removal can be of examples by index.")
     length = len(dataset)
-    description = {"class": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "length": length}
+    description = {"class": class_path(type(dataset)), "length": length}
     if stored:
         return description | {"fingerprint": None}, None
     ranges: list[range] = []

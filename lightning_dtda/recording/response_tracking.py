@@ -25,7 +25,7 @@ from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.replay.tangents import gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
-REASONS = (
+_REASONS = (
     "The module changes while it trains, or training_step depends on something other than its parameters, its buffers "
     "and the batch."
 )
@@ -81,7 +81,6 @@ class ResponseTracking:
             optimizer=optimizer,
             layout=layout,
             hyperparameter_names=self._names,
-            state_sizes=checks.state_sizes(optimizer, map(module.get_parameter, layout.names)),
             applying=self._note_gradient,
             taken=self._after_step,
             steps=steps,
@@ -96,28 +95,19 @@ class ResponseTracking:
             tangents = Tangents.zeros(self.theta, states, statistics, len(membership))
         self.tangents = tangents
         dtype, device = self.theta.dtype, self.theta.device
-        self._comparison = Comparison(["The training"], precision, dtype, dtype, tolerance, dtype, device, REASONS)
+        self._comparison = Comparison(["The training"], precision, dtype, dtype, tolerance, dtype, device, _REASONS)
         self._batches: list[Any] = []
         self._current: Any = None
         self._last_buffers: dict[str, Tensor] | None = None
 
-    def begin_micro_batch(
-        self,
-        indices: Tensor,
-        epoch: int,
-        collated: Any,
-        batch_idx: int,
-        accumulate_grad_batches: int,
-        states: dict[str, Tensor],
-        global_step: int,
-    ) -> None:
+    def begin_micro_batch(self, batch: MicroBatch, accumulate_grad_batches: int, collated: Any) -> None:
         """Note what is about to be passed through the module."""
         if self.watch.is_between_steps:
             self._before = self._buffers()
             self._batches = []
         # a copy: the training may change the batch in place
         self._current = map_tensors(torch.clone, collated)
-        self.watch.begin_micro_batch(indices, epoch, batch_idx, (), accumulate_grad_batches, states, global_step)
+        self.watch.begin_micro_batch(batch, accumulate_grad_batches)
 
     def add_micro_batch(self) -> None:
         """Add the micro-batch to the step: its loss is about to be differentiated."""
@@ -190,7 +180,7 @@ class ResponseTracking:
                 len(part.indices),
                 Time(part.epoch, part.global_step, part.batch_idx, of_groups),
                 part.rng_states,
-                partial(_rows, collated, part.indices, self._make),
+                partial(rows_of_batch, collated, part.indices, self._make),
                 1 / accumulated,
             )
             for part, collated in zip(micro_batches, self._batches, strict=True)
@@ -209,6 +199,6 @@ class ResponseTracking:
         return {name: buffer.detach().clone()[None] for name, buffer in found.items()}
 
 
-def _rows(collated: Any, indices: Tensor, make: Callable[[list[int]], Any], rows: Sequence[int]) -> Any:
+def rows_of_batch(collated: Any, indices: Tensor, make: Callable[[list[int]], Any], rows: Sequence[int]) -> Any:
     """Return a micro-batch as it was, or one of some of its examples as the data set gives them now."""
     return collated if isinstance(rows, range) else make(indices[list(rows)].tolist())
