@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.optimizers import clipping
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import averaging_callback
 from lightning_dtda.recording.batch_tap import BatchTap
@@ -197,26 +196,19 @@ class ResponseTracker(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, micro_batch: MicroBatch, collated: Any
     ) -> ResponseTracking:
         assert self._tap is not None
-        loader = self._tap.loader
-        optimizer = self._optimizer(trainer)
-        make = partial(read_batch, loader)
-        rows = partial(rows_of_batch, collated, micro_batch.indices, make)
+        loader, optimizer = self._tap.loader, self._optimizer(trainer)
+        rows = partial(rows_of_batch, collated, micro_batch.indices, partial(read_batch, loader))
         trial = try_step(trainer, pl_module, optimizer, micro_batch, rows)
-        layout = trial.layout
-        like = pl_module.get_parameter(layout.names[0]).detach()
-        algorithm = trainer.gradient_clip_algorithm
+        like = pl_module.get_parameter(trial.layout.names[0]).detach()
         membership = like.new_zeros(len(self.groups), len(self._data))
         for number, group in enumerate(self.groups):
             membership[number, group] = 1
         return ResponseTracking(
+            trainer=trainer,
             module=pl_module,
             eager=trial.eager,
-            make=make,
-            collate_fn=loader.collate_fn,
             optimizer=optimizer,
-            layout=layout,
-            clipping=clipping(trainer.gradient_clip_val, algorithm and str(algorithm.value)),
-            precision=trainer.precision,
+            loader=loader,
             membership=membership,
             tolerance=self.tolerance,
             **_resumed(self._resumed, like),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -121,42 +121,29 @@ class Replica:
         tensors = dict(zip(self.layout.names, parameters, strict=True)) | {
             name: tensor for name, tensor in buffers.items() if name in self._frozen
         }
-        kept = [(owner, key, owner._parameters[key]) for name in tensors for owner, key in self._places[name]]
-        kept_buffers = [(*self._owners[name], self._own_buffer(name)) for name in buffers if name in self._owners]
+        places: list[tuple[dict[str, Any], str, Tensor]] = [
+            (owner._parameters, key, tensor) for name, tensor in tensors.items() for owner, key in self._places[name]
+        ]
+        for name, tensor in buffers.items():
+            if name in self._owners:
+                owner, key = self._owners[name]
+                places.append((owner._buffers, key, tensor.clone() if name in self._updated else tensor))
+        kept = [(where, key, where[key]) for where, key, _ in places]
         try:
-            for name, tensor in tensors.items():
-                for owner, key in self._places[name]:
-                    owner._parameters[key] = tensor  # type: ignore[assignment]
-            for name, tensor in buffers.items():
-                if name in self._owners:
-                    owner, key = self._owners[name]
-                    owner._buffers[key] = tensor.clone() if name in self._updated else tensor
+            for where, key, tensor in places:
+                where[key] = tensor
             yield
         finally:
-            for owner, key, parameter in kept:
-                owner._parameters[key] = parameter
-            for owner, key, buffer in kept_buffers:
-                owner._buffers[key] = buffer
+            for where, key, own in kept:
+                where[key] = own
 
-    def _own_buffer(self, name: str) -> Tensor | None:
-        owner, key = self._owners[name]
-        return owner._buffers[key]
-
-    def buffers(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return buffers as they are after the last pass."""
-        return {name: self._owners[name][0]._buffers[self._owners[name][1]] for name in names}  # type: ignore[misc]
+        return {name: owner._buffers[key] for name in names for owner, key in [self._owners[name]]}  # type: ignore[misc]
 
-    @contextmanager
-    def keeping_buffers(self) -> Iterator[None]:
+    def keeping_buffers(self) -> AbstractContextManager[None]:
         """Leave the buffers as they are, whatever is run inside."""
-        kept = [(*self._owners[name], self._own_buffer(name)) for name in self._updated]
-        for owner, key, buffer in kept:
-            owner._buffers[key] = None if buffer is None else buffer.clone()
-        try:
-            yield
-        finally:
-            for owner, key, buffer in kept:
-                owner._buffers[key] = buffer
+        return self.swapped(self.parameters, self.buffers(self._updated))
 
     # -- what is run
 
@@ -225,10 +212,6 @@ class Replica:
             batch = converted(batch, self.dtype)
         before, transfer, after = self._hooks
         return after(transfer(before(batch, 0), self.device, 0), 0)
-
-    def forget(self) -> None:
-        """Drop what graphs the module holds on to."""
-        self._memory.restore()
 
     @property
     def _is_converted(self) -> bool:

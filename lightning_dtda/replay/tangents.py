@@ -121,8 +121,7 @@ def push(
     step: int,
     point: Point,
     tangents: Tangents,
-    gradient_tangents: Tensor,
-    statistics_tangents: dict[str, Tensor],
+    of_step: GradientTangents,
 ) -> Tangents:
     """Push tangents through clipping and the optimizer's update.
 
@@ -133,8 +132,7 @@ def push(
         step: t.
         point: What the step starts from.
         tangents: Before the step.
-        gradient_tangents: Of the gradient of the step's loss ``(runs, removals, P)``.
-        statistics_tangents: Of the running statistics after the step.
+        of_step: Those of the gradient of the step's loss, and of the running statistics after it.
 
     Returns:
         The tangents after the step.
@@ -147,10 +145,10 @@ def push(
             hyperparameters,
             tangents.theta,
             tangents.states,
-            clipping.tangent(point.unclipped.unsqueeze(1), gradient_tangents),
+            clipping.tangent(point.unclipped.unsqueeze(1), of_step.of_gradient),
             step=step,
         )
-    return Tangents(theta, states, statistics_tangents)
+    return Tangents(theta, states, of_step.of_statistics)
 
 
 def changes(gradients: Tensor, of_statistics: dict[str, Tensor], tangents: Tangents) -> Tensor:
