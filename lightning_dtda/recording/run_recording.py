@@ -67,8 +67,7 @@ class RunRecording:
 
     def before_clipping(self) -> None:
         """Note what is lost when the gradient is scaled to a norm."""
-        gradients = [parameter.grad for parameter in self._watch.parameters if parameter.grad is not None]
-        if len(gradients) == len(self._watch.parameters):  # else the step is refused when it is taken
+        if (gradients := self._watch.gradients) is not None:
             self._buffer.put_norm(gradients)
 
     def sync(self) -> None:

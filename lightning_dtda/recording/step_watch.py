@@ -85,6 +85,12 @@ class StepWatch:
         """Whether no micro-batch of the next step has been passed through the module yet."""
         return not self._pending
 
+    @property
+    def gradients(self) -> list[Tensor] | None:
+        """The gradient at present; ``None`` where a part is missing, for which the step is refused when it is taken."""
+        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return found if len(found) == len(self.parameters) else None
+
     def begin_micro_batch(self, batch: MicroBatch, accumulate_grad_batches: int) -> None:
         """Note what is about to be passed through the module, with the states of all generators."""
         self._current = batch
@@ -147,8 +153,7 @@ class StepWatch:
         return noting
 
     def _note_gradient(self) -> None:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if len(gradients) == len(self.parameters):  # else the step is refused when it is taken
+        if (gradients := self.gradients) is not None:
             self._applying(gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

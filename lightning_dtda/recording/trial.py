@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_dtda.errors import DTDAError, RecordingError, ReplayError
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
+from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.replay.cut import nodes_behind
 from lightning_dtda.replay.eager import Eager, reduction, shared_by_examples
 from lightning_dtda.replay.examples import Examples
@@ -54,14 +55,12 @@ class Trial:
         layout: The parameters that the loss uses.
         circumstances: Those of the training, with the buffers that a step changes.
         shared: As in a manifest.
-        gradient: Of the batch's loss ``(P,)``.
         eager: What the step was run with.
     """
 
     layout: ParameterLayout
     circumstances: Circumstances
     shared: dict[str, str]
-    gradient: Tensor
     eager: Eager
 
 
@@ -124,7 +123,7 @@ def _try_step(
     facts = replace(facts, updated_buffers=updated)
     eager = Eager(Replica(module, layout, facts, dtype, device, datamodule=datamodule))
     theta = layout.flatten([module.get_parameter(name) for name in layout.names])
-    buffers = _tensors(module, layout)
+    held = _tensors(module, layout)
     followed = {*eager.statistics.names, *(name for name in updated if name.endswith("num_batches_tracked"))}
     if unfollowed := [name for name in updated if name not in followed]:
         _log.warning(
@@ -134,7 +133,7 @@ def _try_step(
         )
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(1, 1, len(theta), generator=generator, dtype=torch.float64).to(theta)
-    stacked = {name: buffer[None] for name, buffer in buffers.items()}
+    stacked = {name: buffer[None] for name, buffer in held.items()}
     cotangents = {name: torch.ones_like(stacked[name])[:, None] for name in eager.statistics.names}
     batch = StepBatch.of([torch.arange(inputs.examples)], [[inputs]], device)
     found = eager.products(batch, theta[None], stacked, direction, cotangents)
@@ -146,15 +145,15 @@ def _try_step(
             f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square "
             "root or the norm of a zero on the way, say. Add a small number under the root."
         )
-    with eager.passed(inputs, theta, buffers) as one:
+    with eager.passed(inputs, theta, held) as one:
         _refuse_once_differentiable(one.gradient, type(module).__name__)
     shared = {
-        "training": shared_by_examples(eager, inputs, theta, buffers),
-        "evaluation": shared_by_examples(eager, inputs, theta, buffers, training=False),
-        "reduction": reduction(eager, inputs, theta, buffers),
+        "training": shared_by_examples(eager, inputs, theta, held),
+        "evaluation": shared_by_examples(eager, inputs, theta, held, training=False),
+        "reduction": reduction(eager, inputs, theta, held),
     }
     _try_measurement(eager, inputs, theta, stacked)
-    return Trial(layout, facts, shared, found.gradient[0], eager)
+    return Trial(layout, facts, shared, eager)
 
 
 def _refuse_once_differentiable(gradient: Sequence[Tensor], name: str) -> None:
@@ -200,8 +199,4 @@ def _try_measurement(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buff
 
 def _tensors(module: pl.LightningModule, layout: ParameterLayout) -> dict[str, Tensor]:
     """Return copies of the buffers and of the parameters that are not in the layout, by name."""
-    names = set(layout.names)
-    found = dict(module.named_buffers()) | {
-        name: parameter for name, parameter in module.named_parameters() if name not in names
-    }
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+    return {name: tensor.detach().clone() for name, tensor in buffers(module, layout, step=0).items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -165,7 +164,6 @@ class Eager:
         weights: Tensor | None = None,
         *,
         create_graph: bool = True,
-        batch: Any = None,
         training: bool = True,
     ) -> Iterator[Pass]:
         """Run ``training_step`` for a micro-batch of a run; the pass is there as long as the context.
@@ -176,14 +174,12 @@ class Eager:
             buffers: Buffers and frozen parameters by name.
             weights: w ``(B,)``; ones if not given.
             create_graph: Whether derivatives of the gradient will be asked for.
-            batch: In place of the micro-batch's own.
             training: Whether the module is in training mode.
         """
         replica = self.replica
         with replica.generators.kept(), replica.passing(training=training, twice=create_graph):
             replica.load(theta, {name: tensor.detach() for name, tensor in buffers.items()})
-            batch = inputs.batch() if batch is None else batch
-            yield self._pass(inputs, batch, replica.parameters, buffers, weights, create_graph, training)
+            yield self._pass(inputs, inputs.batch(), replica.parameters, buffers, weights, create_graph, training)
 
     def _pass(
         self,
@@ -230,13 +226,14 @@ class Eager:
         """Yield the losses of batches with one example less or more, and note them."""
         name = type(self.replica.module).__name__
         failed: Exception | None = None
-        for batch, size in inputs.less_or_more():
+        for changed in inputs.less_or_more():
+            batch = changed.batch()
             try:
                 other = self.replica.training_loss(batch, inputs.time, inputs.states)
             except Exception as error:  # whatever the user's code does with a batch of another size
                 failed = error
                 continue
-            tried.append((other, size))
+            tried.append((other, changed.examples))
             yield tried[-1]
         if not tried:
             raise ReplayError(
@@ -248,8 +245,8 @@ class Eager:
     def _are_interleaved(self, loss: Tensor, cut: list[CutTensor], inputs: MicroBatchInputs) -> bool:
         """Whether the rows of an example lie beside each other: those change that its replacement changes."""
         direction = self._parameters(_direction(self.replica.layout.flatten(self.replica.parameters)))
-        for position, batch in inputs.replaced():
-            other = self.replica.training_loss(batch, inputs.time, inputs.states)
+        for position, replaced in inputs.replaced():
+            other = self.replica.training_loss(replaced.batch(), inputs.time, inputs.states)
             pushed = [
                 Outputs(of, z, self.replica.parameters, last_parametrised=False).push(direction)
                 for of, z in ((loss, cut), (other, self.cuts.find(other, inputs.examples)))
@@ -311,9 +308,9 @@ def shared_by_examples(
     direction = _direction(theta)
     whole = _observed(eager, inputs, theta, buffers, direction, training)
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
-    for position, batch in inputs.replaced():
+    for position, replaced in inputs.replaced():
         try:
-            other = _observed(eager, inputs, theta, buffers, direction, training, batch)
+            other = _observed(eager, replaced, theta, buffers, direction, training)
         except ReplayError:
             continue
         if [part.shape for part in whole[1]] != [part.shape for part in other[1]]:
@@ -335,13 +332,12 @@ def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Ma
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
     if inputs.examples < 2:
         return "other"
-    batch, size = inputs.make(list(range(inputs.examples - 1))), inputs.examples - 1
+    size = inputs.examples - 1
     try:
-        part, _ = _observed(eager, replace(inputs, examples=size), theta, buffers, direction, False, batch)
+        part, _ = _observed(eager, inputs.of(range(size)), theta, buffers, direction, training=False)
     except ReplayError:
         return "other"
-    common = min(size, inputs.examples)
-    whole, part = whole[:common], part[:common]
+    whole = whole[:size]
     for kind, one, other in (("mean", whole * inputs.examples, part * size), ("sum", whole, part)):
         if bool((one - other).norm() <= tolerance * one.norm()):
             return kind
@@ -360,10 +356,9 @@ def _observed(
     buffers: Mapping[str, Tensor],
     direction: Tensor,
     training: bool,
-    batch: Any = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the examples' terms along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
-    with eager.passed(inputs, theta, buffers, batch=batch, training=training) as one:
+    with eager.passed(inputs, theta, buffers, training=training) as one:
         return one.terms(eager._parameters(direction)), one.arrived()
 
 

@@ -78,6 +78,7 @@ def reader(
     batches: Iterable[list[int]],
     collate_fn: Callable[[list[Any]], Any],
     as_trained: bool = False,
+    ahead: bool = False,
 ) -> Iterator[Any]:
     """Iterate over batches of examples at given indices, read where the training reads them.
 
@@ -90,18 +91,18 @@ def reader(
         batches: Lists of indices.
         collate_fn: What is made of a batch's items.
         as_trained: Whether to ask the data set for whole batches where the training does (``batch_size=None``).
+        ahead: Whether all workers read, as far ahead as in the training; else one, that reads little in vain.
     """
-    has_workers = loader is not None and loader.num_workers > 0
     takes_lists = as_trained and loader is not None and loader.batch_sampler is None
-    reads: DataLoader[Any] = DataLoader(
-        dataset,
-        **({"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}),
-        collate_fn=collate_fn,
-        num_workers=int(has_workers),
-        multiprocessing_context=loader.multiprocessing_context if loader is not None and has_workers else None,
-        worker_init_fn=None if loader is None else loader.worker_init_fn,
-    )
-    return iter(reads)
+    settings: dict[str, Any] = {"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}
+    if loader is not None and loader.num_workers > 0:
+        settings |= {
+            "num_workers": loader.num_workers if ahead else 1,
+            "prefetch_factor": loader.prefetch_factor if ahead else None,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "worker_init_fn": loader.worker_init_fn,
+        }
+    return iter(DataLoader(dataset, collate_fn=collate_fn, **settings))
 
 
 def checksums_of(items: list[Any]) -> list[int]:

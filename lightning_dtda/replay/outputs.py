@@ -123,14 +123,8 @@ class Outputs:
     def hessian(self) -> Tensor:
         r"""Return :math:`\nabla^2_z \ell` ``(C, C)`` over all outputs, one tensor after the other."""
         like = self.gradient()
-        rows = []
-        for number, tensor in enumerate(like):
-            for entry in range(tensor.numel()):
-                unit = torch.zeros_like(tensor).reshape(-1)
-                unit[entry] = 1
-                along = [unit.reshape(tensor.shape) if n == number else torch.zeros_like(t) for n, t in enumerate(like)]
-                rows.append(torch.cat([part.reshape(-1) for part in self.curve(along)]))
-        return torch.stack(rows)
+        units = torch.eye(sum(part.numel() for part in like), dtype=like[0].dtype, device=like[0].device)
+        return torch.stack([torch.cat([part.reshape(-1) for part in self.curve(self.split(unit))]) for unit in units])
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a direction of all outputs ``(C,)`` as one tensor for each tensor of outputs."""

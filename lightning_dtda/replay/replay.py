@@ -175,10 +175,6 @@ class Replay:
 
     # -- what was recorded
 
-    def theta(self, step: int) -> Tensor:
-        """Return the parameters after ``step`` steps ``(runs, P)``, rebuilt from the checkpoint before."""
-        return self.checkpoint(step)[0] if step in self.checkpoint_steps else self._at(step)[0]
-
     def trained(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what there was after ``step`` steps: parameters ``(runs, P)``, and buffers, each ``(runs, ...)``.
 
@@ -232,7 +228,7 @@ class Replay:
 
     def expect(self, steps: Sequence[int]) -> None:
         """Have workers, where the training used them, read the batches of steps in this order."""
-        if self._stores_batches or not self.examples.has_workers or self.examples.tensors(torch.zeros(1, 1).long()):
+        if self._stores_batches or not self.examples.reads_ahead:
             self._ahead = None
             return
         lists = [

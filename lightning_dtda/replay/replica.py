@@ -164,7 +164,8 @@ class Replica:
             stack.enter_context(using_kernels(kernels))
             if twice:
                 stack.enter_context(twice_differentiable_weight_norm())
-            stack.enter_context(_without_compilation())
+            # what is compiled has no second derivative
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if (mixed := _AUTOCAST.get(self.circumstances.precision)) is not None and not self._parameter_dtype_differs:
                 stack.enter_context(torch.autocast(self.device.type, mixed, cache_enabled=False))
             if self._is_converted:
@@ -318,12 +319,6 @@ def _silenced(metrics: Sequence[Metric]) -> Iterator[None]:
         for metric in metrics:
             for name in ("forward", "update", "compute", "reset"):
                 vars(metric).pop(name, None)
-
-
-def _without_compilation() -> AbstractContextManager[Any]:
-    """Run compiled modules as they are written: what is compiled has no second derivative."""
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return ExitStack() if stance is None else stance("force_eager")
 
 
 @contextmanager

@@ -456,10 +456,8 @@ def _like(value: Any) -> Any:
     """Return what makes a tensor of the shape of one in a graph, all that counts of it."""
     if not isinstance(value, Node):
         return value
-    tensor = value.meta["val"] if "val" in value.meta else value.meta["tensor_meta"]
-    stride = tensor.stride() if callable(tensor.stride) else tensor.stride
-    device = getattr(tensor, "device", torch.device("cpu"))
-    return partial(torch.empty_strided, tuple(tensor.shape), tuple(stride), dtype=tensor.dtype, device=device)
+    tensor = value.meta["val"]
+    return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _compare(
