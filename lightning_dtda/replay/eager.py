@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.running_statistics import RunningStatistics
-from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference of two derivatives that is taken for rounding: a dependence on examples is far above."""
@@ -54,7 +54,7 @@ class Eager:
     # -- of stacked runs
 
     def gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         r"""Return the gradient g of a step ``(runs, P)`` with weights of examples, and the updated buffers after it.
 
@@ -81,12 +81,7 @@ class Eager:
         return torch.stack(gradients), _stacked(after)
 
     def products(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        directions: Tensor,
-        statistics_cotangents: Mapping[str, Tensor],
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, directions: Tensor, statistics_cotangents: ByName
     ) -> Products:
         """Differentiate a step's gradient along directions v ``(runs, queries, P)``.
 
@@ -122,12 +117,7 @@ class Eager:
         return Products(terms, products, before, gradient)
 
     def statistics_along(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        tangents: Tensor,
-        before: Mapping[str, Tensor],
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, tangents: Tensor, before: ByName
     ) -> dict[str, Tensor]:
         """Return how running statistics change along tangents of the parameters, and along their own before the step.
 
@@ -160,7 +150,7 @@ class Eager:
         self,
         inputs: MicroBatchInputs,
         theta: Tensor,
-        buffers: Mapping[str, Tensor],
+        buffers: ByName,
         weights: Tensor | None = None,
         *,
         create_graph: bool = True,
@@ -186,7 +176,7 @@ class Eager:
         inputs: MicroBatchInputs,
         batch: Any,
         parameters: list[Tensor],
-        buffers: Mapping[str, Tensor],
+        buffers: ByName,
         weights: Tensor | None,
         create_graph: bool,
         training: bool = True,
@@ -298,7 +288,7 @@ class Eager:
 
 
 def shared_by_examples(
-    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor], training: bool = True
+    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, training: bool = True
 ) -> str:
     """Say what the examples of a batch share: ``"none"``, their ``"network"`` or their ``"loss"``.
 
@@ -325,7 +315,7 @@ def shared_by_examples(
     return "none"
 
 
-def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor]) -> str:
+def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName) -> str:
     """Say how the loss is reduced over examples in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``."""
     direction = _direction(theta)
     whole, _ = _observed(eager, inputs, theta, buffers, direction, training=False)
@@ -350,12 +340,7 @@ def _direction(theta: Tensor) -> Tensor:
 
 
 def _observed(
-    eager: Eager,
-    inputs: MicroBatchInputs,
-    theta: Tensor,
-    buffers: Mapping[str, Tensor],
-    direction: Tensor,
-    training: bool,
+    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, direction: Tensor, training: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the examples' terms along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
     with eager.passed(inputs, theta, buffers, training=training) as one:
@@ -370,9 +355,9 @@ def parts_of(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroB
         start += inputs.examples
 
 
-def _of_run(buffers: Mapping[str, Tensor], run: int) -> dict[str, Tensor]:
+def _of_run(buffers: ByName, run: int) -> dict[str, Tensor]:
     return {name: tensor[run] for name, tensor in buffers.items()}
 
 
-def _stacked(of_runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _stacked(of_runs: Sequence[ByName]) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in of_runs]) for name in of_runs[0]}

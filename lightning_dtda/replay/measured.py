@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.measurements import Measurement, loss
 from lightning_dtda.replay.random_states import drawn_from
 from lightning_dtda.replay.stand_ins import Time
+from lightning_dtda.replay.steps import ByName
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Draws:
 def measured(
     eager: Eager,
     theta: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: ByName,
     queries: Examples,
     numbers: Sequence[int],
     measurement: Measurement,
@@ -106,13 +107,7 @@ def measured(
 
 
 def values(
-    eager: Eager,
-    theta: Tensor,
-    buffers: Mapping[str, Tensor],
-    queries: Examples,
-    measurement: Measurement,
-    time: Time,
-    draws: Draws,
+    eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement, time: Time, draws: Draws
 ) -> Tensor:
     r"""Take a measurement of some models without its derivatives; arguments as :func:`measured`.
 
@@ -144,7 +139,7 @@ def values(
 
 
 def _at_once(
-    eager: Eager, theta: Tensor, buffers: Mapping[str, Tensor], queries: Examples, measurement: Measurement
+    eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement
 ) -> Tensor | None:
     """Return the measurement of all models and queries ``(runs, queries)``; ``None`` where that cannot be."""
     leaves = queries.tensors(torch.arange(len(queries))[:, None])
@@ -152,7 +147,7 @@ def _at_once(
         return None
     replica, structure = eager.replica, tree_flatten(queries.collated([0]))[1]
 
-    def of_one(theta: Tensor, buffers: Mapping[str, Tensor], leaves: list[Tensor]) -> Tensor:
+    def of_one(theta: Tensor, buffers: ByName, leaves: list[Tensor]) -> Tensor:
         with replica.swapped(eager._parameters(theta), buffers):
             return measurement(replica.module, replica.moved(tree_unflatten(leaves, structure)))
 

@@ -8,7 +8,7 @@ trace; they are drawn beforehand from the recorded states, in the order of the t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.random_states import FILLING
 from lightning_dtda.replay.stand_ins import Time
-from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Stacked(Eager):
 
     @override
     def gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         names = list(self.replica.circumstances.updated_buffers)
         weights = theta.new_ones(len(theta), batch.size) if weights is None else weights
@@ -109,12 +109,7 @@ class Stacked(Eager):
 
     @override
     def products(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        directions: Tensor,
-        statistics_cotangents: Mapping[str, Tensor],
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, directions: Tensor, statistics_cotangents: ByName
     ) -> Products:
         before = {name: statistics_cotangents[name] for name in sorted(statistics_cotangents)}
         terms, total, gradients = [], torch.zeros_like(directions), torch.zeros_like(theta)
@@ -152,7 +147,7 @@ class Stacked(Eager):
         batch: StepBatch,
         number: int,
         theta: Tensor,
-        buffers: Mapping[str, Tensor],
+        buffers: ByName,
         extra: list[Tensor],
         directions: int = 0,
     ) -> list[Tensor] | None:
@@ -249,9 +244,9 @@ def each_example(
     examples: Examples,
     indices: Tensor,
     theta: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: ByName,
     time: Time,
-    states: Mapping[str, Tensor],
+    states: ByName,
     function: OfOne,
     extra: Sequence[Tensor] = (),
     calls: dict[str, list[Any]] | None = None,
@@ -378,7 +373,7 @@ class Trace:
         self._directions = directions
         self._is_functional = False
 
-    def run(self, inputs: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+    def run(self, inputs: Sequence[Tensor], states: Sequence[ByName]) -> list[Tensor]:
         """Run it for some runs, and for some directions each.
 
         Args:
@@ -408,7 +403,7 @@ class Trace:
             result: list[Tensor] = vmap(function)(*arguments)
         return result
 
-    def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: Mapping[str, Tensor]) -> list[Tensor]:
+    def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: ByName) -> list[Tensor]:
         """Run it for some examples, for which some inputs are the same, with the same random numbers for each."""
         drawn = self._draw(states)
         in_dims = (*[None] * len(shared), *[0] * len(tensors), *[None] * len(drawn))
@@ -416,7 +411,7 @@ class Trace:
             result: list[Tensor] = vmap(self._graph, in_dims=in_dims)(*shared, *tensors, *drawn)
         return result
 
-    def _draw(self, states: Mapping[str, Tensor]) -> list[Tensor]:
+    def _draw(self, states: ByName) -> list[Tensor]:
         if not self._draws:
             return []
         generators = self._eager.replica.generators
@@ -461,10 +456,7 @@ def _like(value: Any) -> Any:
 
 
 def _compare(
-    found: list[Tensor],
-    place: tuple[int, ...],
-    wanted: list[Tensor],
-    why: str = "its trace computes something else",
+    found: list[Tensor], place: tuple[int, ...], wanted: list[Tensor], why: str = "its trace computes something else"
 ) -> None:
     """Compare what a trace computes in one place with what the eager way does.
 
@@ -492,7 +484,7 @@ def _others(time: Time) -> Iterator[Time]:
         yield Time(time.epoch + epochs, time.step + steps, time.batch_idx + 1, groups)
 
 
-def _sorted(buffers: Mapping[str, Tensor]) -> list[Tensor]:
+def _sorted(buffers: ByName) -> list[Tensor]:
     return [buffers[name] for name in sorted(buffers)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_dtda.optimizers import State
 from lightning_dtda.replay.stand_ins import Time
+
+ByName: TypeAlias = Mapping[str, Tensor]
+"""Tensors by name: buffers and frozen parameters, or what belongs to BatchNorm's running statistics."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class MicroBatchInputs:
 
     examples: int
     time: Time
-    states: Mapping[str, Tensor]
+    states: ByName
     make: Callable[[Sequence[int]], Any]
     factor: float = 1.0
     keeps_statistics: bool = True

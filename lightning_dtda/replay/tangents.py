@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dtda.optimizers import Clipping, GroupedUpdate, Hyperparameters, State
 from lightning_dtda.replay.eager import Eager
-from lightning_dtda.replay.steps import Point, StepBatch
+from lightning_dtda.replay.steps import ByName, Point, StepBatch
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,7 @@ class GradientTangents(NamedTuple):
 
 
 def gradient_tangents(
-    way: Eager,
-    batch: StepBatch,
-    theta: Tensor,
-    buffers: Mapping[str, Tensor],
-    removed: Tensor,
-    tangents: Tangents,
-    updates: bool,
+    way: Eager, batch: StepBatch, theta: Tensor, buffers: ByName, removed: Tensor, tangents: Tangents, updates: bool
 ) -> GradientTangents:
     r"""Differentiate a step's gradient along its parameters and the weights of its examples.
 
