@@ -83,8 +83,8 @@ class TrainingData:
         if description != self.description or changed:
             which = f"example {list_examples(changed)} is not that of the start" if changed else "another data set"
             raise RecordingError(
-                f"The training data changed at epoch {epoch}: {which}. "
-                "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
+                f"The training data changed at epoch {epoch}: {which}. Train on one data set (without "
+                "reload_dataloaders_every_n_epochs, or reloading the same data)."
             )
 
     def refuse_others(self, run: Run) -> None:

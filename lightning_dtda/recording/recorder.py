@@ -144,11 +144,9 @@ class TrajectoryRecorder(StepCallback):
         if self._tap is None:
             return
         micro_batch, collated = self._take_batch(trainer, batch_idx)
-        if self._follower is None and self._averaging is None:
-            callback = averaging_callback(trainer)
-            if callback is not None:
-                self._writes_checkpoints = trainer.is_global_zero
-                self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
+        if self._follower is None and self._averaging is None and (callback := averaging_callback(trainer)) is not None:
+            self._writes_checkpoints = trainer.is_global_zero
+            self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
         if self._follower is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
             self._follower = self._begin(trainer, pl_module, micro_batch, batch, collated)

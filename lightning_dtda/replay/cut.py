@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -286,20 +287,17 @@ def changed_at(cut: Sequence[CutTensor], change: Callable[[int, CutTensor, Tenso
     for number, tensor in enumerate(cut):
         of_nodes.setdefault(tensor.node, []).append((number, tensor))
 
-    def hook_of(tensors: list[tuple[int, CutTensor]]) -> Callable[..., Any]:
-        def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            changed = list(gradients)
-            for number, tensor in tensors:
-                gradient = gradients[tensor.output]
-                if gradient is not None:
-                    changed[tensor.output] = change(number, tensor, gradient)
-            return tuple(changed)
-
-        return hook
+    def hook(tensors: list[tuple[int, CutTensor]], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        changed = list(gradients)
+        for number, tensor in tensors:
+            gradient = gradients[tensor.output]
+            if gradient is not None:
+                changed[tensor.output] = change(number, tensor, gradient)
+        return tuple(changed)
 
     with ExitStack() as hooks:
         for node, tensors in of_nodes.items():
-            hooks.enter_context(node.register_prehook(hook_of(tensors)))
+            hooks.enter_context(node.register_prehook(partial(hook, tensors)))
         yield
 
 
@@ -319,18 +317,15 @@ def weighed(cut: Sequence[CutTensor], weights: Tensor) -> Iterator[None]:
         for node, number in tensor.users:
             of_users.setdefault(node, {})[number] = tensor.rows
 
-    def hook_of(rows: dict[int, Rows]) -> Callable[..., Any]:
-        def hook(gradients: tuple[Tensor | None, ...], _arrived: Any) -> tuple[Tensor | None, ...]:
-            return tuple(
-                weigh(gradient, rows[number]) if number in rows and gradient is not None else gradient
-                for number, gradient in enumerate(gradients)
-            )
-
-        return hook
+    def hook(rows: dict[int, Rows], gradients: tuple[Tensor | None, ...], _arrived: Any) -> tuple[Tensor | None, ...]:
+        return tuple(
+            weigh(gradient, rows[number]) if number in rows and gradient is not None else gradient
+            for number, gradient in enumerate(gradients)
+        )
 
     with ExitStack() as hooks:
         for node, rows in of_users.items():
-            hooks.enter_context(node.register_hook(hook_of(rows)))
+            hooks.enter_context(node.register_hook(partial(hook, rows)))
         yield
 
 

@@ -110,10 +110,15 @@ class Replica:
         for name, tensor in buffers.items():
             if name in self._frozen:
                 self._frozen[name].data = tensor
-            elif name in self._owners:
+        for where, key, tensor in self._buffer_places(buffers):
+            where[key] = tensor
+
+    def _buffer_places(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Yield where buffers go, and what is put there: what a pass changes in place is not the caller's."""
+        for name, tensor in buffers.items():
+            if name in self._owners:
                 owner, key = self._owners[name]
-                # what a pass changes in place is not the caller's
-                owner._buffers[key] = tensor.clone() if name in self._updated and not tensor.requires_grad else tensor
+                yield owner._buffers, key, tensor.clone() if name in self._updated else tensor
 
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
@@ -124,10 +129,7 @@ class Replica:
         places: list[tuple[dict[str, Any], str, Tensor]] = [
             (owner._parameters, key, tensor) for name, tensor in tensors.items() for owner, key in self._places[name]
         ]
-        for name, tensor in buffers.items():
-            if name in self._owners:
-                owner, key = self._owners[name]
-                places.append((owner._buffers, key, tensor.clone() if name in self._updated else tensor))
+        places += self._buffer_places(buffers)
         kept = [(where, key, where[key]) for where, key, _ in places]
         try:
             for where, key, tensor in places:

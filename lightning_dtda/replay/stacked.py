@@ -76,7 +76,7 @@ class Stacked(Eager):
     """Computes the derivatives of steps for all runs and directions at once, where a step can be traced.
 
     Args:
-        eager: What it does as, and what runs steps that cannot be traced.
+        eager: The eager way, whose module and cuts it shares. Steps that cannot be traced are run as by it.
     """
 
     def __init__(self, eager: Eager) -> None:
@@ -279,14 +279,15 @@ def each_example(
             of_layer.clear()
         index = int(indices[number])
         inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([index] * len(rows)))
-        loss = replica.training_loss(inputs.batch() if batch is None else batch, time, states)
+        loss = replica.training_loss(batch, time, states)
         found = function(loss, Outputs(loss, eager.cut(loss, inputs), parameters), parameters, more)
         return [part.detach() for part in found]
 
     def alone(number: int, time: Time = time) -> list[Tensor]:
         with replica.generators.kept(), replica.passing(training=False):
             replica.load(theta, buffers)
-            return of(None, replica.parameters, [tensor[number] for tensor in extra], number, time)
+            batch = examples.collated([int(indices[number])])
+            return of(batch, replica.parameters, [tensor[number] for tensor in extra], number, time)
 
     leaves = examples.tensors(indices[:, None]) if len(indices) > 1 else None
     if leaves is not None:
