@@ -257,12 +257,10 @@ class TrajectoryRecorder(StepCallback):
     ) -> Manifest:
         layout = trial.layout
         numbers, options = hyperparameters(optimizer)
-        planned = planned_steps(trainer)
+        planned, seed = planned_steps(trainer), _global_seed()
         return Manifest(
-            seed=_global_seed(),
-            configuration=configuration(
-                trainer, pl_module, self._loader, self._data.description, optimizer, _global_seed()
-            ),
+            seed=seed,
+            configuration=configuration(trainer, pl_module, self._loader, self._data.description, optimizer, seed),
             parameters=[
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],
