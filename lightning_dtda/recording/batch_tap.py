@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from lightning_dtda.replay.random_states import Generators
 
 
 class BatchTap:
-    """Taps the batch sampler of the training DataLoader while a Trainer fits.
+    """Learns which examples are in each training batch of a Trainer, and what the batch was before it was moved.
 
     The Trainer creates the loader's iterator before ``on_train_start``, and with workers it draws indices ahead. So
     the strategy's ``process_dataloader``, which every loader passes on its way in, is shadowed during fit, and the
@@ -25,20 +26,29 @@ class BatchTap:
     and thrown away, or drawn for validation from the same loader, cannot be mistaken for the batch at hand. No
     random number is drawn that the training would not draw itself.
 
+    The hooks on a batch's way to the module may draw random numbers (augmentation on the device) and change the batch.
+    The first of what happens to a batch that was fetched is ``precision_plugin.convert_input``, which is shadowed too.
+
     Args:
         trainer: The Trainer, before it loads data.
+        module: The module.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._trainer = trainer
+        self._module = module
         self._tapped: list[tuple[DataLoader[Any], Any]] = []
-        self._original: Callable[[Any], Any] = trainer.strategy.process_dataloader
-        # an instance attribute shadows the method; `remove` deletes it again
+        self._last: tuple[dict[str, torch.Tensor], Any] | None = None
+        # instance attributes shadow the methods; `remove` deletes them again
+        self._process: Callable[[Any], Any] = trainer.strategy.process_dataloader
         trainer.strategy.process_dataloader = self._process_dataloader  # type: ignore[method-assign,assignment]
+        self._convert: Callable[[Any], Any] = trainer.precision_plugin.convert_input
+        trainer.precision_plugin.convert_input = self._convert_input  # type: ignore[method-assign]
 
     def remove(self) -> None:
         """Give the Trainer and the user's loaders back as they were."""
-        self._trainer.strategy.__dict__.pop("process_dataloader", None)
+        vars(self._trainer.strategy).pop("process_dataloader", None)
+        vars(self._trainer.precision_plugin).pop("convert_input", None)
         for loader, batch_sampler in self._tapped:
             _set_batch_sampler(loader, batch_sampler)
         self._tapped.clear()
@@ -97,6 +107,12 @@ class BatchTap:
                 "give the DataLoader a batch_size, so that a batch is a list of examples."
             ) from error
 
+    def take(self) -> tuple[dict[str, torch.Tensor], Any]:
+        """Return the states of the generators before the batch at hand was moved, and the batch as it was collated."""
+        assert self._last is not None
+        last, self._last = self._last, None
+        return last
+
     def _process_dataloader(self, loader: Any) -> Any:
         if self._trainer.state.stage == RunningStage.TRAINING:
             _refuse_unsupported(loader)
@@ -104,49 +120,17 @@ class BatchTap:
             if not isinstance(sampler, _TappedBatchSampler):
                 self._tapped.append((loader, sampler))
                 _set_batch_sampler(loader, _TappedBatchSampler(sampler))
-        return self._original(loader)
+        return self._process(loader)
 
-
-class TransferTap:
-    """Notes each training batch before it takes its way to the module, and the random states there.
-
-    The hooks on that way may draw random numbers (augmentation on the device) and change the batch. The first of what
-    happens to a batch that was fetched is ``precision_plugin.convert_input``, which is shadowed during fit.
-
-    Args:
-        trainer: The Trainer, before it loads data.
-        module: The module.
-    """
-
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._generators: Generators | None = None
-        self._last: tuple[dict[str, torch.Tensor], Any] | None = None
-        self._original: Callable[[Any], Any] = trainer.precision_plugin.convert_input
-        trainer.precision_plugin.convert_input = self._convert_input  # type: ignore[method-assign]
-
-    @property
-    def generators(self) -> Generators:
+    @cached_property
+    def _generators(self) -> Generators:
         """All that the module may draw from."""
-        if self._generators is None:
-            self._generators = Generators(self._module, self._module.device)
-        return self._generators
-
-    def take(self) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return the states of the generators before the batch at hand was moved, and the batch as it was collated."""
-        assert self._last is not None
-        last, self._last = self._last, None
-        return last
-
-    def remove(self) -> None:
-        """Give the Trainer back as it was."""
-        vars(self._trainer.precision_plugin).pop("convert_input", None)
+        return Generators(self._module, self._module.device)
 
     def _convert_input(self, data: Any) -> Any:
         if self._trainer.state.stage == RunningStage.TRAINING:
-            self._last = self.generators.states(), data
-        return self._original(data)
+            self._last = self._generators.states(), data
+        return self._convert(data)
 
 
 def _sampler_of(loader: Any) -> Any:

@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from lightning_dtda.compatibility import is_a, kinds, overrides
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.optimizers import NO_DERIVATIVE, UPDATES
-from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
-from lightning_dtda.replay.running_statistics import batch_norm_layers
+from lightning_dtda.recording.configuration import class_path, current_hyperparameters
 from lightning_dtda.trajectory import ParameterLayout, is_being_written
 from lightning_dtda.trajectory.manifest import MANIFEST
 
@@ -96,15 +95,11 @@ def refuse_layers(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
             raise RecordingError(f"The gradients of layer {name} are sparse. Use dense gradients (sparse=False).")
-    for name, batch_norm in batch_norm_layers(module).items():
-        if not batch_norm.training:
-            continue
-        if isinstance(batch_norm, nn.SyncBatchNorm):
+        if isinstance(layer, nn.SyncBatchNorm) and layer.training:
             raise RecordingError(
                 f"Layer {name} takes its statistics over all processes, which a replay does not follow. Use the "
                 "statistics of each process: Trainer(sync_batchnorm=False)."
             )
-    for name, layer in module.named_modules():
         if isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats:
             raise RecordingError(
                 f"Layer {name} keeps running statistics, which a replay does not follow. Set track_running_stats=False."
@@ -127,9 +122,8 @@ def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False, resumed
     optimizer = optimizers[0]
     # LightningOptimizer and schedulers wrap instances, never the class: the exact class says what a step computes
     if (path := optimizer_path(optimizer)) not in UPDATES:
-        supported = [
-            name for name in sorted(known.rsplit(".", 1)[1] for known in UPDATES) if hasattr(torch.optim, name)
-        ]
+        names = sorted(known.rsplit(".", 1)[1] for known in UPDATES)
+        supported = [name for name in names if hasattr(torch.optim, name)]
         remedy = f"Train with one of torch.optim's {', '.join(supported)}"
         if (why := NO_DERIVATIVE.get(type(optimizer).__name__)) is not None:
             raise RecordingError(f"The optimizer {path} cannot be followed: {why}. {remedy}.")
@@ -161,21 +155,18 @@ def state_sizes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict
     """
     those = set(map(id, parameters))
     update = UPDATES[optimizer_path(optimizer)]
-    names, options = hyperparameters(optimizer)
     sizes = []
-    for group, values, others in zip(
-        optimizer.param_groups, hyperparameter_values(optimizer, names), options, strict=True
-    ):
+    for group, settings in zip(optimizer.param_groups, current_hyperparameters(optimizer), strict=True):
         trained = tuple(parameter for parameter in group["params"] if id(parameter) in those)
         theta = torch.empty(sum(parameter.numel() for parameter in trained), device="meta")
-        settings = dict(zip(names, values, strict=True)) | others | {"params": trained}
-        sizes.append({name: part.shape[-1] for name, part in update.initial_state(theta, settings).items()})
+        state = update.initial_state(theta, settings | {"params": trained})
+        sizes.append({name: part.shape[-1] for name, part in state.items()})
     return sizes
 
 
 def optimizer_path(optimizer: Optimizer) -> str:
     """Return the import path of the optimizer's exact class."""
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    return class_path(type(optimizer))
 
 
 def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout:

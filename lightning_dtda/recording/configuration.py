@@ -145,11 +145,7 @@ def hyperparameters(optimizer: Optimizer) -> tuple[list[str], list[dict[str, Any
 
 def hyperparameter_values(optimizer: Optimizer, names: list[str]) -> list[list[float]]:
     """Return the numbers of each parameter group at this moment, in the order of ``names``."""
-    rows = []
-    for group in optimizer.param_groups:
-        flat = _flat(group)
-        rows.append([float(flat[name]) for name in names])
-    return rows
+    return [[float(settings[name]) for name in names] for settings in map(_flat, optimizer.param_groups)]
 
 
 def _flat(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording.configuration import class_path
 from lightning_dtda.replay.fingerprint import (
     READING_SECONDS,
     checksums_of,
-    chunked,
+    coarse_stride,
+    example_checksums,
     fingerprint_of,
-    gathered,
     reader,
-    spread,
 )
 from lightning_dtda.replay.item_checksum import item_checksum
 from lightning_dtda.replay.replica import Replica
@@ -37,7 +38,8 @@ class TrainingData:
 
     Args:
         loader: The training DataLoader.
-        stored: As for :func:`describe_data`.
+        stored: Whether batches are stored, so that examples may differ each time they are asked for; they have no
+            fingerprint then.
 
     Attributes:
         description: What must not differ between runs.
@@ -81,8 +83,8 @@ class TrainingData:
         if description != self.description or changed:
             which = f"example {list_examples(changed)} is not that of the start" if changed else "another data set"
             raise RecordingError(
-                f"The training data changed at epoch {epoch}: {which}. "
-                "Train on one data set (without reload_dataloaders_every_n_epochs, or reloading the same data)."
+                f"The training data changed at epoch {epoch}: {which}. Train on one data set (without "
+                "reload_dataloaders_every_n_epochs, or reloading the same data)."
             )
 
     def refuse_others(self, run: Run) -> None:
@@ -114,18 +116,16 @@ class TrainingData:
             )
 
 
-def describe_data(loader: DataLoader[Any], stored: bool = False) -> dict[str, Any]:
+def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
     """Return what must not differ between runs: the data set's class, length and fingerprint.
 
     Args:
         loader: The training DataLoader.
-        stored: Whether batches are stored, so that examples may differ each time they are asked for; they have no
-            fingerprint then.
 
     Raises:
         RecordingError: If the data set has no integer indices, or gives another example each time it is asked.
     """
-    return _examine(loader, stored, 0)[0]
+    return _examine(loader, stored=False, seconds=0)[0]
 
 
 def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str, Tensor]) -> None:
@@ -144,8 +144,7 @@ def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str
         replica.generators.set(states)
         again = replica.moved(collated)
     found, wanted = tree_flatten(again), tree_flatten(batch)
-    same = found[1] == wanted[1] and all(map(_equal, found[0], wanted[0]))
-    if not same:
+    if found[1] != wanted[1] or not all(map(_equal, found[0], wanted[0])):
         raise RecordingError(
             "The first batch is not what the collate_fn makes of its examples when it is asked again (random mixup, "
             "other examples?), so that the recorded steps could not be reproduced. Store the batches themselves, "
@@ -153,9 +152,10 @@ def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str
         )
 
 
-def read_batches(loader: DataLoader[Any], batches: list[list[int]]) -> Any:
-    """Iterate over batches of the examples at some indices, read where the training reads them."""
-    return reader(loader.dataset, loader, batches, loader.collate_fn, as_trained=True)
+def read_batch(loader: DataLoader[Any], indices: list[int]) -> Any:
+    """Return the batch of the examples at some indices, read where the training reads them."""
+    with isolate_rng():
+        return next(reader(loader.dataset, loader, [indices], loader.collate_fn, as_trained=True))
 
 
 def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dict[str, Any], ExampleChecksums | None]:
@@ -165,65 +165,62 @@ def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dic
     if not hasattr(dataset, "__len__"):
         raise RecordingError(f"{name} has no length. Define __len__, so that removal can be of examples by index.")
     length = len(dataset)
-    description = {"class": f"{type(dataset).__module__}.{type(dataset).__qualname__}", "length": length}
+    description = {"class": class_path(type(dataset)), "length": length}
     if stored:
         return description | {"fingerprint": None}, None
-    ranges: list[range] = []
-    batches: list[list[int]] = []
-
-    def drawn() -> Iterator[list[int]]:
-        for indices in spread(length, seconds):
-            # an augmentation that flips a coin for each example goes unnoticed once in 2^16 trainings
-            of_range = chunked(indices) if ranges else ([index] for index in indices for _ in range(2))
-            ranges.append(indices)
-            for batch in of_range:
-                batches.append(batch)
-                yield batch
-
-    values: list[int] = []
-    with isolate_rng():
-        for number, found in enumerate(_checksums(loader, drawn(), batches)):
-            if number >= 2 * len(ranges[0]) or number % 2 == 0:
-                values += found
-            elif found != values[-1:]:
-                raise RecordingError(
-                    f"{name}[{batches[number][0]}] differs between two calls (random augmentation?), so that the "
-                    "recorded steps could not be reproduced. Store the batches themselves, "
-                    'TrajectoryRecorder(batches="store"), or make the data set deterministic.'
-                )
-    checksums = gathered(length, ranges, values)
+    checksums = example_checksums(dataset, loader, seconds, read=partial(_checksums, loader))
     return description | {"fingerprint": fingerprint_of(checksums)}, checksums
 
 
-def _checksums(loader: DataLoader[Any], drawn: Iterable[list[int]], batches: list[list[int]]) -> Iterator[list[int]]:
+def _checksums(loader: DataLoader[Any], batches: Iterator[list[int]]) -> Iterator[list[int]]:
     """Yield the checksums of the examples at the indices that are drawn, batch by batch.
 
     Args:
         loader: The training DataLoader.
-        drawn: The indices.
-        batches: A list that has the batches drawn so far; a worker is some ahead.
+        batches: The indices.
 
     Raises:
-        RecordingError: Naming the index, if an example cannot be read.
+        RecordingError: Naming the index, if an example cannot be read, or differs when it is read again.
     """
     dataset: Any = loader.dataset
-    found = reader(dataset, loader, drawn, checksums_of)
+    name, stride = type(dataset).__name__, coarse_stride(len(dataset))
+    drawn: list[list[int]] = []  # a worker is some ahead
+
+    def drawing() -> Iterator[list[int]]:
+        for batch in batches:
+            # those of the fingerprint twice: an augmentation that flips a coin for each example goes unnoticed once in
+            # 2^16 trainings
+            for _ in range(1 if batch[0] % stride else 2):
+                drawn.append(batch)
+                yield batch
+
+    found = reader(dataset, loader, drawing(), checksums_of)
+    before: list[int] = []
     for number in itertools.count():
         try:
             checksums = next(found)
         except StopIteration:
             return
         except Exception as error:
-            index, reason = _failing(loader, batches[number], error)
+            index, reason = _failing(loader, drawn[number], error)
             # the frames hold the workers' iterators, which wait for seconds if they are left to the garbage collector
             for failed in (error, reason):
                 traceback.clear_frames(failed.__traceback__)
             del found
             raise RecordingError(
-                f"{type(dataset).__name__}[{index}] fails ({type(reason).__name__}: {_last_line(reason)}). Let the "
-                f"data set take the indices 0 to {len(dataset) - 1}, so that removal can be of examples by index."
+                f"{name}[{index}] fails ({type(reason).__name__}: {_last_line(reason)}). Let the data set take the "
+                f"indices 0 to {len(dataset) - 1}, so that removal can be of examples by index."
             ) from error
-        yield checksums
+        if number == 0 or drawn[number] is not drawn[number - 1]:
+            yield checksums
+        elif checksums != before:
+            index = next(i for i, one, other in zip(drawn[number], checksums, before, strict=True) if one != other)
+            raise RecordingError(
+                f"{name}[{index}] differs between two calls (random augmentation?), so that the recorded steps could "
+                'not be reproduced. Store the batches themselves, TrajectoryRecorder(batches="store"), or make the '
+                "data set deterministic."
+            )
+        before = checksums
 
 
 def _failing(loader: DataLoader[Any], batch: list[int], error: Exception) -> tuple[int, Exception]:

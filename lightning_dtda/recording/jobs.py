@@ -41,26 +41,17 @@ def record_in_jobs(
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
     environment = {**os.environ, "OMP_NUM_THREADS": threads}
     processes = []
-    for job in range(jobs):
-        share = list(seeds[job::jobs])
-        if share:
-            with (logs / f"job-{job}.log").open("w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [
-                            sys.executable,
-                            "-m",
-                            "lightning_dtda",
-                            *command,
-                            f"--seeds={share}",
-                            f"--runs_to_fit={len(seeds)}",
-                        ],
-                        env=environment,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        stdin=subprocess.DEVNULL,
-                    )
-                )
+    for job in range(min(jobs, len(seeds))):
+        arguments = [*command, f"--seeds={list(seeds[job::jobs])}", f"--runs_to_fit={len(seeds)}"]
+        with (logs / f"job-{job}.log").open("w") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "lightning_dtda", *arguments],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+            )
+        processes.append(process)
     waiting = set(seeds)
     # asked to end, Python would end at once and leave the trainings running
     before = signal.signal(signal.SIGTERM, _interrupt)

@@ -11,9 +11,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -23,15 +21,13 @@ from typing_extensions import override
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import AveragingTap, averaging_callback
-from lightning_dtda.recording.batch_tap import BatchTap, TransferTap
+from lightning_dtda.recording.batch_tap import BatchTap
 from lightning_dtda.recording.configuration import (
-    circumstances,
     configuration,
-    current_hyperparameters,
     hyperparameters,
     versions,
 )
-from lightning_dtda.recording.data import TrainingData, check_batch, read_batches
+from lightning_dtda.recording.data import TrainingData, check_batch, read_batch
 from lightning_dtda.recording.extent import (
     check_disk,
     checkpoint_interval,
@@ -43,17 +39,16 @@ from lightning_dtda.recording.other_runs import refuse_other_configuration
 from lightning_dtda.recording.processes import together
 from lightning_dtda.recording.resuming import resume
 from lightning_dtda.recording.run_recording import RunRecording, make_directory
-from lightning_dtda.recording.shard_buffer import ShardBuffer
+from lightning_dtda.recording.step_callback import StepCallback
 from lightning_dtda.recording.trial import Trial, try_step
 from lightning_dtda.replay.batches import example_shapes, map_tensors, rows_of
-from lightning_dtda.replay.stand_ins import Time
-from lightning_dtda.trajectory import Manifest, Run, RunWriter
+from lightning_dtda.trajectory import Manifest, MicroBatch, Run, RunWriter
 from lightning_dtda.trajectory.run import process_path
 
 _log = logging.getLogger(__name__)
 
 
-class TrajectoryRecorder(Callback):
+class TrajectoryRecorder(StepCallback):
     r"""Records every optimizer step of a training, so that it can be replayed and attributed afterwards.
 
     For each step: the data set indices of every micro-batch in order, every parameter group's learning rate and other
@@ -99,6 +94,7 @@ class TrajectoryRecorder(Callback):
         checkpoint_every: Literal["sqrt", "all"] | int = "sqrt",
         overwrite: bool = False,
     ) -> None:
+        super().__init__()
         if gradients not in ("auto", "float32", "bfloat16", "none"):
             raise RecordingError(f'gradients={gradients!r}; choose "auto", "float32", "bfloat16" or "none".')
         if batches not in ("indices", "store"):
@@ -117,12 +113,9 @@ class TrajectoryRecorder(Callback):
         self.runs_to_fit = 1
         """How many runs like this one the disk must hold; a loop over seeds sets it, so that the first run refuses
         what would run out of disk in the middle, and 0 for the others."""
-        self._tap: BatchTap | None = None
-        self._transfer: TransferTap | None = None
+        self._follower: RunRecording | None
         self._averaging: AveragingTap | None = None
-        self._recording: RunRecording | None = None
         self._progress: dict[str, Any] = {}
-        self._resumed: dict[str, Any] | None = None
         self._shapes: list[tuple[int, ...]] | None = None
 
     @override
@@ -133,8 +126,7 @@ class TrajectoryRecorder(Callback):
             raise RecordingError("The Trainer has several TrajectoryRecorders. Keep one of them.")
         checks.refuse_trainer(trainer, pl_module)
         self._shapes = None
-        self._tap = BatchTap(trainer)
-        self._transfer = TransferTap(trainer, pl_module)
+        self._tap = BatchTap(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,13 +135,7 @@ class TrajectoryRecorder(Callback):
         with together(trainer):
             self._directory = self._choose_directory(trainer)
             self._data = TrainingData(self._tap.loader, self._stores_batches)
-            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
-
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tap is not None:
-            self._data.refuse_change(self._tap.loader, trainer.current_epoch)
+            self._optimizer(trainer)
 
     @override
     def on_train_batch_start(
@@ -157,58 +143,36 @@ class TrajectoryRecorder(Callback):
     ) -> None:
         if self._tap is None:
             return
-        assert self._transfer is not None
-        indices = torch.tensor(self._tap.current_indices())
-        states, collated = self._transfer.take()
-        if self._recording is None and self._averaging is None:
-            callback = averaging_callback(trainer)
-            if callback is not None:
-                self._writes_checkpoints = trainer.is_global_zero
-                self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
-        if self._recording is None:
+        micro_batch, collated = self._take_batch(trainer, batch_idx)
+        if self._follower is None and self._averaging is None and (callback := averaging_callback(trainer)) is not None:
+            self._writes_checkpoints = trainer.is_global_zero
+            self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
+        if self._follower is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
-            self._recording = self._begin(trainer, pl_module, indices, batch, collated, batch_idx, states)
-        self._data.check_indices(indices)
-        leaves = self._leaves(collated, len(indices)) if self._stores_batches else ()
-        self._recording.begin_micro_batch(
-            indices,
-            trainer.current_epoch,
-            batch_idx,
-            leaves,
-            trainer.accumulate_grad_batches,
-            states,
-            trainer.global_step,
-        )
-
-    @override
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        if self._recording is not None:
-            self._recording.drop_pending()
-
-    @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._recording is not None:
-            self._recording.add_micro_batch()
+            self._follower = self._begin(trainer, pl_module, micro_batch, batch, collated)
+        if self._stores_batches:
+            micro_batch = replace(micro_batch, leaves=self._leaves(collated, len(micro_batch.indices)))
+        self._follower.begin_micro_batch(micro_batch, trainer.accumulate_grad_batches)
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        if self._recording is not None and trainer.gradient_clip_val and not _clips_by_value(trainer):
-            self._recording.before_clipping()
+        if self._follower is not None and trainer.gradient_clip_val and not _clips_by_value(trainer):
+            self._follower.before_clipping()
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._recording is not None:
+        if self._follower is not None:
             # who resumes from the checkpoint needs every step before it
-            self._recording.sync()
+            self._follower.sync()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        if self._recording is not None:
-            self._progress = {"run": self._directory.name, "steps": self._recording.steps}
+        if self._follower is not None:
+            self._progress = {"run": self._directory.name, "steps": self._follower.steps}
         return self._progress
 
     @override
@@ -220,10 +184,10 @@ class TrajectoryRecorder(Callback):
         self._complete()
 
     def _complete(self) -> None:
-        if self._recording is not None and self._averaging is not None and self._writes_checkpoints:
-            average = self._averaging.average(self._recording.layout)
+        if self._follower is not None and self._averaging is not None and self._writes_checkpoints:
+            average = self._averaging.average(self._follower.layout)
             if average is not None:
-                self._recording.add_average(average)
+                self._follower.add_average(average)
         self._close("complete", None)
 
     @override
@@ -243,33 +207,19 @@ class TrajectoryRecorder(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        indices: Tensor,
+        micro_batch: MicroBatch,
         batch: Any,
         collated: Any,
-        batch_idx: int,
-        states: dict[str, Tensor],
     ) -> RunRecording:
         """Check what is about to be trained on, and try an attribution step of it, then make the run directory."""
         is_first = trainer.global_rank == 0
         with together(trainer):
-            optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
-            layout = checks.parameter_layout(pl_module, optimizer)
-            checks.refuse_layers(pl_module)
-            facts = circumstances(trainer, pl_module)
-            time = Time(trainer.current_epoch, trainer.global_step, batch_idx, current_hyperparameters(optimizer))
+            optimizer = self._optimizer(trainer)
+            indices = micro_batch.indices
             make = self._maker(indices, collated)
-            trial = try_step(
-                pl_module,
-                layout,
-                facts,
-                trainer.datamodule,  # type: ignore[attr-defined]
-                len(indices),
-                make,
-                time,
-                states,
-            )
+            trial = try_step(trainer, pl_module, optimizer, micro_batch, make)
             if not self._stores_batches:
-                check_batch(make(range(len(indices))), batch, trial.eager.replica, states)
+                check_batch(make(range(len(indices))), batch, trial.eager.replica, micro_batch.rng_states)
             manifest = self._manifest(trainer, pl_module, optimizer, trial)
             if is_first and self._resumed is None and not self.overwrite:
                 refuse_other_configuration(self._directory, manifest, self._data.checksums)
@@ -293,31 +243,24 @@ class TrajectoryRecorder(Callback):
         return recording
 
     def _steps_so_far(self) -> int:
-        return 0 if self._recording is None else self._recording.steps
+        return 0 if self._follower is None else self._follower.steps
 
     def _maker(self, indices: Tensor, collated: Any) -> Callable[[Sequence[int]], Any]:
         """Return what makes the first batch again, of some of its rows."""
         if self._stores_batches:
             self._leaves(collated, len(indices))
             return lambda rows: map_tensors(lambda leaf: leaf[list(rows)], collated)
-
-        def make(rows: Sequence[int]) -> Any:
-            with isolate_rng():
-                return next(read_batches(self._loader, [indices[list(rows)].tolist()]))
-
-        return make
+        return lambda rows: read_batch(self._loader, indices[list(rows)].tolist())
 
     def _manifest(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer, trial: Trial
     ) -> Manifest:
         layout = trial.layout
         numbers, options = hyperparameters(optimizer)
-        planned = planned_steps(trainer)
+        planned, seed = planned_steps(trainer), _global_seed()
         return Manifest(
-            seed=_global_seed(),
-            configuration=configuration(
-                trainer, pl_module, self._loader, self._data.description, optimizer, _global_seed()
-            ),
+            seed=seed,
+            configuration=configuration(trainer, pl_module, self._loader, self._data.description, optimizer, seed),
             parameters=[
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],
@@ -350,21 +293,11 @@ class TrajectoryRecorder(Callback):
     def _record(
         self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule, optimizer: Optimizer, is_first: bool
     ) -> RunRecording:
-        gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
         writer = RunWriter(directory, manifest)
         if is_first and manifest.examples is None and self._data.checksums is not None:
             writer.add_examples(self._data.checksums)
-        return RunRecording(
-            module=pl_module,
-            optimizer=optimizer,
-            layout=manifest.layout,
-            writer=writer,
-            hyperparameter_names=manifest.hyperparameters,
-            state_sizes=checks.state_sizes(optimizer, map(pl_module.get_parameter, manifest.layout.names)),
-            buffer=ShardBuffer(manifest.layout, gradients, pl_module.device, manifest.steps),
-            interval=checkpoint_interval(self.checkpoint_every, manifest.planned_steps) if is_first else None,
-            checkpointed=any(entry["step"] == manifest.steps for entry in manifest.checkpoints),
-        )
+        interval = checkpoint_interval(self.checkpoint_every, manifest.planned_steps) if is_first else None
+        return RunRecording(pl_module, optimizer, writer, manifest, interval)
 
     @property
     def _loader(self) -> DataLoader[Any]:
@@ -372,22 +305,16 @@ class TrajectoryRecorder(Callback):
         return self._tap.loader
 
     def _stop(self, reason: str) -> None:
-        if self._tap is not None:
-            self._tap.remove()
-            self._tap = None
-        if self._transfer is not None:
-            self._transfer.remove()
-            self._transfer = None
         if self._averaging is not None:
             self._averaging.remove()
             self._averaging = None
-        self._resumed = None
+        self._release()
         self._close("incomplete", reason)
 
     def _close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
-        if self._recording is not None:
+        if self._follower is not None:
             self.state_dict()  # for checkpoints that are saved after the end
-            recording, self._recording = self._recording, None
+            recording, self._follower = self._follower, None
             recording.close(status, reason)
 
     def _leaves(self, batch: Any, examples: int) -> tuple[Tensor, ...]:

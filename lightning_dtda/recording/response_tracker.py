@@ -4,37 +4,33 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.optimizers import clipping
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import averaging_callback
-from lightning_dtda.recording.batch_tap import BatchTap, TransferTap
-from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
-from lightning_dtda.recording.data import TrainingData, read_batches
-from lightning_dtda.recording.response_tracking import ResponseTracking
+from lightning_dtda.recording.batch_tap import BatchTap
+from lightning_dtda.recording.data import TrainingData, read_batch
+from lightning_dtda.recording.response_tracking import ResponseTracking, rows_of_batch
+from lightning_dtda.recording.step_callback import StepCallback
 from lightning_dtda.recording.trial import try_step
 from lightning_dtda.replay import Draws, Examples, Measurement, Tangents, query_examples, resolve_measurement
 from lightning_dtda.replay.measured import measured
-from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.tangents import changes
-from lightning_dtda.trajectory import ParameterLayout
+from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
 _GRADIENT_BYTES = 2**28
 """Size up to which gradients of queries are computed together."""
 
 
-class ResponseTracker(Callback):
+class ResponseTracker(StepCallback):
     r"""Carries the responses of groups of examples along while a training runs; nothing is recorded.
 
     .. math:: r_{k,t} = -\sum_{n \in S_k} \frac{d \theta_t}{d w_n}, \qquad r_{k,0} = 0
@@ -61,17 +57,15 @@ class ResponseTracker(Callback):
     """
 
     def __init__(self, groups: Sequence[Sequence[int]], tolerance: float = 1e-3) -> None:
+        super().__init__()
         if tolerance <= 0:
             raise RecordingError(f"tolerance={tolerance!r} must be positive.")
         self.groups = [_indices(group) for group in groups]
         if not self.groups:
             raise RecordingError("groups must be lists of data set indices, at least one of them.")
         self.tolerance = tolerance
-        self._tap: BatchTap | None = None
-        self._transfer: TransferTap | None = None
+        self._follower: ResponseTracking | None
         self._tracking: ResponseTracking | None = None
-        self._is_running = False
-        self._resumed: dict[str, Any] | None = None
 
     @property
     def responses(self) -> Tensor:
@@ -136,8 +130,7 @@ class ResponseTracker(Callback):
                 "with devices=1, or record the training and attribute the record."
             )
         self._tracking = None
-        self._tap = BatchTap(trainer)
-        self._transfer = TransferTap(trainer, pl_module)
+        self._tap = BatchTap(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,46 +151,17 @@ class ResponseTracker(Callback):
                 "from the start (no ckpt_path), or resume from a checkpoint that was saved while a ResponseTracker of "
                 "the same groups was among the Trainer's callbacks."
             )
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
-
-    @override
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._tap is not None:
-            self._data.refuse_change(self._tap.loader, trainer.current_epoch)
+        self._optimizer(trainer)
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._tap is not None
-        assert self._transfer is not None
-        indices = torch.tensor(self._tap.current_indices())
-        states, collated = self._transfer.take()
-        self._data.check_indices(indices)
-        if not self._is_running:
+        micro_batch, collated = self._take_batch(trainer, batch_idx)
+        if self._follower is None:
             # not at the start of the training: hooks before the first batch may still set parameters and modes
-            self._tracking = self._begin(trainer, pl_module, indices, collated, batch_idx, states)
-            self._is_running = True
-        self._followed.begin_micro_batch(
-            indices,
-            trainer.current_epoch,
-            collated,
-            batch_idx,
-            trainer.accumulate_grad_batches,
-            states,
-            trainer.global_step,
-        )
-
-    @override
-    def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        if self._is_running:
-            self._followed.drop_pending()
-
-    @override
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        if self._is_running:
-            self._followed.add_micro_batch()
+            self._follower = self._tracking = self._begin(trainer, pl_module, micro_batch, collated)
+        self._follower.begin_micro_batch(micro_batch, trainer.accumulate_grad_batches, collated)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,72 +193,34 @@ class ResponseTracker(Callback):
         self._resumed = state_dict or None
 
     def _begin(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        indices: Tensor,
-        collated: Any,
-        batch_idx: int,
-        states: dict[str, Tensor],
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, micro_batch: MicroBatch, collated: Any
     ) -> ResponseTracking:
         assert self._tap is not None
-        loader = self._tap.loader
-        optimizer = checks.refuse_optimizers(trainer.optimizers, resumed=self._resumed is not None)
-        layout = checks.parameter_layout(pl_module, optimizer)
-        checks.refuse_layers(pl_module)
-
-        def make(chosen: list[int]) -> Any:
-            with isolate_rng():
-                return next(read_batches(loader, [chosen]))
-
-        def rows(some: Sequence[int]) -> Any:
-            return collated if isinstance(some, range) else make(indices[list(some)].tolist())
-
-        time = Time(trainer.current_epoch, trainer.global_step, batch_idx, current_hyperparameters(optimizer))
-        facts = circumstances(trainer, pl_module)
-        trial = try_step(
-            pl_module,
-            layout,
-            facts,
-            trainer.datamodule,  # type: ignore[attr-defined]
-            len(indices),
-            rows,
-            time,
-            states,
-        )
-        layout = trial.layout
-        like = pl_module.get_parameter(layout.names[0]).detach()
-        algorithm = trainer.gradient_clip_algorithm
+        loader, optimizer = self._tap.loader, self._optimizer(trainer)
+        rows = partial(rows_of_batch, collated, micro_batch.indices, partial(read_batch, loader))
+        trial = try_step(trainer, pl_module, optimizer, micro_batch, rows)
+        like = pl_module.get_parameter(trial.layout.names[0]).detach()
         membership = like.new_zeros(len(self.groups), len(self._data))
         for number, group in enumerate(self.groups):
             membership[number, group] = 1
         return ResponseTracking(
+            trainer=trainer,
             module=pl_module,
             eager=trial.eager,
-            make=make,
-            collate_fn=loader.collate_fn,
             optimizer=optimizer,
-            layout=layout,
-            clipping=clipping(trainer.gradient_clip_val, algorithm and str(algorithm.value)),
-            precision=trainer.precision,
+            loader=loader,
             membership=membership,
             tolerance=self.tolerance,
             **_resumed(self._resumed, like),
         )
 
     def _close(self) -> None:
-        if self._is_running:
-            self._is_running = False
-            self._followed.close()
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
 
     def _stop(self) -> None:
-        if self._tap is not None:
-            self._tap.remove()
-            self._tap = None
-        if self._transfer is not None:
-            self._transfer.remove()
-            self._transfer = None
-        self._resumed = None
+        self._release()
         self._close()
 
     @property

@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RecordingError, ReplayError
-from lightning_dtda.optimizers import UPDATES, Clipping, GroupedUpdate, Hyperparameters, State
+from lightning_dtda.optimizers import UPDATES, GroupedUpdate, Hyperparameters, State, clipping
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
+from lightning_dtda.recording.data import read_batch
 from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
 from lightning_dtda.replay import Eager, Point, StepBatch, Tangents
@@ -23,9 +25,9 @@ from lightning_dtda.replay.drift import Comparison
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.replay.tangents import gradient_tangents, push
-from lightning_dtda.trajectory import MicroBatch, ParameterLayout
+from lightning_dtda.trajectory import MicroBatch
 
-REASONS = (
+_REASONS = (
     "The module changes while it trains, or training_step depends on something other than its parameters, its buffers "
     "and the batch."
 )
@@ -35,14 +37,11 @@ class ResponseTracking:
     """One training under way: its steps differentiated right after they are taken, and nothing kept of them.
 
     Args:
+        trainer: The Trainer.
         module: The module, before its first step.
-        eager: Runs a replica of it.
+        eager: Runs a replica of it, with the trained parameters.
         optimizer: Its optimizer.
-        layout: The trained parameters.
-        clipping: The Trainer's.
-        precision: The Trainer's.
-        make: Makes a batch of the data set's examples at some indices.
-        collate_fn: That of the training DataLoader.
+        loader: The training DataLoader.
         membership: 1 where an example is in a group ``(groups, N)``.
         tolerance: As for :class:`~lightning_dtda.replay.Replay`.
         steps: Number of steps taken before.
@@ -52,27 +51,25 @@ class ResponseTracking:
     def __init__(
         self,
         *,
+        trainer: pl.Trainer,
         module: pl.LightningModule,
         eager: Eager,
         optimizer: Optimizer,
-        layout: ParameterLayout,
-        clipping: Clipping,
-        precision: str,
-        make: Callable[[list[int]], Any],
-        collate_fn: Callable[[list[Any]], Any],
+        loader: DataLoader[Any],
         membership: Tensor,
         tolerance: float,
         steps: int = 0,
         tangents: Tangents | None = None,
     ) -> None:
-        self.layout = layout
+        self.layout = layout = eager.replica.layout
         self.eager = eager
         self._module = module
-        self._make = make
-        self.collate_fn = collate_fn
+        self._make = partial(read_batch, loader)
+        self.collate_fn = loader.collate_fn
         self.time = Time()
         self._membership = membership
-        self._clipping = clipping
+        algorithm = trainer.gradient_clip_algorithm
+        self._clipping = clipping(trainer.gradient_clip_val, algorithm and str(algorithm.value))
         parameters = layout.group_parameters(module.get_parameter(layout.names[0]).dtype)
         self._update = GroupedUpdate(UPDATES[checks.optimizer_path(optimizer)], layout.group_slices, parameters)
         self._names, self._options = hyperparameters(optimizer)
@@ -81,7 +78,6 @@ class ResponseTracking:
             optimizer=optimizer,
             layout=layout,
             hyperparameter_names=self._names,
-            state_sizes=checks.state_sizes(optimizer, map(module.get_parameter, layout.names)),
             applying=self._note_gradient,
             taken=self._after_step,
             steps=steps,
@@ -96,28 +92,21 @@ class ResponseTracking:
             tangents = Tangents.zeros(self.theta, states, statistics, len(membership))
         self.tangents = tangents
         dtype, device = self.theta.dtype, self.theta.device
-        self._comparison = Comparison(["The training"], precision, dtype, dtype, tolerance, dtype, device, REASONS)
+        self._comparison = Comparison(
+            ["The training"], trainer.precision, dtype, dtype, tolerance, dtype, device, _REASONS
+        )
         self._batches: list[Any] = []
         self._current: Any = None
         self._last_buffers: dict[str, Tensor] | None = None
 
-    def begin_micro_batch(
-        self,
-        indices: Tensor,
-        epoch: int,
-        collated: Any,
-        batch_idx: int,
-        accumulate_grad_batches: int,
-        states: dict[str, Tensor],
-        global_step: int,
-    ) -> None:
+    def begin_micro_batch(self, batch: MicroBatch, accumulate_grad_batches: int, collated: Any) -> None:
         """Note what is about to be passed through the module."""
         if self.watch.is_between_steps:
             self._before = self._buffers()
             self._batches = []
         # a copy: the training may change the batch in place
         self._current = map_tensors(torch.clone, collated)
-        self.watch.begin_micro_batch(indices, epoch, batch_idx, (), accumulate_grad_batches, states, global_step)
+        self.watch.begin_micro_batch(batch, accumulate_grad_batches)
 
     def add_micro_batch(self) -> None:
         """Add the micro-batch to the step: its loss is about to be differentiated."""
@@ -163,19 +152,9 @@ class ResponseTracking:
         removed = self._membership[:, batch.indices].transpose(0, 1)
         buffers = {name: buffer.clone() for name, buffer in self._before.items()}
         found = gradient_tangents(self.eager, batch, self.theta, buffers, removed, self.tangents, updates=False)
-        unclipped = found.gradient
-        self._comparison.gradient(number, self._clipping.apply(unclipped), applied)
-        point = Point(self.theta, states, applied, unclipped)
-        self.tangents = push(
-            self._update,
-            self._clipping,
-            of_groups,
-            number,
-            point,
-            self.tangents,
-            found.of_gradient,
-            found.of_statistics,
-        )
+        self._comparison.gradient(number, self._clipping.apply(found.gradient), applied)
+        point = Point(self.theta, states, applied, found.gradient)
+        self.tangents = push(self._update, self._clipping, of_groups, number, point, self.tangents, found)
         expected, _ = self._update.step(self.theta, states, applied, of_groups, step=number)
         before, self.theta, self._states = self.theta, self._parameters(), self._current_states()
         self._comparison.parameters(number, number + 1, before, expected, self.theta)
@@ -190,7 +169,7 @@ class ResponseTracking:
                 len(part.indices),
                 Time(part.epoch, part.global_step, part.batch_idx, of_groups),
                 part.rng_states,
-                partial(_rows, collated, part.indices, self._make),
+                partial(rows_of_batch, collated, part.indices, self._make),
                 1 / accumulated,
             )
             for part, collated in zip(micro_batches, self._batches, strict=True)
@@ -209,6 +188,6 @@ class ResponseTracking:
         return {name: buffer.detach().clone()[None] for name, buffer in found.items()}
 
 
-def _rows(collated: Any, indices: Tensor, make: Callable[[list[int]], Any], rows: Sequence[int]) -> Any:
+def rows_of_batch(collated: Any, indices: Tensor, make: Callable[[list[int]], Any], rows: Sequence[int]) -> Any:
     """Return a micro-batch as it was, or one of some of its examples as the data set gives them now."""
     return collated if isinstance(rows, range) else make(indices[list(rows)].tolist())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,7 +16,7 @@ from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import Average
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
-from lightning_dtda.trajectory import ParameterLayout, RunWriter
+from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
 
 
 class RunRecording:
@@ -24,48 +25,39 @@ class RunRecording:
     Args:
         module: The module.
         optimizer: Its optimizer.
-        layout: The recorded parameters.
         writer: Writes the run, or the part of it that this process sees.
-        hyperparameter_names: Of what is recorded at each step.
-        state_sizes: How many numbers the optimizer keeps of each parameter group, by name.
-        buffer: Collects the steps from the first one on.
+        manifest: The run's, with the steps that were recorded before.
         interval: Steps between checkpoints; ``None`` where another process writes them.
-        checkpointed: Whether the first step's checkpoint is there already.
     """
 
     def __init__(
         self,
-        *,
         module: pl.LightningModule,
         optimizer: Optimizer,
-        layout: ParameterLayout,
         writer: RunWriter,
-        hyperparameter_names: list[str],
-        state_sizes: list[dict[str, int]],
-        buffer: ShardBuffer,
+        manifest: Manifest,
         interval: int | None,
-        checkpointed: bool = False,
     ) -> None:
-        self.layout = layout
+        self.layout = manifest.layout
         self._module = module
         self._writer = writer
-        self._buffer = buffer
+        gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)
+        self._buffer = ShardBuffer(self.layout, gradients, module.device, manifest.steps)
         self._interval = interval
         self._watch = StepWatch(
             module=module,
             optimizer=optimizer,
-            layout=layout,
-            hyperparameter_names=hyperparameter_names,
-            state_sizes=state_sizes,
-            applying=buffer.put_gradient,
+            layout=self.layout,
+            hyperparameter_names=manifest.hyperparameters,
+            applying=self._buffer.put_gradient,
             taken=self._after_step,
-            steps=buffer.first_step,
+            steps=manifest.steps,
         )
         self.begin_micro_batch = self._watch.begin_micro_batch
         self.add_micro_batch = self._watch.add_micro_batch
         self.drop_pending = self._watch.drop_pending
         self._last_checkpoint = self.steps
-        if interval is not None and not checkpointed:
+        if interval is not None and all(entry["step"] != self.steps for entry in manifest.checkpoints):
             self._checkpoint()
 
     @property
@@ -75,8 +67,7 @@ class RunRecording:
 
     def before_clipping(self) -> None:
         """Note what is lost when the gradient is scaled to a norm."""
-        gradients = [parameter.grad for parameter in self._watch.parameters if parameter.grad is not None]
-        if len(gradients) == len(self._watch.parameters):  # else the step is refused when it is taken
+        if (gradients := self._watch.gradients) is not None:
             self._buffer.put_norm(gradients)
 
     def sync(self) -> None:
@@ -103,7 +94,7 @@ class RunRecording:
             self._writer.close(status, reason)
 
     def _after_step(self, step: TakenStep) -> None:
-        self._buffer.append(step.micro_batches, step.hyperparameters, step.accumulate_grad_batches)
+        self._buffer.append(step)
         if self._interval is not None and self.steps % self._interval == 0:
             self._checkpoint()
         elif self._buffer.is_full:

@@ -96,9 +96,8 @@ def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) ->
 def _weights_and_biases(group: str, name: str) -> Iterator[None]:
     """Let a W&B logger that says nothing else put each run under its name in the ensemble's group."""
     wanted = {"WANDB_RUN_GROUP": group, "WANDB_NAME": name, "WANDB_JOB_TYPE": "training"}
-    before = {key: os.environ.get(key) for key in wanted}
-    for key, value in wanted.items():
-        os.environ.setdefault(key, value)
+    added = {key: value for key, value in wanted.items() if key not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
@@ -106,6 +105,5 @@ def _weights_and_biases(group: str, name: str) -> Iterator[None]:
         if wandb is not None and wandb.run is not None:
             wandb.finish()  # the logger of the next seed would go on with this run
             wandb.teardown()  # and W&B reads its environment once for each set-up: the next seed has another name
-        for key, old in before.items():
-            if old is None:
-                os.environ.pop(key, None)
+        for key in added:
+            os.environ.pop(key, None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_dtda.recording.step_watch import TakenStep
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
 
@@ -33,16 +34,14 @@ class ShardBuffer:
     gradients: torch.dtype | None
     device: torch.device
     first_step: int = 0
-    _micro_batches: list[list[MicroBatch]] = field(default_factory=list)
-    _hyperparameters: list[list[list[float]]] = field(default_factory=list)
-    _accumulations: list[int] = field(default_factory=list)
+    _steps: list[TakenStep] = field(default_factory=list)
     _leaf_bytes: int = 0
     _gradients: Tensor | None = None
     _norm: Tensor | None = None
     _norms: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self._micro_batches)
+        return len(self._steps)
 
     @property
     def is_full(self) -> bool:
@@ -67,14 +66,10 @@ class ShardBuffer:
         # of the norms of the tensors, as torch does it; it stays on the device, since to read it would wait for it
         self._norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
 
-    def append(
-        self, micro_batches: list[MicroBatch], hyperparameters: list[list[float]], accumulate_grad_batches: int
-    ) -> None:
+    def append(self, step: TakenStep) -> None:
         """Add the record of one step."""
-        self._micro_batches.append(micro_batches)
-        self._hyperparameters.append(hyperparameters)
-        self._accumulations.append(accumulate_grad_batches)
-        self._leaf_bytes += sum(leaf.nbytes for micro_batch in micro_batches for leaf in micro_batch.leaves)
+        self._steps.append(step)
+        self._leaf_bytes += sum(leaf.nbytes for micro_batch in step.micro_batches for leaf in micro_batch.leaves)
         if self._norm is not None:
             self._norms.append(self._norm)
             self._norm = None
@@ -82,15 +77,18 @@ class ShardBuffer:
     def take(self) -> tuple[int, int, dict[str, Tensor]]:
         """Return first step, last step and tensors of the shard, and start the next one."""
         first, steps = self.first_step, len(self)
-        tensors = step_records(self._micro_batches, self._hyperparameters, self._accumulations)
+        tensors = step_records(
+            [step.micro_batches for step in self._steps],
+            [step.hyperparameters for step in self._steps],
+            [step.accumulate_grad_batches for step in self._steps],
+        )
         if self._gradients is not None:
             tensors["gradients"] = self._gradients[:steps].cpu()
         if self._norms:
             tensors["gradient_norms"] = torch.stack(self._norms).cpu()
         self.first_step += steps
-        self._norms = []
-        self._leaf_bytes = 0
-        self._micro_batches, self._hyperparameters, self._accumulations, self._gradients = [], [], [], None
+        self._steps, self._norms = [], []
+        self._leaf_bytes, self._gradients = 0, None
         return first, first + steps, tensors
 
 

@@ -43,7 +43,6 @@ class StepWatch:
         optimizer: Its optimizer.
         layout: The trained parameters.
         hyperparameter_names: Of the numbers that are told at each step.
-        state_sizes: How many numbers the optimizer keeps of each parameter group, by name.
         applying: Called with the gradient that a step is about to apply, in the layout's order: clipped, and not yet
             changed by the optimizer.
         taken: Called after each step.
@@ -57,7 +56,6 @@ class StepWatch:
         optimizer: Optimizer,
         layout: ParameterLayout,
         hyperparameter_names: list[str],
-        state_sizes: list[dict[str, int]],
         applying: Callable[[list[Tensor]], None],
         taken: Callable[[TakenStep], None],
         steps: int = 0,
@@ -70,7 +68,7 @@ class StepWatch:
         self._identities = list(map(id, self.parameters))
         self._known = set(self._identities)
         self._names = hyperparameter_names
-        self._state_sizes = state_sizes
+        self._state_sizes = checks.state_sizes(optimizer, self.parameters)
         self._applying = applying
         self._taken = taken
         self._pending: list[MicroBatch] = []
@@ -87,18 +85,15 @@ class StepWatch:
         """Whether no micro-batch of the next step has been passed through the module yet."""
         return not self._pending
 
-    def begin_micro_batch(
-        self,
-        indices: Tensor,
-        epoch: int,
-        batch_idx: int,
-        leaves: tuple[Tensor, ...],
-        accumulate_grad_batches: int,
-        states: dict[str, Tensor],
-        global_step: int,
-    ) -> None:
-        """Note what is about to be passed through the module, and the generators' states before it was moved."""
-        self._current = MicroBatch(indices, epoch, batch_idx, states, leaves, global_step=global_step)
+    @property
+    def gradients(self) -> list[Tensor] | None:
+        """The gradient at present; ``None`` where a part is missing, for which the step is refused when it is taken."""
+        found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return found if len(found) == len(self.parameters) else None
+
+    def begin_micro_batch(self, batch: MicroBatch, accumulate_grad_batches: int) -> None:
+        """Note what is about to be passed through the module, with the states of all generators."""
+        self._current = batch
         self._accumulate_grad_batches = accumulate_grad_batches
 
     def drop_pending(self) -> None:
@@ -158,8 +153,7 @@ class StepWatch:
         return noting
 
     def _note_gradient(self) -> None:
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if len(gradients) == len(self.parameters):  # else the step is refused when it is taken
+        if (gradients := self.gradients) is not None:
             self._applying(gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

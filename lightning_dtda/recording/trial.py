@@ -10,8 +10,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_dtda.errors import DTDAError, RecordingError, ReplayError
+from lightning_dtda.recording import checks
+from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
+from lightning_dtda.recording.run_recording import buffers
+from lightning_dtda.replay.cut import nodes_behind
 from lightning_dtda.replay.eager import Eager, reduction, shared_by_examples
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import drops_out_inside
@@ -20,7 +25,7 @@ from lightning_dtda.replay.measurements import loss
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.stand_ins import Circumstances, Time
 from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
-from lightning_dtda.trajectory import ParameterLayout
+from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
 _log = logging.getLogger(__name__)
 
@@ -50,44 +55,41 @@ class Trial:
         layout: The parameters that the loss uses.
         circumstances: Those of the training, with the buffers that a step changes.
         shared: As in a manifest.
-        gradient: Of the batch's loss ``(P,)``.
         eager: What the step was run with.
     """
 
     layout: ParameterLayout
     circumstances: Circumstances
     shared: dict[str, str]
-    gradient: Tensor
     eager: Eager
 
 
 def try_step(
+    trainer: pl.Trainer,
     module: pl.LightningModule,
-    layout: ParameterLayout,
-    circumstances: Circumstances,
-    datamodule: Any,
-    examples: int,
+    optimizer: Optimizer,
+    batch: MicroBatch,
     make: Callable[[Sequence[int]], Any],
-    time: Time,
-    states: Mapping[str, Tensor],
 ) -> Trial:
     """Run an attribution step: gradient, products, tangents, and the default measurement of an example.
 
     Args:
+        trainer: The Trainer.
         module: The module, which is about to be trained.
-        layout: Parameters that the optimizer was given.
-        circumstances: Of the training, as far as they are known.
-        datamodule: The Trainer's, if there is one.
-        examples: B.
-        make: Makes the first batch again, of some of its rows, as the ``collate_fn`` makes it.
-        time: The Trainer's.
-        states: Of the generators, before the batch was moved.
+        optimizer: Its optimizer.
+        batch: The first batch.
+        make: Makes it again, of some of its rows, as the ``collate_fn`` makes it.
 
     Raises:
         RecordingError: If a step cannot be replayed or differentiated.
     """
+    layout = checks.parameter_layout(module, optimizer)
+    checks.refuse_layers(module)
+    time = Time(batch.epoch, batch.global_step, batch.batch_idx, current_hyperparameters(optimizer))
+    inputs = MicroBatchInputs(len(batch.indices), time, batch.rng_states, make)
+    facts = circumstances(trainer, module)
     try:
-        return _try_step(module, layout, circumstances, datamodule, examples, make, time, states)
+        return _try_step(module, layout, facts, trainer.datamodule, inputs)  # type: ignore[attr-defined]
     except ReplayError as error:
         raise RecordingError(str(error)) from error
     except DTDAError:
@@ -103,20 +105,14 @@ def try_step(
 def _try_step(
     module: pl.LightningModule,
     layout: ParameterLayout,
-    circumstances: Circumstances,
+    facts: Circumstances,
     datamodule: Any,
-    examples: int,
-    make: Callable[[Sequence[int]], Any],
-    time: Time,
-    states: Mapping[str, Tensor],
+    inputs: MicroBatchInputs,
 ) -> Trial:
     like = module.get_parameter(layout.names[0])
     dtype, device = like.dtype, module.device
     every_buffer = [name for name, _ in module.named_buffers()]
-    first = Replica(
-        module, layout, replace(circumstances, updated_buffers=every_buffer), dtype, device, datamodule=datamodule
-    )
-    inputs = MicroBatchInputs(examples, time, states, make)
+    first = Replica(module, layout, replace(facts, updated_buffers=every_buffer), dtype, device, datamodule=datamodule)
     with first.generators.kept():
         unused, updated = _unused_and_updated(first, module, inputs)
     layout = layout.without(unused)
@@ -124,10 +120,10 @@ def _try_step(
         raise RecordingError(f"The loss of {type(module).__name__} does not depend on any parameter that is trained.")
     if unused:
         _log.info("The loss does not use the parameters %s, which the optimizer leaves as they are.", ", ".join(unused))
-    circumstances = replace(circumstances, updated_buffers=updated)
-    eager = Eager(Replica(module, layout, circumstances, dtype, device, datamodule=datamodule))
+    facts = replace(facts, updated_buffers=updated)
+    eager = Eager(Replica(module, layout, facts, dtype, device, datamodule=datamodule))
     theta = layout.flatten([module.get_parameter(name) for name in layout.names])
-    buffers = _tensors(module, layout)
+    held = _tensors(module, layout)
     followed = {*eager.statistics.names, *(name for name in updated if name.endswith("num_batches_tracked"))}
     if unfollowed := [name for name in updated if name not in followed]:
         _log.warning(
@@ -137,9 +133,9 @@ def _try_step(
         )
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(1, 1, len(theta), generator=generator, dtype=torch.float64).to(theta)
-    stacked = {name: buffer[None] for name, buffer in buffers.items()}
+    stacked = {name: buffer[None] for name, buffer in held.items()}
     cotangents = {name: torch.ones_like(stacked[name])[:, None] for name in eager.statistics.names}
-    batch = StepBatch.of([torch.arange(examples)], [[inputs]], device)
+    batch = StepBatch.of([torch.arange(inputs.examples)], [[inputs]], device)
     found = eager.products(batch, theta[None], stacked, direction, cotangents)
     eager.statistics_along(batch, theta[None], stacked, direction, cotangents)
     if not bool(torch.isfinite(found.gradient).all()):
@@ -149,31 +145,24 @@ def _try_step(
             f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square "
             "root or the norm of a zero on the way, say. Add a small number under the root."
         )
-    with eager.passed(inputs, theta, buffers) as one:
+    with eager.passed(inputs, theta, held) as one:
         _refuse_once_differentiable(one.gradient, type(module).__name__)
     shared = {
-        "training": shared_by_examples(eager, inputs, theta, buffers),
-        "evaluation": shared_by_examples(eager, inputs, theta, buffers, training=False),
-        "reduction": reduction(eager, inputs, theta, buffers),
+        "training": shared_by_examples(eager, inputs, theta, held),
+        "evaluation": shared_by_examples(eager, inputs, theta, held, training=False),
+        "reduction": reduction(eager, inputs, theta, held),
     }
     _try_measurement(eager, inputs, theta, stacked)
-    return Trial(layout, circumstances, shared, found.gradient[0], eager)
+    return Trial(layout, facts, shared, eager)
 
 
 def _refuse_once_differentiable(gradient: Sequence[Tensor], name: str) -> None:
     """Refuse a gradient of which a part has no derivative: torch says so only on the way through that part."""
-    nodes: list[Any] = [part.grad_fn for part in gradient if part.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == _NO_DERIVATIVE:
-            raise RecordingError(
-                f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a kernel "
-                "of its own?), so that the gradient has no derivative. Use the same operation in plain torch."
-            )
-        following = [other for other, _ in node.next_functions if other is not None and other not in seen]
-        seen.update(following)
-        nodes.extend(following)
+    if any(node.name() == _NO_DERIVATIVE for node in nodes_behind(gradient)):
+        raise RecordingError(
+            f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a kernel "
+            "of its own?), so that the gradient has no derivative. Use the same operation in plain torch."
+        )
 
 
 def _unused_and_updated(
@@ -210,8 +199,4 @@ def _try_measurement(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buff
 
 def _tensors(module: pl.LightningModule, layout: ParameterLayout) -> dict[str, Tensor]:
     """Return copies of the buffers and of the parameters that are not in the layout, by name."""
-    names = set(layout.names)
-    found = dict(module.named_buffers()) | {
-        name: parameter for name, parameter in module.named_parameters() if name not in names
-    }
-    return {name: tensor.detach().clone() for name, tensor in found.items()}
+    return {name: tensor.detach().clone() for name, tensor in buffers(module, layout, step=0).items()}

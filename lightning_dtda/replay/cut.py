@@ -9,13 +9,15 @@ example is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch.autograd import grad
 
 from lightning_dtda.compatibility import shapes_out_of
 from lightning_dtda.errors import ReplayError
@@ -104,7 +106,7 @@ class Cuts:
     """
 
     def __init__(self) -> None:
-        self._known: list[tuple[_Mark, ...]] = []
+        self._known: list[list[_Mark]] = []
 
     def find(self, loss: Tensor, examples: int) -> list[CutTensor]:
         """Return the tensors z of a loss.
@@ -117,9 +119,8 @@ class Cuts:
             UnknownGraphError: If no such graph was seen.
         """
         for marks in reversed(self._known):
-            found = _follow(loss, marks, examples)
-            if found is not None:
-                return found
+            with suppress(UnknownGraphError):
+                return _follow(loss, marks, examples)
         raise UnknownGraphError
 
     def learn(self, loss: Tensor, examples: int, others: Iterable[tuple[Tensor, int]], name: str) -> list[CutTensor]:
@@ -138,7 +139,7 @@ class Cuts:
         losses, sizes, ways = [loss], [examples], set()
         for other, size in others:
             try:
-                _walk([loss, other], [examples, size], 1)
+                _compare([loss, other], [examples, size], 1)
             except UnknownGraphError as error:
                 ways.add(str(error))
                 continue
@@ -148,45 +149,64 @@ class Cuts:
                 break
         if len(losses) == 1:
             raise ReplayError(
-                f"{name}.training_step takes another way whenever an example is left out "
-                f"({'; '.join(sorted(ways))}), so "
-                "that which part of its loss belongs to which example cannot be told. Let it do the same for batches "
-                "of any size."
+                f"{name}.training_step takes another way whenever an example is left out ({'; '.join(sorted(ways))}), "
+                "so that which part of its loss belongs to which example cannot be told. Let it do the same for "
+                "batches of any size."
             )
-        marks, cut = _walk(losses, sizes, 1)
+        marks, cut = _compare(losses, sizes, 1)
         if not cut:
-            marks, cut = _walk(losses, sizes, _MOST_REPEATS)
+            marks, cut = _compare(losses, sizes, _MOST_REPEATS)
         if not cut:
             raise ReplayError(
                 f"No tensor on the way to the loss of {name}.training_step has a row for each example, so that "
-                "removing "
-                "one has no meaning: a loss over the nodes of a graph or over windows of series, say, whose examples "
-                "are no rows; or of a batch from which the collate_fn leaves examples out. Let training_step compute a "
-                "number for each example, and return their mean or sum."
+                "removing one has no meaning: a loss over the nodes of a graph or over windows of series, say, whose "
+                "examples are no rows; or of a batch from which the collate_fn leaves examples out. Let training_step "
+                "compute a number for each example, and return their mean or sum."
             )
-        self.remember(marks)
+        self._known.append(marks)
         return cut
-
-    def remember(self, marks: Sequence[_Mark]) -> None:
-        """Know a graph by what was found at its tensors."""
-        if tuple(marks) not in self._known:
-            self._known.append(tuple(marks))
 
     def interleave(self) -> None:
         """Take the rows of examples in the graph that was learned last for interleaved."""
-        marks = self._known.pop()
-        self.remember(
-            [
-                mark
-                if mark.rows is None or mark.rows.repeats == 1
-                else replace(mark, rows=mark.rows._replace(is_blocked=False))
-                for mark in marks
-            ]
-        )
+        self._known[-1] = [
+            mark if mark.rows is None else replace(mark, rows=mark.rows._replace(is_blocked=False))
+            for mark in self._known[-1]
+        ]
 
 
-def _walk(losses: Sequence[Tensor], sizes: Sequence[int], most: int) -> tuple[list[_Mark], list[CutTensor]]:
-    """Walk back from losses in step.
+def walk(starts: Sequence[tuple[Edge, ...]], look: Callable[[tuple[Edge, ...]], Rows | None]) -> list[CutTensor]:
+    """Walk back through graphs in step, to the first tensor on each path at which a way ends.
+
+    Args:
+        starts: Where to begin: a tensor in each of the graphs.
+        look: Given a tensor in each of the graphs, says how the examples lie in it where the way ends; ``None`` lets it
+            go on.
+
+    Returns:
+        The tensors of the first graph at which ways end.
+    """
+    cut: list[CutTensor] = []
+    walks: list[tuple[tuple[Edge, ...], Edge]] = [(start, (None, 0)) for start in starts]
+    users: dict[Edge, list[Edge]] = {}
+    while walks:
+        edges, user = walks.pop()
+        first = edges[0]
+        is_seen = first in users
+        users.setdefault(first, []).append(user)
+        if is_seen:
+            continue
+        rows = look(edges)
+        if rows is not None:
+            cut.append(CutTensor(*first, rows, users[first]))
+            continue
+        for number, following in enumerate(zip(*(node.next_functions for node, _ in edges), strict=True)):
+            if all(node is not None for node, _ in following):
+                walks.append((following, (first[0], number)))
+    return cut
+
+
+def _compare(losses: Sequence[Tensor], sizes: Sequence[int], most: int) -> tuple[list[_Mark], list[CutTensor]]:
+    """Walk back from losses in step, and see from the lengths of axes how the examples lie in each tensor.
 
     Args:
         losses: The losses.
@@ -200,33 +220,20 @@ def _walk(losses: Sequence[Tensor], sizes: Sequence[int], most: int) -> tuple[li
         UnknownGraphError: If the graphs differ.
     """
     marks: list[_Mark] = []
-    cut: list[CutTensor] = []
-    walks: list[tuple[tuple[Edge, ...], Edge | None]] = [
-        (tuple((loss.grad_fn, loss.output_nr) for loss in losses), None)
-    ]
-    users: dict[Edge, list[Edge]] = {}
-    while walks:
-        edges, user = walks.pop()
-        is_seen = edges[0] in users
-        users.setdefault(edges[0], []).extend([] if user is None else [user])
-        if is_seen:
-            continue
+
+    def look(edges: tuple[Edge, ...]) -> Rows | None:
         names = [node.name() for node, _ in edges]
         if len(set(names)) > 1 or len({output for _, output in edges}) > 1:
             raise UnknownGraphError(f"{names[0]} against {names[-1]}")
         shapes = [shapes_out_of(node)[output] for node, output in edges]
         rows = _rows(shapes, sizes, most)
         marks.append(_Mark(names[0], edges[0][1], len(shapes[0]), rows))
-        if rows is not None:
-            cut.append(CutTensor(*edges[0], rows, users[edges[0]]))
-            continue
         lengths = {len(node.next_functions) for node, _ in edges}
-        if len(lengths) > 1:
+        if rows is None and len(lengths) > 1:
             raise UnknownGraphError(f"{names[0]} of {' against '.join(map(str, sorted(lengths)))} tensors")
-        for number, following in enumerate(zip(*(node.next_functions for node, _ in edges), strict=True)):
-            if all(node is not None for node, _ in following):
-                walks.append((following, (edges[0][0], number)))
-    return marks, cut
+        return rows
+
+    return marks, walk([tuple((loss.grad_fn, loss.output_nr) for loss in losses)], look)
 
 
 def _rows(shapes: Sequence[Sequence[int]], sizes: Sequence[int], most: int) -> Rows | None:
@@ -244,73 +251,64 @@ def _rows(shapes: Sequence[Sequence[int]], sizes: Sequence[int], most: int) -> R
     return None
 
 
-def _follow(loss: Tensor, marks: Sequence[_Mark], examples: int) -> list[CutTensor] | None:
-    """Walk back from a loss along what was found for another one; ``None`` where it is not the same graph."""
-    cut: list[CutTensor] = []
-    walks: list[tuple[Edge, Edge | None]] = [((loss.grad_fn, loss.output_nr), None)]
-    users: dict[Edge, list[Edge]] = {}
+def _follow(loss: Tensor, marks: Sequence[_Mark], examples: int) -> list[CutTensor]:
+    """Walk back from a loss along what was found for another one.
+
+    Raises:
+        UnknownGraphError: If it is not the same graph.
+    """
     remaining = iter(marks)
-    while walks:
-        edge, user = walks.pop()
-        is_seen = edge in users
-        users.setdefault(edge, []).extend([] if user is None else [user])
-        if is_seen:
-            continue
-        node, output = edge
+
+    def look(edges: tuple[Edge, ...]) -> Rows | None:
+        node, output = edges[0]
         mark = next(remaining, None)
         if mark is None or node.name() != mark.name or output != mark.output:
-            return None
-        shape = shapes_out_of(node)[output]
-        if len(shape) != mark.ndim:
-            return None
-        if mark.rows is not None:
-            if shape[mark.rows.axis] != mark.rows.repeats * examples:
-                return None
-            cut.append(CutTensor(node, output, mark.rows, users[edge]))
-            continue
-        walks.extend(
-            (following, (node, number))
-            for number, following in enumerate(node.next_functions)
-            if following[0] is not None
-        )
-    return cut if next(remaining, None) is None else None
+            raise UnknownGraphError
+        shape, rows = shapes_out_of(node)[output], mark.rows
+        if len(shape) != mark.ndim or (rows is not None and shape[rows.axis] != rows.repeats * examples):
+            raise UnknownGraphError
+        return rows
+
+    cut = walk([((loss.grad_fn, loss.output_nr),)], look)
+    if next(remaining, None) is not None:
+        raise UnknownGraphError
+    return cut
 
 
-def at_cut(cut: Sequence[CutTensor], change: Callable[[int, CutTensor, Tensor], Tensor]) -> list[RemovableHandle]:
-    """Change the gradients that arrive at the tensors z, whenever a gradient is computed from now on.
+@contextmanager
+def changed_at(cut: Sequence[CutTensor], change: Callable[[int, CutTensor, Tensor], Tensor]) -> Iterator[None]:
+    """Change the gradients that arrive at the tensors z, whenever a gradient is computed inside.
 
     Args:
         cut: The tensors.
         change: Given a tensor's number, itself and the gradient that arrives, returns what goes on.
-
-    Returns:
-        What takes the change away again.
     """
     of_nodes: dict[Any, list[tuple[int, CutTensor]]] = {}
     for number, tensor in enumerate(cut):
         of_nodes.setdefault(tensor.node, []).append((number, tensor))
 
-    def hook_of(tensors: list[tuple[int, CutTensor]]) -> Callable[..., Any]:
-        def hook(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            changed = list(gradients)
-            for number, tensor in tensors:
-                gradient = gradients[tensor.output]
-                if gradient is not None:
-                    changed[tensor.output] = change(number, tensor, gradient)
-            return tuple(changed)
+    def hook(tensors: list[tuple[int, CutTensor]], gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        changed = list(gradients)
+        for number, tensor in tensors:
+            gradient = gradients[tensor.output]
+            if gradient is not None:
+                changed[tensor.output] = change(number, tensor, gradient)
+        return tuple(changed)
 
-        return hook
+    with ExitStack() as hooks:
+        for node, tensors in of_nodes.items():
+            hooks.enter_context(node.register_prehook(partial(hook, tensors)))
+        yield
 
-    return [node.register_prehook(hook_of(tensors)) for node, tensors in of_nodes.items()]
 
-
-def weigh(cut: Sequence[CutTensor], weights: Tensor) -> list[RemovableHandle]:
-    """Let the weights of examples ``(B,)`` act: each row of a gradient on its way to a tensor z is multiplied by one.
+@contextmanager
+def weighed(cut: Sequence[CutTensor], weights: Tensor) -> Iterator[None]:
+    """Let the weights of examples ``(B,)`` act inside: each row of a gradient that goes to a tensor z is multiplied.
 
     On its way from the loss: what comes by another tensor z, which is made of this one, has been multiplied before.
     """
 
-    def weighed(gradient: Tensor, rows: Rows) -> Tensor:
+    def weigh(gradient: Tensor, rows: Rows) -> Tensor:
         shape = [-1 if axis == rows.axis else 1 for axis in range(gradient.ndim)]
         return gradient * rows.spread(weights).to(gradient.dtype).reshape(shape)
 
@@ -319,16 +317,28 @@ def weigh(cut: Sequence[CutTensor], weights: Tensor) -> list[RemovableHandle]:
         for node, number in tensor.users:
             of_users.setdefault(node, {})[number] = tensor.rows
 
-    def hook_of(rows: dict[int, Rows]) -> Callable[..., Any]:
-        def hook(gradients: tuple[Tensor | None, ...], _arrived: Any) -> tuple[Tensor | None, ...]:
-            return tuple(
-                weighed(gradient, rows[number]) if number in rows and gradient is not None else gradient
-                for number, gradient in enumerate(gradients)
-            )
+    def hook(rows: dict[int, Rows], gradients: tuple[Tensor | None, ...], _arrived: Any) -> tuple[Tensor | None, ...]:
+        return tuple(
+            weigh(gradient, rows[number]) if number in rows and gradient is not None else gradient
+            for number, gradient in enumerate(gradients)
+        )
 
-        return hook
+    with ExitStack() as hooks:
+        for node, rows in of_users.items():
+            hooks.enter_context(node.register_hook(partial(hook, rows)))
+        yield
 
-    return [node.register_hook(hook_of(rows)) for node, rows in of_users.items()]
+
+def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the nodes of the graph of some tensors, each once."""
+    nodes: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        yield node
+        following = [other for other, _ in node.next_functions if other is not None and other not in seen]
+        seen.update(following)
+        nodes.extend(following)
 
 
 def edges_of(cut: Sequence[CutTensor]) -> list[torch.autograd.graph.GradientEdge]:
@@ -339,3 +349,26 @@ def edges_of(cut: Sequence[CutTensor]) -> list[torch.autograd.graph.GradientEdge
 def zeros(found: Tensor | None, like: Tensor) -> Tensor:
     """Return a derivative, zeros where nothing depends on what it is by."""
     return torch.zeros_like(like) if found is None else found
+
+
+def derivative(
+    outputs: Sequence[Tensor | None],
+    along: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool = True,
+) -> list[Tensor]:
+    r"""Return :math:`\partial \langle y, v \rangle / \partial x`, zeros where nothing depends on what it is by.
+
+    Args:
+        outputs: y; what has no graph is a constant.
+        along: v, one tensor for each of y.
+        inputs: x.
+        retain_graph: Whether the graph is needed afterwards.
+    """
+    pairs = [(one, v) for one, v in zip(outputs, along, strict=True) if one is not None and one.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(one) for one in inputs]
+    dependent, vectors = zip(*pairs, strict=True)
+    found = grad(dependent, inputs, vectors, retain_graph=retain_graph, allow_unused=True)
+    return [zeros(one, like) for one, like in zip(found, inputs, strict=True)]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 from torch.autograd import grad
 
 from lightning_dtda.errors import ReplayError
-from lightning_dtda.replay.cut import Cuts, CutTensor, UnknownGraphError, edges_of, weigh, zeros
+from lightning_dtda.replay.cut import Cuts, CutTensor, UnknownGraphError, edges_of, weighed, zeros
 from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.running_statistics import RunningStatistics
-from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference of two derivatives that is taken for rounding: a dependence on examples is far above."""
@@ -55,7 +54,7 @@ class Eager:
     # -- of stacked runs
 
     def gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         r"""Return the gradient g of a step ``(runs, P)`` with weights of examples, and the updated buffers after it.
 
@@ -70,7 +69,7 @@ class Eager:
         for run, passes in enumerate(batch.passes):
             current = _of_run(buffers, run)
             total = torch.zeros_like(theta[run])
-            for part, inputs in _parts(passes):
+            for part, inputs in parts_of(passes):
                 of_examples = None if weights is None else weights[run, part]
                 with self.passed(inputs, theta[run], current, of_examples, create_graph=False) as one:
                     total += inputs.factor * self.replica.layout.flatten(one.gradient)
@@ -82,12 +81,7 @@ class Eager:
         return torch.stack(gradients), _stacked(after)
 
     def products(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        directions: Tensor,
-        statistics_cotangents: Mapping[str, Tensor],
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, directions: Tensor, statistics_cotangents: ByName
     ) -> Products:
         """Differentiate a step's gradient along directions v ``(runs, queries, P)``.
 
@@ -104,7 +98,7 @@ class Eager:
         gradient = torch.zeros_like(theta)
         before = {name: cotangents.clone() for name, cotangents in statistics_cotangents.items()}
         for run, passes in enumerate(batch.passes):
-            for part, inputs in reversed(list(_parts(passes))):
+            for part, inputs in reversed(list(parts_of(passes))):
                 with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
                     for query in range(queries):
                         along = directions[run, query]
@@ -123,12 +117,7 @@ class Eager:
         return Products(terms, products, before, gradient)
 
     def statistics_along(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        tangents: Tensor,
-        before: Mapping[str, Tensor],
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, tangents: Tensor, before: ByName
     ) -> dict[str, Tensor]:
         """Return how running statistics change along tangents of the parameters, and along their own before the step.
 
@@ -143,7 +132,7 @@ class Eager:
             return {}
         after = {name: tangent.clone() for name, tangent in before.items()}
         for run, passes in enumerate(batch.passes):
-            for _, inputs in _parts(passes):
+            for _, inputs in parts_of(passes):
                 if not inputs.keeps_statistics:
                     continue
                 with self.passed(inputs, theta[run], _of_run(buffers, run)) as one:
@@ -161,11 +150,10 @@ class Eager:
         self,
         inputs: MicroBatchInputs,
         theta: Tensor,
-        buffers: Mapping[str, Tensor],
+        buffers: ByName,
         weights: Tensor | None = None,
         *,
         create_graph: bool = True,
-        batch: Any = None,
         training: bool = True,
     ) -> Iterator[Pass]:
         """Run ``training_step`` for a micro-batch of a run; the pass is there as long as the context.
@@ -176,23 +164,33 @@ class Eager:
             buffers: Buffers and frozen parameters by name.
             weights: w ``(B,)``; ones if not given.
             create_graph: Whether derivatives of the gradient will be asked for.
-            batch: In place of the micro-batch's own.
             training: Whether the module is in training mode.
         """
         replica = self.replica
-        if weights is None:
-            weights = theta.new_ones(inputs.examples)
-        weights = weights.detach().requires_grad_(create_graph)
-        names = self.statistics.names if training else []
-        before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
         with replica.generators.kept(), replica.passing(training=training, twice=create_graph):
             replica.load(theta, {name: tensor.detach() for name, tensor in buffers.items()})
-            followed: AbstractContextManager[dict[str, Tensor]]
-            followed = self.statistics.followed(before) if training else nullcontext({})
-            with followed as after:
-                loss = replica.training_loss(inputs.batch() if batch is None else batch, inputs.time, inputs.states)
-            cut = self.cut(loss, inputs)
-            yield Pass(loss, cut, replica.parameters, weights, before, after, create_graph)
+            yield self._pass(inputs, inputs.batch(), replica.parameters, buffers, weights, create_graph, training)
+
+    def _pass(
+        self,
+        inputs: MicroBatchInputs,
+        batch: Any,
+        parameters: list[Tensor],
+        buffers: ByName,
+        weights: Tensor | None,
+        create_graph: bool,
+        training: bool = True,
+    ) -> Pass:
+        """Run ``training_step`` with the parameters and buffers that the module holds."""
+        weights = parameters[0].new_ones(inputs.examples) if weights is None else weights
+        names = self.statistics.names if training else []
+        before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
+        followed: AbstractContextManager[dict[str, Tensor]]
+        followed = self.statistics.followed(before) if training else nullcontext({})
+        with followed as after:
+            loss = self.replica.training_loss(batch, inputs.time, inputs.states)
+        weights = weights.detach().requires_grad_(create_graph)
+        return Pass(loss, self.cut(loss, inputs), parameters, weights, before, after, create_graph)
 
     def cut(self, loss: Tensor, inputs: MicroBatchInputs) -> list[CutTensor]:
         """Return the tensors at which weights act; found by leaving examples out where the graph is a new one.
@@ -203,10 +201,8 @@ class Eager:
         name = type(self.replica.module).__name__
         if loss.grad_fn is None:
             raise ReplayError(f"The loss of {name}.training_step does not depend on the trained parameters.")
-        try:
+        with suppress(UnknownGraphError):
             return self.cuts.find(loss, inputs.examples)
-        except UnknownGraphError:
-            pass
         tried: list[tuple[Tensor, int]] = []
         with self.replica.keeping_buffers():
             cut = self.cuts.learn(loss, inputs.examples, self._others(inputs, tried), name)
@@ -220,13 +216,14 @@ class Eager:
         """Yield the losses of batches with one example less or more, and note them."""
         name = type(self.replica.module).__name__
         failed: Exception | None = None
-        for batch, size in inputs.less_or_more():
+        for changed in inputs.less_or_more():
+            batch = changed.batch()
             try:
                 other = self.replica.training_loss(batch, inputs.time, inputs.states)
             except Exception as error:  # whatever the user's code does with a batch of another size
                 failed = error
                 continue
-            tried.append((other, size))
+            tried.append((other, changed.examples))
             yield tried[-1]
         if not tried:
             raise ReplayError(
@@ -238,32 +235,20 @@ class Eager:
     def _are_interleaved(self, loss: Tensor, cut: list[CutTensor], inputs: MicroBatchInputs) -> bool:
         """Whether the rows of an example lie beside each other: those change that its replacement changes."""
         direction = self._parameters(_direction(self.replica.layout.flatten(self.replica.parameters)))
-        for position, batch in inputs.replaced():
-            other = self.replica.training_loss(batch, inputs.time, inputs.states)
-            changes = []
-            for tensor, one, two in zip(
-                cut,
-                Outputs(loss, cut, self.replica.parameters, last_parametrised=False).push(direction),
-                Outputs(
-                    other, self.cuts.find(other, inputs.examples), self.replica.parameters, last_parametrised=False
-                ).push(direction),
-                strict=True,
-            ):
-                if tensor.rows.repeats == 1 or one.shape != two.shape:
-                    continue
-                rows = (one - two).movedim(tensor.rows.axis, 0).flatten(1).norm(dim=1)
-                if rows.ndim != 1 or not bool(rows.any()):
-                    continue
-                changes.append(
-                    [
-                        float(
-                            tensor.rows._replace(is_blocked=blocked).of_examples(rows, inputs.examples)[position].sum()
-                        )
-                        for blocked in (True, False)
-                    ]
-                )
-            if changes:
-                blocked, interleaved = map(sum, zip(*changes, strict=True))
+        for position, replaced in inputs.replaced():
+            other = self.replica.training_loss(replaced.batch(), inputs.time, inputs.states)
+            pushed = [
+                Outputs(of, z, self.replica.parameters, last_parametrised=False).push(direction)
+                for of, z in ((loss, cut), (other, self.cuts.find(other, inputs.examples)))
+            ]
+            blocked, interleaved = 0.0, 0.0
+            for tensor, one, two in zip(cut, *pushed, strict=True):
+                if tensor.rows.repeats > 1 and one.shape == two.shape:
+                    rows = (one - two).movedim(tensor.rows.axis, 0)
+                    changes = rows.reshape(len(rows), -1).norm(dim=1)
+                    blocked += float(changes.unflatten(0, (-1, inputs.examples))[:, position].sum())
+                    interleaved += float(changes.unflatten(0, (inputs.examples, -1))[position].sum())
+            if blocked or interleaved:
                 return interleaved > blocked
         return False
 
@@ -276,15 +261,10 @@ class Eager:
                 of_loss = cut if number == 0 else self.cuts.find(loss, size)
             except UnknownGraphError:
                 continue
-            handles = weigh(of_loss, loss.new_zeros(size))
-            try:
-                gradients = grad(
-                    loss, replica.parameters, create_graph=number == 0, retain_graph=True, allow_unused=True
+            with weighed(of_loss, loss.new_zeros(size)):
+                found.append(
+                    grad(loss, replica.parameters, create_graph=number == 0, retain_graph=True, allow_unused=True)
                 )
-            finally:
-                for handle in handles:
-                    handle.remove()
-            found.append(gradients)
         tolerance = _TOLERANCE.get(replica.dtype, 1e-3)
         for parameter, name, *of_each in zip(replica.parameters, replica.layout.names, *found, strict=True):
             beyond = [zeros(one, parameter) for one in of_each]
@@ -298,10 +278,9 @@ class Eager:
             if depends:
                 raise ReplayError(
                     f"The gradient of parameter {name} depends on the examples of a batch, but on none of them "
-                    "alone: it "
-                    "weighs what was summed over all of them (a learned weight between two losses, a temperature of "
-                    "their similarities). Which part an example has in it cannot be told. Freeze the parameter, or use "
-                    "it before the sum over examples."
+                    "alone: it weighs what was summed over all of them (a learned weight between two losses, a "
+                    "temperature of their similarities). Which part an example has in it cannot be told. Freeze the "
+                    "parameter, or use it before the sum over examples."
                 )
 
     def _parameters(self, vector: Tensor) -> list[Tensor]:
@@ -309,7 +288,7 @@ class Eager:
 
 
 def shared_by_examples(
-    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor], training: bool = True
+    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, training: bool = True
 ) -> str:
     """Say what the examples of a batch share: ``"none"``, their ``"network"`` or their ``"loss"``.
 
@@ -319,9 +298,9 @@ def shared_by_examples(
     direction = _direction(theta)
     whole = _observed(eager, inputs, theta, buffers, direction, training)
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
-    for position, batch in inputs.replaced():
+    for position, replaced in inputs.replaced():
         try:
-            other = _observed(eager, inputs, theta, buffers, direction, training, batch)
+            other = _observed(eager, replaced, theta, buffers, direction, training)
         except ReplayError:
             continue
         if [part.shape for part in whole[1]] != [part.shape for part in other[1]]:
@@ -336,20 +315,19 @@ def shared_by_examples(
     return "none"
 
 
-def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor]) -> str:
+def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName) -> str:
     """Say how the loss is reduced over examples in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``."""
     direction = _direction(theta)
     whole, _ = _observed(eager, inputs, theta, buffers, direction, training=False)
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
     if inputs.examples < 2:
         return "other"
-    batch, size = inputs.make(list(range(inputs.examples - 1))), inputs.examples - 1
+    size = inputs.examples - 1
     try:
-        part, _ = _observed(eager, replace(inputs, examples=size), theta, buffers, direction, False, batch)
+        part, _ = _observed(eager, inputs.of(range(size)), theta, buffers, direction, training=False)
     except ReplayError:
         return "other"
-    common = min(size, inputs.examples)
-    whole, part = whole[:common], part[:common]
+    whole = whole[:size]
     for kind, one, other in (("mean", whole * inputs.examples, part * size), ("sum", whole, part)):
         if bool((one - other).norm() <= tolerance * one.norm()):
             return kind
@@ -362,20 +340,14 @@ def _direction(theta: Tensor) -> Tensor:
 
 
 def _observed(
-    eager: Eager,
-    inputs: MicroBatchInputs,
-    theta: Tensor,
-    buffers: Mapping[str, Tensor],
-    direction: Tensor,
-    training: bool,
-    batch: Any = None,
+    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, direction: Tensor, training: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the examples' terms along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
-    with eager.passed(inputs, theta, buffers, batch=batch, training=training) as one:
+    with eager.passed(inputs, theta, buffers, training=training) as one:
         return one.terms(eager._parameters(direction)), one.arrived()
 
 
-def _parts(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBatchInputs]]:
+def parts_of(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBatchInputs]]:
     """Yield a step's micro-batches, with where their examples stand in the step."""
     start = 0
     for inputs in passes:
@@ -383,9 +355,9 @@ def _parts(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBat
         start += inputs.examples
 
 
-def _of_run(buffers: Mapping[str, Tensor], run: int) -> dict[str, Tensor]:
+def _of_run(buffers: ByName, run: int) -> dict[str, Tensor]:
     return {name: tensor[run] for name, tensor in buffers.items()}
 
 
-def _stacked(of_runs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _stacked(of_runs: Sequence[ByName]) -> dict[str, Tensor]:
     return {name: torch.stack([one[name] for one in of_runs]) for name in of_runs[0]}

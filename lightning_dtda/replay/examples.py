@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 from lightning_dtda.compatibility import is_a, kinds
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.replay.batches import example_shapes
-from lightning_dtda.replay.fingerprint import refuse_changed_data
+from lightning_dtda.replay.fingerprint import reader, refuse_changed_data
 from lightning_dtda.trajectory import Run
 
 _COLLATE_CHUNK = 256
@@ -79,36 +79,20 @@ class Examples:
             leaves, structure = self._table
             where = torch.as_tensor(indices)
             return tree_unflatten([leaf[where] for leaf in leaves], structure)
-        if self.takes_lists:
-            return self.collate_fn(self.dataset[list(indices)])
-        if hasattr(self.dataset, "__getitems__"):
-            return self.collate_fn(self.dataset.__getitems__(list(indices)))
-        return self.collate_fn([self.dataset[index] for index in indices])
-
-    def batches(self, indices: Sequence[Sequence[int]]) -> Iterator[Any]:
-        """Yield the batches of some lists of examples, read ahead by workers where the training used them."""
-        if self._table is not None or not self.has_workers:
-            return (self.collated(some) for some in indices)
-        return self._read(indices)
+        return self._untabled(list(indices))
 
     @property
-    def has_workers(self) -> bool:
-        """Whether examples are read by workers."""
+    def reads_ahead(self) -> bool:
+        """Whether workers are to read batches ahead, as in the training."""
+        return self._has_workers and self._table is None
+
+    @property
+    def _has_workers(self) -> bool:
         return self._loader is not None and self._loader.num_workers > 0
 
-    def _read(self, indices: Sequence[Sequence[int]]) -> Iterator[Any]:
-        loader = self._loader
-        assert loader is not None
-        reader: DataLoader[Any] = DataLoader(
-            self.dataset,
-            **drawn_by(loader, indices),
-            collate_fn=self.collate_fn,
-            num_workers=loader.num_workers,
-            prefetch_factor=loader.prefetch_factor,
-            multiprocessing_context=loader.multiprocessing_context,
-            worker_init_fn=loader.worker_init_fn,
-        )
-        return iter(reader)
+    def batches(self, indices: Sequence[list[int]]) -> Iterator[Any]:
+        """Yield the batches of some lists of examples, read by the workers of the training."""
+        return reader(self.dataset, self._loader, indices, self.collate_fn, as_trained=True, ahead=True)
 
     def tensors(self, indices: Tensor | slice) -> list[Tensor] | None:
         """Return the tensors of batches of examples ``(runs, B)``, each ``(runs, B, ...)``; a slice is of one batch.
@@ -131,7 +115,7 @@ class Examples:
                 return None
             chunks = [chunk.tolist() for chunk in torch.arange(len(self)).split(_COLLATE_CHUNK)]
             try:
-                read = self._read(chunks) if self.has_workers else map(self._untabled, chunks)
+                read = self.batches(chunks) if self._has_workers else map(self._untabled, chunks)
                 parts = [tree_flatten(batch)[0] for batch in read]
                 return [torch.cat(leaves) for leaves in zip(*parts, strict=True)], structure
             except (RuntimeError, ValueError, TypeError):
@@ -140,6 +124,8 @@ class Examples:
     def _untabled(self, indices: list[int]) -> Any:
         if self.takes_lists:
             return self.collate_fn(self.dataset[indices])
+        if hasattr(self.dataset, "__getitems__"):
+            return self.collate_fn(self.dataset.__getitems__(indices))
         return self.collate_fn([self.dataset[index] for index in indices])
 
     def refuse_changes(self, run: Run) -> None:
@@ -187,12 +173,6 @@ class Examples:
     def _template(self) -> Any:
         with isolate_rng():
             return self._untabled([0])
-
-
-def drawn_by(loader: DataLoader[Any], indices: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Return the arguments of a DataLoader that draws lists of examples as another one does."""
-    lists = [list(some) for some in indices]
-    return {"batch_size": None, "sampler": lists} if loader.batch_sampler is None else {"batch_sampler": lists}
 
 
 def training_examples(data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any]) -> Examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -49,7 +49,11 @@ def fingerprint_of(checksums: ExampleChecksums) -> str:
 
 
 def example_checksums(
-    dataset: Any, loader: DataLoader[Any] | None = None, seconds: float | None = None, finest: int = 1
+    dataset: Any,
+    loader: DataLoader[Any] | None = None,
+    seconds: float | None = None,
+    finest: int = 1,
+    read: Callable[[Iterator[list[int]]], Iterator[list[int]]] | None = None,
 ) -> ExampleChecksums:
     """Read examples, evenly spread over a data set, and return their checksums.
 
@@ -59,17 +63,25 @@ def example_checksums(
         seconds: Time to read in, some :data:`READING_SECONDS` if not given. The examples of the fingerprint are read in
             any case; after that, each time twice as many, as long as this fits the time.
         finest: Stride at which to stop.
+        read: Yields the checksums of examples at lists of indices; :func:`reader` if not given.
     """
+    length = len(dataset)
     ranges: list[range] = []
 
     def chunks() -> Iterator[list[int]]:
-        for indices in spread(len(dataset), READING_SECONDS if seconds is None else seconds, finest):
+        for indices in _spread(length, READING_SECONDS if seconds is None else seconds, finest):
             ranges.append(indices)
-            yield from chunked(indices)
+            for start in range(0, len(indices), _CHUNK):
+                yield list(indices[start : start + _CHUNK])
 
     with isolate_rng():
-        values = list(chain.from_iterable(reader(dataset, loader, chunks(), checksums_of)))
-    return gathered(len(dataset), ranges, values)
+        checksums = reader(dataset, loader, chunks(), checksums_of) if read is None else read(chunks())
+        values = torch.tensor(list(chain.from_iterable(checksums)), dtype=torch.int64)
+    stride = coarse_stride(length) >> (len(ranges) - 1)
+    where = torch.cat([torch.arange(indices.start, indices.stop, indices.step) for indices in ranges]) // stride
+    found = torch.empty_like(values)
+    found[where] = values
+    return ExampleChecksums(length, stride, found)
 
 
 def reader(
@@ -78,6 +90,7 @@ def reader(
     batches: Iterable[list[int]],
     collate_fn: Callable[[list[Any]], Any],
     as_trained: bool = False,
+    ahead: bool = False,
 ) -> Iterator[Any]:
     """Iterate over batches of examples at given indices, read where the training reads them.
 
@@ -90,18 +103,18 @@ def reader(
         batches: Lists of indices.
         collate_fn: What is made of a batch's items.
         as_trained: Whether to ask the data set for whole batches where the training does (``batch_size=None``).
+        ahead: Whether all workers read, as far ahead as in the training; else one, that reads little in vain.
     """
-    has_workers = loader is not None and loader.num_workers > 0
     takes_lists = as_trained and loader is not None and loader.batch_sampler is None
-    reads: DataLoader[Any] = DataLoader(
-        dataset,
-        **({"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}),
-        collate_fn=collate_fn,
-        num_workers=int(has_workers),
-        multiprocessing_context=loader.multiprocessing_context if loader is not None and has_workers else None,
-        worker_init_fn=None if loader is None else loader.worker_init_fn,
-    )
-    return iter(reads)
+    settings: dict[str, Any] = {"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}
+    if loader is not None and loader.num_workers > 0:
+        settings |= {
+            "num_workers": loader.num_workers if ahead else 1,
+            "prefetch_factor": loader.prefetch_factor if ahead else None,
+            "multiprocessing_context": loader.multiprocessing_context,
+            "worker_init_fn": loader.worker_init_fn,
+        }
+    return iter(DataLoader(dataset, collate_fn=collate_fn, **settings))
 
 
 def checksums_of(items: list[Any]) -> list[int]:
@@ -109,7 +122,7 @@ def checksums_of(items: list[Any]) -> list[int]:
     return list(map(item_checksum, items))
 
 
-def spread(length: int, seconds: float, finest: int = 1) -> Iterator[range]:
+def _spread(length: int, seconds: float, finest: int = 1) -> Iterator[range]:
     """Yield indices of a data set: those of the fingerprint, then between them as many as there were, and so on.
 
     It ends where the next ones would take longer than is left of the time, if they take as long as those before.
@@ -130,27 +143,6 @@ def coarse_stride(length: int) -> int:
         [1, 1, 2, 2048]
     """
     return 1 << max((length // _FINGERPRINT_EXAMPLES).bit_length() - 1, 0)
-
-
-def chunked(indices: range) -> Iterator[list[int]]:
-    """Yield the indices a few at a time."""
-    for start in range(0, len(indices), _CHUNK):
-        yield list(indices[start : start + _CHUNK])
-
-
-def gathered(length: int, ranges: Sequence[range], values: Sequence[int]) -> ExampleChecksums:
-    """Put checksums in order.
-
-    Args:
-        length: Number of examples in the data set.
-        ranges: What :func:`spread` yielded.
-        values: The checksums at these indices, one range after the other.
-    """
-    stride = coarse_stride(length) >> (len(ranges) - 1)
-    where = torch.cat([torch.arange(indices.start, indices.stop, indices.step) for indices in ranges]) // stride
-    found = torch.empty(len(where), dtype=torch.int64)
-    found[where] = torch.tensor(values, dtype=torch.int64)
-    return ExampleChecksums(length, stride, found)
 
 
 def refuse_changed_data(run: Run, dataset: Any, loader: DataLoader[Any] | None = None) -> None:

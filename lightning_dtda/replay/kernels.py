@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_dtda.replay.cut import nodes_behind
 
 _cuda = torch.backends.cuda
 
@@ -64,14 +65,8 @@ def using_kernels(names: Iterable[str]) -> Iterator[None]:
 
 def drops_out_inside(loss: Tensor) -> str | None:
     """Return what of a loss's graph drops out inside a kernel, where no other kernel draws the same; or ``None``."""
-    nodes: list[Any] = [loss.grad_fn]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
+    for node in nodes_behind([loss]):
         rate, what = _DROPOUT_INSIDE.get(node.name(), ("", ""))
         if getattr(node, rate, 0.0) > 0:
             return what
-        following = [other for other, _ in node.next_functions if other is not None and other not in seen]
-        seen.update(following)
-        nodes.extend(following)
     return None

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.measurements import Measurement, loss
 from lightning_dtda.replay.random_states import drawn_from
 from lightning_dtda.replay.stand_ins import Time
+from lightning_dtda.replay.steps import ByName
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class Draws:
 def measured(
     eager: Eager,
     theta: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: ByName,
     queries: Examples,
     numbers: Sequence[int],
     measurement: Measurement,
@@ -91,14 +91,13 @@ def measured(
     with replica.generators.kept(), replica.passing(training=False):
         replica.trainer.time = time
         for place, query in enumerate(numbers):
-            collated = partial(_copies, queries, query)
             for run in range(runs):
                 held = {name: tensor[run].detach() for name, tensor in buffers.items()}
                 leaves = {name: held[name].clone().requires_grad_() for name in names}
                 replica.load(theta[run], held)
                 inputs = [*replica.parameters, *leaves.values()]
                 with eager.statistics.exposed(leaves):
-                    value, found = _value(eager, collated, query, measurement, inputs, draws, where[run])
+                    value, found = _value(eager, queries, query, measurement, inputs, draws, where[run])
                 values[run, place] = value
                 size = len(replica.parameters)
                 replica.layout.flatten(found[:size], out=gradients[run, place])
@@ -108,13 +107,7 @@ def measured(
 
 
 def values(
-    eager: Eager,
-    theta: Tensor,
-    buffers: Mapping[str, Tensor],
-    queries: Examples,
-    measurement: Measurement,
-    time: Time,
-    draws: Draws,
+    eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement, time: Time, draws: Draws
 ) -> Tensor:
     r"""Take a measurement of some models without its derivatives; arguments as :func:`measured`.
 
@@ -133,7 +126,7 @@ def values(
 
         def one(run: int, query: int) -> float:
             replica.load(theta[run], {name: tensor[run] for name, tensor in buffers.items()})
-            return _value(eager, partial(_copies, queries, query), query, measurement, [], draws)[0]
+            return _value(eager, queries, query, measurement, [], draws)[0]
 
         found = None if theta.shape[0] * len(queries) == 1 else _at_once(eager, theta, buffers, queries, measurement)
         if found is not None:
@@ -146,7 +139,7 @@ def values(
 
 
 def _at_once(
-    eager: Eager, theta: Tensor, buffers: Mapping[str, Tensor], queries: Examples, measurement: Measurement
+    eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement
 ) -> Tensor | None:
     """Return the measurement of all models and queries ``(runs, queries)``; ``None`` where that cannot be."""
     leaves = queries.tensors(torch.arange(len(queries))[:, None])
@@ -154,7 +147,7 @@ def _at_once(
         return None
     replica, structure = eager.replica, tree_flatten(queries.collated([0]))[1]
 
-    def of_one(theta: Tensor, buffers: Mapping[str, Tensor], leaves: list[Tensor]) -> Tensor:
+    def of_one(theta: Tensor, buffers: ByName, leaves: list[Tensor]) -> Tensor:
         with replica.swapped(eager._parameters(theta), buffers):
             return measurement(replica.module, replica.moved(tree_unflatten(leaves, structure)))
 
@@ -170,21 +163,19 @@ def _at_once(
     return None if is_random or found.shape != (len(theta), len(queries), 1) else found[..., 0]
 
 
-def _copies(queries: Examples, query: int, copies: int) -> object:
-    """Return a batch of one query, so many times over."""
-    return queries.collated([query] * copies)
-
-
-def _taken(eager: Eager, collated: Callable[[int], object], measurement: Measurement) -> Tensor:
+def _taken(eager: Eager, queries: Examples, query: int, measurement: Measurement) -> Tensor:
     """Return a measurement of a query ``(1,)``; its loss in a batch of several copies where a batch of one fails."""
-    replica = eager.replica
+
+    def of(copies: int) -> Tensor:
+        return measurement(eager.replica.module, eager.replica.moved(queries.collated([query] * copies)))
+
     try:
-        return measurement(replica.module, replica.moved(collated(1)))
+        return of(1)
     except Exception:  # whatever the user's code does with a batch of one: a squeeze, most of the time
         if measurement is not loss:
             raise
-        two, three = (measurement(replica.module, replica.moved(collated(copies))) for copies in (2, 3))
-        tolerance = _TOLERANCE.get(replica.dtype, 1e-2)
+        two, three = of(2), of(3)
+        tolerance = _TOLERANCE.get(eager.replica.dtype, 1e-2)
         if torch.isclose(two, three, tolerance, tolerance).all():
             return two
         if torch.isclose(two / 2, three / 3, tolerance, tolerance).all():
@@ -208,7 +199,7 @@ def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: T
 
 def _value(
     eager: Eager,
-    collated: Callable[[int], object],
+    queries: Examples,
     query: int,
     measurement: Measurement,
     inputs: list[Tensor],
@@ -226,7 +217,7 @@ def _value(
         replica.generators.seed(seed)
         before = replica.generators.states() if number == 0 else {}
         try:
-            value = _taken(eager, collated, measurement)
+            value = _taken(eager, queries, query, measurement)
             if value.shape != (1,):
                 raise AttributionError(
                     f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a "

@@ -7,7 +7,7 @@ between them and the loss is a function without parameters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from lightning_dtda.compatibility import shapes_out_of
-from lightning_dtda.replay.cut import CutTensor, Edge, Rows, at_cut, edges_of, zeros
+from lightning_dtda.replay.cut import CutTensor, Edge, Rows, changed_at, derivative, edges_of, walk, zeros
 
 _OF_PARAMETERS = frozenset(
     {
@@ -81,15 +81,13 @@ class Outputs:
     def gradient(self) -> list[Tensor]:
         """Return the loss's derivatives by the outputs, with a graph of their own."""
         if self._arrived is None:
-            # what is an output of the network is no input of the loss
-            handles = at_cut(self.tensors, lambda number, tensor, gradient: torch.zeros_like(gradient))
-            try:
-                found = grad(self._loss, edges_of(self.tensors), create_graph=True)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            self._arrived = list(found)
+            with self._cut_off():
+                self._arrived = list(grad(self._loss, edges_of(self.tensors), create_graph=True))
         return self._arrived
+
+    def _cut_off(self) -> AbstractContextManager[None]:
+        """Stop gradients at the outputs: what is an output of the network is no input of the loss."""
+        return changed_at(self.tensors, lambda number, tensor, gradient: torch.zeros_like(gradient))
 
     def curve(self, along: Sequence[Tensor]) -> list[Tensor]:
         r"""Return :math:`\nabla^2_z \ell\, u` for a direction u of the outputs."""
@@ -97,12 +95,8 @@ class Outputs:
         if not pairs:
             return [torch.zeros_like(u) for u in along]
         outputs, directions = zip(*pairs, strict=True)
-        handles = at_cut(self.tensors, lambda number, tensor, gradient: torch.zeros_like(gradient))
-        try:
+        with self._cut_off():
             found = grad(outputs, edges_of(self.tensors), directions, retain_graph=True, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [zeros(one, u) for one, u in zip(found, along, strict=True)]
 
     def pull(
@@ -118,12 +112,7 @@ class Outputs:
     def push(self, direction: Sequence[Tensor]) -> list[Tensor]:
         r"""Return :math:`J v` for a direction v of the parameters."""
         along, pulled = self._pull_back
-        pairs = [(one, v) for one, v in zip(pulled, direction, strict=True) if one.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(one) for one in along]
-        outputs, vectors = zip(*pairs, strict=True)
-        found = grad(outputs, along, vectors, retain_graph=True, allow_unused=True)
-        return [zeros(one, like) for one, like in zip(found, along, strict=True)]
+        return derivative(pulled, direction, along)
 
     @cached_property
     def _pull_back(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -134,14 +123,8 @@ class Outputs:
     def hessian(self) -> Tensor:
         r"""Return :math:`\nabla^2_z \ell` ``(C, C)`` over all outputs, one tensor after the other."""
         like = self.gradient()
-        rows = []
-        for number, tensor in enumerate(like):
-            for entry in range(tensor.numel()):
-                unit = torch.zeros_like(tensor).reshape(-1)
-                unit[entry] = 1
-                along = [unit.reshape(tensor.shape) if n == number else torch.zeros_like(t) for n, t in enumerate(like)]
-                rows.append(torch.cat([part.reshape(-1) for part in self.curve(along)]))
-        return torch.stack(rows)
+        units = torch.eye(sum(part.numel() for part in like), dtype=like[0].dtype, device=like[0].device)
+        return torch.stack([torch.cat([part.reshape(-1) for part in self.curve(self.split(unit))]) for unit in units])
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a direction of all outputs ``(C,)`` as one tensor for each tensor of outputs."""
@@ -158,28 +141,18 @@ _VIEWS = frozenset({"ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackwar
 
 def _last_parametrised(cut: Sequence[CutTensor]) -> list[CutTensor]:
     """Walk on from the tensors at which weights act to those that a parameter made."""
-    found: list[Edge] = []
-    walks: list[tuple[Edge, Any]] = [((tensor.node, tensor.output), None) for tensor in reversed(cut)]
-    used_by: dict[Edge, set[Any]] = {}
-    while walks:
-        edge, user = walks.pop()
-        is_known = edge in used_by
-        used_by.setdefault(edge, set()).add(user)
-        if is_known:
-            continue
-        node, _ = edge
-        following = [(other, number) for other, number in node.next_functions if other is not None]
-        if any(_is_parameter(other) for other, _ in following):
-            found.append(edge)
-        else:
-            walks.extend((other, node) for other in following)
-    return [CutTensor(*_of_layer(edge, used_by[edge]), Rows(0)) for edge in found]
+
+    def look(edges: tuple[Edge, ...]) -> Rows | None:
+        following = edges[0][0].next_functions
+        return Rows(0) if any(other is not None and _is_parameter(other) for other, _ in following) else None
+
+    return [_of_layer(found) for found in walk([((z.node, z.output),) for z in reversed(cut)], look)]
 
 
-def _of_layer(edge: Edge, used_by: set[Any]) -> Edge:
-    """Return the tensor as its layer returns it, where that is a view of it and all else depends on the view."""
-    user = next(iter(used_by)) if len(used_by) == 1 and edge[0].name() in _PRODUCTS else None
-    return (user, 0) if user is not None and user.name() in _VIEWS else edge
+def _of_layer(tensor: CutTensor) -> CutTensor:
+    """Return a tensor as its layer returns it, where that is a view of it and all else depends on the view."""
+    user = tensor.users[0][0] if len(tensor.users) == 1 and tensor.node.name() in _PRODUCTS else None
+    return CutTensor(user, 0, Rows(0)) if user is not None and user.name() in _VIEWS else tensor
 
 
 def _is_parameter(node: Any) -> bool:
@@ -199,14 +172,10 @@ def _is_parameter(node: Any) -> bool:
 def watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
     """Note what some submodules are called with, and what they return, call by call."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
-    handles = [
-        module.get_submodule(name).register_forward_hook(
-            lambda _module, inputs, result, name=name: calls[name].append((inputs[0], result))
-        )
-        for name in names
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hook = module.get_submodule(name).register_forward_hook(
+                lambda _module, inputs, result, name=name: calls[name].append((inputs[0], result))
+            )
+            hooks.enter_context(hook)
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

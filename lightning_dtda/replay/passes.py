@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from lightning_dtda.replay.cut import CutTensor, at_cut, weigh, zeros
+from lightning_dtda.replay.cut import CutTensor, changed_at, derivative, weighed, zeros
 from lightning_dtda.replay.outputs import Outputs
 
 
@@ -52,14 +52,9 @@ class Pass:
         self._weights = weights
         self._before = before
         self._after = after
-        handles = weigh(cut, weights)
-        try:
-            found = grad(loss, self._parameters, create_graph=create_graph, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        self._found = found
-        self.gradient = [zeros(one, part) for one, part in zip(found, parameters, strict=True)]
+        with weighed(cut, weights):
+            self._found = grad(loss, self._parameters, create_graph=create_graph, allow_unused=True)
+        self.gradient = [zeros(one, part) for one, part in zip(self._found, parameters, strict=True)]
         """g, one tensor for each parameter."""
         self.statistics = {name: tensor.detach() for name, tensor in after.items()}
         """Running statistics after the pass."""
@@ -79,29 +74,15 @@ class Pass:
             ``(B,)``; and the cotangents of the statistics before the pass.
         """
         cotangents = cotangents or {}
-        pairs = [
-            (one, v) for one, v in zip(self._found, direction, strict=True) if one is not None and one.requires_grad
-        ]
-        pairs += [(self._after[name], cotangent) for name, cotangent in cotangents.items()]
-        before = [self._before[name] for name in cotangents]
-        inputs = [*self._parameters, self._weights, *before]
-        if not pairs:
-            return [torch.zeros_like(p) for p in self._parameters], torch.zeros_like(self._weights), {}
-        outputs, along = zip(*pairs, strict=True)
-        derivatives = grad(outputs, inputs, along, retain_graph=not is_last, allow_unused=True)
-        found = [zeros(one, part) for one, part in zip(derivatives, inputs, strict=True)]
+        outputs = [*self._found, *(self._after[name] for name in cotangents)]
+        inputs = [*self._parameters, self._weights, *(self._before[name] for name in cotangents)]
+        found = derivative(outputs, [*direction, *cotangents.values()], inputs, retain_graph=not is_last)
         size = len(self._parameters)
         return found[:size], found[size], dict(zip(cotangents, found[size + 1 :], strict=True))
 
     def terms(self, direction: Sequence[Tensor]) -> Tensor:
         """Return the examples' terms d ``(B,)`` for a direction alone, for less than :meth:`products`."""
-        pairs = [
-            (one, v) for one, v in zip(self._found, direction, strict=True) if one is not None and one.requires_grad
-        ]
-        if not pairs:
-            return torch.zeros_like(self._weights)
-        outputs, along = zip(*pairs, strict=True)
-        return zeros(grad(outputs, self._weights, along, retain_graph=True, allow_unused=True)[0], self._weights)
+        return derivative(self._found, direction, [self._weights])[0]
 
     def share_of(self, example: int) -> list[Tensor]:
         """Return what one example, by its position, contributes to the gradient."""
@@ -111,12 +92,8 @@ class Pass:
 
     def weighted(self, weights: Tensor, create_graph: bool = False) -> list[Tensor]:
         """Return the gradient with other weights of the examples ``(B,)``."""
-        handles = weigh(self._cut, weights)
-        try:
+        with weighed(self._cut, weights):
             found = grad(self.loss, self._parameters, retain_graph=True, create_graph=create_graph, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [zeros(one, like) for one, like in zip(found, self._parameters, strict=True)]
 
     @cached_property
@@ -127,12 +104,7 @@ class Pass:
 
     def curve_beyond(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Return the Hessian of what is left without any example, times a direction of the parameters."""
-        pairs = [(one, v) for one, v in zip(self.beyond or [], direction, strict=False) if one.requires_grad]
-        if not pairs:
-            return [torch.zeros_like(v) for v in direction]
-        outputs, along = zip(*pairs, strict=True)
-        found = grad(outputs, self._parameters, along, retain_graph=True, allow_unused=True)
-        return [zeros(one, like) for one, like in zip(found, self._parameters, strict=True)]
+        return derivative(self.beyond or [None] * len(direction), direction, self._parameters)
 
     def arrived(self) -> list[Tensor]:
         """Return the gradients that arrive at the tensors where weights act, examples first ``(B, ...)``."""
@@ -143,12 +115,8 @@ class Pass:
             found[number] = tensor.rows.of_examples(rows, len(self._weights))
             return gradient
 
-        handles = at_cut(self._cut, look)
-        try:
+        with changed_at(self._cut, look):
             grad(self.loss, self._parameters, retain_graph=True, allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [found[number] for number in sorted(found)]
 
     @cached_property
@@ -168,8 +136,5 @@ class Pass:
         cotangents = [torch.zeros_like(self._after[name], requires_grad=True) for name in names]
         inputs = [*self._parameters, *(self._before[name] for name in names)]
         pulled = grad([self._after[name] for name in names], inputs, cotangents, create_graph=True, allow_unused=True)
-        along = [*direction, *before.values()]
-        pairs = [(one, v) for one, v in zip(pulled, along, strict=True) if one is not None and one.requires_grad]
-        outputs, vectors = zip(*pairs, strict=True)
-        found = grad(outputs, cotangents, vectors, allow_unused=True)
-        return {name: zeros(one, like) for name, one, like in zip(names, found, cotangents, strict=True)}
+        found = derivative(pulled, [*direction, *before.values()], cotangents, retain_graph=False)
+        return dict(zip(names, found, strict=True))

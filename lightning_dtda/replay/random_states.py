@@ -28,7 +28,7 @@ _TWISTER_BYTES = 624 * 4 + 4
 _GAUSSIAN = struct.Struct("<?d")
 """Whether a normal number is kept for the next call, and that number."""
 
-_FILL = frozenset(
+FILLING = frozenset(
     {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
 )
 """Operations of torch that fill a tensor with random numbers."""
@@ -172,7 +172,7 @@ class DrawnIn(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in _FILL and args[0].dtype == self._computed:
+        if name in FILLING and args[0].dtype == self._computed:
             return args[0].copy_(func(torch.empty_like(args[0], dtype=self._recorded), *args[1:], **kwargs))
         if name in _RETURN:
             if not any(isinstance(value, Tensor) for value in args):

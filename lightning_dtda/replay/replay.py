@@ -163,7 +163,7 @@ class Replay:
         return self._can_stack
 
     @property
-    def _way(self) -> Eager | Stacked:
+    def _way(self) -> Eager:
         return self._stacking if self._is_stacked else self.eager
 
     def no_statistics(self, cotangents: Tensor) -> dict[str, Tensor]:
@@ -175,13 +175,6 @@ class Replay:
 
     # -- what was recorded
 
-    def theta(self, step: int) -> Tensor:
-        """Return the parameters after ``step`` steps ``(runs, P)``, rebuilt from the checkpoint before."""
-        if step in self.checkpoint_steps:
-            return self.checkpoint(step)[0]
-        point = self.point(step - 1)
-        return self._advance(step - 1, point)[0]
-
     def trained(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what there was after ``step`` steps: parameters ``(runs, P)``, and buffers, each ``(runs, ...)``.
 
@@ -190,33 +183,22 @@ class Replay:
         """
         if step == self.steps and (average := self._records.average()) is not None:
             return average
-        start = max(t for t in self.checkpoint_steps if t <= step)
-        buffers = self.buffers(start)
-        theta, states = self.checkpoint(start)
-        for t in range(start, step):
-            if self._updated_buffers:
-                unclipped, after = self._gradient(t, theta, buffers)
-                point = (
-                    self._recorded_point(t, theta, states)
-                    if self.rebuilds_from_gradients
-                    else Point(theta, states, self.clipping.apply(unclipped), unclipped)
-                )
-                buffers = buffers | after
-            else:
-                point, buffers = self._point(t, theta, states, buffers)
-            theta, states = self._advance(t, point)
+        theta, _, buffers = self._at(step, follows_buffers=bool(self._updated_buffers))
         return theta, buffers
 
     def point(self, step: int) -> Point:
         """Return what a step started from, rebuilt from the checkpoint before."""
+        return self._point(step, *self._at(step))[0]
+
+    def _at(self, step: int, follows_buffers: bool = False) -> tuple[Tensor, list[State], dict[str, Tensor]]:
+        """Return parameters, states and buffers after a number of steps, rebuilt from the checkpoint before."""
         start = max(t for t in self.checkpoint_steps if t <= step)
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
-        point, buffers = self._point(start, theta, states, buffers)
         for t in range(start, step):
+            point, buffers = self._point(t, theta, states, buffers, follows_buffers)
             theta, states = self._advance(t, point)
-            point, buffers = self._point(t + 1, theta, states, buffers)
-        return point
+        return theta, states, buffers
 
     def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
         """Read parameters ``(runs, P)`` and each group's optimizer state at a recorded checkpoint."""
@@ -246,7 +228,7 @@ class Replay:
 
     def expect(self, steps: Sequence[int]) -> None:
         """Have workers, where the training used them, read the batches of steps in this order."""
-        if self._stores_batches or not self.examples.has_workers or self.examples.tensors(torch.zeros(1, 1).long()):
+        if self._stores_batches or not self.examples.reads_ahead:
             self._ahead = None
             return
         lists = [
@@ -310,8 +292,7 @@ class Replay:
     def _gradient(
         self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self.batch(step)
-        return self._way.gradient(batch, theta, buffers, weights)
+        return self._way.gradient(self.batch(step), theta, buffers, weights)
 
     def check_step(self, step: int) -> None:
         """Compare the gradient of one step with the record, for what replays no steps; nothing if none was recorded.
@@ -361,10 +342,8 @@ class Replay:
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
         coefficients = self.averaged_steps if averaged and start == 0 and stop == self.steps else {}
-        total, of_statistics = (
-            torch.zeros_like(theta),
-            {name: 0 * buffers[name] for name in self.eager.statistics.names},
-        )
+        total = torch.zeros_like(theta)
+        of_statistics = {name: 0 * part for name, part in self.statistics(buffers).items()}
         self.expect(range(start, stop))
         for step in range(start, stop + 1):
             total += coefficients.get(step, 0.0) * theta
@@ -523,17 +502,22 @@ class Replay:
             ReplayError: If the gradient is not the recorded one, naming run and step.
         """
         batch = self.batch(step)
-        products = self._way.products(batch, point.theta, buffers | point.buffers, directions, statistics_cotangents)
-        applied = self.clipping.apply(products.gradient)
-        held = buffers | point.buffers
-
-        def again() -> Tensor:
-            return self.clipping.apply(self.eager.gradient(self.batch(step), point.theta, held)[0])
-
-        self._comparison.gradient(step, applied, point.gradient, again)
+        buffers = buffers | point.buffers
+        products = self._way.products(batch, point.theta, buffers, directions, statistics_cotangents)
+        expected = [point.gradient]
         if self._records_gradients and not self.rebuilds_from_gradients:
-            self._comparison.gradient(step, applied, self._records.gradient(step), again)
+            expected.append(self._records.gradient(step))
+        self._compare_gradient(step, products.gradient, expected, point.theta, buffers)
         return batch.indices, products
+
+    def _compare_gradient(
+        self, step: int, computed: Tensor, expected: list[Tensor], theta: Tensor, buffers: dict[str, Tensor]
+    ) -> None:
+        def again() -> Tensor:
+            return self.clipping.apply(self.eager.gradient(self.batch(step), theta, buffers)[0])
+
+        for gradient in expected:
+            self._comparison.gradient(step, self.clipping.apply(computed), gradient, again)
 
     def push(self, position: Position, membership: Tensor) -> Position:
         r"""Take a step forwards, the tangents of removals along with it.
@@ -561,38 +545,32 @@ class Replay:
         tangents = gradient_tangents(
             self._way, batch, theta, buffers, removed, position.tangents, bool(self._updated_buffers)
         )
-        applied = self.clipping.apply(tangents.gradient)
         if self._records_gradients:
-            self._comparison.gradient(
-                step,
-                applied,
-                self._records.gradient(step),
-                lambda: self.clipping.apply(self.eager.gradient(self.batch(step), theta, buffers)[0]),
-            )
+            self._compare_gradient(step, tangents.gradient, [self._records.gradient(step)], theta, buffers)
         point = (
             self._recorded_point(step, theta, states)
             if self.rebuilds_from_gradients
-            else Point(theta, states, applied, tangents.gradient)
+            else Point(theta, states, self.clipping.apply(tangents.gradient), tangents.gradient)
         )
         after = push(
-            self.update,
-            self.clipping,
-            self.hyperparameters(step, ndim=3),
-            step,
-            point,
-            position.tangents,
-            tangents.of_gradient,
-            tangents.of_statistics,
+            self.update, self.clipping, self.hyperparameters(step, ndim=3), step, point, position.tangents, tangents
         )
         return Position(step + 1, *self._advance(step, point), buffers | tangents.buffers, after)
 
     def _point(
-        self, step: int, theta: Tensor, states: list[State], buffers: dict[str, Tensor]
+        self,
+        step: int,
+        theta: Tensor,
+        states: list[State],
+        buffers: dict[str, Tensor],
+        follows_buffers: bool = False,
     ) -> tuple[Point, dict[str, Tensor]]:
-        """Return what a step starts from, and the buffers after it."""
-        if self.rebuilds_from_gradients:
+        """Return what a step starts from, and the buffers after it: followed where they are needed, or asked for."""
+        if self.rebuilds_from_gradients and not follows_buffers:
             return self._recorded_point(step, theta, states), buffers
         unclipped, after = self._gradient(step, theta, buffers)
+        if self.rebuilds_from_gradients:
+            return self._recorded_point(step, theta, states), buffers | after
         held = {name: buffers[name] for name in after} if self._pass_depends_on_buffers else {}
         return Point(theta, states, self.clipping.apply(unclipped), unclipped, held), buffers | after
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -110,10 +110,15 @@ class Replica:
         for name, tensor in buffers.items():
             if name in self._frozen:
                 self._frozen[name].data = tensor
-            elif name in self._owners:
+        for where, key, tensor in self._buffer_places(buffers):
+            where[key] = tensor
+
+    def _buffer_places(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        """Yield where buffers go, and what is put there: what a pass changes in place is not the caller's."""
+        for name, tensor in buffers.items():
+            if name in self._owners:
                 owner, key = self._owners[name]
-                # what a pass changes in place is not the caller's
-                owner._buffers[key] = tensor.clone() if name in self._updated and not tensor.requires_grad else tensor
+                yield owner._buffers, key, tensor.clone() if name in self._updated else tensor
 
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
@@ -121,42 +126,26 @@ class Replica:
         tensors = dict(zip(self.layout.names, parameters, strict=True)) | {
             name: tensor for name, tensor in buffers.items() if name in self._frozen
         }
-        kept = [(owner, key, owner._parameters[key]) for name in tensors for owner, key in self._places[name]]
-        kept_buffers = [(*self._owners[name], self._own_buffer(name)) for name in buffers if name in self._owners]
+        places: list[tuple[dict[str, Any], str, Tensor]] = [
+            (owner._parameters, key, tensor) for name, tensor in tensors.items() for owner, key in self._places[name]
+        ]
+        places += self._buffer_places(buffers)
+        kept = [(where, key, where[key]) for where, key, _ in places]
         try:
-            for name, tensor in tensors.items():
-                for owner, key in self._places[name]:
-                    owner._parameters[key] = tensor  # type: ignore[assignment]
-            for name, tensor in buffers.items():
-                if name in self._owners:
-                    owner, key = self._owners[name]
-                    owner._buffers[key] = tensor.clone() if name in self._updated else tensor
+            for where, key, tensor in places:
+                where[key] = tensor
             yield
         finally:
-            for owner, key, parameter in kept:
-                owner._parameters[key] = parameter
-            for owner, key, buffer in kept_buffers:
-                owner._buffers[key] = buffer
+            for where, key, own in kept:
+                where[key] = own
 
-    def _own_buffer(self, name: str) -> Tensor | None:
-        owner, key = self._owners[name]
-        return owner._buffers[key]
-
-    def buffers(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return buffers as they are after the last pass."""
-        return {name: self._owners[name][0]._buffers[self._owners[name][1]] for name in names}  # type: ignore[misc]
+        return {name: owner._buffers[key] for name in names for owner, key in [self._owners[name]]}  # type: ignore[misc]
 
-    @contextmanager
-    def keeping_buffers(self) -> Iterator[None]:
+    def keeping_buffers(self) -> AbstractContextManager[None]:
         """Leave the buffers as they are, whatever is run inside."""
-        kept = [(*self._owners[name], self._own_buffer(name)) for name in self._updated]
-        for owner, key, buffer in kept:
-            owner._buffers[key] = None if buffer is None else buffer.clone()
-        try:
-            yield
-        finally:
-            for owner, key, buffer in kept:
-                owner._buffers[key] = buffer
+        return self.swapped(self.parameters, self.buffers(self._updated))
 
     # -- what is run
 
@@ -177,7 +166,8 @@ class Replica:
             stack.enter_context(using_kernels(kernels))
             if twice:
                 stack.enter_context(twice_differentiable_weight_norm())
-            stack.enter_context(_without_compilation())
+            # what is compiled has no second derivative
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if (mixed := _AUTOCAST.get(self.circumstances.precision)) is not None and not self._parameter_dtype_differs:
                 stack.enter_context(torch.autocast(self.device.type, mixed, cache_enabled=False))
             if self._is_converted:
@@ -226,10 +216,6 @@ class Replica:
         before, transfer, after = self._hooks
         return after(transfer(before(batch, 0), self.device, 0), 0)
 
-    def forget(self) -> None:
-        """Drop what graphs the module holds on to."""
-        self._memory.restore()
-
     @property
     def _is_converted(self) -> bool:
         """Whether floating point numbers are cast on the way."""
@@ -247,8 +233,7 @@ def step_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ReplayError(
             f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor of one "
-            "number, "
-            'or a dict with it under "loss").'
+            'number, or a dict with it under "loss").'
         )
     return loss.reshape(())
 
@@ -336,12 +321,6 @@ def _silenced(metrics: Sequence[Metric]) -> Iterator[None]:
         for metric in metrics:
             for name in ("forward", "update", "compute", "reset"):
                 vars(metric).pop(name, None)
-
-
-def _without_compilation() -> AbstractContextManager[Any]:
-    """Run compiled modules as they are written: what is compiled has no second derivative."""
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return ExitStack() if stance is None else stance("force_eager")
 
 
 @contextmanager

@@ -6,8 +6,9 @@ acts on them through the parameters, and a trained model is measured with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,34 +55,23 @@ class RunningStatistics:
         """
         after = dict(before)
 
-        def hook_of(name: str, layer: Any) -> Any:
-            def hook(_layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-                value = arguments[0] if arguments else named["input"]
-                with torch.autocast(value.device.type, enabled=False):
-                    value = value.to(before[_join(name, "running_mean")].dtype)
-                    over = [axis for axis in range(value.ndim) if axis != 1]
-                    variance, mean = torch.var_mean(value, over)
-                momentum = layer.momentum
-                if momentum is None:  # the mean over all batches; counted before the layer counts this one
-                    momentum = 1 / (int(layer.num_batches_tracked) + 1)
-                for kind, of_batch in (("running_mean", mean), ("running_var", variance)):
-                    key = _join(name, kind)
-                    after[key] = (1 - momentum) * after[key] + momentum * of_batch
+        def hook(name: str, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            value = arguments[0] if arguments else named["input"]
+            with torch.autocast(value.device.type, enabled=False):
+                value = value.to(before[_join(name, "running_mean")].dtype)
+                over = [axis for axis in range(value.ndim) if axis != 1]
+                variance, mean = torch.var_mean(value, over)
+            momentum = layer.momentum
+            if momentum is None:  # the mean over all batches; counted before the layer counts this one
+                momentum = 1 / (int(layer.num_batches_tracked) + 1)
+            for kind, of_batch in (("running_mean", mean), ("running_var", variance)):
+                key = _join(name, kind)
+                after[key] = (1 - momentum) * after[key] + momentum * of_batch
 
-            return hook
-
-        handles = [
-            layer.register_forward_pre_hook(hook_of(name, layer), with_kwargs=True)
-            for name, layer in self._layers.items()
-        ]
-        try:
+        with self._hooked(hook):
             yield after
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    @contextmanager
-    def exposed(self, statistics: Mapping[str, Tensor]) -> Iterator[None]:
+    def exposed(self, statistics: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         r"""Let what is computed in evaluation mode depend on the statistics, by which torch has no derivative.
 
         The layer's own kernel, with statistics m and v, is given
@@ -94,27 +84,24 @@ class RunningStatistics:
             statistics: :math:`\mu` and :math:`\nu` by name, with the values that the layers have.
         """
 
-        def hook_of(name: str) -> Any:
+        def hook(name: str, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
             mean, variance = statistics[_join(name, "running_mean")], statistics[_join(name, "running_var")]
+            value = arguments[0] if arguments else named["input"]
+            shape = [-1 if axis == 1 else 1 for axis in range(value.ndim)]
+            ratio = ((variance.detach() + layer.eps) / (variance + layer.eps)).sqrt()
+            moved = mean.detach().reshape(shape) + (value - mean.reshape(shape)) * ratio.reshape(shape)
+            moved = moved.to(value.dtype)
+            return ((moved, *arguments[1:]), named) if arguments else (arguments, named | {"input": moved})
 
-            def hook(layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-                value = arguments[0] if arguments else named["input"]
-                shape = [-1 if axis == 1 else 1 for axis in range(value.ndim)]
-                ratio = ((variance.detach() + layer.eps) / (variance + layer.eps)).sqrt()
-                moved = mean.detach().reshape(shape) + (value - mean.reshape(shape)) * ratio.reshape(shape)
-                moved = moved.to(value.dtype)
-                return ((moved, *arguments[1:]), named) if arguments else (arguments, named | {"input": moved})
+        return self._hooked(hook)
 
-            return hook
-
-        handles = [
-            layer.register_forward_pre_hook(hook_of(name), with_kwargs=True) for name, layer in self._layers.items()
-        ]
-        try:
+    @contextmanager
+    def _hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
+        """Call a function with a layer's name before the layer, as a hook."""
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.enter_context(layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _join(name: str, kind: str) -> str:

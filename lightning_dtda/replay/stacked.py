@@ -8,8 +8,9 @@ trace; they are drawn beforehand from the recorded states, in the order of the t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,43 +19,35 @@ from torch.func import functionalize, vmap
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
+from typing_extensions import override
 
 from lightning_dtda.compatibility import prelu_backward
-from lightning_dtda.replay.eager import Eager, Products
+from lightning_dtda.replay.eager import Eager, Products, parts_of
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
+from lightning_dtda.replay.random_states import FILLING
 from lightning_dtda.replay.stand_ins import Time
-from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
+from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 
 _log = logging.getLogger(__name__)
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 """Relative difference from the eager way that is taken for rounding."""
 
-_DRAWS = frozenset(
-    {
-        "rand",
-        "rand_like",
-        "randn",
-        "randn_like",
-        "randint",
-        "randint_like",
-        "randperm",
-        "bernoulli_.float",
-        "bernoulli.p",
-        "normal_",
-        "normal.float_float",
-        "uniform_",
-        "random_",
-        "exponential_",
-        "log_normal_",
-        "cauchy_",
-        "geometric_",
-    }
-)
+_DRAWS = (FILLING - {"bernoulli_"}) | {
+    "rand",
+    "rand_like",
+    "randn",
+    "randn_like",
+    "randint",
+    "randint_like",
+    "randperm",
+    "bernoulli_.float",
+    "bernoulli.p",
+    "normal.float_float",
+}
 """Random operations whose numbers depend on the shape of what they are given, not on its values."""
-
 
 _TIMELY = "the loss depends on the epoch, the step or the learning rate"
 
@@ -71,19 +64,24 @@ _DECOMPOSED = {operation: _prelu_backward for operation in [prelu_backward()] if
 """Operations that torch maps wrongly over two dimensions, by others (torch 2.13: sizes mismatch)."""
 
 
+OfPass = Callable[[Pass, list[Tensor]], list[Tensor]]
+"""Given a pass and what else it was called for, returns tensors."""
+
+
 class CannotTraceError(Exception):
     """A step cannot be traced, or its trace computes something else."""
 
 
-class Stacked:
+class Stacked(Eager):
     """Computes the derivatives of steps for all runs and directions at once, where a step can be traced.
 
     Args:
-        eager: The eager way.
+        eager: The eager way, whose module and cuts it shares. Steps that cannot be traced are run as by it.
     """
 
     def __init__(self, eager: Eager) -> None:
-        self._eager = eager
+        super().__init__(eager.replica)
+        self.cuts = eager.cuts
         self._traces: dict[Any, Trace | None] = {}
 
     @property
@@ -91,48 +89,36 @@ class Stacked:
         """Whether a trace was made, and computes what the eager way does."""
         return any(trace is not None for trace in self._traces.values())
 
+    @override
     def gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As :meth:`Eager.gradient`."""
-        names = list(self._eager.replica.circumstances.updated_buffers)
+        names = list(self.replica.circumstances.updated_buffers)
         weights = theta.new_ones(len(theta), batch.size) if weights is None else weights
         current = dict(buffers)
         total = torch.zeros_like(theta)
-        for number, (part, inputs) in enumerate(_parts(batch)):
-            leaves = batch.leaves(number)
-            trace = None if leaves is None else self._gradient_trace(batch, number, theta, current, leaves)
-            if trace is None or leaves is None:
-                return self._eager.gradient(batch, theta, buffers, weights)
-            states = [passes[number].states for passes in batch.passes]
-            gradient, *after = trace.run([theta, *_sorted(current), *leaves, weights[:, part]], states)
+        for number, (part, inputs) in enumerate(parts_of(batch.passes[0])):
+            found = self._run(self._gradient_of, batch, number, theta, current, [weights[:, part]])
+            if found is None:
+                return super().gradient(batch, theta, buffers, weights)
+            gradient, *after = found
             total += inputs.factor * gradient
             if inputs.keeps_statistics:
                 current |= dict(zip(names, after, strict=True))
         return total, {name: current[name] for name in names}
 
+    @override
     def products(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        directions: Tensor,
-        statistics_cotangents: Mapping[str, Tensor],
+        self, batch: StepBatch, theta: Tensor, buffers: ByName, directions: Tensor, statistics_cotangents: ByName
     ) -> Products:
-        """As :meth:`Eager.products`."""
-        cotangents = {name: statistics_cotangents[name] for name in sorted(statistics_cotangents)}
-        before = dict(cotangents)
+        before = {name: statistics_cotangents[name] for name in sorted(statistics_cotangents)}
         terms, total, gradients = [], torch.zeros_like(directions), torch.zeros_like(theta)
-        for number, (_, inputs) in reversed(list(enumerate(_parts(batch)))):
-            leaves = batch.leaves(number)
-            along = [directions if inputs.factor == 1 else directions * inputs.factor, *before.values()]
-            trace = None if leaves is None else self._products_trace(batch, number, theta, buffers, leaves, along)
-            if trace is None or leaves is None:
-                return self._eager.products(batch, theta, buffers, directions, statistics_cotangents)
-            states = [passes[number].states for passes in batch.passes]
-            if not inputs.keeps_statistics:
-                along = [along[0], *map(torch.zeros_like, before.values())]
-            found = trace.run([theta, *_sorted(buffers), *leaves], states, along)
+        for number, (_, inputs) in reversed(list(enumerate(parts_of(batch.passes[0])))):
+            cotangents = before.values() if inputs.keeps_statistics else map(torch.zeros_like, before.values())
+            along = [directions if inputs.factor == 1 else directions * inputs.factor, *cotangents]
+            found = self._run(self._products_of, batch, number, theta, buffers, along, len(along))
+            if found is None:
+                return super().products(batch, theta, buffers, directions, statistics_cotangents)
             gradient, products, of_examples, *of_statistics = found
             gradients += inputs.factor * gradient[:, 0]
             total += products
@@ -141,186 +127,110 @@ class Stacked:
                 before = dict(zip(before, of_statistics, strict=True))
         return Products(torch.cat(terms[::-1], 2), total, before, gradients)
 
-    def statistics_along(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        tangents: Tensor,
-        before: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """As :meth:`Eager.statistics_along`, which does it."""
-        return self._eager.statistics_along(batch, theta, buffers, tangents, before)
-
     # -- traces
 
-    def _products_trace(
+    def _gradient_of(self, one: Pass, _weights: list[Tensor]) -> list[Tensor]:
+        names = self.replica.circumstances.updated_buffers
+        after = self.replica.buffers(names) | one.statistics
+        return [self.replica.layout.flatten(one.gradient), *(after[name].clone() for name in names)]
+
+    def _products_of(self, one: Pass, along: list[Tensor]) -> list[Tensor]:
+        names, flatten = sorted(self.statistics.names), self.replica.layout.flatten
+        curved, terms, of_statistics = one.products(
+            self._parameters(along[0]), dict(zip(names, along[1:], strict=True))
+        )
+        return [flatten(one.gradient).detach(), flatten(curved), terms, *(of_statistics[name] for name in names)]
+
+    def _run(
         self,
+        function: OfPass,
         batch: StepBatch,
         number: int,
         theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        leaves: list[Tensor],
-        along: list[Tensor],
-    ) -> Trace | None:
-        inputs = batch.passes[0][number]
-        names = sorted(self._eager.statistics.names)
+        buffers: ByName,
+        extra: list[Tensor],
+        directions: int = 0,
+    ) -> list[Tensor] | None:
+        """Compute something of the runs' passes of a micro-batch; ``None`` where they cannot be traced.
 
-        def function(one: Pass, extra: list[Tensor]) -> list[Tensor]:
-            direction = self._eager._parameters(extra[0])
-            curved, terms, of_statistics = one.products(direction, dict(zip(names, extra[1:], strict=True)))
-            flat = [torch.cat([part.reshape(-1) for part in parts]) for parts in (one.gradient, curved)]
-            return [flat[0].detach(), flat[1], terms, *(of_statistics[name] for name in names)]
-
-        def reference(theta: Tensor, extra: list[Tensor], time: Time) -> list[Tensor]:
-            current = {name: tensor[0] for name, tensor in buffers.items()}
-            with self._eager.passed(replace(inputs, time=time), theta, current) as one:
-                return function(one, extra)
-
-        first = [tensor[0, 0] for tensor in along]
-        return self._trace("products", batch, number, theta, buffers, leaves, first, function, reference)
-
-    def _gradient_trace(
-        self, batch: StepBatch, number: int, theta: Tensor, buffers: Mapping[str, Tensor], leaves: list[Tensor]
-    ) -> Trace | None:
-        inputs = batch.passes[0][number]
-        names = list(self._eager.replica.circumstances.updated_buffers)
-
-        def function(one: Pass, extra: list[Tensor]) -> list[Tensor]:
-            after = self._eager.replica.buffers(names) | one.statistics
-            return [torch.cat([part.reshape(-1) for part in one.gradient]), *(after[name].clone() for name in names)]
-
-        def reference(theta: Tensor, extra: list[Tensor], time: Time) -> list[Tensor]:
-            current = {name: tensor[0] for name, tensor in buffers.items()}
-            here = replace(inputs, time=time)
-            with self._eager.passed(here, theta, current, extra[0], create_graph=False) as one:
-                return function(one, extra)
-
-        return self._trace(
-            "gradient",
-            batch,
-            number,
-            theta,
-            buffers,
-            leaves,
-            [theta.new_ones(inputs.examples)],
-            function,
-            reference,
-            is_weighted=True,
-        )
+        Args:
+            function: What is computed of a pass.
+            batch: The step.
+            number: Of the micro-batch.
+            theta: Parameters ``(runs, P)``.
+            buffers: Buffers and frozen parameters, each ``(runs, ...)``.
+            extra: The weights of examples ``(runs, B)``; or what it is differentiated along ``(runs, queries, ...)``.
+            directions: How many of these there are.
+        """
+        leaves = batch.leaves(number)
+        inputs, states = batch.passes[0][number], [passes[number].states for passes in batch.passes]
+        if leaves is None or any(other.keys() != states[0].keys() for other in states):
+            return None
+        shapes = [leaf.shape[1:] for leaf in leaves]
+        key = (function.__name__, inputs.examples, inputs.keeps_statistics, frozenset(states[0]), *shapes)
+        arguments = [theta, *_sorted(buffers), *leaves, *extra]
+        if key not in self._traces:
+            self._traces[key] = None
+            first = [part[(0,) * (2 if directions else 1)] for part in extra]
+            sample = [part[0] for part in arguments[: -len(extra)]] + first
+            try:
+                self._traces[key] = self._trace(function, inputs, sorted(buffers), sample, directions)
+            except Exception as error:  # whatever the user's code does, and whatever torch cannot map
+                name = type(self.replica.module).__name__
+                _log.info("Steps of %s are run one by one, not stacked: %s", name, _first_line(error))
+        trace = self._traces[key]
+        return None if trace is None else trace.run(arguments, states)
 
     def _trace(
-        self,
-        kind: str,
-        batch: StepBatch,
-        number: int,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        leaves: list[Tensor],
-        extra: list[Tensor],
-        function: Callable[[Pass, list[Tensor]], list[Tensor]],
-        reference: Callable[[Tensor, list[Tensor], Time], list[Tensor]],
-        is_weighted: bool = False,
-    ) -> Trace | None:
-        """Return the trace for a micro-batch of this shape; ``None`` where there is none."""
-        inputs = batch.passes[0][number]
-        states = [set(passes[number].states) for passes in batch.passes]
-        key = (
-            kind,
-            inputs.examples,
-            inputs.keeps_statistics,
-            frozenset(states[0]),
-            *(leaf.shape[1:] for leaf in leaves),
-        )
-        if key in self._traces:
-            return self._traces[key] if all(other == states[0] for other in states) else None
-        self._traces[key] = None
-        structure = tree_flatten(inputs.batch())[1]
-        sample = [theta[0], *(buffer[0] for buffer in _sorted(buffers)), *(leaf[0] for leaf in leaves)]
-        try:
-            if states[0] - {"cpu", "cuda"}:
-                raise CannotTraceError("random numbers are drawn from other generators than torch's")
-            reference(theta[0], extra, inputs.time)  # first: it learns where weights act
-            graph = self._graph(function, inputs, sorted(buffers), structure, len(extra), is_weighted, sample + extra)
-            trace = Trace.of(graph, self._eager, len(extra) if not is_weighted else 0)
-            self._check(trace, inputs, sample, extra, reference, is_weighted)
-        except Exception as error:  # whatever the user's code does, and whatever torch cannot map
-            _log.info(
-                "Steps of %s are run one by one, not stacked: %s",
-                type(self._eager.replica.module).__name__,
-                str(error).strip().splitlines()[0] if str(error).strip() else repr(error),
-            )
-            return None
-        self._traces[key] = trace
-        return trace
+        self, function: OfPass, inputs: MicroBatchInputs, names: list[str], sample: list[Tensor], directions: int
+    ) -> Trace:
+        """Trace what is computed of a pass, and compare it with the eager way.
 
-    def _check(
-        self,
-        trace: Trace,
-        inputs: MicroBatchInputs,
-        sample: list[Tensor],
-        extra: list[Tensor],
-        reference: Callable[[Tensor, list[Tensor], Time], list[Tensor]],
-        is_weighted: bool,
-    ) -> None:
-        """Compare a trace, mapped over some runs and directions, with the eager way, at this time and at others.
+        Args:
+            function: What is computed.
+            inputs: The pass.
+            names: Of the buffers.
+            sample: Parameters, buffers, the tensors of a batch, and what else the function is called for.
+            directions: How many of the latter differ from query to query.
 
         Raises:
-            CannotTraceError: If they differ.
+            CannotTraceError: If a trace cannot be made, or computes something else.
         """
-        states = inputs.states
+        is_weighted = not directions
+        extras = directions or 1
+
+        def reference(theta: Tensor, extra: list[Tensor], time: Time) -> list[Tensor]:
+            buffers = dict(zip(names, sample[1:], strict=False))
+            weights = extra[0] if is_weighted else None
+            here = replace(inputs, time=time)
+            with self.passed(here, theta, buffers, weights, create_graph=not is_weighted) as one:
+                return function(one, extra)
+
+        def traced(
+            parameters: list[Tensor], buffers: dict[str, Tensor], batch: Any, extra: list[Tensor]
+        ) -> list[Tensor]:
+            weights = extra[0] if is_weighted else None
+            return function(self._pass(inputs, batch, parameters, buffers, weights, not is_weighted), extra)
+
+        if inputs.states.keys() - {"cpu", "cuda"}:
+            raise CannotTraceError("random numbers are drawn from other generators than torch's")
+        reference(sample[0], sample[-extras:], inputs.time)  # first: it learns where weights act
+        structure = tree_flatten(inputs.batch())[1]
+        trace = Trace(_graph(self, traced, names, structure, sample), self, directions)
         # not one of each: rules of torch's for mapping operations may be wrong where two are mapped over
-        runs, directions = _COMPARED_RUNS, _COMPARED_DIRECTIONS
+        runs = _COMPARED_RUNS
+        shape = (runs, _COMPARED_DIRECTIONS) if directions else (runs,)
+        places = [(run, run % _COMPARED_DIRECTIONS)[: len(shape)] for run in range(runs)]
         generator = torch.Generator().manual_seed(0)
-        shape = (runs,) if is_weighted else (runs, directions)
-        given = [torch.randn(*shape, *part.shape, generator=generator).to(part) for part in extra]
+        given = [torch.randn(*shape, *part.shape, generator=generator).to(part) for part in sample[-extras:]]
         theta = torch.stack([sample[0] * (1 + 0.01 * run) for run in range(runs)])
-        tensors = [theta, *(torch.stack([tensor] * runs) for tensor in sample[1:])]
-        found = (
-            trace.run(tensors + given, [states] * runs) if is_weighted else trace.run(tensors, [states] * runs, given)
-        )
-        tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
-        for place in ((run, *([] if is_weighted else [run % directions])) for run in range(runs)):
-            wanted = reference(theta[place[0]], [part[place] for part in given], inputs.time)
-            for one, other in zip(found, wanted, strict=True):
-                _compare(one[place].reshape(other.shape), other, tolerance)
-        place = (0,) if is_weighted else (0, 0)
+        others = [torch.stack([tensor] * runs) for tensor in sample[1:-extras]]
+        found = trace.run([theta, *others, *given], [inputs.states] * runs)
+        for place in places:
+            _compare(found, place, reference(theta[place[0]], [part[place] for part in given], inputs.time))
         for time in _others(inputs.time):
-            wanted = reference(theta[0], [part[place] for part in given], time)
-            for one, other in zip(found, wanted, strict=True):
-                _compare(one[place].reshape(other.shape), other, tolerance, _TIMELY)
-
-    def _graph(
-        self,
-        function: Callable[[Pass, list[Tensor]], list[Tensor]],
-        inputs: MicroBatchInputs,
-        names: list[str],
-        structure: TreeSpec,
-        extras: int,
-        is_weighted: bool,
-        arguments: list[Tensor],
-    ) -> GraphModule:
-        eager, replica = self._eager, self._eager.replica
-
-        def run(*tensors: Tensor) -> list[Tensor]:
-            theta, *rest = tensors
-            held, leaves, extra = rest[: len(names)], rest[len(names) : -extras], rest[-extras:]
-            parameters = [part.detach().requires_grad_() for part in eager._parameters(theta)]
-            buffers = dict(zip(names, held, strict=True))
-            weights = (
-                (extra[0] if is_weighted else theta.new_ones(inputs.examples)).detach().requires_grad_(not is_weighted)
-            )
-            before = {name: buffers[name].detach().requires_grad_(not is_weighted) for name in eager.statistics.names}
-            with replica.passing(), replica.swapped(parameters, buffers):
-                with eager.statistics.followed(before) as after:
-                    loss = replica.training_loss(tree_unflatten(leaves, structure), inputs.time, inputs.states)
-                cut = eager.cuts.find(loss, inputs.examples)
-                one = Pass(loss, cut, parameters, weights, before, after, create_graph=not is_weighted)
-                return [tensor.detach() for tensor in function(one, extra)]
-
-        with replica.generators.kept():
-            graph: GraphModule = make_fx(run, decomposition_table=_DECOMPOSED)(*arguments)
-        return graph
+            _compare(found, places[0], reference(theta[0], [part[places[0]] for part in given], time), _TIMELY)
+        return trace
 
 
 OfOne = Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]]
@@ -334,9 +244,9 @@ def each_example(
     examples: Examples,
     indices: Tensor,
     theta: Tensor,
-    buffers: Mapping[str, Tensor],
+    buffers: ByName,
     time: Time,
-    states: Mapping[str, Tensor],
+    states: ByName,
     function: OfOne,
     extra: Sequence[Tensor] = (),
     calls: dict[str, list[Any]] | None = None,
@@ -360,169 +270,159 @@ def each_example(
     Returns:
         Results, each ``(B, ...)``.
     """
-    names = sorted(buffers)
+    replica = eager.replica
 
-    def of(loss: Tensor, inputs: MicroBatchInputs, parameters: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-        cut = eager.cut(loss, inputs)
-        return [found.detach() for found in function(loss, Outputs(loss, cut, parameters), parameters, more)]
-
-    def one_by_one(number: int, time: Time = time) -> list[Tensor]:
+    def of(
+        batch: Any, parameters: list[Tensor], more: list[Tensor], number: int = 0, time: Time = time
+    ) -> list[Tensor]:
+        for of_layer in (calls or {}).values():
+            of_layer.clear()
         index = int(indices[number])
         inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([index] * len(rows)))
-        _clear(calls)
-        with eager.replica.generators.kept(), eager.replica.passing(training=False):
-            eager.replica.load(theta, buffers)
-            loss = eager.replica.training_loss(inputs.batch(), time, states)
-            return of(loss, inputs, eager.replica.parameters, [tensor[number] for tensor in extra])
+        loss = replica.training_loss(batch, time, states)
+        found = function(loss, Outputs(loss, eager.cut(loss, inputs), parameters), parameters, more)
+        return [part.detach() for part in found]
+
+    def alone(number: int, time: Time = time) -> list[Tensor]:
+        with replica.generators.kept(), replica.passing(training=False):
+            replica.load(theta, buffers)
+            batch = examples.collated([int(indices[number])])
+            return of(batch, replica.parameters, [tensor[number] for tensor in extra], number, time)
 
     leaves = examples.tensors(indices[:, None]) if len(indices) > 1 else None
-    shapes = [part.shape[1:] for part in [*(leaves or ()), *extra]]
-    key = (what, frozenset(states), *shapes)
-    known = None if leaves is None else kept.get(key)
-    if known is not None and leaves is not None:
-        return known.each([theta, *_sorted(buffers)], [*leaves, *extra], states)
-    first = one_by_one(0)
     if leaves is not None:
+        shared, mapped = [theta, *_sorted(buffers)], [*leaves, *extra]
+        key = (what, frozenset(states), *(part.shape[1:] for part in mapped))
         if key not in kept:
             kept[key] = None
-            structure = tree_flatten(examples.collated([0]))[1]
-            inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([int(indices[0])] * len(rows)))
-
-            def run(*tensors: Tensor) -> list[Tensor]:
-                theta, *rest = tensors
-                held, of_batch, more = (
-                    rest[: len(names)],
-                    rest[len(names) : len(names) + len(leaves)],
-                    rest[len(names) + len(leaves) :],
-                )
-                parameters = [part.detach().requires_grad_() for part in eager._parameters(theta)]
-                _clear(calls)
-                with (
-                    eager.replica.passing(training=False),
-                    eager.replica.swapped(parameters, dict(zip(names, held, strict=True))),
-                ):
-                    loss = eager.replica.training_loss(tree_unflatten(of_batch, structure), time, states)
-                    return of(loss, inputs, parameters, more)
-
-            sample = [theta, *_sorted(buffers), *(leaf[0] for leaf in leaves), *(part[0] for part in extra)]
+            wanted = [alone(0), alone(1)]  # they learn where weights act
             try:
-                with eager.replica.generators.kept():
-                    graph = make_fx(run, decomposition_table=_DECOMPOSED)(*sample)
-                trace = Trace.of(graph, eager, 0)
-                found = trace.each(sample[: 1 + len(names)], [tensor[:2] for tensor in [*leaves, *extra]], states)
-                tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
-                for number, wanted in enumerate([first, one_by_one(1)]):
-                    for one, other in zip(found, wanted, strict=True):
-                        _compare(one[number], other, tolerance)
+                structure = tree_flatten(examples.collated([0]))[1]
+                sample = [*shared, *(part[0] for part in mapped)]
+                graph = _graph(
+                    eager,
+                    lambda parameters, _, batch, more: of(batch, parameters, more),
+                    sorted(buffers),
+                    structure,
+                    sample,
+                    training=False,
+                )
+                trace = Trace(graph, eager)
+                found = trace.each(shared, [part[:2] for part in mapped], states)
+                for number, alike in enumerate(wanted):
+                    _compare(found, (number,), alike)
                 for later in _others(time):  # it is kept for other runs, and for other steps
-                    for one, other in zip(found, one_by_one(0, later), strict=True):
-                        _compare(one[0], other, tolerance, _TIMELY)
+                    _compare(found, (0,), alone(0, later), _TIMELY)
                 kept[key] = trace
             except Exception as error:  # whatever the user's code does, and whatever torch cannot map
-                _log.info("%s are computed example by example: %s", what, str(error).strip().split(chr(10))[0])
-        trace_of = kept[key]
-        if trace_of is not None:
-            return trace_of.each([theta, *_sorted(buffers)], [*leaves, *extra], states)
-    others = [one_by_one(number) for number in range(1, len(indices))]
-    return [torch.stack(parts) for parts in zip(first, *others, strict=True)]
+                _log.info("%s are computed example by example: %s", what, _first_line(error))
+        if (known := kept[key]) is not None:
+            return known.each(shared, mapped, states)
+    results = [alone(number) for number in range(len(indices))]
+    return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 
-def _clear(calls: dict[str, list[Any]] | None) -> None:
-    for found in (calls or {}).values():
-        found.clear()
-
-
-@dataclass
-class Trace:
-    """A traced step.
+def _graph(
+    eager: Eager,
+    function: Callable[[list[Tensor], dict[str, Tensor], Any, list[Tensor]], list[Tensor]],
+    names: list[str],
+    structure: TreeSpec,
+    arguments: list[Tensor],
+    training: bool = True,
+) -> GraphModule:
+    """Trace what is computed with other parameters and buffers in the module.
 
     Args:
-        graph: With the drawn numbers as its last inputs.
-        draws: What draws them: an operation and its arguments, tensors among them by shape.
-        eager: The eager way.
-        directions: How many of the inputs differ from query to query.
+        eager: Runs the module.
+        function: Given parameters, buffers, a batch, and what else it is called for, returns tensors.
+        names: Of the buffers.
+        structure: Of the batch.
+        arguments: Parameters ``(P,)``, buffers, the tensors of the batch, and what else there is.
+        training: Whether the module is in training mode.
     """
 
-    graph: GraphModule
-    draws: list[tuple[Any, tuple[Any, ...], dict[str, Any]]]
-    eager: Eager
-    directions: int
-    is_functional: bool = False
+    def run(theta: Tensor, *rest: Tensor) -> list[Tensor]:
+        parameters = [part.detach().requires_grad_() for part in eager._parameters(theta)]
+        buffers = dict(zip(names, rest, strict=False))
+        leaves = rest[len(names) : len(names) + structure.num_leaves]
+        extra = list(rest[len(names) + len(leaves) :])
+        with eager.replica.passing(training=training), eager.replica.swapped(parameters, buffers):
+            found = function(parameters, buffers, tree_unflatten(leaves, structure), extra)
+        return [part.detach() for part in found]
 
-    @classmethod
-    def of(cls, graph: GraphModule, eager: Eager, directions: int) -> Trace:
-        """Make inputs of what a graph draws.
+    with eager.replica.generators.kept():
+        graph: GraphModule = make_fx(run, decomposition_table=_DECOMPOSED)(*arguments)
+    return graph
 
-        Raises:
-            CannotTraceError: If it draws what depends on values.
-        """
-        return cls(graph, _take_draws(graph), eager, directions)
 
-    def run(
-        self, tensors: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]], directions: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
+class Trace:
+    """A traced step, with the numbers that it draws made inputs, its last ones.
+
+    Args:
+        graph: Of the step.
+        eager: The eager way.
+        directions: How many of the last inputs differ from query to query.
+
+    Raises:
+        CannotTraceError: If it draws what depends on values.
+    """
+
+    def __init__(self, graph: GraphModule, eager: Eager, directions: int = 0) -> None:
+        self._graph = graph
+        self._draws = _take_draws(graph)
+        self._eager = eager
+        self._directions = directions
+        self._is_functional = False
+
+    def run(self, inputs: Sequence[Tensor], states: Sequence[ByName]) -> list[Tensor]:
         """Run it for some runs, and for some directions each.
 
         Args:
-            tensors: Inputs, each ``(runs, ...)``.
+            inputs: Each ``(runs, ...)``, but for directions ``(runs, queries, ...)``.
             states: Of the generators, for each run.
-            directions: Further inputs, each ``(runs, queries, ...)``.
 
         Returns:
             Results, each ``(runs, ...)``, or ``(runs, queries, ...)`` where there are directions.
         """
-        drawn = [torch.stack(of_runs) for of_runs in zip(*map(self._draw, states), strict=True)] if self.draws else []
-        arguments = [*tensors, *directions, *drawn]
+        drawn = [torch.stack(of_runs) for of_runs in zip(*map(self._draw, states), strict=True)]
+        arguments = [*inputs, *drawn]
+        over = [None] * (len(inputs) - self._directions) + [0] * self._directions + [None] * len(drawn)
         try:
-            return self._mapped(*arguments)
+            return self._mapped(arguments, over)
         except RuntimeError:
-            if self.is_functional:
+            if self._is_functional:
                 raise
         # an operation in place, on what is the same for all directions: without such operations
-        first = [tensor[0] for tensor in tensors] + [v[0, 0] for v in directions] + [draw[0] for draw in drawn]
-        self.graph = make_fx(functionalize(self.graph, remove="mutations"))(*first)
-        self.is_functional = True
-        return self._mapped(*arguments)
+        first = [part[0] if axis is None else part[0, 0] for part, axis in zip(arguments, over, strict=True)]
+        self._graph = make_fx(functionalize(self._graph, remove="mutations"))(*first)
+        self._is_functional = True
+        return self._mapped(arguments, over)
 
-    def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: Mapping[str, Tensor]) -> list[Tensor]:
-        """Run it for some examples, for which some inputs are the same, with the same random numbers for each."""
-        drawn = self._draw(states) if self.draws else []
-        in_dims = (*[None] * len(shared), *[0] * len(tensors), *[None] * len(drawn))
-        with torch.no_grad():
-            result: list[Tensor] = vmap(self.graph, in_dims=in_dims)(*shared, *tensors, *drawn)
-        return result
-
-    def _mapped(self, *arguments: Tensor) -> list[Tensor]:
-        function = self.graph
-        if self.directions:
-            fixed = len(arguments) - self.directions - len(self.draws)
-            inner = (None,) * fixed + (0,) * self.directions + (None,) * len(self.draws)
-            function = vmap(function, in_dims=inner)  # type: ignore[assignment]
+    def _mapped(self, arguments: list[Tensor], over: list[int | None]) -> list[Tensor]:
+        function = vmap(self._graph, in_dims=tuple(over)) if self._directions else self._graph
         with torch.no_grad():
             result: list[Tensor] = vmap(function)(*arguments)
         return result
 
-    def _draw(self, states: Mapping[str, Tensor]) -> list[Tensor]:
-        generators = self.eager.replica.generators
+    def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: ByName) -> list[Tensor]:
+        """Run it for some examples, for which some inputs are the same, with the same random numbers for each."""
+        drawn = self._draw(states)
+        in_dims = (*[None] * len(shared), *[0] * len(tensors), *[None] * len(drawn))
+        with torch.no_grad():
+            result: list[Tensor] = vmap(self._graph, in_dims=in_dims)(*shared, *tensors, *drawn)
+        return result
+
+    def _draw(self, states: ByName) -> list[Tensor]:
+        if not self._draws:
+            return []
+        generators = self._eager.replica.generators
         with generators.kept():
             generators.set(states)
-            return [draw(*tree_map(_empty, args), **tree_map(_empty, kwargs)) for draw, args, kwargs in self.draws]
+            return [draw(*tree_map(_made, args), **tree_map(_made, kwargs)) for draw, args, kwargs in self._draws]
 
 
-@dataclass(frozen=True)
-class _Like:
-    """A tensor of which only the shape counts."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _empty(value: Any) -> Any:
-    if not isinstance(value, _Like):
-        return value
-    return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=value.device)
+def _made(value: Any) -> Any:
+    return value() if isinstance(value, partial) else value
 
 
 def _take_draws(graph: GraphModule) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
@@ -549,22 +449,30 @@ def _take_draws(graph: GraphModule) -> list[tuple[Any, tuple[Any, ...], dict[str
 
 
 def _like(value: Any) -> Any:
+    """Return what makes a tensor of the shape of one in a graph, all that counts of it."""
     if not isinstance(value, Node):
         return value
-    tensor = value.meta["val"] if "val" in value.meta else value.meta["tensor_meta"]
-    stride = tensor.stride() if callable(tensor.stride) else tensor.stride
-    return _Like(tuple(tensor.shape), tuple(stride), tensor.dtype, getattr(tensor, "device", torch.device("cpu")))
+    tensor = value.meta["val"]
+    return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _compare(found: Tensor, wanted: Tensor, tolerance: float, why: str = "its trace computes something else") -> None:
-    """Compare what a trace computes with what the eager way does.
+def _compare(
+    found: list[Tensor], place: tuple[int, ...], wanted: list[Tensor], why: str = "its trace computes something else"
+) -> None:
+    """Compare what a trace computes in one place with what the eager way does.
 
     Raises:
         CannotTraceError: If they differ by more than rounding.
     """
-    found, wanted = found.double(), wanted.double()
-    if not bool((found - wanted).norm() <= tolerance * wanted.norm() + torch.finfo(torch.float64).eps):
-        raise CannotTraceError(why)
+    tolerance = _TOLERANCE.get(wanted[0].dtype, 1e-3)
+    for one, other in zip(found, wanted, strict=True):
+        of_trace, of_eager = one[place].reshape(other.shape).double(), other.double()
+        if not bool((of_trace - of_eager).norm() <= tolerance * of_eager.norm() + torch.finfo(torch.float64).eps):
+            raise CannotTraceError(why)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _others(time: Time) -> Iterator[Time]:
@@ -577,15 +485,7 @@ def _others(time: Time) -> Iterator[Time]:
         yield Time(time.epoch + epochs, time.step + steps, time.batch_idx + 1, groups)
 
 
-def _parts(batch: StepBatch) -> list[tuple[slice, MicroBatchInputs]]:
-    parts, start = [], 0
-    for inputs in batch.passes[0]:
-        parts.append((slice(start, start + inputs.examples), inputs))
-        start += inputs.examples
-    return parts
-
-
-def _sorted(buffers: Mapping[str, Tensor]) -> list[Tensor]:
+def _sorted(buffers: ByName) -> list[Tensor]:
     return [buffers[name] for name in sorted(buffers)]
 
 

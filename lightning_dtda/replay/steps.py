@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lightning_dtda.optimizers import State
 from lightning_dtda.replay.stand_ins import Time
+
+ByName: TypeAlias = Mapping[str, Tensor]
+"""Tensors by name: buffers and frozen parameters, or what belongs to BatchNorm's running statistics."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class MicroBatchInputs:
 
     examples: int
     time: Time
-    states: Mapping[str, Tensor]
+    states: ByName
     make: Callable[[Sequence[int]], Any]
     factor: float = 1.0
     keeps_statistics: bool = True
@@ -39,23 +42,27 @@ class MicroBatchInputs:
         """Return the batch as it was."""
         return self.make(range(self.examples))
 
-    def less_or_more(self) -> Iterator[tuple[Any, int]]:
-        """Yield the batch with one example left out, or repeated where it is small, all choices of it; with sizes."""
+    def of(self, rows: Sequence[int]) -> MicroBatchInputs:
+        """Return the inputs of a pass of some rows, by their positions."""
+        return replace(self, examples=len(rows), make=lambda some: self.make([rows[row] for row in some]))
+
+    def less_or_more(self) -> Iterator[MicroBatchInputs]:
+        """Yield the batch with one example left out, or repeated where it is small, all choices of it."""
         rows = list(range(self.examples))
         if self.examples > 2:
             # spread over the batch first: a few are mostly enough
             spread = [0, self.examples // 2, self.examples - 1]
             for row in dict.fromkeys([*spread, *rows]):
-                yield self.make(rows[:row] + rows[row + 1 :]), self.examples - 1
+                yield self.of(rows[:row] + rows[row + 1 :])
         for row in rows:
-            yield self.make([*rows, row]), self.examples + 1
+            yield self.of([*rows, row])
 
-    def replaced(self) -> Iterator[tuple[int, Any]]:
+    def replaced(self) -> Iterator[tuple[int, MicroBatchInputs]]:
         """Yield the batch with one example in place of another, a few choices of it, and which one is gone."""
         for position in range(min(self.examples, 4) if self.examples > 1 else 0):
             rows = list(range(self.examples))
             rows[position] = (position + 1) % self.examples
-            yield position, self.make(rows)
+            yield position, self.of(rows)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class StepBatch:
 
     indices: Tensor
     passes: list[list[MicroBatchInputs]]
-    leaves: Callable[[int], list[Tensor] | None] = field(default=lambda number: None)
+    leaves: Callable[[int], list[Tensor] | None]
 
     @classmethod
     def of(

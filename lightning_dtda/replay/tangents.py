@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.optimizers import Clipping, GroupedUpdate, Hyperparameters, State
-from lightning_dtda.replay.eager import Products
-from lightning_dtda.replay.steps import Point, StepBatch
+from lightning_dtda.replay.eager import Eager
+from lightning_dtda.replay.steps import ByName, Point, StepBatch
 
 
 @dataclass(frozen=True)
@@ -61,35 +61,6 @@ class Position:
     tangents: Tangents
 
 
-class Way(Protocol):
-    """A way of running a step; see :class:`~lightning_dtda.replay.eager.Eager`."""
-
-    def gradient(
-        self, batch: StepBatch, theta: Tensor, buffers: Mapping[str, Tensor], weights: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the gradient with weights of examples, and the updated buffers."""
-
-    def products(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        directions: Tensor,
-        statistics_cotangents: Mapping[str, Tensor],
-    ) -> Products:
-        """Differentiate the gradient along directions."""
-
-    def statistics_along(
-        self,
-        batch: StepBatch,
-        theta: Tensor,
-        buffers: Mapping[str, Tensor],
-        tangents: Tensor,
-        before: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """Return how running statistics change."""
-
-
 class GradientTangents(NamedTuple):
     r"""A step's gradient, and how it and the running statistics change with removals.
 
@@ -107,13 +78,7 @@ class GradientTangents(NamedTuple):
 
 
 def gradient_tangents(
-    way: Way,
-    batch: StepBatch,
-    theta: Tensor,
-    buffers: Mapping[str, Tensor],
-    removed: Tensor,
-    tangents: Tangents,
-    updates: bool,
+    way: Eager, batch: StepBatch, theta: Tensor, buffers: ByName, removed: Tensor, tangents: Tangents, updates: bool
 ) -> GradientTangents:
     r"""Differentiate a step's gradient along its parameters and the weights of its examples.
 
@@ -150,8 +115,7 @@ def push(
     step: int,
     point: Point,
     tangents: Tangents,
-    gradient_tangents: Tensor,
-    statistics_tangents: dict[str, Tensor],
+    of_step: GradientTangents,
 ) -> Tangents:
     """Push tangents through clipping and the optimizer's update.
 
@@ -162,8 +126,7 @@ def push(
         step: t.
         point: What the step starts from.
         tangents: Before the step.
-        gradient_tangents: Of the gradient of the step's loss ``(runs, removals, P)``.
-        statistics_tangents: Of the running statistics after the step.
+        of_step: Those of the gradient of the step's loss, and of the running statistics after it.
 
     Returns:
         The tangents after the step.
@@ -176,10 +139,10 @@ def push(
             hyperparameters,
             tangents.theta,
             tangents.states,
-            clipping.tangent(point.unclipped.unsqueeze(1), gradient_tangents),
+            clipping.tangent(point.unclipped.unsqueeze(1), of_step.of_gradient),
             step=step,
         )
-    return Tangents(theta, states, statistics_tangents)
+    return Tangents(theta, states, of_step.of_statistics)
 
 
 def changes(gradients: Tensor, of_statistics: dict[str, Tensor], tangents: Tangents) -> Tensor:

@@ -244,7 +244,7 @@ def test_steps_that_are_not_asked_for_are_not_taken(replay, monkeypatch):
 def test_the_measurement_on_the_way_is_that_of_the_rebuilt_model(replay):
     (position,) = forward_sweep(replay, one_by_one(replay), {6})
     values, gradients, _ = measure(replay, question(replay), range(4), step=6)
-    torch.testing.assert_close(position.theta, replay.theta(6))
+    torch.testing.assert_close(position.theta, replay.trained(6)[0])
     assert values.shape == (1, 4)
     assert gradients.shape == (1, 4, replay.layout.size)
 

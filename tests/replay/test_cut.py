@@ -160,6 +160,16 @@ def test_examples_may_have_several_rows(is_blocked):
         torch.testing.assert_close(parts[number], step.layout.flatten(own), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_blocked", [True, False], ids=["one view after the other", "views side by side"])
+def test_rows_may_be_numbers(is_blocked):
+    def of_views(module, batch):
+        views = torch.cat([batch[0], -batch[0]]) if is_blocked else torch.stack([batch[0], -batch[0]], 1).flatten(0, 1)
+        return module.net(views).square().sum(1).mean()
+
+    step = Step(Stepping(of_views, net=linear()), rows())
+    assert step.cut() == [((2 * B,), Rows(0, 2, is_blocked))]
+
+
 def test_a_penalty_past_all_rows_gets_its_gradient_unweighted():
     def penalised(module, batch):
         return squares(module, batch).mean() + 0.3 * sum((p**2).sum() for p in module.parameters())
