@@ -174,7 +174,7 @@ def point_bytes(replay: Replay) -> float:
 
 
 def _fewest_held(replay: Replay) -> int:
-    """Return how many steps take as much memory as the fewest that are held, and the start of one piece of each size."""
+    """Return how many steps take as much memory as the fewest held, and the start of one piece of each size."""
     return _FEWEST_HELD + max(0, math.ceil(math.log2(_longest(replay) / _FEWEST_HELD)))
 
 
