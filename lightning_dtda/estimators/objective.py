@@ -411,10 +411,10 @@ class Objective:
         pairs = [(of_one.flatten(0, 1), value) for of_one, value in zip(derivatives, inputs, strict=True)]
         return RootRows(indices, of_parameters.flatten(0, 1), pairs)
 
-    def calls(self, names: Sequence[str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Return what some submodules are called with, and return, for the first example."""
+    def calls(self, names: Sequence[str], examples: int = 1) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Return what some submodules are called with, and return, for the first examples."""
         seed = self._seeds[0]  # known before the module is watched: it is seen from a pass
-        with watched(self.module, names) as calls, self._loss(torch.arange(1), seed, nullcontext()):
+        with watched(self.module, names) as calls, self._loss(torch.arange(examples), seed, nullcontext()):
             return calls
 
     # -- how it is done

@@ -7,10 +7,10 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,12 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, Solution, check_damping
 from lightning_dtda.estimators.curvatures.diagonal import gauss_newton_diagonal
+from lightning_dtda.estimators.curvatures.embeddings import embedding_factors
 from lightning_dtda.estimators.curvatures.layers import Layer, layers_of
 from lightning_dtda.estimators.curvatures.solvers import Products
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.replay.outputs import Outputs
+from lightning_dtda.replay.outputs import Outputs, watched
 from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
 
 _log = logging.getLogger(__name__)
@@ -32,6 +33,9 @@ _VECTORS = 24
 """Vectors of P numbers that an example takes at the most while eigenvalues are corrected: its gradient in two bases,
 steps between them, and activations, which are fewer."""
 
+_SEEN = 3
+"""Examples from which it is seen whether an embedding is looked up by each of them."""
+
 _CUTOFF = 1e-7
 """Share of the largest eigenvalue that counts as zero: what single precision leaves of one in the factors."""
 
@@ -39,8 +43,9 @@ _CUTOFF = 1e-7
 class KFAC(Curvature):
     r"""Kronecker-factored approximate curvature of the Gauss-Newton matrix.
 
-    A block for each linear or convolutional layer, weight and bias together, and nothing between layers: with inputs a
-    and the derivatives g of :math:`A_n` (see :class:`~lightning_dtda.estimators.GaussNewton`) by the layer's outputs,
+    A block for each linear or convolutional layer, weight and bias together, and each embedding, and nothing between
+    layers: with inputs a and the derivatives g of :math:`A_n` (see :class:`~lightning_dtda.estimators.GaussNewton`) by
+    the layer's outputs,
 
     .. math:: G_{\text{layer}} \approx \left(\frac1N \sum_n a_n a_n^\top\right) \otimes
         \left(\frac1N \sum_n g_n g_n^\top\right)
@@ -105,12 +110,7 @@ class KFAC(Curvature):
                 "entries, or parameter groups have learning rates of their own. Kronecker factors have no such matrix. "
                 "Use GaussNewton() or ExactHessian()."
             )
-        module = objective.module
-        layers = [
-            layer
-            for layer in layers_of(objective, (nn.Linear, nn.Conv2d))
-            if _has_factors(module.get_submodule(layer.name))
-        ]
+        layers = _layers(objective)
         in_layers = {name for layer in layers for name in layer.parameters}
         others = [name for name in objective.layout.names if name not in in_layers]
         if others:
@@ -152,14 +152,15 @@ class Block:
     Args:
         weight: Where the weight lies in the parameters, as ``(d_out, d_in)``.
         bias: Where the bias lies; ``None`` if there is none. It is the last column of the input side.
-        left: Eigenvectors of the derivatives' factor ``(d_out, d_out)``.
+        left: Eigenvectors of the derivatives' factor ``(d_out, d_out)``. ``None`` for an embedding's weight
+            ``(rows, d)``, which has those of the derivatives on the right, and each row for itself on the left.
         right: Eigenvectors of the inputs' factor ``(d_in, d_in)``, one more with a bias.
         values: Eigenvalues ``(d_out, d_in)``, one column more with a bias.
     """
 
     weight: slice
     bias: slice | None
-    left: Tensor
+    left: Tensor | None
     right: Tensor
     values: Tensor
 
@@ -199,12 +200,13 @@ class KroneckerSpectrum(Spectrum):
         result = torch.empty_like(vectors)
         result[:, self._others] = vectors[:, self._others] * function(self._diagonal[self._others])
         for block in self._blocks:
-            rows = len(block.left)
-            matrix = vectors[:, block.weight].reshape(len(vectors), rows, -1)
+            matrix = vectors[:, block.weight].reshape(len(vectors), len(block.values), -1)
             if block.bias is not None:
                 matrix = torch.cat([matrix, vectors[:, block.bias, None]], 2)
-            turned = block.left.T @ matrix @ block.right * function(block.values)
-            matrix = block.left @ turned @ block.right.T
+            turned = matrix @ block.right if block.left is None else block.left.T @ matrix @ block.right
+            matrix = turned * function(block.values) @ block.right.T
+            if block.left is not None:
+                matrix = block.left @ matrix
             if block.bias is not None:
                 result[:, block.bias] = matrix[:, :, -1]
                 matrix = matrix[:, :, :-1]
@@ -212,12 +214,93 @@ class KroneckerSpectrum(Spectrum):
         return result
 
 
-def _has_factors(layer: nn.Module) -> bool:
-    return not isinstance(layer, nn.Conv2d) or (layer.groups == 1 and layer.padding_mode == "zeros")
+def _layers(objective: Objective) -> list[Layer]:
+    """Find the layers that have factors."""
+    found = layers_of(objective, (nn.Linear, nn.Conv2d, nn.Embedding))
+    examples = min(_SEEN, objective.examples)
+    calls = objective.calls([layer.name for layer in found], examples)
+
+    def has_factors(layer: Layer) -> bool:
+        own = objective.module.get_submodule(layer.name)
+        if isinstance(own, nn.Conv2d):
+            return own.groups == 1 and own.padding_mode == "zeros"
+        if isinstance(own, nn.Embedding):
+            # of positions, say, the same rows are looked up for all examples at once
+            is_plain = own.max_norm is None and not own.scale_grad_by_freq
+            return is_plain and len(calls[layer.name][0][0]) == examples
+        return True
+
+    return [layer for layer in found if has_factors(layer)]
 
 
 def _factors(objective: Objective, layers: list[Layer], curvature: KFAC) -> dict[str, Tensor]:
-    """Compute eigenvectors and eigenvalues of the layers' blocks by curvlinops.
+    """Compute eigenvectors and eigenvalues of the layers' blocks."""
+    columns = 1
+    if objective.has_root:
+        columns = objective.outputs if curvature.samples is None else min(curvature.samples, objective.outputs)
+    elif layers:
+        _log.info(
+            "The Kronecker factors are those of the training labels' gradients: the loss is no mean over examples."
+        )
+    is_embedding = [isinstance(objective.module.get_submodule(layer.name), nn.Embedding) for layer in layers]
+    others = [number for number, looks_up in enumerate(is_embedding) if not looks_up]
+    embeddings = [number for number, looks_up in enumerate(is_embedding) if looks_up]
+    tensors: dict[str, Tensor] = {}
+    if others:
+        found = _watched_factors(objective, [layers[number] for number in others], curvature, columns)
+        tensors |= _named(others, found)
+    if embeddings:
+        parts = _Columns(objective, columns, curvature.seed)
+        of_embeddings = [layers[number] for number in embeddings]
+        rows = [len(objective.module.get_parameter(layer.parameters[0])) for layer in of_embeddings]
+        pairs = embedding_factors(
+            lambda: _lookups(objective, of_embeddings, parts), rows, objective.examples, curvature.is_corrected
+        )
+        # inputs were seen once for each column
+        seen = 1 if curvature.is_corrected else columns
+        tensors |= _named(embeddings, [(None, right, values / seen) for right, values in pairs])
+    # sums over the examples, as the loss that curvlinops is given
+    return {
+        name: (tensor / objective.examples if name.endswith("values") else tensor).detach().contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def _named(numbers: list[int], found: Sequence[tuple[Tensor | None, Tensor, Tensor]]) -> dict[str, Tensor]:
+    names = ("left", "right", "values")
+    return {
+        f"{number}.{name}": tensor
+        for number, of_layer in zip(numbers, found, strict=True)
+        for name, tensor in zip(names, of_layer, strict=True)
+        if tensor is not None
+    }
+
+
+def _lookups(objective: Objective, layers: list[Layer], parts: _Columns) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield which rows of embeddings are looked up by a batch, and the derivatives by what is found there."""
+    names = [layer.name for layer in layers]
+    paddings: list[Any] = [objective.module.get_submodule(name).padding_idx for name in names]
+    for part, _ in parts:
+        with (
+            watched(objective.module, names) as calls,
+            objective.undifferentiated(part.indices, part.seed, nullcontext()) as (loss, outputs),
+        ):
+            of_batch = [calls[name][0] for name in names]
+            results = [result for _, result in of_batch]
+            if part.column is None:
+                found = list(torch.autograd.grad(part.factor * loss, results))
+            else:
+                found = outputs.pull(_arriving(outputs, part.column, len(part.indices)), results)
+        yield [
+            (rows, gradient if padding is None else gradient * rows.ne(padding)[..., None])
+            for (rows, _), gradient, padding in zip(of_batch, found, paddings, strict=True)
+        ]
+
+
+def _watched_factors(
+    objective: Objective, layers: list[Layer], curvature: KFAC, columns: int
+) -> list[tuple[Tensor | None, Tensor, Tensor]]:
+    """Compute eigenvectors of either side and eigenvalues of layers' blocks by curvlinops.
 
     It knows three losses of a module's output, and watches what goes forwards and backwards through the layers. Here
     its module is the training step, which goes backwards itself: from the network's outputs, where a column of the root
@@ -227,17 +310,8 @@ def _factors(objective: Objective, layers: list[Layer], curvature: KFAC) -> dict
     """
     from curvlinops import EKFACLinearOperator, KFACLinearOperator
 
-    if not layers:
-        return {}
     by_name = dict(objective.module.named_parameters())
     parameters = [by_name[name] for layer in layers for name in layer.parameters]
-    columns = 1
-    if objective.has_root:
-        columns = objective.outputs if curvature.samples is None else min(curvature.samples, objective.outputs)
-    else:
-        _log.info(
-            "The Kronecker factors are those of the training labels' gradients: the loss is no mean over examples."
-        )
     operator = (EKFACLinearOperator if curvature.is_corrected else KFACLinearOperator)(
         _Step(objective, layers, parameters),
         nn.MSELoss(reduction="sum"),
@@ -255,7 +329,7 @@ def _factors(objective: Objective, layers: list[Layer], curvature: KFAC) -> dict
     else:
         operator.compute_kronecker_factors()
     state = operator.state_dict()
-    tensors: dict[str, Tensor] = {}
+    found = []
     for number in range(len(layers)):
         name = f"watched.{number}"
         if curvature.is_corrected:
@@ -269,10 +343,8 @@ def _factors(objective: Objective, layers: list[Layer], curvature: KFAC) -> dict
             # inputs were seen once for each column
             of_right, right = torch.linalg.eigh(state["input_covariances"][name] / columns)
             values = of_left[:, None] * of_right
-        # sums over the examples, as the loss that curvlinops is given
-        values = values / objective.examples
-        tensors |= {f"{number}.left": left, f"{number}.right": right, f"{number}.values": values}
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        found.append((left, right, values))
+    return found
 
 
 @dataclass(frozen=True)
@@ -318,28 +390,29 @@ class _Step(nn.Module):
             if part.column is None:
                 torch.autograd.grad(part.factor * loss, self._of_layers, allow_unused=True)
             else:
-                outputs.pull(self._arriving(outputs, part.column, len(part.indices)), self._of_layers)
+                outputs.pull(_arriving(outputs, part.column, len(part.indices)), self._of_layers)
         # curvlinops has seen what it is to see: what it will differentiate goes past the layers
         return torch.stack([parameter.sum() for parameter in self._of_layers]).sum().expand(len(part.indices), 1)
 
     @contextmanager
     def _standing_in(self) -> Iterator[None]:
-        for original, watched in zip(self._originals, self.watched, strict=True):
-            original.forward = watched.__call__
+        for original, standing_in in zip(self._originals, self.watched, strict=True):
+            original.forward = standing_in.__call__
         try:
             yield
         finally:
             for original in self._originals:
                 vars(original).pop("forward", None)
 
-    def _arriving(self, outputs: Outputs, column: Tensor, examples: int) -> list[Tensor]:
-        if others := [shape for shape in outputs.shapes if shape[0] != examples]:
-            raise AttributionError(
-                f"The network's outputs have the shape {tuple(others[0])} for {examples} examples, which Kronecker "
-                "factors are not made of. Use GaussNewton() or Diagonal()."
-            )
-        sizes = [torch.Size(shape).numel() // examples for shape in outputs.shapes]
-        return [part.reshape(shape) for part, shape in zip(column.split(sizes, 1), outputs.shapes, strict=True)]
+
+def _arriving(outputs: Outputs, column: Tensor, examples: int) -> list[Tensor]:
+    if others := [shape for shape in outputs.shapes if shape[0] != examples]:
+        raise AttributionError(
+            f"The network's outputs have the shape {tuple(others[0])} for {examples} examples, which Kronecker "
+            "factors are not made of. Use GaussNewton() or Diagonal()."
+        )
+    sizes = [torch.Size(shape).numel() // examples for shape in outputs.shapes]
+    return [part.reshape(shape) for part, shape in zip(column.split(sizes, 1), outputs.shapes, strict=True)]
 
 
 class _Columns:
@@ -377,7 +450,8 @@ class _Columns:
 
 
 def _block(number: int, layer: Layer, tensors: dict[str, Tensor], objective: Objective) -> Block:
-    left, right, values = (tensors[f"{number}.{part}"].to(objective.theta) for part in ("left", "right", "values"))
+    right, values = (tensors[f"{number}.{part}"].to(objective.theta) for part in ("right", "values"))
+    left = tensors[f"{number}.left"].to(objective.theta) if f"{number}.left" in tensors else None
     # of a bias with another weight decay, which no eigenvector of the block would have
     penalty = objective.penalty[layer.weight.start]
     return Block(layer.weight, layer.bias, left, right, values.clamp_min(0) + penalty)

@@ -2,6 +2,7 @@
 
 import logging
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -98,6 +99,81 @@ def test_other_parameters_get_the_diagonal_and_are_named(trained, vectors, caplo
         close(result[:, where[name]], v[:, where[name]] / (diagonal[where[name]] + 0.2))
     # corrected eigenvalues keep the trace of each block
     assert fitted.mean_eigenvalue == pytest.approx(float(diagonal.mean()), rel=1e-8)
+
+
+class Words(torch.nn.Module):
+    """Looks up a row for each of four words, by an embedding or by a linear layer of one-hot vectors."""
+
+    rows = 7
+
+    def __init__(self, one_hot, padding=None):
+        super().__init__()
+        nn = torch.nn
+        embed, self.last = nn.Embedding(self.rows, 3, padding_idx=padding), nn.Linear(3, 3)
+        self.embed = nn.Linear(self.rows, 3, bias=False) if one_hot else embed
+        if one_hot:
+            self.embed.weight = nn.Parameter(embed.weight.detach().T.clone())
+        self.one_hot = one_hot
+
+    def forward(self, inputs):
+        words = (2 * inputs).round().long().add(3).clamp(0, self.rows - 1)
+        if self.one_hot:
+            words = torch.nn.functional.one_hot(words, self.rows).to(inputs)
+        return self.last(self.embed(words).tanh().mean(1))
+
+
+class OfWords(Classifier):
+    """Class weights: the loss has no root of single examples."""
+
+    def training_step(self, batch, batch_idx):
+        weights = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+        return torch.nn.functional.cross_entropy(self(batch[0]), batch[1], weight=weights)
+
+
+@pytest.mark.parametrize("make", [Classifier, OfWords])
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+def test_an_embedding_is_a_linear_layer_of_one_hot_vectors(trained, vectors, curvature, make):
+    found = []
+    for one_hot in (False, True):
+        pl.seed_everything(5, verbose=False)
+        run = trained(make(network=lambda one_hot=one_hot: Words(one_hot)), root=f"runs-{one_hot}", examples=29)
+        fitted = curvature(rescale=False).fit(run.objective())
+        where = places(run)["net.embed.weight"]
+        v = vectors(len(run.theta))
+        matrices = torch.randn(3, Words.rows, 3, generator=torch.Generator().manual_seed(2)).double()
+        v[:, where] = (matrices.mT if one_hot else matrices).flatten(1)
+        solved = fitted.solve(v, 0.2).vectors
+        shape = (3, Words.rows) if one_hot else (Words.rows, 3)
+        of_embedding = solved[:, where].unflatten(1, shape)
+        found.append((of_embedding.mT if one_hot else of_embedding, solved[:, : where.start], fitted.mean_eigenvalue))
+    for one, other in zip(found[0][:2], found[1][:2], strict=True):
+        close(one, other)
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-10)
+
+
+def test_a_row_of_padding_has_no_curvature(trained, vectors):
+    run = trained(Classifier(network=lambda: Words(False, padding=3)))
+    fitted = EKFAC(rescale=False).fit(run.objective())
+    v, where = vectors(len(run.theta)), places(run)["net.embed.weight"]
+    result = fitted.solve(v, 0.2).vectors[:, where].unflatten(1, (Words.rows, 3))
+    close(result[:, 3], v[:, where].unflatten(1, (Words.rows, 3))[:, 3] / 0.2)
+    # corrected eigenvalues keep the trace
+    assert fitted.mean_eigenvalue == pytest.approx(float(run.gauss_newton().diagonal().mean()), rel=1e-8)
+
+
+def test_an_embedding_of_positions_gets_the_diagonal(trained, caplog):
+    class Positions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.last = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 3)
+
+        def forward(self, inputs):
+            return self.last((inputs[..., None] * self.embed(torch.arange(4))).tanh().mean(1))
+
+    run = trained(Classifier(network=Positions))
+    with caplog.at_level(logging.INFO, "lightning_dtda"):
+        EKFAC(rescale=False).fit(run.objective())
+    assert "stands for the curvature of net.embed.weight." in caplog.text
 
 
 def test_a_layer_that_is_called_twice_gets_the_diagonal(trained, vectors):
