@@ -27,6 +27,7 @@ class AttributeCLI(QuestionCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
+        self.add_draws_to_parser(parser)
         parser.add_argument("--output", type=str, required=True, help="Directory for the attribution.")
         parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
         parser.add_argument(
@@ -94,6 +95,8 @@ def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
     question = cli.question() | {
         "removals": read_removals(config.removals),
         "step": config.step,
+        "measurement_draws": config.measurement_draws,
+        "measurement_seed": config.measurement_seed,
         "estimator": cli.config_init.estimator,
     }
     if config.dampings is None:

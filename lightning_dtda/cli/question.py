@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.replay import Draws
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.trajectory.manifest import MANIFEST
 
@@ -54,6 +55,16 @@ class QuestionCLI(ConfigurationCLI):
             help="Which of its examples; all if not given.",
         )
         parser.add_argument("--device", type=str | None, default=None, help="Where to compute, e.g. cuda.")
+
+    def add_draws_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add how a measurement is taken that draws random numbers."""
+        parser.add_argument(
+            "--measurement_draws",
+            type=int,
+            default=Draws.number,
+            help="Where the measurement draws random numbers: how many draws it is the mean of.",
+        )
+        parser.add_argument("--measurement_seed", type=int, default=Draws.seed, help="Of these draws.")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]

@@ -39,6 +39,7 @@ class RetrainCLI(QuestionCLI):
             help="Directory of recorded runs: for their configuration, if there is no --config; or to reweight.",
         )
         self.add_question_to_parser(parser)
+        self.add_draws_to_parser(parser)
         parser.add_argument("--output", type=str, required=True, help="Directory for the ground truth.")
         parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
         parser.add_argument("--subsets", type=int, default=40, help="Number of random subsets that are removed.")
@@ -150,6 +151,8 @@ def run(arguments: Sequence[str]) -> None:
         baseline_seeds=config.baseline_seeds,
         queries=query_loader(data, config.queries.split, config.queries.indices),
         measurement=config.measurement,
+        measurement_draws=config.measurement_draws,
+        measurement_seed=config.measurement_seed,
         removal=config.removal,
         engine=RayEngine(**config.ray.as_dict()) if config.engine == "ray" else config.engine,
         trainer=configured.trainer,

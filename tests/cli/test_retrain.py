@@ -105,3 +105,21 @@ def test_subsets_that_cannot_be_removed_are_refused_in_words(config, tmp_path, c
         main(["retrain", "--config", str(config), "--output", str(tmp_path / "truth"), "--removed", str(removed)])
     assert stop.value.code == 1
     assert message in capsys.readouterr().err
+
+
+def noisy(module, batch):
+    """Measures with noise, one draw at a time."""
+    found = module(batch[0])
+    return (found + torch.randn_like(found)).flatten()
+
+
+def test_draws_of_a_measurement_are_those_asked_for_in_both_commands(config, tmp_path):
+    drawn = ["--measurement", f"{__name__}.noisy", "--queries.indices=[0,3]"]
+    drawn += ["--measurement_draws", "3", "--measurement_seed", "5"]
+    main(["record", "--config", str(config), "--ensemble", str(tmp_path / "runs"), "--seeds", "2"])
+    main(["attribute", "--ensemble", str(tmp_path / "runs"), "--output", str(tmp_path / "attribution"), *drawn])
+    reweighted = ["--removal", "reweight", "--subsets", "1", "--seeds=[0,1]"]
+    main(["retrain", "--ensemble", str(tmp_path / "runs"), "--output", str(tmp_path / "truth"), *drawn, *reweighted])
+    attribution, truth = Attribution.load(tmp_path / "attribution"), GroundTruth.load(tmp_path / "truth")
+    assert attribution.about["draws"] == truth.about["draws"] == {"number": 3, "seed": 5}
+    torch.testing.assert_close(truth.baseline, attribution.baseline, rtol=1e-5, atol=1e-6)
