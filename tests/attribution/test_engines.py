@@ -116,6 +116,7 @@ def test_a_process_that_is_killed_is_told(ensemble, tmp_path):
         ask(ensemble, jobs=2, measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_stored_and_not_done_again(ensemble, tmp_path):
     estimator = UnrolledDifferentiation(runs_per_batch=1)
     first = ask(ensemble[:3], estimator=estimator, jobs=2, output=tmp_path / "answer")

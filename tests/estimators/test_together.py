@@ -110,9 +110,12 @@ def test_a_short_training_is_not_worth_a_trace_and_a_long_one_is(recorded, monke
     make = MODULES["a network"]
     ensemble = recorded(make)
     short = responses(ensemble, make())
-    seconds |= {False: 200.0, True: 100.0}
+    monkeypatch.setattr(planning, "_WORTH_TRACING", 0.1)
+    seconds |= {False: 0.08, True: 0.04}
     long = responses(ensemble, make())
-    assert [plan.stacked for plan in plans] == [False, True]
+    seconds |= {False: 0.2, True: 0.1}  # so long that it computes all the time
+    responses(ensemble, make())
+    assert [plan.stacked for plan in plans] == [False, True, False]
     assert_same(long, short)
 
 

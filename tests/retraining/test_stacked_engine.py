@@ -134,12 +134,14 @@ def test_engines_agree_on_the_same_seeds(module):
     assert_engines_agree(module=module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropping", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_engines_agree_on_batches_of_different_sizes(dropping, shuffle):
     assert_engines_agree(data=training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -165,14 +167,17 @@ class Single(Regressor):
         return super().forward(inputs) + self.offset
 
 
+@pytest.mark.slow
 def test_engines_agree_on_a_module_that_the_trainer_casts_to_double_precision():
     assert_engines_agree(module=Single, trainer=lambda: make_trainer(precision="64-true"))
 
 
+@pytest.mark.slow
 def test_engines_agree_where_validation_draws_random_numbers_in_between():
     assert_engines_agree(data=Validating(), trainer=lambda: make_trainer(num_sanity_val_steps=1))
 
 
+@pytest.mark.slow
 def test_engines_agree_where_the_data_module_changes_batches_and_a_collate_fn_makes_them():
     assert_engines_agree(data=Transferring())
     assert_engines_agree(data=training_loader(collate_fn=reversed_examples))
@@ -198,6 +203,7 @@ def test_engines_agree_on_a_loader_with_a_generator_of_its_own(dropping):
     torch.testing.assert_close(truth.measurements, trained.measurements, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"replacement": True}, {"num_samples": 7}, {"num_samples": 30}])
 def test_engines_agree_on_samplers_that_are_no_permutation(arguments):
     dataset = examples()
@@ -250,6 +256,7 @@ class Kinked(Regressor):
         return super().training_step(batch, batch_idx) * (1 + odd * (self.global_step == 1))
 
 
+@pytest.mark.slow
 def test_what_rounding_decides_is_no_reason_to_refuse(monkeypatch):
     # as on a device that rounds otherwise
     gradient = StackedTraining.gradient

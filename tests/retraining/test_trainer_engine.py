@@ -89,6 +89,7 @@ def test_fresh_seeds_are_none_of_the_recorded_ones():
     assert truth.baseline_seeds == (FIRST_SEED, FIRST_SEED + 1, FIRST_SEED + 2)
 
 
+@pytest.mark.slow
 def test_parallel_processes_measure_the_same():
     # functions that plain pickle refuses
     rate = 0.1

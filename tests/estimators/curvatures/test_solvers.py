@@ -32,6 +32,7 @@ def test_a_neumann_series_over_all_examples_reaches_the_dense_solution(trained, 
     close(solution.vectors, dense_solution(run.hessian(), 2.0, v), 1e-6)
 
 
+@pytest.mark.slow
 def test_a_neumann_series_over_samples_comes_near_it(trained, vectors):
     run = trained(Regressor())
     v = vectors(len(run.theta))
