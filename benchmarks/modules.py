@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_dtda import Ensemble, TrajectoryRecorder
 from lightning_dtda.estimators import UnrolledDifferentiation
 from lightning_dtda.estimators.estimator import Question
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.estimators.removals import resolve_removals
 from lightning_dtda.replay import query_examples, resolve_measurement, training_examples
 
@@ -251,8 +251,9 @@ def sweep_only(estimator: UnrolledDifferentiation, ensemble: Ensemble, question:
 
     replay = question.replay([*ensemble]).stack(plan.stacked)
     replay.held = plan.held
-    _, adjoint, of_statistics = measured(replay, question, range(len(question.queries)))
-    sweep(replay, adjoint, of_statistics, len(question.examples), None, lambda steps: None)
+    with kept_pages(replay.device):
+        _, adjoint, of_statistics = measured(replay, question, range(len(question.queries)))
+        sweep(replay, adjoint, of_statistics, len(question.examples), None, lambda steps: None)
 
 
 def main() -> None:
