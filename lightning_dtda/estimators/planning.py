@@ -144,7 +144,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
     return Costs(
         "reverse",
         queries,
-        alone + _fewest_held(replay) * point_bytes(replay) + responses,
+        alone + _fewest_bytes(replay) + responses,
         _vectors_bytes(replay) + of_examples,
         step,
     )
@@ -159,7 +159,7 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     alone = _in_double(_peak(partial(step, replay, 1), replay), replay)
     # the responses, which examples the removals have, and what the diagnosis holds
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
-    per_run = alone + kept + _fewest_held(replay) * point_bytes(replay)
+    per_run = alone + kept + _fewest_bytes(replay)
     return Costs("forward", removals, per_run, _vectors_bytes(replay), step)
 
 
@@ -173,9 +173,11 @@ def point_bytes(replay: Replay) -> float:
     return (3 * replay.layout.size + _state_size(replay)) * torch.float64.itemsize
 
 
-def _fewest_held(replay: Replay) -> int:
-    """Return how many steps take as much memory as the fewest held, and the start of one piece of each size."""
-    return _FEWEST_HELD + max(0, math.ceil(math.log2(_longest(replay) / _FEWEST_HELD)))
+def _fewest_bytes(replay: Replay) -> float:
+    """Return the bytes of the fewest steps that are held, and of the starts of a piece of each size beside them."""
+    sizes = max(0, math.ceil(math.log2(_longest(replay) / _FEWEST_HELD)))
+    start = (replay.layout.size + _state_size(replay)) * torch.float64.itemsize
+    return _FEWEST_HELD * point_bytes(replay) + sizes * start
 
 
 def _longest(replay: Replay) -> int:
@@ -200,12 +202,12 @@ def held_steps(replay: Replay, way: Way, memory: float) -> int:
     """
     if replay.rebuilds_from_gradients and not way.stacked:
         return _FEWEST_HELD
-    return _fewest_held(replay) + max(0, math.floor(memory / (way.runs * point_bytes(replay))))
+    return _FEWEST_HELD + max(0, math.floor(memory / (way.runs * point_bytes(replay))))
 
 
 def held_bytes(replay: Replay, way: Way, held: int) -> float:
     """Return the bytes of the steps that are held beyond the fewest; no more than the longest segment has."""
-    return way.runs * max(0, min(held, _longest(replay)) - _fewest_held(replay)) * point_bytes(replay)
+    return way.runs * max(0, min(held, _longest(replay)) - _FEWEST_HELD) * point_bytes(replay)
 
 
 def fastest_way(
