@@ -157,7 +157,7 @@ class Estimator(ABC):
 
 
 def batches_of_equal_shape(runs: Sequence[Run], size: int) -> tuple[tuple[Run, ...], ...]:
-    """Part runs into batches of equal shape, of up to so many."""
+    """Split runs into batches of the same shape, each of at most the given size."""
     batches: list[tuple[Run, ...]] = []
     for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
         alike = tuple(group)

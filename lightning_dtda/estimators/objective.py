@@ -489,7 +489,7 @@ class Objective:
             return generators.states()
 
     def _batches(self, largest: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Part examples into batches, of at most so many where their number does not matter to the loss."""
+        """Split examples into batches: of the training's size where the loss depends on it, else of the given size."""
         if self._is_free:
             return (torch.arange(self.examples) if chosen is None else chosen).split(min(largest, _LARGEST_CHUNK))
         if chosen is None:

@@ -279,7 +279,7 @@ class Eager:
                 raise ReplayError(
                     f"The gradient of parameter {name} depends on the examples of a batch, but on none of them "
                     "alone: it weighs what was summed over all of them (a learned weight between two losses, a "
-                    "temperature of their similarities). Which part an example has in it cannot be told. Freeze the "
+                    "temperature of their similarities). Each example's part in it is not defined. Freeze the "
                     "parameter, or use it before the sum over examples."
                 )
 

@@ -103,7 +103,7 @@ def reader(
         batches: Lists of indices.
         collate_fn: What is made of a batch's items.
         as_trained: Whether to ask the data set for whole batches where the training does (``batch_size=None``).
-        ahead: Whether all workers read, as far ahead as in the training; else one, that reads little in vain.
+        ahead: Whether all workers read as far ahead as in the training; otherwise one reads, a little at a time.
     """
     takes_lists = as_trained and loader is not None and loader.batch_sampler is None
     settings: dict[str, Any] = {"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}
@@ -127,10 +127,10 @@ def _spread(length: int, seconds: float, finest: int = 1) -> Iterator[range]:
 
     It ends where the next ones would take longer than is left of the time, if they take as long as those before.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     stride = coarse_stride(length)
     yield range(0, length, stride)
-    while stride > finest and 2 * (time.monotonic() - begun) < seconds:
+    while stride > finest and 2 * (time.monotonic() - started) < seconds:
         yield range(stride // 2, length, stride)
         stride //= 2
 

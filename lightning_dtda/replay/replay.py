@@ -424,7 +424,7 @@ class Replay:
         compare: bool,
     ) -> tuple[list[Point], list[tuple[Tensor, list[State], dict[str, Tensor]]]]:
         """Return what the steps before ``stop`` start from, if they are one piece; else what each piece starts from."""
-        points, starts, begun = [], [], theta
+        points, starts, first_theta = [], [], theta
         if not self.rebuilds_from_gradients:
             self.expect(range(first, last))
         for step in range(first, last):
@@ -435,7 +435,7 @@ class Replay:
                 points.append(point)
             theta, states = self._advance(step, point)
         if compare:
-            self.compare(first, last, begun, theta)
+            self.compare(first, last, first_theta, theta)
         return points, starts
 
     def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:

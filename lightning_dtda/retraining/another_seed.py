@@ -1,4 +1,4 @@
-"""A training that the Trainer begins and does not finish, to see whether it goes on as that of another seed did."""
+"""The first step of a training, to compare with the training of another seed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Fit = Callable[[Callable[[pl.Trainer], pl.Trainer]], object]
 
 
 @contextmanager
-def begun(seed: int, fit: Fit) -> Iterator[Run]:
+def first_step_of(seed: int, fit: Fit) -> Iterator[Run]:
     """Let the Trainer take a training's first step.
 
     Args:
@@ -55,7 +55,7 @@ def begun(seed: int, fit: Fit) -> Iterator[Run]:
 
 
 class _OneStepTaken(Exception):  # noqa: N818 - nothing went wrong
-    """Ends a training that was only to be begun."""
+    """Ends a training of which only the first step was wanted."""
 
 
 class _OneStep(pl.Callback):

@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.quiet import quiet_lightning
-from lightning_dtda.retraining.another_seed import begun
+from lightning_dtda.retraining.another_seed import first_step_of
 from lightning_dtda.retraining.dropping import without
 from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining
 from lightning_dtda.retraining.stacks import Stacks, Training
@@ -108,7 +108,7 @@ class StackedEngine(Engine):
                 watched.fit(another.seed, retraining.removed_in(another), retraining.data)
 
         stacks = Stacks(run, training(done).kept, begin, recipe.examples(loader), device)
-        with begun(another.seed, fit) as beginning:
+        with first_step_of(another.seed, fit) as beginning:
             stacks.check_another(beginning)
         for numbers, theta, held in stacks.train([training(task) for task in tasks], self.compile):
             found = retraining.measure(stacks.eager, theta, held, stacks.schedule.end)

@@ -24,7 +24,7 @@ from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.run_recording import make_directory
 from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
 from lightning_dtda.replay import Examples, prepare_fit
-from lightning_dtda.retraining.another_seed import begun
+from lightning_dtda.retraining.another_seed import first_step_of
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stack_writer import StackWriter, footprint
 from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
@@ -228,7 +228,7 @@ class _Stacking:
             if trainer.interrupted:
                 raise KeyboardInterrupt
 
-        with begun(seed, fit) as run:
+        with first_step_of(seed, fit) as run:
             if changes := differences(self._reference.manifest.comparable, run.manifest.comparable):
                 raise CannotStackError(f"what is trained depends on the seed:\n{changes}")
             stacks.check_another(run)

@@ -178,7 +178,7 @@ def test_a_singular_curvature_without_damping_is_the_pseudo_inverse_or_an_error(
     [
         ({"precision": "half"}, "choose"),
         ({"memory_budget": 0}, "must be positive"),
-        ({"curvature": "gram"}, "is no Curvature"),
+        ({"curvature": "gram"}, "is not a curvature"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):

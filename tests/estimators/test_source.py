@@ -452,7 +452,7 @@ def test_answers_are_stored_and_told_from_others(classifiers, tmp_path):
         ({"segments": 1.5}, "give a positive number"),
         ({"segments": [3, 3]}, "ascending"),
         ({"segments": [0, 3]}, "ascending"),
-        ({"curvature": "gram"}, "is no Curvature"),
+        ({"curvature": "gram"}, "is not a curvature"),
         ({"precision": "half"}, "choose"),
         ({"memory_budget": 0}, "must be positive"),
     ],

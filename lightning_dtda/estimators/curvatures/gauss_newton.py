@@ -116,7 +116,7 @@ def resolve_curvature(curvature: Curvature | None) -> Curvature:
         AttributionError: If it is something else.
     """
     if curvature is not None and not isinstance(curvature, Curvature):
-        raise AttributionError(f"curvature={curvature!r} is no Curvature. Give GaussNewton(), say.")
+        raise AttributionError(f"curvature={curvature!r} is not a curvature. Give one, such as GaussNewton().")
     return GaussNewton() if curvature is None else curvature
 
 
