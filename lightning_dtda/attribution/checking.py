@@ -32,8 +32,8 @@ _CHAOTIC = 0.25
 _TAME = 'UnrolledDifferentiation(horizon="auto") may help'
 
 _NOISE = (
-    "In double precision alone it may be a parameter whose gradient is zero but for rounding, which Adam turns into "
-    "steps: a bias in front of BatchNorm. Leave it out (bias=False), or recorded precision has to do."
+    "It may be a parameter whose gradient is zero but for rounding, which Adam turns into steps: a bias in front of "
+    "BatchNorm. Leave it out (bias=False)."
 )
 
 _REMOVED = 0.2
@@ -163,8 +163,8 @@ def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Fin
         f"relative error {distance:.1e} over {examples} examples and {queries} queries of {run.name}",
         "Responses are the derivatives of this training."
         if passed
-        else "Responses are not the derivatives of retraining. Either the training has kinks within a millionth of a "
-        "weight, or it does something that lightning-dtda misses: please report it.",
+        else "Responses are not the derivatives of retraining. Either the training has kinks within a ten-millionth of "
+        "a weight, or it does something that lightning-dtda misses: please report it.",
     )
 
 
@@ -179,7 +179,8 @@ def _conditioning(attribution: Attribution) -> Finding:
         + (f"; ill-conditioned: {len(failed)} of {runs} ({', '.join(failed)})" if failed else ""),
         "The recorded precision is enough."
         if not failed
-        else 'Rounding is part of these responses: use UnrolledDifferentiation(precision="float64").',
+        else 'Rounding is part of these responses: use UnrolledDifferentiation(precision="float64"). Where finite '
+        f"differences fail even so, rounding is part of the training. {_NOISE}",
     )
 
 

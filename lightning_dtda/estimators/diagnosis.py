@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,9 +17,13 @@ from lightning_dtda.trajectory import Run
 
 _log = logging.getLogger(__name__)
 
-_STEP = 1e-6
-"""Change of the weights in the finite difference: below the linear range of trainings with Adam, far above what double
-precision rounds to."""
+_STEP = 1e-7
+"""Change of the weights in the finite difference: within the linear range of trainings with Adam, where hardly an input
+of a ReLU crosses its kink (at 1e-6 one did in seven stretches of a ViT), and far above what double precision rounds to.
+"""
+
+_STRETCH = 3
+"""Steps of a stretch that is diagnosed: enough for errors to go from one step to the next, of gradient and state."""
 
 _COARSE_STEP = 0.3
 """The same where the optimizer itself rounds (Muon, to bfloat16), so that smaller changes tell nothing."""
@@ -29,57 +34,73 @@ def weight_step(run: Run) -> float:
     return _COARSE_STEP if run.update.update.rounding else _STEP
 
 
-def diagnose(
-    runs: Sequence[Run], make: Callable[[Sequence[Run], Precision], Replay], end: int | None = None
-) -> list[Diagnosis]:
-    r"""Compare responses in two precisions, and with finite differences of retraining, over two segments of each run.
+Measured: TypeAlias = Callable[[Replay, int], tuple[Tensor, dict[str, Tensor]]]
+"""Given a replay and a step, returns the gradients of the measurement there, by parameters and running statistics."""
 
-    Over the steps between two checkpoints, the first two and the last two, with a random direction u of the parameters
-    at their end and a random direction v of the weights:
+
+def diagnose(
+    runs: Sequence[Run],
+    make: Callable[[Sequence[Run], Precision], Replay],
+    measured: Measured,
+    end: int | None = None,
+) -> list[Diagnosis]:
+    r"""Compare responses in two precisions, and with finite differences of retraining, over two stretches of each run.
+
+    Over a few steps from the checkpoint in the middle, and from the last one before the end, with a random direction v
+    of the weights, and a direction u of the parameters (and running statistics) at their end: the gradient of what is
+    measured, at their start.
 
     .. math::
         r_n = -\frac{d \langle u, \theta \rangle}{d w_n}, \qquad
         \frac{|\langle r, v \rangle + \Delta_v \langle u, \theta \rangle|}{\lVert r \rVert}, \qquad
         \frac{\lVert r_{32} - r_{64} \rVert}{\lVert r_{64} \rVert}
 
-    with the central difference :math:`\Delta_v` in double precision. The worse of the two segments counts.
+    with the central difference :math:`\Delta_v` in double precision. The worse of the two stretches counts.
 
     Args:
         runs: Runs of equal shape.
         make: Stacks some of them in a precision.
-        end: The step that is asked about; segments that begin there or later do not count.
+        measured: What u is.
+        end: The step that is asked about; steps from it on do not count.
 
     Returns:
         One for each run; none where the module does not compute in double precision.
     """
     try:
-        return _diagnose(make(runs, "float64"), make(runs, "recorded"), end)
+        return _diagnose(make(runs, "float64"), make(runs, "recorded"), measured, end)
     except ReplayError:
         if len(runs) == 1:
             return [Diagnosis(None, None)]
-        return [diagnosis for run in runs for diagnosis in diagnose([run], make, end) or [Diagnosis(None, None)]]
+        return [
+            diagnosis for run in runs for diagnosis in diagnose([run], make, measured, end) or [Diagnosis(None, None)]
+        ]
     except Exception as error:  # whatever the user's code does with numbers of another type
+        cause = error.__cause__ or error
         _log.warning(
             "Responses are not compared with those in double precision, in which the module fails (%s: %s).",
-            type(error).__name__,
-            (str(error).strip().splitlines() or [""])[0],
+            type(cause).__name__,
+            (str(cause).strip().splitlines() or [""])[0],
         )
         return []
 
 
-def _diagnose(double: Replay, recorded: Replay, end: int | None) -> list[Diagnosis]:
+def _diagnose(double: Replay, recorded: Replay, measured: Measured, end: int | None) -> list[Diagnosis]:
     found = []
-    segments = [segment for segment in double.segments if end is None or segment[0] < end]
-    for segment in {segments[0], segments[-1]}:
-        responses = _responses(double, segment)
+    end = double.steps if end is None else end
+    segments = [segment for segment in double.segments if segment[0] < end]
+    # not the first one, where there is another: with Adam, the first step has hardly any derivative
+    for first, last in {segments[len(segments) // 2], segments[-1]}:
+        stretch = first, min(first + _STRETCH, last, end)
+        along = measured(double, first)
+        responses = _responses(double, stretch, *along)
         norms = responses.norm(dim=1).clamp_min(torch.finfo(responses.dtype).tiny)
-        again = responses if recorded.dtype == double.dtype else _responses(recorded, segment).to(responses)
-        weights = _random(double, len(double.examples), seed=1)
+        again = responses if recorded.dtype == double.dtype else _responses(recorded, stretch, *along).to(responses)
+        weights = _random(double, len(double.examples))
         slopes = (responses * weights).sum(1)
         found.append(
             torch.stack(
                 [
-                    (slopes + _difference(double, segment, weights)).abs() / norms,
+                    (slopes + _difference(double, stretch, *along, weights)).abs() / norms,
                     (again - responses).norm(dim=1) / norms,
                 ]
             )
@@ -87,23 +108,31 @@ def _diagnose(double: Replay, recorded: Replay, end: int | None) -> list[Diagnos
     return [Diagnosis(*worst) for worst in torch.stack(found).amax(0).T.tolist()]
 
 
-def _responses(replay: Replay, segment: tuple[int, int]) -> Tensor:
-    """Return the responses of the parameters along u ``(runs, examples)``."""
-    adjoint = _random(replay, replay.layout.size, seed=0)[:, None]
+def _responses(replay: Replay, stretch: tuple[int, int], along: Tensor, along_statistics: dict[str, Tensor]) -> Tensor:
+    """Return the responses along u ``(runs, examples)``."""
+    adjoint = along[:, None].to(replay.dtype)
+    of_statistics = {name: part[:, None].to(replay.dtype) for name, part in along_statistics.items()}
     responses = adjoint.new_zeros(len(adjoint), 1, len(replay.examples))
-    unroll(replay, segment, responses, adjoint, no_state_cotangents(replay, adjoint), replay.no_statistics(adjoint))
+    unroll(replay, stretch, responses, adjoint, no_state_cotangents(replay, adjoint), of_statistics)
     return responses[:, 0]
 
 
-def _difference(replay: Replay, segment: tuple[int, int], weights: Tensor) -> Tensor:
-    """Return the change of the parameters along u ``(runs,)`` per change of the weights ``(runs, examples)``."""
-    direction, change = _random(replay, replay.layout.size, seed=0), weight_step(replay.runs[0])
-    ends = [replay.retrain(1 + sign * change * weights, *segment, averaged=False)[0] for sign in (1, -1)]
-    return ((ends[0] - ends[1]) * direction).sum(1) / (2 * change)
+def _difference(
+    replay: Replay, stretch: tuple[int, int], along: Tensor, along_statistics: dict[str, Tensor], weights: Tensor
+) -> Tensor:
+    """Return the change along u ``(runs,)`` per change of the weights ``(runs, examples)``."""
+    change = weight_step(replay.runs[0])
+    changed = torch.zeros(len(along), dtype=along.dtype, device=along.device)
+    for sign in (1, -1):
+        theta, buffers = replay.retrain(1 + sign * change * weights, *stretch, averaged=False)
+        changed += sign * (theta * along).sum(1)
+        for name, part in along_statistics.items():
+            changed += sign * (buffers[name] * part).flatten(1).sum(1)
+    return changed / (2 * change)
 
 
-def _random(replay: Replay, size: int, seed: int) -> Tensor:
-    # drawn in double and on the CPU: the same in either precision, on every device
-    generator = torch.Generator().manual_seed(seed)
+def _random(replay: Replay, size: int) -> Tensor:
+    # drawn on the CPU: the same on every device
+    generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(len(replay.runs), size, generator=generator, dtype=torch.float64)
     return drawn.to(replay.device, replay.dtype)

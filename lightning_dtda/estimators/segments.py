@@ -87,12 +87,12 @@ def segment(replay: Replay, first: int, last: int) -> Segment:
         ],
         dtype=torch.float64,
     ).sum(0)
-    preconditioners = _preconditioners(replay, middle)
-    if preconditioners is None and len(totals.unique()) == 1 and not bool(decays.any()):
+    preconditioner = _preconditioner(replay, middle)
+    if preconditioner is None and len(totals.unique()) == 1 and not bool(decays.any()):
         return Segment(first, last, middle, float(totals[0]))
     matrix = replay.update.by_parameter(totals).to(replay.device)
-    if preconditioners is not None:
-        matrix *= torch.cat(preconditioners)
+    if preconditioner is not None:
+        matrix *= preconditioner
     total = float(matrix.mean())
     return Segment(
         first,
@@ -121,16 +121,15 @@ def _rates(replay: Replay, first: int, last: int) -> Tensor:
     )
 
 
-def _preconditioners(replay: Replay, step: int) -> list[Tensor] | None:
-    """Return what the optimizer multiplies gradients by at a step, for each group; ``None`` for one."""
+def _preconditioner(replay: Replay, step: int) -> Tensor | None:
+    """Return what the optimizer multiplies gradients by at a step ``(P,)``; ``None`` for one."""
     hyperparameters, update = replay.hyperparameters(step), replay.update
 
-    def found(states: Sequence[State]) -> list[Tensor]:
-        groups = zip(states, hyperparameters, strict=True)
-        of_groups = [update.update.preconditioner(state, group, step) for state, group in groups]
-        return [preconditioner[0].double() for preconditioner in of_groups if preconditioner is not None]
+    def found(states: Sequence[State]) -> Tensor | None:
+        preconditioner = update.preconditioner(states, hyperparameters, step=step)
+        return None if preconditioner is None else preconditioner[0].double()
 
-    if not found(replay.checkpoint(0)[1]):
+    if found(replay.checkpoint(0)[1]) is None:
         return None
     point = replay.point(step)
     return found(update.step(point.theta, point.states, point.gradient, hyperparameters, step=step)[1])

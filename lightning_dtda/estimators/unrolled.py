@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import diagnose
@@ -27,6 +28,9 @@ from lightning_dtda.estimators.sweep import sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
+
+_DIAGNOSED_QUERIES = 4
+"""Queries whose measurements are diagnosed, their sum: the gradient of a single one may vanish."""
 
 
 class UnrolledDifferentiation(Estimator):
@@ -182,7 +186,13 @@ class UnrolledDifferentiation(Estimator):
         )
 
     def _diagnoses(self, runs: Sequence[Run], question: Question, plan: Plan) -> list[Diagnosis]:
-        return diagnose(runs, partial(self._planned_replay, plan, question), question.end(runs[0].steps))
+        some = range(min(len(question.queries), _DIAGNOSED_QUERIES))
+
+        def measured(replay: Replay, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            _, adjoint, of_statistics = measure(replay, question, some, step)
+            return adjoint.sum(1), {name: part.sum(1) for name, part in of_statistics.items()}
+
+        return diagnose(runs, partial(self._planned_replay, plan, question), measured, question.end(runs[0].steps))
 
     def _planned_replay(
         self, plan: Plan, question: Question, runs: Sequence[Run], precision: Precision | None = None

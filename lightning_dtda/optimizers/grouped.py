@@ -83,6 +83,21 @@ class GroupedUpdate:
         results = [self.update.tangent(*own, step=step) for own in arguments]
         return _join([theta for theta, _ in results]), [state for _, state in results]
 
+    def preconditioner(
+        self, states: Sequence[State], hyperparameters: Sequence[Hyperparameters], *, step: int
+    ) -> Tensor | None:
+        """Return what the step multiplies gradients by beside the rate, entry by entry ``(..., P)``; ``None`` is one.
+
+        Args:
+            states: Each group's after the step.
+            hyperparameters: Each group's.
+            step: t.
+        """
+        found = [
+            self.update.preconditioner(state, group, step) for state, group in zip(states, hyperparameters, strict=True)
+        ]
+        return None if found[0] is None else _join([part for part in found if part is not None])
+
     def by_parameter(self, of_groups: Tensor) -> Tensor:
         """Repeat a number of each group ``(groups,)`` for its parameters ``(P,)``."""
         sizes = torch.tensor([part.stop - part.start for part in self.slices], device=of_groups.device)

@@ -371,20 +371,21 @@ class Replay:
     # -- segments
 
     def backwards(self, first: int, last: int, stop: int | None = None) -> Iterator[tuple[int, Point]]:
-        """Yield the steps of a segment from its end to its start, with what each started from.
+        """Yield the steps from a checkpoint on, from the last to the first, with what each started from.
 
-        No more than :attr:`held` of them are held at once; a longer segment is rebuilt piece by piece.
+        No more than :attr:`held` of them are held at once; a longer stretch is rebuilt piece by piece.
 
         Args:
-            first: The segment's first step.
-            last: The step after its last.
+            first: The step of a checkpoint.
+            last: The step after the last, up to the next checkpoint, with which the replay is compared.
             stop: Steps from it on are left out; they are replayed all the same, to be compared with the record.
 
         Raises:
             ReplayError: If the segment's end differs from the recorded checkpoint by more than rounding.
         """
         theta, states = self.checkpoint(first)
-        yield from self._backwards(first, last, stop or last, theta, states, self.buffers(first), compare=True)
+        compare = last in self.checkpoint_steps
+        yield from self._backwards(first, last, stop or last, theta, states, self.buffers(first), compare)
 
     def _backwards(
         self,
@@ -450,7 +451,9 @@ class Replay:
         Raises:
             ReplayError: If the end differs from the recorded checkpoint by more than rounding.
         """
-        self._comparison.parameters(first, last, start, theta, self.checkpoint(last)[0])
+        recorded, states = self.checkpoint(last)
+        preconditioner = self.update.preconditioner(states, self.hyperparameters(last - 1), step=last - 1)
+        self._comparison.parameters(first, last, start, theta, recorded, preconditioner)
 
     def adjoint(
         self, step: int, point: Point, theta_cotangent: Tensor, state_cotangents: Sequence[State]

@@ -233,18 +233,29 @@ class StackedTraining:
         """Compare the reference with its record at a checkpoint, and put it back to that."""
         checkpoint = self._reference.checkpoint(step.steps)
         recorded = checkpoint.theta.to(self._device)[None]
+        of_record = [{key: part[None].to(self._device) for key, part in state.items()} for state in checkpoint.states]
+        taken = step.steps - 1
+        preconditioner = self._update.preconditioner(of_record, self._schedule.hyperparameters[taken], step=taken)
         try:
-            comparison.parameters(begun, step.steps, last, step.theta[:1], recorded)
+            comparison.parameters(begun, step.steps, last, step.theta[:1], recorded, preconditioner)
         except ReplayError as error:
-            if not self._is_rounding(comparison, begun, step.steps, recorded, start):
+            if not self._is_rounding(comparison, begun, step.steps, recorded, preconditioner, start):
                 raise CannotStackError(str(error)) from error
         step.theta[:1] = recorded
-        for state, of_record in zip(step.states, checkpoint.states, strict=True):
+        for state, known in zip(step.states, of_record, strict=True):
             for key, part in state.items():
-                part[0] = of_record[key]
+                part[:1] = known[key]
         return recorded
 
-    def _is_rounding(self, comparison: Comparison, begun: int, end: int, recorded: Tensor, start: Start) -> bool:
+    def _is_rounding(
+        self,
+        comparison: Comparison,
+        begun: int,
+        end: int,
+        recorded: Tensor,
+        preconditioner: Tensor | None,
+        start: Start,
+    ) -> bool:
         """Whether the reference comes out as recorded from a checkpoint whose last digits are others.
 
         Rounding may put an input on the other side of a kink, from where on two trainings differ by more than rounding.
@@ -267,6 +278,6 @@ class StackedTraining:
                         part[:] = of_record[key]
             for step in self._steps(begun, end, orders, theta, states, buffers):
                 theta = step.theta
-            if bool(comparison.reproduced(begun, end, exact[None], theta, recorded).any()):
+            if bool(comparison.reproduced(begun, end, exact[None], theta, recorded, preconditioner).any()):
                 return True
         return False

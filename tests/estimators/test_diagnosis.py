@@ -63,7 +63,7 @@ def test_a_device_without_double_precision_has_no_diagnosis(fit, tmp_path):
     def make(runs, precision):
         return Replay(runs, module, examples, precision=precision, device="mps")
 
-    assert diagnose(runs, make) == [Diagnosis(None, None)] * 2
+    assert diagnose(runs, make, lambda replay, step: (replay.point(step).theta, {})) == [Diagnosis(None, None)] * 2
     with pytest.raises(ReplayError, match=r'"mps" does not compute in double\. Give device="cpu"'):
         make(runs, "float64")
 
@@ -119,13 +119,14 @@ def normalised_behind_a_bias():
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1))
 
 
-def test_a_run_that_double_precision_does_not_reproduce_is_ill_conditioned(fit, tmp_path):
+@pytest.mark.parametrize("gradients", ["float32", "none"])
+def test_a_run_that_rounding_moves_is_ill_conditioned(fit, tmp_path, gradients):
     # the bias in front of BatchNorm has no gradient but rounding, which Adam turns into steps
-    recorded = record(fit, tmp_path, normalised_behind_a_bias, gradients="float32")
+    recorded = record(fit, tmp_path, normalised_behind_a_bias, gradients=gradients)
 
     answer, found = diagnoses(*recorded)
 
-    assert found == [{"finite_differences": None, "precision": None}] * 2
+    assert min(diagnosis["precision"] for diagnosis in found) > 0.05
     assert answer.ill_conditioned == answer.runs
 
 
