@@ -22,7 +22,7 @@ _STEP = 1e-7
 of a ReLU crosses its kink (at 1e-6 one did in seven stretches of a ViT), and far above what double precision rounds to.
 """
 
-_STRETCH = 3
+STRETCH = 3
 """Steps of a stretch that is diagnosed: enough for errors to go from one step to the next, of gradient and state."""
 
 _COARSE_STEP = 0.3
@@ -90,7 +90,7 @@ def _diagnose(double: Replay, recorded: Replay, measured: Measured, end: int | N
     segments = [segment for segment in double.segments if segment[0] < end]
     # not the first one, where there is another: with Adam, the first step has hardly any derivative
     for first, last in {segments[len(segments) // 2], segments[-1]}:
-        stretch = first, min(first + _STRETCH, last, end)
+        stretch = first, min(first + STRETCH, last, end)
         along = measured(double, first)
         responses = _responses(double, stretch, *along)
         norms = responses.norm(dim=1).clamp_min(torch.finfo(responses.dtype).tiny)

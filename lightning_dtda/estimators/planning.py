@@ -13,18 +13,18 @@ from typing import Literal
 import torch
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.diagnosis import STRETCH
 from lightning_dtda.estimators.forward import example_position
 from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.estimators.sweep import no_state_cotangents
+from lightning_dtda.optimizers.clipping import NoClipping
 from lightning_dtda.replay import Replay
+from lightning_dtda.replay.pieces import FEWEST_HELD, rebuilt_steps
 
 _log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "reverse", "forward"]
-
-_FEWEST_HELD = 4
-"""Steps whose start is held in memory at the least."""
 
 _WORTH_TRACING = 5.0
 """Seconds below which a sweep is not stacked: to trace a step takes about one."""
@@ -35,7 +35,7 @@ _LONG_STEP = 0.1
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
 
-_TIMED_STEPS = 3
+_TIMED_STEPS = 2
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
 
@@ -48,6 +48,7 @@ class Costs:
         directions: Number of queries or of removals.
         per_run: Bytes that a run needs whatever their number.
         per_direction: Bytes that each of a chunk adds where they are computed one by one.
+        diagnosis: Bytes that the diagnosis of a run takes, after all else is done.
         step: Takes a step of a replay with a number of directions.
     """
 
@@ -55,11 +56,13 @@ class Costs:
     directions: int
     per_run: float
     per_direction: float
+    diagnosis: float
     step: Callable[[Replay, int], object]
 
-    def fit(self, budget: float) -> bool:
-        """Say whether one direction of one run fits a number of bytes."""
-        return self.per_run + self.per_direction <= budget
+    @property
+    def fewest(self) -> float:
+        """Bytes for one direction of one run."""
+        return max(self.per_run + self.per_direction, self.diagnosis)
 
     def seconds(self, replay: Replay, directions: int) -> float:
         """Time a step."""
@@ -82,15 +85,24 @@ class Way:
         stacked: Whether runs and directions are computed at once.
         runs: Number of runs that are worked on together.
         directions: Number of directions.
+        per_run: Bytes that a run needs whatever the number of directions.
         per_direction: Bytes that each takes in each run.
+        diagnosis: Bytes that the diagnosis of a run takes.
         seconds: Of a step of one run.
     """
 
     stacked: bool
     runs: int
     directions: int
+    per_run: float
     per_direction: float
+    diagnosis: float
     seconds: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a sweep that holds the fewest steps."""
+        return self.runs * (self.per_run + self.directions * self.per_direction)
 
 
 def choose(
@@ -117,7 +129,7 @@ def choose(
         return reverse_costs(replay, queries, removals)
     costs = forward_costs(replay, queries, len(removals))
     if mode == "auto":
-        if not costs.fit(budget):
+        if costs.fewest > budget:
             return reverse_costs(replay, queries, removals)
         _log.info("Differentiating in forward mode: it pays for each removal, %s.", counts)
     return costs
@@ -137,7 +149,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         _, found = replay.directional(0, here, along, held, replay.no_statistics(cotangents))
         return found.products + direct
 
-    alone = _in_double(_peak(partial(step, replay, 1), replay), replay)
+    alone = _peak(partial(step, replay, 1), replay)
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     responses = 2 * queries * len(removals) * replay.dtype.itemsize
@@ -146,6 +158,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         queries,
         alone + _fewest_bytes(replay) + responses,
         _vectors_bytes(replay) + of_examples,
+        _diagnosis_bytes(alone, replay) + responses / 2,
         step,
     )
 
@@ -156,28 +169,34 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     def step(replay: Replay, directions: int) -> object:
         return replay.push(*example_position(replay, directions))
 
-    alone = _in_double(_peak(partial(step, replay, 1), replay), replay)
-    # the responses, which examples the removals have, and what the diagnosis holds
+    alone = _peak(partial(step, replay, 1), replay)
+    # the responses, and which examples the removals have
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
-    per_run = alone + kept + _fewest_bytes(replay)
-    return Costs("forward", removals, per_run, _vectors_bytes(replay), step)
+    vectors = _vectors_bytes(replay)
+    return Costs("forward", removals, alone + kept, vectors, _diagnosis_bytes(alone, replay) + kept, step)
 
 
-def _in_double(memory: float, replay: Replay) -> float:
-    """Return what takes some bytes takes in double precision, in which the diagnosis computes as well."""
-    return memory * torch.float64.itemsize / replay.dtype.itemsize
+def _diagnosis_bytes(step: float, replay: Replay) -> float:
+    """Return the bytes that the diagnosis of a run takes, most of them in double, of those of a step in its precision.
+
+    Beside a step there are the steps of its stretch, the module's parameters, the direction and what is weighed by it.
+    """
+    vectors = STRETCH * _point_size(replay) + 2 * replay.layout.size
+    return torch.float64.itemsize * (step / replay.dtype.itemsize + vectors)
 
 
-def point_bytes(replay: Replay) -> float:
-    """Return the bytes of a run's state at the start of a step, in double, as the diagnosis holds it."""
-    return (3 * replay.layout.size + _state_size(replay)) * torch.float64.itemsize
+def _point_size(replay: Replay) -> int:
+    """Return how many numbers a run's state at the start of a step has: parameters, gradients, the optimizer's."""
+    gradients = 1 if isinstance(replay.clipping, NoClipping) else 2
+    return (1 + gradients) * replay.layout.size + _state_size(replay)
 
 
 def _fewest_bytes(replay: Replay) -> float:
     """Return the bytes of the fewest steps that are held, and of the starts of a piece of each size beside them."""
-    sizes = max(0, math.ceil(math.log2(_longest(replay) / _FEWEST_HELD)))
-    start = (replay.layout.size + _state_size(replay)) * torch.float64.itemsize
-    return _FEWEST_HELD * point_bytes(replay) + sizes * start
+    longest = _longest(replay)
+    sizes = max(0, math.ceil(math.log2(longest / FEWEST_HELD)))
+    start = replay.layout.size + _state_size(replay)
+    return (min(longest, FEWEST_HELD) * _point_size(replay) + sizes * start) * replay.dtype.itemsize
 
 
 def _longest(replay: Replay) -> int:
@@ -194,20 +213,43 @@ def _state_size(replay: Replay) -> int:
     return sum(part.shape[-1] for state in replay.checkpoint(0)[1] for part in state.values())
 
 
-def held_steps(replay: Replay, way: Way, memory: float) -> int:
+def held_steps(replay: Replay, way: Way, budget: float) -> int:
     """Return how many steps of each run are held, in the memory that is left for more than the fewest.
 
     Where the gradients were recorded, a step is rebuilt by the optimizer's update alone. Beside the derivatives of a
     network that is not stacked this takes no time worth the memory.
     """
     if replay.rebuilds_from_gradients and not way.stacked:
-        return _FEWEST_HELD
-    return _FEWEST_HELD + max(0, math.floor(memory / (way.runs * point_bytes(replay))))
+        return FEWEST_HELD
+    more = (budget - way.memory) / (way.runs * _point_size(replay) * replay.dtype.itemsize)
+    return max(FEWEST_HELD, min(_longest(replay), FEWEST_HELD + math.floor(more)))
 
 
-def held_bytes(replay: Replay, way: Way, held: int) -> float:
-    """Return the bytes of the steps that are held beyond the fewest; no more than the longest segment has."""
-    return way.runs * max(0, min(held, _longest(replay)) - _FEWEST_HELD) * point_bytes(replay)
+def needed(replay: Replay, way: Way, held: int) -> float:
+    """Return the bytes that a way takes at its peak, with a number of steps of each run held."""
+    more = way.runs * max(0, held - FEWEST_HELD) * _point_size(replay) * replay.dtype.itemsize
+    return max(way.memory + more, way.runs * way.diagnosis)
+
+
+def seconds(replay: Replay, way: Way, costs: Costs, held: int, steps: int) -> float:
+    """Return how long it takes to answer for one run, of which a number of steps are unrolled.
+
+    Args:
+        replay: A run.
+        way: How steps are run.
+        costs: Of the mode.
+        held: How many steps are held.
+        steps: That are unrolled, for each chunk of directions.
+    """
+    chunks = math.ceil(costs.directions / way.directions)
+    total = chunks * steps * way.seconds
+    if costs.mode == "reverse" and not replay.rebuilds_from_gradients:
+        stretches = [last - first for first, last in replay.segments]
+        rebuilt = sum(rebuilt_steps(stretch, held) for stretch in stretches) / sum(stretches)
+        start, point = time.perf_counter(), replay.point(0)
+        del point
+        total += chunks * steps * rebuilt * (time.perf_counter() - start)
+    return total
 
 
 def fastest_way(
@@ -229,14 +271,14 @@ def fastest_way(
     alone = make(1)
     runs = asked or 1
     directions = min(costs.directions, int((budget / runs - costs.per_run) / costs.per_direction))
-    if directions < 1:
+    if directions < 1 or runs * costs.diagnosis > budget:
         raise AttributionError(
-            f"runs_per_batch={runs} does not fit memory_budget; at most "
-            f"{int(budget / (costs.per_run + costs.per_direction))} do."
+            f"runs_per_batch={runs} does not fit memory_budget; at most {int(budget / costs.fewest)} do."
         )
     one = costs.seconds(alone, 1)
     each = costs.seconds(alone, 2) - one if directions > 1 else 0.0
-    eager = Way(False, runs, directions, costs.per_direction, one + max(each, 0.0) * (directions - 1))
+    taken = one + max(each, 0.0) * (directions - 1)
+    eager = Way(False, runs, directions, costs.per_run, costs.per_direction, costs.diagnosis, taken)
     total = steps * math.ceil(costs.directions / directions) * eager.seconds
     if total < _WORTH_TRACING or one > _LONG_STEP or not alone.can_stack:
         return eager
@@ -257,10 +299,12 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
     peaks = [_peak(partial(costs.step, alone, n), alone) for n in (1, 2)]
     per_direction = max(peaks[1] - peaks[0], 0) + costs.per_direction
     per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction)
+    diagnosis = max(costs.diagnosis, _diagnosis_bytes(peaks[0], alone))
     directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))
     if directions < 1:
         return None
-    fit = max(1, int(budget / (per_run + directions * per_direction))) if directions == costs.directions else 1
+    needed = max(per_run + directions * per_direction, diagnosis)
+    fit = max(1, int(budget / needed)) if directions == costs.directions else 1
     size = asked or min(fit, most)
     seconds = costs.seconds(make(size).stack(), directions)
     while asked is None and size > 1:
@@ -269,7 +313,7 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
         if timed / smaller > _WORTHWHILE * seconds / size:
             break
         size, seconds = smaller, timed
-    return Way(True, size, directions, per_direction, seconds / size)
+    return Way(True, size, directions, per_run, per_direction, diagnosis, seconds / size)
 
 
 def _peak(function: Callable[[], object], replay: Replay) -> float:

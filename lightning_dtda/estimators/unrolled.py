@@ -23,7 +23,7 @@ from lightning_dtda.estimators.estimator import (
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages
-from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_bytes, held_steps
+from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_steps, needed, seconds
 from lightning_dtda.estimators.sweep import sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
@@ -120,10 +120,10 @@ class UnrolledDifferentiation(Estimator):
         replay = self._replay(runs[:1], question)
         budget = self.memory_budget * GIB
         costs = choose(self.mode, self.horizon, budget, replay, queries, question.removals)
-        if not costs.fit(budget):
+        if costs.fewest > budget:
             what = "removal" if costs.mode == "forward" else "query"
             raise AttributionError(
-                f"One {what} of one run needs about {human_bytes(costs.per_run + costs.per_direction)}; "
+                f"One {what} of one run needs about {human_bytes(costs.fewest)}; "
                 f"memory_budget is {self.memory_budget:g} GiB. Raise it."
             )
         steps = sum(self._unrolled(run, question) for run in runs)
@@ -136,14 +136,13 @@ class UnrolledDifferentiation(Estimator):
             steps,
         )
         is_forward = costs.mode == "forward"
-        memory = way.runs * (costs.per_run + way.directions * way.per_direction)
-        left = budget - memory
-        held = held_steps(replay, way, left)
+        held = held_steps(replay, way, budget)
+        left = budget - way.memory
         return Plan(
             batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
-            memory=int(memory + held_bytes(replay, way, held)),
-            seconds=steps * -(-costs.directions // way.directions) * way.seconds,
+            memory=int(needed(replay, way, held)),
+            seconds=seconds(replay, way, costs, held, steps),
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
             held=held,

@@ -200,6 +200,7 @@ def check_alignment(attribution: Attribution, truth: GroundTruth) -> None:
     of_data, trained_on = attribution.about.get("configuration", {}).get("dataset", {}), truth.about.get("data", {})
     compared: dict[str, tuple[Any, Any]] = {
         "measurement": (attribution.about.get("measurement"), truth.about.get("measurement")),
+        "draws of the measurement": (attribution.about.get("draws"), truth.about.get("draws")),
         "queries": (attribution.queries, truth.queries),
         "data set of the queries (fingerprints)": (
             attribution.about.get("queries_fingerprint"),

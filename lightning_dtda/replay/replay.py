@@ -19,6 +19,7 @@ from lightning_dtda.replay.batches import stack_leaves
 from lightning_dtda.replay.drift import Comparison, Drift
 from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.pieces import FEWEST_HELD, left_to_hold, piece_length
 from lightning_dtda.replay.records import Records, check_fit
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.running_statistics import batch_norm_layers
@@ -29,9 +30,6 @@ from lightning_dtda.replay.tangents import Position, gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, Run
 
 Precision = Literal["recorded", "float64"]
-
-_FEWEST_HELD = 4
-"""Steps that are held in memory at the least; with fewer, a stretch of steps could not be cut into shorter ones."""
 
 
 class Replay:
@@ -398,20 +396,18 @@ class Replay:
         compare: bool = False,
         held: float | None = None,
     ) -> Iterator[tuple[int, Point]]:
-        held = max(_FEWEST_HELD, self.held) if held is None else held
-        steps = stop - first
-        piece = steps if steps <= held else math.ceil(steps / min(held // 2, math.ceil(steps / (held // 2))))
+        held = max(FEWEST_HELD, self.held) if held is None else held
+        piece = piece_length(stop - first, held)
         points, starts = self._rebuilt(first, last if compare else stop, stop, piece, theta, states, buffers, compare)
         if points:
             self.expect(range(stop - 1, first - 1, -1))
         while points:
             yield first + len(points) - 1, points.pop()
-        left = max(_FEWEST_HELD, held - len(starts))
         while starts:
             begin = first + piece * (len(starts) - 1)
             end = min(begin + piece, stop)
             # not by names here, which would hold what the pieces inside are done with
-            yield from self._backwards(begin, end, end, *starts.pop(), held=left)
+            yield from self._backwards(begin, end, end, *starts.pop(), held=left_to_hold(held, len(starts)))
 
     def _rebuilt(
         self,

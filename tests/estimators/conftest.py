@@ -38,7 +38,9 @@ def take_100_mib(monkeypatch):
     def _take_100_mib(costs):
         measured = getattr(planning, costs)
         monkeypatch.setattr(
-            planning, costs, lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20)
+            planning,
+            costs,
+            lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20, diagnosis=0.0),
         )
 
     return _take_100_mib

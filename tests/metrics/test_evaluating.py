@@ -108,6 +108,15 @@ def test_other_queries_and_measurements_in_mid_training_are_refused(attribution,
         evaluate(replace(attribution, about=attribution.about | {"step": 3}), truth)
 
 
+def test_other_draws_of_a_random_measurement_are_refused(attribution, truth):
+    drawn = replace(attribution, about=attribution.about | {"draws": {"number": 4, "seed": 0}})
+    fewer = replace(truth, about=truth.about | {"draws": {"number": 2, "seed": 0}})
+    with pytest.raises(AttributionError, match=r"differ in their draws of the measurement: \{'number': 4.*'number': 2"):
+        evaluate(drawn, fewer)
+    # a measurement that draws nothing has none to compare
+    evaluate(replace(attribution, about=attribution.about | {"draws": None}), fewer, ["mean"], replicates=0)
+
+
 def test_what_neither_says_is_not_compared(attribution, truth):
     bare = replace(truth, about={"removal": "reweight"})
     assert evaluate(attribution, bare, ["mean"], replicates=0).removal == "reweight"
