@@ -331,22 +331,23 @@ def _planned(
 def _check_resources(
     plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
 ) -> None:
-    itemsize, memory = runs[0].manifest.torch_dtype.itemsize, jobs * plan.memory
+    itemsize = runs[0].manifest.torch_dtype.itemsize
     answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
+    memory = jobs * plan.memory + (0 if path else answer)
     _log.info(
         "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
         len(runs),
         len(question.queries),
         len(question.removals),
-        human_bytes(memory + answer),
+        human_bytes(memory),
         human_bytes(answer if path else 0),
         human_seconds(plan.seconds / jobs),
     )
     available = available_memory(question.device)
-    if available is not None and memory + answer > available:
-        fewer = ", take fewer jobs" if jobs > 1 else ""
+    if available is not None and memory > available:
+        fewer = (", take fewer jobs" if jobs > 1 else "") + ("" if path else ", give an output")
         raise AttributionError(
-            f"This needs about {human_bytes(memory + answer)} of memory; {human_bytes(available)} are "
+            f"This needs about {human_bytes(memory)} of memory; {human_bytes(available)} are "
             f"available. Lower the estimator's memory_budget{fewer}, or ask fewer queries at a time."
         )
     if path is not None and answer > (free := shutil.disk_usage(path).free):

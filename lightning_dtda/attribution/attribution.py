@@ -50,7 +50,8 @@ class Attribution(Inference):
 
     Args:
         baseline: :math:`m(\theta_t)` ``(runs, queries)``.
-        responses: Predicted change of m with each removal ``(runs, queries, removals)``, in m's unit.
+        responses: Predicted change of m with each removal ``(runs, queries, removals)``, in m's unit; of a stored
+            attribution a :class:`~lightning_dtda.attribution.responses.StoredResponses`, which acts as a tensor.
         runs: Names of the runs.
         queries: What the queries are called: their indices in the data set they came from.
         about: What was asked and how it was answered, in JSON: measurement, estimator, removals, drift, versions.
@@ -129,6 +130,23 @@ class Attribution(Inference):
         named = ill_conditioned(self.about.get("diagnosis", {}))
         return tuple(run for run in self.runs if run in named)
 
+    def select(self, queries: Sequence[int]) -> Attribution:
+        """Return the attribution of some queries, in memory: what is asked of it costs these alone.
+
+        Args:
+            queries: Their positions.
+
+        Raises:
+            AttributionError: If there is no such query, or one is given twice.
+        """
+        positions = self._positions(queries)
+        return replace(
+            self,
+            baseline=self.baseline[:, positions],
+            responses=self.responses[:, positions],
+            queries=tuple(self.queries[position] for position in positions),
+        )
+
     def trusted(self) -> Attribution:
         """Return the attribution without the runs that :attr:`chaotic` names."""
         if not self.chaotic:
@@ -155,7 +173,7 @@ class Attribution(Inference):
         Raises:
             AttributionError: If there is no such example or group, or an example would be removed twice.
         """
-        return self.baseline + self._response(removed).sum(-1)
+        return self.baseline + self._response(removed)
 
     def influence(
         self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
@@ -254,18 +272,23 @@ class Attribution(Inference):
         positions = range(len(self.queries)) if query is None else self._positions([query])
         selected = self._selected(runs)
         chosen = selected._difference(difference)
-        influence, error = selected._influence(chosen), selected._standard_error(chosen)
-        shift = -selected._influence(DIFFERENCES["mean"])
-        variance = torch.full_like(shift, torch.nan)
-        if len(selected.runs) > 1:
-            variance = selected._influence(DIFFERENCES["variance"])
-        columns = {"influence": influence, "standard_error": error, "mean_shift": shift, "variance_change": variance}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for q in positions:
-            order = influence[q].abs().argsort(descending=True)[:k]
-            for rank, n in enumerate(order.tolist(), start=1):
-                figures = {name: float(values[q, n]) for name, values in columns.items()}
-                rows.append({"query": self.queries[q], "rank": rank, **self._named(n), **figures})
+            influence = selected.select([q])._influence(chosen)[0]
+            order = influence.abs().argsort(descending=True)[:k]
+            of_query = selected.baseline[:, q, None].double()
+            samples = of_query, of_query + selected.responses[:, q, order].double()
+            variance = DIFFERENCES["variance"](*samples) if len(selected.runs) > 1 else influence[order] * torch.nan
+            columns = {
+                "influence": influence[order],
+                "standard_error": _error(chosen)(*samples),
+                "mean_shift": -DIFFERENCES["mean"](*samples),
+                "variance_change": variance,
+            }
+            values = zip(*(column.tolist() for column in columns.values()), strict=True)
+            for rank, (n, figures) in enumerate(zip(order.tolist(), values, strict=True), start=1):
+                named = {"query": self.queries[q], "rank": rank, **self._named(n)}
+                rows.append(named | dict(zip(columns, figures, strict=True)))
         return pd.DataFrame(rows)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
@@ -289,10 +312,12 @@ class Attribution(Inference):
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
-        """Read an attribution; one that was broken off holds the runs that were finished, with a warning.
+        """Open an attribution; one that was broken off holds the runs that were finished, with a warning.
+
+        Its responses stay on disk. Whatever is asked reads the part that it needs, and compares it with its checksum.
 
         Raises:
-            TrajectoryError: If files are missing or damaged.
+            TrajectoryError: If files are missing or damaged; or later, when damaged responses are read.
         """
         store = AttributionStore.open(path)
         if unfinished := store.unfinished:
@@ -304,7 +329,7 @@ class Attribution(Inference):
         return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
 
     def to_xarray(self) -> xr.Dataset:
-        """Return baseline, responses, influences and standard errors with named dimensions.
+        """Return baseline, responses, influences and standard errors with named dimensions, all of them in memory.
 
         They are ``run``, ``query`` and ``example``; with groups ``removal`` in place of the last, along which ``size``
         is the number of examples.
@@ -347,8 +372,7 @@ class Attribution(Inference):
         return self._each_query(difference, removed)
 
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
-        is_median = isinstance(difference, Mean) and difference.location == "median"
-        return self._each_query(partial(bootstrap if is_median else jackknife, difference), removed)
+        return self._each_query(_error(difference), removed)
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
@@ -365,18 +389,20 @@ class Attribution(Inference):
         self, function: Any, removed: Sequence[int | str] | None, outputs: tuple[int, ...] = (), copies: int = 1
     ) -> Tensor:
         """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument."""
-        responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
-        of_queries = [
-            _in_parts(function, self.baseline, responses, query, outputs, copies) for query in range(len(self.queries))
-        ]
-        stacked = torch.stack(of_queries)
-        return stacked if removed is None else stacked.squeeze(-1)
+        responses = self.responses if removed is None else self._response(removed)[..., None]
+        found = torch.empty(
+            len(self.queries), *outputs, responses.shape[2], dtype=torch.float64, device=responses.device
+        )
+        for query, into in enumerate(found):
+            _in_parts(function, self.baseline, responses, query, into, copies)
+        return found if removed is None else found.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:
-        responses = self.responses if removed is None else self._response(removed).sum(-1, keepdim=True)
+        responses = self.responses if removed is None else self._response(removed)[..., None]
         positions = slice(None) if queries is None else self._positions(queries)
-        influence = _in_parts(function, self.baseline, responses, positions)
-        return influence if removed is None else influence.squeeze(-1)
+        found = torch.empty(responses.shape[2], dtype=torch.float64, device=responses.device)
+        _in_parts(function, self.baseline, responses, positions, found)
+        return found if removed is None else found.squeeze(-1)
 
     def _positions(self, queries: Sequence[int]) -> list[int]:
         positions = list(queries)
@@ -389,10 +415,15 @@ class Attribution(Inference):
         return positions
 
     def _response(self, removed: Sequence[int | str]) -> Tensor:
+        """Return the response to removals that are made together ``(runs, queries)``."""
         names, members = self.removals, self.members
         if names is None or members is None:
-            return self.responses[..., positions_of_examples(removed, self.responses.shape[2])]
-        return self.responses[..., positions_of_groups(removed, names, members)]
+            chosen = positions_of_examples(removed, self.responses.shape[2])
+        else:
+            chosen = positions_of_groups(removed, names, members)
+        at_once = max(1, _AT_ONCE // max(1, len(self.runs) * len(chosen)))
+        queries = range(0, len(self.queries), at_once)
+        return torch.cat([self.responses[:, start : start + at_once, chosen].sum(-1) for start in queries], 1)
 
     def _named(self, position: int) -> dict[str, Any]:
         """Return what a table says of the removal at a position."""
@@ -402,20 +433,20 @@ class Attribution(Inference):
         return {"removal": group["name"], "size": len(group["examples"])}
 
 
+def _error(difference: Difference) -> Any:
+    """Return what gives the standard error of a difference, from samples ``(runs, ...)`` of both distributions."""
+    is_median = isinstance(difference, Mean) and difference.location == "median"
+    return partial(bootstrap if is_median else jackknife, difference)
+
+
 def _in_parts(
-    function: Any,
-    baseline: Tensor,
-    responses: Tensor,
-    queries: int | slice | list[int],
-    outputs: tuple[int, ...] = (),
-    copies: int = 1,
-) -> Tensor:
-    """Apply a function to some queries of samples ``(runs, queries)`` and their changes: ``(*outputs, removals)``."""
+    function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int], into: Tensor, copies: int = 1
+) -> None:
+    """Apply a function to some queries of samples ``(runs, queries)`` and their changes; write ``(..., removals)``."""
     # double: a change of the variance is a small difference of large squares. In parts: its memory
     samples = baseline[:, queries, None].double()
     size = max(1, _AT_ONCE // (samples.numel() * copies))
     # written in place: a list of small results between large intermediate ones breaks up the heap
-    found = torch.empty(*outputs, responses.shape[-1], dtype=torch.float64, device=responses.device)
-    for part, into in zip(responses.split(size, -1), found.split(size, -1), strict=True):
-        into.copy_(function(samples, samples + part[:, queries].double()))
-    return found
+    for start in range(0, responses.shape[2], size):
+        part = responses[:, queries, start : start + size].double()
+        into[..., start : start + size] = function(samples, samples + part)

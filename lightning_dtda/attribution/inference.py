@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_dtda.attribution import significance
@@ -27,6 +28,12 @@ class Inference:
     if TYPE_CHECKING:
         runs: tuple[str, ...]
         responses: Tensor
+
+        queries: tuple[int, ...]
+
+        def select(self, queries: Sequence[int]) -> Self:
+            """Return the attribution of some queries."""
+            ...
 
         def _selected(self, runs: Runs) -> Self: ...
         def _of(self, positions: Sequence[int]) -> Self: ...
@@ -187,7 +194,12 @@ class Inference:
         """
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
-        return split_half(lambda half: selected._of(half.tolist())._influence(chosen), len(selected.runs))
+        # query by query: the influences of all, of each half of the runs, take as much memory as the responses
+        found = [
+            split_half(partial(_of_runs, selected.select([query]), chosen), len(selected.runs))
+            for query in range(len(selected.queries))
+        ]
+        return torch.cat(found)
 
     def runs_needed(
         self, difference: str | Difference = "mean", k: int = 10, agreement: float = 0.9, runs: Runs = "trusted"
@@ -217,8 +229,11 @@ class Inference:
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, 2 * max(chosen.least_runs, 2), "number of runs")
         half = len(selected.runs) // 2
-        share = top_agreement(lambda some: selected._of(some.tolist())._influence(chosen), len(selected.runs), k)
-        return runs_for_agreement(share, half, k, removals, agreement).clamp_min(chosen.least_runs)
+        found = [
+            top_agreement(partial(_of_runs, selected.select([query]), chosen), len(selected.runs), k)
+            for query in range(len(selected.queries))
+        ]
+        return runs_for_agreement(torch.cat(found), half, k, removals, agreement).clamp_min(chosen.least_runs)
 
     def _enough(self, difference: Difference, least: int, what: str = "") -> None:
         subject = f"{what} of the {difference.name}" if what else difference.name
@@ -226,6 +241,10 @@ class Inference:
             raise AttributionError(
                 f"The {subject} influence needs {least} runs; there are {len(self.runs)}. Record more seeds."
             )
+
+
+def _of_runs(selected: Inference, difference: Difference, positions: Tensor) -> Tensor:
+    return selected._of(positions.tolist())._influence(difference)
 
 
 def check_share(value: float, name: str) -> None:

@@ -9,23 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dtda.attribution.responses import OfRun, StoredResponses
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.answers import Answers
-from lightning_dtda.trajectory.storage import read_tensors, write_tensors
 
 OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
 """What ``about`` says of each run."""
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _ANSWERS = Answers("attribution.json", "attribution", "attribute", FORMAT_VERSION, AttributionError)
 
 
 class AttributionStore:
     """A directory with ``attribution.json`` and a safetensors file for each finished run.
 
-    Each file holds ``baseline`` ``(queries,)`` and ``responses`` ``(queries, removals)``. The index is rewritten after
-    each run and lists only what is on disk.
+    Each file holds ``baseline`` ``(queries,)``, ``responses`` ``(queries, removals)`` and, of each query's responses,
+    ``checksums`` ``(queries,)``. The index is rewritten after each run and lists only what is on disk.
 
     Args:
         path: The directory.
@@ -125,20 +125,20 @@ class AttributionStore:
             responses: ``(queries, removals)``.
             facts: What ``about`` says of it, :data:`OF_RUNS`.
         """
-        entry = write_tensors(self.path / f"{run}.safetensors", {"baseline": baseline, "responses": responses})
+        entry = OfRun.write(self.path / f"{run}.safetensors", baseline, responses)
         self._index["runs"][run] = entry | {key: facts[key] for key in OF_RUNS}
         _ANSWERS.write(self.path, self._index)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Read baseline ``(runs, queries)`` and responses ``(runs, queries, removals)`` of the finished runs.
+    def read(self) -> tuple[Tensor, StoredResponses]:
+        """Read baseline ``(runs, queries)``, and map responses ``(runs, queries, removals)``, of the finished runs.
 
         Raises:
             TrajectoryError: If no run is finished, or a file is damaged.
         """
         if not self.finished:
             raise TrajectoryError(f"{self.path} holds no finished run. Call attribute again with this output.")
-        tensors = [read_tensors(self.path, self._index["runs"][run]) for run in self.finished]
-        return torch.stack([run["baseline"] for run in tensors]), torch.stack([run["responses"] for run in tensors])
+        runs = [OfRun.map(self.path, self._index["runs"][run]) for run in self.finished]
+        return torch.stack([run.baseline for run in runs]), StoredResponses(runs)
 
 
 def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

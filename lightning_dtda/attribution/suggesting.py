@@ -188,10 +188,11 @@ def suggest_removals(
     contributions = GOALS[goal].contributions
     sign = 1.0 if goal != "improve_mean" or lower_is_better else -1.0
     members = selected.members or tuple((n,) for n in range(selected.responses.shape[2]))
+    responses = selected.responses[choosing]  # of all queries they stay on disk, if they are there
     chosen = _greedy(
         lambda samples: sign * contributions(samples),
         selected.baseline[choosing][:, positions].double(),
-        selected.responses[choosing][:, positions],
+        responses if queries is None else responses[:, positions],
         members,
         k,
         caution,
@@ -200,7 +201,7 @@ def suggest_removals(
     before = contributions(samples)
     changes = torch.zeros(len(evaluating), len(chosen), dtype=torch.float64, device=samples.device)
     for step, n in enumerate(chosen):
-        samples = samples + selected.responses[evaluating][:, positions, n].double()
+        samples = samples + selected.responses[..., n][evaluating][:, positions].double()
         changes[:, step] = contributions(samples) - before
     effects = changes.mean(0)
     errors = ((changes - effects).square().sum(0) / (len(changes) * (len(changes) - 1))).sqrt()
@@ -270,9 +271,9 @@ def _greedy(
     while len(chosen) < k:
         present = samples[..., None]
         before = score(present)
-        for part, into in zip(responses.split(size, -1), changes.split(size), strict=True):
-            change = score(present + part.double()) - before
-            into.copy_(change.mean(0) + caution * change.std(0) / len(change) ** 0.5)
+        for start in range(0, len(changes), size):
+            change = score(present + responses[..., start : start + size].double()) - before
+            changes[start : start + size] = change.mean(0) + caution * change.std(0) / len(change) ** 0.5
         best = int(torch.where(open_, changes, torch.inf).argmin())
         if not open_[best] or changes[best] >= 0:
             break

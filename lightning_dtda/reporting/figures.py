@@ -16,7 +16,7 @@ from lightning_dtda.attribution.differences import Difference
 from lightning_dtda.reporting.certainty import FDR, LEVEL, tested
 from lightning_dtda.reporting.differences import describe
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
-from lightning_dtda.reporting.findings import TopExample, one_query, top_examples
+from lightning_dtda.reporting.findings import TopExample, top_examples
 from lightning_dtda.reporting.formatting import MINUS
 from lightning_dtda.reporting.wording import counted, noun
 
@@ -45,7 +45,7 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
         most_points: Examples, or groups, drawn at the most. Of more, those of the largest shift and the largest
             variance change are drawn, half of the points, and every n-th of the rest; the title says so.
     """
-    selected, measurement = one_query(attribution, query), escape(attribution.measurement)
+    selected, measurement = attribution.select([query]), escape(attribution.measurement)
     what = noun(attribution)
     several = len(selected.runs) > 1
     points = _points(selected)
@@ -90,7 +90,7 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
         query: Position of the query.
         removed: Training examples, or groups by position, that are removed together.
     """
-    selected = one_query(attribution, query)
+    selected = attribution.select([query])
     trained, predicted = _numpy(selected.baseline[:, 0]), _numpy(selected.predict(removed)[:, 0])
     without = _without(attribution, removed)
     plot = figure(

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_dtda.attribution.attribution import Attribution
@@ -51,19 +51,9 @@ class TopExample:
     retrainings: float | None
 
 
-def one_query(attribution: Attribution, query: int) -> Attribution:
-    """Return the attribution of the query at one position: what is asked of it costs one query, not all."""
-    return replace(
-        attribution,
-        baseline=attribution.baseline[:, [query]],
-        responses=attribution.responses[:, [query]],
-        queries=(attribution.queries[query],),
-    )
-
-
 def significance_on(attribution: Attribution, query: int, difference: str | Difference) -> Tested:
     """Return the tests of every removal's influence on the query at a position, of its trusted runs."""
-    return tested(one_query(attribution.trusted(), query), difference)
+    return tested(attribution.trusted().select([query]), difference)
 
 
 def top_examples(
@@ -83,7 +73,7 @@ def top_examples(
     """
     if k < 1:
         raise AttributionError(f"k is the number of removals to show and must be at least 1; it is {k}.")
-    selected, chosen = one_query(attribution.trusted(), query), resolve_difference(difference)
+    selected, chosen = attribution.trusted().select([query]), resolve_difference(difference)
     tests = tested(selected, chosen) if tests is None else tests
     table = selected.top(k, chosen, query=0).drop(columns="query")
     if attribution.removals is None:
@@ -124,7 +114,7 @@ def most_interesting(attribution: Attribution, most: int) -> list[int]:
         return list(positions)
     difference = "variance" if "variance" in attribution.available_differences else "mean"
     # query by query: all influences at once are a copy of the responses
-    largest = [float(one_query(attribution, query).influence(difference).abs().max()) for query in positions]
+    largest = [float(attribution.select([query]).influence(difference).abs().max()) for query in positions]
     return sorted(sorted(positions, key=lambda query: -largest[query])[:most])
 
 

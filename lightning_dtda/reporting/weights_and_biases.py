@@ -20,7 +20,6 @@ from lightning_dtda.reporting.findings import (
     about_in_brief,
     largest_drift,
     most_interesting,
-    one_query,
     significance_on,
     top_examples,
     without_repeated_warnings,
@@ -137,7 +136,7 @@ def _panels(attribution: Attribution, queries: list[int]) -> Iterator[tuple[str,
         name = f"query {attribution.queries[query]}"
         yield f"influence/{name}", wandb.Plotly(influence_figure(attribution, query))
         [largest] = top_examples(attribution, query, "wasserstein", 1)
-        selected = one_query(attribution, query)
+        selected = attribution.select([query])
         trained = selected.baseline[:, 0].cpu().numpy()
         predicted = selected.predict([largest.position])[:, 0].cpu().numpy()
         bins = np.histogram_bin_edges(np.concatenate([trained, predicted]), _BINS)

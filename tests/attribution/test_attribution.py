@@ -86,11 +86,24 @@ def test_a_saved_attribution_is_replaced_only_on_demand(attribution, tmp_path):
 def test_a_damaged_file_is_named(attribution, tmp_path):
     attribution.save(tmp_path / "saved")
     path = tmp_path / "saved" / "seed-0003.safetensors"
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(bytes(content))
-    with pytest.raises(TrajectoryError, match="seed-0003"):
-        Attribution.load(tmp_path / "saved")
+    sound = path.read_bytes()
+    for position in range(len(sound)):
+        damaged = bytearray(sound)
+        damaged[position] ^= 1
+        path.write_bytes(bytes(damaged))
+        with pytest.raises(TrajectoryError, match="seed-0003"):
+            Attribution.load(tmp_path / "saved").predict([2])
+
+
+def test_some_queries_have_the_influences_of_these(attribution, tmp_path):
+    attribution.save(tmp_path / "saved")
+    for whole in (attribution, Attribution.load(tmp_path / "saved")):
+        some = whole.select([2, 0])
+        assert some.queries == (15, 4)
+        for difference in ("mean", "variance", "wasserstein"):
+            torch.testing.assert_close(some.influence(difference), attribution.influence(difference)[[2, 0]])
+    with pytest.raises(AttributionError, match="no query at position 3; they are 0 to 2"):
+        attribution.select([3])
 
 
 def test_a_newer_format_is_refused(attribution, tmp_path):

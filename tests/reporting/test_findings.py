@@ -6,20 +6,11 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.findings import (
     largest_drift,
     most_interesting,
-    one_query,
     top_examples,
     worst_diagnosis,
 )
 from lightning_dtda.reporting.formatting import common_exponent, number
 from tests.reporting.conftest import make_attribution
-
-
-def test_one_query_has_the_influences_of_that_query(attribution):
-    for difference in ("mean", "variance", "wasserstein"):
-        torch.testing.assert_close(
-            one_query(attribution, 2).influence(difference)[0], attribution.influence(difference)[2]
-        )
-    assert one_query(attribution, 2).queries == (9,)
 
 
 def test_the_interesting_queries_are_those_where_an_example_changes_the_variance():

@@ -1,0 +1,199 @@
+"""Responses on disk that act as a tensor: what is indexed is read, and compared with its checksum."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from typing_extensions import override
+
+from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.trajectory.storage import check_size, entry_path, write_tensors
+
+_READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clone()."
+
+
+@dataclass(frozen=True, eq=False)
+class OfRun:
+    """A run's answer on disk. The system reads pages of the mapped file when they are looked at.
+
+    Args:
+        path: The file.
+        baseline: ``(queries,)``.
+        table: The responses ``(queries, removals)``, mapped.
+        checksums: Of each query's responses ``(queries,)``.
+        compared: Which of them have been compared with theirs ``(queries,)``.
+    """
+
+    path: Path
+    baseline: Tensor
+    table: Tensor
+    checksums: Tensor
+    compared: Tensor
+
+    @classmethod
+    def write(cls, path: Path, baseline: Tensor, responses: Tensor) -> dict[str, Any]:
+        """Write an answer, and return the file's entry for an index; its checksum is of all but the responses."""
+        checksums = torch.tensor([_checksum(row) for row in responses], dtype=torch.int64)
+        entry = write_tensors(path, {"baseline": baseline, "checksums": checksums, "responses": responses})
+        return entry | {"crc32": _checksum(checksums, _checksum(baseline))}
+
+    @classmethod
+    def map(cls, directory: Path, entry: Mapping[str, Any]) -> OfRun:
+        """Open the answer that an index lists, without reading its responses.
+
+        Raises:
+            TrajectoryError: If the file is missing, or truncated, or anything but its responses is altered.
+        """
+        check_size(directory, entry)
+        path = entry_path(directory, entry)
+        try:
+            with safe_open(path, framework="pt") as file:
+                baseline, checksums, table = map(file.get_tensor, ("baseline", "checksums", "responses"))
+        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # what a damaged header may lead to
+            raise TrajectoryError(f"{path} cannot be read ({error}). Attribute the run again.") from error
+        if _checksum(checksums, _checksum(baseline)) != entry["crc32"] or table.shape[:-1] != checksums.shape:
+            raise _damaged(path)
+        return cls(path, baseline.clone(), table, checksums.clone(), torch.zeros(len(checksums), dtype=torch.bool))
+
+    def part(self, queries: Any, removals: Any) -> Tensor:
+        """Read the responses at an index.
+
+        Raises:
+            TrajectoryError: If those of a query that is read are altered.
+        """
+        positions = torch.atleast_1d(torch.arange(len(self.table))[queries])
+        for query in positions[~self.compared[positions]].tolist():
+            if _checksum(self.table[query]) != self.checksums[query]:
+                raise _damaged(self.path)
+            self.compared[query] = True
+        return self.table[queries, removals]
+
+
+class StoredResponses(Tensor):
+    """Responses ``(runs, queries, removals)`` on disk, a file for each run, as a tensor that cannot be changed.
+
+    An index reads what it selects; one that selects runs alone, several of them, reads nothing. Every function of a
+    tensor reads all of it. Each query's responses are compared with their checksum when they are read first.
+
+    Args:
+        runs: The answers, at least one.
+    """
+
+    runs: tuple[OfRun, ...]
+
+    @staticmethod
+    def __new__(cls, runs: Sequence[OfRun]) -> StoredResponses:
+        """Make a tensor that has a shape and a type, and no memory."""
+        table = runs[0].table
+        shape = (len(runs), *table.shape)
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=table.dtype, device=table.device)
+        made.runs = tuple(runs)
+        return made
+
+    @override
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read a part, a tensor in memory; or take some of the runs."""
+        parts = _of_each_dimension(index)
+        if parts is None or sum(not isinstance(part, (int, slice)) for part in parts) > 1:
+            return self.read()[index]  # positions that go together in pairs, new dimensions: what torch makes of them
+        runs, queries, removals = parts
+        if isinstance(runs, int):
+            return self.runs[runs].part(queries, removals).clone()
+        chosen = [self.runs[run] for run in torch.arange(len(self.runs))[runs].tolist()]
+        if not chosen:
+            return self.read()[index]
+        if isinstance(queries, slice) and isinstance(removals, slice) and queries == removals == slice(None):
+            return StoredResponses(chosen)
+        return torch.stack([run.part(queries, removals) for run in chosen])
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise AttributionError(_READ_ONLY)
+
+    def read(self) -> Tensor:
+        """Read all of it."""
+        everything = slice(None)
+        return torch.stack([run.part(everything, everything) for run in self.runs])
+
+    @classmethod
+    @override
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():  # results are tensors, not of this class
+            return function(*arguments, **(keywords or {}))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares it without its class
+        cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        """Apply a function to what is read."""
+        if function._schema.is_mutable:
+            raise AttributionError(_READ_ONLY)
+        arguments, keywords = tree_map_only(cls, cls.read, (arguments, keywords or {}))
+        return function(*arguments, **keywords)
+
+    # what does not pass through torch's dispatcher
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"StoredResponses({tuple(self.shape)}, {self.dtype}, in {self.runs[0].path.parent})"
+
+    @override
+    def numpy(self, *, force: bool = False) -> Any:
+        """Read all of it into an array."""
+        return self.read().numpy(force=force)
+
+    @override
+    def tolist(self) -> Any:
+        """Read all of it into lists."""
+        return self.read().tolist()
+
+    @override
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the storage of a copy in memory."""
+        return self.read().untyped_storage()
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.read().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> StoredResponses:
+        return self
+
+
+def _of_each_dimension(index: Any) -> tuple[Any, Any, Any] | None:
+    """Return what an index has for runs, queries and removals, ``None`` where it has anything unusual."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    gap = next((number for number, part in enumerate(parts) if part is Ellipsis), len(parts))
+    given = [part for part in parts if part is not Ellipsis]
+    parts[gap : gap + 1] = [slice(None)] * (3 - len(given))
+    parts = [part if isinstance(part, slice) else _positions(part) for part in parts]
+    return (parts[0], parts[1], parts[2]) if len(parts) == 3 and all(part is not None for part in parts) else None
+
+
+def _positions(part: Any) -> int | Tensor | None:
+    """Return a number, or a vector of positions or of truth values; ``None`` for what is neither."""
+    if part is None:
+        return None
+    found = torch.as_tensor(part).cpu()
+    if found.ndim == 0:
+        return int(found) if found.dtype in (torch.int64, torch.int32) else None
+    if found.ndim > 1 or (len(found) and found.is_floating_point()):
+        return None
+    return found if found.dtype == torch.bool else found.long()
+
+
+def _checksum(tensor: Tensor, start: int = 0) -> int:
+    """Return the CRC-32 of a tensor's type, shape and content."""
+    kind = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    content: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(content, zlib.crc32(kind, start))
+
+
+def _damaged(path: Path) -> TrajectoryError:
+    return TrajectoryError(f"{path} is not what was written (its checksum differs). Attribute the run again.")
