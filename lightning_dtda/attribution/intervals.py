@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.differences import Difference
+from lightning_dtda.attribution.differences.standard_errors import leave_one_out
 
 
 def bootstrap_interval(
@@ -55,7 +56,6 @@ def bootstrap_interval(
 
 
 def _acceleration(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
-    keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
-    without = torch.stack([difference(baseline[rows], predicted[rows]) for rows in keep])
+    without = torch.stack(list(leave_one_out(difference, baseline, predicted)))
     falls = without.mean(0) - without
     return (falls.pow(3).sum(0) / (6 * falls.square().sum(0).pow(1.5))).nan_to_num(0)

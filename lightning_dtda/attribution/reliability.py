@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from scipy import special
 from torch import Tensor
-from torchmetrics.functional import spearman_corrcoef
 
 _SPLITS = 10
 """Random halvings that are averaged: their spread is then small next to what more runs would change."""
@@ -40,10 +39,26 @@ def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     agreements = []
     for _ in range(_SPLITS):
-        first, second = (influence(half).T.squeeze(-1) for half in halves(runs, generator))
-        agreements.append(torch.atleast_1d(spearman_corrcoef(first, second)))
-    agreement = torch.stack(agreements).double().mean(0).clamp_min(0)
+        first, second = (_standard_ranks(influence(half)) for half in halves(runs, generator))
+        agreements.append((first * second).sum(-1))
+    agreement = torch.stack(agreements).mean(0).clamp_min(0)
     return 2 * agreement / (1 + agreement)
+
+
+def _standard_ranks(values: Tensor) -> Tensor:
+    """Return ranks along the last dimension, ties by their mean rank, less their mean and divided by their norm.
+
+    Zero where all are equal, which agrees with nothing; float64.
+    """
+    ascending, order = values.sort(-1)
+    places = torch.arange(values.shape[-1], dtype=torch.float64, device=values.device).expand_as(ascending)
+    if (ascending.diff(dim=-1) == 0).any():
+        ascending = ascending.contiguous()
+        last = torch.searchsorted(ascending, ascending, right=True) - 1
+        places = (torch.searchsorted(ascending, ascending) + last).double() / 2
+    ranks = torch.empty_like(places).scatter_(-1, order, places)
+    ranks -= ranks.mean(-1, keepdim=True)
+    return ranks / ranks.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def top_agreement(influence: Callable[[Tensor], Tensor], runs: int, k: int) -> Tensor:

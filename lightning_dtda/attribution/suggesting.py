@@ -201,7 +201,7 @@ def suggest_removals(
     before = contributions(samples)
     changes = torch.zeros(len(evaluating), len(chosen), dtype=torch.float64, device=samples.device)
     for step, n in enumerate(chosen):
-        samples = samples + selected.responses[..., n][evaluating][:, positions].double()
+        samples = samples + selected.responses[:, positions, n][evaluating].double()
         changes[:, step] = contributions(samples) - before
     effects = changes.mean(0)
     errors = ((changes - effects).square().sum(0) / (len(changes) * (len(changes) - 1))).sqrt()

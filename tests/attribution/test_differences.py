@@ -182,3 +182,10 @@ def test_a_new_difference_is_found_by_its_import_path():
 def test_an_unknown_difference_is_refused_with_the_known_ones(name):
     with pytest.raises(AttributionError, match="mean, variance, wasserstein, energy, quantile, tail, gaussian_kl"):
         resolve_difference(name)
+
+
+def test_leaving_runs_out_by_the_formula_is_leaving_them_out():
+    x, y = 5 + torch.randn(9, 1, dtype=torch.float64), 5 + torch.randn(9, 4, dtype=torch.float64)
+    rows = [[row for row in range(9) if row != left_out] for left_out in range(9)]
+    expected = torch.stack([y[some].var(0) - x[some].var(0) for some in rows])
+    torch.testing.assert_close(Variance().leave_one_out(x, y), expected, rtol=1e-10, atol=1e-12)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from lightning_dtda import Attribution
 from lightning_dtda.attribution.differences import Mean, Variance, bootstrap, jackknife
+from lightning_dtda.attribution.reliability import halves, split_half
 from lightning_dtda.attribution.trust import chaotic, response_norm
 from lightning_dtda.errors import AttributionError
 
@@ -99,6 +101,18 @@ def test_the_error_of_a_median_is_that_of_a_median(attribution):
     large = Attribution(torch.zeros(200, 1), samples, tuple(map(str, range(200))), (0,))
     ratio = (large.standard_error(Mean("median")) / large.standard_error("mean")).mean().item()
     assert ratio == pytest.approx((torch.pi / 2) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("values", [50, 5], ids=["few ties", "ties"])
+def test_reliability_is_spearmans_correlation_of_halves(values):
+    influences = torch.randint(values, (6, 2, 40), generator=torch.Generator().manual_seed(0)).double()
+    generator, expected = torch.Generator().manual_seed(0), []
+    for _ in range(10):
+        halved = [influences[half].mean(0) for half in halves(6, generator)]
+        expected.append([spearmanr(*pair).statistic for pair in zip(*halved, strict=True)])
+    rho = torch.tensor(expected, dtype=torch.float64).mean(0).clamp_min(0)
+    found = split_half(lambda half: influences[half].mean(0), 6)
+    torch.testing.assert_close(found, 2 * rho / (1 + rho), rtol=1e-12, atol=1e-12)
 
 
 def test_reliability_is_that_of_spearman_and_brown(attribution):

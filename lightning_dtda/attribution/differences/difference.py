@@ -14,7 +14,8 @@ class Difference(Protocol):
 
     A new difference is one class with these members; it is found by its import path. It may have ``moments`` too, those
     whose change shows in it, ``"mean"``, ``"variance"`` or both: their test then is its test of significance, see
-    :mod:`~lightning_dtda.attribution.significance`.
+    :mod:`~lightning_dtda.attribution.significance`. It may have ``leave_one_out``, of the same arguments, which returns
+    the difference without each run ``(runs, ...)``: where there is a formula, standard errors take it.
     """
 
     name: str

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dtda.attribution.differences.variance import variance
+
 
 class GaussianKL:
     r"""Kullback-Leibler divergence of Gaussians with the samples' moments, of Y from X.
@@ -29,10 +31,10 @@ class GaussianKL:
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``D(N_Y || N_X)``."""
-        variance, shift = baseline.var(0), predicted.mean(0) - baseline.mean(0)
+        of_baseline, shift = variance(baseline), predicted.mean(0) - baseline.mean(0)
         # Var Y / Var X - 1, for log1p: the divergence is of second order in it
-        excess = (predicted.var(0) - variance) / variance
-        divergence = (excess - excess.log1p() + shift.square() / variance) / 2
+        excess = (variance(predicted) - of_baseline) / of_baseline
+        divergence = (excess - excess.log1p() + shift.square() / of_baseline) / 2
         # of samples of any two sizes that have no spread
         unmoved = (baseline == baseline[0]).all(0) & (predicted == baseline[0]).all(0)
         return torch.where(unmoved, 0.0, divergence.nan_to_num(torch.inf, torch.inf))

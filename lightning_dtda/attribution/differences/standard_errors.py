@@ -36,10 +36,23 @@ def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Te
     runs = len(predicted)
     if runs <= max(difference.least_runs, 1):
         return _unknown(difference, baseline, predicted)
-    keep = ~torch.eye(runs, dtype=torch.bool, device=predicted.device)
-    replicates = (difference(baseline[rows], predicted[rows]) for rows in keep)
+    replicates = iter(leave_one_out(difference, baseline, predicted))
     first = next(replicates)
     return ((runs - 1) / runs * _squares_around_mean(chain([first], replicates), first)).clamp_min(0).sqrt()
+
+
+def leave_one_out(difference: Difference, baseline: Tensor, predicted: Tensor) -> Iterable[Tensor]:
+    """Give the difference without each run ``(...)``, in order; by the difference's own formula, where it has one.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+    """
+    if own := getattr(difference, "leave_one_out", None):
+        return own(baseline, predicted)
+    keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
+    return (difference(baseline[rows], predicted[rows]) for rows in keep)
 
 
 def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:

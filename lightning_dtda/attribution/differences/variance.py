@@ -22,4 +22,23 @@ class Variance:
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``Var Y - Var X`` with divisor S - 1."""
-        return predicted.var(0) - baseline.var(0)
+        return variance(predicted) - variance(baseline)
+
+    def leave_one_out(self, baseline: Tensor, predicted: Tensor) -> Tensor:
+        r"""Return the difference without each run ``(runs, ...)``, in the time of one.
+
+        Of S runs, the variance without run s is :math:`\frac{(S - 1) \mathrm{Var}\, Y - \frac{S}{S - 1} d_s^2}{S - 2}`
+        with :math:`d_s` the run's distance from the mean.
+        """
+        runs = len(predicted)
+        squares = (predicted - predicted.mean(0)).square_() - (baseline - baseline.mean(0)).square()
+        return (squares.sum(0) - squares.mul_(runs / (runs - 1))).div_(runs - 2)
+
+
+def variance(samples: Tensor) -> Tensor:
+    """Return the unbiased variance along the first dimension: as ``Tensor.var``, which takes eight times as long there.
+
+    Args:
+        samples: ``(runs, ...)``.
+    """
+    return (samples - samples.mean(0)).square_().sum(0) / (len(samples) - 1)
