@@ -1,10 +1,11 @@
 """What a large stored attribution costs: CPU seconds and peak memory of loading it and of each thing asked of it.
 
+    pip install -e ".[export]"
     python benchmarks/large_attribution.py --runs 20 --queries 200 --examples 50000
 
 Baseline and responses are random: what they are changes nothing here. Each line is a process of its own, with one
-thread. Its memory is what its peak adds to that of a process that only imports: ``own`` is what it allocates, ``all``
-has the mapped pages of the files, which the system takes back when it needs them.
+thread. Its memory is what its peak adds to that of a process that has only imported: ``own`` is what it allocates,
+``all`` has the mapped pages of the files, which the system takes back when it needs them.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from threading import Event, Thread
 import torch
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.exporting import export
 from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.attribution.suggesting import suggest_removals
 from lightning_dtda.attribution.trust import sizes
@@ -48,6 +50,15 @@ TASKS: dict[str, Callable[[Attribution, Path], object]] = {
     "influence of all, mean": lambda attribution, scratch: attribution.influence("mean"),
     "influence of all, variance": lambda attribution, scratch: attribution.influence("variance"),
     "reliability of all": lambda attribution, scratch: attribution.reliability(),
+    "export of all to Parquet, mean, no intervals": lambda attribution, scratch: export(
+        attribution, scratch / "table", differences=["mean"], replicates=0
+    ),
+    "export of all to Zarr, mean, no intervals": lambda attribution, scratch: export(
+        attribution, scratch / "table", "zarr", ["mean"], replicates=0, overwrite=True
+    ),
+    "export of all to netCDF, mean, no intervals": lambda attribution, scratch: export(
+        attribution, scratch / "table", "netcdf", ["mean"], replicates=0, overwrite=True
+    ),
     "joint influence of 5 queries": lambda attribution, scratch: attribution.joint_influence(queries=range(5)),
 }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution import Attribution, attribute, suggest_removals
+    from lightning_dtda.attribution import Attribution, attribute, export, suggest_removals
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
     from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
     from lightning_dtda.retraining import GroundTruth, retrain
@@ -37,6 +37,7 @@ _HOMES = {
     "TrajectoryRecorder": "lightning_dtda.recording",
     "UnrolledDifferentiation": "lightning_dtda.estimators",
     "attribute": "lightning_dtda.attribution",
+    "export": "lightning_dtda.attribution",
     "retrain": "lightning_dtda.retraining",
     "suggest_removals": "lightning_dtda.attribution",
 }
@@ -52,6 +53,7 @@ __all__ = [
     "UnrolledDifferentiation",
     "__version__",
     "attribute",
+    "export",
     "retrain",
     "suggest_removals",
 ]

@@ -17,6 +17,7 @@ from lightning_dtda.attribution.differences import (
     Wasserstein,
     jackknife,
 )
+from lightning_dtda.attribution.exporting import export
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "Wasserstein",
     "attribute",
     "attribute_dampings",
+    "export",
     "jackknife",
     "suggest_removals",
 ]

@@ -207,10 +207,26 @@ def exchange_test(difference: Difference, baseline: Tensor, predicted: Tensor, e
     return (reached / len(patterns)).where(~observed.isnan(), torch.nan)
 
 
-def discoveries(p: Tensor, fdr: float) -> Tensor:
-    """Return which p-values along the last dimension are discoveries, by Benjamini's and Hochberg's procedure.
+def q_values(p: Tensor) -> Tensor:
+    """Return the least false discovery rate at which each p-value along the last dimension is a discovery.
 
-    (*Journal of the Royal Statistical Society B* 57, 1995.) Of the discoveries, a share of ``fdr`` is false on average.
+    By Benjamini's and Hochberg's procedure (*Journal of the Royal Statistical Society B* 57, 1995).
+
+    Args:
+        p: ``(..., tests)``; NaN, which is taken as 1, is no discovery at any rate below 1.
+
+    Example:
+        >>> q_values(torch.tensor([0.001, 0.04, 0.9], dtype=torch.float64))
+        tensor([0.0030, 0.0600, 0.9000], dtype=torch.float64)
+    """
+    adjusted: Any = stats.false_discovery_control(np.nan_to_num(p.cpu().numpy(), nan=1.0), axis=-1)
+    return torch.as_tensor(adjusted, device=p.device)
+
+
+def discoveries(p: Tensor, fdr: float) -> Tensor:
+    """Return which p-values along the last dimension are discoveries: those whose q-value is not above ``fdr``.
+
+    Of the discoveries, a share of ``fdr`` is false on average.
 
     Args:
         p: ``(..., tests)``; NaN is none.
@@ -220,5 +236,4 @@ def discoveries(p: Tensor, fdr: float) -> Tensor:
         >>> discoveries(torch.tensor([0.001, 0.04, 0.9]), fdr=0.05)
         tensor([ True, False, False])
     """
-    adjusted: Any = stats.false_discovery_control(np.nan_to_num(p.cpu().numpy(), nan=1.0), axis=-1)
-    return torch.as_tensor(adjusted <= fdr, device=p.device)
+    return q_values(p) <= fdr

@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "see whether attributions of an ensemble can be trusted",
     "suggest": "suggest examples whose removal together makes a measurement better or less dependent on the seed",
     "report": "write an attribution as one HTML file",
+    "export": "write influences, and how sure they are, to a Parquet, Zarr or netCDF file",
     "demo": "record, attribute and report 20 seeds on scikit-learn's diabetes data",
 }
 

@@ -1,0 +1,221 @@
+"""Influences, and how sure they are, as a file that other tools read: Parquet, Zarr or netCDF."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+
+from lightning_dtda.attribution import significance
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.differences import Difference
+from lightning_dtda.attribution.inference import Runs, check_share
+from lightning_dtda.errors import AttributionError
+
+Format = Literal["parquet", "zarr", "netcdf"]
+
+_PACKAGES: dict[str, str] = {"parquet": "pyarrow", "zarr": "zarr", "netcdf": "h5netcdf"}
+"""What writes each format."""
+
+
+def export(
+    attribution: Attribution | str | Path,
+    output: str | Path,
+    format: Format = "parquet",
+    differences: Sequence[str | Difference] | None = None,
+    *,
+    level: float = 0.95,
+    replicates: int = 1000,
+    runs: Runs = "trusted",
+    overwrite: bool = False,
+) -> Path:
+    r"""Write the influence of every removal on every query, and how sure it is, to a file.
+
+    Of each difference there are ``influence``, ``standard_error``, ``low`` and ``high`` (ends of its interval), ``p``
+    (of no effect, :meth:`Attribution.p_values`) and ``q`` (the least false discovery rate at which it is
+    :meth:`Attribution.significant`), each with the difference's name in front: ``mean_influence``. Where there are too
+    few runs for one of them it is NaN. An influence is the change of the property when the examples are removed; for
+    the sign see the difference.
+
+    Queries are computed and written one after another: memory does not grow with their number.
+
+    Args:
+        attribution: The attribution, or its directory.
+        output: The file to write; of Zarr a directory.
+        format: ``"parquet"``, one row for each query and example, one group of rows for each query; ``"zarr"`` or
+            ``"netcdf"``, data sets for xarray with the dimensions ``query`` and ``example``. With groups of examples
+            ``removal`` and ``size`` stand in place of ``example``.
+        differences: As for :meth:`Attribution.influence`; ``None`` is the mean, the variance and the Wasserstein
+            distance, as far as there are runs for them.
+        level: Confidence of the intervals.
+        replicates: Draws of the bootstrap for each interval; 0 leaves intervals out. Of all removals they take
+            hundreds of times as long as everything else.
+        runs: As for :meth:`Attribution.influence`.
+        overwrite: Whether what is there is replaced.
+
+    Returns:
+        The output's path.
+
+    Raises:
+        AttributionError: If the package that writes the format is not installed, the output exists or cannot be
+            written, two differences have one name, or a difference needs more runs.
+        TrajectoryError: If the attribution's files are missing or damaged.
+    """
+    output = Path(output)
+    if format not in get_args(Format):
+        raise AttributionError(f"format={format!r}; choose from {', '.join(get_args(Format))}.")
+    if output.exists() and not overwrite:
+        raise AttributionError(
+            f"{output} exists. Choose another output, or set overwrite (overwrite=True, --overwrite)."
+        )
+    check_share(level, "level")
+    _require(_PACKAGES[format])
+    attribution = attribution if isinstance(attribution, Attribution) else Attribution.load(attribution)
+    selected = attribution._selected(runs)
+    chosen = [selected._difference(each) for each in differences or selected.available_differences]
+    names = [difference.name for difference in chosen]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise AttributionError(f"Two differences are called {min(twice)}. Export them one at a time.")
+    content = _Content(selected, chosen, level, replicates)
+    partial = output.with_name(f".{output.name}.partial")
+    _remove(partial)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _WRITERS[format](partial, content)
+        _remove(output)
+        partial.rename(output)
+    except OSError as error:
+        raise AttributionError(f"{output} cannot be written ({error}). Choose another output.") from error
+    finally:
+        _remove(partial)
+    return output
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is written, in the same terms for every format."""
+
+    attribution: Attribution
+    differences: Sequence[Difference]
+    level: float
+    replicates: int
+
+    @property
+    def removal(self) -> str:
+        """What the dimension of the removals is called."""
+        return "example" if self.attribution.removals is None else "removal"
+
+    @property
+    def removals(self) -> dict[str, Any]:
+        """What is said of each removal, by column."""
+        names, members = self.attribution.removals, self.attribution.members
+        if names is None or members is None:
+            return {"example": np.arange(self.attribution.responses.shape[2])}
+        return {"removal": np.array(names, dtype=object), "size": np.array([len(group) for group in members])}
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """What was asked and how, each entry in JSON."""
+        about = {**self.attribution.about, "runs": self.attribution.runs, "level": self.level}
+        return {key: json.dumps(value, default=str) for key, value in about.items()}
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of what is computed."""
+        kinds = ["influence", "standard_error", *(["low", "high"] if self.replicates else []), "p", "q"]
+        return [f"{difference.name}_{kind}" for difference in self.differences for kind in kinds]
+
+    def queries(self) -> Iterator[dict[str, Any]]:
+        """Compute each query's columns, arrays ``(removals,)``."""
+        for position in range(len(self.attribution.queries)):
+            one = self.attribution.select([position])
+            yield {name: column for difference in self.differences for name, column in self._of(one, difference)}
+
+    def _of(self, one: Attribution, difference: Difference) -> Iterator[tuple[str, Any]]:
+        runs = len(one.runs)
+        unknown = torch.full(one.responses.shape[2:], torch.nan, dtype=torch.float64)
+        found = {"influence": one._influence(difference)[0], "standard_error": one._standard_error(difference)[0]}
+        if self.replicates:
+            ends: Sequence[Any] = (unknown, unknown)
+            if runs > max(difference.least_runs, 1):
+                ends = one.interval(difference, self.level, runs="all", replicates=self.replicates)[:, 0].unbind()
+            found["low"], found["high"] = ends
+        found["p"] = found["q"] = unknown
+        if runs >= significance.least_runs(difference):
+            found["p"] = one.p_values(difference, runs="all")[0]
+            found["q"] = significance.q_values(found["p"])
+        for name, column in found.items():
+            yield f"{difference.name}_{name}", column.cpu().numpy()
+
+
+def _write_parquet(path: Path, content: _Content) -> None:
+    pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    removals = {name: pyarrow.array(column) for name, column in content.removals.items()}
+    fields = [("query", pyarrow.int64()), *((name, column.type) for name, column in removals.items())]
+    fields += [(name, pyarrow.float64()) for name in content.columns]
+    schema = pyarrow.schema(fields, metadata=content.attributes)
+    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        for query, columns in zip(content.attribution.queries, content.queries(), strict=True):
+            number = len(removals[content.removal])
+            rows = {"query": np.full(number, query, dtype=np.int64), **removals, **columns}
+            writer.write_table(pyarrow.table(rows, schema=schema), row_group_size=number)
+
+
+def _write_zarr(path: Path, content: _Content) -> None:
+    import xarray as xr
+
+    # without consolidated metadata, which the format has no specification for
+    for position, columns in enumerate(content.queries()):
+        data = {name: (("query", content.removal), column[None]) for name, column in columns.items()}
+        part = xr.Dataset(data, {"query": [content.attribution.queries[position]]})
+        if position:
+            part.to_zarr(path, append_dim="query", consolidated=False)
+        else:
+            said = {name: (content.removal, column) for name, column in content.removals.items()}
+            part.assign_coords(said).assign_attrs(content.attributes).to_zarr(path, mode="w", consolidated=False)
+
+
+def _write_netcdf(path: Path, content: _Content) -> None:
+    h5netcdf = importlib.import_module("h5netcdf")
+    queries, removals = content.attribution.queries, content.removals
+    shape = len(queries), len(removals[content.removal])
+    with h5netcdf.File(path, "w") as file:
+        file.dimensions = {"query": shape[0], content.removal: shape[1]}
+        file.attrs.update(content.attributes)
+        file.create_variable("query", ("query",), np.int64, data=np.array(queries))
+        for name, column in removals.items():
+            kind = importlib.import_module("h5py").string_dtype() if column.dtype == object else column.dtype
+            file.create_variable(name, (content.removal,), kind, data=column)
+        for name in content.columns:
+            file.create_variable(name, ("query", content.removal), np.float64, chunks=(1, shape[1]), compression="gzip")
+        for position, columns in enumerate(content.queries()):
+            for name, column in columns.items():
+                file.variables[name][position] = column
+
+
+_WRITERS: dict[str, Callable[[Path, _Content], None]] = {
+    "parquet": _write_parquet,
+    "zarr": _write_zarr,
+    "netcdf": _write_netcdf,
+}
+
+
+def _require(package: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        raise AttributionError(f"{package} is not installed ({error}). pip install 'lightning-dtda[export]'") from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
