@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_dtda import Attribution
+from lightning_dtda import Attribution, suggest_removals
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.storage import read_json, write_json
 
@@ -93,6 +93,23 @@ def test_a_damaged_file_is_named(attribution, tmp_path):
         path.write_bytes(bytes(damaged))
         with pytest.raises(TrajectoryError, match="seed-0003"):
             Attribution.load(tmp_path / "saved").predict([2])
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda stored: stored.top(2, "wasserstein", query=1),
+        lambda stored: stored.select([1]).reliability(),
+        lambda stored: stored.joint_influence(queries=[1]),
+        lambda stored: suggest_removals(stored, k=1, queries=[1]),
+    ],
+    ids=["top", "select", "joint_influence", "suggest_removals"],
+)
+def test_what_is_asked_of_a_query_reads_its_responses_alone(attribution, tmp_path, ask):
+    attribution.save(tmp_path / "saved")
+    stored = Attribution.load(tmp_path / "saved")
+    ask(stored)
+    assert {query for run in stored.responses.runs for query in run.compared.nonzero().flatten().tolist()} == {1}
 
 
 def test_some_queries_have_the_influences_of_these(attribution, tmp_path):
