@@ -21,7 +21,7 @@ from lightning_dtda.errors import AttributionError
 
 Format = Literal["parquet", "zarr", "netcdf"]
 
-_PACKAGES: dict[str, str] = {"parquet": "pyarrow", "zarr": "zarr", "netcdf": "h5netcdf"}
+_PACKAGES = {"parquet": ["pyarrow"], "zarr": ["zarr"], "netcdf": ["h5netcdf", "h5py"]}
 """What writes each format."""
 
 
@@ -76,7 +76,8 @@ def export(
             f"{output} exists. Choose another output, or set overwrite (overwrite=True, --overwrite)."
         )
     check_share(level, "level")
-    _require(_PACKAGES[format])
+    for package in _PACKAGES[format]:
+        _require(package)
     attribution = attribution if isinstance(attribution, Attribution) else Attribution.load(attribution)
     selected = attribution._selected(runs)
     chosen = [selected._difference(each) for each in differences or selected.available_differences]

@@ -132,7 +132,9 @@ def test_the_command_exports_a_stored_attribution_and_replaces_only_on_demand(at
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.parquet"]
 
 
-@pytest.mark.parametrize(("format", "package"), [("parquet", "pyarrow"), ("zarr", "zarr"), ("netcdf", "h5netcdf")])
+@pytest.mark.parametrize(
+    ("format", "package"), [("parquet", "pyarrow"), ("zarr", "zarr"), ("netcdf", "h5netcdf"), ("netcdf", "h5py")]
+)
 def test_a_package_that_is_not_there_is_named_with_the_command_that_brings_it(
     attribution, tmp_path, monkeypatch, format, package
 ):
