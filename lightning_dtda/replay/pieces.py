@@ -34,7 +34,7 @@ def rebuilt_steps(steps: int, held: float) -> int:
 
     Example:
         >>> rebuilt_steps(8, held=8), rebuilt_steps(16, held=8), rebuilt_steps(2000, held=32)
-        (8, 32, 7874)
+        (8, 32, 6202)
     """
     piece = piece_length(steps, held)
     if piece >= steps:
