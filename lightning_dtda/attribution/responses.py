@@ -21,7 +21,7 @@ _READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clon
 
 
 @dataclass(frozen=True, eq=False)
-class OfRun:
+class StoredAnswer:
     """A run's answer on disk. The system reads pages of the mapped file when they are looked at.
 
     Args:
@@ -46,7 +46,7 @@ class OfRun:
         return entry | {"crc32": _checksum(checksums, _checksum(baseline))}
 
     @classmethod
-    def map(cls, directory: Path, entry: Mapping[str, Any]) -> OfRun:
+    def map(cls, directory: Path, entry: Mapping[str, Any]) -> StoredAnswer:
         """Open the answer that an index lists, without reading its responses.
 
         Raises:
@@ -87,10 +87,10 @@ class StoredResponses(Tensor):
         runs: The answers, at least one.
     """
 
-    runs: tuple[OfRun, ...]
+    runs: tuple[StoredAnswer, ...]
 
     @staticmethod
-    def __new__(cls, runs: Sequence[OfRun]) -> StoredResponses:
+    def __new__(cls, runs: Sequence[StoredAnswer]) -> StoredResponses:
         """Make a tensor that has a shape and a type, and no memory."""
         table = runs[0].table
         shape = (len(runs), *table.shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.responses import OfRun, StoredResponses
+from lightning_dtda.attribution.responses import StoredAnswer, StoredResponses
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.answers import Answers
@@ -46,7 +46,7 @@ class AttributionStore:
         wanted: Mapping[str, int | None],
         overwrite: bool = False,
     ) -> AttributionStore:
-        """Start a store, or go on with one that was begun for the same question.
+        """Start a store, or go on with one that was started for the same question.
 
         Args:
             path: The directory.
@@ -70,7 +70,7 @@ class AttributionStore:
             "wanted": dict(wanted),
             "runs": {},
         }
-        with _ANSWERS.begun(path):
+        with _ANSWERS.opened(path):
             found = _ANSWERS.found(path, overwrite)
             if found.get("runs"):
                 _ANSWERS.check_same(path, _changes(found, index))
@@ -125,7 +125,7 @@ class AttributionStore:
             responses: ``(queries, removals)``.
             facts: What ``about`` says of it, :data:`OF_RUNS`.
         """
-        entry = OfRun.write(self.path / f"{run}.safetensors", baseline, responses)
+        entry = StoredAnswer.write(self.path / f"{run}.safetensors", baseline, responses)
         self._index["runs"][run] = entry | {key: facts[key] for key in OF_RUNS}
         _ANSWERS.write(self.path, self._index)
 
@@ -137,7 +137,7 @@ class AttributionStore:
         """
         if not self.finished:
             raise TrajectoryError(f"{self.path} holds no finished run. Call attribute again with this output.")
-        runs = [OfRun.map(self.path, self._index["runs"][run]) for run in self.finished]
+        runs = [StoredAnswer.map(self.path, self._index["runs"][run]) for run in self.finished]
         return torch.stack([run.baseline for run in runs]), StoredResponses(runs)
 
 

@@ -66,15 +66,7 @@ class Costs:
 
     def seconds(self, replay: Replay, directions: int) -> float:
         """Time a step."""
-        fastest = float("inf")
-        with kept_pages(replay.device):
-            for _ in range(_TIMED_STEPS):
-                start = time.perf_counter()
-                self.step(replay, directions)
-                if replay.device.type == "cuda":
-                    torch.cuda.synchronize(replay.device)
-                fastest = min(fastest, time.perf_counter() - start)
-        return fastest
+        return _timed(partial(self.step, replay, directions), replay)
 
 
 @dataclass(frozen=True)
@@ -246,9 +238,8 @@ def seconds(replay: Replay, way: Way, costs: Costs, held: int, steps: int) -> fl
     if costs.mode == "reverse" and not replay.rebuilds_from_gradients:
         stretches = [last - first for first, last in replay.segments]
         rebuilt = sum(rebuilt_steps(stretch, held) for stretch in stretches) / sum(stretches)
-        start, point = time.perf_counter(), replay.point(0)
-        del point
-        total += chunks * steps * rebuilt * (time.perf_counter() - start)
+        point = replay.checkpoint(0)[0], replay.buffers(0)
+        total += chunks * steps * rebuilt * _timed(partial(replay.gradient, 0, *point), replay)
     return total
 
 
@@ -319,3 +310,16 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
 def _peak(function: Callable[[], object], replay: Replay) -> float:
     function()  # what the first call reads and keeps is none of a step's memory
     return peak_memory(function, replay.device)
+
+
+def _timed(function: Callable[[], object], replay: Replay) -> float:
+    """Return the seconds that the fastest of a few calls takes."""
+    fastest = math.inf
+    with kept_pages(replay.device):
+        for _ in range(_TIMED_STEPS):
+            start = time.perf_counter()
+            function()
+            if replay.device.type == "cuda":
+                torch.cuda.synchronize(replay.device)
+            fastest = min(fastest, time.perf_counter() - start)
+    return fastest

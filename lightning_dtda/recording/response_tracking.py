@@ -21,7 +21,7 @@ from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
 from lightning_dtda.replay import Eager, Point, StepBatch, Tangents
 from lightning_dtda.replay.batches import map_tensors
-from lightning_dtda.replay.drift import Comparison
+from lightning_dtda.replay.drift import Comparison, Recorded
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.replay.tangents import gradient_tangents, push
@@ -157,7 +157,7 @@ class ResponseTracking:
         self.tangents = push(self._update, self._clipping, of_groups, number, point, self.tangents, found)
         expected, _ = self._update.step(self.theta, states, applied, of_groups, step=number)
         before, self.theta, self._states = self.theta, self._parameters(), self._current_states()
-        self._comparison.parameters(number, number + 1, before, expected, self.theta)
+        self._comparison.parameters(Recorded(number, number + 1, before, self.theta), expected)
 
     def _batch(
         self, number: int, micro_batches: list[MicroBatch], accumulated: int, of_groups: list[Hyperparameters]

@@ -141,7 +141,7 @@ def make_directory(directory: Path, overwrite: bool) -> None:
     Raises:
         RecordingError: If it exists and may not be replaced, or cannot be made.
     """
-    # again: another process may have begun the same run meanwhile
+    # again: another process may have started the same run meanwhile
     checks.refuse_existing(directory, overwrite)
     try:
         if directory.exists():

@@ -54,6 +54,36 @@ class Drift:
     gradients: float | None
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded of a stretch of steps of R runs, to compare a replay with.
+
+    Args:
+        first: The first step.
+        last: The step after the last.
+        start: Parameters that the replay started from ``(runs, P)``.
+        end: Those that the training came to.
+        preconditioner: What the optimizer multiplied gradients by at the end ``(runs, P)``; ``None`` for one.
+    """
+
+    first: int
+    last: int
+    start: Tensor
+    end: Tensor
+    preconditioner: Tensor | None = None
+
+    def distances(self, rebuilt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return norms ``(runs,)``: of the difference at the end, the distance travelled, and the parameters."""
+        found = [rebuilt - self.end, self.end - self.start, self.end]
+        if self.preconditioner is not None:
+            # in units of the gradient; those of the largest one
+            scale = self.preconditioner.reciprocal()
+            scale = scale / scale.amax(1, keepdim=True).clamp_min(torch.finfo(scale.dtype).tiny)
+            found = [part * scale for part in found]
+        difference, travelled, size = (part.norm(dim=1) for part in found)
+        return difference, travelled, size
+
+
 class Comparison:
     """Compares what a replay of stacked runs computes with what was recorded, and keeps the largest differences.
 
@@ -106,54 +136,28 @@ class Comparison:
         gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self._names)
         return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
 
-    def reproduced(
-        self,
-        first: int,
-        last: int,
-        start: Tensor,
-        rebuilt: Tensor,
-        recorded: Tensor,
-        preconditioner: Tensor | None = None,
-    ) -> Tensor:
-        """Whether parameters at the end of a segment differ by rounding only ``(runs,)``; see :meth:`parameters`."""
-        return self._reproduced(first, last, *_compared(start, rebuilt, recorded, preconditioner))
-
-    def _reproduced(self, first: int, last: int, difference: Tensor, travelled: Tensor, size: Tensor) -> Tensor:
-        eps = torch.finfo(self._recorded_dtype).eps
+    def reproduced(self, recorded: Recorded, rebuilt: Tensor) -> Tensor:
+        """Whether the parameters that a replay came to ``(runs, P)`` are off by rounding only ``(runs,)``."""
+        difference, travelled, size = recorded.distances(rebuilt)
+        rounding = _ROUNDING_STEPS * (recorded.last - recorded.first) ** 0.5 * torch.finfo(self._recorded_dtype).eps
         # false for a NaN too
-        return difference <= self._of_parameters * travelled + _ROUNDING_STEPS * (last - first) ** 0.5 * eps * size
+        return difference <= self._of_parameters * travelled + rounding * size
 
-    def parameters(
-        self,
-        first: int,
-        last: int,
-        start: Tensor,
-        rebuilt: Tensor,
-        recorded: Tensor,
-        preconditioner: Tensor | None = None,
-    ) -> None:
-        """Compare the parameters at the end of a segment, each ``(runs, P)``.
-
-        Args:
-            first: The segment's first step.
-            last: The step after its last.
-            start: What it started from.
-            rebuilt: What the replay came to.
-            recorded: What the training came to.
-            preconditioner: What the optimizer multiplied gradients by at the end; ``None`` for one.
+    def parameters(self, recorded: Recorded, rebuilt: Tensor) -> None:
+        """Compare the parameters that a replay came to ``(runs, P)`` with those of the training.
 
         Raises:
             ReplayError: If they differ by more than rounding, naming the run.
         """
-        difference, travelled, size = _compared(start, rebuilt, recorded, preconditioner)
-        eps = torch.finfo(self._recorded_dtype).eps
-        torch.maximum(self._parameter_drift, difference / size.clamp_min(eps), out=self._parameter_drift)
-        within = self._reproduced(first, last, difference, travelled, size)
+        difference, travelled, size = recorded.distances(rebuilt)
+        relative = difference / size.clamp_min(torch.finfo(self._recorded_dtype).eps)
+        torch.maximum(self._parameter_drift, relative, out=self._parameter_drift)
+        within = self.reproduced(recorded, rebuilt)
         if not bool(within.all()):
             number = int((~within).nonzero()[0])
             raise ReplayError(
-                f"{self._names[number]} is not reproduced between step {first} and step {last}: parameters differ "
-                f"by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance "
+                f"{self._names[number]} is not reproduced between step {recorded.first} and step {recorded.last}: "
+                f"parameters differ by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance "
                 f"{self._of_parameters:g} of that). {self._reasons}"
             )
 
@@ -190,17 +194,3 @@ class Comparison:
         floor = torch.finfo(self._recorded_dtype).eps
         within = bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all())
         return difference / size.clamp_min(floor), within
-
-
-def _compared(
-    start: Tensor, rebuilt: Tensor, recorded: Tensor, preconditioner: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the norms of the difference, of the distance travelled and of the parameters, each ``(runs,)``."""
-    found = [rebuilt - recorded, recorded - start, recorded]
-    if preconditioner is not None:
-        # in units of the gradient; those of the largest one
-        scale = preconditioner.reciprocal()
-        scale = scale / scale.amax(1, keepdim=True).clamp_min(torch.finfo(scale.dtype).tiny)
-        found = [part * scale for part in found]
-    difference, travelled, size = (part.norm(dim=1) for part in found)
-    return difference, travelled, size

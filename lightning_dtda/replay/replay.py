@@ -16,7 +16,7 @@ from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.replay.batches import stack_leaves
-from lightning_dtda.replay.drift import Comparison, Drift
+from lightning_dtda.replay.drift import Comparison, Drift, Recorded
 from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.pieces import FEWEST_HELD, left_to_hold, piece_length
@@ -449,7 +449,7 @@ class Replay:
         """
         recorded, states = self.checkpoint(last)
         preconditioner = self.update.preconditioner(states, self.hyperparameters(last - 1), step=last - 1)
-        self._comparison.parameters(first, last, start, theta, recorded, preconditioner)
+        self._comparison.parameters(Recorded(first, last, start, recorded, preconditioner), theta)
 
     def adjoint(
         self, step: int, point: Point, theta_cotangent: Tensor, state_cotangents: Sequence[State]

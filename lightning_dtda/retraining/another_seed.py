@@ -16,7 +16,7 @@ from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.trajectory import Run
 
-_RUN = "begun"
+_RUN = "first-step"
 
 Fit = Callable[[Callable[[pl.Trainer], pl.Trainer]], object]
 """Trains, by a Trainer that it has prepared by its argument before."""

@@ -67,9 +67,9 @@ class Reweighting(Engine):
             first = Replay(runs[:1], self.module, self.examples, device=retraining.device)
             start, buffers = first.checkpoint(0)[0], first.buffers(0)
             first.gradient(0, start, buffers)  # the first one finds out where weights act
-            begun = perf_counter()
+            started = perf_counter()
             first.gradient(0, start, buffers)
-            if (perf_counter() - begun) * first.steps * len(of_shape) > _STACKED_SECONDS:
+            if (perf_counter() - started) * first.steps * len(of_shape) > _STACKED_SECONDS:
                 first = first.stack()
             size = stack_size(lambda: first.gradient(0, start, buffers), start, len(of_shape), first.device)  # noqa: B023
             for begin in range(0, len(of_shape), size):

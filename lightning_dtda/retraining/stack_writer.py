@@ -55,7 +55,7 @@ class StackWriter:
         self._buffers = {name: buffer[rows].cpu() for name, buffer in start.buffers.items()}
         # frozen parameters stand in the first checkpoint only
         self._repeated = reference.checkpoint(reference.steps).buffers.keys()
-        self._first, self._steps, self._begun_examples = 0, 0, 0
+        self._first, self._steps, self._examples_before = 0, 0, 0
         self._gradients: Tensor | None = None
         self._norms: list[Tensor] = []
         self._checkpoint(start.theta[rows], [], self._buffers.keys())
@@ -119,7 +119,7 @@ class StackWriter:
         steps = range(first, last)
         sizes, clocks, of_groups = self._schedule.sizes, self._schedule.clocks, self._schedule.hyperparameters
         length = sum(sum(sizes[step]) for step in steps)
-        orders = self._orders[:, self._begun_examples : self._begun_examples + length]
+        orders = self._orders[:, self._examples_before : self._examples_before + length]
         parts = iter(orders[0].split([size for step in steps for size in sizes[step]]))
         shared = step_records(
             [
@@ -138,7 +138,7 @@ class StackWriter:
             if norms is not None:
                 tensors["gradient_norms"] = norms[row]
             writer.add_shard(first, last, tensors)
-        self._first, self._begun_examples = last, self._begun_examples + length
+        self._first, self._examples_before = last, self._examples_before + length
         self._gradients, self._norms = None, []  # anew: the writers have not read them yet
 
     def _checkpoint(self, theta: Tensor, states: list[State], names: Collection[str]) -> None:

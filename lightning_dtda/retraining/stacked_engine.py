@@ -33,7 +33,7 @@ class StackedEngine(Engine):
     Each training starts from the parameters that its seed gives, and goes through the batches that its DataLoader would
     give. The learning rates, and what else belongs to a step, are those of a training by the Trainer, one for each
     number of examples that is left. It is recorded, counts as a training of its own, and is trained again in every
-    stack: where it comes out otherwise, stacking is refused. Another seed is begun by the Trainer, for one step, to see
+    stack: where it comes out otherwise, stacking is refused. Of another seed the Trainer takes one step, to see
     that what was read off the first does not depend on the seed.
 
     Args:

@@ -56,8 +56,8 @@ def record_stacked(
         \quad \text{for all seeds } s \text{ together}
 
     The first missing seed is trained by its Trainer, and is one of the runs. Its record gives the steps: sizes of the
-    batches, learning rates, and how many random numbers are drawn between the epochs. A second seed is begun by its
-    Trainer, for one step, to see that all this does not depend on the seed. The others start from the parameters, and
+    batches, learning rates, and how many random numbers are drawn between the epochs. Of a second seed, its
+    Trainer takes one step, to see that all this does not depend on the seed. The others start from the parameters, and
     go through the batches, that their seeds give. The first one is in every stack once more, and has to come out as
     the Trainer had it, at each checkpoint. Nothing is kept of stacks in which it does not.
 
@@ -246,7 +246,7 @@ class _Stacking:
                 writers.append(RunWriter(directory, replace(manifest, seed=seed, shards=[], checkpoints=[])))
                 if checksums is not None:
                     writers[-1].add_examples(checksums)
-        except BaseException:  # another process may have begun one of them meanwhile
+        except BaseException:  # another process may have started one of them meanwhile
             for writer in writers:
                 writer.discard()
             raise

@@ -13,7 +13,7 @@ from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.replay import Examples
 from lightning_dtda.replay.batches import stack_leaves
-from lightning_dtda.replay.drift import Comparison
+from lightning_dtda.replay.drift import Comparison, Recorded
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.retraining.stacked_gradient import StackedGradient
@@ -159,14 +159,14 @@ class StackedTraining:
         theta, buffers = start.theta, start.buffers
         states = self._update.initial_states(theta, self._schedule.hyperparameters[0])
         comparison = self._comparison()
-        begun, last = 0, theta[:1].clone()
+        begin, at_checkpoint = 0, theta[:1].clone()
         for end in self._reference.checkpoint_steps[1:]:
-            for step in self._steps(begun, end, start.orders, theta, states, buffers):
+            for step in self._steps(begin, end, start.orders, theta, states, buffers):
                 theta, states = step.theta, step.states
                 if step.steps == end:
-                    last = self._check(comparison, begun, last, step, start)
+                    at_checkpoint = self._check(comparison, begin, at_checkpoint, step, start)
                 taken(step)
-            begun = end
+            begin = end
         return theta, buffers
 
     def _steps(
@@ -229,40 +229,33 @@ class StackedTraining:
         tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) + self._update.update.rounding
         return Comparison([self._reference.name], precision, dtype, None, tolerance, dtype, self._device, _REASONS)
 
-    def _check(self, comparison: Comparison, begun: int, last: Tensor, step: Taken, start: Start) -> Tensor:
+    def _check(self, comparison: Comparison, begin: int, before: Tensor, step: Taken, start: Start) -> Tensor:
         """Compare the reference with its record at a checkpoint, and put it back to that."""
         checkpoint = self._reference.checkpoint(step.steps)
-        recorded = checkpoint.theta.to(self._device)[None]
+        theta = checkpoint.theta.to(self._device)[None]
         of_record = [{key: part[None].to(self._device) for key, part in state.items()} for state in checkpoint.states]
         taken = step.steps - 1
         preconditioner = self._update.preconditioner(of_record, self._schedule.hyperparameters[taken], step=taken)
+        recorded = Recorded(begin, step.steps, before, theta, preconditioner)
         try:
-            comparison.parameters(begun, step.steps, last, step.theta[:1], recorded, preconditioner)
+            comparison.parameters(recorded, step.theta[:1])
         except ReplayError as error:
-            if not self._is_rounding(comparison, begun, step.steps, recorded, preconditioner, start):
+            if not self._is_rounding(comparison, recorded, start):
                 raise CannotStackError(str(error)) from error
-        step.theta[:1] = recorded
+        step.theta[:1] = theta
         for state, known in zip(step.states, of_record, strict=True):
             for key, part in state.items():
                 part[:1] = known[key]
-        return recorded
+        return theta
 
-    def _is_rounding(
-        self,
-        comparison: Comparison,
-        begun: int,
-        end: int,
-        recorded: Tensor,
-        preconditioner: Tensor | None,
-        start: Start,
-    ) -> bool:
+    def _is_rounding(self, comparison: Comparison, recorded: Recorded, start: Start) -> bool:
         """Whether the reference comes out as recorded from a checkpoint whose last digits are others.
 
         Rounding may put an input on the other side of a kink, from where on two trainings differ by more than rounding.
         Of trainings that begin within rounding of the record, some then go the way that the Trainer went. Of a training
         that is another one, for whatever reason, none does.
         """
-        checkpoint, runs = self._reference.checkpoint(begun), len(start.theta)
+        checkpoint, runs = self._reference.checkpoint(recorded.first), len(start.theta)
         exact = checkpoint.theta.to(self._device)
         buffers = {name: buffer[:1].expand_as(buffer) for name, buffer in start.buffers.items()}
         orders = start.orders[:1].expand_as(start.orders)
@@ -272,12 +265,12 @@ class StackedTraining:
             digits = torch.rand(runs, len(exact), generator=generator, dtype=exact.dtype).to(self._device)
             theta = exact * (1 + torch.finfo(exact.dtype).eps * (2 * digits - 1))
             states = self._update.initial_states(theta, self._schedule.hyperparameters[0])
-            if begun:
+            if recorded.first:
                 for state, of_record in zip(states, checkpoint.states, strict=True):
                     for key, part in state.items():
                         part[:] = of_record[key]
-            for step in self._steps(begun, end, orders, theta, states, buffers):
+            for step in self._steps(recorded.first, recorded.last, orders, theta, states, buffers):
                 theta = step.theta
-            if bool(comparison.reproduced(begun, end, exact[None], theta, recorded, preconditioner).any()):
+            if bool(comparison.reproduced(recorded, theta).any()):
                 return True
         return False

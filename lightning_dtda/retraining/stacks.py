@@ -113,19 +113,19 @@ class Stacks:
         dtype, datamodule = self._reference.manifest.torch_dtype, self._examples.datamodule
         return Replica(self._module, self._layout, self._circumstances, dtype, self.device, datamodule=datamodule)
 
-    def check_another(self, begun: Run) -> None:
+    def check_another(self, other: Run) -> None:
         """Make sure that another training is as the reference says: what was read off that may be its seed's own.
 
         Args:
-            begun: The record of its first steps by the Trainer.
+            other: The record of its first steps by the Trainer.
 
         Raises:
             CannotStackError: If it is not.
         """
-        first = vars(Schedule.of(begun))
-        if any(getattr(self.schedule, part)[: begun.steps] != values for part, values in first.items()):
+        first = vars(Schedule.of(other))
+        if any(getattr(self.schedule, part)[: other.steps] != values for part, values in first.items()):
             raise CannotStackError("what the optimizer is told, or the size of the batches, depends on the seed")
-        self._check(begun)
+        self._check(other)
 
     def _check(self, run: Run) -> tuple[pl.LightningModule, Drawn]:
         """Make sure that a training by the Trainer began, and went on, as its seed alone says; return with what.
@@ -134,10 +134,10 @@ class Stacks:
             CannotStackError: If it did not.
         """
         module, drawn = self._draw(seed_of(run))
-        begun, order = run.checkpoint(0), recorded_order(run)
+        initial, order = run.checkpoint(0), recorded_order(run)
         if not torch.equal(drawn.positions[: len(order)], order):
             raise CannotStackError("the order of examples is not the one that the seed and the DataLoader give")
-        if not torch.equal(drawn.theta, begun.theta) or not _same(drawn.buffers, begun.buffers):
+        if not torch.equal(drawn.theta, initial.theta) or not _same(drawn.buffers, initial.buffers):
             raise CannotStackError(
                 "the initial parameters are not those that the module is made with: hooks or callbacks change them"
             )
@@ -297,8 +297,8 @@ def _refuse(run: Run) -> None:
         )
     if any(part.rng_states for step in range(run.steps) for part in run.micro_batches(step)):
         raise CannotStackError("training_step draws random numbers (dropout?), which differ for each training")
-    begun, ended = run.checkpoint(0).buffers, run.checkpoint(run.steps).buffers
-    if changing := sorted(name for name, buffer in ended.items() if not torch.equal(buffer, begun[name])):
+    before, after = run.checkpoint(0).buffers, run.checkpoint(run.steps).buffers
+    if changing := sorted(name for name, buffer in after.items() if not torch.equal(buffer, before[name])):
         raise CannotStackError(f"buffers change in training, which stacks do not follow: {', '.join(changing)}")
 
 

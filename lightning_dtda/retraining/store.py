@@ -86,7 +86,7 @@ class TruthStore:
             "failures": list(about.get("failures", ())),
             "versions": dict(about.get("versions", {})),
         }
-        with _ANSWERS.begun(path), FileLock(path / _LOCK):
+        with _ANSWERS.opened(path), FileLock(path / _LOCK):
             if found := _ANSWERS.found(path, overwrite):
                 _ANSWERS.check_same(path, _changes(found, index))
                 for key in ("removed", "seeds", "baseline_seeds", "engine"):

@@ -47,7 +47,7 @@ class TrainerEngine(Engine):
 
     @override
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
-        jobs, begun = min(self.jobs, len(tasks)), time.perf_counter()
+        jobs, started = min(self.jobs, len(tasks)), time.perf_counter()
         train = functools.partial(train_one, retraining)
         outcomes = (
             run_in_processes(train, tasks, jobs, "trainings", RetrainingError)
@@ -56,7 +56,7 @@ class TrainerEngine(Engine):
         )
         for number, (_, outcome) in enumerate(outcomes):
             if number == 0 and len(tasks) > 1:
-                seconds = (time.perf_counter() - begun) * (len(tasks) - 1) / jobs
+                seconds = (time.perf_counter() - started) * (len(tasks) - 1) / jobs
                 _log.info("About %s for the other %d trainings.", human_seconds(seconds), len(tasks) - 1)
             yield [outcome]
 

@@ -21,7 +21,7 @@ class Answers:
         noun: What the directory holds: an attribution, say.
         verb: What makes one: attribute.
         version: Of the format.
-        error: Raised where one cannot be begun.
+        error: Raised where one cannot be started.
         ignored: Files that may be there before the index is.
     """
 
@@ -56,7 +56,7 @@ class Answers:
         return index
 
     def found(self, path: Path, overwrite: bool) -> dict[str, Any]:
-        """Return the index of the answer that was begun in a directory, of whatever format; empty if one may begin."""
+        """Return the index of the answer in a directory, of whatever format; empty if a new one may start."""
         return read_json(path / self.index) if self.is_at(path) and not overwrite else {}
 
     def write(self, path: Path, index: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Answers:
         write_json(path / self.index, index)
 
     @contextmanager
-    def begun(self, path: Path) -> Iterator[None]:
+    def opened(self, path: Path) -> Iterator[None]:
         """Make the directory, and tell what cannot be written to it inside.
 
         Raises:
