@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -17,20 +20,54 @@ from lightning_dtda.errors import TrajectoryError
 _CHECKSUM = "crc32"
 """Entry of a JSON file that holds the checksum of the others."""
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+"""What safetensors calls the data types."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_PIECE = 2**20
+"""Bytes that are checksummed and written at a time: what the one reads is then in the cache for the other."""
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a file under another name and rename it into place, so that no reader ever sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        yield file
+    partial.replace(path)
+
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it into place, so that no reader ever sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    """Write a file, whole or not at all."""
+    with _replacing(path) as file:
+        file.write(content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all, a line for each of its entries, its checksum last."""
     # not json's own indent, which leaves its encoder in C for one in Python, ten times slower
-    entries = {**content, _CHECKSUM: _checksum(content)}
-    lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items())
-    replace_file(path, f"{{\n{lines}\n}}\n".encode())
+    entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
+    checksum = zlib.crc32(f"{{{', '.join(entries)}}}".encode())  # of what json.dumps makes of the whole
+    lines = ",\n ".join([*entries, f'"{_CHECKSUM}": {checksum}'])
+    replace_file(path, f"{{\n {lines}\n}}\n".encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -57,10 +94,44 @@ def _checksum(content: Mapping[str, Any]) -> int:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write tensors as safetensors and return the file's entry for a manifest: name, bytes and checksum."""
-    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    replace_file(path, content)
-    return {"file": path.name, "bytes": len(content), "crc32": zlib.crc32(content)}
+    """Write tensors as safetensors and return the file's entry for a manifest: name, bytes and checksum.
+
+    The bytes go to the system from where they are: no copy of the tensors is made, unless they are on another device.
+
+    Raises:
+        TypeError: If safetensors has no name for a tensor's data type.
+    """
+    # the widest first, as safetensors has it, so that every tensor is aligned
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"safetensors files hold no tensors of {tensor.dtype}, such as {name!r}")
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    start_of_file = len(encoded).to_bytes(8, "little") + encoded
+    checksum = zlib.crc32(start_of_file)
+    with _replacing(path) as file:
+        file.write(start_of_file)
+        for tensor in ordered.values():
+            for piece in _pieces(tensor):
+                checksum = zlib.crc32(piece, checksum)
+                file.write(piece)
+    return {"file": path.name, "bytes": len(start_of_file) + end, "crc32": checksum}
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor, little endian."""
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
+    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.contiguous()
+    # as integers of the same width, since NumPy lacks some data types; few machines have any to swap
+    integers = flat.view(_INTEGERS[flat.itemsize]).numpy().astype(f"<i{flat.itemsize}", copy=False)
+    content = integers.view(np.uint8).data
+    for start in range(0, len(content), _PIECE):
+        yield content[start : start + _PIECE]
 
 
 def check_size(directory: Path, entry: Mapping[str, Any]) -> None:

@@ -1,0 +1,83 @@
+"""Tensors are written as safetensors writes them, without a copy of them on the way."""
+
+import tracemalloc
+import zlib
+
+import pytest
+import safetensors.torch
+import torch
+
+from lightning_dtda.trajectory.storage import _DTYPES, read_tensors, write_tensors
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_safetensors_reads_what_was_written(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "z": torch.randint(0, 2, (5, 3), generator=generator).to(dtype),
+        "ä": torch.randint(0, 2, (2, 1, 4), generator=generator).to(dtype),
+        "wide": torch.tensor(0.1, dtype=torch.float64),
+        "narrow": torch.tensor([True, False, True]),
+        "empty": torch.zeros(0, 3, dtype=dtype),
+    }
+
+    entry = write_tensors(tmp_path / "file", tensors)
+
+    content = (tmp_path / "file").read_bytes()
+    assert entry == {"file": "file", "bytes": len(content), "crc32": zlib.crc32(content)}
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    read = safetensors.torch.load_file(tmp_path / "file")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(bits(read[name]), bits(tensor)), name
+
+
+def test_the_bytes_are_those_that_safetensors_writes(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "z": torch.randn(5, 3, generator=generator),
+        "a": torch.randn((), generator=generator),
+        "half": torch.zeros(3, dtype=torch.bfloat16),
+        "wide": torch.tensor([0.1], dtype=torch.float64),
+        "narrow": torch.tensor([True, False, True]),
+    }
+
+    write_tensors(tmp_path / "file", tensors)
+
+    assert (tmp_path / "file").read_bytes() == safetensors.torch.save(tensors)
+
+
+def test_a_tensor_may_be_larger_than_a_piece_a_view_or_conjugated(tmp_path):
+    whole = torch.arange(3_000_000, dtype=torch.float32).reshape(1000, 3000)
+    spectrum = torch.fft.fft(torch.linspace(0, 1, 8))
+    tensors = {"whole": whole, "turned": whole[:, 1:3].T, "repeated": whole[0, 1].expand(7), "conj": spectrum.conj()}
+
+    read = read_tensors(tmp_path, write_tensors(tmp_path / "file", tensors))
+
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].shape == tensor.shape
+        assert torch.equal(bits(read[name]), bits(tensor.resolve_conj())), name
+
+
+def test_no_copy_of_a_tensor_is_made(tmp_path):
+    tensor = torch.zeros(2**22)
+    write_tensors(tmp_path / "warm up", {"tensor": tensor[:1]})
+    tracemalloc.start()
+    write_tensors(tmp_path / "file", {"tensor": tensor})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    # names and buffers of the file; torch's own memory is not counted, that of bytes and arrays is
+    assert peak < tensor.nbytes / 64
+
+
+def test_a_data_type_that_safetensors_lacks_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match=r"no tensors of torch\.complex128, such as 'waves'"):
+        write_tensors(tmp_path / "file", {"waves": torch.zeros(2, dtype=torch.complex128)})
+    assert not list(tmp_path.iterdir())
