@@ -3,12 +3,14 @@
     python benchmarks/recording.py --steps 1000 --repeats 7
     python benchmarks/recording.py --optimizer adamw --workers 2
     python benchmarks/recording.py --optimizer adamw --processes 2
+    python benchmarks/recording.py --models "MLP of" --steps 400 --repeats 3
 
 Each repeat trains every variant once, in an order that rotates, so that a busy machine slows all of them alike; ratios
 are taken within a repeat, then the median over repeats. A step's time is that from the start of step ``WARM_UP`` until
 ``fit`` returns, divided by the steps in between: the start-up (the check of the first batch, the run directory, caches)
-comes once and is reported by itself, while waiting for the writer's thread at the end belongs to what is measured.
-The CPU time is the process's, all threads together: on a machine with an idle core it shows what the wall clock hides.
+comes once and is reported by itself, while waiting for the writer's thread at the end belongs to what is measured. The
+ratio of the whole ``fit`` has the start-up in it. The CPU time is the process's, all threads together, user and system:
+on a machine with an idle core it shows what the wall clock hides.
 With several processes (DDP on gloo) the figures are those of the first one; the others keep step with it.
 """
 
@@ -25,6 +27,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -42,8 +45,12 @@ WARM_UP = 20
 
 EXAMPLES = 4096
 
-VARIANTS = {"no recorder": None, 'gradients="none"': "none", 'gradients="float32"': "float32"}
-
+VARIANTS = {
+    "no recorder": None,
+    'gradients="none"': "none",
+    'gradients="bfloat16"': "bfloat16",
+    'gradients="float32"': "float32",
+}
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
@@ -109,18 +116,42 @@ def cnn(setting: Setting) -> tuple[Supervised, DataLoader]:
     return Supervised(net, nn.functional.cross_entropy, setting.optimizer), data
 
 
+def wide_mlp(width: int, setting: Setting) -> tuple[Supervised, DataLoader]:
+    """Return what recording weighs on most: few operations for each parameter, each used once for an example."""
+    net = nn.Sequential(nn.Linear(256, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    data = loader(setting, 64, torch.randn(EXAMPLES, 256), torch.randint(10, (EXAMPLES,)))
+    return Supervised(net, nn.functional.cross_entropy, setting.optimizer), data
+
+
 Model = Callable[[Setting], tuple[Supervised, DataLoader]]
 
-MODELS: dict[str, Model] = {"MLP 8-64-64-1, batch 32": mlp, "CNN 28x28, batch 64": cnn}
+WIDTHS = {"0.1": 210, "1": 876, "3": 1606, "10": 3032}
+"""Width of the hidden layers by millions of parameters."""
+
+MODELS: dict[str, Model] = {
+    "MLP 8-64-64-1, batch 32": mlp,
+    "CNN 28x28, batch 64": cnn,
+    **{f"MLP of {size} M, batch 64": partial(wide_mlp, width) for size, width in WIDTHS.items()},
+}
 
 
 @dataclass
 class Timing:
-    """One training; wall clock and CPU time in milliseconds per step, start-up in milliseconds."""
+    """One training.
+
+    Args:
+        wall: Wall clock, in milliseconds per step.
+        cpu: CPU time, in milliseconds per step.
+        start_up: In milliseconds, wall clock.
+        fit: CPU time of the whole ``fit`` in seconds.
+        megabytes: What was written, per step.
+    """
 
     wall: float
     cpu: float
     start_up: float
+    fit: float
+    megabytes: float
 
 
 class Stopwatch(pl.Callback):
@@ -158,9 +189,11 @@ def train(make: Model, setting: Setting, gradients: str | None, root: Path) -> T
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    before = time.process_time()
     trainer.fit(module, data)
     wall, cpu = time.perf_counter(), time.process_time()
     trainer.strategy.barrier()
+    written = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     if trainer.is_global_zero:
         shutil.rmtree(root, ignore_errors=True)
     measured = (setting.steps - WARM_UP) / 1000
@@ -168,6 +201,8 @@ def train(make: Model, setting: Setting, gradients: str | None, root: Path) -> T
         wall=(wall - stopwatch.wall) / measured,
         cpu=(cpu - stopwatch.cpu) / measured,
         start_up=1000 * (stopwatch.first_step - stopwatch.started),
+        fit=cpu - before,
+        megabytes=written / setting.steps / 1e6,
     )
 
 
@@ -190,23 +225,28 @@ def ratios(timings: dict[str, list[Timing]], variant: str, clock: str) -> list[f
 
 
 def table(model: str, timings: dict[str, list[Timing]]) -> str:
-    """Format medians, and ratios as median [first quartile, third quartile]."""
-    lines = [f"{model:28}{'wall ms/step':>14}{'cpu ms/step':>13}{'wall ratio':>24}{'cpu ratio':>24}{'start-up ms':>13}"]
+    """Format medians; and ratios as median [first quartile, third quartile]."""
+    head = ["wall ms/step", "cpu ms/step", "wall ratio", "cpu ratio", "fit cpu ratio", "start-up ms", "MB/step"]
+    widths = [14, 13, 24, 24, 24, 13, 9]
+    lines = [f"{model:28}" + "".join(name.rjust(width) for name, width in zip(head, widths, strict=True))]
     for variant, values in timings.items():
         cells = [f"  {variant:26}"]
         cells += [f"{statistics.median(value.wall for value in values):14.3f}"]
         cells += [f"{statistics.median(value.cpu for value in values):13.3f}"]
-        for clock in ("wall", "cpu"):
+        for clock in ("wall", "cpu", "fit"):
             found = ratios(timings, variant, clock)
             low, median, high = statistics.quantiles(found, n=4, method="inclusive")
             cells.append(f"{median:.3f} [{low:.3f}, {high:.3f}]".rjust(24))
         cells.append(f"{statistics.median(value.start_up for value in values):13.1f}")
+        cells.append(f"{statistics.median(value.megabytes for value in values):9.3f}")
         lines.append("".join(cells))
     return "\n".join(lines)
 
 
-def measure(rank: int, setting: Setting, repeats: int, root: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Compare all models, as process ``rank``; the first one prints as it goes."""
+def measure(
+    rank: int, setting: Setting, models: list[str], repeats: int, root: Path, environment: dict[str, str]
+) -> dict[str, Any]:
+    """Compare models, as process ``rank``; the first one prints as it goes."""
     # Lightning starts no processes of its own where these are set
     os.environ |= environment | ({"LOCAL_RANK": str(rank)} if environment else {})
     # two threads on busy cores measure each other
@@ -215,8 +255,8 @@ def measure(rank: int, setting: Setting, repeats: int, root: Path, environment: 
     for name in ("lightning.pytorch", "lightning_dtda"):
         logging.getLogger(name).setLevel(logging.ERROR)
     results = {}
-    for model, make in MODELS.items():
-        timings = compare(make, setting, repeats, root / model.split()[0])
+    for model in models:
+        timings = compare(MODELS[model], setting, repeats, root / model.replace(" ", "-"))
         results[model] = {variant: [asdict(value) for value in values] for variant, values in timings.items()}
         if rank == 0:
             print(table(model, timings), flush=True)
@@ -228,12 +268,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each training")
     parser.add_argument("--repeats", type=int, default=7, help="trainings of each variant")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="of all models")
+    parser.add_argument("--models", default="", help="those whose names contain this")
     parser.add_argument("--workers", type=int, default=0, help="processes that load the data of each training")
     parser.add_argument("--processes", type=int, default=1, help="processes of each training (DDP)")
     parser.add_argument("--json", type=Path, help="file for all timings")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}, the steps of the warm-up")
+    if not (models := [model for model in MODELS if arguments.models in model]):
+        parser.error(f"--models must be part of one of these: {'; '.join(MODELS)}")
     if arguments.repeats < 2:
         parser.error("--repeats must be at least 2, to tell a spread")
     setting = Setting(arguments.steps, arguments.optimizer, arguments.workers, arguments.processes)
@@ -252,13 +295,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         others = [
             get_context("spawn").Process(
-                target=measure, args=(rank, setting, arguments.repeats, Path(root), environment)
+                target=measure, args=(rank, setting, models, arguments.repeats, Path(root), environment)
             )
             for rank in range(1, setting.processes)
         ]
         for other in others:
             other.start()
-        results = measure(0, setting, arguments.repeats, Path(root), environment)
+        results = measure(0, setting, models, arguments.repeats, Path(root), environment)
         for other in others:
             other.join()
     if arguments.json is not None:

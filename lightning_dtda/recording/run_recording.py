@@ -106,19 +106,15 @@ class RunRecording:
 
     def _checkpoint(self) -> None:
         self._flush()
-        tensors: dict[str, Tensor] = {
+        changing = {
             f"parameters.{name}": parameter
             for name, parameter in zip(self.layout.names, self._watch.parameters, strict=True)
-        }
-        for number, state in enumerate(self._watch.states()):
-            tensors |= {f"state.{number}.{key}": part for key, part in state.items()}
-        tensors |= {
-            f"buffers.{name}": buffer for name, buffer in buffers(self._module, self.layout, self.steps).items()
-        }
+        } | {f"buffers.{name}": buffer for name, buffer in buffers(self._module, self.layout, self.steps).items()}
         # the copy must be taken now: the next step changes the parameters in place
-        self._writer.add_checkpoint(
-            self.steps, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        )
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing.items()}
+        for number, state in enumerate(self._watch.states()):  # these are copies
+            tensors |= {f"state.{number}.{key}": part.cpu() for key, part in state.items()}
+        self._writer.add_checkpoint(self.steps, tensors)
         self._last_checkpoint = self.steps
 
 

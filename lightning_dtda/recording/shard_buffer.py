@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import queue
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from lightning_dtda.recording.step_watch import TakenStep
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
+from lightning_dtda.trajectory.storage import aligned_memory
 
 _SHARD_BYTES = 64 * 2**20
 """Gradients, or batches, held back before a shard is written: bounds the memory, and what a killed training loses."""
@@ -21,7 +24,10 @@ _SHARD_STEPS = 512
 
 @dataclass
 class ShardBuffer:
-    """The records of steps since ``first_step``; ``tensors`` gives them in the form of a shard.
+    """The records of steps since ``first_step``; ``take`` gives them in the form of a shard.
+
+    Memory for gradients is used again once its shard is on disk: new memory costs more than what is written into it,
+    since the system clears every page of it first.
 
     Args:
         layout: The recorded parameters.
@@ -37,6 +43,7 @@ class ShardBuffer:
     _steps: list[TakenStep] = field(default_factory=list)
     _leaf_bytes: int = 0
     _gradients: Tensor | None = None
+    _spare: queue.SimpleQueue[Tensor] = field(default_factory=queue.SimpleQueue)
     _norm: Tensor | None = None
     _norms: list[Tensor] = field(default_factory=list)
 
@@ -48,7 +55,7 @@ class ShardBuffer:
         """Whether it is time to write a shard."""
         return len(self) >= self.capacity or self._leaf_bytes >= _SHARD_BYTES
 
-    @property
+    @cached_property
     def capacity(self) -> int:
         """Number of steps in a full shard, if their batches do not fill it before."""
         return shard_steps(self.layout, self.gradients)
@@ -58,7 +65,12 @@ class ShardBuffer:
         if self.gradients is None:
             return
         if self._gradients is None:
-            self._gradients = torch.empty((self.capacity, self.layout.size), dtype=self.gradients, device=self.device)
+            shape = self.capacity, self.layout.size
+            self._gradients = (
+                self._host_memory()
+                if self.device.type == "cpu"
+                else torch.empty(shape, dtype=self.gradients, device=self.device)
+            )
         self.layout.flatten(gradients, out=self._gradients[len(self)])
 
     def put_norm(self, gradients: list[Tensor]) -> None:
@@ -74,22 +86,43 @@ class ShardBuffer:
             self._norms.append(self._norm)
             self._norm = None
 
-    def take(self) -> tuple[int, int, dict[str, Tensor]]:
-        """Return first step, last step and tensors of the shard, and start the next one."""
+    def take(self) -> tuple[int, int, dict[str, Tensor], Callable[[], None] | None]:
+        """Return first step, last step and tensors of the shard, and start the next one.
+
+        The last of the four is to be called when the tensors are not needed any more, from whatever thread; ``None``
+        where there is nothing to give back.
+        """
         first, steps = self.first_step, len(self)
         tensors = step_records(
             [step.micro_batches for step in self._steps],
             [step.hyperparameters for step in self._steps],
             [step.accumulate_grad_batches for step in self._steps],
         )
+        release = None
         if self._gradients is not None:
-            tensors["gradients"] = self._gradients[:steps].cpu()
+            host = self._gradients
+            if self.device.type == "cpu":
+                self._gradients = None
+            else:
+                host = self._host_memory()
+                host[:steps].copy_(self._gradients[:steps])
+            tensors["gradients"] = host[:steps]
+            release = partial(self._spare.put, host)
         if self._norms:
             tensors["gradient_norms"] = torch.stack(self._norms).cpu()
         self.first_step += steps
         self._steps, self._norms = [], []
-        self._leaf_bytes, self._gradients = 0, None
-        return first, first + steps, tensors
+        self._leaf_bytes = 0
+        return first, first + steps, tensors, release
+
+    def _host_memory(self) -> Tensor:
+        """Return memory for the gradients of a shard that no shard on its way to the disk is in."""
+        try:
+            return self._spare.get_nowait()
+        except queue.Empty:
+            assert self.gradients is not None
+            shape = self.capacity, self.layout.size
+            return aligned_memory(shape, self.gradients, pinned=self.device.type == "cuda")
 
 
 def shard_steps(layout: ParameterLayout, gradients: torch.dtype | None) -> int:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import math
+import mmap
+import os
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -16,6 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_dtda.errors import TrajectoryError
+
+if sys.platform == "linux":
+    import fcntl
 
 _CHECKSUM = "crc32"
 """Entry of a JSON file that holds the checksum of the others."""
@@ -42,12 +51,18 @@ _DTYPES = {
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-_PIECE = 2**20
-"""Bytes that are checksummed and written at a time: what the one reads is then in the cache for the other."""
+_PIECE = 2**22
+"""Bytes that are checksummed and written at a time."""
+
+_DIRECT_BYTES = 2**24
+"""A tensor that may go past the system's cache is at least so large: a smaller one is on its way back before long."""
+
+PAGE = mmap.PAGESIZE
+"""What goes past the system's cache begins at a multiple of it, in memory and in the file."""
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """Open a file under another name and rename it into place, so that no reader ever sees half of it."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
@@ -59,6 +74,30 @@ def replace_file(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
     with _replacing(path) as file:
         file.write(content)
+
+
+@contextmanager
+def _past_the_cache(file: io.BufferedWriter) -> Iterator[Callable[[memoryview], Any]]:
+    """Give what writes to the disk past the system's cache; or through it, if there is no other way."""
+    if sys.platform != "linux":
+        yield file.write
+        return
+    file.flush()
+    flags = fcntl.fcntl(file, fcntl.F_GETFL)
+    with suppress(OSError):  # not every file system has a way past the cache
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+
+    def write(piece: memoryview) -> None:
+        while piece:
+            try:
+                piece = piece[file.raw.write(piece) :]
+            except OSError as error:
+                if error.errno != errno.EINVAL or fcntl.fcntl(file, fcntl.F_GETFL) == flags:
+                    raise
+                fcntl.fcntl(file, fcntl.F_SETFL, flags)  # it takes whole pages only: the last is none, say
+
+    yield write
+    fcntl.fcntl(file, fcntl.F_SETFL, flags)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -93,34 +132,59 @@ def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = False) -> dict[str, Any]:
     """Write tensors as safetensors and return the file's entry for a manifest: name, bytes and checksum.
 
     The bytes go to the system from where they are: no copy of the tensors is made, unless they are on another device.
+
+    Args:
+        path: The file.
+        tensors: What it is to hold.
+        direct: Whether the largest tensor, where it is large and begins at a multiple of ``PAGE`` in memory, goes to
+            the disk past the system's cache: without another copy, and waiting for the disk. Where the system or the
+            file system has no such way, it goes through the cache.
 
     Raises:
         TypeError: If safetensors has no name for a tensor's data type.
     """
     # the widest first, as safetensors has it, so that every tensor is aligned
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
-    header: dict[str, Any] = {}
-    end = 0
+    described: dict[str, Any] = {}
+    end, before, alignment, past = 0, 0, 8, None
     for name, tensor in ordered.items():
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"safetensors files hold no tensors of {tensor.dtype}, such as {name!r}")
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    start_of_file = len(encoded).to_bytes(8, "little") + encoded
-    checksum = zlib.crc32(start_of_file)
+        described[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        if direct and start % 8 == 0 and tensor.nbytes >= _DIRECT_BYTES and tensor.data_ptr() % PAGE == 0:
+            past, before, alignment = name, start, PAGE
+    header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
+    # spaces, which the format allows
+    header += b" " * (-(8 + len(header) + before) % alignment)
+    begin = len(header).to_bytes(8, "little") + header
+    checksum = zlib.crc32(begin)
     with _replacing(path) as file:
-        file.write(start_of_file)
-        for tensor in ordered.values():
-            for piece in _pieces(tensor):
-                checksum = zlib.crc32(piece, checksum)
-                file.write(piece)
-    return {"file": path.name, "bytes": len(start_of_file) + end, "crc32": checksum}
+        file.write(begin)
+        for name, tensor in ordered.items():
+            with _past_the_cache(file) if name == past else nullcontext(file.write) as write:
+                for piece in _pieces(tensor):
+                    checksum = zlib.crc32(piece, checksum)
+                    write(piece)
+    return {"file": path.name, "bytes": len(begin) + end, "crc32": checksum}
+
+
+def aligned_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
+    """Return an uninitialised tensor that begins at a multiple of ``PAGE``, for :func:`write_tensors`.
+
+    Args:
+        shape: Its shape.
+        dtype: Its data type.
+        pinned: Whether a GPU can copy into it by itself.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
+    start = -memory.data_ptr() % PAGE
+    return memory[start : start + size].view(dtype).view(shape)
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:

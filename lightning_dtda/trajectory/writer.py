@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class RunWriter:
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory = directory
         self._manifest = manifest
-        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor]] | None]
+        self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor], Callable[[], None] | None] | None]
         self._queue = queue.Queue(_QUEUE_LENGTH)
         self._failure: Exception | None = None
         self._lock = FileLock(directory / _LOCK)
@@ -61,9 +61,23 @@ class RunWriter:
         """Queue parameters and optimizer state after ``step`` steps. The tensors must not change any more."""
         self._put(f"checkpoint-{step:08d}.safetensors", {"step": step}, tensors)
 
-    def add_shard(self, first_step: int, last_step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Queue the records of steps ``first_step`` to ``last_step - 1``. The tensors must not change any more."""
-        self._put(f"steps-{first_step:08d}.safetensors", {"first_step": first_step, "last_step": last_step}, tensors)
+    def add_shard(
+        self,
+        first_step: int,
+        last_step: int,
+        tensors: Mapping[str, Tensor],
+        release: Callable[[], None] | None = None,
+    ) -> None:
+        """Queue the records of steps ``first_step`` to ``last_step - 1``.
+
+        Args:
+            first_step: The first.
+            last_step: The one after the last.
+            tensors: The records, which must not change before they are released.
+            release: Called, from the writer's thread, once the tensors are not needed any more.
+        """
+        entry = {"first_step": first_step, "last_step": last_step}
+        self._put(f"steps-{first_step:08d}.safetensors", entry, tensors, release)
 
     def add_examples(self, checksums: ExampleChecksums) -> None:
         """Queue the checksums of the training examples."""
@@ -111,9 +125,15 @@ class RunWriter:
         self._lock.release()
         (self._directory / _LOCK).unlink(missing_ok=True)
 
-    def _put(self, name: str, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def _put(
+        self,
+        name: str,
+        entry: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        release: Callable[[], None] | None = None,
+    ) -> None:
         self._raise_failure()
-        self._queue.put((name, entry, tensors))
+        self._queue.put((name, entry, tensors, release))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -125,11 +145,14 @@ class RunWriter:
     def _work(self) -> None:
         unlisted = 0
         while (item := self._queue.get()) is not None:
-            name, entry, tensors = item
+            name, entry, tensors, release = item
             try:
                 if self._failure is not None:
                     continue  # keep emptying the queue, so that the training thread is never stuck on it
-                written = write_tensors(self._directory / name, tensors) | entry
+                # while another file waits, the disk does not keep up: what the system's cache takes meanwhile, the
+                # training need not wait for
+                keeps_up = self._queue.empty()
+                written = write_tensors(self._directory / name, tensors, keeps_up) | entry
                 if name == EXAMPLES:
                     self._manifest.examples = written
                 elif name == AVERAGE:
@@ -146,6 +169,8 @@ class RunWriter:
             except Exception as error:
                 self._failure = error
             finally:
+                if release is not None:
+                    release()
                 self._queue.task_done()
 
 

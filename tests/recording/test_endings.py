@@ -192,9 +192,9 @@ def test_files_are_written_off_the_training_thread(record, monkeypatch):
     threads = set()
     write = writer.write_tensors
 
-    def note_thread(path, tensors):
+    def note_thread(path, *arguments):
         threads.add(threading.current_thread().name)
-        return write(path, tensors)
+        return write(path, *arguments)
 
     monkeypatch.setattr(writer, "write_tensors", note_thread)
 
@@ -208,11 +208,11 @@ def fill_disk(monkeypatch, files):
     written = []
     write = writer.write_tensors
 
-    def write_or_fail(path, tensors):
+    def write_or_fail(path, *arguments):
         if len(written) == files:
             raise OSError(28, "No space left on device")
         written.append(path)
-        return write(path, tensors)
+        return write(path, *arguments)
 
     monkeypatch.setattr(writer, "write_tensors", write_or_fail)
 

@@ -1,11 +1,15 @@
 """What is recorded of a step is what the Trainer did at that step: bit by bit, by a route of its own."""
 
+import time
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.recording import shard_buffer
+from lightning_dtda.trajectory import writer
 from tests.recording.modules import Regressor, assert_same, loader, parameters_of, sgd, shuffled
 
 
@@ -179,6 +183,32 @@ def test_bfloat16_gradients_are_the_applied_ones_rounded(record):
 
     for step, gradient in enumerate(watch.gradients):
         assert_same(run.gradient(step), {name: tensor.bfloat16() for name, tensor in gradient.items()})
+
+
+@pytest.mark.parametrize("seconds", [0, 0.01], ids=["fast disk", "slow disk"])
+def test_memory_for_gradients_is_used_again_but_not_before_it_is_on_disk(record, monkeypatch, seconds):
+    made, watch = [], Watch()
+    memory, write = shard_buffer.aligned_memory, writer.write_tensors
+
+    def note(*arguments, **options):
+        made.append(memory(*arguments, **options))
+        return made[-1]
+
+    def wait_for_the_disk(path, *arguments):
+        time.sleep(seconds)
+        return write(path, *arguments)
+
+    monkeypatch.setattr(shard_buffer, "aligned_memory", note)
+    monkeypatch.setattr(writer, "write_tensors", wait_for_the_disk)
+    monkeypatch.setattr(shard_buffer, "_SHARD_BYTES", 1)  # each step a shard of its own
+
+    run = record(Regressor(), shuffled(), watch, max_epochs=6, recorder={"checkpoint_every": 100})
+
+    assert (run.steps, len(run.manifest.shards)) == (36, 36)
+    for step, gradient in enumerate(watch.gradients):
+        assert_same(run.gradient(step), gradient)
+    # one is filled or waits for a place in the queue, one is written, the others are in the queue
+    assert 1 <= len(made) <= writer._QUEUE_LENGTH + 2
 
 
 def test_learning_rates_are_those_of_the_very_step(record):

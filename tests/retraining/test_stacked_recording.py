@@ -294,10 +294,10 @@ def test_an_interrupted_stack_leaves_what_was_recorded_and_is_recorded_again(tmp
 def test_a_file_that_cannot_be_written_is_an_error_and_its_run_incomplete(tmp_path, monkeypatch):
     original = writer.write_tensors
 
-    def full(path, tensors):
+    def full(path, *arguments):
         if path.parent.name == run_name(SEEDS[2]) and path.name == "checkpoint-00000006.safetensors":
             raise OSError("no space left on device")
-        return original(path, tensors)
+        return original(path, *arguments)
 
     monkeypatch.setattr(writer, "write_tensors", full)
     with pytest.raises(RecordingError, match="seed-0009 failed: no space left on device"):

@@ -1,5 +1,8 @@
 """Tensors are written as safetensors writes them, without a copy of them on the way."""
 
+import errno
+import os
+import sys
 import tracemalloc
 import zlib
 
@@ -7,7 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lightning_dtda.trajectory.storage import _DTYPES, read_tensors, write_tensors
+from lightning_dtda.trajectory import storage
+from lightning_dtda.trajectory.storage import _DTYPES, PAGE, aligned_memory, read_tensors, write_tensors
 
 
 def bits(tensor):
@@ -81,3 +85,86 @@ def test_a_data_type_that_safetensors_lacks_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match=r"no tensors of torch\.complex128, such as 'waves'"):
         write_tensors(tmp_path / "file", {"waves": torch.zeros(2, dtype=torch.complex128)})
     assert not list(tmp_path.iterdir())
+
+
+def large(dtype=torch.float32):
+    """A tensor that may go past the cache, and does not end at the end of a page."""
+    memory = aligned_memory((2, 5_000_001), dtype)
+    assert memory.data_ptr() % PAGE == 0
+    return memory.copy_(torch.randn(memory.shape, generator=torch.Generator().manual_seed(0)))
+
+
+def assert_read(path, entry, tensors):
+    read = safetensors.torch.load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(bits(read[name]), bits(tensor)) for name, tensor in tensors.items())
+    assert entry["crc32"] == zlib.crc32(path.read_bytes())
+
+
+def written_directly(monkeypatch):
+    """Note whether the system's cache was passed, at each change of that."""
+    changes = []
+    control = storage.fcntl.fcntl
+
+    def note(file, command, *flags):
+        done = control(file, command, *flags)
+        if command == storage.fcntl.F_SETFL:
+            changes.append(bool(control(file, storage.fcntl.F_GETFL) & os.O_DIRECT))
+        return done
+
+    monkeypatch.setattr(storage.fcntl, "fcntl", note)
+    return changes
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no way past their cache")
+
+
+@on_linux
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_tensor_goes_past_the_cache_and_the_file_is_a_safetensors_file(tmp_path, monkeypatch, dtype):
+    tensors = {"gradients": large(dtype), "indices": torch.arange(5), "norms": torch.ones(3, dtype=torch.bfloat16)}
+    changes = written_directly(monkeypatch)
+
+    entry = write_tensors(tmp_path / "file", tensors, direct=True)
+
+    assert_read(tmp_path / "file", entry, tensors)
+    assert entry["bytes"] == (tmp_path / "file").stat().st_size
+    assert changes[0] or not has_direct_files(tmp_path)
+    assert not changes[-1]
+
+
+def has_direct_files(path):
+    try:
+        os.close(os.open(path / "direct", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+@on_linux
+def test_where_there_is_no_way_past_the_cache_the_file_is_the_same(tmp_path, monkeypatch):
+    tensors = {"gradients": large(), "indices": torch.arange(5)}
+    expected = write_tensors(tmp_path / "file", tensors, direct=True)
+    control = storage.fcntl.fcntl
+
+    def refuse(file, command, *flags):
+        if flags and flags[0] & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return control(file, command, *flags)
+
+    monkeypatch.setattr(storage.fcntl, "fcntl", refuse)
+    entry = write_tensors(tmp_path / "file", tensors, direct=True)
+
+    assert entry == expected
+    assert_read(tmp_path / "file", entry, tensors)
+
+
+@on_linux
+@pytest.mark.parametrize("tensor", [large()[:, 1:], large()[:1, :4_000_000]], ids=["not aligned", "small"])
+def test_a_tensor_that_is_not_aligned_or_small_goes_through_the_cache(tmp_path, monkeypatch, tensor):
+    changes = written_directly(monkeypatch)
+
+    entry = write_tensors(tmp_path / "file", {"gradients": tensor, "indices": torch.arange(5)}, direct=True)
+
+    assert not changes
+    assert_read(tmp_path / "file", entry, {"gradients": tensor, "indices": torch.arange(5)})

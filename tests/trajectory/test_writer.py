@@ -1,6 +1,7 @@
 """The writer works in a thread of its own, and only what is on disk counts."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,9 +22,9 @@ def test_a_file_counts_only_once_it_is_whole(directory, monkeypatch):
     seen = []
     write = writer.write_tensors
 
-    def look_before_and_after(path, tensors):
+    def look_before_and_after(path, *arguments):
         before = len(Run(directory).manifest.shards)
-        entry = write(path, tensors)
+        entry = write(path, *arguments)
         seen.append((before, len(Run(directory).manifest.shards), path.stat().st_size == entry["bytes"]))
         return entry
 
@@ -53,15 +54,62 @@ def test_the_caller_waits_only_when_too_many_files_are_under_way(directory, monk
     assert Run(directory).steps == writer._QUEUE_LENGTH
 
 
+def test_a_disk_that_does_not_keep_up_is_left_to_the_cache(directory, monkeypatch):
+    disk, begun, direct = threading.Event(), threading.Event(), []
+    write = writer.write_tensors
+
+    def note(path, tensors, past_the_cache):
+        direct.append(past_the_cache)
+        begun.set()
+        disk.wait()
+        return write(path, tensors, past_the_cache)
+
+    monkeypatch.setattr(writer, "write_tensors", note)
+    run_writer = RunWriter(directory, manifest(gradients="none"))
+    run_writer.add_shard(0, 1, records(0, 1, None))
+    begun.wait()  # the others wait for the first one
+    run_writer.add_shard(1, 2, records(1, 2, None))
+    run_writer.add_shard(2, 3, records(2, 3, None))
+    disk.set()
+    run_writer.sync()
+    run_writer.add_shard(3, 4, records(3, 4, None))
+    run_writer.sync()
+    run_writer.close("complete")
+
+    assert direct == [True, False, True, True]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_shard_is_released_once_it_is_written_or_never_will_be(directory, monkeypatch, fails):
+    disk, released = threading.Event(), threading.Event()
+
+    def wait_for_the_disk(path, tensors, direct):
+        disk.wait()
+        if fails:
+            raise OSError(5, "Input/output error")
+        return write(path, tensors, direct)
+
+    write = writer.write_tensors
+    monkeypatch.setattr(writer, "write_tensors", wait_for_the_disk)
+    run_writer = RunWriter(directory, manifest(gradients="none"))
+    run_writer.add_shard(0, 1, records(0, 1, None), released.set)
+    assert not released.is_set()
+    disk.set()
+    assert released.wait(60)
+
+    with pytest.raises(RecordingError, match="failed") if fails else nullcontext():
+        run_writer.close("complete")
+
+
 def test_a_failed_write_is_reported_at_the_next_opportunity_and_nothing_after_it_counts(directory, monkeypatch):
     failing = threading.Event()
     write = writer.write_tensors
 
-    def fail_at_the_second(path, tensors):
+    def fail_at_the_second(path, *arguments):
         if path.name == "steps-00000001.safetensors":
             failing.set()
             raise OSError(5, "Input/output error")
-        return write(path, tensors)
+        return write(path, *arguments)
 
     monkeypatch.setattr(writer, "write_tensors", fail_at_the_second)
     run_writer = RunWriter(directory, manifest(gradients="none"))
