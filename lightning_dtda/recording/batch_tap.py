@@ -100,7 +100,7 @@ class BatchTap:
         for earlier in [key for key in drawn if key < number]:
             del drawn[earlier]
         try:
-            return [operator.index(index) for index in indices]
+            return list(map(operator.index, indices))
         except (TypeError, ValueError) as error:
             raise RecordingError(
                 f"The sampler yields {indices!r}, not a list of data set indices. Let it yield lists of integers, or "

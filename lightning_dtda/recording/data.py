@@ -102,16 +102,16 @@ class TrainingData:
     def _changed(self, other: ExampleChecksums | None) -> list[int]:
         return [] if self.checksums is None or other is None else self.checksums.changed(other)
 
-    def check_indices(self, indices: Tensor) -> None:
+    def check_indices(self, indices: list[int]) -> None:
         """Check that a batch was made of examples that have an index.
 
         Raises:
             RecordingError: If the indices are not those of examples.
         """
         length = len(self)
-        if not len(indices) or not 0 <= int(indices.min()) <= int(indices.max()) < length:
+        if not indices or not 0 <= min(indices) <= max(indices) < length:
             raise RecordingError(
-                f"A batch was made of the indices {indices.tolist()} of {length} examples. Let the sampler yield "
+                f"A batch was made of the indices {indices} of {length} examples. Let the sampler yield "
                 f"indices from 0 to {length - 1}."
             )
 

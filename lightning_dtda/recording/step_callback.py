@@ -52,11 +52,11 @@ class StepCallback(Callback):
     def _take_batch(self, trainer: pl.Trainer, batch_idx: int) -> tuple[MicroBatch, Any]:
         """Return what is known of the batch at hand, and the batch as it was collated."""
         assert self._tap is not None
-        indices = torch.tensor(self._tap.current_indices())
+        indices = self._tap.current_indices()
         states, collated = self._tap.take()
         self._data.check_indices(indices)
         step = trainer.global_step
-        return MicroBatch(indices, trainer.current_epoch, batch_idx, states, global_step=step), collated
+        return MicroBatch(torch.tensor(indices), trainer.current_epoch, batch_idx, states, global_step=step), collated
 
     def _release(self) -> None:
         """Give the Trainer back as it was."""

@@ -25,6 +25,9 @@ _OWN = "own."
 _TWISTER_BYTES = 624 * 4 + 4
 """numpy's Mersenne twister in memory: 624 words, and the position in them."""
 
+_WORDS_IN_PYTHON = 4 + 624 * 4
+"""Python's Mersenne twister in memory, behind what every object begins with: the position, and 624 words."""
+
 _GAUSSIAN = struct.Struct("<?d")
 """Whether a normal number is kept for the next call, and that number."""
 
@@ -53,6 +56,7 @@ class Generators:
         self._own: list[Any] = list({id(generator): generator for generator in found}.values())
         self._device = device
         self._numpy: tuple[bytes, Tensor] | None = None
+        self._python: tuple[bytes, Tensor] | None = None
 
     def states(self) -> dict[str, Tensor]:
         """Return the states by the generators' names, as bytes."""
@@ -60,7 +64,7 @@ class Generators:
         if self._device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self._device)
         states["numpy"] = self._state_of_numpy()
-        states["python"] = _of_python(random.getstate())
+        states["python"] = self._state_of_python()
         for number, generator in enumerate(self._own):
             states[f"{_OWN}{number}"] = _state(generator)
         return states
@@ -86,6 +90,7 @@ class Generators:
                 self._numpy = None  # a number may be kept again beside a memory that was seen without
             elif name == "python":
                 random.setstate(_to_python(state))
+                self._python = None
             else:
                 _set_state(self._own[int(name.removeprefix(_OWN))], state)
 
@@ -146,10 +151,26 @@ class Generators:
             return state
         return self._numpy[1]
 
+    def _state_of_python(self) -> Tensor:
+        # as for numpy: getstate() and what makes bytes of it take 17 us
+        content = _memory_of_python()
+        if content is None or self._python is None or self._python[0] != content:
+            state: Any = random.getstate()
+            packed = _of_python(state)
+            # CPython's memory, if it is what it is taken for
+            is_known = content is not None and content == _in_memory(state) and state[2] is None
+            self._python = (content, packed) if is_known and content is not None else None
+            return packed
+        return self._python[1]
+
 
 def drawn_from(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return those of the states before that are others after: of the generators that were drawn from."""
-    return {name: state for name, state in before.items() if not torch.equal(state, after[name])}
+    return {
+        name: state
+        for name, state in before.items()
+        if state is not after[name] and not torch.equal(state, after[name])
+    }
 
 
 class DrawnIn(TorchDispatchMode):
@@ -195,6 +216,23 @@ def _to_numpy(state: Tensor) -> tuple[str, Any, int, int, float]:
     (position,) = struct.unpack_from("<i", content, 624 * 4)
     has_gaussian, gaussian = _GAUSSIAN.unpack_from(content, _TWISTER_BYTES)
     return "MT19937", np.frombuffer(content, "<u4", 624), position, int(has_gaussian), gaussian
+
+
+def _memory_of_python() -> bytes | None:
+    """Return what Python's global generator holds in memory, ``None`` where it holds less than in CPython."""
+    generator: Any = getattr(random.getstate, "__self__", None)
+    twister: Any = random.Random.__base__
+    if not isinstance(generator, twister) or generator.gauss_next is not None:
+        return None
+    if twister.__basicsize__ < object.__basicsize__ + _WORDS_IN_PYTHON:
+        return None
+    return ctypes.string_at(id(generator) + object.__basicsize__, _WORDS_IN_PYTHON)
+
+
+def _in_memory(state: Any) -> bytes:
+    """Return what CPython holds in memory of a state."""
+    *words, position = state[1]
+    return struct.pack("=i", position) + np.array(words, "=u4").tobytes()
 
 
 def _of_python(state: Any) -> Tensor:

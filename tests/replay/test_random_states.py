@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay import random_states
 from lightning_dtda.replay.random_states import DrawnIn, Generators, drawn_from
 
 CPU = torch.device("cpu")
@@ -89,6 +90,34 @@ def test_only_the_generator_that_was_drawn_from_is_named(module, name):
     found = drawn_from(before, generators.states())
     assert list(found) == [name]
     assert torch.equal(found[name], before[name])
+
+
+@pytest.mark.parametrize("memory", ["as in CPython", "not known", "something else"])
+def test_the_state_of_python_is_the_one_at_hand_however_it_was_reached(module, monkeypatch, memory):
+    if memory != "as in CPython":
+        content = {"not known": None, "something else": bytes(2500)}[memory]
+        monkeypatch.setattr(random_states, "_memory_of_python", lambda: content)
+    generators = Generators(module, CPU)
+    start = random.getstate()
+    changes = [
+        lambda: None,
+        random.random,
+        lambda: random.gauss(0, 1),  # draws two at once, and keeps one
+        lambda: random.gauss(0, 1),
+        lambda: random.seed(3),
+        lambda: random.setstate(start),
+        lambda: random.setstate((*start[:2], 0.5)),  # differs by the number kept
+        lambda: None,
+        lambda: random.setstate(start),
+    ]
+    for change in changes:
+        change()
+        here = random.getstate()
+        state = generators.states()["python"]
+        assert generators.states()["python"].equal(state)
+        random.seed(9)
+        generators.set({"python": state})
+        assert random.getstate() == here
 
 
 def test_nothing_that_is_drawn_inside_is_missed_afterwards(module):
