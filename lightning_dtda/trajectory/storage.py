@@ -9,7 +9,6 @@ import math
 import mmap
 import os
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -25,6 +24,11 @@ from lightning_dtda.errors import TrajectoryError
 
 if sys.platform == "linux":
     import fcntl
+
+try:  # the same checksum, by instructions that processors have for it: some five times as fast
+    from isal.isal_zlib import crc32
+except ImportError:
+    from zlib import crc32
 
 _CHECKSUM = "crc32"
 """Entry of a JSON file that holds the checksum of the others."""
@@ -104,7 +108,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, whole or not at all, a line for each of its entries, its checksum last."""
     # not json's own indent, which leaves its encoder in C for one in Python, ten times slower
     entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-    checksum = zlib.crc32(f"{{{', '.join(entries)}}}".encode())  # of what json.dumps makes of the whole
+    checksum = crc32(f"{{{', '.join(entries)}}}".encode())  # of what json.dumps makes of the whole
     lines = ",\n ".join([*entries, f'"{_CHECKSUM}": {checksum}'])
     replace_file(path, f"{{\n {lines}\n}}\n".encode())
 
@@ -129,7 +133,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content).encode())
+    return crc32(json.dumps(content).encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = False) -> dict[str, Any]:
@@ -162,13 +166,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = Fals
     # spaces, which the format allows
     header += b" " * (-(8 + len(header) + before) % alignment)
     begin = len(header).to_bytes(8, "little") + header
-    checksum = zlib.crc32(begin)
+    checksum = crc32(begin)
     with _replacing(path) as file:
         file.write(begin)
         for name, tensor in ordered.items():
             with _past_the_cache(file) if name == past else nullcontext(file.write) as write:
                 for piece in _pieces(tensor):
-                    checksum = zlib.crc32(piece, checksum)
+                    checksum = crc32(piece, checksum)
                     write(piece)
     return {"file": path.name, "bytes": len(begin) + end, "crc32": checksum}
 
@@ -222,7 +226,7 @@ def read_tensors(directory: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]
     check_size(directory, entry)
     path = entry_path(directory, entry)
     content = path.read_bytes()
-    if zlib.crc32(content) != entry["crc32"]:
+    if crc32(content) != entry["crc32"]:
         raise TrajectoryError(f"{path} is not what was written (its checksum differs). Record the run again.")
     try:
         # no pickle: a header of names, shapes and offsets, bounded by the bytes whose checksum was just compared
