@@ -17,7 +17,7 @@ from lightning_dtda.recording import checks
 from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
 from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.replay.cut import nodes_behind
-from lightning_dtda.replay.eager import Eager, reduction, shared_by_examples
+from lightning_dtda.replay.eager import Eager, sharing
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import drops_out_inside
 from lightning_dtda.replay.measured import Draws, measured
@@ -147,11 +147,7 @@ def _try_step(
         )
     with eager.passed(inputs, theta, held) as one:
         _refuse_once_differentiable(one.gradient, type(module).__name__)
-    shared = {
-        "training": shared_by_examples(eager, inputs, theta, held),
-        "evaluation": shared_by_examples(eager, inputs, theta, held, training=False),
-        "reduction": reduction(eager, inputs, theta, held),
-    }
+    shared = sharing(eager, inputs, theta, held)
     _try_measurement(eager, inputs, theta, stacked)
     return Trial(layout, facts, shared, eager)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.running_statistics import RunningStatistics
 from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
+
+_Observed: TypeAlias = tuple[Tensor, list[Tensor]]
+"""Terms of the examples of a batch, and the gradients that arrive at their rows."""
 
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Relative difference of two derivatives that is taken for rounding: a dependence on examples is far above."""
@@ -287,16 +290,46 @@ class Eager:
         return list(self.replica.layout.unflatten(vector).values())
 
 
-def shared_by_examples(
-    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, training: bool = True
+def sharing(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName) -> dict[str, str]:
+    """Say what the examples of a batch share, and how the loss is reduced over them.
+
+    Args:
+        eager: Runs the step.
+        inputs: The batch.
+        theta: Parameters ``(P,)``.
+        buffers: Buffers and frozen parameters by name.
+
+    Returns:
+        What they share in ``training`` and in ``evaluation`` mode: ``"none"``, their ``"network"`` or their ``"loss"``.
+        And the ``reduction`` in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``.
+    """
+    direction = _direction(theta)
+    training, evaluation = (_observed(eager, inputs, theta, buffers, direction, mode) for mode in (True, False))
+    found = _shared(eager, inputs, theta, buffers, direction, training, True)
+    # to the bit: then the module does in either mode what it does in the other, and half of the passes say the rest
+    flat = [[terms, *arrived] for terms, arrived in (training, evaluation)]
+    is_same = len(set(map(len, flat))) == 1 and all(map(torch.equal, *flat))
+    return {
+        "training": found,
+        "evaluation": found if is_same else _shared(eager, inputs, theta, buffers, direction, evaluation, False),
+        "reduction": _reduction(eager, inputs, theta, buffers, direction, evaluation),
+    }
+
+
+def _shared(
+    eager: Eager,
+    inputs: MicroBatchInputs,
+    theta: Tensor,
+    buffers: ByName,
+    direction: Tensor,
+    whole: _Observed,
+    training: bool,
 ) -> str:
-    """Say what the examples of a batch share: ``"none"``, their ``"network"`` or their ``"loss"``.
+    """Say what examples share, of which a batch was observed.
 
     One example is put in place of another: what then changes of the others' terms, they share. In the network that is
     BatchNorm or mixup, in the loss a divisor that depends on the batch, or a contrast.
     """
-    direction = _direction(theta)
-    whole = _observed(eager, inputs, theta, buffers, direction, training)
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
     for position, replaced in inputs.replaced():
         try:
@@ -315,10 +348,11 @@ def shared_by_examples(
     return "none"
 
 
-def reduction(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName) -> str:
-    """Say how the loss is reduced over examples in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``."""
-    direction = _direction(theta)
-    whole, _ = _observed(eager, inputs, theta, buffers, direction, training=False)
+def _reduction(
+    eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, direction: Tensor, observed: _Observed
+) -> str:
+    """Say how the loss is reduced over examples of which a batch was observed in evaluation mode."""
+    whole, _ = observed
     tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
     if inputs.examples < 2:
         return "other"
@@ -341,7 +375,7 @@ def _direction(theta: Tensor) -> Tensor:
 
 def _observed(
     eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, direction: Tensor, training: bool
-) -> tuple[Tensor, list[Tensor]]:
+) -> _Observed:
     """Return the examples' terms along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
     with eager.passed(inputs, theta, buffers, training=training) as one:
         return one.terms(eager._parameters(direction)), one.arrived()
