@@ -32,7 +32,7 @@ from lightning_dtda.recording.extent import (
     check_disk,
     checkpoint_interval,
     gradient_precision,
-    needed_bytes,
+    needed,
     planned_steps,
 )
 from lightning_dtda.recording.other_runs import refuse_other_configuration
@@ -226,9 +226,9 @@ class TrajectoryRecorder(StepCallback):
             if is_first:
                 if self.runs_to_fit:
                     interval = checkpoint_interval(self.checkpoint_every, manifest.planned_steps)
-                    of_run = needed_bytes(trainer, pl_module, optimizer, manifest, interval, collated)
+                    of_run = needed(trainer, pl_module, optimizer, manifest, interval, collated)
                     what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
-                    check_disk(what, self.root, self.runs_to_fit * of_run)
+                    check_disk(what, self.root, self.runs_to_fit * of_run.disk, of_run.memory)
                 manifest = self._prepare(self._directory, manifest, pl_module)
         # the first process comes last: once its manifest is there, those of the others are
         for turn in (False, True):

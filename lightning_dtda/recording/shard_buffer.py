@@ -15,7 +15,7 @@ from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
 from lightning_dtda.trajectory.storage import aligned_memory
 
-_SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 64 * 2**20
 """Gradients, or batches, held back before a shard is written: bounds the memory, and what a killed training loses."""
 
 _SHARD_STEPS = 512
@@ -53,7 +53,7 @@ class ShardBuffer:
     @property
     def is_full(self) -> bool:
         """Whether it is time to write a shard."""
-        return len(self) >= self.capacity or self._leaf_bytes >= _SHARD_BYTES
+        return len(self) >= self.capacity or self._leaf_bytes >= SHARD_BYTES
 
     @cached_property
     def capacity(self) -> int:
@@ -134,7 +134,7 @@ def shard_steps(layout: ParameterLayout, gradients: torch.dtype | None) -> int:
     """
     if gradients is None:
         return _SHARD_STEPS
-    return max(1, min(_SHARD_STEPS, _SHARD_BYTES // (layout.size * gradients.itemsize)))
+    return max(1, min(_SHARD_STEPS, SHARD_BYTES // (layout.size * gradients.itemsize)))
 
 
 def step_records(

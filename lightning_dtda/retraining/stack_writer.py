@@ -15,9 +15,7 @@ from lightning_dtda.recording.shard_buffer import shard_steps, step_records
 from lightning_dtda.retraining.stack_size import Footprint
 from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
 from lightning_dtda.trajectory import MicroBatch, Run, RunWriter
-
-_IN_FLIGHT = 4
-"""Files of a run that may be in memory: one that is gathered, one that is written, two that wait."""
+from lightning_dtda.trajectory.writer import FILES_IN_MEMORY
 
 
 class StackWriter:
@@ -166,7 +164,7 @@ def footprint(reference: Run, interval: int) -> Footprint:
     shard = 0 if gradients is None else steps * reference.layout.size * gradients.itemsize
     last = reference.checkpoint(reference.steps)
     tensors = [last.theta, *last.buffers.values(), *(part for state in last.states for part in state.values())]
-    return Footprint(device=shard, host=_IN_FLIGHT * (shard + sum(tensor.nbytes for tensor in tensors)))
+    return Footprint(device=shard, host=FILES_IN_MEMORY * (shard + sum(tensor.nbytes for tensor in tensors)))
 
 
 def _gradient_dtype(reference: Run) -> torch.dtype | None:

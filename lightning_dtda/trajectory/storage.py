@@ -58,8 +58,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PIECE = 2**22
 """Bytes that are checksummed and written at a time."""
 
-_DIRECT_BYTES = 2**24
-"""A tensor that may go past the system's cache is at least so large: a smaller one is on its way back before long."""
+_DIRECT_BYTES = 2**22
+"""A tensor that may go past the system's cache is at least so large: less is soon written, and best read from there."""
 
 PAGE = mmap.PAGESIZE
 """What goes past the system's cache begins at a multiple of it, in memory and in the file."""

@@ -20,6 +20,9 @@ from lightning_dtda.trajectory.storage import write_tensors
 _QUEUE_LENGTH = 2
 """Files that may wait in memory; a third one makes the training wait for the disk, which bounds the memory."""
 
+FILES_IN_MEMORY = _QUEUE_LENGTH + 2
+"""Files of a run that may be in memory: one that is gathered, one that is written, and those that wait."""
+
 _LISTED_FILES_PER_NEW = 64
 """The manifest is rewritten once its new files are this fraction of the old: rewriting costs the same for each file
 however many there are, and a killed training loses at most that fraction (of fewer files, none)."""

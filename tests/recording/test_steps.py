@@ -1,5 +1,6 @@
 """What is recorded of a step is what the Trainer did at that step: bit by bit, by a route of its own."""
 
+import logging
 import time
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.recording import shard_buffer
 from lightning_dtda.trajectory import writer
+from lightning_dtda.units import human_bytes
 from tests.recording.modules import Regressor, assert_same, loader, parameters_of, sgd, shuffled
 
 
@@ -200,7 +202,7 @@ def test_memory_for_gradients_is_used_again_but_not_before_it_is_on_disk(record,
 
     monkeypatch.setattr(shard_buffer, "aligned_memory", note)
     monkeypatch.setattr(writer, "write_tensors", wait_for_the_disk)
-    monkeypatch.setattr(shard_buffer, "_SHARD_BYTES", 1)  # each step a shard of its own
+    monkeypatch.setattr(shard_buffer, "SHARD_BYTES", 1)  # each step a shard of its own
 
     run = record(Regressor(), shuffled(), watch, max_epochs=6, recorder={"checkpoint_every": 100})
 
@@ -209,6 +211,25 @@ def test_memory_for_gradients_is_used_again_but_not_before_it_is_on_disk(record,
         assert_same(run.gradient(step), gradient)
     # one is filled or waits for a place in the queue, one is written, the others are in the queue
     assert 1 <= len(made) <= writer._QUEUE_LENGTH + 2
+
+
+@pytest.mark.parametrize(
+    ("recorder", "disk", "memory"),
+    [
+        # 12 steps of 36 parameters with momentum; 4 files at once
+        ({"gradients": "none", "checkpoint_every": 4}, 5 * 2 * 36 * 4, 4 * 2 * 36 * 4),
+        ({"gradients": "float32", "checkpoint_every": 4}, 12 * 36 * 4 + 5 * 2 * 36 * 4, 4 * 4 * 36 * 4),
+        ({"gradients": "bfloat16", "checkpoint_every": 12}, 12 * 36 * 2 + 3 * 2 * 36 * 4, 4 * 12 * 36 * 2),
+    ],
+)
+def test_what_a_recording_needs_is_told_before_the_first_step(record, caplog, recorder, disk, memory):
+    caplog.set_level(logging.INFO, "lightning_dtda")
+
+    run = record(Regressor(), shuffled(), max_epochs=2, recorder=recorder)
+
+    assert (run.steps, run.layout.size) == (12, 36)
+    [told] = [message for message in caplog.messages if message.startswith("Recording ")]
+    assert f"about {human_bytes(disk)} of disk, and at most {human_bytes(memory)} of memory" in told
 
 
 def test_learning_rates_are_those_of_the_very_step(record):

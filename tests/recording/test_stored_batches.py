@@ -42,7 +42,7 @@ class Keeping(Regressor):
 )
 def test_they_are_those_that_training_step_got(record, monkeypatch, workers, arguments, shard_bytes):
     if shard_bytes:
-        monkeypatch.setattr(shard_buffer, "_SHARD_BYTES", shard_bytes)
+        monkeypatch.setattr(shard_buffer, "SHARD_BYTES", shard_bytes)
     module = Keeping()
 
     run = record(module, shuffled(dataset=Augmented(), num_workers=workers), recorder=STORE, max_epochs=2, **arguments)
