@@ -6,6 +6,7 @@ import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch import Tensor
 from lightning_dtda.recording.step_watch import TakenStep
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
-from lightning_dtda.trajectory.storage import aligned_memory
 
 SHARD_BYTES = 64 * 2**20
 """Gradients, or batches, held back before a shard is written: bounds the memory, and what a killed training loses."""
@@ -65,13 +65,13 @@ class ShardBuffer:
         if self.gradients is None:
             return
         if self._gradients is None:
-            shape = self.capacity, self.layout.size
-            self._gradients = (
-                self._host_memory()
-                if self.device.type == "cpu"
-                else torch.empty(shape, dtype=self.gradients, device=self.device)
-            )
-        self.layout.flatten(gradients, out=self._gradients[len(self)])
+            self._gradients = self._host_memory() if self.device.type == "cpu" else self._memory(device=self.device)
+        row = self._gradients[len(self)]
+        if gradients[0].dtype == self.gradients:
+            self.layout.flatten(gradients, out=row)
+        else:  # torch.cat would make a vector in the gradients' own precision first
+            for part, gradient in zip(row.split(self.layout.sizes), gradients, strict=True):
+                part.copy_(gradient.reshape(-1))
 
     def put_norm(self, gradients: list[Tensor]) -> None:
         """Note the norm of the gradient that is about to be clipped by it."""
@@ -120,9 +120,10 @@ class ShardBuffer:
         try:
             return self._spare.get_nowait()
         except queue.Empty:
-            assert self.gradients is not None
-            shape = self.capacity, self.layout.size
-            return aligned_memory(shape, self.gradients, pinned=self.device.type == "cuda")
+            return self._memory(pin_memory=self.device.type == "cuda")
+
+    def _memory(self, **where: Any) -> Tensor:
+        return torch.empty((self.capacity, self.layout.size), dtype=self.gradients, **where)
 
 
 def shard_steps(layout: ParameterLayout, gradients: torch.dtype | None) -> int:

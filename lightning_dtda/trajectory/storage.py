@@ -5,12 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import json
-import math
 import mmap
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ _DIRECT_BYTES = 2**22
 """A tensor that may go past the system's cache is at least so large: less is soon written, and best read from there."""
 
 PAGE = mmap.PAGESIZE
-"""What goes past the system's cache begins at a multiple of it, in memory and in the file."""
+"""What goes past the system's cache are whole pages, in memory and in the file."""
 
 
 @contextmanager
@@ -80,28 +79,21 @@ def replace_file(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-@contextmanager
-def _past_the_cache(file: io.BufferedWriter) -> Iterator[Callable[[memoryview], Any]]:
-    """Give what writes to the disk past the system's cache; or through it, if there is no other way."""
-    if sys.platform != "linux":
-        yield file.write
-        return
-    file.flush()
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    with suppress(OSError):  # not every file system has a way past the cache
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-
-    def write(piece: memoryview) -> None:
-        while piece:
-            try:
+def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
+    """Write to the disk past the system's cache; through it what cannot be written otherwise."""
+    if sys.platform == "linux":
+        file.flush()
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
+            while piece:
                 piece = piece[file.raw.write(piece) :]
-            except OSError as error:
-                if error.errno != errno.EINVAL or fcntl.fcntl(file, fcntl.F_GETFL) == flags:
-                    raise
-                fcntl.fcntl(file, fcntl.F_SETFL, flags)  # it takes whole pages only: the last is none, say
-
-    yield write
-    fcntl.fcntl(file, fcntl.F_SETFL, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # not whole pages; or a file system that has no way past the cache
+                raise
+        finally:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags)
+    file.write(piece)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -144,61 +136,61 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = Fals
     Args:
         path: The file.
         tensors: What it is to hold.
-        direct: Whether the largest tensor, where it is large and begins at a multiple of ``PAGE`` in memory, goes to
-            the disk past the system's cache: without another copy, and waiting for the disk. Where the system or the
-            file system has no such way, it goes through the cache.
+        direct: Whether the largest tensor, where it is large, goes to the disk past the system's cache: without another
+            copy, and waiting for the disk. Where the system or the file system has no such way, it goes through the
+            cache.
 
     Raises:
         TypeError: If safetensors has no name for a tensor's data type.
     """
-    # the widest first, as safetensors has it, so that every tensor is aligned
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    # the widest first, as safetensors has it, so that every tensor is aligned; the largest may then begin at any page
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, -item[1].nbytes, item[0])))
     described: dict[str, Any] = {}
-    end, before, alignment, past = 0, 0, 8, None
+    end = 0
     for name, tensor in ordered.items():
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"safetensors files hold no tensors of {tensor.dtype}, such as {name!r}")
         start, end = end, end + tensor.nbytes
         described[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        if direct and start % 8 == 0 and tensor.nbytes >= _DIRECT_BYTES and tensor.data_ptr() % PAGE == 0:
-            past, before, alignment = name, start, PAGE
     header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    # spaces, which the format allows
-    header += b" " * (-(8 + len(header) + before) % alignment)
+    past = _largest(ordered) if direct else None
+    shift = ordered[past].data_ptr() - described[past]["data_offsets"][0] if past is not None else 0
+    if shift % 8:
+        past, shift = None, 0
+    # spaces, which the format allows: up to where the pages of what goes past the cache are pages of the file
+    header += b" " * ((shift - 8 - len(header)) % (8 if past is None else PAGE))
     begin = len(header).to_bytes(8, "little") + header
     checksum = crc32(begin)
     with _replacing(path) as file:
         file.write(begin)
         for name, tensor in ordered.items():
-            with _past_the_cache(file) if name == past else nullcontext(file.write) as write:
-                for piece in _pieces(tensor):
-                    checksum = crc32(piece, checksum)
-                    write(piece)
+            for piece in _pieces(tensor):
+                checksum = crc32(piece, checksum)
+                if name == past:
+                    _write_directly(file, piece)
+                else:
+                    file.write(piece)
     return {"file": path.name, "bytes": len(begin) + end, "crc32": checksum}
 
 
-def aligned_memory(shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> Tensor:
-    """Return an uninitialised tensor that begins at a multiple of ``PAGE``, for :func:`write_tensors`.
-
-    Args:
-        shape: Its shape.
-        dtype: Its data type.
-        pinned: Whether a GPU can copy into it by itself.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    memory = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=pinned)
-    start = -memory.data_ptr() % PAGE
-    return memory[start : start + size].view(dtype).view(shape)
+def _largest(tensors: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the largest tensor, if it may go past the system's cache."""
+    name = max(tensors, key=lambda name: tensors[name].nbytes, default=None)
+    if name is None or tensors[name].nbytes < _DIRECT_BYTES:
+        return None
+    return name if tensors[name].device.type == "cpu" and tensors[name].is_contiguous() else None
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, little endian."""
+    """Yield the bytes of a tensor, little endian; after the first piece, pieces begin at a page of the memory."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.contiguous()
     # as integers of the same width, since NumPy lacks some data types; few machines have any to swap
     integers = flat.view(_INTEGERS[flat.itemsize]).numpy().astype(f"<i{flat.itemsize}", copy=False)
     content = integers.view(np.uint8).data
-    for start in range(0, len(content), _PIECE):
+    first = min(len(content), -flat.data_ptr() % PAGE)
+    yield content[:first]
+    for start in range(first, len(content), _PIECE):
         yield content[start : start + _PIECE]
 
 

@@ -190,7 +190,7 @@ def test_bfloat16_gradients_are_the_applied_ones_rounded(record):
 @pytest.mark.parametrize("seconds", [0, 0.01], ids=["fast disk", "slow disk"])
 def test_memory_for_gradients_is_used_again_but_not_before_it_is_on_disk(record, monkeypatch, seconds):
     made, watch = [], Watch()
-    memory, write = shard_buffer.aligned_memory, writer.write_tensors
+    memory, write = shard_buffer.ShardBuffer._memory, writer.write_tensors
 
     def note(*arguments, **options):
         made.append(memory(*arguments, **options))
@@ -200,7 +200,7 @@ def test_memory_for_gradients_is_used_again_but_not_before_it_is_on_disk(record,
         time.sleep(seconds)
         return write(path, *arguments)
 
-    monkeypatch.setattr(shard_buffer, "aligned_memory", note)
+    monkeypatch.setattr(shard_buffer.ShardBuffer, "_memory", note)
     monkeypatch.setattr(writer, "write_tensors", wait_for_the_disk)
     monkeypatch.setattr(shard_buffer, "SHARD_BYTES", 1)  # each step a shard of its own
 
