@@ -12,7 +12,7 @@ from tests.regression import WeightedRegressor, loader, weighted_data
 @pytest.fixture
 def replay(fit, tmp_path):
     data = loader(*weighted_data())
-    recorder = TrajectoryRecorder(tmp_path, gradients="none", checkpoint_every=1000)
+    recorder = TrajectoryRecorder(tmp_path, gradients="none", checkpoint_every=1000, run="long")
     fit(WeightedRegressor(sgd), data, recorder, max_epochs=37)
     return Replay([*Ensemble.open(tmp_path)], WeightedRegressor(sgd), training_examples(data))
 
