@@ -89,7 +89,8 @@ def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
             while piece:
                 piece = piece[file.raw.write(piece) :]
         except OSError as error:
-            if error.errno != errno.EINVAL:  # not whole pages; or a file system that has no way past the cache
+            # not whole pages; or a file system that has no way past the cache
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
