@@ -15,6 +15,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question, batches_of_equal_shape
 from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators.memory import kept_pages
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
@@ -26,6 +27,9 @@ _TOGETHER = 8
 _SHARE = 0.4
 """Share of the memory for the training objective's derivatives. The rest is for the queries' vectors, and for what
 convolutions take on top of their tensors."""
+
+_TIMED, _LONG_ENOUGH = 16, 0.05
+"""Examples at the least, and seconds, from which it is estimated how long all examples take."""
 
 Answer = tuple[Tensor, Sequence[Tensor]]
 """Of one run, m ``(Q,)``, and the responses ``(Q, K)``, once or in several versions."""
@@ -88,10 +92,7 @@ class CheckpointEstimator(Estimator):
                 f"{self.memory_budget:g} GiB. Raise it."
             )
         vectors = objective.theta.new_ones(chunk, objective.size)
-        objective.slopes(vectors).sum().item()  # finds the chunks' size, and warms up
-        started = time.perf_counter()
-        objective.slopes(vectors).sum().item()  # waits for the device
-        seconds = (time.perf_counter() - started) * passes
+        seconds = _seconds_of_slopes(objective, vectors) * passes
         return Plan(
             batches=batches_of_equal_shape(runs, _TOGETHER),
             queries_per_chunk=chunk,
@@ -115,7 +116,8 @@ class CheckpointEstimator(Estimator):
         answers, drift = [], []
         for number, run in enumerate(runs):
             alone = replay.alone(number)
-            answers.append(answer(alone))
+            with kept_pages(alone.device):
+                answers.append(answer(alone))
             if not all(bool(torch.isfinite(responses).all()) for responses in answers[-1][1]):
                 raise AttributionError(
                     f"The responses of {run.path} are not finite: they overflowed. Give a larger damping where there "
@@ -164,3 +166,16 @@ def answer_in_chunks(
         baselines.append(values[0])
         responses.append([question.removals.total(found) for found in respond(gradients[0])])
     return torch.cat(baselines), [torch.cat(version) for version in zip(*responses, strict=True)]
+
+
+def _seconds_of_slopes(objective: Objective, vectors: Tensor) -> float:
+    """Estimate how long the slopes of all examples take, from as few of them as say it."""
+    objective.slopes(vectors, torch.arange(min(2, objective.examples))).sum().item()  # finds the chunks' size
+    count = min(_TIMED, objective.examples)
+    while True:
+        started = time.perf_counter()
+        objective.slopes(vectors, torch.arange(count)).sum().item()  # waits for the device
+        seconds = time.perf_counter() - started
+        if seconds >= _LONG_ENOUGH or count == objective.examples:
+            return seconds * objective.examples / count
+        count = min(4 * count, objective.examples)

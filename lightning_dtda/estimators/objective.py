@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
+from itertools import accumulate
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.layer_gradients import LayerGradients, OtherWayError
 from lightning_dtda.estimators.memory import peak_memory
 from lightning_dtda.optimizers import Hyperparameters
 from lightning_dtda.replay import Draws, Replay
@@ -24,11 +28,22 @@ from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.trajectory import ParameterLayout
 from lightning_dtda.units import human_bytes
 
+_log = logging.getLogger(__name__)
+
 _LOOKED_AT, _DIRECTIONS = 32, 4
 """Examples, and random directions of their outputs, along which the loss's curvature is looked at."""
 
 _MOST_DRAWS = 4
 """Draws of a random loss, of the whole data set: that many examples leave little noise in its mean."""
+
+_LEARNED = 2
+"""Examples from which it is seen by which layers' weights their gradients are known."""
+
+_SEVERAL = 3
+"""Vectors from which on the passes of single examples are worth it that layers that are not known take."""
+
+_PAGES = 2**25
+"""Bytes of temporaries from which on fresh pages cost more time than larger batches save."""
 
 _LARGEST_CHUNK = 1024
 """Examples that are passed at once at the most: more gain nothing."""
@@ -155,12 +170,16 @@ class Objective:
 
     @contextmanager
     def _loss(
-        self, indices: Tensor, seed: int | None, forwards: AbstractContextManager[object]
+        self,
+        indices: Tensor,
+        seed: int | None,
+        forwards: AbstractContextManager[object] | None = None,
+        twice: bool = True,
     ) -> Iterator[tuple[Tensor, MicroBatchInputs]]:
         inputs, replica = self._inputs(indices, seed), self._replay.eager.replica
-        with replica.generators.kept(), replica.passing(training=False):
+        with replica.generators.kept(), replica.passing(training=False, twice=twice):
             replica.load(self.theta, self._buffers)
-            with forwards:
+            with forwards or nullcontext():
                 loss = replica.training_loss(inputs.batch(), inputs.time, inputs.states)
             yield loss, inputs
 
@@ -206,13 +225,43 @@ class Objective:
             for seed in self._seeds:
                 yield indices, seed, self._sign * len(indices) / len(self._seeds)
 
-    def slopes(self, vectors: Tensor) -> Tensor:
-        r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``."""
+    def slopes(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
+        r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``.
+
+        Where examples' gradients are known layer by layer, one backward pass does for all vectors. Else each vector
+        takes one of its own, through the derivative of the gradient.
+
+        Args:
+            vectors: v.
+            chosen: Which examples; all if not given. Others are left at zero.
+        """
         scaled = self._scaled(vectors)
         result = vectors.new_zeros(len(vectors), self.examples)
-        for indices, factor, one in self.passes("slopes", lambda one: one.terms(self._parameters(scaled[0]))):
-            for number, vector in enumerate(scaled):
-                result[number, indices] += factor * one.terms(self._parameters(vector))
+        layers = self._layers
+        if layers is None or (layers.others and len(vectors) < _SEVERAL):
+            for indices, factor, one in self.passes(
+                "slopes", lambda one: one.terms(self._parameters(scaled[0])), chosen
+            ):
+                for number, vector in enumerate(scaled):
+                    result[number, indices] += factor * one.terms(self._parameters(vector))
+            return result
+
+        def of_batch(indices: Tensor, seed: int | None) -> Tensor:
+            with layers.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
+                found = layers.products(loss, calls, scaled)
+            if layers.others:
+                found += scaled[:, self._of_others] @ self._gradients_by_others(indices, seed).T / len(indices)
+            return found
+
+        try:
+            size = self._chunk_of(
+                f"slopes of {len(vectors)}", lambda indices: of_batch(indices, self._seeds[0]), _PAGES
+            )
+            for indices, seed, factor in self.parts(size, chosen):
+                result[:, indices] += factor * of_batch(indices, seed)
+        except OtherWayError:
+            self._layers = None
+            return self.slopes(vectors, chosen)
         return result
 
     def gradients(self, held: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -238,14 +287,25 @@ class Objective:
 
     def _add_gradients(self, total: Tensor, indices: Tensor, some: Tensor, seed: int | None) -> None:
         """Add the gradients of a batch's losses at some places of it, of one draw, to ``total`` ``(B, P)``."""
+        factor = self._sign * len(indices) / len(self._seeds)
+        if (layers := self._layers) is not None:
+            try:
+                with layers.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
+                    layers.add_gradients(loss, calls, total, some, factor)
+                if layers.others:
+                    of_one = factor / len(indices)
+                    total[:, self._of_others] += of_one * self._gradients_by_others(indices[some], seed)
+                return
+            except OtherWayError:
+                self._layers = None
+                total.zero_()
         if self._is_free:
             (rows,) = self._of_each(
                 "gradients", indices, seed, lambda loss, outputs, parameters, extra: [_gradient(loss, parameters)]
             )
-            total += rows * (self._sign / len(self._seeds))
+            total += rows * (factor / len(indices))
             return
         with self.passed(indices, seed) as one:
-            factor = self._sign * len(indices) / len(self._seeds)
             for place, row in enumerate(some.tolist()):
                 total[place] += factor * self.layout.flatten(one.share_of(row))
 
@@ -414,10 +474,46 @@ class Objective:
     def calls(self, names: Sequence[str], examples: int = 1) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Return what some submodules are called with, and return, for the first examples."""
         seed = self._seeds[0]  # known before the module is watched: it is seen from a pass
-        with watched(self.module, names) as calls, self._loss(torch.arange(examples), seed, nullcontext()):
+        with watched(self.module, names) as calls, self._loss(torch.arange(examples), seed):
             return calls
 
     # -- how it is done
+
+    @cached_property
+    def _layers(self) -> LayerGradients | None:
+        """Layers by whose weights examples' gradients are known, as seen from a few examples; ``None`` without any."""
+        indices, seed = self._batches(_LEARNED)[0], self._seeds[0]
+        known = LayerGradients(self.module, self.layout)
+        try:
+            with self.passed(indices, seed) as one:
+                beyond = one.weighted(torch.zeros(len(indices), dtype=self.theta.dtype, device=self.theta.device))
+                shares = [one.share_of(row) for row in range(min(_LEARNED, len(indices)))]
+            penalty = self.layout.flatten(beyond)
+            of_examples = torch.stack([self.layout.flatten(share) for share in shares]) - penalty
+            with known.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
+                known.learn(loss, calls, of_examples)
+        except Exception as error:  # whatever the user's code does with a batch of two, or positions of each example
+            _log.info("No layer's gradients are known: %s", error)
+            return None
+        # of other parameters, those of batches of one are taken, which have the penalty in them
+        is_whole = not known.others or (self._is_free and not bool(penalty.any()))
+        return known if is_whole and not known.is_empty else None
+
+    @cached_property
+    def _of_others(self) -> Tensor:
+        """Where the parameters lie that are of no known layer."""
+        starts = [0, *accumulate(self.layout.sizes)]
+        numbers = [] if self._layers is None else self._layers.others
+        return torch.cat([torch.arange(starts[n], starts[n + 1], device=self.theta.device) for n in numbers])
+
+    def _gradients_by_others(self, indices: Tensor, seed: int | None) -> Tensor:
+        """Return examples' gradients ``(B, n)`` by parameters that are of no known layer, each in a batch of one."""
+        numbers = [] if self._layers is None else self._layers.others
+
+        def rows(loss: Tensor, _outputs: Outputs, parameters: list[Tensor], _extra: list[Tensor]) -> list[Tensor]:
+            return [_gradient(loss, [parameters[number] for number in numbers])]
+
+        return self._of_each(f"gradients by {numbers}", indices, seed, rows)[0]
 
     def _of_each(
         self,
@@ -478,7 +574,7 @@ class Objective:
     def _seeds(self) -> list[int | None]:
         """Of the draws of a loss that is random; one without a seed of any other."""
         before, generators = self._states(0), self._replay.eager.replica.generators
-        with self._loss(torch.arange(min(2, self.examples)), 0, nullcontext()):
+        with self._loss(torch.arange(min(2, self.examples)), 0):
             is_random = bool(drawn_from(before, generators.states()))
         return list(self._draws.of(-1)[:_MOST_DRAWS]) if is_random else [None]
 
@@ -497,7 +593,21 @@ class Objective:
         return chosen.split(len(self.run.micro_batches(0)[0].indices))
 
     def _chunk(self, what: str, each: Callable[[Pass], object]) -> int:
+        """Return how many examples at a time may be passed for what is computed of a pass."""
+
+        def run(indices: Tensor) -> None:
+            with self.passed(indices, self._seeds[0]) as one:
+                each(one)
+
+        return self._chunk_of(what, run)
+
+    def _chunk_of(self, what: str, run: Callable[[Tensor], object], enough: float = inf) -> int:
         """Return how many examples at a time stay within the memory, where their number does not matter to the loss.
+
+        Args:
+            what: Is computed.
+            run: Computes it for some examples.
+            enough: Bytes of which more are of no use.
 
         Raises:
             AttributionError: If not even one does.
@@ -506,20 +616,17 @@ class Objective:
             return self.examples
         if what not in self._chunks:
             # the module keeps what it needs for its outputs, per example; measured on two sizes, since much is shared
-            def run(count: int) -> None:
-                with self.passed(torch.arange(count), self._seeds[0]) as one:
-                    each(one)
-
             few, many = min(2, self.examples), min(8, self.examples)
-            run(few)  # the first call keeps what is no part of a chunk
-            alone, more = (peak_memory(partial(run, n), self.theta.device) for n in (few, many))
+            run(torch.arange(few))  # the first call keeps what is no part of a chunk
+            alone, more = (peak_memory(partial(run, torch.arange(count)), self.theta.device) for count in (few, many))
             per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
             if alone > self.memory:
                 raise AttributionError(
                     f"{what[0].upper() + what[1:]} of {few} examples take {human_bytes(alone)}; "
                     f"{human_bytes(self.memory)} may be used. Raise memory_budget, or ask fewer queries at a time."
                 )
-            self._chunks[what] = int(min(self.examples, _LARGEST_CHUNK, few + (self.memory - alone) // per_example))
+            some = few + (min(self.memory, max(enough, alone)) - alone) // per_example
+            self._chunks[what] = int(min(self.examples, _LARGEST_CHUNK, some))
         return self._chunks[what]
 
     def _descended(self, groups: Sequence[Hyperparameters]) -> float:

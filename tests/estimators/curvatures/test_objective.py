@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.layer_gradients import LayerGradients, OtherWayError
 from lightning_dtda.replay import Draws
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 
@@ -31,6 +32,55 @@ def test_products_are_those_of_the_matrices_written_out(trained, vectors, module
     torch.testing.assert_close(objective.hessian_products(v), v @ run.hessian(), rtol=1e-10, atol=1e-12)
     products = objective.gauss_newton_products(v)
     torch.testing.assert_close(products, v @ run.gauss_newton(), rtol=1e-10, atol=1e-12)
+
+
+class Scales(torch.nn.Module):
+    """A parameter of no layer, between two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale, self.last = (
+            torch.nn.Linear(4, 5),
+            torch.nn.Parameter(torch.ones(5)),
+            torch.nn.Linear(5, 3),
+        )
+
+    def forward(self, inputs):
+        return self.last(torch.tanh(self.scale * self.first(inputs)))
+
+
+@pytest.mark.parametrize("queries", [1, 4])
+def test_parameters_of_no_layer_count_too(trained, vectors, queries):
+    run = trained(Classifier(network=Scales))
+    objective, expected = run.objective(), torch.func.jacrev(run.losses)(run.theta)
+    v = vectors(objective.size, queries)
+    torch.testing.assert_close(objective.slopes(v), v @ expected.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(next(objective.gradients())[1], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_slopes_of_some_examples_leave_the_others_at_zero(trained, vectors):
+    objective, some = trained(Classifier()).objective(), torch.tensor([1, 4, 9])
+    v = vectors(objective.size)
+    found, whole = objective.slopes(v, some), objective.slopes(v)
+    torch.testing.assert_close(found[:, some], whole[:, some], rtol=1e-12, atol=1e-14)
+    found[:, some] = 0
+    assert not found.any()
+
+
+def test_where_a_batch_goes_another_way_slopes_and_gradients_are_the_same(trained, vectors, monkeypatch):
+    run = trained(Classifier())
+    expected, v = torch.func.jacrev(run.losses)(run.theta), vectors(len(run.theta))
+
+    def other_way(*_):
+        raise OtherWayError
+
+    monkeypatch.setattr(LayerGradients, "products", other_way)
+    torch.testing.assert_close(run.objective().slopes(v), v @ expected.T, rtol=1e-10, atol=1e-12)
+    objective = run.objective()
+    assert objective._layers is not None
+    monkeypatch.setattr(LayerGradients, "add_gradients", other_way)
+    torch.testing.assert_close(next(objective.gradients())[1], expected, rtol=1e-10, atol=1e-12)
+    assert objective._layers is None
 
 
 def test_little_memory_means_few_examples_at_a_time(trained, vectors):
@@ -75,6 +125,14 @@ def test_a_penalty_in_the_loss_is_part_of_the_matrices_and_of_no_root(trained, v
     for ask in (lambda: objective.outputs, lambda: list(objective.roots())):
         with pytest.raises(AttributionError, match="needs a loss that is the mean of losses of single examples"):
             ask()
+
+
+def test_a_penalty_in_the_loss_is_no_part_of_an_examples_gradient(trained, vectors):
+    run = trained(Penalised())
+    objective, v = run.objective(), vectors(len(run.theta))
+    expected = torch.func.jacrev(run.losses)(run.theta)
+    torch.testing.assert_close(objective.slopes(v), v @ expected.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(next(objective.gradients())[1], expected, rtol=1e-10, atol=1e-12)
 
 
 class Weighted(Classifier):
