@@ -24,9 +24,9 @@ from torch.nn import functional
 
 from lightning_dtda.trajectory import ParameterLayout
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_KINDS = frozenset({nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, *_CONVOLUTIONS, *_BATCH_NORMS})
+_KINDS = frozenset({nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, *CONVOLUTIONS, *_BATCH_NORMS})
 """Layers that are known; what is derived from them may do anything, and is none."""
 
 _NEGLIGIBLE = 16
@@ -39,15 +39,20 @@ class OtherWayError(Exception):
 
 
 @dataclass(frozen=True)
-class _Layer:
+class WatchedLayer:
     """A layer, and where its trained parameters lie among all; ``None`` for what is not there, or not known."""
 
     module: nn.Module
     weight: slice | None
     bias: slice | None
 
+    @property
+    def has_matrix(self) -> bool:
+        """Whether its weight is a matrix that is multiplied with what enters."""
+        return isinstance(self.module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
 
-class _Call(NamedTuple):
+
+class Call(NamedTuple):
     """What went into a layer ``(B, ...)``, and where its result stands in the graph."""
 
     layer: int
@@ -69,54 +74,64 @@ class LayerGradients:
         places = {id(by_name[name]): slice(starts[n], starts[n + 1]) for n, name in enumerate(layout.names)}
         self._places = list(places.values())
         found = [
-            _Layer(one, *(places.get(id(getattr(one, name, None))) for name in ("weight", "bias")))
+            WatchedLayer(one, *(places.get(id(getattr(one, name, None))) for name in ("weight", "bias")))
             for one in module.modules()
             if type(one) in _KINDS
+            and not getattr(one, "scale_grad_by_freq", False)
+            and not getattr(one, "max_norm", None)
         ]
-        self._layers = [layer for layer in found if layer.weight is not None or layer.bias is not None]
-        self._times: Counter[int] | None = None
-        self._spread: set[int] = set()
+        self.layers = [layer for layer in found if layer.weight is not None or layer.bias is not None]
+        self._is_learned = False
+        self.times: Counter[int] = Counter()
+        """How often each layer is called, by its number."""
+        self.spread: set[int] = set()
+        """Numbers of embeddings that look something up once for all examples."""
         self.others = list(range(len(self._places)))
         """Numbers of the parameters by which nothing is known."""
 
     @contextmanager
-    def watched(self, examples: int) -> Iterator[list[_Call | None]]:
+    def watched(self, examples: int) -> Iterator[list[Call | None]]:
         """Note the calls of the layers in a forward pass of B examples; ``None`` for a call without an axis over them.
 
         What an embedding looks up once for all examples (positions), it looks up for each of them inside.
         """
-        calls: list[_Call | None] = []
+        calls: list[Call | None] = []
 
         def spread(number: int, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             rows = args[0]
-            if self._times is None and len(rows) != examples:
-                self._spread.add(number)
-            if number not in self._spread:
+            if not self._is_learned and len(rows) != examples:
+                self.spread.add(number)
+            if number not in self.spread:
                 return None
             rows = rows[0] if rows.ndim > 1 and len(rows) == 1 else rows
             return (rows.expand(examples, *rows.shape), *args[1:])
 
         def note(number: int, _module: nn.Module, args: tuple[Any, ...], result: Tensor) -> None:
             is_known = bool(args) and all(one.ndim > 1 and len(one) == examples for one in (args[0], result))
-            if isinstance(self._layers[number].module, nn.Embedding):
+            if isinstance(self.layers[number].module, nn.Embedding):
                 is_known = bool(args) and len(args[0]) == examples
             # its place in the graph as it is now: what follows may change the result itself
             is_known = is_known and result.requires_grad
-            calls.append(_Call(number, args[0].detach(), get_gradient_edge(result)) if is_known else None)
+            calls.append(Call(number, args[0].detach(), get_gradient_edge(result)) if is_known else None)
 
         with ExitStack() as hooks:
-            for number, layer in enumerate(self._layers):
+            for number, layer in enumerate(self.layers):
                 if isinstance(layer.module, nn.Embedding):
                     hooks.enter_context(layer.module.register_forward_pre_hook(partial(spread, number)))
                 hooks.enter_context(layer.module.register_forward_hook(partial(note, number)))
             yield calls
 
     @property
+    def places_of_others(self) -> list[slice]:
+        """Where the parameters lie by which nothing is known."""
+        return [self._places[number] for number in self.others]
+
+    @property
     def is_empty(self) -> bool:
         """Whether no gradient is known."""
         return len(self.others) == len(self._places)
 
-    def learn(self, loss: Tensor, calls: list[_Call | None], shares: Tensor) -> None:
+    def learn(self, loss: Tensor, calls: list[Call | None], shares: Tensor) -> None:
         """See which gradients are known, from a batch of which they are given.
 
         A weight may be used elsewhere too, examples may lie along another axis, or mix in the network.
@@ -142,12 +157,13 @@ class LayerGradients:
         def if_known(place: slice | None) -> slice | None:
             return None if place is None or place.start in unknown else place
 
-        self._layers = [
-            replace(layer, weight=if_known(layer.weight), bias=if_known(layer.bias)) for layer in self._layers
+        self.layers = [
+            replace(layer, weight=if_known(layer.weight), bias=if_known(layer.bias)) for layer in self.layers
         ]
-        self._times = Counter(call.layer for call in self._known(calls))
+        self.times = Counter(call.layer for call in self.checked(calls))
+        self._is_learned = True
 
-    def products(self, loss: Tensor, calls: list[_Call | None], vectors: Tensor) -> Tensor:
+    def products(self, loss: Tensor, calls: list[Call | None], vectors: Tensor) -> Tensor:
         r"""Return :math:`\langle g_n, v \rangle` ``(Q, B)`` of a batch for ``vectors`` ``(Q, P)``, by what is known.
 
         Args:
@@ -161,7 +177,7 @@ class LayerGradients:
         return torch.stack([_products(*one, vectors) for one in self._differentiated(loss, calls)]).sum(0)
 
     def add_gradients(
-        self, loss: Tensor, calls: list[_Call | None], total: Tensor, rows: Tensor, factor: float = 1.0
+        self, loss: Tensor, calls: list[Call | None], total: Tensor, rows: Tensor, factor: float = 1.0
     ) -> None:
         """Add examples' gradients, by what is known, to ``total`` ``(n, P)``.
 
@@ -176,49 +192,54 @@ class LayerGradients:
             OtherWayError: As :meth:`products`.
         """
         for layer, inputs, derivatives in self._differentiated(loss, calls):
-            for place, of_examples in _gradients(layer, inputs[rows], derivatives[rows]):
+            for place, of_examples in gradients(layer, inputs[rows], derivatives[rows]):
                 total[:, place].add_(of_examples, alpha=factor)
 
-    def _known(self, calls: list[_Call | None]) -> list[_Call]:
-        """Return the calls of layers with a parameter by which gradients are known."""
-        layers = self._layers
-        return [call for call in calls if call and (layers[call.layer].weight or layers[call.layer].bias)]
+    def checked(self, calls: list[Call | None]) -> list[Call]:
+        """Return the calls of layers with a parameter by which gradients are known.
 
-    def _differentiated(self, loss: Tensor, calls: list[_Call | None]) -> Iterator[tuple[_Layer, Tensor, Tensor]]:
-        """Yield the layers that were called, what went in, and the loss's derivatives by what came out."""
-        known = self._known(calls)
-        if self._times is not None and self._times != Counter(call.layer for call in known):
+        Raises:
+            OtherWayError: As :meth:`products`.
+        """
+        layers = self.layers
+        known = [call for call in calls if call and (layers[call.layer].weight or layers[call.layer].bias)]
+        if self._is_learned and self.times != Counter(call.layer for call in known):
             raise OtherWayError
+        return known
+
+    def _differentiated(self, loss: Tensor, calls: list[Call | None]) -> Iterator[tuple[WatchedLayer, Tensor, Tensor]]:
+        """Yield the layers that were called, what went in, and the loss's derivatives by what came out."""
+        known = self.checked(calls)
         found: list[Tensor | None] = list(
             torch.autograd.grad(loss, [call.result for call in known], allow_unused=True) if known else ()
         )
         for number, call in enumerate(known):
             derivatives, found[number] = found[number], None  # kept no longer than it is needed
             if derivatives is not None:
-                yield self._layers[call.layer], call.inputs, derivatives
+                yield self.layers[call.layer], call.inputs, derivatives
 
 
 # -- of one layer
 
 
-def _products(layer: _Layer, inputs: Tensor, derivatives: Tensor, vectors: Tensor) -> Tensor:
+def _products(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor, vectors: Tensor) -> Tensor:
     """Return the products of examples' gradients with vectors ``(Q, P)``, as ``(Q, B)``."""
     total = vectors.new_zeros(len(vectors), len(derivatives))
     if layer.weight is not None and _is_never_written(layer, derivatives, len(vectors)):
         matrices = vectors[:, layer.weight].unflatten(1, layer.module.weight.shape)
         if isinstance(layer.module, nn.Embedding):
-            at_rows = _without_padding(layer.module, inputs, derivatives)
+            at_rows = without_padding(layer.module, inputs, derivatives)
             total += torch.stack([(matrix[inputs] * at_rows).flatten(1).sum(1) for matrix in matrices])
         else:
             moved = (inputs @ matrices.flatten(0, 1).T).unflatten(-1, matrices.shape[:2])
             total += torch.einsum("b...qo,b...o->qb", moved, derivatives)
         layer = replace(layer, weight=None)
-    for place, of_examples in _gradients(layer, inputs, derivatives):
+    for place, of_examples in gradients(layer, inputs, derivatives):
         total.addmm_(vectors[:, place], of_examples.T.to(vectors))
     return total
 
 
-def _is_never_written(layer: _Layer, derivatives: Tensor, vectors: int) -> bool:
+def _is_never_written(layer: WatchedLayer, derivatives: Tensor, vectors: int) -> bool:
     """Whether an example's gradient by the weight takes more to write out than its products with vectors."""
     if isinstance(layer.module, nn.Embedding):
         return True
@@ -227,17 +248,17 @@ def _is_never_written(layer: _Layer, derivatives: Tensor, vectors: int) -> bool:
     return isinstance(layer.module, nn.Linear) and (positions - 1) * (vectors - 1) <= 1
 
 
-def _gradients(layer: _Layer, inputs: Tensor, derivatives: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def gradients(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield where the layer's parameters lie, and examples' gradients by them ``(B, n)``."""
     module: Any = layer.module
     if layer.weight is not None:
         if isinstance(module, nn.Embedding):
             of_rows = derivatives.new_zeros(len(inputs), *module.weight.shape)
             places = inputs.flatten(1)[..., None].expand(-1, -1, of_rows.shape[2])
-            of_rows.scatter_add_(1, places, _without_padding(module, inputs, derivatives).reshape(places.shape))
+            of_rows.scatter_add_(1, places, without_padding(module, inputs, derivatives).reshape(places.shape))
             yield layer.weight, of_rows.flatten(1)
-        elif isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-            entering, leaving = _positions(module, inputs.to(derivatives.dtype), derivatives)
+        elif isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+            entering, leaving = positions(module, inputs.to(derivatives.dtype), derivatives)
             yield layer.weight, (leaving @ entering.mT).flatten(1)
         else:
             yield layer.weight, _summed(module, derivatives * _normalised(module, inputs))
@@ -245,7 +266,7 @@ def _gradients(layer: _Layer, inputs: Tensor, derivatives: Tensor) -> Iterator[t
         yield layer.bias, _summed(module, derivatives)
 
 
-def _positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+def positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
     """Return what enters at each position, ``(B, groups, d_in, T)``, and the derivatives ``(B, groups, d_out, T)``."""
     if isinstance(module, nn.Linear):
         return (
@@ -285,5 +306,6 @@ def _summed(module: Any, derivatives: Tensor) -> Tensor:
     return derivatives.flatten(2).sum(2) if derivatives.ndim > 2 else derivatives
 
 
-def _without_padding(module: nn.Embedding, rows: Tensor, derivatives: Tensor) -> Tensor:
+def without_padding(module: nn.Embedding, rows: Tensor, derivatives: Tensor) -> Tensor:
+    """Return derivatives by what an embedding found, zero at its row of padding."""
     return derivatives if module.padding_idx is None else derivatives * rows.ne(module.padding_idx)[..., None]

@@ -414,7 +414,15 @@ class Objective:
                     "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix has "
                     f'no root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
                 ) from error
-        values, vectors = torch.linalg.eigh(total)
+        return self.roots_of(total)
+
+    def roots_of(self, hessians: Tensor) -> Tensor:
+        """Return symmetric roots of losses' Hessians by their outputs ``(B, C, C)``.
+
+        Raises:
+            AttributionError: If a loss is not convex in the outputs.
+        """
+        values, vectors = torch.linalg.eigh(hessians)
         floor = -self.theta.new_tensor(torch.finfo(self.theta.dtype).eps).sqrt() * values.abs().amax()
         if bool((values < floor).any()):
             raise AttributionError(
@@ -480,7 +488,7 @@ class Objective:
     # -- how it is done
 
     @cached_property
-    def _layers(self) -> LayerGradients | None:
+    def layers(self) -> LayerGradients | None:
         """Layers by whose weights examples' gradients are known, as seen from a few examples; ``None`` without any."""
         indices, seed = self._batches(_LEARNED)[0], self._seeds[0]
         known = LayerGradients(self.module, self.layout)
@@ -495,9 +503,16 @@ class Objective:
         except Exception as error:  # whatever the user's code does with a batch of two, or positions of each example
             _log.info("No layer's gradients are known: %s", error)
             return None
-        # of other parameters, those of batches of one are taken, which have the penalty in them
-        is_whole = not known.others or (self._is_free and not bool(penalty.any()))
-        return known if is_whole and not known.is_empty else None
+        self._has_penalty = bool(penalty.any())
+        return None if known.is_empty else known
+
+    @cached_property
+    def _layers(self) -> LayerGradients | None:
+        """The known layers, where they and passes of single examples make up whole gradients."""
+        # a pass of one has the penalty in it, and another loss where that depends on the batch
+        if (known := self.layers) is None or (known.others and (self._has_penalty or not self._is_free)):
+            return None
+        return known
 
     @cached_property
     def _of_others(self) -> Tensor:

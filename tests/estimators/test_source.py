@@ -126,8 +126,6 @@ def test_responses_are_those_of_the_equations(classifiers, segments, step, start
 
 @pytest.mark.parametrize("make", [Diagonal, Identity, EKFAC])
 def test_every_curvature_with_a_spectrum_can_be_taken(classifiers, make):
-    if make is EKFAC:
-        pytest.importorskip("curvlinops", reason="Kronecker factors need the extra [kfac]")
     curvature = make()
     found = ask(classifiers, Source(2, curvature))
     for number, run in enumerate(classifiers):
@@ -193,7 +191,6 @@ def test_parameter_groups_have_rates_of_their_own(fit, tmp_path):
 
 
 def test_kronecker_factors_are_refused_where_parameters_have_rates_of_their_own(fit, tmp_path):
-    pytest.importorskip("curvlinops", reason="Kronecker factors need the extra [kfac]")
     ensemble = record(fit, tmp_path, Trained(bias_rate=0.5))
     with pytest.raises(AttributionError, match=r"move at different rates.*Use GaussNewton"):
         ask(ensemble, Source(2, EKFAC()))

@@ -42,8 +42,8 @@ class Diagonal(Curvature):
         return 2.0
 
 
-def gauss_newton_diagonal(objective: Objective) -> Tensor:
-    r"""Return the diagonal of the Gauss-Newton matrix without the weight decay ``(P,)``.
+def gauss_newton_diagonal(objective: Objective, chosen: Tensor | None = None) -> Tensor:
+    r"""Return the diagonal of the Gauss-Newton matrix without the weight decay ``(P,)``, or chosen places of it.
 
     .. math:: \frac1N \sum_{n, c} A_{nc}^2, \qquad \frac1N \sum_n a_n^2 \sum_c g_{nc}^2
         \text{ where } A_{nc} = g_{nc} a_n^\top
@@ -58,7 +58,11 @@ def gauss_newton_diagonal(objective: Objective) -> Tensor:
             signs = torch.randint(2, (1, objective.size), generator=generator).to(total) * 2 - 1
             products = objective.gauss_newton_products(signs)
             total += (signs * products)[0] - objective.penalty
-        return total.div_(_SAMPLES).clamp_min_(0)
+        total = total.div_(_SAMPLES).clamp_min_(0)
+        return total if chosen is None else total[chosen]
+    if chosen is not None:
+        squares = [part.rows.square_().sum(0) for part in objective.roots(chosen)]
+        return torch.stack(squares).sum(0).div_(objective.examples)
     layers = outer_products(objective)
     plain = torch.ones(objective.size, dtype=torch.bool)
     for layer in layers:

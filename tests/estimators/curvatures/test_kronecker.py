@@ -1,6 +1,7 @@
 """Kronecker factors: exact where the matrix has their structure, else against the same written out layer by layer."""
 
 import logging
+from itertools import product
 
 import lightning.pytorch as pl
 import pytest
@@ -9,10 +10,9 @@ import torch
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import EKFAC, KFAC
 from lightning_dtda.estimators.curvatures import kronecker
+from lightning_dtda.estimators.curvatures.factors import eigen
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 from tests.estimators.curvatures.test_spectra import close
-
-pytest.importorskip("curvlinops", reason="Kronecker factors need the extra [kfac]")
 
 
 def places(run):
@@ -99,6 +99,120 @@ def test_other_parameters_get_the_diagonal_and_are_named(trained, vectors, caplo
         close(result[:, where[name]], v[:, where[name]] / (diagonal[where[name]] + 0.2))
     # corrected eigenvalues keep the trace of each block
     assert fitted.mean_eigenvalue == pytest.approx(float(diagonal.mean()), rel=1e-8)
+
+
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+def test_factors_are_those_of_curvlinops(trained, vectors, curvature):
+    curvlinops = pytest.importorskip("curvlinops", reason="a reference that CI installs")
+    nn = torch.nn
+    network = lambda: nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(48, 2))  # noqa: E731
+    run = trained(Regressor(network=network), shape=(1, 4, 4))
+    v, operators = vectors(len(run.theta)), {KFAC: "KFACLinearOperator", EKFAC: "EKFACLinearOperator"}
+    module = run.module.eval()
+    module.load_state_dict(run.replay.layout.unflatten(run.theta), strict=False)
+    operator = getattr(curvlinops, operators[curvature])(
+        *(module.net, nn.MSELoss(), list(module.parameters()), [run.data.tensors]),
+        fisher_type="type-2",
+        separate_weight_and_bias=False,
+    )
+    found = curvature(rescale=False).fit(run.objective()).apply(lambda values: values, v)
+    torch.testing.assert_close(found, (operator @ v.T).T, rtol=1e-9, atol=1e-12)
+
+
+class OfPatches(torch.nn.Module):
+    """A convolution as linear layers of the patches that it looks at, one for each group, cut out one by one."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        self.like = (convolution.kernel_size, convolution.stride, convolution.dilation, convolution.padding)
+        groups, weight = convolution.groups, convolution.weight.detach()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.Linear(weight[0].numel(), len(weight) // groups) for _ in range(groups)
+        )
+        for layer, part, bias in zip(self.layers, weight.chunk(groups), convolution.bias.chunk(groups), strict=True):
+            layer.weight.data, layer.bias.data = part.flatten(1).clone(), bias.detach().clone()
+
+    def forward(self, inputs):
+        sizes, strides, dilations, paddings = self.like
+        padded = torch.nn.functional.pad(inputs, [size for p in reversed(paddings) for size in (p, p)])
+        counts = [
+            (length - dilation * (size - 1) - 1) // stride + 1
+            for length, size, stride, dilation in zip(padded.shape[2:], sizes, strides, dilations, strict=True)
+        ]
+        patches = torch.stack(
+            [
+                padded[
+                    (
+                        ...,
+                        *(
+                            slice(s * at, s * at + d * (k - 1) + 1, d)
+                            for at, k, s, d in zip(place, sizes, strides, dilations, strict=True)
+                        ),
+                    )
+                ].flatten(2)
+                for place in product(*map(range, counts))
+            ],
+            1,
+        )
+        parts = zip(self.layers, patches.chunk(len(self.layers), 2), strict=True)
+        outputs = torch.cat([layer(part.flatten(2)) for layer, part in parts], 2)
+        return outputs.mT.unflatten(2, counts)
+
+
+@pytest.mark.parametrize("curvature", [KFAC, EKFAC])
+@pytest.mark.parametrize(
+    ("kind", "arguments", "shape"),
+    [
+        ("Conv1d", {"kernel_size": 3, "stride": 2, "padding": 1}, (4, 7)),
+        ("Conv2d", {"kernel_size": (2, 3), "dilation": (2, 1), "groups": 2}, (4, 4, 5)),
+        ("Conv2d", {"kernel_size": 2, "groups": 4}, (4, 3, 3)),
+        ("Conv3d", {"kernel_size": (1, 2, 2), "padding": (0, 1, 0), "groups": 2}, (4, 2, 3, 3)),
+    ],
+)
+def test_a_convolution_is_linear_layers_of_patches(trained, vectors, curvature, kind, arguments, shape):
+    solved = []
+    for is_convolution in (True, False):
+        pl.seed_everything(5, verbose=False)
+
+        def network(is_convolution=is_convolution):
+            first = getattr(torch.nn, kind)(4, 8, **arguments)
+            last = torch.nn.LazyLinear(3)
+            net = torch.nn.Sequential(first, torch.nn.Tanh(), torch.nn.Flatten(), last)
+            net(torch.zeros(1, *shape))
+            return net if is_convolution else torch.nn.Sequential(OfPatches(first), *net[1:])
+
+        run = trained(Classifier(network=network), root=f"runs-{is_convolution}", shape=shape)
+        fitted, where, v = curvature(rescale=False).fit(run.objective()), places(run), vectors(len(run.theta))
+        if is_convolution:
+            first_vectors = v
+            result = fitted.solve(v, 0.2).vectors
+            solved.append([result[:, where[f"net.0.{name}"]] for name in ("weight", "bias")])
+            convolution = where
+        else:
+            groups = arguments.get("groups", 1)
+            for name in ("weight", "bias"):
+                parts = first_vectors[:, convolution[f"net.0.{name}"]].chunk(groups, 1)
+                for group, part in enumerate(parts):
+                    v[:, where[f"net.0.layers.{group}.{name}"]] = part
+            result = fitted.solve(v, 0.2).vectors
+            names = [[f"net.0.layers.{group}.{name}" for group in range(groups)] for name in ("weight", "bias")]
+            solved.append([torch.cat([result[:, where[name]] for name in of_kind], 1) for of_kind in names])
+    for one, other in zip(*solved, strict=True):
+        close(one, other)
+
+
+def test_a_singular_factor_whose_eigenvalues_do_not_converge_is_decomposed_all_the_same(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    matrix = (half @ half.T)[None]
+
+    def failing(_matrix):
+        raise torch.linalg.LinAlgError
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, vectors = eigen(matrix)
+    close(vectors * values[:, None] @ vectors.mT, matrix)
+    close(vectors.mT @ vectors, torch.eye(5, dtype=torch.float64)[None])
 
 
 class Words(torch.nn.Module):
@@ -227,7 +341,7 @@ def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch
     run = trained(Classifier())
     v = vectors(len(run.theta))
     first = EKFAC(cache=tmp_path / "factors").fit(run.objective()).solve(v, 0.1).vectors
-    monkeypatch.setattr(kronecker, "_factors", lambda *_: pytest.fail("the factors were computed again"))
+    monkeypatch.setattr(kronecker, "_fitted", lambda *_: pytest.fail("the factors were computed again"))
     again = EKFAC(cache=tmp_path / "factors", damping=3.0).fit(run.objective()).solve(v, 0.1).vectors
     torch.testing.assert_close(again, first, rtol=0, atol=0)
 

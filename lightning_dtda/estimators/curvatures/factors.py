@@ -1,0 +1,259 @@
+"""Kronecker factors of layers, from what enters them and the derivatives that a root of the Gauss-Newton matrix has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.layer_gradients import (
+    Call,
+    LayerGradients,
+    WatchedLayer,
+    gradients,
+    positions,
+    without_padding,
+)
+from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.replay.cut import edges_of
+from lightning_dtda.replay.outputs import Outputs
+
+_VECTORS = 24
+"""Vectors of P numbers that an example takes at the most while eigenvalues are corrected: its gradient in two bases,
+steps between them, and activations, which are fewer."""
+
+
+class LayerFactors:
+    r"""Factors of a linear layer, or of each group of channels of a convolution, the bias a last input of one.
+
+    With what enters :math:`a_{nt}` and derivatives :math:`g_{nt}` at the T positions of an example,
+
+    .. math:: \left(\frac1{NT} \sum_{nt} a_{nt} a_{nt}^\top\right) \otimes
+        \left(\frac1N \sum_{nt} g_{nt} g_{nt}^\top\right)
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: WatchedLayer) -> None:
+        self._layer = layer
+        self._of_inputs: Any = 0
+        self._of_derivatives: Any = 0
+        self._corrected: Any = 0
+
+    def add(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
+        """Add a batch; ``is_first`` where its inputs have not come yet, with other derivatives."""
+        entering, leaving = (part.permute(1, 2, 0, 3) for part in self._matrices(inputs, derivatives))
+        if is_first:
+            flat = entering.flatten(2)
+            self._of_inputs = self._of_inputs + flat @ flat.mT / entering.shape[3]
+        flat = leaving.flatten(2)
+        self._of_derivatives = self._of_derivatives + flat @ flat.mT
+
+    def decompose(self) -> None:
+        """Find the eigenvectors of the factors."""
+        self._inputs, self._right = eigen(self._of_inputs)
+        self._derivatives, self._left = eigen(self._of_derivatives)
+
+    def correct(self, inputs: Tensor, derivatives: Tensor) -> None:
+        """Add a batch to the corrected eigenvalues."""
+        entering, leaving = self._matrices(inputs, derivatives)
+        entering, leaving = self._right.mT @ entering, self._left.mT @ leaving
+        if entering.shape[3] == 1:
+            found = torch.einsum("bgo,bgi->goi", leaving[..., 0].square(), entering[..., 0].square())
+        else:
+            found = (leaving @ entering.mT).square_().sum(0)
+        self._corrected = self._corrected + found
+
+    def tensors(self, examples: int, is_corrected: bool) -> dict[str, Tensor]:
+        """Return eigenvectors and eigenvalues, each ``(groups, ...)``."""
+        plain = self._derivatives[:, :, None] * self._inputs[:, None] / examples**2
+        values = self._corrected / examples if is_corrected else plain
+        return {"left": self._left, "right": self._right, "values": values}
+
+    def _matrices(self, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+        entering, leaving = positions(self._layer.module, inputs.to(derivatives.dtype), derivatives)
+        if self._layer.bias is not None:
+            entering = torch.cat([entering, torch.ones_like(entering[:, :, :1])], 2)
+        return entering, leaving
+
+
+class EmbeddingFactors:
+    """Factors of an embedding: a layer of one-hot vectors, whose diagonal matrix of inputs is not written out.
+
+    Args:
+        layer: The layer.
+    """
+
+    def __init__(self, layer: WatchedLayer) -> None:
+        self._module: Any = layer.module
+        self._frequencies: Any = 0
+        self._of_derivatives: Any = 0
+        self._corrected: Any = 0
+
+    def add(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
+        """Add a batch; ``is_first`` where its inputs have not come yet, with other derivatives."""
+        derivatives = without_padding(self._module, inputs, derivatives).flatten(0, -2)
+        if is_first:
+            counts = torch.bincount(inputs.flatten(), minlength=len(self._module.weight))
+            self._frequencies = self._frequencies + counts.to(derivatives) / inputs[0].numel()
+        self._of_derivatives = self._of_derivatives + derivatives.mT @ derivatives
+
+    def decompose(self) -> None:
+        """Find the eigenvectors of the derivatives' factor."""
+        self._derivatives, self._right = eigen(self._of_derivatives)
+
+    def correct(self, inputs: Tensor, derivatives: Tensor) -> None:
+        """Add a batch to the corrected eigenvalues."""
+        of_rows = without_padding(self._module, inputs, derivatives).flatten(1, -2) @ self._right
+        total = of_rows.new_zeros(len(inputs), *self._module.weight.shape)
+        total.scatter_add_(1, inputs.flatten(1)[..., None].expand(-1, -1, total.shape[2]), of_rows)
+        self._corrected = self._corrected + total.square_().sum(0)
+
+    def tensors(self, examples: int, is_corrected: bool) -> dict[str, Tensor]:
+        """Return the eigenvectors on the right, and eigenvalues, each ``(1, ...)``."""
+        plain = self._frequencies[:, None] * self._derivatives / examples**2
+        values = self._corrected / examples if is_corrected else plain
+        return {"right": self._right[None], "values": values[None]}
+
+
+def with_factors(known: LayerGradients) -> list[int]:
+    """Return the numbers of the layers that have factors: those called once, with a weight of their own."""
+    uses = Counter(place.start for layer in known.layers for place in (layer.weight, layer.bias) if place is not None)
+
+    def has_factors(number: int, layer: WatchedLayer) -> bool:
+        if isinstance(layer.module, nn.Embedding) and number in known.spread:
+            return False  # of positions, the same rows for all examples
+        is_own = layer.weight is not None and all(uses[one.start] == 1 for one in (layer.weight, layer.bias) if one)
+        return is_own and known.times[number] == 1 and layer.has_matrix
+
+    return [number for number, layer in enumerate(known.layers) if has_factors(number, layer)]
+
+
+def fit_factors(
+    objective: Objective, known: LayerGradients, samples: int | None, seed: int, is_corrected: bool
+) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
+    """Compute the factors of all layers that have some, and the diagonal of the matrix for other known parameters.
+
+    Args:
+        objective: The objective.
+        known: Its layers.
+        samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all.
+        seed: Of the samples.
+        is_corrected: Whether the eigenvalues are those that fit the matrix best with these eigenvectors.
+
+    Returns:
+        By number of the layer, eigenvectors and eigenvalues; and the diagonal without the penalty ``(P,)``, zero in
+        layers that have factors.
+    """
+    factors: dict[int, Any] = {
+        number: (EmbeddingFactors if isinstance(known.layers[number].module, nn.Embedding) else LayerFactors)(
+            known.layers[number]
+        )
+        for number in with_factors(known)
+    }
+    diagonal = torch.zeros_like(objective.theta)
+    for part in _parts(objective, known, samples, seed):
+        others: dict[int, Tensor] = {}
+        for call, derivatives in part.pairs:
+            if call.layer in factors:
+                factors[call.layer].add(call.inputs, derivatives, part.is_first)
+                continue
+            for place, of_examples in gradients(known.layers[call.layer], call.inputs, derivatives):
+                others[place.start] = others.get(place.start, 0) + of_examples
+        for start, of_examples in others.items():
+            diagonal[start : start + of_examples.shape[1]] += of_examples.square().sum(0)
+    for of_layer in factors.values():
+        of_layer.decompose()
+    if is_corrected:
+        for part in _parts(objective, known, samples, seed):
+            for call, derivatives in part.pairs:
+                if call.layer in factors:
+                    factors[call.layer].correct(call.inputs, derivatives)
+    found = {number: of_layer.tensors(objective.examples, is_corrected) for number, of_layer in factors.items()}
+    return found, diagonal / objective.examples
+
+
+class _Part(NamedTuple):
+    """A batch with one column of the root: the calls of layers, and the derivatives by what came out of them."""
+
+    pairs: list[tuple[Call, Tensor]]
+    is_first: bool
+
+
+def _parts(objective: Objective, known: LayerGradients, samples: int | None, seed: int) -> Iterator[_Part]:
+    """Go over the training examples, batch by batch, and column by column of the root of each.
+
+    Where the matrix has no root of single examples, the gradients of the losses stand for its only column, and what
+    comes out is the Fisher matrix of the training labels.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, int(objective.memory / (_VECTORS * objective.size * objective.theta.itemsize)))
+    for indices, draw, factor in objective.parts(size):
+        with (
+            known.watched(len(indices)) as noted,
+            objective.undifferentiated(indices, draw, nullcontext()) as (loss, outputs),
+        ):
+            calls = known.checked(noted)
+            edges = [call.result for call in calls]
+            if not objective.has_root:
+                found = torch.autograd.grad(factor * loss, edges, allow_unused=True)
+                yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], True)
+                continue
+            for number, column in enumerate(_columns(objective, outputs, factor, len(indices), samples, generator)):
+                found = torch.autograd.grad(
+                    edges_of(outputs.tensors), edges, column, retain_graph=True, allow_unused=True
+                )
+                yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], number == 0)
+
+
+def _columns(
+    objective: Objective,
+    outputs: Outputs,
+    factor: float,
+    examples: int,
+    samples: int | None,
+    generator: torch.Generator,
+) -> Iterator[list[Tensor]]:
+    """Yield columns of the examples' roots, or random combinations of them, one tensor for each of outputs."""
+    like = outputs.gradient()
+    if others := [part.shape for part in like if part.ndim == 0 or len(part) != examples]:
+        raise AttributionError(
+            f"The network's outputs have the shape {tuple(others[0])} for {examples} examples, which Kronecker "
+            "factors are not made of. Use GaussNewton() or Diagonal()."
+        )
+    sizes = [part[0].numel() for part in like]
+
+    def as_outputs(flat: Tensor) -> list[Tensor]:
+        return [part.reshape(one.shape).to(one.dtype) for part, one in zip(flat.split(sizes, 1), like, strict=True)]
+
+    def products(flat: Tensor) -> Tensor:
+        """Each example's Hessian by its outputs times its row."""
+        curved = outputs.curve(as_outputs(flat))
+        return factor * torch.cat([part.reshape(examples, -1) for part in curved], 1).to(objective.theta)
+
+    count = sum(sizes)
+    units = torch.eye(count, dtype=objective.theta.dtype, device=objective.theta.device)
+    roots = objective.roots_of(torch.stack([products(unit.expand(examples, -1)) for unit in units], 1))
+    if samples is not None and samples < count:
+        signs = torch.randint(2, (examples, count, samples), generator=generator)
+        roots = roots @ (signs.to(roots) * 2 - 1) * samples**-0.5
+    for column in roots.unbind(2):
+        yield as_outputs(column)
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors of a matrix without negative eigenvalues, or of several ``(..., n, n)``.
+
+    Those of a singular one may not converge in LAPACK; its singular vectors do, and are the same.
+    """
+    try:
+        return torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        vectors, values, _ = torch.linalg.svd(matrix)
+        return values, vectors
