@@ -271,13 +271,14 @@ def each_example(
         Results, each ``(B, ...)``.
     """
     replica = eager.replica
+    chosen = indices.tolist()  # not in a pass: no trace knows the value of a tensor
 
     def of(
         batch: Any, parameters: list[Tensor], more: list[Tensor], number: int = 0, time: Time = time
     ) -> list[Tensor]:
         for of_layer in (calls or {}).values():
             of_layer.clear()
-        index = int(indices[number])
+        index = chosen[number]
         inputs = MicroBatchInputs(1, time, states, lambda rows: examples.collated([index] * len(rows)))
         loss = replica.training_loss(batch, time, states)
         found = function(loss, Outputs(loss, eager.cut(loss, inputs), parameters), parameters, more)
@@ -286,7 +287,7 @@ def each_example(
     def alone(number: int, time: Time = time) -> list[Tensor]:
         with replica.generators.kept(), replica.passing(training=False):
             replica.load(theta, buffers)
-            batch = examples.collated([int(indices[number])])
+            batch = examples.collated([chosen[number]])
             return of(batch, replica.parameters, [tensor[number] for tensor in extra], number, time)
 
     leaves = examples.tensors(indices[:, None]) if len(indices) > 1 else None
@@ -318,7 +319,7 @@ def each_example(
                 _log.info("%s are computed example by example: %s", what, _first_line(error))
         if (known := kept[key]) is not None:
             return known.each(shared, mapped, states)
-    results = [alone(number) for number in range(len(indices))]
+    results = [alone(number) for number in range(len(chosen))]
     return [torch.stack(parts) for parts in zip(*results, strict=True)]
 
 

@@ -83,6 +83,14 @@ def test_where_a_batch_goes_another_way_slopes_and_gradients_are_the_same(traine
     assert objective._layers is None
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_passes_of_single_examples_are_traced_where_they_can_be(trained, module):
+    kept = {}
+    list(trained(module()).objective(kept=kept).roots())
+    assert len(kept) == 2  # of the losses' Hessians, and of the root
+    assert all(trace is not None for trace in kept.values())
+
+
 def test_little_memory_means_few_examples_at_a_time(trained, vectors):
     run = trained(Regressor())
     whole, chunked = run.objective(), run.objective(memory=7e3)
