@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "gram-1e-1": lambda: influence("GaussNewton", damping=1e-1),
     "cg-20": lambda: influence("GaussNewton", solver="cg", iterations=20),
     "cg-12": lambda: influence("GaussNewton", solver="cg", damping=3e-2, iterations=12),
+    "cg-ekfac-6": lambda: influence("GaussNewton", solver="cg", iterations=6, preconditioner=estimators.EKFAC()),
     "hessian-cg-10": lambda: influence("Hessian", solver="cg", iterations=10),
     "ekfac": lambda: influence("EKFAC"),
     "ekfac-1e-4": lambda: influence("EKFAC", damping=1e-4),

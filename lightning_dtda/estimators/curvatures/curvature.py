@@ -63,7 +63,8 @@ class Curvature(ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the constructor's arguments in JSON."""
-        arguments = {name: getattr(self, name) for name in self.arguments}
+        values = {name: getattr(self, name) for name in self.arguments}
+        arguments = {name: one.settings() if isinstance(one, Curvature) else one for name, one in values.items()}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **arguments}
 
     @abstractmethod

@@ -14,7 +14,15 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, FittedCurvature, Solution, check_damping
 from lightning_dtda.estimators.curvatures.exact_hessian import check_cutoff, default_cutoff
 from lightning_dtda.estimators.curvatures.root import Root
-from lightning_dtda.estimators.curvatures.solvers import check_iterations, conjugate_gradients, damped, mean_eigenvalue
+from lightning_dtda.estimators.curvatures.solvers import (
+    Products,
+    check_iterations,
+    check_preconditioner,
+    conjugate_gradients,
+    damped,
+    fit_preconditioner,
+    mean_eigenvalue,
+)
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
@@ -56,12 +64,15 @@ class GaussNewton(Curvature):
             ``lightning_dtda.estimators.projection.Projection``. ``None``, or a model of no more parameters, is all of
             them.
         seed: Of the projection.
+        preconditioner: Of conjugate gradients: a curvature M with a spectrum, such as
+            :class:`~lightning_dtda.estimators.EKFAC`, whose damped inverse :math:`(M + \delta_M)^{-1}` each residual is
+            multiplied with. Some ten iterations then do for many without. :math:`\delta_M` is M's own damping.
 
     Raises:
         AttributionError: If an argument is out of range.
     """
 
-    arguments = ("solver", "damping", "iterations", "tolerance", "cutoff", "projection", "seed")
+    arguments = ("solver", "damping", "iterations", "tolerance", "cutoff", "projection", "seed", "preconditioner")
 
     def __init__(
         self,
@@ -72,6 +83,7 @@ class GaussNewton(Curvature):
         cutoff: float | None = None,
         projection: int | None = None,
         seed: int = 0,
+        preconditioner: Curvature | None = None,
     ) -> None:
         if solver not in ("auto", "gram", "cg"):
             raise AttributionError(f'solver={solver!r}; choose "auto", "gram" or "cg".')
@@ -83,6 +95,9 @@ class GaussNewton(Curvature):
         self.cutoff = check_cutoff(cutoff)
         self.projection = check_dimension(projection)
         self.seed = seed
+        self.preconditioner = check_preconditioner(preconditioner, solver)
+        if preconditioner is not None and projection is not None:
+            raise AttributionError("projection mixes the parameters that a preconditioner tells apart. Leave one out.")
 
     @override
     def fit(self, objective: Objective) -> FittedCurvature:
@@ -101,7 +116,10 @@ class GaussNewton(Curvature):
         )
         if use_gram:
             return GramMatrix(objective, projection, self.cutoff)
-        return ImplicitGaussNewton(objective, projection, self.iterations, self.tolerance, may_take_fisher=is_auto)
+        precondition = fit_preconditioner(self.preconditioner, objective)
+        return ImplicitGaussNewton(
+            objective, projection, self.iterations, self.tolerance, may_take_fisher=is_auto, precondition=precondition
+        )
 
     @override
     def passes(self, objective: Objective) -> float:
@@ -141,11 +159,13 @@ class ImplicitGaussNewton(FittedCurvature):
         iterations: int | None,
         tolerance: float,
         may_take_fisher: bool = False,
+        precondition: Products | None = None,
     ) -> None:
         self._objective = objective
         self._projection = projection
         self._iterations = iterations
         self._tolerance = tolerance
+        self._precondition = precondition
         self._root: Root | None = None
         self._of_objective = objective.gauss_newton_products
         self._may_take_fisher = may_take_fisher
@@ -181,7 +201,9 @@ class ImplicitGaussNewton(FittedCurvature):
         projected = vectors if self._projection is None else self._projection.forward(vectors)
         products = damped(self._products, damping)
         try:
-            solution, residuals = conjugate_gradients(products, projected, self._iterations, self._tolerance)
+            solution, residuals = conjugate_gradients(
+                products, projected, self._iterations, self._tolerance, self._precondition
+            )
         except AttributionError:
             if not self._may_take_fisher:
                 raise

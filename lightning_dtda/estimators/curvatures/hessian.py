@@ -14,8 +14,10 @@ from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, F
 from lightning_dtda.estimators.curvatures.solvers import (
     Products,
     check_iterations,
+    check_preconditioner,
     conjugate_gradients,
     damped,
+    fit_preconditioner,
     largest_eigenvalue,
     lissa,
     mean_eigenvalue,
@@ -45,12 +47,13 @@ class Hessian(Curvature):
             samples leave noise.
         batch_size: Examples of a term of ``"lissa"``; ``None`` is all of them.
         repeats: Series of ``"lissa"`` that are averaged.
+        preconditioner: Of ``"cg"``; see :class:`~lightning_dtda.estimators.GaussNewton`.
 
     Raises:
         AttributionError: If an argument is out of range.
     """
 
-    arguments = ("solver", "damping", "iterations", "tolerance", "batch_size", "repeats")
+    arguments = ("solver", "damping", "iterations", "tolerance", "batch_size", "repeats", "preconditioner")
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class Hessian(Curvature):
         tolerance: float | None = None,
         batch_size: int | None = None,
         repeats: int = 1,
+        preconditioner: Curvature | None = None,
     ) -> None:
         if solver not in ("cg", "lissa"):
             raise AttributionError(f'solver={solver!r}; choose "cg" or "lissa".')
@@ -73,6 +77,7 @@ class Hessian(Curvature):
         check_iterations(iterations, self.tolerance)
         self.batch_size = batch_size
         self.repeats = repeats
+        self.preconditioner = check_preconditioner(preconditioner, solver)
 
     @override
     def fit(self, objective: Objective) -> ImplicitHessian:
@@ -89,6 +94,7 @@ class ImplicitHessian(FittedCurvature):
     def __init__(self, objective: Objective, curvature: Hessian) -> None:
         self._objective = objective
         self._curvature = curvature
+        self._precondition = fit_preconditioner(curvature.preconditioner, objective)
 
     @cached_property
     @override
@@ -100,7 +106,10 @@ class ImplicitHessian(FittedCurvature):
         curvature, objective = self._curvature, self._objective
         products = damped(objective.hessian_products, damping)
         if curvature.solver == "cg":
-            return Solution(*conjugate_gradients(products, vectors, curvature.iterations, curvature.tolerance))
+            found = conjugate_gradients(
+                products, vectors, curvature.iterations, curvature.tolerance, self._precondition
+            )
+            return Solution(*found)
         return Solution(
             *lissa(
                 products,

@@ -8,10 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.curvatures.curvature import Curvature, resolve_damping
+from lightning_dtda.estimators.curvatures.spectrum import fit_spectrum
+from lightning_dtda.estimators.objective import Objective
 
 Products = Callable[[Tensor], Tensor]
 """Vectors ``(Q, P)`` to the matrix times each of them."""
 
+
+_EXAMPLE = 'preconditioner=EKFAC(damping="auto")'
 
 _SLACK = 2.0
 """How far a real residual may be above the recurrence's, which ended the iterations."""
@@ -38,9 +43,16 @@ def damped(products: Products, damping: float) -> Products:
 
 
 def conjugate_gradients(
-    products: Products, vectors: Tensor, iterations: int | None, tolerance: float
+    products: Products,
+    vectors: Tensor,
+    iterations: int | None,
+    tolerance: float,
+    precondition: Products | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Solve :math:`A x = v` for several v at once, by conjugate gradients from zero (Hestenes and Stiefel, 1952).
+
+    After j iterations, x is the best one (by the A-norm of its error) in the span of :math:`z, M^{-1} A z, \dots,
+    (M^{-1} A)^{j-1} z` with :math:`z = M^{-1} v`.
 
     Args:
         products: A, positive definite.
@@ -48,6 +60,7 @@ def conjugate_gradients(
         iterations: Where to stop at the latest, converged or not: fewer leave small eigenvalues out, and regularise.
             ``None`` goes on until the tolerance is reached.
         tolerance: Of the residual, relative.
+        precondition: Vectors to :math:`M^{-1}` times each of them, M positive definite; the identity if not given.
 
     Returns:
         x ``(Q, P)`` and relative residuals ``(Q,)``.
@@ -56,10 +69,12 @@ def conjugate_gradients(
         AttributionError: If A is seen not to be positive definite, with ``iterations`` in the first one; or the
             tolerance is not reached in 2 P iterations.
     """
-    solution = torch.zeros_like(vectors)
-    residual, direction = vectors.clone(), vectors.clone()
+    tiny = torch.finfo(vectors.dtype).tiny
+    solution, residual = torch.zeros_like(vectors), vectors.clone()
+    direction = vectors.clone() if precondition is None else precondition(vectors)
     squared = residual.square().sum(1)
-    size = squared.clamp_min(torch.finfo(vectors.dtype).tiny)
+    steep = squared if precondition is None else (residual * direction).sum(1)
+    size = squared.clamp_min(tiny)
     going = squared > tolerance**2 * size
     most = 2 * vectors.shape[1] if iterations is None else iterations
     for number in range(most):
@@ -76,12 +91,13 @@ def conjugate_gradients(
                 )
             # a truncated solution ends where the matrix stops being one that can be inverted so
             going = going & (curvature > 0)
-        step = torch.where(going, squared / torch.where(going, curvature, 1), 0)
+        step = torch.where(going, steep / torch.where(going, curvature, 1), 0)
         solution.addcmul_(step[:, None], direction)
         residual.addcmul_(step[:, None], along, value=-1)
-        before, squared = squared, residual.square().sum(1)
-        ratio = squared / before.clamp_min(torch.finfo(vectors.dtype).tiny)
-        direction = torch.addcmul(residual, ratio[:, None], direction)
+        before, squared = steep, residual.square().sum(1)
+        towards = residual if precondition is None else precondition(residual)
+        steep = squared if precondition is None else (residual * towards).sum(1)
+        direction = torch.addcmul(towards, (steep / before.clamp_min(tiny))[:, None], direction)
         going = going & (squared > tolerance**2 * size)
     if iterations is None:
         # what the recurrence makes of the residual falls on when rounding keeps the real one from doing so
@@ -172,6 +188,48 @@ def largest_eigenvalue(products: Products, theta: Tensor) -> float:
         vector = products(vector / vector.norm())
         size = float(vector.norm())
     return _ABOVE * size
+
+
+def check_preconditioner(preconditioner: Curvature | None, solver: str) -> Curvature | None:
+    """Return what can be a preconditioner.
+
+    Raises:
+        AttributionError: If it cannot.
+    """
+    if preconditioner is None:
+        return None
+    if not isinstance(preconditioner, Curvature) or solver != "cg":
+        raise AttributionError(
+            f'preconditioner={preconditioner!r} with solver={solver!r}; give solver="cg", and a curvature that has a '
+            "spectrum, such as EKFAC()."
+        )
+    if preconditioner.damping == 0:
+        raise AttributionError(
+            f"A preconditioner needs a damping above zero, else its inverse may not exist. Give {_EXAMPLE}, say."
+        )
+    return preconditioner
+
+
+def fit_preconditioner(preconditioner: Curvature | None, objective: Objective) -> Products | None:
+    r"""Fit a curvature M, and return products with its damped inverse, :math:`(M + \delta)^{-1}`.
+
+    Raises:
+        AttributionError: If it has no spectrum, or its damped matrix is not positive definite.
+    """
+    if preconditioner is None:
+        return None
+    spectrum = fit_spectrum(preconditioner, objective, "of which a preconditioner is made")
+    damping = resolve_damping(preconditioner.damping, preconditioner, spectrum)
+
+    def inverse(values: Tensor) -> Tensor:
+        if not bool((values + damping > 0).all()):
+            raise AttributionError(
+                f"{type(preconditioner).__name__} with damping {damping:.3g} is not positive definite, as a "
+                "preconditioner must be. Give it a larger damping."
+            )
+        return 1 / (values + damping)
+
+    return lambda vectors: spectrum.apply(inverse, vectors)
 
 
 def check_iterations(iterations: int | None, tolerance: float) -> None:

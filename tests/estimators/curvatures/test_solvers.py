@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators import GaussNewton, Hessian
+from lightning_dtda.estimators import EKFAC, Diagonal, ExactHessian, GaussNewton, Hessian
 from lightning_dtda.estimators.curvatures.solvers import conjugate_gradients, largest_eigenvalue, mean_eigenvalue
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 from tests.estimators.curvatures.test_spectra import close
@@ -97,3 +97,57 @@ def test_eigenvalues_are_estimated(trained):
 def test_arguments_out_of_range_are_refused(curvature, arguments):
     with pytest.raises(AttributionError, match=r"choose|give"):
         curvature(**arguments)
+
+
+@pytest.mark.parametrize("curvature", [GaussNewton, Hessian])
+@pytest.mark.parametrize("preconditioner", [EKFAC(), Diagonal(damping=0.3)])
+def test_a_preconditioner_leaves_the_solution_as_it_is(trained, vectors, curvature, preconditioner):
+    run = trained(Classifier(weight_decay=0.05))
+    v, dense = vectors(len(run.theta)), run.gauss_newton() if curvature is GaussNewton else run.hessian()
+    solver = curvature(solver="cg", damping=1.0, tolerance=1e-10, preconditioner=preconditioner)
+    expected = dense_solution(dense, 1.0, v)
+    found = solver.fit(run.objective()).solve(v, 1.0)
+    torch.testing.assert_close(found.vectors, expected, rtol=1e-7, atol=1e-9)
+    assert bool((found.residuals <= 1e-10).all())
+    assert solver.settings()["preconditioner"] == preconditioner.settings()
+
+
+def test_iterations_stop_in_the_span_of_preconditioned_products(trained, vectors):
+    run = trained(Classifier(weight_decay=0.05))
+    matrix = run.gauss_newton() + 0.01 * torch.eye(len(run.theta), dtype=torch.float64)
+    v = vectors(len(run.theta), 1)
+    spectrum = EKFAC(damping=0.02).fit(run.objective())
+    inverse = spectrum.apply(lambda values: 1 / (values + 0.02), torch.eye(len(matrix), dtype=torch.float64))
+    first = inverse @ v[0]
+    span = torch.stack([first, inverse @ matrix @ first, inverse @ matrix @ inverse @ matrix @ first], 1)
+    # the best solution of three steps, by the norm of the matrix
+    expected = span @ torch.linalg.solve(span.T @ matrix @ span, span.T @ v[0])
+    solver = GaussNewton(solver="cg", damping=0.01, iterations=3, preconditioner=EKFAC(damping=0.02))
+    found = solver.fit(run.objective()).solve(v, 0.01).vectors[0]
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussNewton(preconditioner=EKFAC()), 'give solver="cg"'),
+        (lambda: Hessian(solver="lissa", preconditioner=EKFAC()), 'give solver="cg"'),
+        (lambda: GaussNewton(solver="cg", preconditioner="ekfac"), "a curvature that has a spectrum, such as EKFAC"),
+        (lambda: GaussNewton(solver="cg", preconditioner=EKFAC(damping=0)), "needs a damping above zero"),
+        (lambda: GaussNewton(solver="cg", projection=5, preconditioner=EKFAC()), "Leave one out"),
+    ],
+)
+def test_preconditioners_that_cannot_work_are_refused(make, message):
+    with pytest.raises(AttributionError, match=message):
+        make()
+
+
+def test_a_preconditioner_is_one_that_has_positive_eigenvalues(trained):
+    objective = trained(Classifier()).objective()
+    with pytest.raises(AttributionError, match="it has no spectrum"):
+        GaussNewton(solver="cg", preconditioner=GaussNewton(solver="cg")).fit(objective)
+    fitted = GaussNewton(solver="cg", preconditioner=ExactHessian(damping=1e-9)).fit(objective)
+    with pytest.raises(AttributionError, match="Give it a larger damping"):
+        fitted.solve(torch.ones(1, objective.size, dtype=torch.float64), 1.0)
+    wide = GaussNewton(solver="cg", preconditioner=ExactHessian(damping=5.0)).fit(objective)
+    assert bool(wide.solve(torch.ones(1, objective.size, dtype=torch.float64), 1.0).vectors.isfinite().all())
