@@ -254,7 +254,7 @@ class Objective:
             return found
 
         try:
-            size = self._chunk_of(
+            size = self.examples_at_once(
                 f"slopes of {len(vectors)}", lambda indices: of_batch(indices, self._seeds[0]), _PAGES
             )
             for indices, seed, factor in self.parts(size, chosen):
@@ -423,13 +423,21 @@ class Objective:
             AttributionError: If a loss is not convex in the outputs.
         """
         values, vectors = torch.linalg.eigh(hessians)
+        self.refuse_concave(values)
+        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+    def refuse_concave(self, values: Tensor) -> None:
+        """Refuse a loss whose Hessians by the outputs have negative eigenvalues.
+
+        Raises:
+            AttributionError: If there are some, beyond rounding.
+        """
         floor = -self.theta.new_tensor(torch.finfo(self.theta.dtype).eps).sqrt() * values.abs().amax()
         if bool((values < floor).any()):
             raise AttributionError(
                 f"The training loss of {self.run.path} is not convex in the network's outputs (smallest eigenvalue "
                 f"{float(values.min()):.2g}): its Gauss-Newton matrix has no root. Use Hessian(...) or ExactHessian()."
             )
-        return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
 
     def roots(self, columns: Tensor | None = None, layers: Sequence[str] = ()) -> Iterator[RootRows]:
         r"""Yield rows of a root of the Gauss-Newton matrix, those of B examples at a time.
@@ -614,9 +622,9 @@ class Objective:
             with self.passed(indices, self._seeds[0]) as one:
                 each(one)
 
-        return self._chunk_of(what, run)
+        return self.examples_at_once(what, run)
 
-    def _chunk_of(self, what: str, run: Callable[[Tensor], object], enough: float = inf) -> int:
+    def examples_at_once(self, what: str, run: Callable[[Tensor], object], enough: float = inf) -> int:
         """Return how many examples at a time stay within the memory, where their number does not matter to the loss.
 
         Args:

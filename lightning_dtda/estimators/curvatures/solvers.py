@@ -18,6 +18,9 @@ Products = Callable[[Tensor], Tensor]
 
 _EXAMPLE = 'preconditioner=EKFAC(damping="auto")'
 
+_WHOLE = 64
+"""Units in the last place of a product below which a new direction of Lanczos's is rounding."""
+
 _SLACK = 2.0
 """How far a real residual may be above the recurrence's, which ended the iterations."""
 
@@ -110,6 +113,42 @@ def conjugate_gradients(
                 "regularised one."
             )
     return solution, (squared / size).sqrt()
+
+
+def root_times(products: Products, vectors: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`A^{1/2} v` for one v of each of several matrices without negative eigenvalues, by Lanczos.
+
+    In the space that j products span, A is a tridiagonal matrix of size j, whose root is taken (Higham, *Functions of
+    Matrices*, 2008, section 13.2). What that leaves out is of small eigenvalues.
+
+    Args:
+        products: Vectors ``(B, C)`` to each matrix times its own.
+        vectors: v ``(B, C)``.
+        steps: j.
+
+    Returns:
+        The products ``(B, C)``, and the eigenvalues of the tridiagonal matrices ``(B, j)``.
+    """
+    tiny = torch.finfo(vectors.dtype).tiny
+    size = vectors.norm(dim=1, keepdim=True)
+    basis = [vectors / size.clamp_min(tiny)]
+    inner = vectors.new_zeros(len(vectors), steps, steps)
+    for step in range(steps):
+        along = products(basis[-1])
+        inner[:, step, step] = (along * basis[-1]).sum(1)
+        if step == steps - 1:
+            break
+        known = torch.stack(basis, 1)
+        for _ in range(2):  # rounding leaves some of what is taken away the first time
+            along = along - torch.einsum("bj,bjc->bc", torch.einsum("bjc,bc->bj", known, along), known)
+        length = along.norm(dim=1)
+        # nothing but rounding is left where the space is whole
+        length = torch.where(length > _WHOLE * torch.finfo(length.dtype).eps * inner[:, 0, 0], length, 0)
+        inner[:, step, step + 1] = inner[:, step + 1, step] = length
+        basis.append(torch.where(length[:, None] > 0, along / length[:, None].clamp_min(tiny), 0))
+    values, turns = torch.linalg.eigh(inner)
+    weights = torch.einsum("bij,bj,bj->bi", turns, values.clamp_min(0).sqrt(), turns[:, 0])
+    return size * torch.einsum("bi,bic->bc", weights, torch.stack(basis, 1)), values
 
 
 def lissa(

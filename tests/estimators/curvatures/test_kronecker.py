@@ -337,6 +337,14 @@ def test_samples_of_the_outputs_come_near_all_of_them(trained):
     assert sampled.mean_eigenvalue != exact.mean_eigenvalue
 
 
+def test_samples_of_many_outputs_come_near_the_matrix(trained):
+    # 30 outputs of an example, more than are written out
+    run = trained(Classifier(network=lambda: torch.nn.Linear(4, 30)), examples=200)
+    exact, sampled = EKFAC().fit(run.objective()), EKFAC(samples=1).fit(run.objective())
+    assert sampled.mean_eigenvalue == pytest.approx(exact.mean_eigenvalue, rel=0.1)
+    assert sampled.mean_eigenvalue != exact.mean_eigenvalue
+
+
 def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch):
     run = trained(Classifier())
     v = vectors(len(run.theta))

@@ -5,7 +5,12 @@ import torch
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import EKFAC, Diagonal, ExactHessian, GaussNewton, Hessian
-from lightning_dtda.estimators.curvatures.solvers import conjugate_gradients, largest_eigenvalue, mean_eigenvalue
+from lightning_dtda.estimators.curvatures.solvers import (
+    conjugate_gradients,
+    largest_eigenvalue,
+    mean_eigenvalue,
+    root_times,
+)
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 from tests.estimators.curvatures.test_spectra import close
 
@@ -75,6 +80,34 @@ def test_a_solution_that_does_not_converge_is_refused(trained, vectors):
     run = trained(Regressor(), examples=6)  # rank 12 of 37: what is outside the range has no solution
     with pytest.raises(AttributionError, match=r"relative residual of|not positive definite"):
         GaussNewton("cg").fit(run.objective()).solve(vectors(len(run.theta)), 0.0)
+
+
+def test_roots_by_lanczos_are_those_of_each_matrix():
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(3, 12, 5, generator=generator, dtype=torch.float64)  # of rank 5
+    matrices, vectors = half @ half.mT, torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    values, basis = torch.linalg.eigh(matrices)
+    expected = torch.einsum("bij,bj,bkj,bk->bi", basis, values.clamp_min(0).sqrt(), basis, vectors)
+
+    def products(some):
+        return torch.einsum("bij,bj->bi", matrices, some)
+
+    # in exact arithmetic, rank + 1 products span the whole space; further ones add nothing
+    for steps in (6, 12):
+        found, of_space = root_times(products, vectors, steps)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)  # a root of rounding is its square root
+        torch.testing.assert_close(of_space.amax(1), values.amax(1), rtol=1e-10, atol=0)
+    assert not root_times(products, torch.zeros_like(vectors), 4)[0].any()
+
+
+def test_the_root_of_a_cross_entropy_over_many_classes_is_near_in_few_products():
+    generator = torch.Generator().manual_seed(0)
+    p = (3 * torch.randn(4, 300, generator=generator, dtype=torch.float64)).softmax(1)
+    signs = torch.randint(2, (4, 300), generator=generator).double() * 2 - 1
+    values, basis = torch.linalg.eigh(torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    expected = torch.einsum("bij,bj,bkj,bk->bi", basis, values.clamp_min(0).sqrt(), basis, signs)
+    found, _ = root_times(lambda u: p * u - p * (p * u).sum(1, keepdim=True), signs, 24)
+    assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
 def test_vectors_of_zeros_have_zeros_as_solution():
