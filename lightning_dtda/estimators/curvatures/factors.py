@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,17 @@ from lightning_dtda.replay.cut import edges_of
 from lightning_dtda.replay.outputs import Outputs
 
 _VECTORS = 6
-"""Vectors of P numbers that an example takes at the most while eigenvalues are corrected: its gradient by one layer at a
-time, in two bases. What the passes take is measured; as much again is left for rotating it."""
+"""Vectors of P numbers that an example takes at most while eigenvalues are corrected: its gradient by one layer at a
+time, in two bases. What the passes take is measured; the same again is left for rotating it."""
 
 _STEPS = 24
-"""Products with the Hessian by the outputs, from which its root's product with a random combination of them is had. That
-of a cross entropy is good to 5 % then, far better than a sample. With fewer outputs the root is written out."""
+"""Products with the Hessian by the outputs, from which its root times a random combination of them is computed. For a
+cross entropy that is good to 5 %, far better than a sample. With fewer outputs the root is written out."""
+
+_FEW_OUTPUTS = 64
+"""Outputs of an example that are all taken unless it is asked otherwise; each costs a backward pass."""
+
+Samples: TypeAlias = int | Literal["auto"] | None
 
 
 class LayerFactors:
@@ -141,14 +146,15 @@ def with_factors(known: LayerGradients) -> list[int]:
 
 
 def fit_factors(
-    objective: Objective, known: LayerGradients, samples: int | None, seed: int, is_corrected: bool
+    objective: Objective, known: LayerGradients, samples: Samples, seed: int, is_corrected: bool
 ) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """Compute the factors of all layers that have some, and the diagonal of the matrix for other known parameters.
 
     Args:
         objective: The objective.
         known: Its layers.
-        samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all.
+        samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all,
+            ``"auto"`` all of few, else one.
         seed: Of the samples.
         is_corrected: Whether the eigenvalues are those that fit the matrix best with these eigenvectors.
 
@@ -191,7 +197,7 @@ class _Part(NamedTuple):
     is_first: bool
 
 
-def _parts(objective: Objective, known: LayerGradients, samples: int | None, seed: int) -> Iterator[_Part]:
+def _parts(objective: Objective, known: LayerGradients, samples: Samples, seed: int) -> Iterator[_Part]:
     """Go over the training examples, batch by batch, and column by column of the root of each.
 
     Where the matrix has no root of single examples, the gradients of the losses stand for its only column, and what
@@ -216,7 +222,7 @@ def _of_batch(
     indices: Tensor,
     draw: int | None,
     factor: float,
-    samples: int | None,
+    samples: Samples,
     generator: torch.Generator,
 ) -> Iterator[_Part]:
     """Go over the columns of a batch."""
@@ -240,7 +246,7 @@ def _columns(
     outputs: Outputs,
     factor: float,
     examples: int,
-    samples: int | None,
+    samples: Samples,
     generator: torch.Generator,
 ) -> Iterator[list[Tensor]]:
     """Yield columns of the examples' roots, or random combinations of them, one tensor for each of outputs."""
@@ -261,6 +267,8 @@ def _columns(
         return factor * torch.cat([part.reshape(examples, -1) for part in curved], 1).to(objective.theta)
 
     count, theta = sum(sizes), objective.theta
+    if samples == "auto":
+        samples = None if count <= _FEW_OUTPUTS else 1
     if samples is not None and samples < count:
         signs = torch.randint(2, (samples, examples, count), generator=generator).to(theta) * 2 - 1
         signs *= samples**-0.5

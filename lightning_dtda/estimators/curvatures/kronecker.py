@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class KFAC(Curvature):
     Args:
         damping: :math:`\delta`; ``"auto"`` is a hundredth of the mean eigenvalue, 0 the pseudo-inverse.
         samples: How many random combinations of the C outputs' derivatives stand for all of them; ``None`` is all of
-            them, exact.
+            them, exact. ``"auto"`` is all of up to 64, and one combination of more (a language model has an output for
+            each word at each position).
         seed: Of the samples.
         rescale: Whether solutions are rescaled.
         cache: A directory where the factors of each run are kept, to be read by the next call.
@@ -73,13 +74,13 @@ class KFAC(Curvature):
     def __init__(
         self,
         damping: Damping = "auto",
-        samples: int | None = None,
+        samples: int | Literal["auto"] | None = "auto",
         seed: int = 0,
         rescale: bool = True,
         cache: str | Path | None = None,
     ) -> None:
-        if samples is not None and samples < 1:
-            raise AttributionError(f"samples={samples}; give at least 1, or None for all outputs.")
+        if not (samples in (None, "auto") or (isinstance(samples, int) and samples >= 1)):
+            raise AttributionError(f'samples={samples!r}; give "auto", at least 1, or None for all outputs.')
         self.damping = check_damping(damping)
         self.samples = samples
         self.seed = seed

@@ -345,6 +345,13 @@ def test_samples_of_many_outputs_come_near_the_matrix(trained):
     assert sampled.mean_eigenvalue != exact.mean_eigenvalue
 
 
+@pytest.mark.parametrize(("outputs", "samples"), [(64, None), (65, 1)])
+def test_all_of_few_outputs_are_taken_and_one_combination_of_many(trained, outputs, samples):
+    run = trained(Classifier(network=lambda: torch.nn.Linear(4, outputs)), examples=20)
+    by_default, given = EKFAC().fit(run.objective()), EKFAC(samples=samples).fit(run.objective())
+    torch.testing.assert_close(by_default.values, given.values, rtol=0, atol=0)
+
+
 def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch):
     run = trained(Classifier())
     v = vectors(len(run.theta))
@@ -370,7 +377,7 @@ def test_a_cache_of_something_else_is_not_read(trained, vectors, tmp_path, other
 
 
 def test_no_samples_are_refused():
-    with pytest.raises(AttributionError, match="samples=0; give at least 1"):
+    with pytest.raises(AttributionError, match='samples=0; give "auto", at least 1'):
         EKFAC(samples=0)
 
 
