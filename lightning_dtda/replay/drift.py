@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
+from lightning_dtda.replay.kernels import rounds_products
 from lightning_dtda.trajectory import Run
 
 _ROUNDING_STEPS = 16
@@ -30,6 +31,10 @@ in a batch of 64 is ten times as far or more."""
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 """What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
+
+
+_TEN_BITS = 2.0**-10
+"""Unit in the last place of products that GPUs round (TF32)."""
 
 
 _REASONS = (
@@ -113,7 +118,10 @@ class Comparison:
         self._names = names
         self._reasons = reasons
         self._recorded_dtype = recorded
-        self._tolerance = tolerance + (0.0 if mixed is None else _ROUNDING_STEPS * torch.finfo(mixed).eps)
+        coarse = 0.0 if mixed is None else torch.finfo(mixed).eps
+        if rounds_products(recorded, device):
+            coarse = max(coarse, _TEN_BITS)
+        self._tolerance = tolerance + _ROUNDING_STEPS * coarse
         self._of_parameters = self._tolerance + (0.0 if dtype == recorded else _OTHER_PRECISION)
         self._records_gradients = gradients is not None
         self._stored_eps = 0.0 if gradients is None else torch.finfo(gradients).eps

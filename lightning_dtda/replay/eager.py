@@ -12,6 +12,7 @@ from torch.autograd import grad
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.cut import Cuts, CutTensor, UnknownGraphError, edges_of, weighed, zeros
+from lightning_dtda.replay.kernels import tolerated
 from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.replica import Replica
@@ -21,8 +22,8 @@ from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 _Observed: TypeAlias = tuple[Tensor, list[Tensor]]
 """Terms of the examples of a batch, and the gradients that arrive at their rows."""
 
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""Relative difference of two derivatives that is taken for rounding: a dependence on examples is far above."""
+_IN_DOUBLE = 1e-8
+"""Relative difference of two derivatives in double that is taken for rounding."""
 
 
 class Products(NamedTuple):
@@ -268,7 +269,7 @@ class Eager:
                 found.append(
                     grad(loss, replica.parameters, create_graph=number == 0, retain_graph=True, allow_unused=True)
                 )
-        tolerance = _TOLERANCE.get(replica.dtype, 1e-3)
+        tolerance = tolerated(replica.dtype, replica.device, _IN_DOUBLE)
         for parameter, name, *of_each in zip(replica.parameters, replica.layout.names, *found, strict=True):
             beyond = [zeros(one, parameter) for one in of_each]
             if not bool(beyond[0].detach().any()):
@@ -330,7 +331,7 @@ def _shared(
     One example is put in place of another: what then changes of the others' terms, they share. In the network that is
     BatchNorm or mixup, in the loss a divisor that depends on the batch, or a contrast.
     """
-    tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+    tolerance = tolerated(theta.dtype, theta.device, _IN_DOUBLE)
     for position, replaced in inputs.replaced():
         try:
             other = _observed(eager, replaced, theta, buffers, direction, training)
@@ -353,7 +354,7 @@ def _reduction(
 ) -> str:
     """Say how the loss is reduced over examples of which a batch was observed in evaluation mode."""
     whole, _ = observed
-    tolerance = _TOLERANCE.get(theta.dtype, 1e-3)
+    tolerance = tolerated(theta.dtype, theta.device, _IN_DOUBLE)
     if inputs.examples < 2:
         return "other"
     size = inputs.examples - 1

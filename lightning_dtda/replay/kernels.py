@@ -63,6 +63,30 @@ def using_kernels(names: Iterable[str]) -> Iterator[None]:
             switch(name in before)
 
 
+def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether single precision is rounded to ten bits (TF32) inside matrix products or convolutions on a GPU.
+
+    It is in convolutions unless the user says otherwise.
+    """
+    if device.type != "cuda" or dtype != torch.float32:
+        return False
+    try:
+        return torch.backends.cudnn.allow_tf32 or _cuda.matmul.allow_tf32
+    except RuntimeError:  # torch 2.9 or later, which says it in another way; asked in this way it refuses
+        return True
+
+
+def tolerated(dtype: torch.dtype, device: torch.device, in_double: float = 1e-9) -> float:
+    """Return the relative difference of two ways to compute the same that is taken for rounding.
+
+    That of a derivative on an example is far above. Products that are rounded to ten bits come to some 1e-2 by way of
+    norms and cancellation.
+    """
+    if dtype == torch.float64:
+        return in_double
+    return 3e-2 if rounds_products(dtype, device) else 1e-3 if dtype == torch.float32 else 1e-2
+
+
 def drops_out_inside(loss: Tensor) -> str | None:
     """Return what of a loss's graph drops out inside a kernel, where no other kernel draws the same; or ``None``."""
     for node in nodes_behind([loss]):

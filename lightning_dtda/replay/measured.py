@@ -16,15 +16,13 @@ from lightning_dtda.errors import AttributionError, DTDAError
 from lightning_dtda.replay.cut import zeros
 from lightning_dtda.replay.eager import Eager
 from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.kernels import tolerated
 from lightning_dtda.replay.measurements import Measurement, loss
 from lightning_dtda.replay.random_states import drawn_from
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import ByName
 
 _log = logging.getLogger(__name__)
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Relative difference of a measurement that is taken of all models at once that is taken for rounding."""
 
 _QUERIES_AT_A_TIME = 256
 """Queries that pass through all models together: bounds the memory."""
@@ -131,7 +129,7 @@ def values(
         found = None if theta.shape[0] * len(queries) == 1 else _at_once(eager, theta, buffers, queries, measurement)
         if found is not None:
             scale = found[0].nan_to_num(0, 0, 0).abs().max()
-            tolerance = _TOLERANCE.get(theta.dtype, 1e-2)
+            tolerance = tolerated(theta.dtype, theta.device)
             first = torch.full_like(found[0, 0], one(0, 0))
             if torch.isclose(found[0, 0], first, tolerance, float(tolerance * scale), equal_nan=True):
                 return found
@@ -175,7 +173,7 @@ def _taken(eager: Eager, queries: Examples, query: int, measurement: Measurement
         if measurement is not loss:
             raise
         two, three = of(2), of(3)
-        tolerance = _TOLERANCE.get(eager.replica.dtype, 1e-2)
+        tolerance = tolerated(eager.replica.dtype, eager.replica.device)
         if torch.isclose(two, three, tolerance, tolerance).all():
             return two
         if torch.isclose(two / 2, three / 3, tolerance, tolerance).all():

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import RecordingError, ReplayError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -91,7 +91,7 @@ KINDS = {
 def test_single_and_double_precision_agree(make, tmp_path):
     record(make, tmp_path)
     single = responses(make, tmp_path, device="cuda")
-    double = responses(make, tmp_path, device="cuda", precision="float64")
+    double = responses(make, tmp_path, device="cuda", estimator=UnrolledDifferentiation(precision="float64"))
     assert double.abs().max() > 0
     assert (single - double).norm() < 1e-3 * double.norm()
 
@@ -100,7 +100,7 @@ def test_single_and_double_precision_agree(make, tmp_path):
 def test_mixed_precision_is_replayed(make, tmp_path):
     record(make, tmp_path, precision="bf16-mixed")
     mixed = responses(make, tmp_path, device="cuda")
-    double = responses(make, tmp_path, device="cuda", precision="float64")
+    double = responses(make, tmp_path, device="cuda", estimator=UnrolledDifferentiation(precision="float64"))
     assert (mixed - double).norm() < 0.1 * double.norm()
 
 
@@ -128,7 +128,7 @@ def test_recurrent_layers_that_drop_out_inside_cudnn_are_refused_and_each_remedy
         patch.setattr(torch.backends.cudnn, "enabled", False)
         record(make, tmp_path / "native")
     single = responses(make, tmp_path / "native", device="cuda")
-    double = responses(make, tmp_path / "native", device="cuda", precision="float64")
+    double = responses(make, tmp_path / "native", device="cuda", estimator=UnrolledDifferentiation(precision="float64"))
     assert (single - double).norm() < 1e-3 * double.norm()
     record(KINDS["recurrent"], tmp_path / "between")
     assert responses(KINDS["recurrent"], tmp_path / "between", device="cuda").abs().max() > 0
