@@ -84,6 +84,7 @@ class Plan:
         seconds: Time that all of it will take.
         removals_per_chunk: Removals that are worked on together, where an estimator works removal by removal.
         stacked: Whether runs and directions are computed at once, not one by one.
+        compiled: Whether steps are compiled.
         held: How many steps of a run may be held in memory at once.
     """
 
@@ -93,6 +94,7 @@ class Plan:
     seconds: float
     removals_per_chunk: int | None = None
     stacked: bool = False
+    compiled: bool = False
     held: float = math.inf
 
 

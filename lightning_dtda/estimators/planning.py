@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -21,6 +21,7 @@ from lightning_dtda.estimators.sweep import no_state_cotangents
 from lightning_dtda.optimizers.clipping import NoClipping
 from lightning_dtda.replay import Replay
 from lightning_dtda.replay.pieces import FEWEST_HELD, rebuilt_steps
+from lightning_dtda.units import human_seconds
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,11 @@ _LONG_STEP = 0.1
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
 
+_WORTH_COMPILING, _WORTH_COMPILING_ALONE = 100.0, 600.0
+"""Seconds of work from which on steps are compiled where nothing else is asked for; the second for steps that are run
+one by one on the CPU. To compile takes 10 s for a small network, a minute for both halves of a transformer's step; it
+saves a quarter of the time there, a seventh here, and half or more on a GPU."""
+
 _TIMED_STEPS = 2
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
@@ -48,6 +54,7 @@ class Costs:
         directions: Number of queries or of removals.
         per_run: Bytes that a run needs whatever their number.
         per_direction: Bytes that each of a chunk adds where they are computed one by one.
+        alone: Bytes of a step's derivatives, for one run and direction: a part of ``per_run``.
         diagnosis: Bytes that the diagnosis of a run takes, after all else is done.
         step: Takes a step of a replay with a number of directions.
     """
@@ -56,6 +63,7 @@ class Costs:
     directions: int
     per_run: float
     per_direction: float
+    alone: float
     diagnosis: float
     step: Callable[[Replay, int], object]
 
@@ -67,6 +75,10 @@ class Costs:
     def seconds(self, replay: Replay, directions: int) -> float:
         """Time a step."""
         return _timed(partial(self.step, replay, directions), replay)
+
+    def sweeps(self, way: Way) -> float:
+        """Return the seconds of a step of one run in all sweeps, one for each chunk of directions."""
+        return way.seconds * math.ceil(self.directions / way.directions)
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,7 @@ class Way:
         per_direction: Bytes that each takes in each run.
         diagnosis: Bytes that the diagnosis of a run takes.
         seconds: Of a step of one run.
+        compiled: Whether the step is compiled.
     """
 
     stacked: bool
@@ -90,6 +103,7 @@ class Way:
     per_direction: float
     diagnosis: float
     seconds: float
+    compiled: bool = False
 
     @property
     def memory(self) -> float:
@@ -150,6 +164,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         queries,
         alone + _fewest_bytes(replay) + responses,
         _vectors_bytes(replay) + of_examples,
+        alone,
         _diagnosis_bytes(alone, replay) + responses / 2,
         step,
     )
@@ -165,7 +180,7 @@ def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     # the responses, and which examples the removals have
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
     vectors = _vectors_bytes(replay)
-    return Costs("forward", removals, alone + kept, vectors, _diagnosis_bytes(alone, replay) + kept, step)
+    return Costs("forward", removals, alone + kept, vectors, alone, _diagnosis_bytes(alone, replay) + kept, step)
 
 
 def _diagnosis_bytes(step: float, replay: Replay) -> float:
@@ -244,7 +259,13 @@ def seconds(replay: Replay, way: Way, costs: Costs, held: int, steps: int) -> fl
 
 
 def fastest_way(
-    make: Callable[[int], Replay], costs: Costs, budget: float, asked: int | None, most: int, steps: int
+    make: Callable[[int], Replay],
+    costs: Costs,
+    budget: float,
+    asked: int | None,
+    most: int,
+    steps: int,
+    compiles: bool | None = None,
 ) -> Way:
     """Choose how steps are run.
 
@@ -255,6 +276,7 @@ def fastest_way(
         asked: Number of runs to be worked on together; ``None`` is free.
         most: Number of runs of the same shape.
         steps: Of all runs, that will be taken for each chunk of directions.
+        compiles: Whether steps are compiled; ``None`` where that saves time.
 
     Raises:
         AttributionError: If the number of runs that is asked for does not fit the budget.
@@ -266,21 +288,58 @@ def fastest_way(
         raise AttributionError(
             f"runs_per_batch={runs} does not fit memory_budget; at most {int(budget / costs.fewest)} do."
         )
+    directions = _chunk(costs.directions, directions)
     one = costs.seconds(alone, 1)
-    each = costs.seconds(alone, 2) - one if directions > 1 else 0.0
-    taken = one + max(each, 0.0) * (directions - 1)
-    eager = Way(False, runs, directions, costs.per_run, costs.per_direction, costs.diagnosis, taken)
-    total = steps * math.ceil(costs.directions / directions) * eager.seconds
-    if total < _WORTH_TRACING or one > _LONG_STEP or not alone.can_stack:
-        return eager
-    stacked = _stacked(make, costs, budget, asked, most)
-    if stacked is None:
-        return eager
+    taken = _one_by_one(alone, costs, one, directions)
+    best = eager = Way(False, runs, directions, costs.per_run, costs.per_direction, costs.diagnosis, taken)
+    if steps * costs.sweeps(eager) >= _WORTH_TRACING and one <= _LONG_STEP and alone.can_stack:
+        stacked = _stacked(make, costs, budget, asked, most)
+        if stacked is not None and costs.sweeps(stacked) < costs.sweeps(eager):
+            best = stacked
+    if compiles is None:
+        is_alone = not best.stacked and alone.device.type == "cpu"
+        compiles = steps * costs.sweeps(best) >= (_WORTH_COMPILING_ALONE if is_alone else _WORTH_COMPILING)
+    if not compiles or costs.mode == "forward":
+        return best
+    _log.info("Compiling a step: about %s of work is ahead.", human_seconds(steps * costs.sweeps(best)))
+    compiled = _compiled(make, costs, best)
+    if compiled is None or compiled.memory > budget:
+        return best
+    share = costs.sweeps(compiled) / costs.sweeps(best)
+    _log.info("Compiled steps take %.2f of the time%s.", share, "" if share < 1 else " and are not used")
+    return compiled if share < 1 else best
 
-    def of_all(way: Way) -> float:
-        return way.seconds * math.ceil(costs.directions / way.directions)
 
-    return stacked if of_all(stacked) < of_all(eager) else eager
+def _chunk(total: int, most: int) -> int:
+    """Return the size of chunks that are as few as can be, and alike: steps of one shape are compiled once."""
+    return math.ceil(total / math.ceil(total / most))
+
+
+def _one_by_one(replay: Replay, costs: Costs, one: float, directions: int) -> float:
+    """Return the seconds of a step of one run with directions one after another, given those with one of them."""
+    each = costs.seconds(replay, 2) - one if directions > 1 else 0.0
+    return one + max(each, 0.0) * (directions - 1)
+
+
+def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | None:
+    """Return a way with its steps compiled; ``None`` where they cannot be."""
+    size, directions = (way.runs, way.directions) if way.stacked else (1, 1)
+    replay = make(size).stack(way.stacked).compile()
+    costs.step(replay, directions)
+    if not replay.has_compiled:
+        return None
+    peak = _peak(partial(costs.step, replay, directions), replay) / size
+    if way.stacked:
+        per_run = max(way.per_run, costs.per_run + peak - directions * way.per_direction)
+        return replace(way, compiled=True, per_run=per_run, seconds=costs.seconds(replay, directions) / size)
+    return replace(
+        way,
+        compiled=True,
+        per_run=way.per_run + max(peak - costs.alone, 0),
+        # the gradient comes again with each direction
+        per_direction=way.per_direction + replay.layout.size * replay.dtype.itemsize,
+        seconds=_one_by_one(replay, costs, costs.seconds(replay, 1), way.directions),
+    )
 
 
 def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: int | None, most: int) -> Way | None:
@@ -294,6 +353,7 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
     directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))
     if directions < 1:
         return None
+    directions = _chunk(costs.directions, directions)
     needed = max(per_run + directions * per_direction, diagnosis)
     fit = max(1, int(budget / needed)) if directions == costs.directions else 1
     size = asked or min(fit, most)

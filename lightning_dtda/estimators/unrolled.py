@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,6 +69,9 @@ class UnrolledDifferentiation(Estimator):
             changes as large as a removal. That is so for the first steps of many trainings with Adam.
         mode: ``"reverse"``, which pays for each query; ``"forward"``, which pays for each removal; or ``"auto"``, the
             cheaper one.
+        compile: Whether the steps of a sweep in reverse are compiled (``torch.compile``), which takes ten seconds
+            to two minutes once; ``"auto"`` where much work is ahead. Compiled steps are used if they compute the same
+            and are faster. That needs a C++ compiler, on a GPU Triton.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -82,6 +85,7 @@ class UnrolledDifferentiation(Estimator):
         tolerance: float = 1e-3,
         horizon: int | str | None = None,
         mode: Mode = "auto",
+        compile: bool | Literal["auto"] = "auto",
     ) -> None:
         if not (runs_per_batch == "auto" or (isinstance(runs_per_batch, int) and runs_per_batch > 0)):
             raise AttributionError(f'runs_per_batch={runs_per_batch!r}; give "auto" or a positive number.')
@@ -93,6 +97,8 @@ class UnrolledDifferentiation(Estimator):
             raise AttributionError(f'horizon={horizon!r}; give a positive number of steps, "auto", or nothing.')
         if mode not in ("auto", "reverse", "forward"):
             raise AttributionError(f'mode={mode!r}; choose "auto", "reverse" or "forward".')
+        if compile not in (True, False, "auto"):
+            raise AttributionError(f'compile={compile!r}; choose True, False or "auto".')
         if mode == "forward" and horizon == "auto":
             raise AttributionError(
                 'horizon="auto" looks for the step from which adjoints grow on the way back; mode="forward" has none. '
@@ -104,6 +110,7 @@ class UnrolledDifferentiation(Estimator):
         self.tolerance = tolerance
         self.horizon = horizon
         self.mode = mode
+        self.compile = compile
 
     def settings(self) -> dict[str, Any]:
         """Return what the responses depend on; how the work is batched changes no more than rounding."""
@@ -134,6 +141,7 @@ class UnrolledDifferentiation(Estimator):
             None if self.runs_per_batch == "auto" else int(self.runs_per_batch),
             len(_alike(runs, len(runs))),
             steps,
+            None if self.compile == "auto" else bool(self.compile),
         )
         is_forward = costs.mode == "forward"
         held = held_steps(replay, way, budget)
@@ -145,6 +153,7 @@ class UnrolledDifferentiation(Estimator):
             seconds=seconds(replay, way, costs, held, steps),
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
+            compiled=way.compiled,
             held=held,
         )
 
@@ -174,7 +183,8 @@ class UnrolledDifferentiation(Estimator):
                 norms.append(lengths)
         # with "auto", sweeps of different queries may end at different checkpoints
         steps = [step for step in norms[0] if all(step in lengths for lengths in norms)]
-        curves = torch.stack([torch.cat([part[step] for part in norms], 1) for step in steps])
+        # a GPU has no median where the user asked for deterministic algorithms
+        curves = torch.stack([torch.cat([part[step] for part in norms], 1) for step in steps]).cpu()
         curves = (curves / curves[0].clamp_min(torch.finfo(curves.dtype).tiny)).median(2).values.T
         return Estimate(
             torch.cat(baselines, 1),
@@ -197,6 +207,8 @@ class UnrolledDifferentiation(Estimator):
         self, plan: Plan, question: Question, runs: Sequence[Run], precision: Precision | None = None
     ) -> Replay:
         replay = self._replay(runs, question, precision).stack(plan.stacked)
+        if precision is None:  # a diagnosis takes few steps
+            replay = replay.compile(plan.compiled)
         replay.held = plan.held
         return replay
 

@@ -16,6 +16,7 @@ from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.replay.batches import stack_leaves
+from lightning_dtda.replay.compiled import CompiledAlone, CompiledStack
 from lightning_dtda.replay.drift import Comparison, Drift, Recorded
 from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
@@ -82,7 +83,8 @@ class Replay:
         )
         self.eager = Eager(replica)
         self._stacking = Stacked(self.eager)
-        self._is_stacked = False
+        self._compiling = {True: CompiledStack(self.eager), False: CompiledAlone(self.eager)}
+        self._is_stacked, self._is_compiled = False, False
         self._can_stack: bool | None = None
         statistics = set(self.eager.statistics.names)
         counters = {
@@ -150,6 +152,20 @@ class Replay:
         other._is_stacked = stacked
         return other
 
+    def compile(self, compiled: bool = True) -> Replay:
+        """Return this replay, with a step's products compiled, for one run and direction or stacked.
+
+        The first step of all takes a quarter of a minute or more then. What cannot be compiled is run as it is.
+        """
+        other = copy.copy(self)
+        other._is_compiled = compiled
+        return other
+
+    @property
+    def has_compiled(self) -> bool:
+        """Whether steps of this replay were compiled."""
+        return self._compiling[self._is_stacked].has_compiled
+
     @property
     def can_stack(self) -> bool:
         """Whether the first step can be stacked."""
@@ -162,6 +178,8 @@ class Replay:
 
     @property
     def _way(self) -> Eager:
+        if self._is_compiled:
+            return self._compiling[self._is_stacked]
         return self._stacking if self._is_stacked else self.eager
 
     def no_statistics(self, cotangents: Tensor) -> dict[str, Tensor]:

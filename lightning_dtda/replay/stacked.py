@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_dtda.compatibility import prelu_backward
 from lightning_dtda.replay.eager import Eager, Products, parts_of
 from lightning_dtda.replay.examples import Examples
+from lightning_dtda.replay.kernels import tolerated
 from lightning_dtda.replay.outputs import Outputs
 from lightning_dtda.replay.passes import Pass
 from lightning_dtda.replay.random_states import FILLING
@@ -31,9 +32,6 @@ from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 
 _log = logging.getLogger(__name__)
-
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
-"""Relative difference from the eager way that is taken for rounding."""
 
 _DRAWS = (FILLING - {"bernoulli_"}) | {
     "rand",
@@ -50,9 +48,6 @@ _DRAWS = (FILLING - {"bernoulli_"}) | {
 """Random operations whose numbers depend on the shape of what they are given, not on its values."""
 
 _TIMELY = "the loss depends on the epoch, the step or the learning rate"
-
-_COMPARED_RUNS, _COMPARED_DIRECTIONS = 3, 2
-"""Runs and directions over which a trace is mapped when it is compared: different numbers of them."""
 
 
 def _prelu_backward(gradient: Tensor, value: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,6 +73,10 @@ class Stacked(Eager):
     Args:
         eager: The eager way, whose module and cuts it shares. Steps that cannot be traced are run as by it.
     """
+
+    _compared = 3, 2
+    """Runs and directions for which a trace is compared with the eager way. Not one of each, since rules of torch's for
+    mapping operations may be wrong where two are mapped over; and different numbers of them."""
 
     def __init__(self, eager: Eager) -> None:
         super().__init__(eager.replica)
@@ -177,9 +176,15 @@ class Stacked(Eager):
                 self._traces[key] = self._trace(function, inputs, sorted(buffers), sample, directions)
             except Exception as error:  # whatever the user's code does, and whatever torch cannot map
                 name = type(self.replica.module).__name__
-                _log.info("Steps of %s are run one by one, not stacked: %s", name, _first_line(error))
+                _log.info("Steps of %s are run one by one, not stacked: %s", name, first_line(error))
         trace = self._traces[key]
-        return None if trace is None else trace.run(arguments, states)
+        return None if trace is None else self._run_trace(trace, arguments, states)
+
+    def _run_trace(self, trace: Trace, arguments: list[Tensor], states: list[ByName]) -> list[Tensor] | None:
+        return self._plainly(trace, arguments, states)
+
+    def _plainly(self, trace: Trace, arguments: list[Tensor], states: list[ByName]) -> list[Tensor]:
+        return trace.run(arguments, states)
 
     def _trace(
         self, function: OfPass, inputs: MicroBatchInputs, names: list[str], sample: list[Tensor], directions: int
@@ -217,23 +222,22 @@ class Stacked(Eager):
         reference(sample[0], sample[-extras:], inputs.time)  # first: it learns where weights act
         structure = tree_flatten(inputs.batch())[1]
         trace = Trace(_graph(self, traced, names, structure, sample), self, directions)
-        # not one of each: rules of torch's for mapping operations may be wrong where two are mapped over
-        runs = _COMPARED_RUNS
-        shape = (runs, _COMPARED_DIRECTIONS) if directions else (runs,)
-        places = [(run, run % _COMPARED_DIRECTIONS)[: len(shape)] for run in range(runs)]
+        runs, along = self._compared
+        shape = (runs, along) if directions else (runs,)
+        places = [(run, run % along)[: len(shape)] for run in range(runs)]
         generator = torch.Generator().manual_seed(0)
         given = [torch.randn(*shape, *part.shape, generator=generator).to(part) for part in sample[-extras:]]
         theta = torch.stack([sample[0] * (1 + 0.01 * run) for run in range(runs)])
         others = [torch.stack([tensor] * runs) for tensor in sample[1:-extras]]
-        found = trace.run([theta, *others, *given], [inputs.states] * runs)
+        found = self._plainly(trace, [theta, *others, *given], [inputs.states] * runs)
         for place in places:
-            _compare(found, place, reference(theta[place[0]], [part[place] for part in given], inputs.time))
+            compare(found, place, reference(theta[place[0]], [part[place] for part in given], inputs.time))
         for time in _others(inputs.time):
-            _compare(found, places[0], reference(theta[0], [part[places[0]] for part in given], time), _TIMELY)
+            compare(found, places[0], reference(theta[0], [part[places[0]] for part in given], time), _TIMELY)
         return trace
 
 
-OfOne = Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]]
+OfExample = Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]]
 """Given an example's loss, the network's outputs, parameters and what else it was called for, returns tensors."""
 
 
@@ -247,7 +251,7 @@ def each_example(
     buffers: ByName,
     time: Time,
     states: ByName,
-    function: OfOne,
+    function: OfExample,
     extra: Sequence[Tensor] = (),
     calls: dict[str, list[Any]] | None = None,
 ) -> list[Tensor]:
@@ -311,12 +315,12 @@ def each_example(
                 trace = Trace(graph, eager)
                 found = trace.each(shared, [part[:2] for part in mapped], states)
                 for number, alike in enumerate(wanted):
-                    _compare(found, (number,), alike)
+                    compare(found, (number,), alike)
                 for later in _others(time):  # it is kept for other runs, and for other steps
-                    _compare(found, (0,), alone(0, later), _TIMELY)
+                    compare(found, (0,), alone(0, later), _TIMELY)
                 kept[key] = trace
             except Exception as error:  # whatever the user's code does, and whatever torch cannot map
-                _log.info("%s are computed example by example: %s", what, _first_line(error))
+                _log.info("%s are computed example by example: %s", what, first_line(error))
         if (known := kept[key]) is not None:
             return known.each(shared, mapped, states)
     results = [alone(number) for number in range(len(chosen))]
@@ -357,7 +361,7 @@ def _graph(
 
 
 class Trace:
-    """A traced step, with the numbers that it draws made inputs, its last ones.
+    """A traced step, with the numbers that it draws made inputs: the last ones before the directions.
 
     Args:
         graph: Of the step.
@@ -369,10 +373,10 @@ class Trace:
     """
 
     def __init__(self, graph: GraphModule, eager: Eager, directions: int = 0) -> None:
-        self._graph = graph
-        self._draws = _take_draws(graph)
+        self.graph = graph
+        self._draws = _take_draws(graph, directions)
         self._eager = eager
-        self._directions = directions
+        self.directions = directions
         self._is_functional = False
 
     def run(self, inputs: Sequence[Tensor], states: Sequence[ByName]) -> list[Tensor]:
@@ -385,32 +389,46 @@ class Trace:
         Returns:
             Results, each ``(runs, ...)``, or ``(runs, queries, ...)`` where there are directions.
         """
-        drawn = [torch.stack(of_runs) for of_runs in zip(*map(self._draw, states), strict=True)]
-        arguments = [*inputs, *drawn]
-        over = [None] * (len(inputs) - self._directions) + [0] * self._directions + [None] * len(drawn)
+        arguments = self.arguments(inputs, states)
         try:
-            return self._mapped(arguments, over)
+            with torch.no_grad():
+                return self.mapped(*arguments)
         except RuntimeError:
             if self._is_functional:
                 raise
         # an operation in place, on what is the same for all directions: without such operations
-        first = [part[0] if axis is None else part[0, 0] for part, axis in zip(arguments, over, strict=True)]
-        self._graph = make_fx(functionalize(self._graph, remove="mutations"))(*first)
+        shared, along = self.of_one(arguments, 0, 0)
+        self.graph = functional(self.graph, [*shared, *along])
         self._is_functional = True
-        return self._mapped(arguments, over)
-
-    def _mapped(self, arguments: list[Tensor], over: list[int | None]) -> list[Tensor]:
-        function = vmap(self._graph, in_dims=tuple(over)) if self._directions else self._graph
         with torch.no_grad():
-            result: list[Tensor] = vmap(function)(*arguments)
+            return self.mapped(*arguments)
+
+    def arguments(self, inputs: Sequence[Tensor], states: Sequence[ByName]) -> list[Tensor]:
+        """Return the inputs with what is drawn in each run ``(runs, ...)``, before the directions."""
+        drawn = [torch.stack(of_runs) for of_runs in zip(*map(self._draw, states), strict=True)]
+        shared = len(inputs) - self.directions
+        return [*inputs[:shared], *drawn, *inputs[shared:]]
+
+    def mapped(self, *arguments: Tensor) -> list[Tensor]:
+        """Run it for some runs and directions, given what :meth:`arguments` returns."""
+        function: Callable[..., Any] = self.graph
+        if self.directions:
+            over = [None] * (len(arguments) - self.directions) + [0] * self.directions
+            function = vmap(function, in_dims=tuple(over))
+        result: list[Tensor] = vmap(function)(*arguments)
         return result
+
+    def of_one(self, arguments: Sequence[Tensor], run: int, direction: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return what :meth:`arguments` returned for one run; and for one direction of it."""
+        shared = len(arguments) - self.directions
+        return [part[run] for part in arguments[:shared]], [part[run, direction] for part in arguments[shared:]]
 
     def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: ByName) -> list[Tensor]:
         """Run it for some examples, for which some inputs are the same, with the same random numbers for each."""
         drawn = self._draw(states)
         in_dims = (*[None] * len(shared), *[0] * len(tensors), *[None] * len(drawn))
         with torch.no_grad():
-            result: list[Tensor] = vmap(self._graph, in_dims=in_dims)(*shared, *tensors, *drawn)
+            result: list[Tensor] = vmap(self.graph, in_dims=in_dims)(*shared, *tensors, *drawn)
         return result
 
     def _draw(self, states: ByName) -> list[Tensor]:
@@ -426,11 +444,12 @@ def _made(value: Any) -> Any:
     return value() if isinstance(value, partial) else value
 
 
-def _take_draws(graph: GraphModule) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Replace the random operations of a graph by inputs, and return them."""
+def _take_draws(graph: GraphModule, directions: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
+    """Replace the random operations of a graph by inputs before those that are directions, and return them."""
     draws = []
     nodes = graph.graph
-    last = [node for node in nodes.nodes if node.op == "placeholder"][-1]
+    inputs = [node for node in nodes.nodes if node.op == "placeholder"]
+    last = inputs[len(inputs) - 1 - directions]
     for node in list(nodes.nodes):
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
             continue
@@ -457,7 +476,7 @@ def _like(value: Any) -> Any:
     return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def _compare(
+def compare(
     found: list[Tensor], place: tuple[int, ...], wanted: list[Tensor], why: str = "its trace computes something else"
 ) -> None:
     """Compare what a trace computes in one place with what the eager way does.
@@ -465,14 +484,21 @@ def _compare(
     Raises:
         CannotTraceError: If they differ by more than rounding.
     """
-    tolerance = _TOLERANCE.get(wanted[0].dtype, 1e-3)
+    tolerance = tolerated(wanted[0].dtype, wanted[0].device)
     for one, other in zip(found, wanted, strict=True):
         of_trace, of_eager = one[place].reshape(other.shape).double(), other.double()
         if not bool((of_trace - of_eager).norm() <= tolerance * of_eager.norm() + torch.finfo(torch.float64).eps):
             raise CannotTraceError(why)
 
 
-def _first_line(error: Exception) -> str:
+def functional(graph: GraphModule, arguments: Sequence[Tensor]) -> GraphModule:
+    """Return a graph that computes the same without operations in place."""
+    changed: GraphModule = make_fx(functionalize(graph, remove="mutations"))(*arguments)
+    return changed
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 

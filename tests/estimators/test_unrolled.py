@@ -1,5 +1,7 @@
 """How runs and queries are batched must not show in the responses; what does not fit is refused."""
 
+import logging
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.estimators import planning
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 INPUTS, TARGETS, WEIGHTS = weighted_data(dtype=torch.float32)
@@ -65,6 +68,60 @@ def test_chunks_of_queries_change_nothing_but_rounding(root, monkeypatch, take_1
     torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans that are made."""
+    made = []
+    original = UnrolledDifferentiation.plan
+    monkeypatch.setattr(UnrolledDifferentiation, "plan", lambda *given: made.append(original(*given)) or made[-1])
+    return made
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Seconds that steps take: as they are, stacked, and compiled. The compiler leaves a step as it is."""
+    seconds = {"plain": 0.05, "stacked": 0.1, "compiled": 0.01}
+
+    def timed(_costs, replay, _directions):
+        way = "compiled" if replay._is_compiled else "stacked" if replay._is_stacked else "plain"
+        return seconds[way]
+
+    monkeypatch.setattr(planning.Costs, "seconds", timed)
+    monkeypatch.setattr(planning, "_WORTH_TRACING", 0.0)
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
+    return seconds
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_compiled_steps_change_nothing_but_rounding(root, plans, times, stacked):
+    times["stacked"] = 0.02 if stacked else 1.0
+    plain, compiled = (attribution(root, compile=how).responses for how in (False, True))
+    assert [(plan.stacked, plan.compiled) for plan in plans] == [(stacked, False), (stacked, True)]
+    torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("seconds", "compiled"), [(0.1, False), (10.0, False), (50.0, True)])
+def test_steps_are_compiled_where_much_work_is_ahead(root, plans, times, seconds, compiled):
+    times["plain"] = seconds  # of each of 36 steps
+    attribution(root)
+    assert plans[0].compiled == compiled
+
+
+def test_compiled_steps_that_are_slower_are_not_used(root, plans, times, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
+    times |= {"stacked": 1.0, "compiled": 0.06}
+    with caplog.at_level(logging.INFO, logger="lightning_dtda"):
+        attribution(root, compile=True)
+    assert not plans[0].compiled
+    assert "Compiled steps take 1.20 of the time and are not used." in caplog.text
+
+
+def test_chunks_of_queries_are_alike(root, plans, take_100_mib):
+    take_100_mib("reverse_costs")
+    attribution(root, memory_budget=0.4)  # room for four of five
+    assert plans[0].queries_per_chunk == 3
+
+
 def test_double_precision_agrees_with_single_up_to_its_rounding(root):
     single, double = attribution(root), attribution(root, precision="float64")
     assert double.responses.dtype == torch.float64
@@ -79,6 +136,11 @@ def test_drift_is_reported_for_every_run(root):
         assert 0 < of_run["parameters"] < 1e-5
         assert 0 < of_run["gradients"] < 1e-4
     assert len({of_run["parameters"] for of_run in drift.values()}) == 3  # each run's own
+
+
+def test_an_unknown_choice_about_compiling_is_refused():
+    with pytest.raises(AttributionError, match=r'compile=.never.; choose True, False or "auto"'):
+        UnrolledDifferentiation(compile="never")
 
 
 def test_what_does_not_fit_the_memory_is_refused_before_it_starts(root):
