@@ -36,10 +36,10 @@ _LONG_STEP = 0.1
 _WORTHWHILE = 0.85
 """A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
 
-_WORTH_COMPILING, _WORTH_COMPILING_ALONE = 100.0, 600.0
-"""Seconds of work from which on steps are compiled where nothing else is asked for; the second for steps that are run
-one by one on the CPU. To compile takes 10 s for a small network, a minute for both halves of a transformer's step; it
-saves a quarter of the time there, a seventh here, and half or more on a GPU."""
+_WORTH_COMPILING, _WORTH_COMPILING_ON_A_GPU = 400.0, 100.0
+"""Seconds of work from which on steps are compiled where nothing else is asked for. To compile takes 10 s for a small
+network, a minute for both halves of a transformer's step, and saves a quarter and a seventh of the time; on a GPU half
+and more."""
 
 _TIMED_STEPS = 2
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
@@ -297,8 +297,8 @@ def fastest_way(
         if stacked is not None and costs.sweeps(stacked) < costs.sweeps(eager):
             best = stacked
     if compiles is None:
-        is_alone = not best.stacked and alone.device.type == "cpu"
-        compiles = steps * costs.sweeps(best) >= (_WORTH_COMPILING_ALONE if is_alone else _WORTH_COMPILING)
+        enough = _WORTH_COMPILING if alone.device.type == "cpu" else _WORTH_COMPILING_ON_A_GPU
+        compiles = steps * costs.sweeps(best) >= enough
     if not compiles or costs.mode == "forward":
         return best
     _log.info("Compiling a step: about %s of work is ahead.", human_seconds(steps * costs.sweeps(best)))

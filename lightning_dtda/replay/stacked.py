@@ -47,6 +47,8 @@ _DRAWS = (FILLING - {"bernoulli_"}) | {
 }
 """Random operations whose numbers depend on the shape of what they are given, not on its values."""
 
+_ZEROS = (torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default)
+
 _TIMELY = "the loss depends on the epoch, the step or the learning rate"
 
 
@@ -111,7 +113,7 @@ class Stacked(Eager):
         self, batch: StepBatch, theta: Tensor, buffers: ByName, directions: Tensor, statistics_cotangents: ByName
     ) -> Products:
         before = {name: statistics_cotangents[name] for name in sorted(statistics_cotangents)}
-        terms, total, gradients = [], torch.zeros_like(directions), torch.zeros_like(theta)
+        terms, gradients, total = [], torch.zeros_like(theta), None
         for number, (_, inputs) in reversed(list(enumerate(parts_of(batch.passes[0])))):
             cotangents = before.values() if inputs.keeps_statistics else map(torch.zeros_like, before.values())
             along = [directions if inputs.factor == 1 else directions * inputs.factor, *cotangents]
@@ -120,10 +122,12 @@ class Stacked(Eager):
                 return super().products(batch, theta, buffers, directions, statistics_cotangents)
             gradient, products, of_examples, *of_statistics = found
             gradients += inputs.factor * gradient[:, 0]
-            total += products
+            # what is the same for all directions comes as one tensor for all
+            total = products.contiguous() if total is None else total.add_(products)
             terms.append(of_examples)
             if inputs.keeps_statistics:
                 before = dict(zip(before, of_statistics, strict=True))
+        assert total is not None  # a step has micro-batches
         return Products(torch.cat(terms[::-1], 2), total, before, gradients)
 
     # -- traces
@@ -357,7 +361,24 @@ def _graph(
 
     with eager.replica.generators.kept():
         graph: GraphModule = make_fx(run, decomposition_table=_DECOMPOSED)(*arguments)
+    _leave_zeros_out(graph)
     return graph
+
+
+def _leave_zeros_out(graph: GraphModule) -> None:
+    """Take sums with zeros for what they are: of a ReLU's derivative, autograd has zeros for every output."""
+    for node in graph.graph.nodes:
+        if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
+            continue
+        for zeros, other in (node.args, node.args[::-1]):
+            if isinstance(zeros, Node) and zeros.target in _ZEROS and _described(other) == _described(node):
+                node.replace_all_uses_with(other)
+                break
+
+
+def _described(node: Any) -> object:
+    tensor = node.meta.get("val") if isinstance(node, Node) else None
+    return tensor if tensor is None else (tensor.shape, tensor.dtype)
 
 
 class Trace:
