@@ -29,6 +29,9 @@ computed anew in the parameters' precision, where nothing overflows."""
 _CAST = frozenset({"64-true", "bf16-true", "16-true"})
 """Precisions in which the Trainer casts module and batches."""
 
+_ALIGNED = 16
+"""Bytes at whose multiples a GPU's fastest kernels want a tensor to begin."""
+
 _INTERNAL = frozenset({"_parameters", "_buffers", "_modules", "_trainer"})
 """Attributes of a module that :class:`_Memory` leaves alone."""
 
@@ -85,6 +88,7 @@ class Replica:
         self._hooks = _transfer_hooks(self.module, datamodule, circumstances)
         parameters = dict(self.module.named_parameters())
         self.parameters = [parameters[name].requires_grad_() for name in layout.names]
+        self._strides = [parameter.stride() for parameter in self.parameters]
         self._frozen = {name: one for name, one in parameters.items() if name not in set(layout.names)}
         for parameter in self._frozen.values():
             parameter.requires_grad_(False)
@@ -105,13 +109,21 @@ class Replica:
 
     def load(self, theta: Tensor, buffers: Mapping[str, Tensor]) -> None:
         """Put in parameters ``(P,)`` and, by name, buffers and frozen parameters; of others the module's own stay."""
-        for parameter, part in zip(self.parameters, self.layout.unflatten(theta).values(), strict=True):
-            parameter.data = part
+        parts = self.layout.unflatten(theta).values()
+        for parameter, stride, part in zip(self.parameters, self._strides, parts, strict=True):
+            parameter.data = self._placed(part, stride)
         for name, tensor in buffers.items():
             if name in self._frozen:
                 self._frozen[name].data = tensor
         for where, key, tensor in self._buffer_places(buffers):
             where[key] = tensor
+
+    def _placed(self, part: Tensor, stride: tuple[int, ...]) -> Tensor:
+        """Return a parameter as it lies in memory in training: other kernels may run otherwise, and round so."""
+        is_aligned = self.device.type == "cpu" or part.data_ptr() % _ALIGNED == 0
+        if is_aligned and part.stride() == stride:
+            return part
+        return torch.empty_strided(part.shape, stride, dtype=part.dtype, device=part.device).copy_(part)
 
     def _buffer_places(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         """Yield where buffers go, and what is put there: what a pass changes in place is not the caller's."""

@@ -100,7 +100,9 @@ def test_single_and_double_precision_agree(make, tmp_path):
 def test_mixed_precision_is_replayed(make, tmp_path):
     record(make, tmp_path, precision="bf16-mixed")
     mixed = responses(make, tmp_path, device="cuda")
-    double = responses(make, tmp_path, device="cuda", estimator=UnrolledDifferentiation(precision="float64"))
+    double = responses(
+        make, tmp_path, device="cuda", estimator=UnrolledDifferentiation(precision="float64", tolerance=0.5)
+    )
     assert (mixed - double).norm() < 0.1 * double.norm()
 
 

@@ -346,6 +346,23 @@ def test_tied_weights_and_frozen_ones_are_put_in():
     assert step.replica.module.again.weight is step.replica.module.layer.weight is step.replica.parameters[0]
 
 
+def test_parameters_lie_in_memory_as_they_are_trained():
+    module = Classifier()
+    module.layer = nn.Sequential(
+        nn.Unflatten(1, (F, 1, 1)), nn.Conv2d(F, 4, 2, padding=1), nn.Flatten(), nn.LazyLinear(2)
+    )
+    module = module.double()
+    module(torch.zeros(1, F, dtype=torch.float64))
+    module = module.to(memory_format=torch.channels_last)
+    step = Step(module, ITEMS)
+    step.theta = normal(len(step.theta))
+    step.replica.load(step.theta, step.buffers)
+    weight = step.replica.module.layer[1].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    torch.testing.assert_close(weight.flatten(), step.theta[: weight.numel()], rtol=0, atol=0)
+
+
 class Counting(Classifier):
     """Changes a buffer in place."""
 
