@@ -32,9 +32,9 @@ def stored(entries, tmp_path):
     return StoredResponses([StoredAnswer.map(tmp_path, entry) for entry in entries])
 
 
-def flip_last_byte(path: Path) -> None:
+def damage_last_query(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[-1] ^= 1
+    content[-1 - torch.zeros(QUERIES).nbytes] ^= 1  # the baseline, which is smaller than the responses, comes last
     path.write_bytes(bytes(content))
 
 
@@ -102,7 +102,7 @@ def test_responses_on_disk_cannot_be_changed(stored, in_memory, tmp_path):
 
 
 def test_damage_is_found_where_it_is_read_and_nowhere_else(stored, in_memory, tmp_path):
-    flip_last_byte(tmp_path / "run-2.safetensors")  # of the last query's
+    damage_last_query(tmp_path / "run-2.safetensors")
     assert torch.equal(stored[:, :-1], in_memory[:, :-1])
     assert torch.equal(stored[:2], in_memory[:2])
     with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is not what was written"):
