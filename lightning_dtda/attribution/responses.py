@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,60 +22,61 @@ _READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clon
 
 
 @dataclass(frozen=True, eq=False)
-class StoredAnswer:
-    """A run's answer on disk. The system reads pages of the mapped file when they are looked at.
+class StoredTable:
+    """A table on disk, with a checksum for each row. The system reads pages of the mapped file when they are looked at.
 
     Args:
         path: The file.
-        baseline: ``(queries,)``.
-        table: The responses ``(queries, removals)``, mapped.
-        checksums: Of each query's responses ``(queries,)``.
-        compared: Which of them have been compared with theirs ``(queries,)``.
+        others: Smaller tensors beside the table, in memory.
+        table: ``(rows, ...)``, mapped; one row for each query.
+        checksums: Of each row ``(rows,)``.
+        compared: Which rows have been compared with theirs ``(rows,)``.
     """
 
     path: Path
-    baseline: Tensor
+    others: dict[str, Tensor]
     table: Tensor
     checksums: Tensor
     compared: Tensor
 
     @classmethod
-    def write(cls, path: Path, baseline: Tensor, responses: Tensor) -> dict[str, Any]:
-        """Write an answer, and return the file's entry for an index; its checksum is of all but the responses."""
-        checksums = torch.tensor([_checksum(row) for row in responses], dtype=torch.int64)
-        entry = write_tensors(path, {"baseline": baseline, "checksums": checksums, "responses": responses})
-        return entry | {"crc32": _checksum(checksums, _checksum(baseline))}
+    def write(cls, path: Path, name: str, table: Tensor, others: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Write a table under a name, and return the file's entry for an index, with a checksum of the rest."""
+        checksums = torch.tensor([_checksum(row) for row in table], dtype=torch.int64)
+        entry = write_tensors(path, {**others, "checksums": checksums, name: table})
+        return entry | {"crc32": _checksum_of_all([*others.values(), checksums])}
 
     @classmethod
-    def map(cls, directory: Path, entry: Mapping[str, Any]) -> StoredAnswer:
-        """Open the answer that an index lists, without reading its responses.
+    def map(cls, directory: Path, entry: Mapping[str, Any], name: str, others: Sequence[str]) -> StoredTable:
+        """Open the table that an index lists, without reading it.
 
         Raises:
-            TrajectoryError: If the file is missing, or truncated, or anything but its responses is altered.
+            TrajectoryError: If the file is missing, or truncated, or anything but the table is altered.
         """
         check_size(directory, entry)
         path = entry_path(directory, entry)
         try:
             with safe_open(path, framework="pt") as file:
-                baseline, checksums, table = map(file.get_tensor, ("baseline", "checksums", "responses"))
+                *beside, checksums, table = map(file.get_tensor, (*others, "checksums", name))
         except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # what a damaged header may lead to
             raise TrajectoryError(f"{path} cannot be read ({error}). Attribute the run again.") from error
-        if _checksum(checksums, _checksum(baseline)) != entry["crc32"] or table.shape[:-1] != checksums.shape:
+        if _checksum_of_all([*beside, checksums]) != entry["crc32"] or len(table) != len(checksums):
             raise _damaged(path)
-        return cls(path, baseline.clone(), table, checksums.clone(), torch.zeros(len(checksums), dtype=torch.bool))
+        held = {name: tensor.clone() for name, tensor in zip(others, beside, strict=True)}
+        return cls(path, held, table, checksums.clone(), torch.zeros(len(checksums), dtype=torch.bool))
 
-    def part(self, queries: Any, removals: Any) -> Tensor:
-        """Read the responses at an index.
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read the part at an index.
 
         Raises:
-            TrajectoryError: If those of a query that is read are altered.
+            TrajectoryError: If a row that is read is altered.
         """
-        positions = torch.atleast_1d(torch.arange(len(self.table))[queries])
-        for query in positions[~self.compared[positions]].tolist():
-            if _checksum(self.table[query]) != self.checksums[query]:
+        rows = torch.atleast_1d(torch.arange(len(self.table))[index[0] if isinstance(index, tuple) else index])
+        for row in rows[~self.compared[rows]].tolist():
+            if _checksum(self.table[row]) != self.checksums[row]:
                 raise _damaged(self.path)
-            self.compared[query] = True
-        return self.table[queries, removals]
+            self.compared[row] = True
+        return self.table[index]
 
 
 class StoredResponses(Tensor):
@@ -84,13 +86,13 @@ class StoredResponses(Tensor):
     tensor reads all of it. Each query's responses are compared with their checksum when they are read first.
 
     Args:
-        runs: The answers, at least one.
+        runs: Each run's responses ``(queries, removals)``, at least one.
     """
 
-    runs: tuple[StoredAnswer, ...]
+    runs: tuple[StoredTable, ...]
 
     @staticmethod
-    def __new__(cls, runs: Sequence[StoredAnswer]) -> StoredResponses:
+    def __new__(cls, runs: Sequence[StoredTable]) -> StoredResponses:
         """Make a tensor that has a shape and a type, and no memory."""
         table = runs[0].table
         shape = (len(runs), *table.shape)
@@ -101,26 +103,25 @@ class StoredResponses(Tensor):
     @override
     def __getitem__(self, index: Any) -> Tensor:
         """Read a part, a tensor in memory; or take some of the runs."""
-        parts = _of_each_dimension(index)
+        parts = of_each_dimension(index)
         if parts is None or sum(not isinstance(part, (int, slice)) for part in parts) > 1:
             return self.read()[index]  # positions that go together in pairs, new dimensions: what torch makes of them
         runs, queries, removals = parts
         if isinstance(runs, int):
-            return self.runs[runs].part(queries, removals).clone()
+            return self.runs[runs][queries, removals].clone()
         chosen = [self.runs[run] for run in torch.arange(len(self.runs))[runs].tolist()]
         if not chosen:
             return self.read()[index]
         if isinstance(queries, slice) and isinstance(removals, slice) and queries == removals == slice(None):
             return StoredResponses(chosen)
-        return torch.stack([run.part(queries, removals) for run in chosen])
+        return torch.stack([run[queries, removals] for run in chosen])
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise AttributionError(_READ_ONLY)
 
     def read(self) -> Tensor:
         """Read all of it."""
-        everything = slice(None)
-        return torch.stack([run.part(everything, everything) for run in self.runs])
+        return torch.stack([run[:] for run in self.runs])
 
     @classmethod
     @override
@@ -166,7 +167,7 @@ class StoredResponses(Tensor):
         return self
 
 
-def _of_each_dimension(index: Any) -> tuple[Any, Any, Any] | None:
+def of_each_dimension(index: Any) -> tuple[Any, Any, Any] | None:
     """Return what an index has for runs, queries and removals, ``None`` where it has anything unusual."""
     parts = list(index) if isinstance(index, tuple) else [index]
     gap = next((number for number, part in enumerate(parts) if part is Ellipsis), len(parts))
@@ -193,6 +194,10 @@ def _checksum(tensor: Tensor, start: int = 0) -> int:
     kind = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     content: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return zlib.crc32(content, zlib.crc32(kind, start))
+
+
+def _checksum_of_all(tensors: Sequence[Tensor]) -> int:
+    return reduce(lambda before, tensor: _checksum(tensor, before), tensors, 0)
 
 
 def _damaged(path: Path) -> TrajectoryError:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.responses import StoredAnswer, StoredResponses
+from lightning_dtda.attribution.responses import StoredResponses, StoredTable
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.answers import Answers
@@ -125,7 +125,7 @@ class AttributionStore:
             responses: ``(queries, removals)``.
             facts: What ``about`` says of it, :data:`OF_RUNS`.
         """
-        entry = StoredAnswer.write(self.path / f"{run}.safetensors", baseline, responses)
+        entry = StoredTable.write(self.path / f"{run}.safetensors", "responses", responses, {"baseline": baseline})
         self._index["runs"][run] = entry | {key: facts[key] for key in OF_RUNS}
         _ANSWERS.write(self.path, self._index)
 
@@ -137,8 +137,9 @@ class AttributionStore:
         """
         if not self.finished:
             raise TrajectoryError(f"{self.path} holds no finished run. Call attribute again with this output.")
-        runs = [StoredAnswer.map(self.path, self._index["runs"][run]) for run in self.finished]
-        return torch.stack([run.baseline for run in runs]), StoredResponses(runs)
+        entries = [self._index["runs"][run] for run in self.finished]
+        runs = [StoredTable.map(self.path, entry, "responses", ["baseline"]) for entry in entries]
+        return torch.stack([run.others["baseline"] for run in runs]), StoredResponses(runs)
 
 
 def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

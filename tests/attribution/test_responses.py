@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_dtda.attribution.responses import StoredAnswer, StoredResponses
+from lightning_dtda.attribution.responses import StoredResponses, StoredTable
 from lightning_dtda.errors import AttributionError, TrajectoryError
 
 RUNS, QUERIES, REMOVALS = 4, 5, 6
@@ -22,14 +22,20 @@ def in_memory():
 @pytest.fixture
 def entries(in_memory, tmp_path):
     return [
-        StoredAnswer.write(tmp_path / f"run-{run}.safetensors", torch.zeros(QUERIES), responses)
+        StoredTable.write(
+            tmp_path / f"run-{run}.safetensors", "responses", responses, {"baseline": torch.zeros(QUERIES)}
+        )
         for run, responses in enumerate(in_memory)
     ]
 
 
 @pytest.fixture
 def stored(entries, tmp_path):
-    return StoredResponses([StoredAnswer.map(tmp_path, entry) for entry in entries])
+    return StoredResponses([mapped(tmp_path, entry) for entry in entries])
+
+
+def mapped(directory, entry):
+    return StoredTable.map(directory, entry, "responses", ["baseline"])
 
 
 def damage_last_query(path: Path) -> None:
@@ -113,9 +119,9 @@ def test_damage_is_found_where_it_is_read_and_nowhere_else(stored, in_memory, tm
 
 def test_another_file_under_the_same_name_is_found(entries, tmp_path):
     (tmp_path / "run-1.safetensors").rename(tmp_path / "run-2.safetensors")
-    StoredAnswer.map(tmp_path, entries[0])
+    mapped(tmp_path, entries[0])
     with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is not what was written"):
-        StoredAnswer.map(tmp_path, entries[2])
+        mapped(tmp_path, entries[2])
 
 
 def test_no_responses_are_read_before_they_are_asked_for(stored):
