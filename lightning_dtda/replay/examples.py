@@ -40,6 +40,7 @@ class Examples:
         datamodule: Whose hooks batches pass on their way to the module; ``None`` where there is none.
         takes_lists: Whether the data set is asked for whole batches, as the loader's is if its ``batch_size`` is
             ``None``.
+        first: Number of the first of them, where they are a stretch of others.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -56,6 +57,7 @@ class Examples:
         loader: DataLoader[Any] | None = None,
         datamodule: LightningDataModule | None = None,
         takes_lists: bool = False,
+        first: int = 0,
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise AttributionError(
@@ -65,6 +67,7 @@ class Examples:
         self.dataset = dataset
         self.collate_fn = collate_fn
         self.datamodule = datamodule
+        self.first = first
         self._loader = loader
         self.takes_lists = takes_lists or (loader is not None and loader.batch_sampler is None)
         """Whether the data set is asked for whole batches, by lists of indices (``batch_size=None``)."""
@@ -72,6 +75,11 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def stretch(self, numbers: range) -> Examples:
+        """Return some examples that follow each other."""
+        some, first = Subset(self.dataset, numbers), self.first + numbers.start
+        return Examples(some, self.collate_fn, self._loader, self.datamodule, self.takes_lists, first)
 
     def collated(self, indices: Sequence[int]) -> Any:
         """Return the batch of some examples."""

@@ -209,7 +209,7 @@ def _value(
     If it is said where, both have to be finite.
     """
     replica = eager.replica
-    seeds = draws.of(query)
+    seeds = draws.of(queries.first + query)
     total, sums = 0.0, [torch.zeros_like(one) for one in inputs]
     for number, seed in enumerate(seeds):
         replica.generators.seed(seed)
