@@ -24,10 +24,12 @@ from lightning_dtda.attribution.differences import (
     resolve_difference,
 )
 from lightning_dtda.attribution.inference import Inference, Runs
+from lightning_dtda.attribution.kept import MOMENTS, KeptResponses, check_keep_top, joined, keep_top, moment_of
+from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
-from lightning_dtda.attribution.store import OF_RUNS, AttributionStore
+from lightning_dtda.attribution.store import OF_RUNS, AttributionStore, read_index
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
-from lightning_dtda.errors import AttributionError
+from lightning_dtda.errors import AttributionError, TrajectoryError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +53,8 @@ class Attribution(Inference):
     Args:
         baseline: :math:`m(\theta_t)` ``(runs, queries)``.
         responses: Predicted change of m with each removal ``(runs, queries, removals)``, in m's unit; of a stored
-            attribution a :class:`~lightning_dtda.attribution.responses.StoredResponses`, which acts as a tensor.
+            attribution a :class:`~lightning_dtda.attribution.responses.StoredResponses`, which acts as a tensor; with
+            :meth:`keep_top` a :class:`~lightning_dtda.attribution.kept.KeptResponses`, of which a few can be read.
         runs: Names of the runs.
         queries: What the queries are called: their indices in the data set they came from.
         about: What was asked and how it was answered, in JSON: measurement, estimator, removals, drift, versions.
@@ -153,14 +156,34 @@ class Attribution(Inference):
             return self
         return self._of([position for position, run in enumerate(self.runs) if run not in self.chaotic])
 
+    def keep_top(self, k: int) -> Attribution:
+        """Return an attribution with the responses to a few removals for each query, and what must be known of all.
+
+        Of each query, the responses of all runs are kept to the k removals of the largest and the k of the smallest
+        influence on the mean, and as many on the variance, of the trusted runs: ``4 k`` removals, since where these
+        overlap those that come next take the places. Of every removal there are the influence on mean and variance,
+        their standard errors and p-values, in the precision of the responses. So :meth:`influence`,
+        :meth:`standard_error`, :meth:`p_values`, :meth:`significant` and :meth:`reliability` of ``"mean"`` and
+        ``"variance"`` are those of all responses, and so is :meth:`top` up to k; :meth:`interval` and
+        :meth:`seeds_needed` are known of what is kept. What needs other responses is an error.
+
+        Args:
+            k: How many.
+
+        Raises:
+            AttributionError: If k is less than 1.
+        """
+        return keep_top(self, check_keep_top(k))
+
     @property
     def available_differences(self) -> list[str]:
         """Names of the paper's differences for which there are enough runs: those that tables and reports have.
 
-        :meth:`influence` takes others too.
+        :meth:`influence` takes others too. With :meth:`keep_top` they are those that are known of every removal.
         """
         runs = len(self.runs) - len(self.chaotic)
-        return [name for name in PAPERS if runs >= DIFFERENCES[name].least_runs]
+        names = MOMENTS if isinstance(self.responses, KeptResponses) else PAPERS
+        return [name for name in names if runs >= DIFFERENCES[name].least_runs]
 
     def predict(self, removed: Sequence[int | str]) -> Tensor:
         r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
@@ -263,24 +286,31 @@ class Attribution(Inference):
             the mean when removed, E Y - E X) and ``variance_change`` (Var Y - Var X; NaN with a single run).
 
         Raises:
-            AttributionError: If the difference needs more runs, there is no such query, or ``k`` is less than 1.
+            AttributionError: If the difference needs more runs, there is no such query, or ``k`` is less than 1, or
+                more than the top that was kept.
         """
         import pandas as pd
 
         if k < 1:
             raise AttributionError(f"k={k}; give the number of removals to list, at least 1.")
+        if self.most_listed < min(k, self.responses.shape[2]):
+            raise AttributionError(
+                f"k={k}; keep_top={self.most_listed} says how many are listed at the most. to_dataframe has the mean "
+                "and variance influence of every removal."
+            )
         positions = range(len(self.queries)) if query is None else self._positions([query])
         selected = self._selected(runs)
         chosen = selected._difference(difference)
         rows: list[dict[str, Any]] = []
         for q in positions:
-            influence = selected.select([q])._influence(chosen)[0]
-            order = influence.abs().argsort(descending=True)[:k]
+            candidates, influence = selected.select([q])._candidates(chosen)
+            first = influence.abs().argsort(descending=True)[:k]
+            order, influence = candidates[first], influence[first]
             of_query = selected.baseline[:, q, None].double()
             samples = of_query, of_query + selected.responses[:, q, order].double()
-            variance = DIFFERENCES["variance"](*samples) if len(selected.runs) > 1 else influence[order] * torch.nan
+            variance = DIFFERENCES["variance"](*samples) if len(selected.runs) > 1 else influence * torch.nan
             columns = {
-                "influence": influence[order],
+                "influence": influence,
                 "standard_error": _error(chosen)(*samples),
                 "mean_shift": -DIFFERENCES["mean"](*samples),
                 "variance_change": variance,
@@ -290,6 +320,14 @@ class Attribution(Inference):
                 named = {"query": self.queries[q], "rank": rank, **self._named(n)}
                 rows.append(named | dict(zip(columns, figures, strict=True)))
         return pd.DataFrame(rows)
+
+    @property
+    def most_listed(self) -> int:
+        """How many removals :meth:`top` can list: all of them, or with :meth:`keep_top` its k."""
+        responses = self.responses
+        if isinstance(responses, KeptResponses) and responses.kept.shape[1] < responses.shape[2]:
+            return responses.k
+        return responses.shape[2]
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
@@ -304,6 +342,12 @@ class Attribution(Inference):
         if not overwrite and AttributionStore.is_at(path):
             raise AttributionError(f"{path} holds an attribution. Choose another path, or save with overwrite=True.")
         wanted = dict.fromkeys(self.runs)
+        if isinstance(self.responses, KeptResponses):
+            kept = KeptStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
+            for start in range(0, len(self.queries), size := max(1, _AT_ONCE // self.responses.shape[2])):
+                numbers = range(start, min(start + size, len(self.queries)))
+                kept.add(numbers.start, self.select(numbers))
+            return
         store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
         for number, run in enumerate(self.runs):
             known = {key: self.about[key][run] for key in OF_RUNS if run in self.about.get(key, {})}
@@ -319,28 +363,34 @@ class Attribution(Inference):
         Raises:
             TrajectoryError: If files are missing or damaged; or later, when damaged responses are read.
         """
-        store = AttributionStore.open(path)
-        if unfinished := store.unfinished:
-            warnings.warn(
-                f"{path} is unfinished: {len(unfinished)} runs are missing ({', '.join(unfinished)}). Call attribute "
-                "again with this output to go on.",
-                stacklevel=2,
-            )
+        index = read_index(path)
+        if "blocks" in index:
+            kept = KeptStore(Path(path), index)
+            missing = [str(kept.queries[n]) for stretch in kept.missing(kept.current) for n in stretch]
+            _warn_unfinished(path, "queries", missing)
+            if not kept.current:
+                raise TrajectoryError(f"{path} holds no finished query. Call attribute again with this output.")
+            return joined([cls(*kept.block(first)) for first in kept.current])
+        store = AttributionStore(Path(path), index)
+        _warn_unfinished(path, "runs", store.unfinished)
         return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
 
     def to_xarray(self) -> xr.Dataset:
         """Return baseline, responses, influences and standard errors with named dimensions, all of them in memory.
 
         They are ``run``, ``query`` and ``example``; with groups ``removal`` in place of the last, along which ``size``
-        is the number of examples.
+        is the number of examples. With :meth:`keep_top`, ``kept`` says of which removals ``responses`` are, along
+        ``place``.
         """
         import xarray as xr
 
         removal = "example" if self.removals is None else "removal"
-        data: dict[str, Any] = {
-            "baseline": (("run", "query"), self.baseline.cpu().numpy()),
-            "responses": (("run", "query", removal), self.responses.cpu().numpy()),
-        }
+        data: dict[str, Any] = {"baseline": (("run", "query"), self.baseline.cpu().numpy())}
+        if isinstance(self.responses, KeptResponses):
+            data["kept"] = ("query", "place"), self.responses.kept.cpu().numpy()
+            data["responses"] = ("run", "query", "place"), self.responses.table.cpu().numpy()
+        else:
+            data["responses"] = ("run", "query", removal), self.responses.cpu().numpy()
         for name in self.available_differences:
             data[f"{name}_influence"] = (("query", removal), self.influence(name).cpu().numpy())
             data[f"{name}_standard_error"] = (("query", removal), self.standard_error(name).cpu().numpy())
@@ -356,7 +406,7 @@ class Attribution(Inference):
 
     def to_dataframe(self) -> pd.DataFrame:
         """Return influences and standard errors, one row for each query and removal."""
-        dataset = self.to_xarray().drop_vars(["baseline", "responses", "run"])
+        dataset = self.to_xarray().drop_vars(["baseline", "responses", "kept", "run"], errors="ignore")
         return dataset.to_dataframe().reset_index()
 
     def _selected(self, runs: Runs) -> Attribution:
@@ -369,10 +419,23 @@ class Attribution(Inference):
         return replace(self, baseline=self.baseline[positions], responses=self.responses[positions], runs=names)
 
     def _influence(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
+        if removed is None and (moment := moment_of(difference)) and self._figures is not None:
+            return self._figures.of(f"{moment}_influence")
         return self._each_query(difference, removed)
 
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
+        if removed is None and (moment := moment_of(difference)) and self._figures is not None:
+            return self._figures.of(f"{moment}_standard_error")
         return self._each_query(_error(difference), removed)
+
+    def _candidates(self, difference: Difference) -> tuple[Tensor, Tensor]:
+        """Return positions of removals of a single query, those at the top among them, and their influence."""
+        if self._figures is not None and moment_of(difference) and isinstance(self.responses, KeptResponses):
+            # from responses: figures are rounded, which may change an order
+            samples = self.baseline.double()
+            return self.responses.kept[0], difference(samples, samples + self.responses.table[:, 0].double())
+        influence = self._influence(difference)[0]
+        return torch.arange(len(influence), device=influence.device), influence
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
@@ -386,15 +449,28 @@ class Attribution(Inference):
         return chosen
 
     def _each_query(
-        self, function: Any, removed: Sequence[int | str] | None, outputs: tuple[int, ...] = (), copies: int = 1
+        self,
+        function: Any,
+        removed: Sequence[int | str] | None,
+        outputs: tuple[int, ...] = (),
+        copies: int = 1,
+        kept: bool = False,
     ) -> Tensor:
-        """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument."""
+        """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument.
+
+        Of each removal, or of those whose responses are ``kept``; the others are then NaN.
+        """
         responses = self.responses if removed is None else self._response(removed)[..., None]
-        found = torch.empty(
-            len(self.queries), *outputs, responses.shape[2], dtype=torch.float64, device=responses.device
+        found = torch.full(
+            (len(self.queries), *outputs, responses.shape[2]), torch.nan, dtype=torch.float64, device=responses.device
         )
         for query, into in enumerate(found):
-            _in_parts(function, self.baseline, responses, query, into, copies)
+            if kept and isinstance(responses, KeptResponses):
+                known = into[..., responses.kept[query]]
+                _in_parts(function, self.baseline, responses.table, query, known, copies)
+                into[..., responses.kept[query]] = known
+            else:
+                _in_parts(function, self.baseline, responses, query, into, copies)
         return found if removed is None else found.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:
@@ -431,6 +507,15 @@ class Attribution(Inference):
             return {"example": position}
         group = self.about["removals"][position]
         return {"removal": group["name"], "size": len(group["examples"])}
+
+
+def _warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> None:
+    if missing:
+        warnings.warn(
+            f"{path} is unfinished: {len(missing)} {what} are missing ({', '.join(missing)}). Call attribute "
+            "again with this output to go on.",
+            stacklevel=3,
+        )
 
 
 def _error(difference: Difference) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_dtda.attribution import significance
 from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.attribution.intervals import bootstrap_interval
+from lightning_dtda.attribution.kept import MOMENTS, Figures, KeptResponses, moment_of
 from lightning_dtda.attribution.power import runs_for_significance, seeds_needed
 from lightning_dtda.attribution.reliability import runs_for_agreement, split_half, top_agreement
 from lightning_dtda.errors import AttributionError
@@ -39,7 +40,12 @@ class Inference:
         def _of(self, positions: Sequence[int]) -> Self: ...
         def _influence(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor: ...
         def _each_query(
-            self, function: Any, removed: Sequence[int | str] | None, outputs: tuple[int, ...] = (), copies: int = 1
+            self,
+            function: Any,
+            removed: Sequence[int | str] | None,
+            outputs: tuple[int, ...] = (),
+            copies: int = 1,
+            kept: bool = False,
         ) -> Tensor: ...
 
     def interval(
@@ -66,6 +72,7 @@ class Inference:
 
         Returns:
             ``(2, queries, removals)``, lower and upper end; ``(2, queries)`` for removals made together; float64.
+            NaN for removals whose responses were not kept, see :meth:`Attribution.keep_top`.
 
         Raises:
             AttributionError: If the difference needs more runs, or the level is no share.
@@ -80,6 +87,7 @@ class Inference:
             removed,
             outputs=(2,),
             copies=1 + 4 * replicates // len(selected.runs),  # the replicates take more memory than the samples
+            kept=True,
         )
         return ends.movedim(1, 0)
 
@@ -104,6 +112,9 @@ class Inference:
         """
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, significance.least_runs(chosen), "test")
+        moments, figures = getattr(chosen, "moments", ()), selected._figures
+        if removed is None and moments and figures is not None:
+            return significance.of_any([figures.p_values(moment) for moment in moments])
         return selected._each_query(partial(significance.p_values, chosen), removed)
 
     def significant(self, difference: str | Difference, fdr: float = 0.05, runs: Runs = "trusted") -> Tensor:
@@ -172,7 +183,8 @@ class Inference:
             runs: As for :meth:`influence`.
 
         Returns:
-            ``(queries, removals)``, or ``(queries,)`` for removals made together; float64, infinite without an effect.
+            ``(queries, removals)``, or ``(queries,)`` for removals made together; float64, infinite without an effect,
+            NaN for removals whose responses were not kept.
 
         Raises:
             AttributionError: If the difference needs more runs, or ``power`` or ``alpha`` is no share.
@@ -181,7 +193,7 @@ class Inference:
         check_share(alpha, "alpha")
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, max(2, chosen.least_runs), "number of seeds")
-        return selected._each_query(partial(seeds_needed, chosen, power=power, alpha=alpha), removed)
+        return selected._each_query(partial(seeds_needed, chosen, power=power, alpha=alpha), removed, kept=True)
 
     def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
         """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
@@ -194,6 +206,9 @@ class Inference:
         """
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
+        moment, figures = moment_of(chosen), selected._figures
+        if moment and figures is not None:
+            return figures.reliability[:, MOMENTS.index(moment)]
         # query by query: the influences of all, of each half of the runs, take as much memory as the responses
         found = [
             split_half(partial(_of_runs, selected.select([query]), chosen), len(selected.runs))
@@ -234,6 +249,14 @@ class Inference:
             for query in range(len(selected.queries))
         ]
         return runs_for_agreement(torch.cat(found), half, k, removals, agreement).clamp_min(chosen.least_runs)
+
+    @property
+    def _figures(self) -> Figures | None:
+        """What is known of every removal over these runs where not all responses were kept."""
+        responses = self.responses
+        return (
+            responses.figures if isinstance(responses, KeptResponses) and responses.figures.runs == self.runs else None
+        )
 
     def _enough(self, difference: Difference, least: int, what: str = "") -> None:
         subject = f"{what} of the {difference.name}" if what else difference.name

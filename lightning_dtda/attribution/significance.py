@@ -103,8 +103,12 @@ def p_values(difference: Difference, baseline: Tensor, predicted: Tensor) -> Ten
     if not moments:
         return exchange_test(difference, baseline, predicted)
     tests = {"mean": mean_test, "variance": variance_test}
-    p = torch.stack([tests[moment](baseline, predicted) for moment in moments])
-    return (len(moments) * p.amin(0)).clamp_max(1)
+    return of_any([tests[moment](baseline, predicted) for moment in moments])
+
+
+def of_any(p: Sequence[Tensor]) -> Tensor:
+    """Return p-values of no effect by any of some tests, from those of each ``(...)``, by Bonferroni."""
+    return (len(p) * torch.stack(list(p)).amin(0)).clamp_max(1)
 
 
 def mean_test(baseline: Tensor, predicted: Tensor) -> Tensor:
@@ -118,9 +122,13 @@ def mean_test(baseline: Tensor, predicted: Tensor) -> Tensor:
         ``(...)``, float64.
     """
     responses = (predicted - baseline).double()
-    runs, mean = len(responses), responses.mean(0)
+    return student(responses.mean(0), responses.std(0) / len(responses) ** 0.5, len(responses))
+
+
+def student(mean: Tensor, standard_error: Tensor, runs: int) -> Tensor:
+    """Return p-values of a mean of zero, of two sides, from the mean over runs and its standard error ``(...)``."""
     # 0 / 0 is no effect, anything else / 0 one without noise
-    t = torch.where(mean == 0, 0.0, mean / (responses.std(0) / runs**0.5))
+    t = torch.where(mean == 0, 0.0, mean / standard_error)
     return torch.as_tensor(2 * special.stdtr(runs - 1, -t.abs().cpu().numpy()), device=t.device)
 
 

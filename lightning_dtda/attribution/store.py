@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -60,41 +61,12 @@ class AttributionStore:
         Raises:
             AttributionError: If the directory holds an answer to another question, or something else.
         """
-        path = Path(path)
-        question = {key: value for key, value in about.items() if key not in (*OF_RUNS, "chaotic")}
-        index: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "about": question,
-            "queries": list(queries),
-            "removals": removals,
-            "wanted": dict(wanted),
-            "runs": {},
-        }
-        with _ANSWERS.opened(path):
-            found = _ANSWERS.found(path, overwrite)
-            if found.get("runs"):
-                _ANSWERS.check_same(path, _changes(found, index))
-                index["runs"] = found["runs"]
-            _ANSWERS.write(path, index)
-            if not index["runs"]:  # left over from an answer that is replaced; only now, when no index names them
-                for file in path.glob("*.safetensors"):
-                    file.unlink()
-        return cls(path, index)
+        return cls(Path(path), started(Path(path), about, queries, removals, wanted, overwrite, "runs"))
 
     @staticmethod
     def is_at(path: str | Path) -> bool:
         """Say whether a directory holds an attribution, finished or not."""
         return _ANSWERS.is_at(path)
-
-    @classmethod
-    def open(cls, path: str | Path) -> AttributionStore:
-        """Open a stored attribution.
-
-        Raises:
-            TrajectoryError: If there is none, or it is of an unknown format.
-        """
-        path = Path(path)
-        return cls(path, _ANSWERS.read(path))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -127,7 +99,7 @@ class AttributionStore:
         """
         entry = StoredTable.write(self.path / f"{run}.safetensors", "responses", responses, {"baseline": baseline})
         self._index["runs"][run] = entry | {key: facts[key] for key in OF_RUNS}
-        _ANSWERS.write(self.path, self._index)
+        write_index(self.path, self._index)
 
     def read(self) -> tuple[Tensor, StoredResponses]:
         """Read baseline ``(runs, queries)``, and map responses ``(runs, queries, removals)``, of the finished runs.
@@ -142,6 +114,65 @@ class AttributionStore:
         return torch.stack([run.others["baseline"] for run in runs]), StoredResponses(runs)
 
 
+def started(
+    path: Path,
+    about: Mapping[str, Any],
+    queries: Sequence[int],
+    removals: int,
+    wanted: Mapping[str, int | None],
+    overwrite: bool,
+    parts: Literal["runs", "blocks"],
+) -> dict[str, Any]:
+    """Start a directory for the answer to a question, or go on with one, and return its index.
+
+    Args:
+        path: As for :meth:`AttributionStore.create`, as all but the last.
+        about: What is asked.
+        queries: What the queries are called.
+        removals: K.
+        wanted: The runs.
+        overwrite: Whether another answer is replaced.
+        parts: What the answer is stored in.
+
+    Raises:
+        AttributionError: As there.
+    """
+    index: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "about": {key: value for key, value in about.items() if key not in (*OF_RUNS, "chaotic")},
+        "queries": list(queries),
+        "removals": removals,
+        "wanted": dict(wanted),
+        parts: {},
+    }
+    with _ANSWERS.opened(path):
+        found = _ANSWERS.found(path, overwrite)
+        if found.get("runs") or found.get("blocks"):
+            _ANSWERS.check_same(path, _changes(found, index))
+            index |= {key: found[key] for key in (parts, "trusted") if key in found}
+        _ANSWERS.write(path, index)
+        for left in path.glob("scratch-*") if overwrite else ():
+            shutil.rmtree(left)
+        if not index[parts]:  # left over from an answer that is replaced; only now, when no index names them
+            for file in path.glob("*.safetensors"):
+                file.unlink()
+    return index
+
+
+def read_index(path: str | Path) -> dict[str, Any]:
+    """Return the index of a stored attribution: it has ``runs``, or ``blocks`` of queries.
+
+    Raises:
+        TrajectoryError: If there is none, or it is of an unknown format.
+    """
+    return _ANSWERS.read(Path(path))
+
+
+def write_index(path: Path, index: dict[str, Any]) -> None:
+    """Write the index of a stored attribution."""
+    _ANSWERS.write(path, index)
+
+
 def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return what is said of an answer, with the facts of each run, and which runs are chaotic."""
     of_runs = {key: {run: facts[run][key] for run in sorted(facts)} for key in OF_RUNS}
@@ -152,6 +183,7 @@ def _changes(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     before, after = found.get("about", {}), wanted["about"]
     names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     names += [key for key in ("format_version", "queries", "removals") if found.get(key) != wanted[key]]
-    if not found.get("wanted", {}).items() <= wanted["wanted"].items():
+    before, after = found.get("wanted", {}), wanted["wanted"]
+    if before != after if "blocks" in wanted else not before.items() <= after.items():
         names.append("runs")
     return list(dict.fromkeys(names))
