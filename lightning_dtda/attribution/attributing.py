@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.engines import Engine, EngineName
+from lightning_dtda.attribution.keeping import attribute_in_blocks, block_size
+from lightning_dtda.attribution.kept import check_keep_top
+from lightning_dtda.attribution.kept_store import KeptStore
+from lightning_dtda.attribution.resources import check_resources
 from lightning_dtda.attribution.store import AttributionStore, with_runs
 from lightning_dtda.attribution.trust import sizes
 from lightning_dtda.cluster import RayCluster
@@ -46,7 +49,6 @@ from lightning_dtda.replay import (
 )
 from lightning_dtda.replay.measured import is_random
 from lightning_dtda.trajectory import Ensemble, Run
-from lightning_dtda.units import human_bytes, human_seconds
 from lightning_dtda.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ def attribute(
     step: int | None = None,
     measurement_draws: int = Draws.number,
     measurement_seed: int = Draws.seed,
+    keep_top: int | None = None,
+    scratch_budget: float = 2.0,
     device: torch.device | str | None = None,
     jobs: int = 1,
     engine: EngineName | RayCluster = "local",
@@ -96,6 +100,11 @@ def attribute(
         measurement_draws: Where the measurement draws random numbers (the denoising loss of a diffusion model), how
             many draws it is the mean of; the same ones for every run.
         measurement_seed: Of these draws.
+        keep_top: Of each query, keep the responses to so many removals at each end, and figures of all, as
+            :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>` does: for more responses than can be
+            stored. Queries are answered block by block, each by all runs; a crash loses no finished run of a block.
+        scratch_budget: Of ``keep_top``, in GiB: how much a block of queries may take, on the disk with an output, else
+            in memory. What an estimator computes once for all queries, such as a curvature, it computes for each block.
         device: Where to compute; ``None`` is the module's own device.
         jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.
         engine: ``"local"``, this machine; or ``"ray"``, the CPUs of a Ray cluster, or a
@@ -112,25 +121,35 @@ def attribute(
         ReplayError: If module or data are not those that were trained.
         ClusterError: If there is no Ray cluster, or its workers cannot do it.
     """
+    if keep_top is not None:
+        check_keep_top(keep_top)
     estimator, where = UnrolledDifferentiation() if estimator is None else estimator, Engine.of(engine, jobs)
     draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
     )
-    if output is None:
-        estimates = _estimates(list(ensemble), question, estimator, where, progress)
-        answer = _assembled(estimates, about, names)
-    else:
-        name = about["measurement"]
-        if "<" in name:
-            raise AttributionError(
-                f"The measurement {name} has no name of its own, so that its stored answers could not be told from "
-                "those to another. Define it as a function of a module, or give no output."
-            )
-        store = AttributionStore.create(
-            output, about, names, len(question.removals), {run.name: run.checksum for run in ensemble}, overwrite
+    path = None if output is None else Path(output)
+    if path is not None and "<" in (name := about["measurement"]):
+        raise AttributionError(
+            f"The measurement {name} has no name of its own, so that its stored answers could not be told from "
+            "those to another. Define it as a function of a module, or give no output."
         )
-        answer = _answer_to_disk(ensemble, question, estimator, where, store, progress)
+    asked = len(question.removals), {run.name: run.checksum for run in sorted(ensemble, key=lambda run: run.name)}
+
+    def answered(numbers: range, into: Path | None) -> Attribution:
+        part = question if len(numbers) == len(names) else replace(question, queries=question.queries.stretch(numbers))
+        called = names[numbers.start : numbers.stop]
+        if into is None:
+            return _assembled(_estimates(list(ensemble), part, estimator, where, progress), about, called)
+        store = AttributionStore.create(into, about, called, *asked, overwrite)
+        return _answer_to_disk(ensemble, part, estimator, where, store, progress)
+
+    if keep_top is None:
+        answer = answered(range(len(names)), path)
+    else:
+        size, told = block_size(ensemble, question, estimator, scratch_budget), about | {"keep_top": keep_top}
+        kept = None if path is None else KeptStore.create(path, told, names, *asked, overwrite)
+        answer = attribute_in_blocks(ensemble, question, keep_top, size, kept, answered)
     drift = answer.about["drift"]
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
     if answer.chaotic:
@@ -322,39 +341,10 @@ def _planned(
 ) -> Iterator[tuple[Plan, Advance]]:
     """Yield the estimator's plan, after making sure that it will fit, and what moves the progress bar."""
     plan = estimator.plan(runs, question)
-    _check_resources(plan, runs, question, path, answers, jobs)
+    check_resources(plan, runs, question, path, answers, jobs)
     description, steps = f"{len(runs)} runs, {len(question.queries)} queries", sum(run.steps for run in runs)
     with progress_bar(description, "steps", steps, progress) as advance:
         yield plan, advance
-
-
-def _check_resources(
-    plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
-) -> None:
-    itemsize = runs[0].manifest.torch_dtype.itemsize
-    answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
-    memory = jobs * plan.memory + (0 if path else answer)
-    _log.info(
-        "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
-        len(runs),
-        len(question.queries),
-        len(question.removals),
-        human_bytes(memory),
-        human_bytes(answer if path else 0),
-        human_seconds(plan.seconds / jobs),
-    )
-    available = available_memory(question.device)
-    if available is not None and memory > available:
-        fewer = (", take fewer jobs" if jobs > 1 else "") + ("" if path else ", give an output")
-        raise AttributionError(
-            f"This needs about {human_bytes(memory)} of memory; {human_bytes(available)} are "
-            f"available. Lower the estimator's memory_budget{fewer}, or ask fewer queries at a time."
-        )
-    if path is not None and answer > (free := shutil.disk_usage(path).free):
-        raise AttributionError(
-            f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
-            "some, or choose another output."
-        )
 
 
 def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:
@@ -384,14 +374,3 @@ def usable_device(device: torch.device | str) -> torch.device:
         raise AttributionError(
             f"There is no device {str(device)!r} ({reason}). Give cpu, cuda or cuda:0, say."
         ) from error
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on a device, ``None`` where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = meminfo.read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

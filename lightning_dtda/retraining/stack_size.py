@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.attributing import available_memory
+from lightning_dtda.attribution.resources import available_memory
 from lightning_dtda.estimators.memory import peak_memory
 
 _SHARE = 0.5

@@ -162,7 +162,7 @@ def test_the_memory_of_all_processes_is_counted(ensemble, monkeypatch):
     monkeypatch.setattr(UnrolledDifferentiation, "plan", recorded)
     ask(ensemble)
     available = 3 * needed[0].memory // 2
-    monkeypatch.setattr("lightning_dtda.attribution.attributing.available_memory", lambda device: available)
+    monkeypatch.setattr("lightning_dtda.attribution.resources.available_memory", lambda device: available)
     ask(ensemble)
     with pytest.raises(AttributionError, match="take fewer jobs"):
         ask(ensemble, jobs=2)

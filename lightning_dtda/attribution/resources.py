@@ -1,0 +1,90 @@
+"""Whether there is the memory and the disk that an attribution will take."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import torch
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators import Plan, Question
+from lightning_dtda.trajectory import Run
+from lightning_dtda.units import human_bytes, human_seconds
+
+_log = logging.getLogger(__name__)
+
+
+def check_resources(
+    plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
+) -> None:
+    """Say what an answer will take, and make sure that there is so much.
+
+    Args:
+        plan: The estimator's.
+        runs: That are attributed.
+        question: What is asked.
+        path: Where the answer goes; ``None`` is the memory.
+        answers: How many answers there will be.
+        jobs: Number of processes, each of which takes the plan's memory.
+
+    Raises:
+        AttributionError: If there is too little memory or disk.
+    """
+    itemsize = runs[0].manifest.torch_dtype.itemsize
+    answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
+    memory = jobs * plan.memory + (0 if path else answer)
+    _log.info(
+        "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
+        len(runs),
+        len(question.queries),
+        len(question.removals),
+        human_bytes(memory),
+        human_bytes(answer if path else 0),
+        human_seconds(plan.seconds / jobs),
+    )
+    available = available_memory(question.device)
+    if available is not None and memory > available:
+        fewer = (", take fewer jobs" if jobs > 1 else "") + ("" if path else ", give an output")
+        raise AttributionError(
+            f"This needs about {human_bytes(memory)} of memory; {human_bytes(available)} are "
+            f"available. Lower the estimator's memory_budget{fewer}, or ask fewer queries at a time."
+        )
+    if path is not None:
+        check_room(answer, path)
+
+
+def check_room(answer: int, path: Path | None) -> None:
+    """Make sure that there is room for an answer.
+
+    Args:
+        answer: Its bytes.
+        path: A directory on the disk that it goes to; ``None`` is the memory.
+
+    Raises:
+        AttributionError: If there is none.
+    """
+    if path is None:
+        available = available_memory(torch.device("cpu"))
+        if available is not None and answer > available:
+            raise AttributionError(
+                f"The answer takes {human_bytes(answer)} of memory; {human_bytes(available)} are available. Give an "
+                "output, or ask fewer queries at a time."
+            )
+    elif answer > (free := shutil.disk_usage(path).free):
+        raise AttributionError(
+            f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
+            "some, or choose another output."
+        )
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on a device, ``None`` where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = meminfo.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
