@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.engines import Engine, EngineName
-from lightning_dtda.attribution.keeping import attribute_in_blocks, block_size
+from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.resources import check_resources
@@ -123,6 +123,8 @@ def attribute(
     """
     if keep_top is not None:
         check_keep_top(keep_top)
+        if not scratch_budget > 0:
+            raise AttributionError(f"scratch_budget={scratch_budget}; give a positive number of GiB.")
     estimator, where = UnrolledDifferentiation() if estimator is None else estimator, Engine.of(engine, jobs)
     draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
@@ -147,9 +149,9 @@ def attribute(
     if keep_top is None:
         answer = answered(range(len(names)), path)
     else:
-        size, told = block_size(ensemble, question, estimator, scratch_budget), about | {"keep_top": keep_top}
+        told = about | {"keep_top": keep_top}
         kept = None if path is None else KeptStore.create(path, told, names, *asked, overwrite)
-        answer = attribute_in_blocks(ensemble, question, keep_top, size, kept, answered)
+        answer = attribute_in_blocks(ensemble, question, estimator, keep_top, scratch_budget, kept, answered)
     drift = answer.about["drift"]
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
     if answer.chaotic:

@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.kept import FIGURES, bytes_kept, joined, keep_top, known_of_runs
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.resources import check_room
 from lightning_dtda.attribution.trust import chaotic
-from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, Question
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.units import GIB
@@ -39,12 +40,10 @@ def block_size(ensemble: Ensemble, question: Question, estimator: Estimator, bud
         budget: In GiB, for a block's responses, and its figures.
 
     Raises:
-        AttributionError: If the budget is not positive, or the estimator cannot answer.
+        AttributionError: If the estimator cannot answer.
     """
-    if not budget > 0:
-        raise AttributionError(f"scratch_budget={budget}; give a positive number of GiB.")
     runs = list(ensemble)
-    each = (len(runs) + len(FIGURES)) * len(question.removals) * runs[0].manifest.torch_dtype.itemsize
+    each = (len(runs) + len(FIGURES)) * len(question.removals) * _itemsize(ensemble, estimator)
     most = max(1, int(budget * GIB / each))
     if most >= len(question.queries):
         return len(question.queries)
@@ -53,31 +52,44 @@ def block_size(ensemble: Ensemble, question: Question, estimator: Estimator, bud
 
 
 def attribute_in_blocks(
-    ensemble: Ensemble, question: Question, k: int, size: int, store: KeptStore | None, answer: Answer
+    ensemble: Ensemble,
+    question: Question,
+    estimator: Estimator,
+    k: int,
+    budget: float,
+    store: KeptStore | None,
+    answer: Answer,
 ) -> Attribution:
     """Answer all queries, and keep the top of each.
 
     Args:
         ensemble: The runs.
         question: The whole question.
+        estimator: What answers it.
         k: As for :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>`.
-        size: How many queries are answered at a time.
+        budget: As for :func:`block_size`.
         store: Where blocks are kept, and found if they were finished before; ``None`` is in memory.
         answer: Answers a block.
+
+    Raises:
+        AttributionError: As :func:`block_size`, or if there is no room for what is kept.
     """
-    queries, removals, itemsize = (
-        len(question.queries),
-        len(question.removals),
-        ensemble[0].manifest.torch_dtype.itemsize,
-    )
-    blocks = _Blocks(k, store, answer)
+    blocks, queries = _Blocks(k, store, answer), len(question.queries)
     stretches = [range(queries)] if store is None else store.missing(store.finished)
-    left = sum(map(len, stretches))
-    check_room(bytes_kept(k, len(ensemble), left, removals, itemsize), None if store is None else store.path)
-    for stretch in stretches:
-        for start in range(stretch.start, stretch.stop, size):
-            blocks.add(range(start, min(start + size, stretch.stop)))
+    if left := sum(map(len, stretches)):
+        size = block_size(ensemble, question, estimator, budget)
+        needed = bytes_kept(k, len(ensemble), left, len(question.removals), _itemsize(ensemble, estimator))
+        check_room(needed, None if store is None else store.path)
+        for stretch in stretches:
+            for start in range(stretch.start, stretch.stop, size):
+                blocks.add(range(start, min(start + size, stretch.stop)))
     return blocks.finish()
+
+
+def _itemsize(ensemble: Ensemble, estimator: Estimator) -> int:
+    """Return the bytes of a response."""
+    is_double = estimator.settings().get("precision") == "float64"
+    return torch.float64.itemsize if is_double else ensemble[0].manifest.torch_dtype.itemsize
 
 
 class _Blocks:
@@ -91,8 +103,9 @@ class _Blocks:
 
     def __init__(self, k: int, store: KeptStore | None, answer: Answer) -> None:
         self._k, self._store, self._answer = k, store, answer
-        finished = () if store is None else store.finished
-        self._kept = {first: Attribution(*store.block(first)) for first in finished} if store is not None else {}
+        self._kept: dict[int, Attribution] = {}
+        if store is not None:
+            self._kept = {first: Attribution(*store.block(first)) for first in store.finished}
 
     def add(self, numbers: range) -> None:
         """Answer the queries of a block and keep their top, over the runs that are trusted by what is known so far."""

@@ -40,6 +40,19 @@ class AttributeCLI(QuestionCLI):
         parser.add_argument(
             "--step", type=int | None, default=None, help="The step that is measured; the end of training if not given."
         )
+        parser.add_argument(
+            "--keep_top",
+            type=int | None,
+            default=None,
+            help="Keep, of each query, the responses to so many examples of the largest and smallest mean and variance "
+            "influence, and of every example both influences with their errors: for more responses than can be stored.",
+        )
+        parser.add_argument(
+            "--scratch_budget",
+            type=float,
+            default=2.0,
+            help="Of --keep_top, in GiB: the disk that a block of queries may take until its top is known.",
+        )
         parser.add_subclass_arguments(Estimator, "estimator", help="How responses are computed.")
         exact = f"{UnrolledDifferentiation.__module__}.{UnrolledDifferentiation.__qualname__}"
         parser.set_defaults({"estimator": {"class_path": exact}})
@@ -88,6 +101,8 @@ def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
     paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
     if paths and (config.jobs > 1 or config.engine != "local"):
         raise AttributionError("--dampings are worked on in this process. Leave out --jobs and --engine.")
+    if paths and config.keep_top is not None:
+        raise AttributionError("--dampings answer all queries at once. Leave out --keep_top, or give one damping.")
     for path in paths.values():
         # before the work, not after it
         if AttributionStore.is_at(path) and not config.overwrite:
@@ -102,7 +117,8 @@ def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
     if config.dampings is None:
         engine = RayCluster(**config.ray.as_dict()) if config.engine == "ray" else config.engine
         where = {"output": output, "overwrite": config.overwrite, "jobs": config.jobs, "engine": engine}
-        return [(output, attribute(**question, **where))]
+        kept = {"keep_top": config.keep_top, "scratch_budget": config.scratch_budget}
+        return [(output, attribute(**question, **where, **kept))]
     found = attribute_dampings(**question, dampings=config.dampings)
     for damping, attribution in found.items():
         attribution.save(paths[damping], overwrite=config.overwrite)

@@ -65,7 +65,7 @@ def top_examples(
         attribution: The attribution; of its trusted runs.
         query: The query's position.
         difference: What to rank by.
-        k: Number of examples or groups.
+        k: Number of examples or groups; fewer are returned where :attr:`Attribution.most_listed` are.
         tests: What :func:`significance_on` returns, if it is known already.
 
     Raises:
@@ -75,7 +75,7 @@ def top_examples(
         raise AttributionError(f"k is the number of removals to show and must be at least 1; it is {k}.")
     selected, chosen = attribution.trusted().select([query]), resolve_difference(difference)
     tests = tested(selected, chosen) if tests is None else tests
-    table = selected.top(k, chosen, query=0).drop(columns="query")
+    table = selected.top(min(k, selected.most_listed), chosen, query=0).drop(columns="query")
     if attribution.removals is None:
         table = table.rename(columns={"example": "position"})
         table["name"], table["size"] = table["position"].map(str), 1

@@ -135,7 +135,7 @@ def _panels(attribution: Attribution, queries: list[int]) -> Iterator[tuple[str,
     for query in queries:
         name = f"query {attribution.queries[query]}"
         yield f"influence/{name}", wandb.Plotly(influence_figure(attribution, query))
-        [largest] = top_examples(attribution, query, "wasserstein", 1)
+        [largest] = top_examples(attribution, query, attribution.available_differences[-1], 1)
         selected = attribution.select([query])
         trained = selected.baseline[:, 0].cpu().numpy()
         predicted = selected.predict([largest.position])[:, 0].cpu().numpy()

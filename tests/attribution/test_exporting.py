@@ -158,3 +158,20 @@ def test_what_makes_no_sense_is_refused(attribution, tmp_path):
         with pytest.raises(AttributionError, match=message):
             export(attribution, **{"output": tmp_path / "table", "replicates": 0, **arguments})
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_of_a_top_that_was_kept_every_column_is_there_and_intervals_of_what_was_kept(attribution, format, tmp_path):
+    kept = attribution.keep_top(1)
+    found = read(export(kept, tmp_path / "kept", format, replicates=20), format)
+    expected = read(export(attribution, tmp_path / "all", format, ["mean", "variance"], replicates=20), format)
+    assert set(found) == set(expected)
+    for name, column in found.items():
+        is_end = name.endswith(("_low", "_high"))
+        for query, positions in enumerate(kept.responses.kept.tolist()):
+            chosen = positions if is_end else list(range(EXAMPLES))
+            values, wanted = (
+                part.transpose("query", "example").values[query, chosen] for part in (column, expected[name])
+            )
+            np.testing.assert_allclose(values, wanted, rtol=1e-4, err_msg=name)
+        assert np.isnan(column).sum() == (len(QUERIES) * (EXAMPLES - 4) if is_end else 0), name

@@ -208,6 +208,22 @@ def test_several_dampings_are_not_shared_out(record, tmp_path, capsys):
     assert "Leave out --jobs and --engine" in capsys.readouterr().err
 
 
+def test_attribute_keeps_the_top(record, tmp_path, capsys):
+    root, question = str(record("--seeds", "3")), ["--queries.indices=[3,1]", "--estimator", "InfluenceFunctions"]
+    for output, *options in (["all"], ["top", "--keep_top", "4", "--scratch_budget", "1e-5"]):
+        main(["attribute", "--ensemble", root, *question, "--output", str(tmp_path / output), *options])
+    printed = capsys.readouterr().out
+    everything, kept = (Attribution.load(tmp_path / output) for output in ("all", "top"))
+    assert kept.about["keep_top"] == 4
+    with pytest.warns(UserWarning, match="Influences of 3 runs"):
+        assert kept.top(4)["example"].tolist() == everything.top(4)["example"].tolist()
+    main(["report", "--attribution", str(tmp_path / "top"), "--output", str(tmp_path / "report.html")])
+    assert "Query 3" in printed
+    with pytest.raises(SystemExit):
+        main(["attribute", "--ensemble", root, *question, "--output", root, "--keep_top", "4", "--dampings=[0.1]"])
+    assert "Leave out --keep_top" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_attribute_takes_a_ray_cluster(ray_cluster, record, tmp_path):
     question = ["--ensemble", str(record("--seeds", "2")), "--queries.indices=[3,1]"]

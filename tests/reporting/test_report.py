@@ -321,3 +321,13 @@ def test_groups_are_named_with_their_sizes(grouped, tmp_path):
     positions = {position for position, _ in re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)}
     assert all(f'"without-{position}": ' in page for position in positions)
     assert "&quot;examples&quot;: [" not in page
+
+
+def test_a_top_that_was_kept_is_reported_as_all_responses_are(attribution, tmp_path):
+    of_all = report(attribution, tmp_path / "all.html", k=4, differences=["mean", "variance"]).read_text()
+    kept = report(attribution.keep_top(4), tmp_path / "kept.html", k=4).read_text()
+    # but for the last digits of p-values, which the titles have in full
+    pages = [re.sub(r'<td title="[^"]*"', "<td", page) for page in (kept, of_all)]
+    tables = [re.findall(r"<table.*?</table>", page, re.DOTALL) for page in pages]
+    assert len(tables[0]) >= 2 * len(QUERIES)
+    assert tables[0] == tables[1]

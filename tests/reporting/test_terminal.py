@@ -94,3 +94,9 @@ def test_a_single_group_is_told_by_its_size():
     about = {**whole.about, "removals": [{"name": "all", "examples": [1, 4, 5]}]}
     single = replace(whole, responses=whole.responses[..., 11:12], about=about)
     assert "change if a group of 3 training examples is removed?" in " ".join(_printed(single).split())
+
+
+def test_of_a_top_that_was_kept_the_same_is_said(attribution):
+    kept = attribution.keep_top(4)
+    assert _printed(kept, k=4) == _printed(attribution, k=4)
+    assert _printed(kept, k=10) == _printed(attribution, k=4)  # no more are listed

@@ -89,6 +89,17 @@ def test_the_table_holds_the_top_examples_of_every_query_and_difference(attribut
             np.testing.assert_allclose([row[columns.index(column)] for row in rows], top[column], rtol=1e-12)
 
 
+def test_a_top_that_was_kept_is_logged(attribution, tmp_path):
+    kept = attribution.keep_top(4)
+    kept.save(tmp_path / "kept")
+    logged = _Logged(tmp_path, log_to_wandb(kept, tmp_path / "kept"))
+    rows = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())["data"]
+    assert [row[3] for row in rows if row[1] == "variance"] == attribution.top(4, "variance")["example"].tolist()
+    assert logged.summary["reliability"] == pytest.approx(float(attribution.reliability().median()))
+    example = attribution.top(1, "variance", query=0)["example"][0]
+    assert f"distribution/query {QUERIES[0]}, without example {example}" in logged.history
+
+
 def test_the_table_and_the_notes_say_how_sure_it_is(attribution, saved, tmp_path):
     logged = _Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
     table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
