@@ -171,13 +171,7 @@ def sign_test(terms: Tensor) -> Tensor:
     smallest = torch.finfo(torch.float64).tiny
     w = terms.double() / terms.abs().amax(0).clamp_min(smallest)
     total = w.sum(0).abs()
-    t = total / w.square().sum(0).clamp_min(smallest)
-    for _ in range(_NEWTON):  # K' is concave for t > 0 and the start is to the left of the root: it only grows
-        slopes = (t * w).tanh_()
-        missing = (total - (w * slopes).sum(0)).clamp_min(0)
-        if bool((missing <= _TIES * total).all()):
-            break
-        t = t + missing / (w.square() * (1 - slopes.square_())).sum(0).clamp_min(_FLAT)
+    t = _saddlepoint(w.reshape(len(w), -1), total.reshape(-1)).reshape(total.shape)
     large = (t * w).abs()
     generating = (large + torch.log1p((-2 * large).exp()) - math.log(2)).sum(0)
     r = (2 * (t * total - generating)).clamp_min(0).sqrt()
@@ -185,6 +179,27 @@ def sign_test(terms: Tensor) -> Tensor:
     skewed = torch.where(r > _CENTRE, r + (u / r).log() / r, r)
     bound, least = 2 * (-r.square() / 2).exp(), torch.exp2(1 - (w != 0).sum(0).double()).clamp_max(1)
     return (2 * torch.special.ndtr(-skewed)).minimum(bound).clamp_max(1).maximum(least)
+
+
+def _saddlepoint(w: Tensor, total: Tensor) -> Tensor:
+    r"""Return :math:`t \ge 0` with :math:`\sum_s w_s \tanh(t w_s)` a total, for each column ``(columns,)``.
+
+    Args:
+        w: ``(runs, columns)``, no larger than 1.
+        total: ``(columns,)``.
+    """
+    t = total / w.square().sum(0).clamp_min(torch.finfo(w.dtype).tiny)
+    columns = torch.arange(len(total), device=w.device)
+    for _ in range(_NEWTON):  # K' is concave for t > 0 and the start is to the left of the root: it only grows
+        slopes = (t[columns] * w).tanh_()
+        missing = (total[columns] - (w * slopes).sum(0)).clamp_min(0)
+        # most are found in a few steps, those with nearly all terms of one sign in many: these alone go on
+        unfound = (missing > _TIES * total[columns]).nonzero()[:, 0]
+        if not len(unfound):
+            break
+        columns, w, slopes = columns[unfound], w[:, unfound], slopes[:, unfound]
+        t[columns] += missing[unfound] / (w.square() * (1 - slopes.square_())).sum(0).clamp_min(_FLAT)
+    return t
 
 
 def exchange_test(difference: Difference, baseline: Tensor, predicted: Tensor, exchanges: int = _EXCHANGES) -> Tensor:
