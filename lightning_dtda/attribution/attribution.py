@@ -7,33 +7,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.differences import (
-    DIFFERENCES,
-    PAPERS,
     Difference,
     JointDifference,
-    Mean,
     SlicedWasserstein,
-    bootstrap,
     jackknife,
     resolve_difference,
+    standard_error_of,
 )
 from lightning_dtda.attribution.inference import Inference, Runs
-from lightning_dtda.attribution.kept import MOMENTS, KeptResponses, check_keep_top, joined, keep_top, moment_of
+from lightning_dtda.attribution.kept import KeptResponses, check_keep_top, joined, keep_top, moment_of
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
 from lightning_dtda.attribution.store import OF_RUNS, AttributionStore, read_index
+from lightning_dtda.attribution.tables import Tables
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import xarray as xr
 
 ENOUGH_RUNS = 8
 """Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
@@ -44,7 +38,7 @@ _AT_ONCE = 2**20
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution(Inference):
+class Attribution(Tables, Inference):
     r"""Measurements of an ensemble and their predicted changes under removal.
 
     Removal means weight zero: the example keeps its slot in the batches and the loss's divisor stays
@@ -175,16 +169,6 @@ class Attribution(Inference):
         """
         return keep_top(self, check_keep_top(k))
 
-    @property
-    def available_differences(self) -> list[str]:
-        """Names of the paper's differences for which there are enough runs: those that tables and reports have.
-
-        :meth:`influence` takes others too. With :meth:`keep_top` they are those that are known of every removal.
-        """
-        runs = len(self.runs) - len(self.chaotic)
-        names = MOMENTS if isinstance(self.responses, KeptResponses) else PAPERS
-        return [name for name in names if runs >= DIFFERENCES[name].least_runs]
-
     def predict(self, removed: Sequence[int | str]) -> Tensor:
         r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
 
@@ -269,66 +253,6 @@ class Attribution(Inference):
         error = partial(jackknife, difference or SlicedWasserstein())
         return self._selected(runs)._jointly(error, queries, removed)
 
-    def top(
-        self, k: int = 10, difference: str | Difference = "mean", query: int | None = None, runs: Runs = "trusted"
-    ) -> pd.DataFrame:
-        """Return the removals of the largest absolute influence on each query.
-
-        Args:
-            k: Number of removals for each query.
-            difference: What to rank by.
-            query: Position of one query; ``None`` is all of them.
-            runs: As for :meth:`influence`.
-
-        Returns:
-            One row for each of these, with ``query``, ``rank`` (1 first), ``example`` (with groups ``removal``, the
-            name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_shift`` (change of
-            the mean when removed, E Y - E X) and ``variance_change`` (Var Y - Var X; NaN with a single run).
-
-        Raises:
-            AttributionError: If the difference needs more runs, there is no such query, or ``k`` is less than 1, or
-                more than the top that was kept.
-        """
-        import pandas as pd
-
-        if k < 1:
-            raise AttributionError(f"k={k}; give the number of removals to list, at least 1.")
-        if self.most_listed < min(k, self.responses.shape[2]):
-            raise AttributionError(
-                f"k={k}; keep_top={self.most_listed} says how many are listed at the most. to_dataframe has the mean "
-                "and variance influence of every removal."
-            )
-        positions = range(len(self.queries)) if query is None else self._positions([query])
-        selected = self._selected(runs)
-        chosen = selected._difference(difference)
-        rows: list[dict[str, Any]] = []
-        for q in positions:
-            candidates, influence = selected.select([q])._candidates(chosen)
-            first = influence.abs().argsort(descending=True)[:k]
-            order, influence = candidates[first], influence[first]
-            of_query = selected.baseline[:, q, None].double()
-            samples = of_query, of_query + selected.responses[:, q, order].double()
-            variance = DIFFERENCES["variance"](*samples) if len(selected.runs) > 1 else influence * torch.nan
-            columns = {
-                "influence": influence,
-                "standard_error": _error(chosen)(*samples),
-                "mean_shift": -DIFFERENCES["mean"](*samples),
-                "variance_change": variance,
-            }
-            values = zip(*(column.tolist() for column in columns.values()), strict=True)
-            for rank, (n, figures) in enumerate(zip(order.tolist(), values, strict=True), start=1):
-                named = {"query": self.queries[q], "rank": rank, **self._named(n)}
-                rows.append(named | dict(zip(columns, figures, strict=True)))
-        return pd.DataFrame(rows)
-
-    @property
-    def most_listed(self) -> int:
-        """How many removals :meth:`top` can list: all of them, or with :meth:`keep_top` its k."""
-        responses = self.responses
-        if isinstance(responses, KeptResponses) and responses.kept.shape[1] < responses.shape[2]:
-            return responses.k
-        return responses.shape[2]
-
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
 
@@ -375,40 +299,6 @@ class Attribution(Inference):
         _warn_unfinished(path, "runs", store.unfinished)
         return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
 
-    def to_xarray(self) -> xr.Dataset:
-        """Return baseline, responses, influences and standard errors with named dimensions, all of them in memory.
-
-        They are ``run``, ``query`` and ``example``; with groups ``removal`` in place of the last, along which ``size``
-        is the number of examples. With :meth:`keep_top`, ``kept`` says of which removals ``responses`` are, along
-        ``place``.
-        """
-        import xarray as xr
-
-        removal = "example" if self.removals is None else "removal"
-        data: dict[str, Any] = {"baseline": (("run", "query"), self.baseline.cpu().numpy())}
-        if isinstance(self.responses, KeptResponses):
-            data["kept"] = ("query", "place"), self.responses.kept.cpu().numpy()
-            data["responses"] = ("run", "query", "place"), self.responses.table.cpu().numpy()
-        else:
-            data["responses"] = ("run", "query", removal), self.responses.cpu().numpy()
-        for name in self.available_differences:
-            data[f"{name}_influence"] = (("query", removal), self.influence(name).cpu().numpy())
-            data[f"{name}_standard_error"] = (("query", removal), self.standard_error(name).cpu().numpy())
-        coordinates: dict[str, Any] = {
-            "run": list(self.runs),
-            "query": list(self.queries),
-            removal: range(self.responses.shape[2]) if self.removals is None else list(self.removals),
-        }
-        if self.members is not None:
-            coordinates["size"] = removal, [len(group) for group in self.members]
-        attributes = {key: str(value) for key, value in self.about.items()}
-        return xr.Dataset(data, coordinates, attributes)
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """Return influences and standard errors, one row for each query and removal."""
-        dataset = self.to_xarray().drop_vars(["baseline", "responses", "kept", "run"], errors="ignore")
-        return dataset.to_dataframe().reset_index()
-
     def _selected(self, runs: Runs) -> Attribution:
         if runs not in get_args(Runs):
             raise AttributionError(f"runs={runs!r}; choose from {', '.join(get_args(Runs))}.")
@@ -426,16 +316,7 @@ class Attribution(Inference):
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
         if removed is None and (moment := moment_of(difference)) and self._figures is not None:
             return self._figures.of(f"{moment}_standard_error")
-        return self._each_query(_error(difference), removed)
-
-    def _candidates(self, difference: Difference) -> tuple[Tensor, Tensor]:
-        """Return positions of removals of a single query, those at the top among them, and their influence."""
-        if self._figures is not None and moment_of(difference) and isinstance(self.responses, KeptResponses):
-            # from responses: figures are rounded, which may change an order
-            samples = self.baseline.double()
-            return self.responses.kept[0], difference(samples, samples + self.responses.table[:, 0].double())
-        influence = self._influence(difference)[0]
-        return torch.arange(len(influence), device=influence.device), influence
+        return self._each_query(standard_error_of(difference), removed)
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
@@ -501,13 +382,6 @@ class Attribution(Inference):
         queries = range(0, len(self.queries), at_once)
         return torch.cat([self.responses[:, start : start + at_once, chosen].sum(-1) for start in queries], 1)
 
-    def _named(self, position: int) -> dict[str, Any]:
-        """Return what a table says of the removal at a position."""
-        if self.removals is None:
-            return {"example": position}
-        group = self.about["removals"][position]
-        return {"removal": group["name"], "size": len(group["examples"])}
-
 
 def _warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> None:
     if missing:
@@ -516,12 +390,6 @@ def _warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> Non
             "again with this output to go on.",
             stacklevel=3,
         )
-
-
-def _error(difference: Difference) -> Any:
-    """Return what gives the standard error of a difference, from samples ``(runs, ...)`` of both distributions."""
-    is_median = isinstance(difference, Mean) and difference.location == "median"
-    return partial(bootstrap if is_median else jackknife, difference)
 
 
 def _in_parts(

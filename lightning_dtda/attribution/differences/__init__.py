@@ -7,7 +7,7 @@ from lightning_dtda.attribution.differences.known import DIFFERENCES, PAPERS, re
 from lightning_dtda.attribution.differences.mean import Location, Mean
 from lightning_dtda.attribution.differences.quantile import Quantile
 from lightning_dtda.attribution.differences.sliced_wasserstein import JointDifference, SlicedWasserstein
-from lightning_dtda.attribution.differences.standard_errors import bootstrap, jackknife
+from lightning_dtda.attribution.differences.standard_errors import bootstrap, jackknife, standard_error_of
 from lightning_dtda.attribution.differences.tail import Tail
 from lightning_dtda.attribution.differences.variance import Variance
 from lightning_dtda.attribution.differences.wasserstein import Wasserstein
@@ -29,4 +29,5 @@ __all__ = [
     "bootstrap",
     "jackknife",
     "resolve_difference",
+    "standard_error_of",
 ]

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.differences.difference import Difference
+from lightning_dtda.attribution.differences.mean import Mean
+
+
+def standard_error_of(difference: Difference) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what gives the standard error of a difference, from samples ``(runs, ...)`` of both distributions."""
+    is_median = isinstance(difference, Mean) and difference.location == "median"
+    return partial(bootstrap if is_median else jackknife, difference)
 
 
 def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
