@@ -41,6 +41,9 @@ _WORTH_COMPILING, _WORTH_COMPILING_ON_A_GPU = 400.0, 100.0
 network, a minute for both halves of a transformer's step, and saves a quarter and a seventh of the time; on a GPU half
 and more."""
 
+_TIMED_DIRECTIONS = 8
+"""Directions with which a short step is timed: of the second alone, timings tell less than they vary by."""
+
 _TIMED_STEPS = 2
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
@@ -317,7 +320,8 @@ def _chunk(total: int, most: int) -> int:
 
 def _one_by_one(replay: Replay, costs: Costs, one: float, directions: int) -> float:
     """Return the seconds of a step of one run with directions one after another, given those with one of them."""
-    each = costs.seconds(replay, 2) - one if directions > 1 else 0.0
+    some = min(directions, _TIMED_DIRECTIONS if one < _LONG_STEP else 2)
+    each = (costs.seconds(replay, some) - one) / (some - 1) if some > 1 else 0.0
     return one + max(each, 0.0) * (directions - 1)
 
 
