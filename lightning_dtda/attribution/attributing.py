@@ -343,7 +343,7 @@ def _planned(
 ) -> Iterator[tuple[Plan, Advance]]:
     """Yield the estimator's plan, after making sure that it will fit, and what moves the progress bar."""
     plan = estimator.plan(runs, question)
-    check_resources(plan, runs, question, path, answers, jobs)
+    check_resources(plan, estimator, runs, question, path, answers, jobs)
     description, steps = f"{len(runs)} runs, {len(question.queries)} queries", sum(run.steps for run in runs)
     with progress_bar(description, "steps", steps, progress) as advance:
         yield plan, advance

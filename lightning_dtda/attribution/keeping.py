@@ -13,12 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.kept import FIGURES, bytes_kept, joined, keep_top, known_of_runs
 from lightning_dtda.attribution.kept_store import KeptStore
-from lightning_dtda.attribution.resources import check_room
+from lightning_dtda.attribution.resources import check_room, response_bytes
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.estimators import Estimator, Question
 from lightning_dtda.trajectory import Ensemble
@@ -43,7 +41,7 @@ def block_size(ensemble: Ensemble, question: Question, estimator: Estimator, bud
         AttributionError: If the estimator cannot answer.
     """
     runs = list(ensemble)
-    each = (len(runs) + len(FIGURES)) * len(question.removals) * _itemsize(ensemble, estimator)
+    each = (len(runs) + len(FIGURES)) * len(question.removals) * response_bytes(ensemble[0], estimator)
     most = max(1, int(budget * GIB / each))
     if most >= len(question.queries):
         return len(question.queries)
@@ -78,18 +76,12 @@ def attribute_in_blocks(
     stretches = [range(queries)] if store is None else store.missing(store.finished)
     if left := sum(map(len, stretches)):
         size = block_size(ensemble, question, estimator, budget)
-        needed = bytes_kept(k, len(ensemble), left, len(question.removals), _itemsize(ensemble, estimator))
+        needed = bytes_kept(k, len(ensemble), left, len(question.removals), response_bytes(ensemble[0], estimator))
         check_room(needed, None if store is None else store.path)
         for stretch in stretches:
             for start in range(stretch.start, stretch.stop, size):
                 blocks.add(range(start, min(start + size, stretch.stop)))
     return blocks.finish()
-
-
-def _itemsize(ensemble: Ensemble, estimator: Estimator) -> int:
-    """Return the bytes of a response."""
-    is_double = estimator.settings().get("precision") == "float64"
-    return torch.float64.itemsize if is_double else ensemble[0].manifest.torch_dtype.itemsize
 
 
 class _Blocks:

@@ -9,20 +9,27 @@ from pathlib import Path
 import torch
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators import Plan, Question
+from lightning_dtda.estimators import Estimator, Plan, Question
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import human_bytes, human_seconds
 
 _log = logging.getLogger(__name__)
 
 
+def response_bytes(run: Run, estimator: Estimator) -> int:
+    """Return the bytes of one response of an estimator to a run."""
+    is_double = estimator.settings().get("precision") == "float64"
+    return torch.float64.itemsize if is_double else run.manifest.torch_dtype.itemsize
+
+
 def check_resources(
-    plan: Plan, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
+    plan: Plan, estimator: Estimator, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
 ) -> None:
     """Say what an answer will take, and make sure that there is so much.
 
     Args:
         plan: The estimator's.
+        estimator: What will answer.
         runs: That are attributed.
         question: What is asked.
         path: Where the answer goes; ``None`` is the memory.
@@ -32,8 +39,7 @@ def check_resources(
     Raises:
         AttributionError: If there is too little memory or disk.
     """
-    itemsize = runs[0].manifest.torch_dtype.itemsize
-    answer = answers * len(runs) * len(question.queries) * len(question.removals) * itemsize
+    answer = answers * len(runs) * len(question.queries) * len(question.removals) * response_bytes(runs[0], estimator)
     memory = jobs * plan.memory + (0 if path else answer)
     _log.info(
         "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",

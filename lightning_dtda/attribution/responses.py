@@ -192,7 +192,9 @@ def _positions(part: Any) -> int | Tensor | None:
 def _checksum(tensor: Tensor, start: int = 0) -> int:
     """Return the CRC-32 of a tensor's type, shape and content."""
     kind = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
-    content: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    dense = tensor.detach().cpu().contiguous()
+    # a single number may have any stride
+    content: Any = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
     return zlib.crc32(content, zlib.crc32(kind, start))
 
 

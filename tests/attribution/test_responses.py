@@ -130,3 +130,11 @@ def test_no_responses_are_read_before_they_are_asked_for(stored):
     some[:, [0, 2], 1]
     compared = [run.compared.nonzero().flatten().tolist() for run in stored.runs]
     assert compared == [[], [0, 2], [], [0, 2]]
+
+
+def test_a_single_number_may_lie_anywhere_in_memory(tmp_path):
+    # the baseline of one query of several, and one response
+    entry = StoredTable.write(
+        tmp_path / "run.safetensors", "responses", torch.ones(3, 2)[:1, ::2], {"baseline": torch.arange(6.0)[::6]}
+    )
+    assert torch.equal(mapped(tmp_path, entry)[0], torch.ones(1))
