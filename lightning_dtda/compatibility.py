@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lightning_dtda.errors import ReplayError
 
@@ -63,6 +65,48 @@ def twice_differentiable_weight_norm() -> Iterator[None]:
     finally:
         for place, function in kept:
             place._weight_norm = function  # type: ignore[union-attr]
+
+
+@contextmanager
+def replaced_recurrence(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have recurrent layers call other functions in place of torch's.
+
+    Args:
+        functions: By the name of what they stand for (``"lstm"``), which is given to them before its arguments.
+
+    Raises:
+        ReplayError: If this version of torch keeps them elsewhere.
+    """
+    place: Any = getattr(torch, "_VF", None)
+    try:
+        own = {name: getattr(place, name) for name in functions}
+    except AttributeError as error:
+        raise ReplayError(missing("What recurrent layers call", error)) from error
+    try:
+        for name, function in functions.items():
+            setattr(place, name, partial(function, own[name]))
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(place, name, function)
+
+
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """Return a linear layer's function by oneDNN's kernel; ``None`` where a build of torch has none."""
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if operation is None:
+        return None
+    return lambda x, weight, bias=None: operation(x, weight, bias, "none", [], "")
+
+
+def is_traced() -> bool:
+    """Whether what runs is traced by ``make_fx``."""
+    return get_proxy_mode() is not None
+
+
+def is_transformed() -> bool:
+    """Whether what runs is transformed by one of ``torch.func``."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_a(value: object, name: str) -> bool:

@@ -40,9 +40,7 @@ _DROPOUT_INSIDE = {
 """Nodes of autograd's graph whose kernels may drop out: what they call the rate, and what they compute."""
 
 WITH_SECOND_DERIVATIVES = frozenset({"cudnn", "mkldnn"})
-"""Those of the kernels with a switch that can be differentiated twice.
-
-Recurrent layers cannot by cuDNN's; by oneDNN's (mkldnn) they can, and take twice as long as without."""
+"""Those of the kernels with a switch that can be differentiated twice, but for those of recurrent layers."""
 
 
 def enabled_kernels() -> list[str]:

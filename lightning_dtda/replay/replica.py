@@ -19,6 +19,7 @@ from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.batches import converted
 from lightning_dtda.replay.kernels import WITH_SECOND_DERIVATIVES, enabled_kernels, using_kernels
 from lightning_dtda.replay.random_states import DrawnIn, Generators
+from lightning_dtda.replay.recurrent import twice_differentiable_recurrence
 from lightning_dtda.replay.stand_ins import Circumstances, ReplayOptimizer, ReplayTrainer, Time
 from lightning_dtda.trajectory import ParameterLayout
 
@@ -98,7 +99,6 @@ class Replica:
         for name, one in self.module.named_parameters(remove_duplicate=False):
             self._places.setdefault(of_parameters[id(one)], []).append(_owner(self.module, name))
         self._updated = set(circumstances.updated_buffers)
-        self._has_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.module.modules())
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._memory = _Memory(self.module)
         self.metrics_count = True
@@ -172,12 +172,13 @@ class Replica:
         modes = [] if training else [layer for layer in self.module.modules() if layer.training]
         kernels = set(enabled_kernels() if self.circumstances.kernels is None else self.circumstances.kernels)
         if twice:
-            kernels &= frozenset() if self._has_recurrent else WITH_SECOND_DERIVATIVES
+            kernels &= WITH_SECOND_DERIVATIVES
         with ExitStack() as stack:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(using_kernels(kernels))
             if twice:
                 stack.enter_context(twice_differentiable_weight_norm())
+                stack.enter_context(twice_differentiable_recurrence())
             # what is compiled has no second derivative
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if (mixed := _AUTOCAST.get(self.circumstances.precision)) is not None and not self._parameter_dtype_differs:
