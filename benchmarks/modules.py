@@ -247,13 +247,13 @@ def kept_memory(function: Callable[[], object]) -> int:
 def sweep_only(estimator: UnrolledDifferentiation, ensemble: Ensemble, question: Question, plan) -> None:
     """Sweep without the diagnosis, whose part falls with the length of the training."""
     from lightning_dtda.estimators.measuring import measure as measured
-    from lightning_dtda.estimators.sweep import sweep
+    from lightning_dtda.estimators.sweep import Adjoints, sweep
 
     replay = question.replay([*ensemble]).stack(plan.stacked)
     replay.held = plan.held
     with kept_pages(replay.device):
-        _, adjoint, of_statistics = measured(replay, question, range(len(question.queries)))
-        sweep(replay, adjoint, of_statistics, len(question.examples), None, lambda steps: None)
+        adjoints = Adjoints.at_end(replay, *measured(replay, question, range(len(question.queries)))[1:])
+        sweep(replay, adjoints, len(question.examples), None, lambda steps: None)
 
 
 def main() -> None:

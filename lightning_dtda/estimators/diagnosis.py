@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.estimators.estimator import Diagnosis
-from lightning_dtda.estimators.sweep import no_state_cotangents, unroll
+from lightning_dtda.estimators.sweep import Adjoints, unroll
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
 
@@ -113,7 +113,7 @@ def _responses(replay: Replay, stretch: tuple[int, int], along: Tensor, along_st
     adjoint = along[:, None].to(replay.dtype)
     of_statistics = {name: part[:, None].to(replay.dtype) for name, part in along_statistics.items()}
     responses = adjoint.new_zeros(len(adjoint), 1, len(replay.examples))
-    unroll(replay, stretch, responses, adjoint, no_state_cotangents(replay, adjoint), of_statistics)
+    unroll(replay, stretch, responses, Adjoints.at_end(replay, adjoint, of_statistics))
     return responses[:, 0]
 
 

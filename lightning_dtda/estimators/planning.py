@@ -206,7 +206,9 @@ def _fewest_bytes(replay: Replay) -> float:
     longest = _longest(replay)
     sizes = max(0, math.ceil(math.log2(longest / FEWEST_HELD)))
     start = replay.layout.size + _state_size(replay)
-    return (min(longest, FEWEST_HELD) * _point_size(replay) + sizes * start) * replay.dtype.itemsize
+    point = _point_size(replay)
+    held = start if replay.reads_gradients_again else point
+    return (point + (min(longest, FEWEST_HELD) - 1) * held + sizes * start) * replay.dtype.itemsize
 
 
 def _longest(replay: Replay) -> int:
@@ -352,7 +354,8 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
     costs.step(alone, 1)
     peaks = [_peak(partial(costs.step, alone, n), alone) for n in (1, 2)]
     per_direction = max(peaks[1] - peaks[0], 0) + costs.per_direction
-    per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction)
+    read_again = (_fewest_bytes(alone) - _fewest_bytes(make(1))) if costs.mode == "reverse" else 0
+    per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction) + read_again
     diagnosis = max(costs.diagnosis, _diagnosis_bytes(peaks[0], alone))
     directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))
     if directions < 1:

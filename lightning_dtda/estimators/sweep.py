@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -20,10 +21,29 @@ _GROWN = 2.0
 """With horizon="auto", a sweep ends where the adjoint of every run is so many times longer than at its shortest."""
 
 
+@dataclass
+class Adjoints:
+    """What is carried back, changed in place: nobody else may hold it, or there are more vectors than needed at once.
+
+    Args:
+        theta: Of the parameters ``(runs, queries, P)``.
+        statistics: Of the running statistics.
+        states: Of each group's optimizer state.
+    """
+
+    theta: Tensor
+    statistics: dict[str, Tensor]
+    states: list[State]
+
+    @classmethod
+    def at_end(cls, replay: Replay, theta: Tensor, statistics: dict[str, Tensor]) -> Adjoints:
+        """Return those of a measurement, in which optimizer states do not enter."""
+        return cls(theta, statistics, no_state_cotangents(replay, theta))
+
+
 def sweep(
     replay: Replay,
-    adjoint: Tensor,
-    statistics_adjoint: dict[str, Tensor],
+    adjoints: Adjoints,
     examples: int,
     horizon: int | str | None,
     advance: Advance,
@@ -33,8 +53,7 @@ def sweep(
 
     Args:
         replay: The runs.
-        adjoint: Of the parameters at the end of the sweep ``(runs, queries, P)``.
-        statistics_adjoint: Of the running statistics there.
+        adjoints: At the end of the sweep; used up.
         examples: N.
         horizon: How many steps to go back, as for :class:`~lightning_dtda.estimators.UnrolledDifferentiation`.
         advance: Told of the steps that are done, among them those of the training that are left out.
@@ -44,27 +63,24 @@ def sweep(
         Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
         sweep came by a checkpoint or ended.
     """
-    runs, queries, _ = adjoint.shape
-    responses = adjoint.new_zeros(runs, queries, examples)
-    state_adjoints = no_state_cotangents(replay, adjoint)
+    runs, queries, _ = adjoints.theta.shape
+    responses = adjoints.theta.new_zeros(runs, queries, examples)
     end = replay.steps if end is None else end
     enter: Enter | None = None
     if end == replay.steps and replay.averaged_steps:
         # what is measured is an average over steps: its adjoint enters at each of them
-        enter = _entering(replay, adjoint, statistics_adjoint)
-        nothing = torch.zeros_like(adjoint), {name: torch.zeros_like(c) for name, c in statistics_adjoint.items()}
-        adjoint, statistics_adjoint = enter(end, *nothing)
-    norms = {end: adjoint.norm(dim=2)}
+        enter = _entering(replay, adjoints.theta, adjoints.statistics)
+        nothing = {name: torch.zeros_like(part) for name, part in adjoints.statistics.items()}
+        adjoints.theta, adjoints.statistics = enter(end, torch.zeros_like(adjoints.theta), nothing)
+    norms = {end: adjoints.theta.norm(dim=2)}
     shortest = _Shortest(responses) if horizon == "auto" else None
     start = max(0, end - horizon) if isinstance(horizon, int) else 0
     for first, last in reversed(replay.segments):
         if last <= start or first >= end or (shortest is not None and shortest.is_over):
             advance(runs * (last - first))
             continue
-        adjoint, state_adjoints, statistics_adjoint = unroll(
-            replay, (first, last), responses, adjoint, state_adjoints, statistics_adjoint, start, end, enter
-        )
-        norms[max(first, start)] = adjoint.norm(dim=2)
+        unroll(replay, (first, last), responses, adjoints, start, end, enter)
+        norms[max(first, start)] = adjoints.theta.norm(dim=2)
         if shortest is not None:
             shortest.compare(responses, norms[first])
         advance(runs * (last - first))
@@ -82,44 +98,37 @@ def unroll(
     replay: Replay,
     segment: tuple[int, int],
     responses: Tensor,
-    adjoint: Tensor,
-    state_adjoints: list[State],
-    statistics_adjoint: dict[str, Tensor],
+    adjoints: Adjoints,
     start: int = 0,
     end: int | None = None,
     enter: Enter | None = None,
-) -> tuple[Tensor, list[State], dict[str, Tensor]]:
+) -> None:
     """Carry adjoints back over the steps between two checkpoints, from ``end`` as far as ``start``.
 
     Args:
         replay: The runs.
         segment: First step, and the step after the last.
         responses: What the steps add is added to it ``(runs, queries, examples)``.
-        adjoint: Of the parameters where it starts ``(runs, queries, P)``.
-        state_adjoints: Of each group's optimizer state.
-        statistics_adjoint: Of the running statistics.
+        adjoints: Where it starts; made those at the first step.
         start: Steps before it are left out.
         end: Steps from it on are left out; they are replayed all the same, since the record to compare with is that of
             the segment's end.
         enter: Adds to the adjoints what enters at a step.
-
-    Returns:
-        The three adjoints at the first step.
     """
     first, last = segment
     buffers = replay.buffers(first)
     for step, point in replay.backwards(first, last, None if end is None else min(last, end)):
         if step < start:
             break
-        adjoint, state_adjoints, of_gradient = replay.adjoint(step, point, adjoint, state_adjoints)
-        indices, found = replay.directional(step, point, of_gradient, buffers, statistics_adjoint)
-        statistics_adjoint = found.statistics_cotangents
-        responses.scatter_add_(2, indices[:, None].expand(-1, adjoint.shape[1], -1), -found.terms)
-        adjoint = found.products.add_(adjoint)
+        adjoints.theta, adjoints.states, of_gradient = replay.adjoint(step, point, adjoints.theta, adjoints.states)
+        point = replace(point, states=[])  # large, and not needed any more
+        indices, found = replay.directional(step, point, of_gradient, buffers, adjoints.statistics)
+        adjoints.statistics = found.statistics_cotangents
+        responses.scatter_add_(2, indices[:, None].expand(-1, responses.shape[1], -1), -found.terms)
+        adjoints.theta = found.products.add_(adjoints.theta)
         del point, found, of_gradient  # the next step takes the memory
         if enter is not None:
-            adjoint, statistics_adjoint = enter(step, adjoint, statistics_adjoint)
-    return adjoint, state_adjoints, statistics_adjoint
+            adjoints.theta, adjoints.statistics = enter(step, adjoints.theta, adjoints.statistics)
 
 
 def _entering(replay: Replay, adjoint: Tensor, statistics_adjoint: dict[str, Tensor]) -> Enter:

@@ -24,7 +24,7 @@ from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages
 from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_steps, needed, seconds
-from lightning_dtda.estimators.sweep import sweep
+from lightning_dtda.estimators.sweep import Adjoints, sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
@@ -169,10 +169,11 @@ class UnrolledDifferentiation(Estimator):
             for chunk in numbers:
                 baseline, adjoint, of_statistics = measure(replay, question, chunk.tolist(), end)
                 baselines.append(baseline)
+                adjoints = Adjoints.at_end(replay, adjoint, of_statistics)
+                del adjoint, of_statistics
                 part, lengths = sweep(
                     replay,
-                    adjoint,
-                    of_statistics,
+                    adjoints,
                     len(question.examples),
                     self.horizon,
                     lambda steps: advance(steps / len(numbers)),

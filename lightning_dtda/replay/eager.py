@@ -98,8 +98,7 @@ class Eager:
         """
         runs, queries, _ = directions.shape
         terms = directions.new_zeros(runs, queries, batch.size)
-        products = torch.zeros_like(directions)
-        gradient = torch.zeros_like(theta)
+        products = gradient = None
         before = {name: cotangents.clone() for name, cotangents in statistics_cotangents.items()}
         for run, passes in enumerate(batch.passes):
             for part, inputs in reversed(list(parts_of(passes))):
@@ -112,12 +111,17 @@ class Eager:
                         )
                         is_last = query == queries - 1
                         curved, of_examples, of_statistics = one.products(direction, cotangents, is_last=is_last)
+                        if products is None:  # not before: where there is one query, the graph is gone by now
+                            products = torch.zeros_like(directions)
                         products[run, query] += self.replica.layout.flatten(curved)
                         del curved
                         terms[run, query, part] = of_examples
                         for name, cotangent in of_statistics.items():
                             before[name][run, query] = cotangent
+                    gradient = torch.zeros_like(theta) if gradient is None else gradient
                     gradient[run] += inputs.factor * self.replica.layout.flatten(one.gradient)
+        assert products is not None
+        assert gradient is not None
         return Products(terms, products, before, gradient)
 
     def statistics_along(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -420,7 +421,7 @@ class Replay:
         if points:
             self.expect(range(stop - 1, first - 1, -1))
         while points:
-            yield first + len(points) - 1, points.pop()
+            yield first + len(points) - 1, points.pop()()
         while starts:
             begin = first + piece * (len(starts) - 1)
             end = min(begin + piece, stop)
@@ -437,7 +438,7 @@ class Replay:
         states: list[State],
         buffers: dict[str, Tensor],
         compare: bool,
-    ) -> tuple[list[Point], list[tuple[Tensor, list[State], dict[str, Tensor]]]]:
+    ) -> tuple[list[Callable[[], Point]], list[tuple[Tensor, list[State], dict[str, Tensor]]]]:
         """Return what the steps before ``stop`` start from, if they are one piece; else what each piece starts from."""
         points, starts, first_theta = [], [], theta
         if not self.rebuilds_from_gradients:
@@ -447,7 +448,7 @@ class Replay:
                 starts.append((theta, states, buffers))
             point, buffers = self._point(step, theta, states, buffers)
             if step < stop and not starts:
-                points.append(point)
+                points.append(self._held_point(step, point))
             theta, states = self._advance(step, point)
         if compare:
             self.compare(first, last, first_theta, theta)
@@ -597,6 +598,17 @@ class Replay:
             norms = self._records.gradient_norms(step)
             return Point(theta, states, applied, self.clipping.unclipped(applied, norms[:, None]))
         return Point(theta, states, applied, applied)
+
+    @property
+    def reads_gradients_again(self) -> bool:
+        """Whether gradients of steps that are held are read when they are needed, in place of being held."""
+        return self.rebuilds_from_gradients and not self._is_stacked
+
+    def _held_point(self, step: int, point: Point) -> Callable[[], Point]:
+        """Return what makes a point again, which holds as little as it can."""
+        if self.reads_gradients_again:
+            return partial(self._recorded_point, step, point.theta, point.states)
+        return lambda: point
 
     def _advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
         return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), step=step)
