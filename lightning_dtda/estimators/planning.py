@@ -243,23 +243,24 @@ def needed(replay: Replay, way: Way, held: int) -> float:
     return max(way.memory + more, way.runs * way.diagnosis)
 
 
-def seconds(replay: Replay, way: Way, costs: Costs, held: int, steps: int) -> float:
-    """Return how long it takes to answer for one run, of which a number of steps are unrolled.
+def seconds(make: Callable[[int], Replay], way: Way, costs: Costs, held: int, steps: int) -> float:
+    """Return how long it takes to answer for runs of which a number of steps are unrolled.
 
     Args:
-        replay: A run.
+        make: Makes a replay of a number of runs.
         way: How steps are run.
         costs: Of the mode.
         held: How many steps are held.
-        steps: That are unrolled, for each chunk of directions.
+        steps: Of all runs, that are unrolled for each chunk of directions.
     """
-    chunks = math.ceil(costs.directions / way.directions)
-    total = chunks * steps * way.seconds
+    total = steps * costs.sweeps(way)
+    replay = make(way.runs if way.stacked else 1).stack(way.stacked)
     if costs.mode == "reverse" and not replay.rebuilds_from_gradients:
         stretches = [last - first for first, last in replay.segments]
         rebuilt = sum(rebuilt_steps(stretch, held) for stretch in stretches) / sum(stretches)
         point = replay.checkpoint(0)[0], replay.buffers(0)
-        total += chunks * steps * rebuilt * _timed(partial(replay.gradient, 0, *point), replay)
+        rebuilding = _timed(partial(replay.gradient, 0, *point), replay) / len(replay.runs)
+        total += steps * math.ceil(costs.directions / way.directions) * rebuilt * rebuilding
     return total
 
 

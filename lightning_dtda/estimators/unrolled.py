@@ -134,8 +134,12 @@ class UnrolledDifferentiation(Estimator):
                 f"memory_budget is {self.memory_budget:g} GiB. Raise it."
             )
         steps = sum(self._unrolled(run, question) for run in runs)
+
+        def make(some: int) -> Replay:
+            return self._replay(_alike(runs, some), question)
+
         way = fastest_way(
-            lambda some: self._replay(_alike(runs, some), question),
+            make,
             costs,
             budget,
             None if self.runs_per_batch == "auto" else int(self.runs_per_batch),
@@ -150,7 +154,7 @@ class UnrolledDifferentiation(Estimator):
             batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
             memory=int(needed(replay, way, held)),
-            seconds=seconds(replay, way, costs, held, steps),
+            seconds=seconds(make, way, costs, held, steps),
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
             compiled=way.compiled,
