@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -32,7 +33,7 @@ from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.estimators.removals import resolve_removals
 from lightning_dtda.replay import query_examples, resolve_measurement, training_examples
 
-BATCH = 64
+BATCH, CPU = 64, torch.device("cpu")
 
 SHORT = 8
 """Steps of the shorter training whose memory is measured."""
@@ -74,18 +75,19 @@ class Block(nn.Module):
         return torch.relu(images + self.layers(images))
 
 
-def resnet(norm: type[nn.Module]) -> nn.Module:
+def resnet(norm: type[nn.Module], widths: tuple[int, int, int] = (32, 64, 96)) -> nn.Module:
     """A ResNet for small images."""
+    first, second, third = widths
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        Block(32, norm),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        Block(64, norm),
-        nn.Conv2d(64, 96, 3, stride=2, padding=1),
-        Block(96, norm),
+        nn.Conv2d(3, first, 3, padding=1),
+        Block(first, norm),
+        nn.Conv2d(first, second, 3, stride=2, padding=1),
+        Block(second, norm),
+        nn.Conv2d(second, third, 3, stride=2, padding=1),
+        Block(third, norm),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(96, 10),
+        nn.Linear(third, 10),
     )
 
 
@@ -158,17 +160,27 @@ MODULES = {
 }
 
 
-def trainer(steps: int, *callbacks: pl.Callback) -> pl.Trainer:
+def trainer(steps: int, *callbacks: pl.Callback, accelerator: str = "cpu", **arguments: Any) -> pl.Trainer:
     """Return a quiet Trainer."""
     return pl.Trainer(
         max_steps=steps,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
+        **arguments,
     )
+
+
+def ask(module: pl.LightningModule, loader: DataLoader, queries: int, device: torch.device = CPU) -> Question:
+    """Ask for the loss on the first training examples."""
+    training = training_examples(loader)
+    asked = query_examples(Subset(loader.dataset, range(queries)), training)
+    measurement = resolve_measurement("loss")[1]
+    return Question(module, training, asked, measurement, device, resolve_removals("leave-one-out", training))
 
 
 def cpu(function) -> float:
@@ -195,21 +207,13 @@ def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
     module = fit(TrajectoryRecorder(root))
     fit(count=2)  # warms up
     ensemble = Ensemble.open(root)
-    training = training_examples(loader)
     estimator = UnrolledDifferentiation(mode="reverse", runs_per_batch=1, memory_budget=8)
-
-    def question(queries: int) -> Question:
-        asked = query_examples(Subset(examples, range(queries)), training)
-        measurement = resolve_measurement("loss")[1]
-        removals = resolve_removals("leave-one-out", training)
-        return Question(module, training, asked, measurement, torch.device("cpu"), removals)
-
     times: dict[str, list[float]] = {"training": [], "one": [], "three": []}
     plans = {}
     for _ in range(repeats):
         times["training"].append(cpu(fit))
         for label, queries in (("one", 1), ("three", 3)):
-            asked = question(queries)
+            asked = ask(module, loader, queries)
             plan = plans.setdefault(label, estimator.plan([*ensemble], asked))
             estimator.estimate([*ensemble], asked, plan, lambda steps: None)  # the module's copy, and the cut
             times[label].append(cpu(partial(sweep_only, estimator, ensemble, asked, plan)))
@@ -221,17 +225,16 @@ def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
         "a further query / training": round((fastest["three"] - fastest["one"]) / 2 / fastest["training"], 2),
     }
     batch = next(iter(loader))
-    cpu_device = torch.device("cpu")
     graph = kept_memory(lambda: module.training_step(batch, 0))
     module.zero_grad()
-    of_training = peak_memory(lambda: module.training_step(batch, 0).backward(), cpu_device) + 2 * 4 * size
+    of_training = peak_memory(lambda: module.training_step(batch, 0).backward(), CPU) + 2 * 4 * size
     for length in (SHORT, 4 * SHORT):
         root = tempfile.mkdtemp()
         fit(TrajectoryRecorder(root), count=length)
-        recorded, asked = Ensemble.open(root), question(1)
+        recorded, asked = Ensemble.open(root), ask(module, loader, 1)
         plan = estimator.plan([*recorded], asked)
         # the module's parameters, which were there before, are the training's as well
-        of_sweep = peak_memory(partial(sweep_only, estimator, recorded, asked, plan), cpu_device) + 4 * size
+        of_sweep = peak_memory(partial(sweep_only, estimator, recorded, asked, plan), CPU) + 4 * size
         found[f"memory beyond the training's / graph, {length} steps"] = round((of_sweep - of_training) / graph, 2)
     return found | {"graph, MiB": round(graph / 2**20, 1)}
 
