@@ -37,8 +37,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from benchmarks import modules
-from benchmarks.influence_of_nets import GPT, cnn
 from benchmarks.modules import Task, ask, images, resnet, sweep_only, tokens
+from benchmarks.problems import GPT, cnn
 from lightning_dtda import Attribution, Ensemble, InfluenceFunctions, TrajectoryRecorder, attribute
 from lightning_dtda.estimators import EKFAC, Identity, UnrolledDifferentiation
 from lightning_dtda.estimators.estimator import Question

@@ -1,12 +1,13 @@
-r"""Influence functions beside those of kronfluence, dattri and TRAK: time, memory and fidelity. UCI Concrete.
+r"""Influence functions beside those of other packages (``peers.py``): time, memory and fidelity. UCI Concrete.
 
-    python -m benchmarks.influence_functions --data concrete.txt --runs runs/concrete --environment peers \
+    python -m benchmarks.influence_functions --data concrete.txt --runs runs/concrete --environments peers \
         --truth concrete_truth.safetensors --exact exact.safetensors --json result.json
 
 20 runs x 20 queries x 927 examples, as ``examples/concrete`` trains them; the measurement is the prediction. The runs,
 the ground truth (``concrete_truth.py``: 40 removals of a tenth of the rows, 192 retrainings each) and the exact
-responses (``UnrolledDifferentiation``) are made if they are not there. So is an environment with the other packages,
-from PyPI.
+responses (``UnrolledDifferentiation``) are made if they are not there. So is an environment for each of the other
+packages, from PyPI. bergson's unroller takes minutes for each run, and is asked about one run and three queries: of it
+stands only how far it agrees with the exact responses, and how long it takes for each.
 
 Every method runs in a process of its own with the same number of threads, and is timed inside: all runs, reading
 included, imports not. In each repeat the reference, the first of ``--ours``, runs directly before every other method,
@@ -22,46 +23,35 @@ median of the queries.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import ours, scoring
-from benchmarks.concrete_truth import NAMES, QUERIES, RATE, WIDTH, check, concrete, record, truth
+from benchmarks import ours, peers, scoring
+from benchmarks.concrete_truth import QUERIES, RATE, WIDTH, check, concrete, record, truth
+from benchmarks.problems import tensors_of
+from benchmarks.side_by_side import PACKAGES, environment, measure
 from examples.concrete.concrete import ConcreteRegressor
 from lightning_dtda import Ensemble
 from lightning_dtda.attribution.differences import PAPERS
 
-ROOT = Path(__file__).parent.parent
-# the released versions that peers.py was written for
-PACKAGES = ("kronfluence==1.0.1", "dattri==0.3.0", "traker==0.3.2", "torchvision")
-PEERS = ("dattri-cg-10", "dattri-cg-50", "dattri-trak", "trak", "kronfluence-ekfac", "kronfluence-ekfac-heuristic")
-
-
-def environment(directory: Path) -> Path:
-    """Return the Python of the environment with the other packages, made if there is none."""
-    python = directory / "bin" / "python"
-    if not python.exists():
-        venv.create(directory, with_pip=True)
-        torch_version = f"torch=={torch.__version__.partition('+')[0]}"  # the same for both sides
-        subprocess.run([python, "-m", "pip", "install", "--quiet", torch_version, *PACKAGES], check=True)
-    return python
+SLOW = {"bergson-unrolled": ["--runs", 1, "--queries", 3]}
+"""Methods that are asked for a part of the scores."""
+PEERS = [
+    *("dattri-cg-10", "dattri-cg-50", "dattri-ekfac", "dattri-trak", "trak", "dattri-llm-ekfac", "kronfluence-ekfac"),
+    *("kronfluence-ekfac-heuristic", "curvlinops-ekfac", "curvlinops-cg", "bergson-unrolled"),
+]
 
 
 def hand_over(ensemble: Ensemble, data, path: Path) -> None:
-    """Write what the other packages need: parameters at the end of training, rows and queries."""
-    final = [run.theta(run.steps) for run in ensemble]
-    parameters = {name.removeprefix("network."): torch.stack([theta[name] for theta in final]) for name in NAMES}
+    """Write what the other packages need: runs, rows and queries."""
     rows = dict(zip(("inputs", "targets"), data.train.tensors, strict=True))
-    task = parameters | rows | {"queries": data.validation.tensors[0][:QUERIES]}
-    save_file({name: each.contiguous() for name, each in task.items()}, path)
+    tensors = tensors_of(ensemble) | rows | {"queries": data.validation.tensors[0][:QUERIES]}
+    save_file({name: each.contiguous() for name, each in tensors.items()}, path)
 
 
 def check_exact(exact: dict[str, torch.Tensor], ensemble: Ensemble, data) -> None:
@@ -72,15 +62,6 @@ def check_exact(exact: dict[str, torch.Tensor], ensemble: Ensemble, data) -> Non
         with torch.no_grad():
             predictions = module(data.validation.tensors[0][:QUERIES])
         torch.testing.assert_close(measured.float(), predictions, msg=f"--exact is not about {run.name}. Delete it.")
-
-
-def measure(command: list[str], threads: int) -> dict[str, float]:
-    """Run a worker; return what it says about itself."""
-    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def ratios(figures: dict[str, list[list[dict[str, float]]]], own: list[str]) -> dict[str, dict[str, float]]:
@@ -128,9 +109,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", required=True, type=Path, help="the directory of the recorded runs")
     parser.add_argument("--truth", required=True, type=Path, help="the file of the retrained measurements")
     parser.add_argument("--exact", required=True, type=Path, help="the file of the exact responses")
-    parser.add_argument("--environment", required=True, type=Path, help="the directory of the other packages")
+    parser.add_argument("--environments", required=True, type=Path, help="the directory of the packages' environments")
     parser.add_argument("--ours", nargs="*", default=list(ours.METHODS), choices=ours.METHODS)
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--peers", nargs="*", default=PEERS, choices=peers.METHODS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--scores", type=Path, help="keep the scores of all methods in this directory")
@@ -147,23 +128,24 @@ def main() -> None:
     workspace = (options.scores or Path(tempfile.mkdtemp())).resolve()
     workspace.mkdir(parents=True, exist_ok=True)
     data_path, runs, exact_path = (str(path.resolve()) for path in (options.data, options.runs, options.exact))
-    python = str(environment(options.environment.absolute())) if options.peers else ""  # resolved, it is no environment
     data, ensemble = concrete(data_path), record(data_path, options.runs)
     print(check(ensemble, data), flush=True)
     retrained = truth(data, options.truth)
     hand_over(ensemble, data, workspace / "task.safetensors")
 
-    def of_ours(name: str, output: str) -> dict[str, float]:
-        command = [sys.executable, "-m", "benchmarks.ours", "--data", data_path, "--runs", runs]
-        command += ["--method", name, "--output", output, "--threads", str(options.threads)]
+    def of_ours(name: str, output: object) -> dict[str, float]:
+        command = [sys.executable, "-m", "benchmarks.ours", "--problem", "concrete", "--data", data_path]
+        command += ["--runs", runs, "--method", name, "--output", output, "--threads", options.threads]
         return measure(command, options.threads)
 
     def run(name: str) -> dict[str, float]:
-        output = str(workspace / f"{name}.safetensors")
+        output = workspace / f"{name}.safetensors"
         if name in ours.METHODS:
             return of_ours(name, output)
-        command = [python, "-m", "benchmarks.peers", "--task", str(workspace / "task.safetensors")]
-        command += ["--method", name, "--output", output, "--threads", str(options.threads)]
+        # absolute: resolved, it is no environment
+        python = environment(options.environments.absolute(), peers.METHODS[name][0])
+        command = [python, "-m", "benchmarks.peers", "--problem", "concrete", "--task", workspace / "task.safetensors"]
+        command += ["--method", name, "--output", output, "--threads", options.threads, *SLOW.get(name, ())]
         return measure(command, options.threads)
 
     if not options.exact.exists():
@@ -188,6 +170,12 @@ def main() -> None:
     for name, repeats in figures.items():
         measured = [figure for repeat in repeats for figure in repeat]
         scores = load_file(workspace / f"{name}.safetensors")["scores"]
+        if name in SLOW:
+            part = exact["scores"][: scores.shape[0], : scores.shape[1]]
+            apart = float((scores - part).norm() / part.norm())
+            each = statistics.median(figure["cpu"] for figure in measured) / len(scores) / scores.shape[1]
+            print(f"{name}: {each:.1f} s (CPU) for a query of a run, {apart:.1g} of the exact responses apart")
+            continue
         results[name] = scoring.evaluate(scores, exact["scores"], exact["baseline"], retrained) | {
             key: statistics.median(figure[key] for figure in measured) for key in measured[0]
         }
@@ -215,7 +203,16 @@ def main() -> None:
     print(table(header, rows), end="\n\n")
     times = ratios(figures, options.ours)
     header = ["seconds over those of", *options.ours]
-    print(table(header, [[name, *(f"{times[name][own]:.2f}" for own in options.ours)] for name in options.peers]))
+    print(
+        table(
+            header,
+            [
+                [name, *(f"{times[name][own]:.2f}" for own in options.ours)]
+                for name in options.peers
+                if name not in SLOW
+            ],
+        )
+    )
     if options.json:
         settings = {"threads": options.threads, "repeats": options.repeats, "torch": torch.__version__}
         everything = {"settings": settings, "packages": PACKAGES, "methods": results, "noise": limits, "ratios": times}
