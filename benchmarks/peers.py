@@ -78,12 +78,12 @@ def kronfluence(problem: Problem, strategy: str, damping: float | None) -> Tenso
 
 def gradients(problem: Problem, model: nn.Module, names: list[str], data: DataLoader, of: Any) -> Iterator[Tensor]:
     """Yield gradients ``(B, P)`` of single examples by some parameters."""
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def one(some: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return of(functional_call(model, parameters | some, inputs[None]), targets[None]).sum()
 
-    chosen = {name: parameters[name].detach() for name in names}
+    chosen = {name: parameters[name] for name in names}
     for inputs, targets in data:
         found = vmap(grad(one), (None, 0, 0))(chosen, inputs, targets)
         yield torch.cat([found[name].flatten(1) for name in names], 1)
@@ -119,8 +119,7 @@ def curvlinops(problem: Problem, curvature: str, damping: float) -> Tensor:
                 separate_weight_and_bias=False,
             )
             inverse: Any = KFACInverseLinearOperator(operator, damping=damping, use_exact_damping=True)
-            with torch.no_grad():  # it changes views in place
-                solved = inverse @ wanted.T
+            solved = inverse @ wanted.T
         else:
             operator = GGNLinearOperator(flat, problem.criterion, weights, data, check_deterministic=False)
             damped = operator + damping * _identity_like(operator)
