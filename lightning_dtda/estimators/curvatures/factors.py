@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -289,10 +289,12 @@ def _columns(
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return eigenvalues and eigenvectors of a matrix without negative eigenvalues, or of several ``(..., n, n)``.
 
-    Those of a singular one may not converge in LAPACK; its singular vectors do, and are the same.
+    Those of a singular one may not converge in LAPACK, which says so or returns NaN (a layer with many dead units, in
+    single precision); its singular vectors do, and are the same.
     """
-    try:
-        return torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        vectors, values, _ = torch.linalg.svd(matrix)
-        return values, vectors
+    with suppress(torch.linalg.LinAlgError):
+        values, vectors = torch.linalg.eigh(matrix)
+        if bool(vectors.isfinite().all()):
+            return values, vectors
+    vectors, values, _ = torch.linalg.svd(matrix)
+    return values, vectors

@@ -201,13 +201,19 @@ def test_a_convolution_is_linear_layers_of_patches(trained, vectors, curvature, 
         close(one, other)
 
 
-def test_a_singular_factor_whose_eigenvalues_do_not_converge_is_decomposed_all_the_same(monkeypatch):
+def no_convergence(_matrix):
+    raise torch.linalg.LinAlgError
+
+
+def nan(matrix):
+    return torch.full_like(matrix[..., 0], torch.nan), torch.full_like(matrix, torch.nan)
+
+
+@pytest.mark.parametrize("failing", [no_convergence, nan])
+def test_a_singular_factor_whose_eigenvalues_do_not_converge_is_decomposed_all_the_same(monkeypatch, failing):
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(5, 3, generator=generator, dtype=torch.float64)
     matrix = (half @ half.T)[None]
-
-    def failing(_matrix):
-        raise torch.linalg.LinAlgError
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     values, vectors = eigen(matrix)
