@@ -80,14 +80,15 @@ def record(net: str, runs: int, root: Path) -> None:
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """Return the mean rank correlation over the examples of scores ``(runs, queries, examples)``, where both are."""
+    """Return the mean rank correlation over the examples of scores ``(runs, queries, examples)``, where both are.
 
-    def ranks(scores: Tensor) -> Tensor:
-        some = scores[: min(len(first), len(second)), : min(first.shape[1], second.shape[1])]
-        order = some.flatten(0, 1).argsort(1).argsort(1).double()
-        return (order - order.mean(1, keepdim=True)) / order.std(1, keepdim=True)
-
-    one, other = ranks(first), ranks(second)
+    Packages return NaN of a run in which they fail; such queries are left out.
+    """
+    runs, queries = (min(sizes) for sizes in zip(first.shape[:2], second.shape[:2], strict=True))
+    pair = [scores[:runs, :queries].flatten(0, 1) for scores in (first, second)]
+    usable = torch.stack(pair).isfinite().all(2).all(0)
+    ranks = [scores[usable].argsort(1).argsort(1).double() for scores in pair]
+    one, other = ((order - order.mean(1, keepdim=True)) / order.std(1, keepdim=True) for order in ranks)
     return float((one * other).sum(1).mean() / (one.shape[1] - 1))
 
 
@@ -141,6 +142,8 @@ class Comparison:
         if self.options.exact:
             for side, found in zip(sides, scores, strict=True):
                 side["agreement with exact"] = agreement(found, self.scores("unrolled"))
+        for side, found in zip(sides, scores, strict=True):
+            side["runs that are not finite"] = int((~found.isfinite().flatten(1).all(1)).sum())
         return {
             "net": self.net,
             "runs": self.options.seeds,
