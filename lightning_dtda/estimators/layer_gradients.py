@@ -176,6 +176,10 @@ class LayerGradients:
         """
         return torch.stack([_products(*one, vectors) for one in self._differentiated(loss, calls)]).sum(0)
 
+    def products_of(self, call: Call, derivatives: Tensor, vectors: Tensor) -> Tensor:
+        """Return what a call of a layer adds to :meth:`products`, given the derivatives by what came out of it."""
+        return _products(self.layers[call.layer], call.inputs, derivatives, vectors)
+
     def add_gradients(
         self, loss: Tensor, calls: list[Call | None], total: Tensor, rows: Tensor, factor: float = 1.0
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
@@ -32,8 +33,9 @@ _STEPS = 24
 """Products with the Hessian by the outputs, from which its root times a random combination of them is computed. For a
 cross entropy that is good to 5 %, far better than a sample. With fewer outputs the root is written out."""
 
-_FEW_OUTPUTS = 64
-"""Outputs of an example that are all taken unless it is asked otherwise; each costs a backward pass."""
+_ENOUGH = 4096
+"""Columns of the root, of all examples together, that are taken unless it is asked otherwise: averages over as many are
+good to some 2 %. Each column of an example costs a backward pass."""
 
 Samples: TypeAlias = int | Literal["auto"] | None
 
@@ -154,7 +156,7 @@ def fit_factors(
         objective: The objective.
         known: Its layers.
         samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all,
-            ``"auto"`` all of few, else one.
+            ``"auto"`` as many as the number of examples asks for.
         seed: Of the samples.
         is_corrected: Whether the eigenvalues are those that fit the matrix best with these eigenvectors.
 
@@ -188,6 +190,29 @@ def fit_factors(
                     factors[call.layer].correct(call.inputs, derivatives)
     found = {number: of_layer.tensors(objective.examples, is_corrected) for number, of_layer in factors.items()}
     return found, diagonal / objective.examples
+
+
+def quadratic_forms(
+    objective: Objective, known: LayerGradients, vectors: Tensor, samples: Samples, seed: int
+) -> Tensor:
+    r"""Return :math:`\langle v, G v \rangle` without the penalty for each of ``vectors`` ``(Q, P)``, as ``(Q,)``.
+
+    .. math:: \langle v, G v \rangle = \frac1N \sum_{nc} \langle A_{nc}, v \rangle^2
+
+    One backward pass for each column of the root does for all vectors, where a product with G takes several for each.
+
+    Args:
+        objective: The objective, whose matrix has a root of single examples.
+        known: Its layers, which make up all of its parameters.
+        vectors: v.
+        samples: As for :func:`fit_factors`.
+        seed: Of the samples.
+    """
+    total = vectors.new_zeros(len(vectors))
+    for part in _parts(objective, known, samples, seed):
+        products = sum(known.products_of(call, derivatives, vectors) for call, derivatives in part.pairs)
+        total += torch.as_tensor(products).square().sum(1)
+    return total / objective.examples
 
 
 class _Part(NamedTuple):
@@ -267,11 +292,10 @@ def _columns(
         return factor * torch.cat([part.reshape(examples, -1) for part in curved], 1).to(objective.theta)
 
     count, theta = sum(sizes), objective.theta
-    if samples == "auto":
-        samples = None if count <= _FEW_OUTPUTS else 1
-    if samples is not None and samples < count:
-        signs = torch.randint(2, (samples, examples, count), generator=generator).to(theta) * 2 - 1
-        signs *= samples**-0.5
+    taken = math.ceil(_ENOUGH / objective.examples) if samples == "auto" else samples
+    if taken is not None and taken < count:
+        signs = torch.randint(2, (taken, examples, count), generator=generator).to(theta) * 2 - 1
+        signs *= taken**-0.5
         if count > _STEPS:
             for drawn in signs:
                 found, values = root_times(products, drawn, _STEPS)
@@ -280,7 +304,7 @@ def _columns(
             return
     units = torch.eye(count, dtype=theta.dtype, device=theta.device)
     roots = objective.roots_of(torch.stack([products(unit.expand(examples, -1)) for unit in units], 1))
-    if samples is not None and samples < count:
+    if taken is not None and taken < count:
         roots = roots @ signs.permute(1, 2, 0)
     for column in roots.unbind(2):
         yield as_outputs(column)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,8 +18,7 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, Solution, check_damping
 from lightning_dtda.estimators.curvatures.diagonal import gauss_newton_diagonal
-from lightning_dtda.estimators.curvatures.factors import fit_factors, with_factors
-from lightning_dtda.estimators.curvatures.solvers import Products
+from lightning_dtda.estimators.curvatures.factors import Samples, fit_factors, quadratic_forms, with_factors
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.layer_gradients import LayerGradients, WatchedLayer
 from lightning_dtda.estimators.objective import Objective
@@ -29,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 _CUTOFF = 1e-7
 """Share of the largest eigenvalue that counts as zero: what single precision leaves of one in the factors."""
+
+
+Lengths: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class KFAC(Curvature):
@@ -47,16 +49,16 @@ class KFAC(Curvature):
     several groups has a block for each, as so many convolutions side by side.
 
     Blocks without what couples layers give solutions that point well and are several times too long. Each solution x
-    for a vector v is therefore rescaled, for which one product with the true matrix is needed (Martens and Grosse),
-    and responses are in the measurement's unit:
+    for a vector v is therefore rescaled with the true matrix, of which the samples stand for the outputs (Martens and
+    Grosse), and responses are in the measurement's unit:
 
     .. math:: x \leftarrow \frac{\langle v, x \rangle}{\langle x, (G + \delta) x \rangle}\, x
 
     Args:
         damping: :math:`\delta`; ``"auto"`` is a hundredth of the mean eigenvalue, 0 the pseudo-inverse.
         samples: How many random combinations of the C outputs' derivatives stand for all of them; ``None`` is all of
-            them, exact. ``"auto"`` is all of up to 64, and one combination of more (a language model has an output for
-            each word at each position).
+            them, exact. ``"auto"`` is as many as make 4,096 with all examples, so that a network with few outputs and
+            examples has all, and a language model, which has an output for each word at each position, one.
         seed: Of the samples.
         rescale: Whether solutions are rescaled.
         cache: A directory where the factors of each run are kept, to be read by the next call.
@@ -74,7 +76,7 @@ class KFAC(Curvature):
     def __init__(
         self,
         damping: Damping = "auto",
-        samples: int | Literal["auto"] | None = "auto",
+        samples: Samples = "auto",
         seed: int = 0,
         rescale: bool = True,
         cache: str | Path | None = None,
@@ -110,8 +112,8 @@ class KFAC(Curvature):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
         blocks = [block for number, layer in layers.items() for block in _blocks(number, layer, tensors, objective)]
-        products = objective.gauss_newton_products if self.rescale else None
-        return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, products)
+        lengths = _lengths(objective, known, self) if self.rescale else None
+        return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, lengths)
 
     @override
     def passes(self, objective: Objective) -> float:
@@ -152,19 +154,20 @@ class Block:
 
 
 class KroneckerSpectrum(Spectrum):
-    """Blocks of layers, and a diagonal for all else.
+    r"""Blocks of layers, and a diagonal for all else.
 
     Args:
         blocks: The layers'.
         diagonal: ``(P,)``, of which entries that no block has count.
-        products: Vectors ``(Q, P)`` to the true matrix times each of them, for rescaling; ``None`` for no rescaling.
+        lengths: Vectors x ``(Q, P)`` to :math:`\langle x, G x \rangle` ``(Q,)`` with the true matrix, for rescaling;
+            ``None`` for no rescaling.
     """
 
     cutoff = _CUTOFF
 
-    def __init__(self, blocks: list[Block], diagonal: Tensor, products: Products | None = None) -> None:
+    def __init__(self, blocks: list[Block], diagonal: Tensor, lengths: Lengths | None = None) -> None:
         self._blocks = blocks
-        self._products = products
+        self._lengths = lengths
         self._diagonal = diagonal
         self._others = torch.ones_like(diagonal, dtype=torch.bool)
         for block in blocks:
@@ -175,9 +178,9 @@ class KroneckerSpectrum(Spectrum):
     @override
     def solve(self, vectors: Tensor, damping: float) -> Solution:
         solution = super().solve(vectors, damping).vectors
-        if self._products is None:
+        if self._lengths is None:
             return Solution(solution)
-        curved = ((self._products(solution) + damping * solution) * solution).sum(1, keepdim=True)
+        curved = self._lengths(solution)[:, None] + damping * solution.square().sum(1, keepdim=True)
         length = (vectors * solution).sum(1, keepdim=True) / curved.clamp_min(torch.finfo(curved.dtype).tiny)
         return Solution(solution * length)
 
@@ -198,6 +201,18 @@ class KroneckerSpectrum(Spectrum):
                 matrix = matrix[:, :, :-1]
             result[:, block.weight] = matrix.flatten(1)
         return result
+
+
+def _lengths(objective: Objective, known: LayerGradients | None, curvature: KFAC) -> Lengths:
+    """Return what computes quadratic forms with the Gauss-Newton matrix."""
+    if known is None or known.others or not objective.has_root:
+        return lambda vectors: (objective.gauss_newton_products(vectors) * vectors).sum(1)
+
+    def lengths(vectors: Tensor) -> Tensor:
+        found = quadratic_forms(objective, known, vectors, curvature.samples, curvature.seed)
+        return found + (objective.penalty * vectors.square()).sum(1)
+
+    return lengths
 
 
 def _fitted(objective: Objective, known: LayerGradients | None, curvature: KFAC) -> dict[str, Tensor]:

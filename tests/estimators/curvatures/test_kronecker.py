@@ -9,7 +9,7 @@ import torch
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import EKFAC, KFAC
-from lightning_dtda.estimators.curvatures import kronecker
+from lightning_dtda.estimators.curvatures import factors, kronecker
 from lightning_dtda.estimators.curvatures.factors import eigen
 from tests.estimators.curvatures.conftest import Classifier, Regressor
 from tests.estimators.curvatures.test_spectra import close
@@ -351,11 +351,22 @@ def test_samples_of_many_outputs_come_near_the_matrix(trained):
     assert sampled.mean_eigenvalue != exact.mean_eigenvalue
 
 
-@pytest.mark.parametrize(("outputs", "samples"), [(64, None), (65, 1)])
-def test_all_of_few_outputs_are_taken_and_one_combination_of_many(trained, outputs, samples):
-    run = trained(Classifier(network=lambda: torch.nn.Linear(4, outputs)), examples=20)
+@pytest.mark.parametrize(("enough", "samples"), [(4096, None), (40, 2), (10, 1)])
+def test_as_many_combinations_of_the_outputs_are_taken_as_the_examples_ask_for(trained, monkeypatch, enough, samples):
+    monkeypatch.setattr(factors, "_ENOUGH", enough)
+    run = trained(Classifier(network=lambda: torch.nn.Linear(4, 30)), examples=20)
     by_default, given = EKFAC().fit(run.objective()), EKFAC(samples=samples).fit(run.objective())
     torch.testing.assert_close(by_default.values, given.values, rtol=0, atol=0)
+
+
+def test_quadratic_forms_are_those_of_the_matrix(trained, vectors):
+    run = trained(Classifier(network=lambda: torch.nn.Linear(4, 30)), examples=200)
+    objective, v = run.objective(), vectors(len(run.theta))
+    wanted = ((objective.gauss_newton_products(v) - objective.penalty * v) * v).sum(1)
+    close(factors.quadratic_forms(objective, objective.layers, v, None, 0), wanted)
+    # each of 200 examples' squared products has a spread of about twice its mean
+    sampled = factors.quadratic_forms(objective, objective.layers, v, 20, 0)
+    torch.testing.assert_close(sampled, wanted, rtol=0.1, atol=0)
 
 
 def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch):
