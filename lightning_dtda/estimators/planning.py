@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -59,7 +60,7 @@ class Costs:
         per_direction: Bytes that each of a chunk adds where they are computed one by one.
         alone: Bytes of a step's derivatives, for one run and direction: a part of ``per_run``.
         diagnosis: Bytes that the diagnosis of a run takes, after all else is done.
-        step: Takes a step of a replay with a number of directions.
+        step: Makes, of a replay and a number of directions, what takes a step.
     """
 
     mode: Literal["reverse", "forward"]
@@ -68,7 +69,7 @@ class Costs:
     per_direction: float
     alone: float
     diagnosis: float
-    step: Callable[[Replay, int], object]
+    step: Callable[[Replay, int], Callable[[], object]]
 
     @property
     def fewest(self) -> float:
@@ -77,7 +78,7 @@ class Costs:
 
     def seconds(self, replay: Replay, directions: int) -> float:
         """Time a step."""
-        return _timed(partial(self.step, replay, directions), replay)
+        return _timed(self.step(replay, directions), replay)
 
     def sweeps(self, way: Way) -> float:
         """Return the seconds of a step of one run in all sweeps, one for each chunk of directions."""
@@ -146,19 +147,23 @@ def choose(
 
 def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
     """Measure what the reverse mode takes."""
-    point, buffers = replay.point(0), replay.buffers(0)
 
-    def step(replay: Replay, directions: int) -> object:
-        here = point if len(replay.runs) == 1 else replay.point(0)
-        held = buffers if len(replay.runs) == 1 else replay.buffers(0)
+    def step(replay: Replay, directions: int) -> Callable[[], object]:
+        point, buffers = replay.point(0), replay.buffers(0)
         cotangents = torch.ones(
             len(replay.runs), directions, replay.layout.size, dtype=replay.dtype, device=replay.device
         )
-        direct, _, along = replay.adjoint(0, here, cotangents, no_state_cotangents(replay, cotangents))
-        _, found = replay.directional(0, here, along, held, replay.no_statistics(cotangents))
-        return found.products + direct
+        read = cotangents, no_state_cotangents(replay, cotangents), replay.no_statistics(cotangents)
 
-    alone = _peak(partial(step, replay, 1), replay)
+        def take() -> object:
+            of_theta, of_states, of_statistics = copy.deepcopy(read)  # they are part of a step's memory
+            direct, _, along = replay.adjoint(0, point, of_theta, of_states)
+            _, found = replay.directional(0, point, along, buffers, of_statistics)
+            return found.products + direct
+
+        return take
+
+    alone = _peak(step(replay, 1), replay)
     # a group's response is summed up from those of its examples, which are there twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     responses = 2 * queries * len(removals) * replay.dtype.itemsize
@@ -176,10 +181,11 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
 def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
     """Measure what the forward mode takes."""
 
-    def step(replay: Replay, directions: int) -> object:
-        return replay.push(*example_position(replay, directions))
+    def step(replay: Replay, directions: int) -> Callable[[], object]:
+        position, membership = example_position(replay, directions)
+        return lambda: replay.push(copy.deepcopy(position), membership)
 
-    alone = _peak(partial(step, replay, 1), replay)
+    alone = _peak(step(replay, 1), replay)
     # the responses, and which examples the removals have
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
     vectors = _vectors_bytes(replay)
@@ -352,8 +358,8 @@ def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | No
 def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: int | None, most: int) -> Way | None:
     """Return the fastest number of runs of those that fit, stacked; ``None`` where none does."""
     alone = make(1).stack()
-    costs.step(alone, 1)
-    peaks = [_peak(partial(costs.step, alone, n), alone) for n in (1, 2)]
+    costs.step(alone, 1)()
+    peaks = [_peak(costs.step(alone, n), alone) for n in (1, 2)]
     per_direction = max(peaks[1] - peaks[0], 0) + costs.per_direction
     read_again = (_fewest_bytes(alone) - _fewest_bytes(make(1))) if costs.mode == "reverse" else 0
     per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction) + read_again
