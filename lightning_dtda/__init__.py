@@ -16,6 +16,7 @@ from lightning_dtda.version import __version__
 if TYPE_CHECKING:
     from lightning_dtda.attribution import Attribution, attribute, export, suggest_removals
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
+    from lightning_dtda.planning import plan
     from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
     from lightning_dtda.retraining import GroundTruth, retrain
     from lightning_dtda.trajectory import Ensemble, Run
@@ -38,6 +39,7 @@ _HOMES = {
     "UnrolledDifferentiation": "lightning_dtda.estimators",
     "attribute": "lightning_dtda.attribution",
     "export": "lightning_dtda.attribution",
+    "plan": "lightning_dtda.planning",
     "retrain": "lightning_dtda.retraining",
     "suggest_removals": "lightning_dtda.attribution",
 }
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "attribute",
     "export",
+    "plan",
     "retrain",
     "suggest_removals",
 ]

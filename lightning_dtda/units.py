@@ -21,9 +21,9 @@ def human_seconds(seconds: float) -> str:
     """Write a duration with the unit that fits.
 
     Example:
-        >>> human_seconds(42.3), human_seconds(300), human_seconds(1e4)
-        ('42 s', '5 min', '2.8 h')
+        >>> human_seconds(0.42), human_seconds(42.3), human_seconds(300), human_seconds(1e4)
+        ('0.4 s', '42 s', '5 min', '2.8 h')
     """
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 9.5 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dtda record | attribute | evaluate | ...``, each a call of one function."""
+"""The command line: ``lightning-dtda plan | record | attribute | ...``, each a call of one function."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning_dtda.errors import DTDAError
 from lightning_dtda.version import __version__
 
 COMMANDS = {
+    "plan": "say what disk, memory and time recording and attributing will take, and what to choose",
     "record": "train a LightningCLI configuration over many seeds and record every step",
     "attribute": "predict what removing each training example does to the measurements of an ensemble",
     "retrain": "train without subsets of the examples, as ground truth for attributions",

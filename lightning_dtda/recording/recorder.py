@@ -29,6 +29,7 @@ from lightning_dtda.recording.configuration import (
 )
 from lightning_dtda.recording.data import TrainingData, check_batch, read_batch
 from lightning_dtda.recording.extent import (
+    Needed,
     check_disk,
     checkpoint_interval,
     gradient_precision,
@@ -113,6 +114,8 @@ class TrajectoryRecorder(StepCallback):
         self.runs_to_fit = 1
         """How many runs like this one the disk must hold; a loop over seeds sets it, so that the first run refuses
         what would run out of disk in the middle, and 0 for the others."""
+        self.needed: Needed | None = None
+        """What the recording takes of disk and memory; known from the first batch on."""
         self._follower: RunRecording | None
         self._averaging: AveragingTap | None = None
         self._progress: dict[str, Any] = {}
@@ -224,9 +227,9 @@ class TrajectoryRecorder(StepCallback):
             if is_first and self._resumed is None and not self.overwrite:
                 refuse_other_configuration(self._directory, manifest, self._data.checksums)
             if is_first:
+                interval = checkpoint_interval(self.checkpoint_every, manifest.planned_steps)
+                of_run = self.needed = needed(trainer, pl_module, optimizer, manifest, interval, collated)
                 if self.runs_to_fit:
-                    interval = checkpoint_interval(self.checkpoint_every, manifest.planned_steps)
-                    of_run = needed(trainer, pl_module, optimizer, manifest, interval, collated)
                     what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
                     check_disk(what, self.root, self.runs_to_fit * of_run.disk, of_run.memory)
                 manifest = self._prepare(self._directory, manifest, pl_module)

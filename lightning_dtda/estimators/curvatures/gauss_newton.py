@@ -107,18 +107,25 @@ class GaussNewton(Curvature):
                 f"The parameters of {objective.run.path} have different weight decays, which a projection mixes. Leave "
                 "projection out, or use EKFAC()."
             )
-        is_auto = self.solver == "auto"
-        use_gram = self.solver == "gram" or (
-            is_auto
-            and objective.lacks_curvature is None
-            and objective.has_root
-            and gram_bytes(objective) <= objective.memory
-        )
-        if use_gram:
+        if self.uses_gram(objective):
             return GramMatrix(objective, projection, self.cutoff)
         precondition = fit_preconditioner(self.preconditioner, objective)
         return ImplicitGaussNewton(
-            objective, projection, self.iterations, self.tolerance, may_take_fisher=is_auto, precondition=precondition
+            objective,
+            projection,
+            self.iterations,
+            self.tolerance,
+            may_take_fisher=self.solver == "auto",
+            precondition=precondition,
+        )
+
+    def uses_gram(self, objective: Objective) -> bool:
+        """Whether the Gram matrix is taken, which ``"auto"`` decides for each objective."""
+        return self.solver == "gram" or (
+            self.solver == "auto"
+            and objective.lacks_curvature is None
+            and objective.has_root
+            and gram_bytes(objective) <= objective.memory
         )
 
     @override

@@ -1,0 +1,6 @@
+"""What a recording and its attributions will take, measured on the first steps and a few examples."""
+
+from lightning_dtda.planning.planning import Forecast, plan
+from lightning_dtda.planning.trials import Cost
+
+__all__ = ["Cost", "Forecast", "plan"]

@@ -1,0 +1,60 @@
+"""Runs as they would be, made of the recorded steps of a shorter one: for estimates of what they cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from typing_extensions import override
+
+from lightning_dtda.trajectory.run import Checkpoint, MicroBatch, Run, _Shard
+
+
+class ProlongedRun(Run):
+    """A run of more steps than were recorded, or of fewer: those that were, over and over.
+
+    Steps, checkpoints and sizes are those that the run would have, and so is what it costs to replay any part of it;
+    what comes of it means nothing, and no replay of it agrees with a record beyond the recorded steps.
+
+    Args:
+        run: What was recorded.
+        steps: T.
+        interval: Steps between two checkpoints.
+        examples: N, the number of training examples. Those of a batch are counted modulo N.
+    """
+
+    _steps: int | None = None
+
+    def __init__(self, run: Run, steps: int, interval: int, examples: int) -> None:
+        super().__init__(run.path)
+        self._recorded = super().steps
+        self._recorded_checkpoints = super().checkpoint_steps
+        self._steps = steps
+        self.interval = interval
+        configuration = self.manifest.configuration
+        data = configuration["dataset"] | {"length": examples, "fingerprint": None}
+        self.manifest = replace(self.manifest, configuration=configuration | {"dataset": data}, examples=None)
+
+    @property
+    @override
+    def steps(self) -> int:
+        return super().steps if self._steps is None else self._steps
+
+    @property
+    @override
+    def checkpoint_steps(self) -> list[int]:
+        return sorted({*range(0, self.steps, self.interval), self.steps})
+
+    @override
+    def checkpoint(self, step: int) -> Checkpoint:
+        recorded = self._recorded_checkpoints
+        return replace(super().checkpoint(recorded[0] if step == 0 else recorded[-1]), step=step)
+
+    @override
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        examples = self.manifest.configuration["dataset"]["length"]
+        found = super().micro_batches(step % self._recorded)
+        return [replace(micro_batch, indices=micro_batch.indices % examples) for micro_batch in found]
+
+    @override
+    def _locate(self, step: int) -> tuple[_Shard, int]:
+        return super()._locate(step % self._recorded)
