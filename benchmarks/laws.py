@@ -1,0 +1,173 @@
+"""How the time and the memory of attributing grow: exponents in T, N, Q, S, P and B.
+
+    OMP_NUM_THREADS=1 python benchmarks/laws.py --json laws.json
+
+An MLP of two hidden layers with ReLU on random inputs, 10 classes, SGD with momentum. One variable is changed at a
+time, the others are those of ``MIDDLE``; P is changed by the width. Each case is a process of its own, on one thread: it
+trains and records, answers once for one run and one query, then counts the CPU seconds of a whole ``attribute`` call.
+Memory is the peak of the process's own (``RssAnon``) over what it was before that call. An exponent is e of
+``c + a x^e`` through the three cases of a variable, so that what does not depend on it is no part of it.
+"""
+
+import argparse
+import json
+import logging
+import math
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from large_attribution import Peak
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity
+
+CLASSES, INPUTS = 10, 64
+
+MIDDLE = {"T": 64, "N": 1024, "Q": 8, "S": 2, "width": 256, "B": 32}
+"""Steps, examples, queries, runs, units in a hidden layer, examples in a batch."""
+
+VALUES = {
+    "T": (16, 64, 256),
+    "N": (256, 1024, 4096),
+    "Q": (2, 8, 32),
+    "S": (1, 2, 4),
+    "width": (128, 256, 512),
+    "B": (8, 32, 128),
+}
+
+ESTIMATORS: dict[str, Callable[[], Estimator]] = {
+    "UnrolledDifferentiation": lambda: UnrolledDifferentiation(runs_per_batch=1, mode="reverse"),
+    "Identity": lambda: InfluenceFunctions(Identity()),
+    "EKFAC": lambda: InfluenceFunctions(EKFAC()),
+    # as many iterations in each case: how many there would be is a matter of the spectrum
+    "GaussNewton cg": lambda: InfluenceFunctions(GaussNewton("cg", iterations=10, tolerance=1e-9)),
+}
+
+
+class Classifier(pl.LightningModule):
+    """Two hidden layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Linear(INPUTS, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)
+        )
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Cross entropy."""
+        return nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """SGD with momentum."""
+        return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+
+def data(examples: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (examples,), generator=generator)
+    centres = torch.randn(CLASSES, INPUTS, generator=torch.Generator().manual_seed(9))
+    return TensorDataset(centres[labels] + torch.randn(examples, INPUTS, generator=generator), labels)
+
+
+def record(size: dict[str, int], root: Path) -> None:
+    for seed in range(size["S"]):
+        pl.seed_everything(seed, verbose=False)
+        trainer = pl.Trainer(
+            max_steps=size["T"], accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, callbacks=[TrajectoryRecorder(root)],
+        )  # fmt: skip
+        trainer.fit(Classifier(size["width"]), DataLoader(data(size["N"], 0), size["B"], shuffle=True))
+
+
+def measure(name: str, size: dict[str, int], results: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for log in ("lightning_dtda", "lightning.pytorch"):
+        logging.getLogger(log).setLevel(logging.ERROR)
+    time.perf_counter = time.process_time  # what is timed to choose how to go about it, on a busy machine too
+    with tempfile.TemporaryDirectory() as directory:
+        record(size, Path(directory))
+        ensemble, train = Ensemble.open(directory), data(size["N"], 0)
+        module = Classifier(size["width"])
+
+        def answer(runs: Ensemble, queries: int) -> None:
+            asked = data(queries, 1)
+            attribute(runs, module, train, queries=asked, estimator=ESTIMATORS[name](), progress=False)
+
+        answer(ensemble[:1], 1)
+        with Peak() as peak:
+            started = time.process_time()
+            answer(ensemble, size["Q"])
+            seconds = time.process_time() - started
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    results.put({"seconds": seconds, "memory": peak.own, "parameters": parameters})
+
+
+def case(name: str, size: dict[str, int]) -> dict[str, Any]:
+    """Measure in a process of its own."""
+    context = get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=measure, args=(name, size, results))
+    process.start()
+    found = results.get(timeout=900)
+    process.join()
+    return found
+
+
+def exponent(values: list[float], costs: list[float]) -> float:
+    """Return e of c + a x^e through three points of a geometric progression; 0 where the cost does not grow."""
+    first, second = costs[1] - costs[0], costs[2] - costs[1]
+    if first <= 0 or second <= 0:
+        return 0.0
+    return math.log(second / first) / (math.log(values[2] / values[0]) / 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--estimators", nargs="*", default=list(ESTIMATORS), choices=list(ESTIMATORS))
+    parser.add_argument("--variables", nargs="*", default=list(VALUES), choices=list(VALUES))
+    parser.add_argument("--json", type=Path, default=None, help="Where all figures go.")
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    print("| estimator | variable | range | time | memory | seconds | MiB |\n|---|---|---|---|---|---|---|", flush=True)
+    for name in options.estimators:
+        middle = case(name, MIDDLE)
+        for variable in options.variables:
+            cases = [
+                middle if value == MIDDLE[variable] else case(name, MIDDLE | {variable: value})
+                for value in VALUES[variable]
+            ]
+            is_width = variable == "width"
+            values = [
+                float(one["parameters"]) if is_width else float(v)
+                for v, one in zip(VALUES[variable], cases, strict=True)
+            ]
+            seconds, memory = ([one[key] for one in cases] for key in ("seconds", "memory"))
+            label = "P" if is_width else variable
+            slopes = exponent(values, seconds), exponent(values, memory)
+            found.setdefault(name, {})[label] = {
+                "values": values,
+                "seconds": seconds,
+                "memory": memory,
+                "slopes": slopes,
+            }
+            print(
+                f"| {name} | {label} | {values[0]:,.0f} to {values[-1]:,.0f} | {slopes[0]:.2f} | {slopes[1]:.2f} | "
+                f"{', '.join(f'{one:.2f}' for one in seconds)} | {', '.join(f'{one / 2**20:.0f}' for one in memory)} |",
+                flush=True,
+            )
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
