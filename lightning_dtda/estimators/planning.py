@@ -45,6 +45,10 @@ and more."""
 _TIMED_DIRECTIONS = 8
 """Directions with which a short step is timed: of the second alone, timings tell less than they vary by."""
 
+_DIAGNOSED = 8
+"""Steps of one direction that a step of the diagnosis comes to, twice, as there are two stretches: one as recorded, one
+in double precision, which takes twice as long, and two gradients in double precision, which take about another."""
+
 _TIMED_STEPS = 2
 """Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
 
@@ -268,6 +272,11 @@ def seconds(make: Callable[[int], Replay], way: Way, costs: Costs, held: int, st
         rebuilding = _timed(partial(replay.gradient, 0, *point), replay) / len(replay.runs)
         total += steps * math.ceil(costs.directions / way.directions) * rebuilt * rebuilding
     return total
+
+
+def diagnosis_seconds(replay: Replay, costs: Costs) -> float:
+    """Return how long it takes to diagnose a run, step for step and in double precision."""
+    return _DIAGNOSED * STRETCH * costs.seconds(replay, 1)
 
 
 def fastest_way(

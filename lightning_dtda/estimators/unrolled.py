@@ -23,7 +23,15 @@ from lightning_dtda.estimators.estimator import (
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.memory import kept_pages
-from lightning_dtda.estimators.planning import Mode, choose, fastest_way, held_steps, needed, seconds
+from lightning_dtda.estimators.planning import (
+    Mode,
+    choose,
+    diagnosis_seconds,
+    fastest_way,
+    held_steps,
+    needed,
+    seconds,
+)
 from lightning_dtda.estimators.sweep import Adjoints, sweep
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
@@ -154,7 +162,7 @@ class UnrolledDifferentiation(Estimator):
             batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
             memory=int(needed(replay, way, held)),
-            seconds=seconds(make, way, costs, held, steps),
+            seconds=seconds(make, way, costs, held, steps) + len(runs) * diagnosis_seconds(replay, costs),
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
             compiled=way.compiled,
