@@ -3,16 +3,15 @@
     OMP_NUM_THREADS=1 python benchmarks/laws.py --json laws.json
 
 An MLP of two hidden layers with ReLU on random inputs, 10 classes, SGD with momentum. One variable is changed at a
-time, the others are those of ``MIDDLE``; P is changed by the width. Each case is a process of its own, on one thread: it
-trains and records, answers once for one run and one query, then counts the CPU seconds of a whole ``attribute`` call.
-Memory is the peak of the process's own (``RssAnon``) over what it was before that call. An exponent is e of
-``c + a x^e`` through the three cases of a variable, so that what does not depend on it is no part of it.
+time, the others are those of ``MIDDLE``; P is changed by the width. Each case is a process of its own, on one thread:
+it trains and records, answers once for one run and one query, then counts the CPU seconds of a whole ``attribute``
+call. Memory is the peak of the process's own (``RssAnon``) over what it was before that call. An exponent is the slope
+of a straight line through the logarithms, over all cases of a variable and over the two largest ones.
 """
 
 import argparse
 import json
 import logging
-import math
 import tempfile
 import time
 import warnings
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from large_attribution import Peak
 from torch import Tensor, nn
@@ -124,11 +124,13 @@ def case(name: str, size: dict[str, int]) -> dict[str, Any]:
 
 
 def exponent(values: list[float], costs: list[float]) -> float:
-    """Return e of c + a x^e through three points of a geometric progression; 0 where the cost does not grow."""
-    first, second = costs[1] - costs[0], costs[2] - costs[1]
-    if first <= 0 or second <= 0:
-        return 0.0
-    return math.log(second / first) / (math.log(values[2] / values[0]) / 2)
+    """Return the slope of a straight line through the logarithms."""
+    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
+
+
+def exponents(values: list[float], costs: list[float]) -> tuple[float, float]:
+    """Return the exponent over all cases, and over the two largest, where what is fixed counts least."""
+    return exponent(values, costs), exponent(values[-2:], costs[-2:])
 
 
 def main() -> None:
@@ -153,15 +155,17 @@ def main() -> None:
             ]
             seconds, memory = ([one[key] for one in cases] for key in ("seconds", "memory"))
             label = "P" if is_width else variable
-            slopes = exponent(values, seconds), exponent(values, memory)
+            slopes = exponents(values, seconds), exponents(values, memory)
             found.setdefault(name, {})[label] = {
                 "values": values,
                 "seconds": seconds,
                 "memory": memory,
                 "slopes": slopes,
             }
+            span = f"{values[0]:,.0f} to {values[-1]:,.0f}"
             print(
-                f"| {name} | {label} | {values[0]:,.0f} to {values[-1]:,.0f} | {slopes[0]:.2f} | {slopes[1]:.2f} | "
+                f"| {name} | {label} | {span} | {slopes[0][0]:.2f} / {slopes[0][1]:.2f} | "
+                f"{slopes[1][0]:.2f} / {slopes[1][1]:.2f} | "
                 f"{', '.join(f'{one:.2f}' for one in seconds)} | {', '.join(f'{one / 2**20:.0f}' for one in memory)} |",
                 flush=True,
             )

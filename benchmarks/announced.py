@@ -1,0 +1,136 @@
+"""What ``plan`` announces against what recording and attributing really take.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.announced --nets demo cnn gpt
+
+The network of ``lightning-dtda demo``, and the CNN and the GPT of ``influence_of_nets.py``. ``plan`` trains ten steps
+at the least; then the runs are recorded, and each estimator answers in a process of its own. Times are CPU seconds on
+one thread, on both sides. Memory is the peak of the process's own (``RssAnon``) over what it was before the call.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+import warnings
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from benchmarks import influence_of_nets as nets
+from benchmarks.large_attribution import Peak
+from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute, plan
+from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
+from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity, TracIn
+from lightning_dtda.planning.planning import label
+
+EPOCHS = {"demo": 50, **nets.EPOCHS}
+
+
+def estimators(net: str) -> list[Estimator]:
+    """Return what is measured of a net: solutions by conjugate gradients take too long for the larger ones."""
+    some: list[Estimator] = [UnrolledDifferentiation(), InfluenceFunctions(EKFAC()), InfluenceFunctions(Identity())]
+    return [*some, TracIn(), InfluenceFunctions(GaussNewton())] if net == "demo" else some
+
+
+def parts(net: str) -> tuple[pl.LightningModule, DataLoader[Any], Any]:
+    """Return module, training data and all queries."""
+    if net == "demo":
+        data = DiabetesData()
+        data.setup("fit")
+        return DiabetesRegressor(), data.train_dataloader(), data.validation
+    return nets.lightning_module(net), DataLoader(nets.parts(net)[0], nets.BATCH, shuffle=True), nets.parts(net)[1]
+
+
+def trainer(net: str, *callbacks: pl.Callback) -> pl.Trainer:
+    """Return a quiet Trainer."""
+    return pl.Trainer(
+        max_epochs=EPOCHS[net], accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+    )  # fmt: skip
+
+
+def quiet() -> None:
+    """Count CPU seconds, on one thread, and say nothing."""
+    time.perf_counter = time.process_time
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    for log in ("lightning_dtda", "lightning.pytorch"):
+        logging.getLogger(log).setLevel(logging.ERROR)
+
+
+def announced(net: str, runs: int, queries: int, results: Any) -> None:
+    quiet()
+    module, data, asked = parts(net)
+    found = plan(
+        module, data, trainer=trainer(net), queries=Subset(asked, range(queries)), runs=runs,
+        estimators=estimators(net), progress=False,
+    )  # fmt: skip
+    results.put(found.content())
+
+
+def recorded(net: str, runs: int, root: Path, results: Any) -> None:
+    quiet()
+    started = time.process_time()
+    for seed in range(runs):
+        pl.seed_everything(seed, verbose=False)
+        module, data, _ = parts(net)
+        trainer(net, TrajectoryRecorder(root)).fit(module, data)
+    seconds = time.process_time() - started
+    results.put({"seconds": seconds, "disk": sum(one.stat().st_size for one in root.rglob("*") if one.is_file())})
+
+
+def attributed(net: str, number: int, queries: int, root: Path, results: Any) -> None:
+    quiet()
+    module, data, asked = parts(net)
+    with Peak() as peak:
+        started = time.process_time()
+        attribute(
+            Ensemble.open(root), module, data, queries=Subset(asked, range(queries)), estimator=estimators(net)[number],
+            progress=False,
+        )  # fmt: skip
+        seconds = time.process_time() - started
+    results.put({"seconds": seconds, "memory": peak.own})
+
+
+def alone(function: Any, *arguments: Any) -> Any:
+    """Call a function in a process of its own."""
+    context = get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=function, args=(*arguments, results))
+    process.start()
+    found = results.get(timeout=1800)
+    process.join()
+    return found
+
+
+def line(net: str, name: str, unit: str, before: float, real: float) -> None:
+    print(f"| {net} | {name} | {unit} | {before:.1f} | {real:.1f} | {before / real:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="*", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--queries", type=int, default=10)
+    options = parser.parse_args()
+    print("| net | what | unit | announced | real | ratio |\n|---|---|---|---|---|---|", flush=True)
+    for net in options.nets:
+        before = alone(announced, net, options.runs, options.queries)
+        with tempfile.TemporaryDirectory() as directory:
+            root = Path(directory)
+            real = alone(recorded, net, options.runs, root)
+            line(net, "recording", "s", before["recording"]["seconds"], real["seconds"])
+            line(net, "recording, disk", "MiB", before["recording"]["disk"] / 2**20, real["disk"] / 2**20)
+            for number, estimator in enumerate(estimators(net)):
+                cost = before["estimators"][label(estimator)]
+                real = alone(attributed, net, number, options.queries, root)
+                line(net, label(estimator), "s", cost["seconds"], real["seconds"])
+                line(net, f"{label(estimator)}, memory", "MiB", cost["memory"] / 2**20, real["memory"] / 2**20)
+
+
+if __name__ == "__main__":
+    main()
