@@ -109,7 +109,6 @@ def _question(arguments: Sequence[str], directory: str) -> dict[str, Any]:
     config = cli.config
     if config.trainer.default_root_dir is None:
         config.trainer.default_root_dir = directory
-        cli.config_init = None
     pl.seed_everything(0, workers=True, verbose=False)
     with quiet_lightning():
         cli.build()

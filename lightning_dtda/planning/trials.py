@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import KFAC, Estimator, GaussNewton, Plan, Question, Removals
 from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.estimators.memory import peak_memory, resident_memory
 from lightning_dtda.planning.forecast import Cost
 from lightning_dtda.replay import Examples, Precision, Replay
 from lightning_dtda.trajectory import Run
@@ -72,11 +72,12 @@ def cost_of(estimator: Estimator, runs: Sequence[ProlongedRun], question: Questi
     planning = time.perf_counter() - started
     disk = len(runs) * len(question.queries) * len(question.removals) * runs[0].manifest.torch_dtype.itemsize
     if not isinstance(estimator, CheckpointEstimator):
-        return Cost(planning + plan.seconds, plan.memory, disk)
+        return Cost(planning + plan.seconds, resident_memory(plan.memory, question.device), disk)
     estimator = _for_trials(estimator, runs[0], question)
     run, share = _shortened(estimator, runs[0], question)
     tried = _tried(estimator, run, question, plan)
-    return Cost(planning + tried.at_first + len(runs) * tried.seconds / share, min(plan.memory, tried.memory), disk)
+    memory = min(plan.memory, resident_memory(tried.memory, question.device))
+    return Cost(planning + tried.at_first + len(runs) * tried.seconds / share, memory, disk)
 
 
 def _shortened(estimator: CheckpointEstimator, run: ProlongedRun, question: Question) -> tuple[ProlongedRun, float]:
