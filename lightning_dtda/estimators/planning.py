@@ -347,10 +347,11 @@ def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | No
     """Return a way with its steps compiled; ``None`` where they cannot be."""
     size, directions = (way.runs, way.directions) if way.stacked else (1, 1)
     replay = make(size).stack(way.stacked).compile()
-    costs.step(replay, directions)
+    take = costs.step(replay, directions)
+    take()
     if not replay.has_compiled:
         return None
-    peak = _peak(partial(costs.step, replay, directions), replay) / size
+    peak = _peak(take, replay) / size
     if way.stacked:
         per_run = max(way.per_run, costs.per_run + peak - directions * way.per_direction)
         return replace(way, compiled=True, per_run=per_run, seconds=costs.seconds(replay, directions) / size)

@@ -107,9 +107,11 @@ def plan(
         >>> from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
         >>> data = DiabetesData()
         >>> data.setup("fit")
-        >>> trainer = pl.Trainer(max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False)
+        >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = pl.Trainer(max_epochs=2, accelerator="cpu", **quiet)
         >>> found = plan(
-        ...     DiabetesRegressor(), data, queries=data.validation, trainer=trainer, estimators=[InfluenceFunctions()]
+        ...     DiabetesRegressor(), data, queries=data.validation, trainer=trainer,
+        ...     estimators=[InfluenceFunctions(Identity())], progress=False,
         ... )
         >>> found.runs, found.steps, found.examples, found.queries
         (20, 24, 353, 89)

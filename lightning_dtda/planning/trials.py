@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Subset
 
+from lightning_dtda.attribution.resources import response_bytes
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import KFAC, Estimator, GaussNewton, Plan, Question, Removals
 from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator
@@ -70,7 +71,7 @@ def cost_of(estimator: Estimator, runs: Sequence[ProlongedRun], question: Questi
     started = time.perf_counter()
     plan = estimator.plan(runs, question)
     planning = time.perf_counter() - started
-    disk = len(runs) * len(question.queries) * len(question.removals) * runs[0].manifest.torch_dtype.itemsize
+    disk = len(runs) * len(question.queries) * len(question.removals) * response_bytes(runs[0], estimator)
     if not isinstance(estimator, CheckpointEstimator):
         return Cost(planning + plan.seconds, resident_memory(plan.memory, question.device), disk)
     estimator = _for_trials(estimator, runs[0], question)
@@ -151,8 +152,8 @@ def _growth(before: tuple[int, float], last: tuple[int, float], examples: int, l
         linear_up_to: A number of examples.
 
     Example:
-        >>> _growth((10, 2.0), (20, 3.0), 40, 40), _growth((10, 1.0), (20, 4.0), 40, 40)
-        (1.6666666666666665, 4.0)
+        >>> _growth((10, 2.0), (20, 4.0), 40, 40), _growth((10, 1.0), (20, 4.0), 40, 40)
+        (2.0, 4.0)
     """
     (fewer, small), (many, large) = before, last
     small, large = max(small, 1e-9), max(large, 1e-9)
