@@ -14,7 +14,7 @@ both with the exact responses (``UnrolledDifferentiation``).
 
 kronfluence and curvlinops leave all layers but linear and two-dimensional convolutional ones out of EK-FAC, dattri all
 but linear ones. kronfluence and curvlinops draw one label for each output, their default; EK-FAC here takes one random
-combination of the outputs (``samples=1``), or all of them.
+combination of the outputs (``samples=1``), or its default, which sets the scale too.
 """
 
 import argparse
@@ -56,6 +56,7 @@ PAIRS = {
     "gpt": [
         ("identity", "kronfluence-identity"),
         ("ekfac-one-sample", "kronfluence-ekfac-heuristic"),
+        ("ekfac", "kronfluence-ekfac-heuristic"),
         ("ekfac-one-sample", "curvlinops-ekfac"),
         ("ekfac-one-sample", "dattri-llm-ekfac"),
     ],

@@ -57,7 +57,7 @@ class KFAC(Curvature):
     Args:
         damping: :math:`\delta`; ``"auto"`` is a hundredth of the mean eigenvalue, 0 the pseudo-inverse.
         samples: How many random combinations of the C outputs' derivatives stand for all of them; ``None`` is all of
-            them, exact. ``"auto"`` is as many as make 4,096 with all examples, so that a network with few outputs and
+            them, exact. ``"auto"`` is as many as make 1,024 with all examples, so that a network with few outputs and
             examples has all, and a language model, which has an output for each word at each position, one.
         seed: Of the samples.
         rescale: Whether solutions are rescaled.
