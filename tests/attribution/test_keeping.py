@@ -114,6 +114,7 @@ def test_other_processes_answer_blocks(ensemble):
     assert_same(in_blocks(ensemble, queries=asked, jobs=2), ask(ensemble, queries=asked))
 
 
+@pytest.mark.slow
 def test_groups_are_kept(ensemble):
     groups = {f"from {n}": [n, n + 1] for n in range(EXAMPLES - 1)}
     found = in_blocks(ensemble, removals=groups)
@@ -125,12 +126,14 @@ def noisy(module, batch):
     return (module(batch[0] + 0.1 * torch.randn_like(batch[0])) - batch[1]) ** 2
 
 
+@pytest.mark.slow
 def test_each_query_has_its_own_random_numbers_in_any_block(ensemble):
     full = ask(ensemble, measurement=noisy, measurement_draws=3)
     found = in_blocks(ensemble, at_once=1, measurement=noisy, measurement_draws=3)
     torch.testing.assert_close(found.baseline, full.baseline)
 
 
+@pytest.mark.slow
 def test_blocks_hold_whole_chunks_of_the_estimator(ensemble, estimates, monkeypatch):
     original = UnrolledDifferentiation.plan
     monkeypatch.setattr(
@@ -160,6 +163,7 @@ def test_a_crash_loses_only_the_batch_of_runs_under_way(ensemble, tmp_path, esti
     assert estimates == []
 
 
+@pytest.mark.slow
 def test_blocks_of_another_size_go_on_where_the_last_ones_ended(ensemble, tmp_path, estimates):
     estimates.allowed = 1
     arguments = {"output": tmp_path / "kept", "estimator": UnrolledDifferentiation(runs_per_batch=RUNS)}
@@ -173,6 +177,7 @@ def test_blocks_of_another_size_go_on_where_the_last_ones_ended(ensemble, tmp_pa
     assert not list((tmp_path / "kept").glob("scratch-*"))
 
 
+@pytest.mark.slow
 def test_the_answer_to_another_question_is_not_mixed_in(ensemble, tmp_path):
     in_blocks(ensemble[:4], output=tmp_path / "kept")
     for another, message in (

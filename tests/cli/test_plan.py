@@ -108,6 +108,7 @@ def test_more_examples_for_as_many_epochs_are_more_steps(runs, planned):
     assert planned("--runs", runs, UNROLLED, "--examples", 706, "--steps", 36)["steps"] == 36
 
 
+@pytest.mark.slow
 def test_jobs_share_the_time_and_add_up_the_memory(runs, planned):
     alone, shared = (planned("--runs", runs, IDENTITY, "--jobs", jobs) for jobs in (1, 5))
     assert (alone["jobs"], shared["jobs"]) == (1, 2)  # there are two runs to share out
@@ -135,6 +136,7 @@ def test_without_estimators_exact_unrolling_comes_first(runs, planned):
     assert all(cost["seconds"] > 0 and cost["memory"] > 0 for cost in found["estimators"].values())
 
 
+@pytest.mark.slow
 def test_what_fits_neither_memory_nor_the_hours_is_not_chosen(runs, planned):
     too_small = BOTH.replace("UnrolledDifferentiation", "UnrolledDifferentiation, init_args: {memory_budget: 1.e-6}")
     found = planned("--runs", runs, too_small)
@@ -146,6 +148,7 @@ def test_what_fits_neither_memory_nor_the_hours_is_not_chosen(runs, planned):
     assert planned("--runs", runs, BOTH, "--hours", "1e-9")["advice"].startswith("Nothing fits: Unrolled")
 
 
+@pytest.mark.slow
 def test_a_cache_of_factors_is_left_alone(runs, tmp_path):
     data = DiabetesData()
     data.setup("fit")

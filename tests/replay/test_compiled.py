@@ -62,8 +62,13 @@ def test_a_compiled_step_is_the_eager_one(case, way):
     assert steps.has_compiled
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("case", CASES)
+QUICK = {"dropout", "mixup"}
+
+
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_what_is_compiled_computes_the_eager_step(case, micro_batches, way, as_it_is):
     torch.manual_seed(0)
     loss, make = CASES[case]
