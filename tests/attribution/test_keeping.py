@@ -145,6 +145,7 @@ def test_blocks_hold_whole_chunks_of_the_estimator(ensemble, estimates, monkeypa
     assert sorted({(block.start, block.stop) for _, block in estimates}) == [(0, 2), (2, 4), (4, 5)]
 
 
+@pytest.mark.slow
 def test_a_crash_loses_only_the_batch_of_runs_under_way(ensemble, tmp_path, estimates):
     arguments = {"output": tmp_path / "kept", "estimator": UnrolledDifferentiation(runs_per_batch=3)}
     full = ask(ensemble, estimator=arguments["estimator"])

@@ -191,6 +191,7 @@ def test_attribute_finds_the_ensembles_own_configuration(record, tmp_path, capsy
     torch.testing.assert_close(found.responses, expected.responses, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_attribute_shares_runs_out_to_processes(record, tmp_path):
     question = ["--ensemble", str(record("--seeds", "3")), "--queries.indices=[3,1]", "--estimator.runs_per_batch", "1"]
     for output, *options in (["here"], ["there", "--jobs", "2"]):

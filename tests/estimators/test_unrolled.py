@@ -169,6 +169,7 @@ def test_arguments_out_of_range_are_refused(arguments):
         UnrolledDifferentiation(**arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["float32", "none"])
 def test_mixed_precision_is_replayed_as_it_was_and_the_distance_of_double_stated(fit, tmp_path, gradients):
     answers = {}

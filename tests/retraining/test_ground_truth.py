@@ -154,6 +154,7 @@ def _write_many(path, own):
     store.note(f"engine-{own}", {Task(position, 99): "lost"})
 
 
+@pytest.mark.slow
 def test_processes_write_to_one_directory_at_the_same_time(tmp_path):
     processes = [get_context("spawn").Process(target=_write_many, args=(tmp_path, own)) for own in (1, 2)]
     for process in processes:

@@ -129,6 +129,7 @@ def reversed_examples(items):
     return torch.stack(inputs), torch.stack(targets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Annealed, Late, Partly, Measuring])
 def test_engines_agree_on_the_same_seeds(module):
     assert_engines_agree(module=module)
@@ -192,6 +193,7 @@ def test_batches_of_other_shapes_in_other_trainings_are_refused():
         retrained(Cutting, data=training_loader(collate_fn=padded))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropping", [True, False])
 def test_engines_agree_on_a_loader_with_a_generator_of_its_own(dropping):
     def loader():

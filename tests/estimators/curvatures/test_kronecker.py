@@ -343,6 +343,7 @@ def test_samples_of_the_outputs_come_near_all_of_them(trained):
     assert sampled.mean_eigenvalue != exact.mean_eigenvalue
 
 
+@pytest.mark.slow
 def test_samples_of_many_outputs_come_near_the_matrix(trained):
     # 30 outputs of an example, more than are written out
     run = trained(Classifier(network=lambda: torch.nn.Linear(4, 30)), examples=200)
