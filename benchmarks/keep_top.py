@@ -5,8 +5,8 @@
 Records runs of a small network on random data, and attributes them to disk: all responses; the top of each query, with
 the scratch of all queries at once, and in blocks of a quarter of them. Each is a process of its own, with one thread.
 Disk is the size of the directory at its largest and at the end; memory is the peak of what the process allocates on top
-of what it has when it starts to attribute. The seconds that the estimator takes are told apart: it chooses how it goes
-about from timed steps, and on a busy machine not always in the same way.
+of what it has when it starts to attribute. The estimator's seconds are given separately: it chooses its method from
+timed steps, and on a busy machine not always the same one.
 """
 
 import argparse

@@ -154,7 +154,7 @@ def labels_of(scores: Tensor) -> Tensor:
 
 
 def load(name: str, path: str, queries: int | None = None) -> Problem:
-    """Return the problem of a name, with the runs that :func:`tensors_of` read, and so many queries."""
+    """Return the named problem, with the runs that :func:`tensors_of` read and the given number of queries."""
     tensors = load_file(path)
     orders, rates = list(tensors.pop("orders")), tensors.pop("rates")
     data = {key: tensors.pop(key) for key in ("inputs", "targets", "queries") if key in tensors}

@@ -100,7 +100,7 @@ def attribute(
         measurement_draws: Where the measurement draws random numbers (the denoising loss of a diffusion model), how
             many draws it is the mean of; the same ones for every run.
         measurement_seed: Of these draws.
-        keep_top: Of each query, keep the responses to so many removals at each end, and figures of all, as
+        keep_top: For each query, keep the responses to this many removals at each end, and figures of all, as
             :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>` does: for more responses than can be
             stored. Queries are answered block by block, each by all runs; a crash loses no finished run of a block.
         scratch_budget: Of ``keep_top``, in GiB: how much a block of queries may take, on the disk with an output, else
@@ -133,7 +133,7 @@ def attribute(
     path = None if output is None else Path(output)
     if path is not None and "<" in (name := about["measurement"]):
         raise AttributionError(
-            f"The measurement {name} has no name of its own, so that its stored answers could not be told from "
+            f"The measurement {name} has no name of its own, so that its stored answers could be confused with "
             "those to another. Define it as a function of a module, or give no output."
         )
     asked = len(question.removals), {run.name: run.checksum for run in sorted(ensemble, key=lambda run: run.name)}

@@ -337,7 +337,7 @@ class Attribution(Tables, Inference):
         copies: int = 1,
         kept: bool = False,
     ) -> Tensor:
-        """Apply a function ``(runs, removals) -> (*outputs, removals)`` that takes so many copies of its argument.
+        """Apply a function ``(runs, removals) -> (*outputs, removals)`` that needs some copies of its argument.
 
         Of each removal, or of those whose responses are ``kept``; the others are then NaN.
         """

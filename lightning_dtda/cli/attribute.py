@@ -44,8 +44,9 @@ class AttributeCLI(QuestionCLI):
             "--keep_top",
             type=int | None,
             default=None,
-            help="Keep, of each query, the responses to so many examples of the largest and smallest mean and variance "
-            "influence, and of every example both influences with their errors: for more responses than can be stored.",
+            help="For each query, keep the responses to this many examples of the largest and smallest mean and "
+            "variance influence, and of every example both influences with their errors: for more "
+            "responses than can be stored.",
         )
         parser.add_argument(
             "--scratch_budget",

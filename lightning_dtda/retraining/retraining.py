@@ -125,7 +125,7 @@ def retrain(
     name, function = resolve_measurement(measurement)
     if output is not None and "<" in name:
         raise RetrainingError(
-            f"The measurement {name} has no name of its own, so that its stored answers could not be told from those "
+            f"The measurement {name} has no name of its own, so that its stored answers could be confused with those "
             "to another. Define it as a function of a module, or give no output."
         )
     draws = Draws(measurement_draws, measurement_seed)
