@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -44,32 +46,76 @@ def prelu_backward() -> Any:
     return getattr(getattr(torch.ops.aten, "_prelu_kernel_backward", None), "default", None)
 
 
+class _Substitutes(threading.local):
+    """What is called in this thread in place of functions of a module's, by the module's and the function's name."""
+
+    def __init__(self) -> None:
+        self.functions: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+_substitutes = _Substitutes()
+_substituted: dict[tuple[str, str], tuple[Callable[..., Any], int]] = {}
+"""The module's own functions, and how many threads have substitutes for them."""
+_lock = threading.Lock()
+
+
+@contextmanager
+def _substituted_in(place: ModuleType, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Have others called in place of functions of a module, by this thread only: others may train at the same time.
+
+    Args:
+        place: The module.
+        functions: By the name of the function that they stand for, which is given to them before its arguments.
+    """
+    before = _substitutes.functions
+    of_this_thread = dict(before)
+    with _lock:
+        for name, function in functions.items():
+            key = (place.__name__, name)
+            own, users = _substituted.get(key, (getattr(place, name), 0))
+            _substituted[key] = own, users + 1
+            of_this_thread[key] = partial(function, own)
+            if not users:
+                setattr(place, name, partial(_call, key, own))
+    _substitutes.functions = of_this_thread
+    try:
+        yield
+    finally:
+        _substitutes.functions = before
+        with _lock:
+            for name in functions:
+                key = (place.__name__, name)
+                own, users = _substituted.pop(key)
+                if users > 1:
+                    _substituted[key] = own, users - 1
+                else:
+                    setattr(place, name, own)
+
+
+def _call(key: tuple[str, str], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _substitutes.functions.get(key, own)(*args, **kwargs)
+
+
 @contextmanager
 def twice_differentiable_weight_norm() -> Iterator[None]:
     """Compute weight normalisation in plain operations: of torch's own, the second derivative is wrong (torch 2.13).
 
     Its norms count as constants there. A version without these names is left as it is.
     """
-    places = [
-        place for place in (torch, sys.modules.get("torch.nn.utils.weight_norm")) if hasattr(place, "_weight_norm")
-    ]
-    kept = [(place, place._weight_norm) for place in places]  # type: ignore[union-attr]
 
-    def weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+    def weight_norm(_own: Any, direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
         return direction * (length / torch.norm_except_dim(direction, 2, dim))
 
-    for place, _ in kept:
-        place._weight_norm = weight_norm  # type: ignore[union-attr]
-    try:
+    with ExitStack() as stack:
+        for place in (torch, sys.modules.get("torch.nn.utils.weight_norm")):
+            if place is not None and hasattr(place, "_weight_norm"):
+                stack.enter_context(_substituted_in(place, {"_weight_norm": weight_norm}))
         yield
-    finally:
-        for place, function in kept:
-            place._weight_norm = function  # type: ignore[union-attr]
 
 
 @contextmanager
 def replaced_recurrence(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have recurrent layers call other functions in place of torch's.
+    """Have recurrent layers call other functions in place of torch's, in this thread.
 
     Args:
         functions: By the name of what they stand for (``"lstm"``), which is given to them before its arguments.
@@ -79,16 +125,12 @@ def replaced_recurrence(functions: Mapping[str, Callable[..., Any]]) -> Iterator
     """
     place: Any = getattr(torch, "_VF", None)
     try:
-        own = {name: getattr(place, name) for name in functions}
+        for name in functions:
+            getattr(place, name)
     except AttributeError as error:
         raise ReplayError(missing("What recurrent layers call", error)) from error
-    try:
-        for name, function in functions.items():
-            setattr(place, name, partial(function, own[name]))
+    with _substituted_in(place, functions):
         yield
-    finally:
-        for name, function in own.items():
-            setattr(place, name, function)
 
 
 def onednn_linear() -> Callable[..., Tensor] | None:

@@ -1,0 +1,94 @@
+"""What stands in for functions of torch's: in the thread that asked for it, and nowhere else."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_dtda.compatibility import replaced_recurrence, twice_differentiable_weight_norm
+from lightning_dtda.errors import ReplayError
+
+
+def _lstm(layer: nn.LSTM) -> torch.Tensor:
+    return layer(torch.ones(3, 2, 4))[0]
+
+
+def test_other_threads_keep_torchs_own_functions():
+    layer = nn.LSTM(4, 5)
+    own = _lstm(layer)
+    called, found = [], []
+
+    def stand_in(function, *arguments):
+        called.append(threading.get_ident())
+        return function(*arguments)
+
+    with replaced_recurrence({"lstm": stand_in}):
+        _lstm(layer)
+        other = threading.Thread(target=lambda: found.append(_lstm(layer)))
+        other.start()
+        other.join()
+    _lstm(layer)
+    assert called == [threading.get_ident()]
+    assert torch.equal(found[0], own)
+
+
+def test_threads_that_overlap_have_each_their_own_and_leave_nothing_behind():
+    layer, both_in, first_out = nn.LSTM(4, 5), threading.Barrier(2, timeout=60), threading.Event()
+    function = torch._VF.lstm
+    calls: dict[str, list[str]] = {"first": [], "second": []}
+
+    def work(name: str) -> None:
+        def stand_in(own, *arguments):
+            calls[name].append(name)
+            return own(*arguments)
+
+        with replaced_recurrence({"lstm": stand_in}):
+            both_in.wait()
+            _lstm(layer)
+            if name == "second":
+                first_out.wait(60)
+                _lstm(layer)  # the first one's end takes nothing away from it
+        first_out.set()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == {"first": ["first"], "second": ["second", "second"]}
+    assert torch._VF.lstm == function
+
+
+def test_inside_another_one_the_inner_counts():
+    layer, calls = nn.LSTM(4, 5), []
+    with replaced_recurrence({"lstm": lambda own, *arguments: calls.append("outer") or own(*arguments)}):
+        with replaced_recurrence({"lstm": lambda own, *arguments: calls.append("inner") or own(*arguments)}):
+            _lstm(layer)
+        _lstm(layer)
+    assert calls == ["inner", "outer"]
+
+
+def test_weight_normalisation_is_torchs_own_again_afterwards():
+    function, seen = torch._weight_norm, []
+
+    @twice_differentiable_weight_norm()
+    def fail() -> None:
+        seen.append(torch._weight_norm)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert seen[0] is not function
+    assert torch._weight_norm is function
+
+
+def test_a_version_that_lacks_a_name_is_named(monkeypatch):
+    monkeypatch.delattr(torch, "_VF")
+    with (
+        pytest.raises(ReplayError, match=r"What recurrent layers call .* torch 2\.6 to"),
+        replaced_recurrence({"lstm": len}),
+    ):
+        pass
