@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lightning_dtda.version import __version__
@@ -21,12 +22,22 @@ if TYPE_CHECKING:
     from lightning_dtda.retraining import GroundTruth, retrain
     from lightning_dtda.trajectory import Ensemble, Run
 
+
+class _Fallback(logging.Handler):
+    """Prints messages to standard error as long as the application has not set up logging itself.
+
+    What a recording will need must be seen in a plain script. Asked for each message, not at the import: an application
+    that calls ``logging.basicConfig`` later gets the messages from then on, once.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.root.hasHandlers():
+            print(self.format(record), file=sys.stderr)
+
+
 _log = logging.getLogger(__name__)
 _log.setLevel(logging.INFO)
-if not logging.root.hasHandlers():
-    # as Lightning does: what a recording will need is to be seen, unless the application set up logging itself
-    _log.addHandler(logging.StreamHandler())
-    _log.propagate = False
+_log.addHandler(_Fallback())
 
 _HOMES = {
     "Attribution": "lightning_dtda.attribution",

@@ -196,8 +196,7 @@ def test_batches_may_be_anything(record):
     assert run.manifest.shared == ALONE
 
 
-def test_what_is_not_used_is_said_and_not_recorded(record, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
+def test_what_is_not_used_is_said_and_not_recorded(record, caplog):
     with caplog.at_level(logging.INFO, logger="lightning_dtda"):
         run = record(HalfUnused(), shuffled(), max_epochs=1)
 
@@ -205,13 +204,12 @@ def test_what_is_not_used_is_said_and_not_recorded(record, caplog, monkeypatch):
     assert "does not use the parameters unused.weight, unused.bias" in caplog.text
 
 
-def test_buffers_that_are_not_followed_are_named(record, caplog, monkeypatch):
+def test_buffers_that_are_not_followed_are_named(record, caplog):
     class Normalised(Classifier):
         def __init__(self):
             super().__init__()
             self.net[0] = nn.utils.parametrizations.spectral_norm(self.net[0])
 
-    monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
     run = record(Normalised(), shuffled(), max_epochs=1)
 
     assert run.complete

@@ -213,8 +213,7 @@ EAGER = {
 
 
 @pytest.mark.parametrize(("make", "reason"), EAGER.values(), ids=EAGER)
-def test_what_cannot_be_stacked_is_left_to_the_eager_way_and_said(make, reason, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
+def test_what_cannot_be_stacked_is_left_to_the_eager_way_and_said(make, reason, caplog):
     torch.manual_seed(0)
     time = Time(2, 7, 1, [{"lr": 0.3}])
     with caplog.at_level(logging.INFO, logger="lightning_dtda"):
