@@ -210,6 +210,7 @@ def test_buffers_that_are_not_followed_are_named(record, caplog):
             super().__init__()
             self.net[0] = nn.utils.parametrizations.spectral_norm(self.net[0])
 
+    torch.manual_seed(0)  # from some starts, the power iteration has converged to the last bit before the first step
     run = record(Normalised(), shuffled(), max_epochs=1)
 
     assert run.complete
