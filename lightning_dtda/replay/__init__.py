@@ -1,4 +1,4 @@
-"""A run as a differentiable function: its steps as they happened, theta_t in either direction, adjoint products."""
+"""A run as a differentiable function: recorded steps replayed forwards or backwards, with adjoint products."""
 
 from lightning_dtda.replay.drift import Drift
 from lightning_dtda.replay.eager import Eager, Products

@@ -1,4 +1,4 @@
-"""Batches of any structure: tensors in collections, and in objects that nobody here knows."""
+"""Batches of any structure: tensors in collections or in objects of arbitrary classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 
 def converted(batch: Any, dtype: torch.dtype) -> Any:
-    """Return a batch whose floating point tensors are of a data type, wherever they are in it."""
+    """Cast all floating-point tensors of a batch, at any depth, to a data type."""
     return _mapped(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, batch)
 
 
@@ -26,7 +26,7 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         parts = {key: _mapped(function, part) for key, part in value.items()}
         if type(value) is dict:
             return parts
-        found = copy.copy(value)  # a mapping of somebody's own, which may know more than its entries
+        found = copy.copy(value)  # a custom mapping may hold more than its entries
         for key, part in parts.items():
             found[key] = part  # type: ignore[index]
         return found
@@ -38,7 +38,7 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
         and hasattr(value, "to")
         and not isinstance(value, torch.nn.Module)
     ):
-        return own(function)  # the batches of PyTorch Geometric
+        return own(function)  # PyTorch Geometric batches
     attributes = getattr(value, "__dict__", None)
     if not isinstance(attributes, dict) or isinstance(value, (type, torch.nn.Module)):
         return value
@@ -51,12 +51,12 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
-    """Apply a function to every tensor of a collection."""
+    """Apply a function to every tensor in a collection."""
     return tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def rows_of(batch: Any) -> int | None:
-    """Return B, the number of examples, of a batch of tensors whose first dimension runs over them; else ``None``."""
+    """Return the batch size B if the batch consists of tensors with a common first dimension, else ``None``."""
     leaves, _ = tree_flatten(batch)
     if not leaves or not all(isinstance(leaf, Tensor) and leaf.ndim > 0 for leaf in leaves):
         return None
@@ -65,7 +65,7 @@ def rows_of(batch: Any) -> int | None:
 
 
 def stack_leaves(batches: Sequence[Any]) -> list[Tensor] | None:
-    """Return the tensors of batches, each ``(batches, ...)``; ``None`` where they differ in structure or shapes."""
+    """Stack the tensors of batches, each ``(batches, ...)``; ``None`` if the batches differ in structure or shapes."""
     leaves, structures = zip(*map(tree_flatten, batches), strict=True)
     if any(structure != structures[0] for structure in structures):
         return None
@@ -75,5 +75,5 @@ def stack_leaves(batches: Sequence[Any]) -> list[Tensor] | None:
 
 
 def example_shapes(batch: Any) -> list[tuple[int, ...]]:
-    """Return the shape of one example in each leaf."""
+    """Return the shape of one example in each tensor of a batch."""
     return [tuple(leaf.shape[1:]) for leaf in tree_flatten(batch)[0]]

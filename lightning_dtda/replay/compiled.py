@@ -1,4 +1,4 @@
-"""Traced steps, compiled: what autograd computes operation by operation, in a few passes over memory."""
+"""Traced steps, compiled: a few passes over memory replace autograd's many separate operations."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from lightning_dtda.replay.steps import ByName, StepBatch
 _log = logging.getLogger(__name__)
 
 _OFTEN = 32
-"""How often steps of a further shape must come before it is compiled: the last batch of each epoch does, batches that
-are padded to lengths of their own do not."""
+"""Number of steps of the same shape after which it is compiled; the first shape is compiled at once. The last batch of
+each epoch comes up often enough, batches padded to individual lengths do not."""
 
 _MOST_SHAPES = 4
-"""Shapes that are compiled at most: each takes ten seconds to over a minute. Steps of others are run as they are."""
+"""Maximum number of shapes to compile: each takes ten seconds to over a minute. Other steps run uncompiled."""
 
 Answer = Callable[[Sequence[Tensor]], list[Tensor]]
-"""Given a trace's arguments ``(runs, ...)`` and ``(runs, queries, ...)``, returns results ``(runs, queries, ...)``."""
+"""Maps a trace's arguments ``(runs, ...)`` and ``(runs, queries, ...)`` to results ``(runs, queries, ...)``."""
 
 
 class Compiled(Stacked):
-    """Computes the derivatives of steps by traces that ``torch.compile`` has compiled, where that can be.
+    """Computes the derivatives of steps with traces compiled by ``torch.compile``, where possible.
 
-    What is compiled is compared with the trace, as the trace is with eager autograd, before it is used.
+    Before it is used, a compiled step is compared with its trace, just as the trace is compared with eager autograd.
 
     Args:
-        eager: The eager way, whose module and cuts it shares.
+        eager: The eager implementation, whose module and cuts are shared.
     """
 
     def __init__(self, eager: Eager) -> None:
@@ -47,16 +47,16 @@ class Compiled(Stacked):
 
     @property
     def has_compiled(self) -> bool:
-        """Whether something was compiled, and computes what its trace does."""
+        """Whether at least one step was compiled and agrees with its trace."""
         return any(one is not None for one in self._compiled.values())
 
     @abstractmethod
     def _compile(self, trace: Trace, arguments: Sequence[Tensor]) -> Answer:
-        """Compile a trace for tensors of some shapes."""
+        """Compile a trace for arguments of these shapes."""
 
     @abstractmethod
     def _without(self, trace: Trace, arguments: list[Tensor], states: list[ByName]) -> list[Tensor] | None:
-        """Run a trace that is not compiled; ``None`` leaves the step to eager autograd."""
+        """Run a trace that is not compiled; return ``None`` to leave the step to eager autograd."""
 
     @override
     def _run_trace(self, trace: Trace, arguments: list[Tensor], states: list[ByName]) -> list[Tensor] | None:
@@ -75,7 +75,7 @@ class Compiled(Stacked):
             return compiled(given)
 
     def _shapes(self, arguments: Sequence[Tensor]) -> Sequence[torch.Size]:
-        """Return the shapes, beside those of a trace, for which something is compiled."""
+        """Return the shapes that, together with the trace, identify a compiled step."""
         return [part.shape for part in arguments]
 
     def _tried(self, trace: Trace, arguments: list[Tensor]) -> Answer | None:
@@ -85,7 +85,7 @@ class Compiled(Stacked):
                 found, wanted = compiled(arguments), self._by_trace(trace, arguments)
             compare(found, (), wanted, "the compiled step computes something else")
             return compiled
-        except Exception as error:  # no compiler, or whatever it cannot do
+        except Exception as error:  # no compiler, or an operation that it does not support
             _log.info("Steps of %s are not compiled: %s", type(self.replica.module).__name__, first_line(error))
             return None
 
@@ -94,7 +94,7 @@ class Compiled(Stacked):
 
 
 class CompiledStack(Compiled):
-    """One call for all runs and directions: for small networks."""
+    """Computes all runs and directions in one call: for small networks."""
 
     @override
     def _compile(self, trace: Trace, arguments: Sequence[Tensor]) -> Answer:
@@ -107,9 +107,10 @@ class CompiledStack(Compiled):
 
 
 class CompiledAlone(Compiled):
-    """One run and one direction after another, so that memory does not grow with their number: for large networks.
+    """Computes one run and direction at a time, so memory does not grow with their number: for large networks.
 
-    A trace is compiled in two halves: the gradient, which is the same for all directions, and what a direction adds.
+    A trace is compiled in two halves: the gradient, which all directions share, and the rest, which depends on the
+    direction.
     """
 
     _compared = 1, 1
@@ -118,7 +119,7 @@ class CompiledAlone(Compiled):
     def gradient(
         self, batch: StepBatch, theta: Tensor, buffers: ByName, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return super(Stacked, self).gradient(batch, theta, buffers, weights)  # autograd's is as fast
+        return super(Stacked, self).gradient(batch, theta, buffers, weights)  # autograd is as fast
 
     @override
     def _shapes(self, arguments: Sequence[Tensor]) -> Sequence[torch.Size]:
@@ -150,13 +151,13 @@ def _compile(graph: GraphModule) -> Callable[..., list[Tensor]]:
 
 
 def _halves(trace: Trace, arguments: Sequence[Tensor]) -> tuple[GraphModule, GraphModule]:
-    """Split the graph of a trace in what depends on a direction, and what it needs of the rest.
+    """Split the graph of a trace into a part that all directions share and a part that depends on the direction.
 
-    The first half takes all other arguments, and returns those and the results that the second takes, the direction
-    last.
+    The first half takes all arguments except the direction. It returns the arguments and intermediate results that the
+    second half needs; the second half takes these, followed by the direction.
     """
     shared, along = trace.of_one(arguments, 0, 0)
-    whole = functional(trace.graph, [*shared, *along])  # nothing may change in place what the next direction needs
+    whole = functional(trace.graph, [*shared, *along])  # in-place changes would corrupt the next direction
     nodes = list(whole.graph.nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
     late = set(inputs[len(shared) :])
@@ -184,7 +185,7 @@ def _one_by_one(
     second: Callable[..., list[Tensor]],
     arguments: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Return the results of a trace's halves for all runs and directions."""
+    """Run the two halves of a trace for all runs and directions, one at a time."""
     runs, queries = arguments[-1].shape[:2]
     results: list[Tensor] = []
     for run in range(runs):

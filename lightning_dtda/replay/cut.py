@@ -1,10 +1,9 @@
-r"""Where the weights of examples act: at the tensors nearest the loss that still have one row for each example.
+r"""Where example weights act: at the tensors closest to the loss that still have one row per example.
 
 .. math:: g(\theta, w) = \sum_z J_z(\theta)^\top \left(w \odot \frac{\partial L}{\partial z}\right)
 
-The tensors z are found by walking back from the loss through the graph of autograd: the first tensor on each path with
-an axis that runs over the examples ends the path. Which axis that is follows from what becomes of its length when an
-example is left out.
+The tensors z are found by walking back from the loss through the autograd graph: each path ends at the first tensor
+with an axis over the examples. That axis is identified by how its length changes when an example is left out.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ from lightning_dtda.compatibility import shapes_out_of
 from lightning_dtda.errors import ReplayError
 
 _AGREEING = 3
-"""Losses of other batches that have to agree on the axis over examples: padding may shrink with the example left
-out."""
+"""Number of losses of other batches that must agree on the axis over examples. One is not enough: padding may shrink
+along with the example left out."""
 
 _MOST_REPEATS = 8
-"""Rows that an example may have in a tensor: views, crops, positive and negative partners."""
+"""Maximum number of rows per example in a tensor: views, crops, positive and negative pairs."""
 
 Edge = tuple[Any, int]
-"""A tensor in the graph: the node that made it, and which of the node's outputs it is."""
+"""A tensor in the graph: the node that produced it, and the index of the node's output."""
 
 
 class Rows(NamedTuple):
-    """How the examples of a batch lie in a tensor.
+    """How the examples of a batch are laid out in a tensor.
 
     Args:
-        axis: The one over examples.
-        repeats: How many rows each example has along it: the views of a contrastive loss, say.
-        is_blocked: Whether the first rows of all examples come before their second ones.
+        axis: Axis over examples.
+        repeats: Number of rows per example along that axis, e.g. the views of a contrastive loss.
+        is_blocked: Whether the first rows of all examples come before the second rows, and so on.
     """
 
     axis: int
@@ -47,13 +46,13 @@ class Rows(NamedTuple):
     is_blocked: bool = True
 
     def spread(self, weights: Tensor) -> Tensor:
-        """Return the weights of examples ``(B,)`` as those of rows."""
+        """Expand example weights ``(B,)`` to row weights ``(B * repeats,)``."""
         if self.repeats == 1:
             return weights
         return weights.repeat(self.repeats) if self.is_blocked else weights.repeat_interleave(self.repeats)
 
     def of_examples(self, rows: Tensor, examples: int) -> Tensor:
-        """Return rows ``(B * repeats, ...)`` example by example ``(B, ...)``."""
+        """Group rows ``(B * repeats, ...)`` by example ``(B, ...)``."""
         if self.repeats == 1:
             return rows
         shape = (self.repeats, examples) if self.is_blocked else (examples, self.repeats)
@@ -65,10 +64,10 @@ class CutTensor(NamedTuple):
     """One of the tensors z of a graph.
 
     Args:
-        node: Of the graph.
-        output: Which of the node's outputs.
-        rows: How the examples lie in it.
-        users: What of the loss is made of it: nodes, and which of their inputs it is.
+        node: Node that produced the tensor.
+        output: Index of the node's output.
+        rows: Layout of the examples in the tensor.
+        users: Nodes on the way to the loss that use the tensor, each with the index of its input.
     """
 
     node: Any
@@ -78,18 +77,18 @@ class CutTensor(NamedTuple):
 
 
 class UnknownGraphError(Exception):
-    """A graph is none of those whose cut is known."""
+    """The cut of a graph is not known."""
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """What was found at a tensor on the way back from the loss.
+    """Description of a tensor on the way back from the loss.
 
     Args:
-        name: Of the node that made it.
-        output: Which of the node's outputs it is.
-        ndim: Number of its dimensions.
-        rows: How the examples lie in it, where the way ends; ``None`` where it goes on.
+        name: Name of the node that produced the tensor.
+        output: Index of the node's output.
+        ndim: Number of dimensions.
+        rows: Layout of the examples if the path ends here; ``None`` if it continues.
     """
 
     name: str
@@ -99,10 +98,10 @@ class _Mark:
 
 
 class Cuts:
-    """The cuts of all graphs that a module's loss came with so far.
+    """The cuts of all graphs of a module's loss seen so far.
 
-    Batches of other sizes and lengths have the same graph; a module that takes another way, by the values in its batch
-    or at random, has another one.
+    The graph is the same for batches of all sizes and lengths. It differs if the module branches on the values in a
+    batch or at random.
     """
 
     def __init__(self) -> None:
@@ -112,11 +111,11 @@ class Cuts:
         """Return the tensors z of a loss.
 
         Args:
-            loss: With its graph.
-            examples: B, the number of examples in the batch.
+            loss: Loss with its graph.
+            examples: Number of examples B in the batch.
 
         Raises:
-            UnknownGraphError: If no such graph was seen.
+            UnknownGraphError: If no such graph has been seen.
         """
         for marks in reversed(self._known):
             with suppress(UnknownGraphError):
@@ -124,14 +123,14 @@ class Cuts:
         raise UnknownGraphError
 
     def learn(self, loss: Tensor, examples: int, others: Iterable[tuple[Tensor, int]], name: str) -> list[CutTensor]:
-        """Find the tensors z of a loss, from its graph beside those of other batches.
+        """Find the tensors z of a loss by comparing its graph with those of other batches.
 
         Args:
-            loss: Of the batch.
-            examples: B.
-            others: Losses of the same batch with one example less, or more, and their numbers of examples. Those that
-                have another graph are passed over; of the others a few are enough.
-            name: What errors call the module.
+            loss: Loss of the batch.
+            examples: Number of examples B in the batch.
+            others: Losses of the same batch with one example fewer or more, each with its number of examples. Losses
+                with a different graph are skipped; a few with the same graph are enough.
+            name: Name of the module for error messages.
 
         Raises:
             ReplayError: If no other loss has the same graph, or no tensor has a row for each example.
@@ -149,25 +148,25 @@ class Cuts:
                 break
         if len(losses) == 1:
             raise ReplayError(
-                f"{name}.training_step takes another way whenever an example is left out ({'; '.join(sorted(ways))}), "
-                "so that which part of its loss belongs to which example cannot be told. Let it do the same for "
-                "batches of any size."
+                f"{name}.training_step runs different operations whenever the batch has one example fewer or more "
+                f"({'; '.join(sorted(ways))}), so it cannot be determined which part of the loss belongs to which "
+                "example. Make training_step run the same operations for batches of any size."
             )
         marks, cut = _compare(losses, sizes, 1)
         if not cut:
             marks, cut = _compare(losses, sizes, _MOST_REPEATS)
         if not cut:
             raise ReplayError(
-                f"No tensor on the way to the loss of {name}.training_step has a row for each example, so that "
-                "removing one has no meaning: a loss over the nodes of a graph or over windows of series, say, whose "
-                "examples are no rows; or of a batch from which the collate_fn leaves examples out. Let training_step "
-                "compute a number for each example, and return their mean or sum."
+                f"No tensor on the way to the loss of {name}.training_step has a row for each example, so removing an "
+                "example is not defined. This happens if examples are not rows (nodes of a graph, windows of a time "
+                "series, say) or if the collate_fn leaves examples out. Make training_step compute a number for each "
+                "example and return their mean or sum, and make the collate_fn keep all examples."
             )
         self._known.append(marks)
         return cut
 
     def interleave(self) -> None:
-        """Take the rows of examples in the graph that was learned last for interleaved."""
+        """Mark the rows of examples as interleaved in the most recently learned graph."""
         self._known[-1] = [
             mark if mark.rows is None else replace(mark, rows=mark.rows._replace(is_blocked=False))
             for mark in self._known[-1]
@@ -175,15 +174,15 @@ class Cuts:
 
 
 def walk(starts: Sequence[tuple[Edge, ...]], look: Callable[[tuple[Edge, ...]], Rows | None]) -> list[CutTensor]:
-    """Walk back through graphs in step, to the first tensor on each path at which a way ends.
+    """Walk back through several graphs in parallel, until each path ends.
 
     Args:
-        starts: Where to begin: a tensor in each of the graphs.
-        look: Given a tensor in each of the graphs, says how the examples lie in it where the way ends; ``None`` lets it
-            go on.
+        starts: Starting points, each one tensor per graph.
+        look: Function that takes corresponding tensors, one per graph, and returns the layout of their examples to end
+            the path, or ``None`` to continue.
 
     Returns:
-        The tensors of the first graph at which ways end.
+        The tensors of the first graph at which the paths end.
     """
     cut: list[CutTensor] = []
     walks: list[tuple[tuple[Edge, ...], Edge]] = [(start, (None, 0)) for start in starts]
@@ -206,15 +205,15 @@ def walk(starts: Sequence[tuple[Edge, ...]], look: Callable[[tuple[Edge, ...]], 
 
 
 def _compare(losses: Sequence[Tensor], sizes: Sequence[int], most: int) -> tuple[list[_Mark], list[CutTensor]]:
-    """Walk back from losses in step, and see from the lengths of axes how the examples lie in each tensor.
+    """Walk back from losses in parallel, and infer the layout of examples in each tensor from the lengths of its axes.
 
     Args:
         losses: The losses.
-        sizes: Their numbers of examples.
-        most: How many rows an example may have.
+        sizes: Number of examples of each loss.
+        most: Maximum number of rows per example.
 
     Returns:
-        What was found at each tensor on the way, and the tensors z of the first loss.
+        A description of each tensor on the way, and the tensors z of the first loss.
 
     Raises:
         UnknownGraphError: If the graphs differ.
@@ -237,7 +236,7 @@ def _compare(losses: Sequence[Tensor], sizes: Sequence[int], most: int) -> tuple
 
 
 def _rows(shapes: Sequence[Sequence[int]], sizes: Sequence[int], most: int) -> Rows | None:
-    """Return the axis over examples: the only one whose length is a multiple of their number in every graph."""
+    """Return the axis over examples: the only one whose length is the same multiple of the batch size in all graphs."""
     if len({len(shape) for shape in shapes}) != 1:
         return None
     for repeats in range(1, most + 1):
@@ -252,10 +251,10 @@ def _rows(shapes: Sequence[Sequence[int]], sizes: Sequence[int], most: int) -> R
 
 
 def _follow(loss: Tensor, marks: Sequence[_Mark], examples: int) -> list[CutTensor]:
-    """Walk back from a loss along what was found for another one.
+    """Walk back from a loss along the tensors that were found for another loss.
 
     Raises:
-        UnknownGraphError: If it is not the same graph.
+        UnknownGraphError: If the graphs differ.
     """
     remaining = iter(marks)
 
@@ -277,11 +276,12 @@ def _follow(loss: Tensor, marks: Sequence[_Mark], examples: int) -> list[CutTens
 
 @contextmanager
 def changed_at(cut: Sequence[CutTensor], change: Callable[[int, CutTensor, Tensor], Tensor]) -> Iterator[None]:
-    """Change the gradients that arrive at the tensors z, whenever a gradient is computed inside.
+    """Replace the gradients that arrive at the tensors z in every backward pass inside this context.
 
     Args:
-        cut: The tensors.
-        change: Given a tensor's number, itself and the gradient that arrives, returns what goes on.
+        cut: The tensors z.
+        change: Function that takes a tensor's number, the tensor and the gradient that arrives, and returns the
+            gradient to propagate.
     """
     of_nodes: dict[Any, list[tuple[int, CutTensor]]] = {}
     for number, tensor in enumerate(cut):
@@ -303,9 +303,10 @@ def changed_at(cut: Sequence[CutTensor], change: Callable[[int, CutTensor, Tenso
 
 @contextmanager
 def weighed(cut: Sequence[CutTensor], weights: Tensor) -> Iterator[None]:
-    """Let the weights of examples ``(B,)`` act inside: each row of a gradient that goes to a tensor z is multiplied.
+    """Apply example weights ``(B,)`` in every backward pass inside: multiply the rows of gradients flowing into z.
 
-    On its way from the loss: what comes by another tensor z, which is made of this one, has been multiplied before.
+    Only gradients that come straight from the loss are multiplied: those that pass through another tensor z, computed
+    from this one, have been multiplied already.
     """
 
     def weigh(gradient: Tensor, rows: Rows) -> Tensor:
@@ -330,7 +331,7 @@ def weighed(cut: Sequence[CutTensor], weights: Tensor) -> Iterator[None]:
 
 
 def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """Yield the nodes of the graph of some tensors, each once."""
+    """Yield each node in the graph of some tensors once."""
     nodes: list[Any] = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
     seen = set(nodes)
     while nodes:
@@ -342,12 +343,12 @@ def nodes_behind(tensors: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def edges_of(cut: Sequence[CutTensor]) -> list[torch.autograd.graph.GradientEdge]:
-    """Return the tensors z as what derivatives can be taken by."""
+    """Return the tensors z as graph edges, with respect to which ``torch.autograd.grad`` can differentiate."""
     return [torch.autograd.graph.GradientEdge(tensor.node, tensor.output) for tensor in cut]
 
 
 def zeros(found: Tensor | None, like: Tensor) -> Tensor:
-    """Return a derivative, zeros where nothing depends on what it is by."""
+    """Return a derivative, or zeros like ``like`` if it is ``None``."""
     return torch.zeros_like(like) if found is None else found
 
 
@@ -358,12 +359,12 @@ def derivative(
     *,
     retain_graph: bool = True,
 ) -> list[Tensor]:
-    r"""Return :math:`\partial \langle y, v \rangle / \partial x`, zeros where nothing depends on what it is by.
+    r"""Return :math:`\partial \langle y, v \rangle / \partial x`, with zeros where y does not depend on x.
 
     Args:
-        outputs: y; what has no graph is a constant.
-        along: v, one tensor for each of y.
-        inputs: x.
+        outputs: Tensors y; those without a graph count as constants.
+        along: Direction v, one tensor for each of y.
+        inputs: Tensors x.
         retain_graph: Whether the graph is needed afterwards.
     """
     pairs = [(one, v) for one, v in zip(outputs, along, strict=True) if one is not None and one.requires_grad]

@@ -1,4 +1,4 @@
-"""How far a replay is from its record, and where it is no replay any more."""
+"""How far a replay is from its record, and when it no longer counts as a replay."""
 
 from __future__ import annotations
 
@@ -13,46 +13,48 @@ from lightning_dtda.replay.kernels import rounds_products
 from lightning_dtda.trajectory import Run
 
 _ROUNDING_STEPS = 16
-"""Units in the last place that a step may lose: a replay on other kernels than the training's rounds differently."""
+"""Rounding allowed per step, in units in the last place: a replay with other kernels rounds differently."""
 
 
 _KINKS = 1e-2
-"""How far, relatively, a gradient may be from its record by inputs that other kernels put on the other side of a kink.
+"""Largest relative difference of a gradient that kinks can explain: other kernels may round an input to the other side.
 
-A GPT of 0.8 million parameters had 1.3e-3. More is something else, dropout that other kernels draw otherwise, say."""
+A GPT of 0.8 million parameters reached 1.3e-3. Anything larger has another cause, such as dropout that other kernels
+draw differently."""
 
 
 _OTHER_PRECISION = 4e-3
-"""How much further from the record, relative to the distance travelled, a replay in another precision may come.
+"""Additional tolerance, relative to the distance travelled, for a replay in another precision.
 
-Inputs close to a kink fall on its other side. The GPT came to 8e-4 over segments of 8 steps with AdamW; a changed label
-in a batch of 64 is ten times as far or more."""
+Inputs close to a kink fall on its other side. The GPT reached 8e-4 over segments of 8 steps with AdamW; a changed label
+in a batch of 64 causes at least ten times that."""
 
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-"""What parts of a training with mixed precision were computed in. Replays do not round so coarsely."""
+"""Data type of the low-precision parts of a training with mixed precision. Replays do not round that coarsely."""
 
 
 _TEN_BITS = 2.0**-10
-"""Unit in the last place of products that GPUs round (TF32)."""
+"""Unit in the last place of products that GPUs round to ten bits (TF32)."""
 
 
 _REASONS = (
-    "The data or the module changed, or training_step depends on something that is not recorded; or the data set is "
-    'random, for which there is TrajectoryRecorder(batches="store").'
+    "The data or the module changed, or training_step depends on something that is not recorded. If the data set is "
+    'random, record again with TrajectoryRecorder(batches="store").'
 )
 
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the replay of a run was from its record, at the worst.
+    """Largest deviations of the replay of a run from its record.
 
     Args:
-        parameters: Distance between rebuilt and recorded parameters at the end of a segment, over the norm of the
-            latter; both multiplied by what the optimizer divides gradients by, where it does. Under Adam, say, rounding
-            alone moves a parameter whose gradient is close to zero, and so its difference counts little.
-        gradients: Largest distance between a recomputed and the recorded gradient, over the latter's norm; ``None``
-            where no gradients were recorded.
+        parameters: Largest distance between rebuilt and recorded parameters at the end of a segment, divided by the
+            norm of the recorded ones. If the optimizer divides gradients by something, both are multiplied by it first:
+            with Adam, for example, rounding alone moves a parameter whose gradient is close to zero, so its
+            difference should count little.
+        gradients: Largest distance between a recomputed and the recorded gradient, divided by the norm of the recorded
+            one; ``None`` if no gradients were recorded.
     """
 
     parameters: float
@@ -61,14 +63,15 @@ class Drift:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What was recorded of a stretch of steps of R runs, to compare a replay with.
+    """The record of a range of steps of R runs, to compare a replay with.
 
     Args:
-        first: The first step.
-        last: The step after the last.
+        first: First step.
+        last: Step after the last.
         start: Parameters that the replay started from ``(runs, P)``.
-        end: Those that the training came to.
-        preconditioner: What the optimizer multiplied gradients by at the end ``(runs, P)``; ``None`` for one.
+        end: Recorded parameters at the end ``(runs, P)``.
+        preconditioner: Factors by which the optimizer multiplied gradients at the end ``(runs, P)``; ``None`` for
+            ones.
     """
 
     first: int
@@ -78,10 +81,10 @@ class Recorded:
     preconditioner: Tensor | None = None
 
     def distances(self, rebuilt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return norms ``(runs,)``: of the difference at the end, the distance travelled, and the parameters."""
+        """Return the norms ``(runs,)`` of the difference at the end, the distance travelled, and the parameters."""
         found = [rebuilt - self.end, self.end - self.start, self.end]
         if self.preconditioner is not None:
-            # in units of the gradient; those of the largest one
+            # in units of the gradient, scaled so that the largest factor is 1
             scale = self.preconditioner.reciprocal()
             scale = scale / scale.amax(1, keepdim=True).clamp_min(torch.finfo(scale.dtype).tiny)
             found = [part * scale for part in found]
@@ -90,17 +93,17 @@ class Recorded:
 
 
 class Comparison:
-    """Compares what a replay of stacked runs computes with what was recorded, and keeps the largest differences.
+    """Compares a replay of stacked runs with its record, and keeps the largest differences.
 
     Args:
-        names: What errors call each of R runs.
-        precision: The Trainer's.
-        recorded: Data type of the training's parameters.
-        gradients: Data type of the gradients to compare with; ``None`` where there are none.
-        tolerance: As for :class:`~lightning_dtda.replay.Replay`.
-        dtype: Of the replay.
-        device: Of the replay.
-        reasons: Why a replay may differ, for errors.
+        names: Name of each of R runs for error messages.
+        precision: Precision of the Trainer.
+        recorded: Data type of the recorded parameters.
+        gradients: Data type of the recorded gradients; ``None`` if there are none.
+        tolerance: Tolerance as for :class:`~lightning_dtda.replay.Replay`.
+        dtype: Data type of the replay.
+        device: Device of the replay.
+        reasons: Possible reasons for a difference, and what to do about them, for error messages.
     """
 
     def __init__(
@@ -140,22 +143,22 @@ class Comparison:
 
     @property
     def drift(self) -> tuple[Drift, ...]:
-        """How far each run's replay was from its record so far."""
+        """Largest deviation of each run's replay from its record so far."""
         gradients = self._gradient_drift.tolist() if self._records_gradients else [None] * len(self._names)
         return tuple(map(Drift, self._parameter_drift.tolist(), gradients))
 
     def reproduced(self, recorded: Recorded, rebuilt: Tensor) -> Tensor:
-        """Whether the parameters that a replay came to ``(runs, P)`` are off by rounding only ``(runs,)``."""
+        """Return whether rebuilt parameters ``(runs, P)`` match the record up to rounding ``(runs,)``."""
         difference, travelled, size = recorded.distances(rebuilt)
         rounding = _ROUNDING_STEPS * (recorded.last - recorded.first) ** 0.5 * torch.finfo(self._recorded_dtype).eps
         # false for a NaN too
         return difference <= self._of_parameters * travelled + rounding * size
 
     def parameters(self, recorded: Recorded, rebuilt: Tensor) -> None:
-        """Compare the parameters that a replay came to ``(runs, P)`` with those of the training.
+        """Compare rebuilt parameters ``(runs, P)`` with the recorded ones.
 
         Raises:
-            ReplayError: If they differ by more than rounding, naming the run.
+            ReplayError: If they differ by more than rounding. The message names the run.
         """
         difference, travelled, size = recorded.distances(rebuilt)
         relative = difference / size.clamp_min(torch.finfo(self._recorded_dtype).eps)
@@ -165,24 +168,25 @@ class Comparison:
             number = int((~within).nonzero()[0])
             raise ReplayError(
                 f"{self._names[number]} is not reproduced between step {recorded.first} and step {recorded.last}: "
-                f"parameters differ by {difference[number]:.2g} after travelling {travelled[number]:.2g} (tolerance "
-                f"{self._of_parameters:g} of that). {self._reasons}"
+                f"the parameters differ by {difference[number]:.2g} after travelling {travelled[number]:.2g} "
+                f"(tolerance: {self._of_parameters:g} of that distance). {self._reasons}"
             )
 
     def gradient(
         self, step: int, computed: Tensor, expected: Tensor, again: Callable[[], Tensor] | None = None
     ) -> None:
-        """Compare the gradient of a step ``(runs, P)`` with what it should be.
+        """Compare the gradient of a step ``(runs, P)`` with its expected value.
 
         Args:
-            step: t.
-            computed: The gradient, by kernels that can be differentiated twice.
-            expected: What it should be.
-            again: Computes it by the kernels of the training. Others round otherwise, which may put an input on the
-                other side of a kink (of a ReLU, say), from where on the two differ by more than rounding.
+            step: Step t.
+            computed: Gradient computed with kernels that can be differentiated twice.
+            expected: Expected gradient.
+            again: Function that recomputes the gradient with the kernels of the training. Other kernels round
+                differently, which may put an input on the other side of a kink (of a ReLU, say) and make the gradients
+                differ by more than rounding.
 
         Raises:
-            ReplayError: If they differ by more than rounding, naming the run.
+            ReplayError: If they differ by more than rounding. The message names the run.
         """
         relative, within = self._within(computed, expected)
         if not within and again is not None and bool((relative <= _KINKS).all()):
@@ -196,9 +200,9 @@ class Comparison:
             )
 
     def _within(self, computed: Tensor, expected: Tensor) -> tuple[Tensor, bool]:
-        """Return the relative differences ``(runs,)``, and whether all of them are rounding."""
+        """Return the relative differences ``(runs,)``, and whether all of them are within rounding."""
         difference, size = (computed - expected).norm(dim=1), expected.norm(dim=1)
-        # where a gradient vanishes, what rounding leaves of it has no direction to compare
+        # a gradient that vanishes leaves only rounding noise, whose direction is meaningless
         floor = torch.finfo(self._recorded_dtype).eps
         within = bool((difference <= (self._tolerance + self._stored_eps) * size + floor).all())
         return difference / size.clamp_min(floor), within

@@ -1,4 +1,4 @@
-"""A step's derivatives in plain eager autograd, one run and one direction at a time: the reference, for any module."""
+"""Derivatives of a step in plain eager autograd, one run and direction at a time: the reference, for any module."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lightning_dtda.replay.running_statistics import RunningStatistics
 from lightning_dtda.replay.steps import ByName, MicroBatchInputs, StepBatch
 
 _Observed: TypeAlias = tuple[Tensor, list[Tensor]]
-"""Terms of the examples of a batch, and the gradients that arrive at their rows."""
+"""The terms of a batch's examples, and the gradients that arrive at their rows."""
 
 _IN_DOUBLE = 1e-8
-"""Relative difference of two derivatives in double that is taken for rounding."""
+"""Largest relative difference between two derivatives in double precision that counts as rounding."""
 
 
 class Products(NamedTuple):
-    r"""What a step's adjoint needs, for R runs and Q directions.
+    r"""What the adjoint of a step needs, for R runs and Q directions.
 
     Args:
-        terms: :math:`d_n = \partial_{w_n} \langle g, v \rangle` ``(runs, queries, B)``, with the coefficient that the
-            example has in the step's loss.
+        terms: Terms :math:`d_n = \partial_{w_n} \langle g, v \rangle` ``(runs, queries, B)``, including the coefficient
+            of the example in the step's loss.
         products: :math:`H v + \nabla_\theta \langle \mu, F \rangle` ``(runs, queries, P)``.
-        statistics_cotangents: Of the running statistics before the step, each ``(runs, queries, ...)``.
-        gradient: g ``(runs, P)``.
+        statistics_cotangents: Cotangents of the running statistics before the step, each ``(runs, queries, ...)``.
+        gradient: Gradient g ``(runs, P)``.
     """
 
     terms: Tensor
@@ -47,7 +47,7 @@ class Eager:
     """Computes the derivatives of steps.
 
     Args:
-        replica: The module.
+        replica: Copy of the user's module.
     """
 
     def __init__(self, replica: Replica) -> None:
@@ -55,18 +55,18 @@ class Eager:
         self.statistics = RunningStatistics(replica.module)
         self.cuts = Cuts()
 
-    # -- of stacked runs
+    # -- stacked runs
 
     def gradient(
         self, batch: StepBatch, theta: Tensor, buffers: ByName, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""Return the gradient g of a step ``(runs, P)`` with weights of examples, and the updated buffers after it.
+        r"""Return the gradient g of a step ``(runs, P)`` with example weights, and the updated buffers after it.
 
         Args:
-            batch: The step.
+            batch: Batch of the step.
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters, each ``(runs, ...)``.
-            weights: w ``(runs, B)``; ones if not given.
+            weights: Example weights w ``(runs, B)``; ones if not given.
         """
         gradients, after = [], []
         names = self.replica.circumstances.updated_buffers
@@ -90,11 +90,11 @@ class Eager:
         """Differentiate a step's gradient along directions v ``(runs, queries, P)``.
 
         Args:
-            batch: The step.
+            batch: Batch of the step.
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters, each ``(runs, ...)``.
-            directions: v.
-            statistics_cotangents: Of the running statistics after the step, each ``(runs, queries, ...)``.
+            directions: Directions v ``(runs, queries, P)``.
+            statistics_cotangents: Cotangents of the running statistics after the step, each ``(runs, queries, ...)``.
         """
         runs, queries, _ = directions.shape
         terms = directions.new_zeros(runs, queries, batch.size)
@@ -111,7 +111,7 @@ class Eager:
                         )
                         is_last = query == queries - 1
                         curved, of_examples, of_statistics = one.products(direction, cotangents, is_last=is_last)
-                        if products is None:  # not before: where there is one query, the graph is gone by now
+                        if products is None:  # not earlier: with a single query, the graph has been freed by now
                             products = torch.zeros_like(directions)
                         products[run, query] += self.replica.layout.flatten(curved)
                         del curved
@@ -127,14 +127,14 @@ class Eager:
     def statistics_along(
         self, batch: StepBatch, theta: Tensor, buffers: ByName, tangents: Tensor, before: ByName
     ) -> dict[str, Tensor]:
-        """Return how running statistics change along tangents of the parameters, and along their own before the step.
+        """Return the tangents of the running statistics after a step, each ``(runs, removals, ...)``.
 
         Args:
-            batch: The step.
+            batch: Batch of the step.
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters, each ``(runs, ...)``.
-            tangents: Of the parameters ``(runs, removals, P)``.
-            before: Of the running statistics, each ``(runs, removals, ...)``.
+            tangents: Tangents of the parameters ``(runs, removals, P)``.
+            before: Tangents of the running statistics before the step, each ``(runs, removals, ...)``.
         """
         if not before:
             return {}
@@ -151,7 +151,7 @@ class Eager:
                             after[name][run, removal] = tangent
         return after
 
-    # -- of one pass
+    # -- one pass
 
     @contextmanager
     def passed(
@@ -164,14 +164,14 @@ class Eager:
         create_graph: bool = True,
         training: bool = True,
     ) -> Iterator[Pass]:
-        """Run ``training_step`` for a micro-batch of a run; the pass is there as long as the context.
+        """Run ``training_step`` for a micro-batch of a run; the pass is valid only inside the context.
 
         Args:
-            inputs: The micro-batch.
+            inputs: Inputs of the micro-batch.
             theta: Parameters ``(P,)``.
             buffers: Buffers and frozen parameters by name.
-            weights: w ``(B,)``; ones if not given.
-            create_graph: Whether derivatives of the gradient will be asked for.
+            weights: Example weights w ``(B,)``; ones if not given.
+            create_graph: Whether the gradient will be differentiated.
             training: Whether the module is in training mode.
         """
         replica = self.replica
@@ -189,7 +189,7 @@ class Eager:
         create_graph: bool,
         training: bool = True,
     ) -> Pass:
-        """Run ``training_step`` with the parameters and buffers that the module holds."""
+        """Run ``training_step`` with the module's current parameters and buffers."""
         weights = parameters[0].new_ones(inputs.examples) if weights is None else weights
         names = self.statistics.names if training else []
         before = {name: buffers[name].detach().requires_grad_(create_graph) for name in names}
@@ -201,14 +201,17 @@ class Eager:
         return Pass(loss, self.cut(loss, inputs), parameters, weights, before, after, create_graph)
 
     def cut(self, loss: Tensor, inputs: MicroBatchInputs) -> list[CutTensor]:
-        """Return the tensors at which weights act; found by leaving examples out where the graph is a new one.
+        """Return the tensors at which weights act. For a new graph, they are found by leaving examples out.
 
         Raises:
-            ReplayError: If there are none, or something else of the gradient depends on the examples.
+            ReplayError: If there are none, or if another part of the gradient depends on the examples.
         """
         name = type(self.replica.module).__name__
         if loss.grad_fn is None:
-            raise ReplayError(f"The loss of {name}.training_step does not depend on the trained parameters.")
+            raise ReplayError(
+                f"The loss of {name}.training_step does not depend on the trained parameters. Compute it without "
+                "detach() or torch.no_grad(), and do not freeze all parameters that it depends on."
+            )
         with suppress(UnknownGraphError):
             return self.cuts.find(loss, inputs.examples)
         tried: list[tuple[Tensor, int]] = []
@@ -221,27 +224,27 @@ class Eager:
         return cut
 
     def _others(self, inputs: MicroBatchInputs, tried: list[tuple[Tensor, int]]) -> Iterator[tuple[Tensor, int]]:
-        """Yield the losses of batches with one example less or more, and note them."""
+        """Yield the losses of batches with one example fewer or more, and append them to ``tried``."""
         name = type(self.replica.module).__name__
         failed: Exception | None = None
         for changed in inputs.less_or_more():
             batch = changed.batch()
             try:
                 other = self.replica.training_loss(batch, inputs.time, inputs.states)
-            except Exception as error:  # whatever the user's code does with a batch of another size
+            except Exception as error:  # the user's code may raise anything for a batch of another size
                 failed = error
                 continue
             tried.append((other, changed.examples))
             yield tried[-1]
         if not tried:
             raise ReplayError(
-                f"{name}.training_step fails for a batch with an example less or more than {inputs.examples} "
-                f"({type(failed).__name__}: {failed}), which is tried to learn which part of the loss belongs to which "
-                "example. Let it take batches of any size."
+                f"{name}.training_step fails for a batch with one example fewer or more than {inputs.examples} "
+                f"({type(failed).__name__}: {failed}). Such batches are needed to find out which part of the loss "
+                "belongs to which example. Make training_step accept batches of any size."
             ) from failed
 
     def _are_interleaved(self, loss: Tensor, cut: list[CutTensor], inputs: MicroBatchInputs) -> bool:
-        """Whether the rows of an example lie beside each other: those change that its replacement changes."""
+        """Return whether the rows of an example are adjacent, judged by which rows change when it is replaced."""
         direction = self._parameters(_direction(self.replica.layout.flatten(self.replica.parameters)))
         for position, replaced in inputs.replaced():
             other = self.replica.training_loss(replaced.batch(), inputs.time, inputs.states)
@@ -261,7 +264,7 @@ class Eager:
         return False
 
     def _check_beyond(self, losses: Sequence[tuple[Tensor, int]], cut: list[CutTensor]) -> None:
-        """Refuse a gradient that depends on the examples otherwise than by the rows at which weights act."""
+        """Refuse a gradient that depends on the examples other than through the rows at which weights act."""
         replica = self.replica
         found = []
         for number, (loss, size) in enumerate(losses):
@@ -285,10 +288,10 @@ class Eager:
                 depends = any(slope is not None and bool(slope.any()) for slope in slopes)
             if depends:
                 raise ReplayError(
-                    f"The gradient of parameter {name} depends on the examples of a batch, but on none of them "
-                    "alone: it weighs what was summed over all of them (a learned weight between two losses, a "
-                    "temperature of their similarities). Each example's part in it is not defined. Freeze the "
-                    "parameter, or use it before the sum over examples."
+                    f"The gradient of parameter {name} cannot be divided among the examples of a batch, because the "
+                    "parameter acts on what was already summed over all of them (a learned weight between two losses, "
+                    "a temperature of their similarities). Freeze the parameter, or use it before the sum over "
+                    "examples."
                 )
 
     def _parameters(self, vector: Tensor) -> list[Tensor]:
@@ -296,22 +299,22 @@ class Eager:
 
 
 def sharing(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName) -> dict[str, str]:
-    """Say what the examples of a batch share, and how the loss is reduced over them.
+    """Determine what the examples of a batch share, and how the loss is reduced over them.
 
     Args:
-        eager: Runs the step.
-        inputs: The batch.
+        eager: Eager implementation that runs the passes.
+        inputs: Inputs of the batch.
         theta: Parameters ``(P,)``.
         buffers: Buffers and frozen parameters by name.
 
     Returns:
-        What they share in ``training`` and in ``evaluation`` mode: ``"none"``, their ``"network"`` or their ``"loss"``.
-        And the ``reduction`` in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``.
+        What the examples share in ``training`` and in ``evaluation`` mode: ``"none"``, ``"network"`` or ``"loss"``; and
+        the ``reduction`` in evaluation mode: ``"mean"``, ``"sum"`` or ``"other"``.
     """
     direction = _direction(theta)
     training, evaluation = (_observed(eager, inputs, theta, buffers, direction, mode) for mode in (True, False))
     found = _shared(eager, inputs, theta, buffers, direction, training, True)
-    # to the bit: then the module does in either mode what it does in the other, and half of the passes say the rest
+    # if equal to the bit, the module does the same in both modes, and the passes in evaluation mode can be skipped
     flat = [[terms, *arrived] for terms, arrived in (training, evaluation)]
     is_same = len(set(map(len, flat))) == 1 and all(map(torch.equal, *flat))
     return {
@@ -330,10 +333,10 @@ def _shared(
     whole: _Observed,
     training: bool,
 ) -> str:
-    """Say what examples share, of which a batch was observed.
+    """Determine what the examples of an observed batch share.
 
-    One example is put in place of another: what then changes of the others' terms, they share. In the network that is
-    BatchNorm or mixup, in the loss a divisor that depends on the batch, or a contrast.
+    One example is replaced by another. If that changes anything for the remaining examples, they share it: in the
+    network through BatchNorm or mixup, in the loss through a divisor that depends on the batch, or a contrastive loss.
     """
     tolerance = tolerated(theta.dtype, theta.device, _IN_DOUBLE)
     for position, replaced in inputs.replaced():
@@ -342,7 +345,7 @@ def _shared(
         except ReplayError:
             continue
         if [part.shape for part in whole[1]] != [part.shape for part in other[1]]:
-            continue  # padding has become shorter; with another choice it may not
+            continue  # padding became shorter; it may not for another example
         kept = torch.arange(inputs.examples, device=theta.device) != position
         if any(
             bool(((a - b)[kept]).norm() > tolerance * a[kept].norm()) for a, b in zip(whole[1], other[1], strict=True)
@@ -356,7 +359,7 @@ def _shared(
 def _reduction(
     eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, direction: Tensor, observed: _Observed
 ) -> str:
-    """Say how the loss is reduced over examples of which a batch was observed in evaluation mode."""
+    """Determine how the loss is reduced over the examples of a batch observed in evaluation mode."""
     whole, _ = observed
     tolerance = tolerated(theta.dtype, theta.device, _IN_DOUBLE)
     if inputs.examples < 2:
@@ -381,13 +384,13 @@ def _direction(theta: Tensor) -> Tensor:
 def _observed(
     eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: ByName, direction: Tensor, training: bool
 ) -> _Observed:
-    """Return the examples' terms along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
+    """Return the terms of the examples along a direction, and the gradients that arrive at their rows ``(B, ...)``."""
     with eager.passed(inputs, theta, buffers, training=training) as one:
         return one.terms(eager._parameters(direction)), one.arrived()
 
 
 def parts_of(passes: Sequence[MicroBatchInputs]) -> Iterator[tuple[slice, MicroBatchInputs]]:
-    """Yield a step's micro-batches, with where their examples stand in the step."""
+    """Yield the micro-batches of a step, each with the slice of the step's examples that it holds."""
     start = 0
     for inputs in passes:
         yield slice(start, start + inputs.examples), inputs

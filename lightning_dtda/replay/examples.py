@@ -1,4 +1,4 @@
-"""Training examples and queries, fetched by index as the training saw them."""
+"""Training examples and queries, fetched by index in the form in which the training saw them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from lightning_dtda.replay.fingerprint import reader, refuse_changed_data
 from lightning_dtda.trajectory import Run
 
 _COLLATE_CHUNK = 256
-"""Examples collated at a time while a data set is stacked: bounds the memory of the Python objects."""
+"""Number of examples to collate at a time while stacking a data set; bounds the memory of the Python objects."""
 
 _ARRAYS = (Tensor, np.ndarray, np.generic)
 
 _TABLE_LIMIT = 2 * 2**30
-"""Bytes up to which a data set is held stacked in memory; a larger one is fetched and collated step by step."""
+"""Maximum size in bytes of a data set held stacked in memory; a larger one is fetched and collated step by step."""
 
 
 class Examples:
-    """A map-style data set, and how batches are made of its examples.
+    """A map-style data set, and how its examples are collated into batches.
 
     Args:
-        dataset: Any map-style data set whose items always are the same.
-        collate_fn: What makes a batch of a list of items; the DataLoader's own.
-        loader: The DataLoader, whose workers read the examples; ``None`` reads them in this process.
-        datamodule: Whose hooks batches pass on their way to the module; ``None`` where there is none.
-        takes_lists: Whether the data set is asked for whole batches, as the loader's is if its ``batch_size`` is
-            ``None``.
-        first: Number of the first of them, where they are a stretch of others.
+        dataset: Any map-style data set that always returns the same items.
+        collate_fn: Function that collates a list of items into a batch, usually that of the DataLoader.
+        loader: DataLoader whose workers read the examples; ``None`` to read them in this process.
+        datamodule: Data module whose hooks are applied to batches on their way to the module, if there is one.
+        takes_lists: Whether the data set returns whole batches, given a list of indices. Always true if the
+            ``batch_size`` of the loader is ``None``.
+        first: Position of the first example in the whole, if these examples are a contiguous part of it.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -61,8 +61,8 @@ class Examples:
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise AttributionError(
-                f"{type(dataset).__name__} has no indices. Attribution needs a map-style data set (__getitem__ and "
-                "__len__), since removal is of examples by index."
+                f"{type(dataset).__name__} has no indices. Attribution removes examples by index, so it needs a "
+                "map-style data set (with __getitem__ and __len__)."
             )
         self.dataset = dataset
         self.collate_fn = collate_fn
@@ -70,19 +70,19 @@ class Examples:
         self.first = first
         self._loader = loader
         self.takes_lists = takes_lists or (loader is not None and loader.batch_sampler is None)
-        """Whether the data set is asked for whole batches, by lists of indices (``batch_size=None``)."""
+        """Whether the data set returns whole batches, given a list of indices (``batch_size=None``)."""
         self._compared: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def stretch(self, numbers: range) -> Examples:
-        """Return some examples that follow each other."""
+        """Return a contiguous part of the examples."""
         some, first = Subset(self.dataset, numbers), self.first + numbers.start
         return Examples(some, self.collate_fn, self._loader, self.datamodule, self.takes_lists, first)
 
     def collated(self, indices: Sequence[int]) -> Any:
-        """Return the batch of some examples."""
+        """Return the examples at these indices as a batch."""
         if self._table is not None:
             leaves, structure = self._table
             where = torch.as_tensor(indices)
@@ -91,7 +91,7 @@ class Examples:
 
     @property
     def reads_ahead(self) -> bool:
-        """Whether workers are to read batches ahead, as in the training."""
+        """Whether workers read batches ahead, as in the training."""
         return self._has_workers and self._table is None
 
     @property
@@ -99,23 +99,23 @@ class Examples:
         return self._loader is not None and self._loader.num_workers > 0
 
     def batches(self, indices: Sequence[list[int]]) -> Iterator[Any]:
-        """Yield the batches of some lists of examples, read by the workers of the training."""
+        """Yield a batch for each list of indices, read by DataLoader workers if the training used them."""
         return reader(self.dataset, self._loader, indices, self.collate_fn, as_trained=True, ahead=True)
 
     def tensors(self, indices: Tensor | slice) -> list[Tensor] | None:
-        """Return the tensors of batches of examples ``(runs, B)``, each ``(runs, B, ...)``; a slice is of one batch.
+        """Return the tensors of batches at indices ``(runs, B)``, each ``(runs, B, ...)``; a slice gives one batch.
 
-        ``None`` where batches are not made by stacking tensors.
+        Returns ``None`` if batches are not made by stacking tensors.
         """
         return None if self._table is None else [leaf[indices] for leaf in self._table[0]]
 
     @cached_property
     def _table(self) -> tuple[list[Tensor], TreeSpec] | None:
-        """All examples, stacked; ``None`` where they are not tensors of one shape, or too many to be held."""
+        """All examples, stacked; ``None`` if they are not tensors of one shape, or do not fit the memory limit."""
         if self.collate_fn is not default_collate or self.takes_lists or not len(self):
             return None
         with isolate_rng():  # items may be random
-            # twice the same, so that what an item holds cannot be taken for the dimension over examples
+            # the same item twice: a dimension of length 2 in one item cannot be mistaken for the one over examples
             first, structure = tree_flatten(self._untabled([0, 0]))
             if not all(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == 2 for leaf in first):
                 return None
@@ -127,7 +127,7 @@ class Examples:
                 parts = [tree_flatten(batch)[0] for batch in read]
                 return [torch.cat(leaves) for leaves in zip(*parts, strict=True)], structure
             except (RuntimeError, ValueError, TypeError):
-                return None  # the examples have not all one shape, so that some cannot be in one batch
+                return None  # the examples differ in shape
 
     def _untabled(self, indices: list[int]) -> Any:
         if self.takes_lists:
@@ -137,10 +137,10 @@ class Examples:
         return self.collate_fn([self.dataset[index] for index in indices])
 
     def refuse_changes(self, run: Run) -> None:
-        """Refuse data that are not those that a run was trained on; runs that recorded the same are compared once.
+        """Refuse data that a run was not trained on; runs with the same recorded checksums are compared once.
 
         Raises:
-            ReplayError: Naming the examples.
+            ReplayError: If the data differ. The message names the examples.
         """
         recorded = 0 if run.manifest.examples is None else run.manifest.examples["crc32"]
         if recorded not in self._compared:
@@ -149,12 +149,12 @@ class Examples:
             self._compared.add(recorded)
 
     def column(self, key: str) -> list[Any]:
-        """Return what every item of the data set has at a key of it, a tuple's position or a dictionary's key.
+        """Return the entry of every item at a key: a position in a tuple, or a key of a dictionary.
 
-        Numbers are Python's own, also those of a tensor or an array of one.
+        Tensors and arrays with a single element are converted to Python numbers.
 
         Raises:
-            LookupError: If the items have no such key; the message says which they have.
+            LookupError: If the items have no such key. The message lists the keys that they have.
         """
         with isolate_rng():  # items may be random
             values = [_entry(self.dataset[index], key) for index in range(len(self))]
@@ -163,17 +163,18 @@ class Examples:
         ]
 
     def restore(self, leaves: Sequence[Tensor]) -> Any:
-        """Return stored tensors of batches, each ``(B, ...)``, in the structure of a batch of this data set.
+        """Arrange the stored tensors of a batch, each ``(B, ...)``, in the structure of this data set's batches.
 
         Raises:
-            ReplayError: If its batches consist of other tensors.
+            ReplayError: If the batches of this data set consist of different tensors.
         """
         wanted, structure = tree_flatten(self._template)
         found = [tuple(leaf.shape[1:]) for leaf in leaves]
         if len(leaves) != len(wanted) or found != example_shapes(self._template):
             raise ReplayError(
-                f"The stored batches hold {len(leaves)} tensors, of shapes {found} for an example; those of the data "
-                f"hold {len(wanted)}, of shapes {example_shapes(self._template)}. Give the data that were trained on."
+                f"The stored batches hold {len(leaves)} tensors with shapes {found} per example; batches of the given "
+                f"data hold {len(wanted)} with shapes {example_shapes(self._template)}. Give the data that the runs "
+                "were trained on."
             )
         return tree_unflatten(list(leaves), structure)
 
@@ -198,11 +199,11 @@ def training_examples(data: LightningDataModule | LightningModule | DataLoader[A
 
 
 def query_examples(queries: DataLoader[Any] | Dataset[Any], training: Examples | None = None) -> Examples:
-    """Return the queries of a Dataset or a DataLoader, in the data set's order.
+    """Return the queries of a Dataset or a DataLoader, in the order of the data set.
 
     Args:
-        queries: The queries.
-        training: The training examples, whose ``collate_fn`` is that of a Dataset of queries too.
+        queries: Dataset or DataLoader of the queries.
+        training: Training examples. Queries given as a Dataset are collated in the same way.
 
     Raises:
         AttributionError: If ``queries`` is neither, or is empty.
@@ -214,19 +215,19 @@ def query_examples(queries: DataLoader[Any] | Dataset[Any], training: Examples |
 
 
 def query_names(queries: Examples) -> tuple[int, ...]:
-    """Return what queries are called: their indices in the data set that they are a ``Subset`` of, or their numbers."""
+    """Return the names of queries: for a ``Subset``, their indices in the original data set; else their positions."""
     dataset = queries.dataset
     return tuple(int(i) for i in dataset.indices) if isinstance(dataset, Subset) else tuple(range(len(queries)))
 
 
 def prepare_fit(data: LightningDataModule | LightningModule) -> None:
-    """Do what the Trainer does before it asks a data module for its loaders."""
+    """Call the hooks that the Trainer calls before it asks for the loaders."""
     data.prepare_data()
     data.setup("fit")
 
 
 def _entry(item: Any, key: str) -> Any:
-    """Return what an item has at a key, given as text."""
+    """Return the entry of an item at a key, given as text."""
     if isinstance(item, Mapping):
         for known in item:
             if str(known) == key:
@@ -253,5 +254,5 @@ def _examples(
         return Examples(source) if like is None else Examples(source, like.collate_fn, takes_lists=like.takes_lists)
     raise AttributionError(
         f"{argument} is a {type(source).__name__}. Give a Dataset or one DataLoader"
-        + (" or a LightningDataModule with one training DataLoader." if argument == "data" else ".")
+        + (", or a LightningDataModule with one training DataLoader." if argument == "data" else ".")
     )

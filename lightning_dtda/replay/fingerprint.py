@@ -1,4 +1,4 @@
-"""Tells whether a data set is the one that was trained on, and which examples are others."""
+"""Checks whether a data set is the one that a run was trained on, and which examples differ."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from lightning_dtda.trajectory import Run
 from lightning_dtda.trajectory.example_checksums import ExampleChecksums, list_examples
 
 _FINGERPRINT_EXAMPLES = 16
-"""Examples that a fingerprint is made of, at least, and at most twice as many: it is cheap for any data set, and does
-not depend on how fast the examples are read."""
+"""Minimum number of examples in a fingerprint; there are fewer than twice as many. A fingerprint is cheap for any data
+set, and does not depend on how fast the examples are read."""
 
 READING_SECONDS = 10.0
-"""Time in which as many examples are read as can be: all of them where they are in memory (half a million, say)."""
+"""Time limit for reading examples. If they are in memory, it is enough for all of them (half a million, say)."""
 
 _CHUNK = 16
-"""Examples that are read at a time where the data set reads several at once: few, since each may be large."""
+"""Number of examples to read at a time if the data set can read several at once: few, because each may be large."""
 
 _log = logging.getLogger(__name__)
 
 
 def dataset_fingerprint(dataset: Any) -> str:
-    """Hash evenly spaced examples of a data set; equal for equal data in the same order.
+    """Hash evenly spaced examples of a data set. The hash is the same for the same data in the same order.
 
     Example:
         >>> dataset_fingerprint([1, 2, 3]) == dataset_fingerprint([1, 3, 2])
@@ -42,7 +42,7 @@ def dataset_fingerprint(dataset: Any) -> str:
 
 
 def fingerprint_of(checksums: ExampleChecksums) -> str:
-    """Return the fingerprint of a data set of which the checksums are known."""
+    """Return the fingerprint of a data set, given its checksums."""
     of_fingerprint = checksums.values[:: coarse_stride(checksums.length) // checksums.stride]
     content = f"{checksums.length} {of_fingerprint.tolist()}"
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
@@ -55,15 +55,15 @@ def example_checksums(
     finest: int = 1,
     read: Callable[[Iterator[list[int]]], Iterator[list[int]]] | None = None,
 ) -> ExampleChecksums:
-    """Read examples, evenly spread over a data set, and return their checksums.
+    """Read evenly spaced examples of a data set and return their checksums.
 
     Args:
         dataset: Any map-style data set.
-        loader: The DataLoader of the training, where the examples are to be read as it reads them.
-        seconds: Time to read in, some :data:`READING_SECONDS` if not given. The examples of the fingerprint are read in
-            any case; after that, each time twice as many, as long as this fits the time.
+        loader: DataLoader of the training, to read the examples as it does.
+        seconds: Time limit for reading; :data:`READING_SECONDS` if not given. The examples of the fingerprint are
+            always read; after that, their number is doubled as long as time permits.
         finest: Stride at which to stop.
-        read: Yields the checksums of examples at lists of indices; :func:`reader` if not given.
+        read: Function that yields the checksums of examples at lists of indices; :func:`reader` if not given.
     """
     length = len(dataset)
     ranges: list[range] = []
@@ -92,18 +92,19 @@ def reader(
     as_trained: bool = False,
     ahead: bool = False,
 ) -> Iterator[Any]:
-    """Iterate over batches of examples at given indices, read where the training reads them.
+    """Iterate over batches of examples at given indices, read in the same kind of process as in the training.
 
-    In a worker where the training uses workers: data sets that open their file when they are first asked would
-    otherwise do so in this process, and the workers that are forked later share its position in the file.
+    If the training uses workers, the examples are read in a worker. Otherwise, a data set that opens its file on first
+    access would open it in this process, and workers forked later would share its file position.
 
     Args:
         dataset: The data set.
-        loader: The DataLoader of the training, if there is one.
+        loader: DataLoader of the training, if there is one.
         batches: Lists of indices.
-        collate_fn: What is made of a batch's items.
-        as_trained: Whether to ask the data set for whole batches where the training does (``batch_size=None``).
-        ahead: Whether all workers read as far ahead as in the training; otherwise one reads, a little at a time.
+        collate_fn: Function applied to the list of items of each batch.
+        as_trained: Whether to ask the data set for whole batches if the training does (``batch_size=None``).
+        ahead: Whether all workers read as far ahead as in the training; otherwise one worker reads, with little
+            prefetching.
     """
     takes_lists = as_trained and loader is not None and loader.batch_sampler is None
     settings: dict[str, Any] = {"batch_size": None, "sampler": batches} if takes_lists else {"batch_sampler": batches}
@@ -118,14 +119,15 @@ def reader(
 
 
 def checksums_of(items: list[Any]) -> list[int]:
-    """Return the checksums of items; a ``collate_fn``."""
+    """Return the checksums of items; used as a ``collate_fn``."""
     return list(map(item_checksum, items))
 
 
 def _spread(length: int, seconds: float, finest: int = 1) -> Iterator[range]:
-    """Yield indices of a data set: those of the fingerprint, then between them as many as there were, and so on.
+    """Yield indices of a data set: first those of the fingerprint, then those halfway between the ones so far.
 
-    It ends where the next ones would take longer than is left of the time, if they take as long as those before.
+    Each range doubles the number of indices. The iteration ends when the next range would exceed the time limit,
+    assuming that it takes as long as all before it together.
     """
     started = time.monotonic()
     stride = coarse_stride(length)
@@ -136,7 +138,7 @@ def _spread(length: int, seconds: float, finest: int = 1) -> Iterator[range]:
 
 
 def coarse_stride(length: int) -> int:
-    """Return the stride, a power of two, between the examples of the fingerprint.
+    """Return the stride between the examples of the fingerprint, a power of two.
 
     Example:
         >>> [coarse_stride(length) for length in (0, 31, 32, 50_000)]
@@ -146,24 +148,24 @@ def coarse_stride(length: int) -> int:
 
 
 def refuse_changed_data(run: Run, dataset: Any, loader: DataLoader[Any] | None = None) -> None:
-    """Refuse data that are not those that a run was trained on, by what was recorded of each example.
+    """Compare training data with the recorded checksums of a run, and refuse data that it was not trained on.
 
-    Where reading all would take too long, every second example is compared, or every fourth ...; the log says so.
+    If reading all examples would take too long, only every second, fourth, ... is compared, and a warning is logged.
 
     Args:
-        run: The run. Where it stored the batches themselves, only the length is compared.
+        run: The run. If it stored the batches themselves, only the number of examples is compared.
         dataset: The training data.
-        loader: The DataLoader of the training, where the examples are to be read as it reads them.
+        loader: DataLoader of the training, to read the examples as it does.
 
     Raises:
-        ReplayError: Naming the examples that are others.
+        ReplayError: If the data differ. The message names the examples.
         TrajectoryError: If the record is damaged.
     """
     recorded = run.manifest.configuration["dataset"]
     if len(dataset) != recorded["length"]:
         raise ReplayError(
             f"The training data have {len(dataset)} examples; {run.path} was trained on {recorded['length']}. Give "
-            "the data that were trained on."
+            "the data that the run was trained on."
         )
     if recorded["fingerprint"] is None:
         return
@@ -171,21 +173,22 @@ def refuse_changed_data(run: Run, dataset: Any, loader: DataLoader[Any] | None =
     if wanted is None:
         if recorded["fingerprint"] != dataset_fingerprint(dataset):
             raise ReplayError(
-                f"The training data are not those of {run.path}: other content, or another order. Give the data that "
-                "were trained on."
+                f"The training data are not those of {run.path}: their content or their order differs. Give the data "
+                "that the run was trained on."
             )
         return
     found = example_checksums(dataset, loader, finest=wanted.stride)
     compared = min(len(found), len(wanted))
     if changed := wanted.changed(found):
         raise ReplayError(
-            f"Example {list_examples(changed)} of the training data is not the one that {run.path} was trained on; "
-            f"{compared} of {len(dataset)} were compared. Give the data that were trained on, in the same order."
+            f"Example {list_examples(changed)} of the training data is not the one that {run.path} was trained on "
+            f"({compared} of {len(dataset)} were compared). Give the data that the run was trained on, in the same "
+            "order."
         )
     if compared < len(dataset):
         _log.warning(
-            "Every %dth training example was compared with the record, %d of %d; reading all takes too long. They are "
-            "the same.",
+            "Only every %dth training example was compared with the record (%d of %d), since reading all of them takes "
+            "too long. These are unchanged.",
             max(found.stride, wanted.stride),
             compared,
             len(dataset),

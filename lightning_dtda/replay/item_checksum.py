@@ -1,4 +1,4 @@
-"""A checksum of what a data set returns for an example, whatever it is: equal for equal values, in every process."""
+"""A checksum of any item that a data set returns: the same for equal values, in every process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 _OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Data types that NumPy has, by the size of an element: for those that it has not (bfloat16, float8)."""
+"""Data types known to NumPy, by element size, as which to view those unknown to it (bfloat16, float8)."""
 
 
 def item_checksum(item: Any) -> int:
     """Return a 64-bit checksum of an item.
 
-    Tensors and arrays count by data type, shape and values: memory layout, device and the storage around a view do not
-    matter. Dictionaries and sets count without their order, images by their pixels, other objects by what pickle would
-    keep of them, functions and classes by their names. Neither memory addresses nor ``cached_property`` enter, nor
-    whether two parts of an item are one object. What pickle refuses (open files, locks, hundreds of objects in one
-    another) counts by its class alone.
+    Tensors and arrays are identified by data type, shape and values; memory layout, device and the storage around a
+    view do not matter. Dictionaries and sets are compared regardless of order, images by their pixels, functions and
+    classes by name, and other objects by what pickle would store. Memory addresses, the values of ``cached_property``,
+    and whether two parts of an item are the same object have no influence. Objects that cannot be pickled (open files,
+    locks, objects nested hundreds of levels deep) are identified by their class alone.
 
     Example:
         >>> item_checksum({"x": torch.ones(3), "y": 2}) == item_checksum({"y": 2, "x": torch.ones(6)[::2]})
@@ -36,20 +36,20 @@ def item_checksum(item: Any) -> int:
     """
     try:
         content = _Encoder().encode(item)
-    except RecursionError:  # nor could pickle keep it
+    except RecursionError:  # pickle would fail as well
         content = _named(b"?", type(item))
     return int.from_bytes(_digest(content), "little", signed=True)
 
 
 class _Encoder:
-    """Turns one item into bytes. A container's are a digest of those of its parts, so that each is visited once."""
+    """Turns one item into bytes. Those of a container are a digest of its parts, so each part is visited once."""
 
     def __init__(self) -> None:
-        # the objects are kept, lest another one gets the id of one that is gone; None marks those that are being read
+        # holding the objects prevents their ids from being reused; None marks those that are being encoded
         self._seen: dict[int, tuple[Any, bytes | None]] = {}
 
     def encode(self, item: Any) -> bytes:
-        """Return bytes of at most a few dozen, or as long as a string."""
+        """Return at most a few dozen bytes, or about as many as the string or bytes to encode."""
         kind = type(item)
         if kind is str:
             return b"s" + _sized(item.encode("utf-8", "surrogatepass"))
@@ -63,7 +63,7 @@ class _Encoder:
             return b"b" + _sized(item)
         known = self._seen.get(id(item))
         if known is not None:
-            return known[1] or b"^"  # a part of itself
+            return known[1] or b"^"  # the item contains itself
         self._seen[id(item)] = item, None
         content = self._container(item)
         self._seen[id(item)] = item, content
@@ -84,12 +84,12 @@ class _Encoder:
             return b"@" + _sized(getattr(item, "__qualname__", item.__name__).encode())
         image = getattr(sys.modules.get("PIL.Image"), "Image", None)
         if image is not None and isinstance(item, image):
-            # where it was read from does not matter
+            # the file that it was read from does not matter
             return b"P" + self._sequence([item.mode, item.size, item.getpalette(), item.tobytes()])
         return self._object(item)
 
     def _sequence(self, items: list[Any] | tuple[Any, ...]) -> bytes:
-        # token ids and the like, many at once; what is too large for 64 bits one by one
+        # lists of numbers, such as token ids, in one go; integers that do not fit 64 bits one by one
         kinds = set(map(type, items))
         if kinds == {int} and max(items) < 2**63 and min(items) >= -(2**63):
             return b"q" + _digest(array("q", items).tobytes())
@@ -98,19 +98,19 @@ class _Encoder:
         return _digest(*map(self.encode, items))
 
     def _mapping(self, items: dict[Any, Any]) -> bytes:
-        # sorted before the values are read: what is read first must not depend on the order
+        # keys are sorted before any value is encoded, so that the encoding does not depend on their order
         keys = sorted(((self.encode(key), key) for key in items), key=lambda pair: pair[0])
         return _digest(*(part for encoded, key in keys for part in (encoded, self.encode(items[key]))))
 
     def _tensor(self, tensor: Tensor) -> bytes:
         try:
-            values = tensor.numpy()  # most of them
+            values = tensor.numpy()  # works for most tensors
         except (TypeError, RuntimeError):
             return self._other_tensor(tensor)
         return b"T" + _of_array(values)
 
     def _other_tensor(self, tensor: Tensor) -> bytes:
-        """Encode a tensor that is not in the main memory, or that NumPy does not know as it is."""
+        """Encode a tensor that is not in main memory, or that NumPy cannot represent directly."""
         if tensor.is_nested:
             return b"N" + self._sequence(tensor.detach().unbind())
         if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of other tensors
@@ -134,9 +134,9 @@ class _Encoder:
             return b"M" + self._sequence([np.ma.getmaskarray(values), values.filled()])
         values = np.asarray(values)
         dtype = values.dtype
-        if dtype.hasobject or dtype.kind == "T":  # pointers
+        if dtype.hasobject or dtype.kind == "T":  # the memory holds pointers
             return b"O" + _digest(b"%r" % (values.shape,)) + self._sequence(values.reshape(-1).tolist())
-        if dtype.names is not None:  # there may be gaps between the fields
+        if dtype.names is not None:  # there may be padding between the fields
             return b"R" + self._sequence([part for name in dtype.names for part in (name, values[name])])
         return b"A" + _of_array(values)
 
@@ -144,7 +144,7 @@ class _Encoder:
         return self._reduced(_named(b"o", type(item)), item)
 
     def _reduced(self, tag: bytes, item: Any) -> bytes:
-        """Encode what pickle would keep of an object."""
+        """Encode what pickle would store of an object."""
         try:
             reduce = copyreg.dispatch_table.get(type(item))
             reduced = item.__reduce_ex__(4) if reduce is None else reduce(item)
@@ -154,15 +154,15 @@ class _Encoder:
             in_order, by_key = list(in_order or ()), dict(by_key or ())
         except RecursionError:
             raise
-        except Exception:  # whatever an object that cannot be pickled does
+        except Exception:  # objects that cannot be pickled may raise anything
             return tag + b"?"
         parts = [make, arguments, _without_caches(state, type(item)), in_order, by_key]
-        # read here and not as a sequence, which would be a part of the item that is seen on its own
+        # encoded directly: encode(parts) would register this temporary list as a part of the item
         return tag + _digest(*map(self.encode, parts))
 
 
 def _without_caches(state: Any, kind: type) -> Any:
-    """Leave out what a ``functools.cached_property`` has stored: it follows from the rest, once it was asked for."""
+    """Leave out the values cached by ``functools.cached_property``: they follow from the rest of the state."""
     if not isinstance(state, dict):
         return state
     return {
@@ -173,7 +173,7 @@ def _without_caches(state: Any, kind: type) -> Any:
 
 
 def _named(tag: bytes, kind: type) -> bytes:
-    # without its module: a class of a script is in __main__ when it is run, and elsewhere when it is imported
+    # without the module name, which for a class in a script is __main__ when run and another when imported
     return tag + _sized(kind.__qualname__.encode())
 
 

@@ -1,4 +1,4 @@
-"""Which of torch's kernels compute a pass: those of the training, or those that can be differentiated twice."""
+"""Selects torch's kernels for a pass: those of the training, or those that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] = {
     "cudnn_attention": (_cuda.cudnn_sdp_enabled, _cuda.enable_cudnn_sdp),
     "fused_encoder_layers": (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled),
 }
-"""What torch can be told to use or not, and how it is asked and told."""
+"""Kernels that can be switched on and off in torch, each with functions that query and set the switch."""
 
 _DROPOUT_INSIDE = {
     "CudnnRnnBackward0": ("_saved_dropout", "recurrent layer"),
@@ -37,20 +37,20 @@ _DROPOUT_INSIDE = {
     "ScaledDotProductEfficientAttentionBackward0": ("_saved_dropout_p", "attention"),
     "ScaledDotProductCudnnAttentionBackward0": ("_saved_dropout_p", "attention"),
 }
-"""Nodes of autograd's graph whose kernels may drop out: what they call the rate, and what they compute."""
+"""Autograd nodes whose kernels may apply dropout: the attribute that holds the rate, and what the kernel computes."""
 
 WITH_SECOND_DERIVATIVES = frozenset({"cudnn", "mkldnn"})
-"""Those of the kernels with a switch that can be differentiated twice, but for those of recurrent layers."""
+"""Switchable kernels that can be differentiated twice, except in recurrent layers."""
 
 
 def enabled_kernels() -> list[str]:
-    """Return the names of those that are switched on."""
+    """Return the names of the kernels that are switched on."""
     return [name for name, (is_on, _) in _SWITCHES.items() if is_on()]
 
 
 @contextmanager
 def using_kernels(names: Iterable[str]) -> Iterator[None]:
-    """Switch on those of the given names, and the others off."""
+    """Switch on the named kernels and switch off the others, inside this context."""
     before, wanted = enabled_kernels(), set(names)
     try:
         for name, (_, switch) in _SWITCHES.items():
@@ -62,23 +62,23 @@ def using_kernels(names: Iterable[str]) -> Iterator[None]:
 
 
 def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether single precision is rounded to ten bits (TF32) inside matrix products or convolutions on a GPU.
+    """Return whether a GPU rounds single precision to ten bits (TF32) in matrix products or convolutions.
 
-    It is in convolutions unless the user says otherwise.
+    For convolutions, this is torch's default.
     """
     if device.type != "cuda" or dtype != torch.float32:
         return False
     try:
         return torch.backends.cudnn.allow_tf32 or _cuda.matmul.allow_tf32
-    except RuntimeError:  # torch 2.9 or later, which says it in another way; asked in this way it refuses
+    except RuntimeError:  # torch 2.9 or later, if the precision was set through its new interface
         return True
 
 
 def tolerated(dtype: torch.dtype, device: torch.device, in_double: float = 1e-9) -> float:
-    """Return the relative difference of two ways to compute the same that is taken for rounding.
+    """Return the largest relative difference between two computations of the same value that counts as rounding.
 
-    That of a derivative on an example is far above. Products that are rounded to ten bits come to some 1e-2 by way of
-    norms and cancellation.
+    A derivative that depends on an example differs by far more. Products that are rounded to ten bits can differ by
+    about 1e-2 after norms and cancellation.
     """
     if dtype == torch.float64:
         return in_double
@@ -86,7 +86,10 @@ def tolerated(dtype: torch.dtype, device: torch.device, in_double: float = 1e-9)
 
 
 def drops_out_inside(loss: Tensor) -> str | None:
-    """Return what of a loss's graph drops out inside a kernel, where no other kernel draws the same; or ``None``."""
+    """Return which layer in a loss's graph applies dropout inside a kernel, if any.
+
+    No other kernel draws the same random numbers.
+    """
     for node in nodes_behind([loss]):
         rate, what = _DROPOUT_INSIDE.get(node.name(), ("", ""))
         if getattr(node, rate, 0.0) > 0:

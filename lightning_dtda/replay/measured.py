@@ -1,4 +1,4 @@
-"""Measurements of trained models, and how they change with the models."""
+"""Measurements of trained models, and their derivatives with respect to the models."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lightning_dtda.replay.steps import ByName
 _log = logging.getLogger(__name__)
 
 _QUERIES_AT_A_TIME = 256
-"""Queries that pass through all models together: bounds the memory."""
+"""Number of queries to pass through all models at once; bounds the memory."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """How a measurement that draws random numbers is taken: the denoising loss of a diffusion model, that of a VAE.
+    """How to take a measurement that draws random numbers, such as the loss of a diffusion model or a VAE.
 
     Args:
-        number: Of draws, of which the mean counts.
-        seed: Of the draws, which are the same for every run; those of two queries differ.
+        number: Number of draws to average over.
+        seed: Seed of the draws. They are the same for all runs, and different for each query.
     """
 
     number: int = 16
@@ -61,25 +61,25 @@ def measured(
     time: Time,
     draws: Draws,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    r"""Take a measurement of some models, and its derivatives; one query at a time.
+    r"""Take a measurement of some models together with its derivatives, one query at a time.
 
     Args:
-        eager: Runs the module.
+        eager: Eager implementation that runs the module.
         theta: Parameters ``(runs, P)``.
         buffers: Buffers and frozen parameters, each ``(runs, ...)``.
         queries: All queries.
-        numbers: Which of them, Q.
-        measurement: m.
-        where: What errors call each of the models: "the end of runs/seed-0001".
-        time: Where the training stands.
-        draws: Taken where the measurement draws random numbers.
+        numbers: Positions of the Q queries to measure.
+        measurement: Measurement m.
+        where: Description of each model for error messages, such as "the end of runs/seed-0001".
+        time: Time of the training.
+        draws: Draws to take if the measurement draws random numbers.
 
     Returns:
-        :math:`m(\theta)` ``(runs, queries)``, its gradient ``(runs, queries, P)``, and those by BatchNorm's running
-        statistics, each ``(runs, queries, ...)``.
+        The values :math:`m(\theta)` ``(runs, queries)``, their gradients ``(runs, queries, P)``, and their derivatives
+        with respect to BatchNorm's running statistics, each ``(runs, queries, ...)``.
 
     Raises:
-        AttributionError: If it cannot be differentiated, or is not finite.
+        AttributionError: If the measurement cannot be differentiated, or is not finite.
     """
     runs, names = len(theta), eager.statistics.names
     values = theta.new_empty(runs, len(numbers))
@@ -107,13 +107,13 @@ def measured(
 def values(
     eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement, time: Time, draws: Draws
 ) -> Tensor:
-    r"""Take a measurement of some models without its derivatives; arguments as :func:`measured`.
+    r"""Take a measurement of some models without its derivatives. The arguments are those of :func:`measured`.
 
-    All models and queries together where that can be: where queries are tensors of one shape, and the measurement
-    neither draws random numbers nor branches on values.
+    All models and queries are computed at once if the queries are tensors of one shape, and the measurement neither
+    draws random numbers nor branches on values.
 
     Returns:
-        :math:`m(\theta)` ``(runs, queries)``, which may not be finite.
+        The values :math:`m(\theta)` ``(runs, queries)``, which may not be finite.
 
     Raises:
         AttributionError: If the measurement fails.
@@ -139,7 +139,7 @@ def values(
 def _at_once(
     eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement
 ) -> Tensor | None:
-    """Return the measurement of all models and queries ``(runs, queries)``; ``None`` where that cannot be."""
+    """Return the measurement of all models and queries ``(runs, queries)``; ``None`` if it cannot be vectorized."""
     leaves = queries.tensors(torch.arange(len(queries))[:, None])
     if leaves is None:
         return None
@@ -154,22 +154,22 @@ def _at_once(
     before = replica.generators.states()
     try:
         found: Tensor = of_all(theta, dict(buffers), leaves).detach()
-    except Exception as error:  # whatever the user's code does
-        _log.info("The measurement is taken of one model after the other: %s", str(error).strip().split("\n")[0])
+    except Exception as error:  # the user's code may raise anything
+        _log.info("The measurement is taken one model at a time: %s", str(error).strip().split("\n")[0])
         return None
     is_random = drawn_from(before, replica.generators.states())
     return None if is_random or found.shape != (len(theta), len(queries), 1) else found[..., 0]
 
 
 def _taken(eager: Eager, queries: Examples, query: int, measurement: Measurement) -> Tensor:
-    """Return a measurement of a query ``(1,)``; its loss in a batch of several copies where a batch of one fails."""
+    """Return a measurement of a query ``(1,)``; the loss in a batch of several copies if a batch of one fails."""
 
     def of(copies: int) -> Tensor:
         return measurement(eager.replica.module, eager.replica.moved(queries.collated([query] * copies)))
 
     try:
         return of(1)
-    except Exception:  # whatever the user's code does with a batch of one: a squeeze, most of the time
+    except Exception:  # a batch of one may fail in the user's code, usually because of a squeeze
         if measurement is not loss:
             raise
         two, three = of(2), of(3)
@@ -182,7 +182,7 @@ def _taken(eager: Eager, queries: Examples, query: int, measurement: Measurement
 
 
 def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: Time) -> bool:
-    """Whether a measurement draws random numbers, as seen on the first query."""
+    """Return whether a measurement draws random numbers for the first query."""
     replica = eager.replica
     with replica.generators.kept(), replica.passing(training=False), torch.no_grad():
         replica.trainer.time = time
@@ -190,7 +190,7 @@ def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: T
         before = replica.generators.states()
         try:
             measurement(replica.module, replica.moved(batch))
-        except Exception:  # it is said what fails where the measurement is taken
+        except Exception:  # the failure is reported when the measurement is taken
             return False
         return bool(drawn_from(before, replica.generators.states()))
 
@@ -204,9 +204,9 @@ def _value(
     draws: Draws,
     where: str | None = None,
 ) -> tuple[float, list[Tensor]]:
-    """Return the measurement of one query, and its derivatives: of the mean over draws where it is random.
+    """Return the measurement of one query and its derivatives, averaged over draws if it is random.
 
-    If it is said where, both have to be finite.
+    If ``where`` is given, both must be finite.
     """
     replica = eager.replica
     seeds = draws.of(queries.first + query)
@@ -218,25 +218,25 @@ def _value(
             value = _taken(eager, queries, query, measurement)
             if value.shape != (1,):
                 raise AttributionError(
-                    f"The measurement returned shape {tuple(value.shape)} for one query; it must return (B,) for a "
-                    "batch."
+                    f"The measurement returned shape {tuple(value.shape)} for one query. It must return shape (B,) for "
+                    "a batch of B queries, here (1,)."
                 )
             depends = inputs and value.requires_grad
             found = grad(value[0], inputs, allow_unused=True) if depends else [None] * len(inputs)
         except DTDAError:
             raise
-        except Exception as error:  # whatever the user's code does
+        except Exception as error:  # the user's code may raise anything
             raise AttributionError(
-                f"The measurement fails ({error!r}). It is called with the module, in evaluation mode, and a batch of "
-                "one query, made and moved as the training's batches were; it must return a tensor (B,) that can be "
-                "differentiated."
+                f"The measurement fails ({error!r}). It is called with the module in evaluation mode and a batch of "
+                "one query, which is collated and moved like a training batch. It must return a differentiable tensor "
+                "of shape (B,)."
             ) from error
         gradients = [zeros(one, like) for one, like in zip(found, inputs, strict=True)]
-        for what, parts in (("", [value]), ("the gradient of ", gradients)):
+        for what, parts in (("The measurement", [value]), ("The gradient of the measurement", gradients)):
             if where is not None and not bool(torch.isfinite(torch.stack([part.sum() for part in parts])).all()):
                 raise AttributionError(
-                    f"{what}the measurement is not finite at {where}. The training diverged, or the measurement has no "
-                    "value there; leave the run out."
+                    f"{what} is not finite at {where}. If the training diverged, exclude the run; otherwise choose a "
+                    "measurement that is defined and differentiable there."
                 )
         total += float(value.detach())
         if inputs:

@@ -1,4 +1,4 @@
-"""Measurements: what of a trained model is looked at, one number for each query."""
+"""Measurements: functions of a trained model that return one number for each query."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay.replica import step_loss
 
 Measurement: TypeAlias = Callable[[LightningModule, Any], Tensor]
-"""``(module, batch) -> (B,)``; the module is in evaluation mode and holds the run's parameters."""
+"""Function ``(module, batch) -> (B,)``. The module is in evaluation mode and holds the run's parameters."""
 
 
 def loss(module: LightningModule, batch: Any) -> Tensor:
@@ -34,7 +34,7 @@ def prediction(module: LightningModule, batch: Any) -> Tensor:
     output = _forward(module, batch)
     if output.numel() != output.shape[0]:
         raise AttributionError(
-            f'The measurement "prediction" needs one number for each query; the module returns shape '
+            f'The measurement "prediction" needs one number for each query, but the module returns shape '
             f'{tuple(output.shape)}. Use "margin" for class scores, "loss", or a callable (module, batch) -> (B,).'
         )
     return output.reshape(output.shape[0])
@@ -43,9 +43,9 @@ def prediction(module: LightningModule, batch: Any) -> Tensor:
 def margin(module: LightningModule, batch: Any) -> Tensor:
     r"""The log-odds of the correct class of each query ``(B,)``.
 
-    :math:`\log p_y - \log(1 - p_y)`, from class scores ``(B, C)`` and the integer label: the batch's second element, or
-    its entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` (Park et al., *TRAK*, arXiv 2303.14186, section
-    3).
+    Computes :math:`\log p_y - \log(1 - p_y)` from class scores ``(B, C)`` and integer labels: the second element of the
+    batch, or its entry ``labels``, ``label``, ``targets``, ``target`` or ``y`` (Park et al., *TRAK*, arXiv 2303.14186,
+    section 3).
 
     Raises:
         AttributionError: If there are no class scores or no integer labels.
@@ -53,21 +53,21 @@ def margin(module: LightningModule, batch: Any) -> Tensor:
     scores, labels = _forward(module, batch), _labels(batch)
     if scores.ndim != 2 or not isinstance(labels, Tensor) or labels.is_floating_point():
         raise AttributionError(
-            'The measurement "margin" needs class scores (B, C) and integer labels: the batch\'s second element, or an '
-            f"entry {' or '.join(_LABELS)}. Give a callable (module, batch) -> (B,) instead."
+            'The measurement "margin" needs class scores (B, C), and integer labels as the second element of the batch '
+            f"or as its entry {' or '.join(_LABELS)}. Give a callable (module, batch) -> (B,) instead."
         )
-    # a comparison, not one_hot, which reads its argument's largest entry
+    # a comparison instead of one_hot, which reads the largest label and so cannot be vectorized
     correct = labels.reshape(-1, 1) == torch.arange(scores.shape[1], device=scores.device)
-    # the lowest number, not minus infinity: its derivative stays finite
+    # the lowest number instead of minus infinity keeps the derivative finite
     others = torch.where(correct, torch.finfo(scores.dtype).min, scores)
     return (scores * correct).sum(1) - torch.logsumexp(others, 1)
 
 
 _LABELS = ("labels", "label", "targets", "target", "y")
-"""What the labels of a batch are called, as an entry or an attribute of it."""
+"""Names under which the labels are looked up, as entries or attributes of a batch."""
 
 _OUTPUTS = ("logits", "prediction", "predictions", "preds", "output", "outputs")
-"""What a module's outputs are called, as an entry or an attribute of what it returns."""
+"""Names under which the outputs are looked up, as entries or attributes of what a module returns."""
 
 
 def _labels(batch: Any) -> Any:
@@ -81,7 +81,7 @@ def _forward(module: LightningModule, batch: Any) -> Tensor:
         takes_index = is_param_in_hook_signature(module.predict_step, "batch_idx", min_args=2)
         output = module.predict_step(batch, 0) if takes_index else module.predict_step(batch)
     elif isinstance(batch, Mapping):
-        # as a Hugging Face model is called; a module with one argument gets the batch itself
+        # keyword arguments, like a Hugging Face model; a module with a single argument gets the batch itself
         takes_names = len(inspect.signature(module.forward).parameters) != 1
         output = module(**batch) if takes_names else module(batch)
     else:
@@ -92,15 +92,15 @@ def _forward(module: LightningModule, batch: Any) -> Tensor:
             found = output[0]
         if not isinstance(found, Tensor):
             raise AttributionError(
-                f"{type(module).__name__} returns {type(output).__name__} for a query, not a tensor. Give a callable "
-                "(module, batch) -> (B,) as the measurement."
+                f"{type(module).__name__} returned {type(output).__name__} for a query instead of a tensor. Give a "
+                "callable (module, batch) -> (B,) as the measurement."
             )
         output = found
     return output
 
 
 def _entry(value: Any, names: Sequence[str]) -> Any:
-    """Return what a dictionary, or an object with attributes, has under the first of some names."""
+    """Return the first entry of a dictionary, or attribute of an object, that exists under one of these names."""
     for name in names:
         found = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
         if found is not None:
@@ -112,20 +112,20 @@ MEASUREMENTS: dict[str, Measurement] = {"loss": loss, "margin": margin, "predict
 
 
 def resolve_measurement(measurement: str | Measurement) -> tuple[str, Measurement]:
-    """Return a measurement's name and function.
+    """Return the name and the function of a measurement.
 
     Args:
         measurement: ``loss``, ``margin``, ``prediction``, the import path of a callable, or a callable.
 
     Raises:
-        AttributionError: If a name stands for nothing.
+        AttributionError: If the name or import path is unknown.
 
     Example:
         >>> resolve_measurement("margin")[0]
         'margin'
     """
     if not isinstance(measurement, str):
-        # an instance is known by its arguments only to itself: <...> marks what has no name of its own
+        # an instance has no name that distinguishes it from others of its class; <...> marks this
         name = getattr(measurement, "__qualname__", f"<{type(measurement).__qualname__}>")
         return f"{getattr(measurement, '__module__', '')}.{name}", measurement
     if measurement in MEASUREMENTS:
@@ -137,7 +137,7 @@ def resolve_measurement(measurement: str | Measurement) -> tuple[str, Measuremen
         found = None
     if not callable(found):
         raise AttributionError(
-            f"{measurement!r} is no measurement. Choose from {', '.join(MEASUREMENTS)}, or give the import path of a "
+            f"Unknown measurement {measurement!r}. Choose from {', '.join(MEASUREMENTS)}, or give the import path of a "
             "callable (module, batch) -> (B,)."
         )
     return measurement, found() if isinstance(found, type) else found

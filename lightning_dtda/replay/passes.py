@@ -1,4 +1,4 @@
-"""One pass of a micro-batch through the module, and its derivatives by parameters and by the weights of examples."""
+"""One pass of a micro-batch through the module, differentiated by parameters and by example weights."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lightning_dtda.replay.outputs import Outputs
 
 
 class Pass:
-    r"""A forward pass whose graph is kept, and a backward pass with the weights of examples in it.
+    r"""A forward pass whose graph is kept, and a backward pass that includes the example weights.
 
     With the loss L of the batch, the tensors z at which the weights act, and running statistics
-    :math:`\sigma' = F(\sigma, \theta)`,
+    :math:`\sigma' = F(\sigma, \theta)`, the gradient is
 
-    .. math:: g(\theta, w) = \sum_z J_z^\top \left(w \odot \frac{\partial L}{\partial z}\right)
+    .. math:: g(\theta, w) = \sum_z J_z^\top \left(w \odot \frac{\partial L}{\partial z}\right) .
 
-    is the gradient. All derivatives are by reverse mode: that of g along v by a backward pass of the backward pass,
+    All derivatives use reverse mode. The derivative of g along v is a backward pass through the backward pass:
 
     .. math:: H v = \frac{\partial}{\partial \theta} \langle g, v \rangle, \qquad
         d_n = \frac{\partial}{\partial w_n} \langle g, v \rangle .
 
     Args:
-        loss: L, with its graph.
-        cut: The tensors z.
-        parameters: :math:`\theta`, in the layout's order.
-        weights: w ``(B,)``, of which derivatives are taken.
-        before: The running statistics before the pass by name, as leaves of the graph.
-        after: Those after it.
-        create_graph: Whether derivatives of the gradient will be asked for.
+        loss: Loss L with its graph.
+        cut: Tensors z.
+        parameters: Parameters :math:`\theta` in the order of the layout.
+        weights: Example weights w ``(B,)``, with respect to which the gradient is differentiated.
+        before: Running statistics before the pass by name, as leaves of the graph.
+        after: Running statistics after the pass by name.
+        create_graph: Whether the gradient will be differentiated.
     """
 
     def __init__(
@@ -55,23 +55,23 @@ class Pass:
         with weighed(cut, weights):
             self._found = grad(loss, self._parameters, create_graph=create_graph, allow_unused=True)
         self.gradient = [zeros(one, part) for one, part in zip(self._found, parameters, strict=True)]
-        """g, one tensor for each parameter."""
+        """Gradient g, one tensor for each parameter."""
         self.statistics = {name: tensor.detach() for name, tensor in after.items()}
         """Running statistics after the pass."""
 
     def products(
         self, direction: Sequence[Tensor], cotangents: Mapping[str, Tensor] | None = None, is_last: bool = False
     ) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
-        r"""Differentiate g along a direction v, and running statistics along their cotangents :math:`\mu`.
+        r"""Differentiate g along a direction v, and pull back the cotangents :math:`\mu` of the running statistics.
 
         Args:
-            direction: v, one tensor for each parameter.
-            cotangents: :math:`\mu`, by name; zero if not given.
-            is_last: Whether nothing else is asked of the pass, whose graph is freed then on the way.
+            direction: Direction v, one tensor for each parameter.
+            cotangents: Cotangents :math:`\mu` by name; zero if not given.
+            is_last: Whether this is the last use of the pass, so that its graph can be freed along the way.
 
         Returns:
-            :math:`H v + \nabla_\theta \langle \mu, F \rangle`, one tensor for each parameter; the examples' terms d
-            ``(B,)``; and the cotangents of the statistics before the pass.
+            :math:`H v + \nabla_\theta \langle \mu, F \rangle`, one tensor for each parameter; the terms d of the
+            examples ``(B,)``; and the cotangents of the statistics before the pass.
         """
         cotangents = cotangents or {}
         outputs = [*self._found, *(self._after[name] for name in cotangents)]
@@ -81,33 +81,33 @@ class Pass:
         return found[:size], found[size], dict(zip(cotangents, found[size + 1 :], strict=True))
 
     def terms(self, direction: Sequence[Tensor]) -> Tensor:
-        """Return the examples' terms d ``(B,)`` for a direction alone, for less than :meth:`products`."""
+        """Return only the terms d of the examples ``(B,)`` for a direction, at a lower cost than :meth:`products`."""
         return derivative(self._found, direction, [self._weights])[0]
 
     def share_of(self, example: int) -> list[Tensor]:
-        """Return what one example, by its position, contributes to the gradient."""
+        """Return the contribution to the gradient of the example at a position in the batch."""
         chosen = torch.zeros_like(self._weights)
         chosen[example] = 1
         return self.weighted(chosen)
 
     def weighted(self, weights: Tensor, create_graph: bool = False) -> list[Tensor]:
-        """Return the gradient with other weights of the examples ``(B,)``."""
+        """Return the gradient with other example weights ``(B,)``."""
         with weighed(self._cut, weights):
             found = grad(self.loss, self._parameters, retain_graph=True, create_graph=create_graph, allow_unused=True)
         return [zeros(one, like) for one, like in zip(found, self._parameters, strict=True)]
 
     @cached_property
     def beyond(self) -> list[Tensor] | None:
-        """The gradient that is left without any example: of a penalty, with its graph; ``None`` where there is none."""
+        """Gradient with all example weights zero, e.g. that of a penalty, with its graph; ``None`` if it is zero."""
         found = self.weighted(torch.zeros_like(self._weights), create_graph=True)
         return found if any(bool(part.detach().any()) for part in found) else None
 
     def curve_beyond(self, direction: Sequence[Tensor]) -> list[Tensor]:
-        """Return the Hessian of what is left without any example, times a direction of the parameters."""
+        """Return the derivative of :attr:`beyond` along a direction in parameter space: its Hessian-vector product."""
         return derivative(self.beyond or [None] * len(direction), direction, self._parameters)
 
     def arrived(self) -> list[Tensor]:
-        """Return the gradients that arrive at the tensors where weights act, examples first ``(B, ...)``."""
+        """Return the gradients that arrive at the tensors z, examples first ``(B, ...)``."""
         found: dict[int, Tensor] = {}
 
         def look(number: int, tensor: CutTensor, gradient: Tensor) -> Tensor:
@@ -125,14 +125,14 @@ class Pass:
         return Outputs(self.loss, self._cut, self._parameters)
 
     def statistics_along(self, direction: Sequence[Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        r"""Return :math:`\dot\sigma'`, how running statistics change along a direction of the parameters and their own.
+        r"""Return the tangents :math:`\dot\sigma'` of the running statistics after the pass.
 
         Args:
-            direction: Of the parameters, one tensor for each.
+            direction: Tangents of the parameters, one tensor for each.
             before: Tangents of the statistics before the pass, by name.
         """
         names = list(before)
-        # a derivative forwards by two backwards: the pull-back is linear in its cotangents
+        # forward mode by two reverse passes: the pull-back is linear in its cotangents
         cotangents = [torch.zeros_like(self._after[name], requires_grad=True) for name in names]
         inputs = [*self._parameters, *(self._before[name] for name in names)]
         pulled = grad([self._after[name] for name in names], inputs, cotangents, create_graph=True, allow_unused=True)

@@ -1,4 +1,4 @@
-"""How a stretch of steps is rebuilt whose steps do not fit memory all at once: piece by piece, and pieces likewise."""
+"""Rebuilding a range of steps that does not fit in memory: piece by piece, recursively."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from functools import cache
 
 FEWEST_HELD = 4
-"""Steps that are held in memory at the least; with fewer, a stretch of steps could not be cut into shorter ones."""
+"""Minimum number of steps to hold in memory; with fewer, a range of steps could not be cut into shorter pieces."""
 
 
 def piece_length(steps: int, held: float) -> int:
-    """Return the length of the pieces that a stretch of steps is cut into, where ``held`` steps fit memory.
+    """Return the length of the pieces into which to cut a range of steps if ``held`` steps fit in memory.
 
-    Half of what fits is for what the pieces start from, the other half for the pieces inside.
+    Half of that memory is for the starting points of the pieces, the other half for the steps inside a piece.
 
     Example:
         >>> piece_length(8, held=8), piece_length(100, held=8), piece_length(1000, held=8)
@@ -24,13 +24,13 @@ def piece_length(steps: int, held: float) -> int:
 
 
 def left_to_hold(held: float, starts: int) -> float:
-    """Return how many steps fit memory beside what some pieces start from."""
+    """Return how many steps fit in memory next to the starting points of some pieces."""
     return max(FEWEST_HELD, held - starts)
 
 
 @cache
 def rebuilt_steps(steps: int, held: float) -> int:
-    """Return how many steps are taken forwards to have all of a stretch, from the last to the first.
+    """Return how many forward steps it takes to visit all steps of a range, from the last to the first.
 
     Example:
         >>> rebuilt_steps(8, held=8), rebuilt_steps(16, held=8), rebuilt_steps(2000, held=32)

@@ -1,4 +1,4 @@
-"""The random number generators that a training step may draw from: their states, and draws made as they were made."""
+"""The random number generators that a training step may draw from: saving, restoring and reproducing their draws."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from typing_extensions import override
 from lightning_dtda.errors import ReplayError
 
 _OWN = "own."
-"""Prefix of generators that are attributes of the module, numbered in the order of its submodules."""
+"""Name prefix of generators that are attributes of the module; a number follows, in the order of its submodules."""
 
 _TWISTER_BYTES = 624 * 4 + 4
-"""numpy's Mersenne twister in memory: 624 words, and the position in them."""
+"""Size of NumPy's Mersenne Twister in memory: 624 words, and the position in them."""
 
 _WORDS_IN_PYTHON = 4 + 624 * 4
-"""Python's Mersenne twister in memory, behind what every object begins with: the position, and 624 words."""
+"""Size of Python's Mersenne Twister in memory, after the object header: the position, and 624 words."""
 
 _GAUSSIAN = struct.Struct("<?d")
-"""Whether a normal number is kept for the next call, and that number."""
+"""Format of a flag, whether a normal number is cached for the next call, and of that number."""
 
 FILLING = frozenset(
     {"bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_"}
 )
-"""Operations of torch that fill a tensor with random numbers."""
+"""torch operations that fill a tensor with random numbers."""
 
 _RETURN = frozenset({"bernoulli", "rand", "rand_like", "randn", "randn_like", "normal", "native_dropout"})
-"""Operations of torch that return random numbers of a floating point type."""
+"""torch operations that return floating-point random numbers."""
 
 Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
 
 
 class Generators:
-    """All generators that a module may draw from: torch's, numpy's and Python's global ones, and the module's own.
+    """All generators that a module may draw from: the global ones of torch, NumPy and Python, and its own.
 
     Args:
-        module: The module; generators among the attributes of its submodules are its own.
-        device: The module's.
+        module: The module. Its own generators are those among the attributes of its submodules.
+        device: Device of the module.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Generators:
         self._python: tuple[bytes, Tensor] | None = None
 
     def states(self) -> dict[str, Tensor]:
-        """Return the states by the generators' names, as bytes."""
+        """Return the state of each generator by name, as a tensor of bytes."""
         states = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             states["cuda"] = torch.cuda.get_rng_state(self._device)
@@ -70,10 +70,10 @@ class Generators:
         return states
 
     def set(self, states: Mapping[str, Tensor]) -> None:
-        """Set the generators that are named to what :meth:`states` returned.
+        """Restore the states of the named generators, as returned by :meth:`states`.
 
         Raises:
-            ReplayError: If a GPU's is among them and the module is on none.
+            ReplayError: If the states include that of a GPU but the module is not on one.
         """
         for name, state in states.items():
             if name == "cpu":
@@ -81,13 +81,13 @@ class Generators:
             elif name == "cuda":
                 if self._device.type != "cuda":
                     raise ReplayError(
-                        f"The training drew random numbers on a GPU, and replays are to run on {self._device}, which "
-                        'cannot draw the same. Give device="cuda" (on the command line, --device cuda).'
+                        f"The training drew random numbers on a GPU, but the replay runs on {self._device}, which "
+                        'cannot draw the same. Give device="cuda" (on the command line: --device cuda).'
                     )
                 torch.cuda.set_rng_state(state, self._device)
             elif name == "numpy":
                 np.random.set_state(_to_numpy(state))
-                self._numpy = None  # a number may be kept again beside a memory that was seen without
+                self._numpy = None  # a normal number may be cached again, unnoticed
             elif name == "python":
                 random.setstate(_to_python(state))
                 self._python = None
@@ -95,7 +95,7 @@ class Generators:
                 _set_state(self._own[int(name.removeprefix(_OWN))], state)
 
     def seed(self, seed: int) -> None:
-        """Seed all of them."""
+        """Seed all generators."""
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -109,26 +109,26 @@ class Generators:
 
     @contextmanager
     def refusing_other_devices(self, states: Mapping[str, Tensor]) -> Iterator[None]:
-        """Refuse that a GPU draws where the training drew on none.
+        """Refuse random numbers drawn on a GPU inside if the training drew none there.
 
         Args:
-            states: Of the generators that the training drew from.
+            states: States of the generators that the training drew from.
 
         Raises:
-            ReplayError: If it does.
+            ReplayError: If numbers are drawn on a GPU, but were not in the training.
         """
         is_on_gpu = self._device.type == "cuda" and "cuda" not in states
         before = torch.cuda.get_rng_state(self._device) if is_on_gpu else None
         yield
         if before is not None and not torch.equal(before, torch.cuda.get_rng_state(self._device)):
             raise ReplayError(
-                "The training drew its random numbers on the CPU, and replays are to run on a GPU, which cannot draw "
-                'the same. Give device="cpu" (on the command line, --device cpu).'
+                "The training drew its random numbers on the CPU, but the replay runs on a GPU, which cannot draw "
+                'the same. Give device="cpu" (on the command line: --device cpu).'
             )
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Leave the generators as they were, whatever is drawn inside."""
+        """Restore the generators at the end, whatever is drawn inside."""
         before = self.states()
         try:
             yield
@@ -136,8 +136,8 @@ class Generators:
             self.set(before)
 
     def _state_of_numpy(self) -> Tensor:
-        # get_state() takes 25 us, which a small step would feel: it is asked only if the memory has changed, or if a
-        # normal number is kept, which is not in that memory
+        # get_state() takes 25 us, which matters for a small step: it is called only if the memory has changed, or if a
+        # normal number is cached, which that memory does not show
         bits: Any = np.random.mtrand.get_bit_generator()
         content = ctypes.string_at(bits.ctypes.state_address, _TWISTER_BYTES)
         if self._numpy is None or self._numpy[0] != content:
@@ -152,12 +152,12 @@ class Generators:
         return self._numpy[1]
 
     def _state_of_python(self) -> Tensor:
-        # as for numpy: getstate() and what makes bytes of it take 17 us
+        # as for NumPy: getstate() and the conversion to bytes take 17 us
         content = _memory_of_python()
         if content is None or self._python is None or self._python[0] != content:
             state: Any = random.getstate()
             packed = _of_python(state)
-            # CPython's memory, if it is what it is taken for
+            # only if the memory has the layout assumed, that of CPython
             is_known = content is not None and content == _in_memory(state) and state[2] is None
             self._python = (content, packed) if is_known and content is not None else None
             return packed
@@ -165,7 +165,7 @@ class Generators:
 
 
 def drawn_from(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return those of the states before that are others after: of the generators that were drawn from."""
+    """Return the earlier states of the generators whose state has changed: those that were drawn from."""
     return {
         name: state
         for name, state in before.items()
@@ -174,14 +174,14 @@ def drawn_from(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dic
 
 
 class DrawnIn(TorchDispatchMode):
-    """Draws floating point numbers in one data type where another one is computed in.
+    """Draws floating-point numbers in the data type of the training when replaying in another one.
 
-    A training in single precision that is replayed in double draws the numbers that it drew then: the same bits of the
-    generator make other numbers of another type.
+    The same bits of a generator give different numbers in another data type. In this mode, a training in single
+    precision that is replayed in double precision draws the same numbers as before.
 
     Args:
-        recorded: The data type of the training.
-        computed: That of the replay.
+        recorded: Data type of the training.
+        computed: Data type of the replay.
     """
 
     def __init__(self, recorded: torch.dtype, computed: torch.dtype) -> None:
@@ -219,7 +219,7 @@ def _to_numpy(state: Tensor) -> tuple[str, Any, int, int, float]:
 
 
 def _memory_of_python() -> bytes | None:
-    """Return what Python's global generator holds in memory, ``None`` where it holds less than in CPython."""
+    """Return the memory of Python's global generator; ``None`` if it is not all of its state, or not CPython's."""
     generator: Any = getattr(random.getstate, "__self__", None)
     twister: Any = random.Random.__base__
     if not isinstance(generator, twister) or generator.gauss_next is not None:
@@ -230,7 +230,7 @@ def _memory_of_python() -> bytes | None:
 
 
 def _in_memory(state: Any) -> bytes:
-    """Return what CPython holds in memory of a state."""
+    """Return the bytes that CPython would hold in memory for a state."""
     *words, position = state[1]
     return struct.pack("=i", position) + np.array(words, "=u4").tobytes()
 

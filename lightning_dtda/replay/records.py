@@ -1,4 +1,4 @@
-"""The records of several runs, stacked: one tensor for what each of them stored."""
+"""The records of several runs, stacked along a first dimension over runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_dtda.trajectory import Run
 
 @dataclass(frozen=True)
 class Records:
-    """What R runs of equal shape stored, read where a replay needs it.
+    """The records of R runs of equal shape, read when a replay needs them.
 
     Args:
         runs: The runs.
-        dtype: Data type of what is read, where it is floating point.
-        device: Where it is put.
+        dtype: Data type to which floating-point tensors are converted.
+        device: Device to which tensors are moved.
     """
 
     runs: tuple[Run, ...]
@@ -44,12 +44,12 @@ class Records:
         initial = [run.checkpoint(0).buffers for run in self.runs]
         current = [run.checkpoint(step).buffers for run in self.runs]
         merged = [first | later for first, later in zip(initial, current, strict=True)]
-        # a frozen part may be of another type than what is trained, and was computed in it
+        # frozen parts may have another data type than the trained parameters; the training computed with that one
         cast = self.dtype != self.runs[0].manifest.torch_dtype
         return {name: self._stack([buffers[name] for buffers in merged], cast) for name in merged[0]}
 
     def average(self) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """Read the average that the runs ended with: parameters ``(runs, P)``, and buffers; ``None`` for none."""
+        """Read the average that the runs ended with: parameters ``(runs, P)`` and buffers; ``None`` without one."""
         found = [run.average() for run in self.runs]
         if found[0] is None:
             return None
@@ -62,18 +62,18 @@ class Records:
         return theta, self.buffers(self.runs[0].steps) | of_buffers
 
     def gradient(self, step: int) -> Tensor:
-        """Read the gradient that a step applied ``(runs, P)``."""
+        """Read the gradient that was applied in a step ``(runs, P)``."""
         return self._stack([run.gradient_vector(step) for run in self.runs])
 
     def gradient_norms(self, step: int) -> Tensor:
-        """Read the norm that a step's gradient had before clipping ``(runs,)``."""
+        """Read the norm of a step's gradient before clipping ``(runs,)``."""
         return self._stack([run.gradient_norm(step) for run in self.runs])
 
     def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
-        """Return each group's hyperparameters: numbers where the runs agree, else tensors of ``ndim`` dimensions.
+        """Return each group's hyperparameters: numbers if the runs agree, else tensors with ``ndim`` dimensions.
 
-        The first of these runs over runs, the others are there to broadcast: 2 for parameters ``(runs, P)``, 3 for
-        cotangents ``(runs, queries, P)``.
+        The first dimension is over runs, the others broadcast: use 2 for parameters ``(runs, P)``, and 3 for cotangents
+        ``(runs, queries, P)``.
         """
         of_groups = zip(*(run.hyperparameters(step) for run in self.runs), strict=True)
         return [self._merge(of_runs, ndim) for of_runs in of_groups]
@@ -95,17 +95,17 @@ class Records:
 
 
 def check_fit(runs: Sequence[Run], examples: Examples) -> None:
-    """Check that runs can be stacked, and that examples are those that they were trained on.
+    """Check that runs can be stacked, and that they were trained on the given examples.
 
     Raises:
-        ReplayError: If not.
+        ReplayError: If they cannot be stacked, or were trained on other examples.
     """
     if len({shape_key(run) for run in runs}) != 1:
-        raise ReplayError("Only runs with the same number of steps and the same checkpoints can be stacked.")
+        raise ReplayError("Only runs with the same number of steps, checkpoints and recording settings can be stacked.")
     examples.refuse_changes(runs[0])
 
 
 def shape_key(run: Run) -> tuple[Any, ...]:
-    """Return what runs must share to be stacked."""
+    """Return a key that runs must share to be stacked."""
     averaged = tuple(run.averaged_steps.items())
     return run.steps, tuple(run.checkpoint_steps), run.manifest.gradients, run.manifest.batches, averaged

@@ -1,13 +1,13 @@
-r"""Long short-term memory whose second derivative costs little more than its first: by hand, for whole sequences.
+r"""LSTM layers with hand-written derivatives: the second derivative costs little more than the first.
 
 With the gates :math:`y = (i, f, g, o)`, their pre-activations a, the cells c and the outputs h of a layer,
 
 .. math:: a_t = W x_t + U h_{t-1} + b, \qquad c_t = f_t c_{t-1} + i_t g_t, \qquad h_t = o_t \tanh c_t .
 
-Autograd differentiates torch's own layers twice operation by operation, time step by time step. Here only what recurs,
-products with U, goes step by step; all else is computed for the whole sequence at once. The derivative of the gradient
-along a direction is the gradient's tangent: one more sweep forwards and one backwards (Pearlmutter, *Fast exact
-multiplication by the Hessian*, 1994).
+The second derivative of torch's LSTM runs operation by operation and time step by time step. Here, only the recurrent
+products with U run step by step; everything else is computed for the whole sequence at once. The derivative of the
+gradient along a direction is the tangent of the gradient: one more forward and one more backward sweep (Pearlmutter,
+*Fast exact multiplication by the Hessian*, 1994).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from lightning_dtda.compatibility import is_traced, is_transformed, onednn_linea
 from lightning_dtda.replay.kernels import enabled_kernels, using_kernels
 
 _NOT_TWICE = frozenset({"cudnn", "mkldnn"})
-"""Kernels of recurrent layers without a second derivative, or with one slower than that of torch's plain kernels."""
+"""Kernels of recurrent layers whose second derivative is missing, or slower than that of torch's plain kernels."""
 
 _WEIGHTS = 2
-"""Tensors of weights of a layer, and as many of biases."""
+"""Number of weight tensors per layer and direction; the number of biases is the same."""
 
 
 @contextmanager
 def twice_differentiable_recurrence() -> Iterator[None]:
-    """Compute recurrent layers so that they can be differentiated twice, those of LSTMs as this module says.
+    """Make recurrent layers twice differentiable inside this context; LSTMs use the implementation in this module.
 
-    Packed sequences, projections, mixed precision and layers of other kinds go by torch's plain kernels.
+    Packed sequences, projections, mixed precision and other kinds of layers use torch's plain kernels.
     """
 
     def plain(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -50,10 +50,10 @@ def twice_differentiable_recurrence() -> Iterator[None]:
 
 
 def _is_covered(x: Tensor, states: Any) -> bool:
-    """Whether arguments of ``torch.lstm`` are such as :func:`_lstm` takes."""
+    """Return whether :func:`_lstm` supports these arguments of ``torch.lstm``."""
     return (
-        not isinstance(states, Tensor)  # the numbers of packed sequences at each time
-        and states[0].shape == states[1].shape  # which differ for a projection
+        not isinstance(states, Tensor)  # a tensor holds the batch sizes of a packed sequence
+        and states[0].shape == states[1].shape  # the shapes differ for a projection
         and x.dtype in (torch.float32, torch.float64)
         and not torch.is_autocast_enabled(x.device.type)
         and not is_transformed()
@@ -71,7 +71,7 @@ def _lstm(
     bidirectional: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute what ``torch.lstm`` computes: outputs, and the last outputs and cells of each layer and direction."""
+    """Compute ``torch.lstm``: the outputs, and the last outputs and cells of each layer and direction."""
     hidden: list[Tensor] = []
     cells: list[Tensor] = []
     size = _WEIGHTS * (1 + has_biases)
@@ -93,15 +93,16 @@ def _lstm(
 
 
 class _Layer(Function):
-    """One direction of a layer: inputs ``(T, B, I)`` and states ``(B, H)`` to outputs, cells ``(T, B, H)`` and gates.
+    """One direction of a layer: maps inputs ``(T, B, I)`` and states ``(B, H)`` to outputs, cells and gates.
 
-    The gates ``(T, B, 4H)`` are for the second derivative, which arrives at them and at the cells.
+    Outputs and cells are ``(T, B, H)``. The gates ``(T, B, 4H)`` are returned for the second derivative, which arrives
+    at them and at the cells.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, u: Tensor, bias: Tensor | None, h: Tensor, c: Tensor) -> Any:
         linear, arguments = _linear(x), (x, w, u, bias, h, c)
-        flat = linear(x, w, bias)  # pre-activations, of which the loop makes gates
+        flat = linear(x, w, bias)  # pre-activations; the loop turns them into gates in place
         outputs, cells, squashed = [], [], []
         for gates in _split(flat):
             gates.add_(linear(h, u).view_as(gates))
@@ -125,7 +126,7 @@ class _Layer(Function):
 
 
 class _Gradient(Function):
-    r"""The gradient by what a layer is computed of, from those by its outputs, cells and gates.
+    r"""Gradients by the arguments of a layer, given the gradients by its outputs, cells and gates.
 
     From the last step to the first, with :math:`p_t = \partial (c_t, c_t, c_t, h_t) / \partial a_t` and
     :math:`q_t = \partial h_t / \partial c_t`,
@@ -171,11 +172,11 @@ class _Gradient(Function):
 
     @staticmethod
     def backward(ctx: Any, *along: Tensor | None) -> Any:
-        """Differentiate the gradient along a direction: its tangents are swept forwards, and nothing backwards yet.
+        """Differentiate the gradient along a direction: sweep its tangents forwards, but nothing backwards yet.
 
-        The derivatives by gates and cells go to :class:`_Layer`, whose backward pass is done once for all derivatives.
+        The derivatives by gates and cells go to :class:`_Layer`, whose single backward pass serves all derivatives.
         """
-        if torch.is_grad_enabled():  # a third derivative will follow, of a loss with a gradient in it
+        if torch.is_grad_enabled():  # a third derivative follows: the loss contains a gradient
             return *_by_autograd(along, *ctx.saved_tensors[:8]), None, None, None
         _, _, x, w, u, _, h, c, cells, flat, squashed, by_sums, by_outputs, by_cells = ctx.saved_tensors
         dx, dw, du, dbias, dh, dc = along
@@ -210,13 +211,13 @@ class _Gradient(Function):
 
 
 class _Local(NamedTuple):
-    r"""Derivatives of each step of a layer by itself.
+    r"""Local derivatives of each step of a layer.
 
     Args:
-        outputs: h ``(T, B, H)``.
-        slopes: Of the gates, :math:`\partial y_t / \partial a_t` ``(T, B, 4, H)``.
-        factors: :math:`(g_t, c_{t-1}, i_t, \tanh c_t)`, the derivatives of :math:`(c_t, c_t, c_t, h_t)` by the gates.
-        cells: :math:`q_t = \partial h_t / \partial c_t` ``(T, B, H)``.
+        outputs: Outputs h ``(T, B, H)``.
+        slopes: Derivatives of the gates, :math:`\partial y_t / \partial a_t` ``(T, B, 4, H)``.
+        factors: Derivatives of :math:`(c_t, c_t, c_t, h_t)` by the gates, :math:`(g_t, c_{t-1}, i_t, \tanh c_t)`.
+        cells: Derivatives of the outputs by the cells, :math:`q_t = \partial h_t / \partial c_t` ``(T, B, H)``.
     """
 
     outputs: Tensor
@@ -226,7 +227,7 @@ class _Local(NamedTuple):
 
     @classmethod
     def of(cls, gates: Tensor, before: Tensor, squashed: Tensor) -> _Local:
-        """Compute them of the gates, the cells before each step, and the cells' hyperbolic tangents."""
+        """Compute the derivatives from the gates, the cells before each step, and the tanh of the cells."""
         i, _, g, o = gates.unbind(2)
         outputs = o * squashed
         slopes = torch.addcmul(gates, gates, gates, value=-1)
@@ -236,17 +237,18 @@ class _Local(NamedTuple):
 
 
 def _by_autograd(along: Sequence[Tensor | None], *of: Tensor | None) -> list[Tensor | None]:
-    """Differentiate the gradient of torch's own layer along a direction, with a graph.
+    """Differentiate the gradient of torch's LSTM along a direction, with a graph.
 
     Args:
         along: The direction.
-        of: What the gradient is computed of: those by outputs and by cells, of which only the last are used outside;
-            and the layer's arguments.
+        of: Inputs of the gradient: the gradients by outputs and by cells (only those by the last cells are used), and
+            the arguments of the layer.
 
     Returns:
-        The derivatives by the gradients by outputs, cells and gates, the last of which are not used; and by arguments.
+        The derivatives with respect to the gradients by outputs, cells and gates (``None`` for the gates), and with
+        respect to the arguments.
     """
-    # others, since the former are made of the latter, by which derivatives are not to be taken through them
+    # views: the gradients depend on the arguments, and the derivatives must not follow that dependence
     others: list[Any] = [one if one is None else one.view_as(one) for one in of]
     by_outputs, by_cells, *arguments = others
     x, w, u, bias, h, c = arguments
@@ -260,7 +262,7 @@ def _by_autograd(along: Sequence[Tensor | None], *of: Tensor | None) -> list[Ten
 
 
 def _grad(of: Sequence[tuple[Tensor | None, Tensor | None]], by: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Differentiate tensors along directions with a graph; ``None`` where there is nothing to differentiate."""
+    """Differentiate tensors along directions, with a graph; ``None`` for inputs that need no derivative."""
     tensors, along = zip(*[pair for pair in of if pair[0] is not None and pair[1] is not None], strict=True)
     inputs = [one for one in by if one is not None and one.requires_grad]
     found = iter(grad(tensors, inputs, along, create_graph=True, allow_unused=True))
@@ -270,7 +272,7 @@ def _grad(of: Sequence[tuple[Tensor | None, Tensor | None]], by: Sequence[Tensor
 def _sweep_forwards(
     sums: Tensor, u: Tensor, h: Tensor, c: Tensor, gates: Tensor, local: _Local
 ) -> tuple[Tensor, Tensor]:
-    """Return the tangents of outputs and cells, from those of their start; add what recurs to those of the sums."""
+    """Return the tangents of outputs and cells, given those of the initial states; updates ``sums`` in place."""
     linear, partials, outputs, cells = _linear(u), local.slopes * local.factors, [], []
     for sum_, p, q, gate in zip(sums, partials, local.cells, gates, strict=True):
         reached = sum_.add_(linear(h, u).view_as(sum_)) * p
@@ -295,15 +297,16 @@ def _of_each_step(
     """Return the derivatives of the gradient along the tangents by gates, by cells and by the first cell.
 
     Args:
-        sums: Tangents of the pre-activations, used up.
+        sums: Tangents of the pre-activations; overwritten.
         cells: Tangents of the cells.
-        before: The same before each step.
-        gates: y.
-        squashed: The hyperbolic tangents of the cells.
-        local: Derivatives of the steps.
-        by_outputs: The gradient by the outputs.
-        by_cells: The gradient by the cells.
-        crossing: The derivative by the outputs before each step where the gradient is made of them.
+        before: Tangents of the cells before each step.
+        gates: Gates y.
+        squashed: Hyperbolic tangents of the cells.
+        local: Local derivatives of the steps.
+        by_outputs: Gradient by the outputs.
+        by_cells: Gradient by the cells.
+        crossing: Derivative by the outputs before each step, as far as the gradient contains them directly; ``None`` if
+            there is none.
     """
     sums[:, :, :3].mul_(by_cells.unsqueeze(2))
     sums[:, :, 3].mul_(by_outputs)
@@ -324,31 +327,31 @@ def _of_each_step(
 
 
 def _split(flat: Tensor) -> Tensor:
-    """Return what is for the four gates ``(T, B, 4H)`` as ``(T, B, 4, H)``."""
+    """Split values of the four gates ``(T, B, 4H)`` into ``(T, B, 4, H)``."""
     return flat.unflatten(2, (4, -1))
 
 
 def _before(first: Tensor, each: Tensor) -> Tensor:
-    """Return what there was before each step: the first, and what there was after each but the last."""
+    """Return the values before each step: the initial value, followed by those after each step but the last."""
     return torch.cat((first.unsqueeze(0), each[:-1]))
 
 
 def _after(each: Tensor) -> Tensor:
-    """Return what arrives from the step after each; from after the last nothing does."""
+    """Return the derivatives that each step receives from the next one; the last step receives zeros."""
     return torch.cat((each[1:], torch.zeros_like(each[:1])))
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the sum over time and batch ``(T, B, ...)`` of outer products."""
+    """Return the sum of outer products over time and batch ``(T, B, ...)``."""
     rows, columns = rows.flatten(0, 1).t(), columns.flatten(0, 1).t()
-    return _linear(rows)(columns, rows).t()  # the other way round it takes oneDNN a third longer
+    return _linear(rows)(columns, rows).t()  # oneDNN takes a third longer for the transposed product
 
 
 def _linear(like: Tensor) -> Callable[..., Tensor]:
-    """Return what multiplies by a weight's transpose ``(M, K)``: with oneDNN where it is in use.
+    """Return a function that multiplies by the transpose of a weight ``(M, K)``, with oneDNN if it is enabled.
 
-    That is what torch computes LSTMs with in training; in single precision it is up to twice as fast as MKL, on which
-    torch's own products go by.
+    torch also uses oneDNN for LSTMs in training. In single precision it is up to twice as fast as MKL, which torch uses
+    for matrix products.
     """
     uses_onednn = like.device.type == "cpu" and like.dtype == torch.float32 and torch.backends.mkldnn.enabled
     return (onednn_linear() if uses_onednn and not is_traced() else None) or functional.linear

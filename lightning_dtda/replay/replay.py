@@ -1,4 +1,4 @@
-"""Recorded runs as a differentiable function: theta_t in either direction, and the products that adjoints need."""
+"""Recorded runs as a differentiable function: theta_t forwards and backwards, and the products that adjoints need."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ Precision = Literal["recorded", "float64"]
 
 
 class Replay:
-    """Runs of equal shape, stacked, and rebuilt from their records.
+    """Replays several runs of equal shape, stacked, from their records.
 
     Args:
         runs: R runs with the same number of steps and the same checkpoints.
-        module: The user's module, unchanged.
-        examples: The training examples.
-        precision: ``"recorded"``, or ``"float64"`` to compute in double: each segment then starts from its recorded
-            checkpoint and computes its gradients anew.
-        device: Where to compute; ``None`` is the module's own device.
-        tolerance: Largest difference at a segment's end that is taken for rounding, relative to the distance
-            travelled in the segment; and of a recomputed gradient, relative to its norm. A changed example or
-            unrecorded randomness is orders of magnitude above, float32 rounding one or two below. The rounding of
-            mixed precision is allowed for on top.
+        module: The user's module; not modified.
+        examples: Training examples.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision. In that case, each segment starts
+            from its recorded checkpoint and recomputes its gradients.
+        device: Device to compute on; ``None`` for the module's device.
+        tolerance: Largest difference that counts as rounding: at the end of a segment relative to the distance
+            travelled in it, and for a recomputed gradient relative to its norm. A changed example or unrecorded
+            randomness causes differences orders of magnitude larger, float32 rounding causes ones 10 to 100 times
+            smaller. The rounding of mixed precision is added to the tolerance.
 
     Raises:
-        ReplayError: If the runs do not fit together, the module or the data do not fit the runs, or the device does
-            not compute in the precision.
+        ReplayError: If the runs cannot be stacked, if the module or the data do not match the runs, or if the device
+            does not support the precision.
     """
 
     def __init__(
@@ -71,11 +71,12 @@ class Replay:
         self.device = torch.device(module.device if device is None else device)
         if self.dtype == torch.float64 and self.device.type == "mps":
             raise ReplayError(
-                'The device "mps" does not compute in double. Give device="cpu", or the precision that was recorded.'
+                'The device "mps" does not support double precision. Give device="cpu", or leave out '
+                'precision="float64".'
             )
         self.examples = examples
         self.held = math.inf
-        """How many steps may be held in memory at once; a longer stretch is rebuilt piece by piece."""
+        """Maximum number of steps to hold in memory at once; a longer range of steps is rebuilt piece by piece."""
         self._tolerance = tolerance
         circumstances = Circumstances.of(first.manifest)
         self._updated_buffers = circumstances.updated_buffers
@@ -93,7 +94,7 @@ class Replay:
             for name, layer in batch_norm_layers(replica.module).items()
             if layer.momentum is not None
         }
-        # running statistics leave a pass in training mode as it is
+        # in training mode, the running statistics do not affect a pass
         self._pass_depends_on_buffers = not statistics | counters >= set(circumstances.updated_buffers)
         self._take(runs)
 
@@ -110,33 +111,33 @@ class Replay:
         self.rebuilds_from_gradients = (
             first.has_exact_gradients and self.dtype == self.recorded_dtype and not self._pass_depends_on_buffers
         )
-        """Whether steps are rebuilt from recorded gradients, without the module."""
+        """Whether steps are rebuilt from the recorded gradients, without running the module."""
         self._records_gradients = first.manifest.gradients != "none"
         self._stores_batches = first.manifest.batches == "store"
         self._ahead: Iterator[tuple[int, list[list[Any]]]] | None = None
 
     def of(self, runs: Sequence[Run]) -> Replay:
-        """Return the replay of other runs of the same ensemble, which shares the module with this one."""
+        """Return a replay of other runs of the same ensemble that shares the module with this one."""
         other = copy.copy(self)
         other._take(runs)
         return other
 
     def alone(self, number: int) -> Replay:
-        """Return the replay of one of the runs, which shares the module with this one."""
+        """Return a replay of a single run that shares the module with this one."""
         return self.of([self.runs[number]])
 
     @property
     def drift(self) -> tuple[Drift, ...]:
-        """How far each run's replay was from its record so far."""
+        """Largest deviation of each run's replay from its record so far."""
         return self._comparison.drift
 
     @property
     def segments(self) -> list[tuple[int, int]]:
-        """The stretches between checkpoints, as (first step, last step) with the last not included."""
+        """Ranges of steps between checkpoints, as (first, last) with ``last`` excluded."""
         return list(pairwise(self.checkpoint_steps))
 
     def time(self, step: int) -> Time:
-        """Return where the first run stood after a number of steps."""
+        """Return the time of the first run after a number of steps."""
         last = max(step - 1, 0)
         run = self.runs[0]
         micro_batch = run.micro_batches(last)[-1]
@@ -145,18 +146,18 @@ class Replay:
     # -- ways of running a step
 
     def stack(self, stacked: bool = True) -> Replay:
-        """Return this replay, with all runs and directions of a step run at once, or one by one.
+        """Return a copy of this replay that runs all runs and directions of a step at once, or one by one.
 
-        A step that cannot be stacked is run one by one all the same.
+        Steps that cannot be stacked always run one by one.
         """
         other = copy.copy(self)
         other._is_stacked = stacked
         return other
 
     def compile(self, compiled: bool = True) -> Replay:
-        """Return this replay, with a step's products compiled, for one run and direction or stacked.
+        """Return a copy of this replay that compiles the products of steps, for one run and direction or stacked.
 
-        The first step of all takes a quarter of a minute or more then. What cannot be compiled is run as it is.
+        The first step then takes 15 seconds or more. Steps that cannot be compiled run uncompiled.
         """
         other = copy.copy(self)
         other._is_compiled = compiled
@@ -164,7 +165,7 @@ class Replay:
 
     @property
     def has_compiled(self) -> bool:
-        """Whether steps of this replay were compiled."""
+        """Whether any step of this replay was compiled."""
         return self._compiling[self._is_stacked].has_compiled
 
     @property
@@ -184,19 +185,19 @@ class Replay:
         return self._stacking if self._is_stacked else self.eager
 
     def no_statistics(self, cotangents: Tensor) -> dict[str, Tensor]:
-        """Return zero cotangents of the running statistics for cotangents of the parameters ``(runs, queries, P)``."""
+        """Return zero cotangents of the running statistics to match those of the parameters ``(runs, queries, P)``."""
         statistics = self.statistics(self.buffers(0))
         return {
             name: part.new_zeros(len(part), cotangents.shape[1], *part.shape[1:]) for name, part in statistics.items()
         }
 
-    # -- what was recorded
+    # -- recorded states and batches
 
     def trained(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what there was after ``step`` steps: parameters ``(runs, P)``, and buffers, each ``(runs, ...)``.
+        """Return the parameters ``(runs, P)`` and buffers, each ``(runs, ...)``, after ``step`` steps.
 
-        Both are rebuilt from the checkpoint before. After the last step they are what the training ended with, which
-        may be an average over its steps.
+        Both are rebuilt from the previous checkpoint. After the last step, they are the final result of the training,
+        which may be an average over its steps.
         """
         if step == self.steps and (average := self._records.average()) is not None:
             return average
@@ -204,11 +205,11 @@ class Replay:
         return theta, buffers
 
     def point(self, step: int) -> Point:
-        """Return what a step started from, rebuilt from the checkpoint before."""
+        """Return the starting point of a step, rebuilt from the previous checkpoint."""
         return self._point(step, *self._at(step))[0]
 
     def _at(self, step: int, follows_buffers: bool = False) -> tuple[Tensor, list[State], dict[str, Tensor]]:
-        """Return parameters, states and buffers after a number of steps, rebuilt from the checkpoint before."""
+        """Return parameters, states and buffers after a number of steps, rebuilt from the previous checkpoint."""
         start = max(t for t in self.checkpoint_steps if t <= step)
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
@@ -226,11 +227,11 @@ class Replay:
         return self._records.buffers(step)
 
     def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
-        """Return each group's hyperparameters, as :meth:`~lightning_dtda.replay.records.Records.hyperparameters`."""
+        """Return each group's hyperparameters; see :meth:`~lightning_dtda.replay.records.Records.hyperparameters`."""
         return self._records.hyperparameters(step, ndim)
 
     def batch(self, step: int) -> StepBatch:
-        """Return the micro-batches of a step, to be made again."""
+        """Return the micro-batches of a step; their batches are made on demand."""
         micro_batches = [run.micro_batches(step) for run in self.runs]
         ready = self._read_ahead(step)
         passes = [
@@ -244,7 +245,7 @@ class Replay:
         return StepBatch.of(indices, passes, self.device, lambda part: self._leaves(micro_batches, passes, part))
 
     def expect(self, steps: Sequence[int]) -> None:
-        """Have workers, where the training used them, read the batches of steps in this order."""
+        """Have DataLoader workers, if the training used them, read the batches of these steps ahead, in this order."""
         if self._stores_batches or not self.examples.reads_ahead:
             self._ahead = None
             return
@@ -284,7 +285,7 @@ class Replay:
     def _leaves(
         self, micro_batches: list[list[MicroBatch]], passes: list[list[MicroBatchInputs]], part: int
     ) -> list[Tensor] | None:
-        """Return the tensors of micro-batch number ``part`` of all runs, ``None`` where they cannot be stacked."""
+        """Return the tensors of micro-batch number ``part`` of all runs; ``None`` if they cannot be stacked."""
         if len({len(of_run) for of_run in passes}) > 1 or len({of_run[part].examples for of_run in passes}) > 1:
             return None
         if not self._stores_batches:
@@ -296,13 +297,13 @@ class Replay:
     # -- gradients
 
     def gradient(self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None) -> Tensor:
-        r"""Compute the gradient of the step's loss anew, :math:`g_t(\theta, w)` ``(runs, P)``.
+        r"""Recompute the gradient of the step's loss, :math:`g_t(\theta, w)` ``(runs, P)``.
 
         Args:
-            step: t.
+            step: Step t.
             theta: Parameters ``(runs, P)``.
-            buffers: As :meth:`buffers` gives them.
-            weights: w ``(runs, B)``; ones if not given.
+            buffers: Buffers as returned by :meth:`buffers`.
+            weights: Example weights w ``(runs, B)``; ones if not given.
         """
         return self._gradient(step, theta, buffers, weights)[0]
 
@@ -312,12 +313,13 @@ class Replay:
         return self._way.gradient(self.batch(step), theta, buffers, weights)
 
     def check_step(self, step: int) -> None:
-        """Compare the gradient of one step with the record, for what replays no steps; nothing if none was recorded.
+        """Compare the gradient of one step with the record, for callers that do not replay steps.
 
-        The step compared is the first after the checkpoint at or before ``step``, whose parameters are on disk.
+        The step compared is the first after the checkpoint at or before ``step``, whose parameters are on disk. Does
+        nothing if no gradients were recorded.
 
         Raises:
-            ReplayError: If the gradient is not the recorded one, naming run and step.
+            ReplayError: If the gradient is not the recorded one. The message names run and step.
         """
         if self._records_gradients:
             start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
@@ -326,34 +328,34 @@ class Replay:
 
     @property
     def averaged_steps(self) -> dict[int, float]:
-        """The coefficients of the average that the runs ended with, by step; none where there is none."""
+        """Coefficients of the average that the runs ended with, by step; empty if there is no average."""
         return self.runs[0].averaged_steps
 
     def averages_statistics(self, step: int) -> float:
-        """Return the coefficient of a step's running statistics in what the training ended with."""
+        """Return the coefficient of a step's running statistics in the final result of the training."""
         average = self.runs[0].manifest.average
         if average is None or average["buffers"] == "last":
             return float(step == self.steps)
-        if average["buffers"] == "updated":  # those of the last update
+        if average["buffers"] == "updated":  # the statistics of the last update
             return float(step == average["steps"][-1])
         return self.averaged_steps.get(step, 0.0)
 
     def retrain(
         self, weights: Tensor, start: int = 0, stop: int | None = None, *, averaged: bool = True
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        r"""Train the runs again from a checkpoint, in their own order, with example weights.
+        r"""Retrain the runs from a checkpoint with example weights, using the recorded batch order.
 
         .. math:: g_t(\theta, w) = \sum_z J_z^\top \left(w \odot \frac{\partial L_t}{\partial z}\right)
 
         Args:
-            weights: w ``(runs, N)``; ones give the recorded training, up to rounding.
-            start: Step of a checkpoint.
-            stop: Step of a later one, or the end.
-            averaged: Whether to return the average, where the training ended with one and it is trained from start to
-                end.
+            weights: Example weights w ``(runs, N)``; ones give the recorded training, up to rounding.
+            start: Step of the checkpoint to start from.
+            stop: Step to stop before; the end of training if not given.
+            averaged: Whether to return the average over steps, if the training ended with one and all of its steps are
+                retrained.
 
         Returns:
-            The trained parameters ``(runs, P)``, and buffers as they were trained to, each ``(runs, ...)``.
+            The trained parameters ``(runs, P)`` and buffers, each ``(runs, ...)``.
         """
         stop = self.steps if stop is None else stop
         theta, states = self.checkpoint(start)
@@ -382,23 +384,25 @@ class Replay:
         )
 
     def statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of the buffers that the training updates by differentiable steps, each ``(runs, ...)``."""
+        """Return the running statistics among the buffers, each ``(runs, ...)``; their updates are differentiable."""
         return {name: buffers[name] for name in self.eager.statistics.names}
 
     # -- segments
 
     def backwards(self, first: int, last: int, stop: int | None = None) -> Iterator[tuple[int, Point]]:
-        """Yield the steps from a checkpoint on, from the last to the first, with what each started from.
+        """Yield the steps after a checkpoint with their starting points, from the last to the first.
 
-        No more than :attr:`held` of them are held at once; a longer stretch is rebuilt piece by piece.
+        At most :attr:`held` steps are held in memory; a longer range of steps is rebuilt piece by piece.
 
         Args:
-            first: The step of a checkpoint.
-            last: The step after the last, up to the next checkpoint, with which the replay is compared.
-            stop: Steps from it on are left out; they are replayed all the same, to be compared with the record.
+            first: Step of the checkpoint.
+            last: Step after the last, at most that of the next checkpoint. If it is a checkpoint, the replay is
+                compared with it.
+            stop: First step not to yield; ``last`` if not given. Later steps are still replayed if the end is compared
+                with a checkpoint.
 
         Raises:
-            ReplayError: If the segment's end differs from the recorded checkpoint by more than rounding.
+            ReplayError: If the end of the segment differs from the recorded checkpoint by more than rounding.
         """
         theta, states = self.checkpoint(first)
         compare = last in self.checkpoint_steps
@@ -425,7 +429,7 @@ class Replay:
         while starts:
             begin = first + piece * (len(starts) - 1)
             end = min(begin + piece, stop)
-            # not by names here, which would hold what the pieces inside are done with
+            # popped in the call: a local name would keep the starting point alive longer than the call needs it
             yield from self._backwards(begin, end, end, *starts.pop(), held=left_to_hold(held, len(starts)))
 
     def _rebuilt(
@@ -439,7 +443,7 @@ class Replay:
         buffers: dict[str, Tensor],
         compare: bool,
     ) -> tuple[list[Callable[[], Point]], list[tuple[Tensor, list[State], dict[str, Tensor]]]]:
-        """Return what the steps before ``stop`` start from, if they are one piece; else what each piece starts from."""
+        """Return the starting points of the steps before ``stop`` if they are one piece, else those of the pieces."""
         points, starts, first_theta = [], [], theta
         if not self.rebuilds_from_gradients:
             self.expect(range(first, last))
@@ -455,13 +459,13 @@ class Replay:
         return points, starts
 
     def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:
-        """Compare what a replay came to at the end of a segment with the record.
+        """Compare the end of a replayed segment with the record.
 
         Args:
-            first: The segment's first step.
-            last: The step after its last.
-            start: What it started from ``(runs, P)``.
-            theta: What it came to ``(runs, P)``.
+            first: First step of the segment.
+            last: Step after the last, that of a checkpoint.
+            start: Parameters at the start ``(runs, P)``.
+            theta: Rebuilt parameters at the end ``(runs, P)``.
 
         Raises:
             ReplayError: If the end differs from the recorded checkpoint by more than rounding.
@@ -473,17 +477,17 @@ class Replay:
     def adjoint(
         self, step: int, point: Point, theta_cotangent: Tensor, state_cotangents: Sequence[State]
     ) -> tuple[Tensor, list[State], Tensor]:
-        r"""Pull cotangents back through clipping and update of a step.
+        r"""Pull cotangents back through the clipping and the optimizer update of a step.
 
         Args:
-            step: t.
-            point: Where the step started, from :meth:`backwards`.
-            theta_cotangent: Of the parameters after the step ``(runs, queries, P)``.
-            state_cotangents: Of each group's optimizer state after the step.
+            step: Step t.
+            point: Starting point of the step, from :meth:`backwards`.
+            theta_cotangent: Cotangents of the parameters after the step ``(runs, queries, P)``.
+            state_cotangents: Cotangents of each group's optimizer state after the step.
 
         Returns:
-            The cotangents of the parameters, as far as they act directly; of the states; and of the gradient of the
-            step's loss, from which :meth:`directional` goes on.
+            The cotangents of the parameters (their direct effect on the update only), of the states, and of the
+            gradient of the step's loss; the last are the directions for :meth:`directional`.
         """
         theta, states, cotangent = self.update.adjoint(
             point.theta.unsqueeze(1),
@@ -507,17 +511,17 @@ class Replay:
         """Differentiate a step's gradient along directions, and compare the gradient with the record.
 
         Args:
-            step: t.
-            point: Where the step started, from :meth:`backwards`.
-            directions: v ``(runs, queries, P)``.
-            buffers: As :meth:`buffers` gives them.
-            statistics_cotangents: Of the running statistics after the step, each ``(runs, queries, ...)``.
+            step: Step t.
+            point: Starting point of the step, from :meth:`backwards`.
+            directions: Directions v ``(runs, queries, P)``.
+            buffers: Buffers as returned by :meth:`buffers`.
+            statistics_cotangents: Cotangents of the running statistics after the step, each ``(runs, queries, ...)``.
 
         Returns:
             The data set indices of the step's examples ``(runs, B)``, and the products.
 
         Raises:
-            ReplayError: If the gradient is not the recorded one, naming run and step.
+            ReplayError: If the gradient is not the recorded one. The message names run and step.
         """
         batch = self.batch(step)
         buffers = buffers | point.buffers
@@ -538,24 +542,24 @@ class Replay:
             self._comparison.gradient(step, self.clipping.apply(computed), gradient, again)
 
     def push(self, position: Position, membership: Tensor) -> Position:
-        r"""Take a step forwards, the tangents of removals along with it.
+        r"""Take a step forwards together with the tangents of removals.
 
-        With :math:`r_k` the tangent of the parameters and :math:`S_k` the examples of removal k, that of the step's
-        gradient is
+        Let :math:`r_k` be the tangent of the parameters and :math:`S_k` the examples of removal k. The tangent of the
+        step's gradient is
 
-        .. math:: \dot g_k = H_t r_k - \sum_{n \in S_k \cap b_t} c_n \nabla l_n(\theta_t),
+        .. math:: \dot g_k = H_t r_k - \sum_{n \in S_k \cap b_t} c_n \nabla l_n(\theta_t) .
 
-        then clipping and the optimizer's update are differentiated forwards.
+        It is then pushed forwards through clipping and the optimizer's update.
 
         Args:
-            position: Before the step.
-            membership: 1 where an example is in a removal ``(removals, N)``.
+            position: Position before the step.
+            membership: 1 where an example is in a removal, else 0 ``(removals, N)``.
 
         Returns:
-            After the step.
+            The position after the step.
 
         Raises:
-            ReplayError: If the gradient is not the recorded one, naming run and step.
+            ReplayError: If the gradient is not the recorded one. The message names run and step.
         """
         step, theta, states, buffers = position.step, position.theta, position.states, position.buffers
         batch = self.batch(step)
@@ -583,7 +587,7 @@ class Replay:
         buffers: dict[str, Tensor],
         follows_buffers: bool = False,
     ) -> tuple[Point, dict[str, Tensor]]:
-        """Return what a step starts from, and the buffers after it: followed where they are needed, or asked for."""
+        """Return the starting point of a step, and the buffers after it if they are needed or asked for."""
         if self.rebuilds_from_gradients and not follows_buffers:
             return self._recorded_point(step, theta, states), buffers
         unclipped, after = self._gradient(step, theta, buffers)
@@ -601,11 +605,11 @@ class Replay:
 
     @property
     def reads_gradients_again(self) -> bool:
-        """Whether gradients of steps that are held are read when they are needed, in place of being held."""
+        """Whether the gradients of held steps are read again when needed, instead of being held in memory."""
         return self.rebuilds_from_gradients and not self._is_stacked
 
     def _held_point(self, step: int, point: Point) -> Callable[[], Point]:
-        """Return what makes a point again, which holds as little as it can."""
+        """Return a function that recreates a point and holds as little memory as possible."""
         if self.reads_gradients_again:
             return partial(self._recorded_point, step, point.theta, point.states)
         return lambda: point

@@ -1,4 +1,4 @@
-"""A copy of the user's module that is run as it was in training: it logs nothing and remembers nothing."""
+"""A copy of the user's module that runs as in training, but logs nothing and keeps no state between passes."""
 
 from __future__ import annotations
 
@@ -24,36 +24,37 @@ from lightning_dtda.replay.stand_ins import Circumstances, ReplayOptimizer, Repl
 from lightning_dtda.trajectory import ParameterLayout
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16}
-"""Mixed precision that is replayed as it was. With ``16-mixed`` gradients were computed of a scaled loss; they are
-computed anew in the parameters' precision, where nothing overflows."""
+"""Mixed precisions that are replayed with autocast. With ``16-mixed``, gradients were computed from a scaled loss; they
+are recomputed in the precision of the parameters, where nothing overflows."""
 
 _CAST = frozenset({"64-true", "bf16-true", "16-true"})
-"""Precisions in which the Trainer casts module and batches."""
+"""Precisions for which the Trainer casts the module and the batches."""
 
 _ALIGNED = 16
-"""Bytes at whose multiples a GPU's fastest kernels want a tensor to begin."""
+"""Alignment in bytes of a tensor's start that the fastest GPU kernels require."""
 
 _INTERNAL = frozenset({"_parameters", "_buffers", "_modules", "_trainer"})
-"""Attributes of a module that :class:`_Memory` leaves alone."""
+"""Attributes of a module that :class:`_Memory` does not touch."""
 
 
 class Replica:
-    """The user's module, copied, with parameters and buffers that can be put in, and a record for a Trainer.
+    """A copy of the user's module into which parameters and buffers can be loaded, with a stand-in for the Trainer.
 
-    Whatever ``training_step`` does, it finds what it found in the training: the batch as the user's hooks moved it, the
-    mode of each submodule, autocast, the clock, learning rates, and the random number generators as they were.
+    ``training_step`` finds everything as it was in the training: the batch after the user's transfer hooks, the mode of
+    each submodule, autocast, epoch and step, learning rates, and the states of the random number generators.
 
     Args:
-        module: The user's module; only its architecture counts, and it is not changed, even while it is trained.
-        layout: The recorded parameters.
-        circumstances: Of the training.
-        dtype: Of the computation; the module's floating point buffers are cast to it.
-        device: Of the computation.
-        recorded_dtype: Of the training; ``dtype`` if not given.
-        datamodule: Whose hooks on a batch's way count before the module's; ``None`` where there is none.
+        module: The user's module. Only its architecture matters; it is not modified, even while it is being trained.
+        layout: Layout of the recorded parameters.
+        circumstances: Circumstances of the training.
+        dtype: Data type of the computation; floating-point buffers of the module are cast to it.
+        device: Device of the computation.
+        recorded_dtype: Data type of the training; ``dtype`` if not given.
+        datamodule: Data module, whose transfer hooks take precedence over those of the module; ``None`` if there is
+            none.
 
     Raises:
-        ReplayError: If the module cannot be copied, or its parameters are not those of the layout.
+        ReplayError: If the module cannot be copied, or its parameters do not match the layout.
     """
 
     def __init__(
@@ -102,13 +103,13 @@ class Replica:
         self._metrics = [layer for layer in self.module.modules() if isinstance(layer, Metric)]
         self._memory = _Memory(self.module)
         self.metrics_count = True
-        """Whether torchmetrics are run as they are: the loss may be one. They are left out where it is the same."""
+        """Whether torchmetrics run unchanged, since the loss may be one. Set to false if they do not affect it."""
         self._parameter_dtype_differs = self._recorded_dtype != dtype
 
-    # -- what is put in
+    # -- loading parameters and buffers
 
     def load(self, theta: Tensor, buffers: Mapping[str, Tensor]) -> None:
-        """Put in parameters ``(P,)`` and, by name, buffers and frozen parameters; of others the module's own stay."""
+        """Load parameters ``(P,)``, and buffers and frozen parameters by name; those not named keep their values."""
         parts = self.layout.unflatten(theta).values()
         for parameter, stride, part in zip(self.parameters, self._strides, parts, strict=True):
             parameter.data = self._placed(part, stride)
@@ -119,14 +120,14 @@ class Replica:
             where[key] = tensor
 
     def _placed(self, part: Tensor, stride: tuple[int, ...]) -> Tensor:
-        """Return a parameter as it lies in memory in training: other kernels may run otherwise, and round so."""
+        """Return a parameter in the memory layout of the training; in another one, kernels may round differently."""
         is_aligned = self.device.type == "cpu" or part.data_ptr() % _ALIGNED == 0
         if is_aligned and part.stride() == stride:
             return part
         return torch.empty_strided(part.shape, stride, dtype=part.dtype, device=part.device).copy_(part)
 
     def _buffer_places(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-        """Yield where buffers go, and what is put there: what a pass changes in place is not the caller's."""
+        """Yield the place of each buffer and its new value, cloned if a pass changes it in place."""
         for name, tensor in buffers.items():
             if name in self._owners:
                 owner, key = self._owners[name]
@@ -134,7 +135,7 @@ class Replica:
 
     @contextmanager
     def swapped(self, parameters: Sequence[Tensor], buffers: Mapping[str, Tensor]) -> Iterator[None]:
-        """Have other tensors for parameters, in the layout's order, for buffers and frozen parameters."""
+        """Replace parameters (in the layout's order), buffers and frozen parameters inside this context."""
         tensors = dict(zip(self.layout.names, parameters, strict=True)) | {
             name: tensor for name, tensor in buffers.items() if name in self._frozen
         }
@@ -152,22 +153,22 @@ class Replica:
                 where[key] = own
 
     def buffers(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return buffers as they are after the last pass."""
+        """Return the named buffers as they are after the last pass."""
         return {name: owner._buffers[key] for name in names for owner, key in [self._owners[name]]}  # type: ignore[misc]
 
     def keeping_buffers(self) -> AbstractContextManager[None]:
-        """Leave the buffers as they are, whatever is run inside."""
+        """Restore the buffers at the end, whatever runs inside."""
         return self.swapped(self.parameters, self.buffers(self._updated))
 
-    # -- what is run
+    # -- running the module
 
     @contextmanager
     def passing(self, *, training: bool = True, twice: bool = True) -> Iterator[None]:
-        """Run something of the module, then forget what it left behind.
+        """Run the module under the conditions of the training, then undo the changes that it made to itself.
 
         Args:
-            training: Whether in training mode; else in evaluation mode.
-            twice: Whether what is run will be differentiated twice, which not all kernels of the training can be.
+            training: Whether to run in training mode; else in evaluation mode.
+            twice: Whether the computation will be differentiated twice, which not all kernels of the training support.
         """
         modes = [] if training else [layer for layer in self.module.modules() if layer.training]
         kernels = set(enabled_kernels() if self.circumstances.kernels is None else self.circumstances.kernels)
@@ -179,7 +180,7 @@ class Replica:
             if twice:
                 stack.enter_context(twice_differentiable_weight_norm())
                 stack.enter_context(twice_differentiable_recurrence())
-            # what is compiled has no second derivative
+            # compiled code has no second derivative
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if (mixed := _AUTOCAST.get(self.circumstances.precision)) is not None and not self._parameter_dtype_differs:
                 stack.enter_context(torch.autocast(self.device.type, mixed, cache_enabled=False))
@@ -203,12 +204,12 @@ class Replica:
                     metric.reset()
 
     def training_loss(self, batch: Any, time: Time, states: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the loss that ``training_step`` returns for a collated batch; within :meth:`passing`.
+        """Return the loss that ``training_step`` returns for a collated batch. Call it inside :meth:`passing`.
 
         Args:
-            batch: As the ``collate_fn`` made it.
-            time: The Trainer's.
-            states: Of the generators; ``None`` leaves them.
+            batch: Batch as returned by the ``collate_fn``.
+            time: Time of the training.
+            states: States of the random number generators to restore first; ``None`` to leave them unchanged.
         """
         self.trainer.time = time
         module = self.module
@@ -223,7 +224,7 @@ class Replica:
             return step_loss(module, batch, time.batch_idx)
 
     def moved(self, batch: Any) -> Any:
-        """Take a collated batch the way to ``training_step``: precision, the user's hooks, device."""
+        """Prepare a collated batch for ``training_step``: precision, the user's transfer hooks, device."""
         if self._is_converted:
             batch = converted(batch, self.dtype)
         before, transfer, after = self._hooks
@@ -231,7 +232,7 @@ class Replica:
 
     @property
     def _is_converted(self) -> bool:
-        """Whether floating point numbers are cast on the way."""
+        """Whether floating-point tensors of a batch are cast."""
         return self._parameter_dtype_differs or self.circumstances.precision in _CAST
 
     def _optimizers(self, *args: Any, **kwargs: Any) -> ReplayOptimizer:
@@ -245,14 +246,14 @@ def step_loss(module: LightningModule, batch: Any, batch_idx: int = 0) -> Tensor
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ReplayError(
-            f"{type(module).__name__}.training_step returned {type(output).__name__}, not a loss (a tensor of one "
-            'number, or a dict with it under "loss").'
+            f"{type(module).__name__}.training_step returned {type(output).__name__}. It must return the loss: a "
+            'tensor with a single number, or a dict with that tensor under "loss".'
         )
     return loss.reshape(())
 
 
 class _Memory:
-    """What a module knew before a pass: lists that it appends to, losses that it keeps.
+    """The attributes of a module before a pass, to undo changes such as appending to a list or storing a loss.
 
     Args:
         module: The module.
@@ -269,7 +270,7 @@ class _Memory:
             ]
 
     def restore(self) -> None:
-        """Let the module know what it knew."""
+        """Restore the attributes of the module."""
         for attributes, kept in self._attributes:
             if len(attributes) != len(kept) + len(_INTERNAL & attributes.keys()):
                 for name in attributes.keys() - kept.keys() - _INTERNAL:
@@ -287,7 +288,7 @@ def _is_remembered(name: str, value: Any) -> bool:
 
 
 def _copy(module: LightningModule) -> LightningModule:
-    # tensors with a history, which a training may have left, have no copy
+    # tensors with a graph, which a training may have left behind, cannot be copied
     memo: dict[int, Any] = {}
     for layer in module.modules():
         for leaf in tree_leaves({k: v for k, v in vars(layer).items() if k not in ("_modules", "_parameters")}):
@@ -297,23 +298,23 @@ def _copy(module: LightningModule) -> LightningModule:
         copied: LightningModule = copy.deepcopy(module, memo)
     except Exception as error:
         raise ReplayError(
-            f"{type(module).__name__} cannot be copied ({error}). Keep what has no copy (locks, open files) out of the "
-            "module, or define __deepcopy__."
+            f"{type(module).__name__} cannot be copied ({error}). Keep objects that cannot be copied (locks, open "
+            "files) out of the module, or define __deepcopy__."
         ) from error
-    for name in ("training_step", "forward"):  # compiled by torch.compile(module): those of the class are the same
+    for name in ("training_step", "forward"):  # compiled by torch.compile(module); the class has the originals
         if getattr(copied, "_compiler_ctx", None) is not None:
             vars(copied).pop(name, None)
     return copied
 
 
 def _transfer_hooks(module: LightningModule, datamodule: Any, circumstances: Circumstances) -> list[Callable[..., Any]]:
-    """Return the three hooks of a batch's way, the data module's where it has its own, as Lightning has it."""
+    """Return the three transfer hooks of a batch, each that of the data module or of the module, as in Lightning."""
     hooks = []
     for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
         owner = circumstances.transfer_hooks.get(name, "module")
         if owner == "datamodule" and datamodule is None:
             raise ReplayError(
-                f"The training took its batches through {name} of a data module. Give that data module as data."
+                f"The training transformed its batches with {name} of a data module. Give that data module as data."
             )
         hooks.append(getattr(datamodule if owner == "datamodule" else module, name))
     return hooks
@@ -359,11 +360,11 @@ def _check_parameters(module: LightningModule, layout: ParameterLayout) -> None:
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         if name not in found:
             raise ReplayError(
-                f"The recorded runs have a parameter {name} that {type(module).__name__} lacks. Give the module class "
-                "and arguments that were trained."
+                f"The recorded runs have a parameter {name} that {type(module).__name__} lacks. Give a module of the "
+                "class that was trained, created with the same arguments."
             )
         if found[name] != shape:
             raise ReplayError(
                 f"Parameter {name} has shape {found[name]} in this {type(module).__name__} and {shape} in the "
-                "recorded runs. Give the arguments that were trained with."
+                "recorded runs. Create the module with the arguments that it was trained with."
             )

@@ -1,7 +1,7 @@
-"""The running statistics of BatchNorm as values that can be differentiated.
+"""BatchNorm's running statistics as differentiable values.
 
-torch updates them in place and treats them as constants. In a recorded training they are part of the state: an example
-acts on them through the parameters, and a trained model is measured with them.
+torch updates them in place and treats them as constants. In a recorded training they are part of the state: examples
+affect them through the parameters, and measurements of the trained model depend on them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _BatchNorm = torch.nn.modules.batchnorm._BatchNorm
 
 
 def batch_norm_layers(module: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """Return the BatchNorm layers by name."""
+    """Return the BatchNorm layers of a module by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
 
 
 class RunningStatistics:
-    """Follows what a pass makes of the running statistics of BatchNorm layers in training mode.
+    """Follows how a pass updates the running statistics of BatchNorm layers in training mode.
 
     Args:
-        module: The module, its submodules in the modes in which it trains.
+        module: The module, with each submodule in the mode that it has in training.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,22 +36,22 @@ class RunningStatistics:
             if layer.training and layer.track_running_stats and layer.running_mean is not None
         }
         self.names = [_join(name, kind) for name in self._layers for kind in ("running_mean", "running_var")]
-        """Names of the buffers."""
+        """Names of the buffers that hold running statistics."""
 
     @contextmanager
     def followed(self, before: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        r"""Compute what a pass makes of the statistics, beside what the layers do themselves.
+        r"""Compute the statistics after a pass, in addition to the update by the layers themselves.
 
         .. math:: \sigma' = (1 - \mu)\, \sigma + \mu\, s(x)
 
-        with the mean, or the unbiased variance, :math:`s(x)` of the layer's input (Ioffe and Szegedy, arXiv
+        Here :math:`s(x)` is the mean or the unbiased variance of the layer's input (Ioffe and Szegedy, arXiv
         1502.03167).
 
         Args:
-            before: The statistics before the pass, by name.
+            before: Statistics before the pass, by name.
 
         Yields:
-            A dictionary that comes to hold those after it.
+            A dictionary that the pass fills with the statistics after it.
         """
         after = dict(before)
 
@@ -62,7 +62,7 @@ class RunningStatistics:
                 over = [axis for axis in range(value.ndim) if axis != 1]
                 variance, mean = torch.var_mean(value, over)
             momentum = layer.momentum
-            if momentum is None:  # the mean over all batches; counted before the layer counts this one
+            if momentum is None:  # mean over all batches; the hook runs before the layer counts this one
                 momentum = 1 / (int(layer.num_batches_tracked) + 1)
             for kind, of_batch in (("running_mean", mean), ("running_var", variance)):
                 key = _join(name, kind)
@@ -72,16 +72,16 @@ class RunningStatistics:
             yield after
 
     def exposed(self, statistics: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        r"""Let what is computed in evaluation mode depend on the statistics, by which torch has no derivative.
+        r"""Make evaluation mode differentiable with respect to the statistics, which torch does not support.
 
-        The layer's own kernel, with statistics m and v, is given
+        The input x of a layer with statistics m and v is replaced by
 
-        .. math:: x' = m + (x - \mu) \sqrt{\frac{v + \epsilon}{\nu + \epsilon}}
+        .. math:: x' = m + (x - \mu) \sqrt{\frac{v + \epsilon}{\nu + \epsilon}} .
 
-        whose value is x at :math:`\mu = m, \nu = v`, and whose derivative is that of the normalisation.
+        Its value is x at :math:`\mu = m, \nu = v`, and its derivative makes that of the normalisation correct.
 
         Args:
-            statistics: :math:`\mu` and :math:`\nu` by name, with the values that the layers have.
+            statistics: Statistics :math:`\mu` and :math:`\nu` by name, equal in value to those of the layers.
         """
 
         def hook(name: str, layer: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -97,7 +97,7 @@ class RunningStatistics:
 
     @contextmanager
     def _hooked(self, hook: Callable[..., Any]) -> Iterator[None]:
-        """Call a function with a layer's name before the layer, as a hook."""
+        """Register a function as a forward pre-hook of each layer; its first argument is the name of the layer."""
         with ExitStack() as hooks:
             for name, layer in self._layers.items():
                 hooks.enter_context(layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True))

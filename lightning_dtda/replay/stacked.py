@@ -1,8 +1,8 @@
-"""A step's derivatives for all runs and directions at once: eager autograd, traced once for a shape and then mapped.
+"""Derivatives of a step for all runs and directions at once: eager autograd, traced once per shape and then vectorized.
 
-What is traced is the eager way itself, so that there is one derivative. Left are plain operations on tensors, without
-what Python does on the way, which takes longer than they do for a small network. Random numbers are inputs of the
-trace; they are drawn beforehand from the recorded states, in the order of the training.
+The eager implementation itself is traced, so there is only one implementation of the derivatives. A trace contains
+plain tensor operations without the overhead of Python, which dominates for a small network. Random numbers are inputs
+of the trace; they are drawn beforehand from the recorded states, in the order of the training.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _DRAWS = (FILLING - {"bernoulli_"}) | {
     "bernoulli.p",
     "normal.float_float",
 }
-"""Random operations whose numbers depend on the shape of what they are given, not on its values."""
+"""Random operations whose result depends on the shape of their input, but not on its values."""
 
 _ZEROS = (torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default)
 
@@ -58,11 +58,11 @@ def _prelu_backward(gradient: Tensor, value: Tensor, weight: Tensor) -> tuple[Te
 
 
 _DECOMPOSED = {operation: _prelu_backward for operation in [prelu_backward()] if operation is not None}
-"""Operations that torch maps wrongly over two dimensions, by others (torch 2.13: sizes mismatch)."""
+"""Replacements for operations for which nested ``vmap`` fails (torch 2.13: sizes mismatch)."""
 
 
 OfPass = Callable[[Pass, list[Tensor]], list[Tensor]]
-"""Given a pass and what else it was called for, returns tensors."""
+"""Function of a pass and further tensors that returns tensors."""
 
 
 class CannotTraceError(Exception):
@@ -70,15 +70,15 @@ class CannotTraceError(Exception):
 
 
 class Stacked(Eager):
-    """Computes the derivatives of steps for all runs and directions at once, where a step can be traced.
+    """Computes the derivatives of steps for all runs and directions at once, if a step can be traced.
 
     Args:
-        eager: The eager way, whose module and cuts it shares. Steps that cannot be traced are run as by it.
+        eager: The eager implementation, whose module and cuts are shared. Steps that cannot be traced run eagerly.
     """
 
     _compared = 3, 2
-    """Runs and directions for which a trace is compared with the eager way. Not one of each, since rules of torch's for
-    mapping operations may be wrong where two are mapped over; and different numbers of them."""
+    """Numbers of runs and directions for which a trace is compared with eager autograd. Both exceed one, since torch's
+    ``vmap`` rules may be wrong when nested; they differ, so that mixed-up dimensions are noticed."""
 
     def __init__(self, eager: Eager) -> None:
         super().__init__(eager.replica)
@@ -87,7 +87,7 @@ class Stacked(Eager):
 
     @property
     def has_traced(self) -> bool:
-        """Whether a trace was made, and computes what the eager way does."""
+        """Whether at least one step was traced and agrees with eager autograd."""
         return any(trace is not None for trace in self._traces.values())
 
     @override
@@ -122,7 +122,7 @@ class Stacked(Eager):
                 return super().products(batch, theta, buffers, directions, statistics_cotangents)
             gradient, products, of_examples, *of_statistics = found
             gradients += inputs.factor * gradient[:, 0]
-            # what is the same for all directions comes as one tensor for all
+            # products that are the same for all directions may come as an expanded view
             total = products.contiguous() if total is None else total.add_(products)
             terms.append(of_examples)
             if inputs.keeps_statistics:
@@ -154,16 +154,16 @@ class Stacked(Eager):
         extra: list[Tensor],
         directions: int = 0,
     ) -> list[Tensor] | None:
-        """Compute something of the runs' passes of a micro-batch; ``None`` where they cannot be traced.
+        """Apply a function to the passes of all runs for a micro-batch; return ``None`` if they cannot be traced.
 
         Args:
-            function: What is computed of a pass.
-            batch: The step.
-            number: Of the micro-batch.
+            function: Function of a pass.
+            batch: Batch of the step.
+            number: Number of the micro-batch.
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters, each ``(runs, ...)``.
-            extra: The weights of examples ``(runs, B)``; or what it is differentiated along ``(runs, queries, ...)``.
-            directions: How many of these there are.
+            extra: Example weights ``(runs, B)``, or tensors to differentiate along, each ``(runs, queries, ...)``.
+            directions: Number of tensors to differentiate along; 0 if ``extra`` holds weights.
         """
         leaves = batch.leaves(number)
         inputs, states = batch.passes[0][number], [passes[number].states for passes in batch.passes]
@@ -178,7 +178,7 @@ class Stacked(Eager):
             sample = [part[0] for part in arguments[: -len(extra)]] + first
             try:
                 self._traces[key] = self._trace(function, inputs, sorted(buffers), sample, directions)
-            except Exception as error:  # whatever the user's code does, and whatever torch cannot map
+            except Exception as error:  # the user's code may raise anything; torch cannot vectorize every operation
                 name = type(self.replica.module).__name__
                 _log.info("Steps of %s are run one by one, not stacked: %s", name, first_line(error))
         trace = self._traces[key]
@@ -193,14 +193,14 @@ class Stacked(Eager):
     def _trace(
         self, function: OfPass, inputs: MicroBatchInputs, names: list[str], sample: list[Tensor], directions: int
     ) -> Trace:
-        """Trace what is computed of a pass, and compare it with the eager way.
+        """Trace a function of a pass, and compare the trace with eager autograd.
 
         Args:
-            function: What is computed.
-            inputs: The pass.
-            names: Of the buffers.
-            sample: Parameters, buffers, the tensors of a batch, and what else the function is called for.
-            directions: How many of the latter differ from query to query.
+            function: Function of a pass.
+            inputs: Inputs of the pass.
+            names: Names of the buffers.
+            sample: Parameters, buffers, the tensors of a batch, and the further arguments of the function.
+            directions: Number of further arguments that differ between queries.
 
         Raises:
             CannotTraceError: If a trace cannot be made, or computes something else.
@@ -222,8 +222,8 @@ class Stacked(Eager):
             return function(self._pass(inputs, batch, parameters, buffers, weights, not is_weighted), extra)
 
         if inputs.states.keys() - {"cpu", "cuda"}:
-            raise CannotTraceError("random numbers are drawn from other generators than torch's")
-        reference(sample[0], sample[-extras:], inputs.time)  # first: it learns where weights act
+            raise CannotTraceError("random numbers are drawn from generators other than torch's global ones")
+        reference(sample[0], sample[-extras:], inputs.time)  # run first to learn where weights act
         structure = tree_flatten(inputs.batch())[1]
         trace = Trace(_graph(self, traced, names, structure, sample), self, directions)
         runs, along = self._compared
@@ -242,7 +242,7 @@ class Stacked(Eager):
 
 
 OfExample = Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]]
-"""Given an example's loss, the network's outputs, parameters and what else it was called for, returns tensors."""
+"""Function of an example's loss, the network's outputs, the parameters and further tensors that returns tensors."""
 
 
 def each_example(
@@ -262,24 +262,24 @@ def each_example(
     """Apply a function to the passes of examples, each in a batch of its own, in evaluation mode.
 
     Args:
-        eager: Runs the module.
-        kept: Traces, by what is computed and for which shapes.
-        what: Is computed.
+        eager: Eager implementation that runs the module.
+        kept: Cache of traces, by ``what`` and shapes.
+        what: Name of the computation, for the cache and log messages.
         examples: All examples.
-        indices: Which of them ``(B,)``.
+        indices: Indices of the B examples to use ``(B,)``.
         theta: Parameters ``(P,)``.
-        buffers: Buffers and frozen parameters.
-        time: Where the training stands.
-        states: Of the generators before each pass.
-        function: What is computed.
-        extra: Further arguments of it, each ``(B, ...)``.
-        calls: Lists that a pass fills, and that are emptied before each.
+        buffers: Buffers and frozen parameters by name.
+        time: Time of the training.
+        states: States of the random number generators before each pass.
+        function: Function to apply.
+        extra: Further arguments of the function, each ``(B, ...)``.
+        calls: Lists that each pass fills; they are emptied before each pass.
 
     Returns:
-        Results, each ``(B, ...)``.
+        The results, each ``(B, ...)``.
     """
     replica = eager.replica
-    chosen = indices.tolist()  # not in a pass: no trace knows the value of a tensor
+    chosen = indices.tolist()  # read before tracing, which cannot read the values of tensors
 
     def of(
         batch: Any, parameters: list[Tensor], more: list[Tensor], number: int = 0, time: Time = time
@@ -304,7 +304,7 @@ def each_example(
         key = (what, frozenset(states), *(part.shape[1:] for part in mapped))
         if key not in kept:
             kept[key] = None
-            wanted = [alone(0), alone(1)]  # they learn where weights act
+            wanted = [alone(0), alone(1)]  # this also learns where weights act
             try:
                 structure = tree_flatten(examples.collated([0]))[1]
                 sample = [*shared, *(part[0] for part in mapped)]
@@ -320,11 +320,11 @@ def each_example(
                 found = trace.each(shared, [part[:2] for part in mapped], states)
                 for number, alike in enumerate(wanted):
                     compare(found, (number,), alike)
-                for later in _others(time):  # it is kept for other runs, and for other steps
+                for later in _others(time):  # the trace is reused for other runs and steps
                     compare(found, (0,), alone(0, later), _TIMELY)
                 kept[key] = trace
-            except Exception as error:  # whatever the user's code does, and whatever torch cannot map
-                _log.info("%s are computed example by example: %s", what, first_line(error))
+            except Exception as error:  # the user's code may raise anything; torch cannot vectorize every operation
+                _log.info("%s are computed one example at a time: %s", what, first_line(error))
         if (known := kept[key]) is not None:
             return known.each(shared, mapped, states)
     results = [alone(number) for number in range(len(chosen))]
@@ -339,14 +339,14 @@ def _graph(
     arguments: list[Tensor],
     training: bool = True,
 ) -> GraphModule:
-    """Trace what is computed with other parameters and buffers in the module.
+    """Trace a function with the parameters and buffers of the module replaced by its inputs.
 
     Args:
-        eager: Runs the module.
-        function: Given parameters, buffers, a batch, and what else it is called for, returns tensors.
-        names: Of the buffers.
-        structure: Of the batch.
-        arguments: Parameters ``(P,)``, buffers, the tensors of the batch, and what else there is.
+        eager: Eager implementation that runs the module.
+        function: Function of parameters, buffers, a batch and further tensors that returns tensors.
+        names: Names of the buffers.
+        structure: Structure of the batch.
+        arguments: Parameters ``(P,)``, buffers, the tensors of the batch, and the further tensors.
         training: Whether the module is in training mode.
     """
 
@@ -366,7 +366,7 @@ def _graph(
 
 
 def _leave_zeros_out(graph: GraphModule) -> None:
-    """Take sums with zeros for what they are: of a ReLU's derivative, autograd has zeros for every output."""
+    """Remove additions of zeros: autograd creates zeros for every output when it differentiates a ReLU's derivative."""
     for node in graph.graph.nodes:
         if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
             continue
@@ -382,15 +382,15 @@ def _described(node: Any) -> object:
 
 
 class Trace:
-    """A traced step, with the numbers that it draws made inputs: the last ones before the directions.
+    """A traced step whose random numbers are inputs, placed just before the directions.
 
     Args:
-        graph: Of the step.
-        eager: The eager way.
-        directions: How many of the last inputs differ from query to query.
+        graph: Graph of the step.
+        eager: The eager implementation.
+        directions: Number of inputs, at the end, that differ between queries.
 
     Raises:
-        CannotTraceError: If it draws what depends on values.
+        CannotTraceError: If the step draws random numbers that depend on values.
     """
 
     def __init__(self, graph: GraphModule, eager: Eager, directions: int = 0) -> None:
@@ -401,14 +401,14 @@ class Trace:
         self._is_functional = False
 
     def run(self, inputs: Sequence[Tensor], states: Sequence[ByName]) -> list[Tensor]:
-        """Run it for some runs, and for some directions each.
+        """Run the trace for some runs, with some directions each.
 
         Args:
-            inputs: Each ``(runs, ...)``, but for directions ``(runs, queries, ...)``.
-            states: Of the generators, for each run.
+            inputs: Inputs, each ``(runs, ...)``; directions are ``(runs, queries, ...)``.
+            states: States of the random number generators, for each run.
 
         Returns:
-            Results, each ``(runs, ...)``, or ``(runs, queries, ...)`` where there are directions.
+            The results, each ``(runs, ...)``, or ``(runs, queries, ...)`` if there are directions.
         """
         arguments = self.arguments(inputs, states)
         try:
@@ -417,7 +417,7 @@ class Trace:
         except RuntimeError:
             if self._is_functional:
                 raise
-        # an operation in place, on what is the same for all directions: without such operations
+        # an in-place operation on a tensor that all directions share; run without in-place operations
         shared, along = self.of_one(arguments, 0, 0)
         self.graph = functional(self.graph, [*shared, *along])
         self._is_functional = True
@@ -425,13 +425,13 @@ class Trace:
             return self.mapped(*arguments)
 
     def arguments(self, inputs: Sequence[Tensor], states: Sequence[ByName]) -> list[Tensor]:
-        """Return the inputs with what is drawn in each run ``(runs, ...)``, before the directions."""
+        """Return the inputs, with the random numbers of each run ``(runs, ...)`` inserted before the directions."""
         drawn = [torch.stack(of_runs) for of_runs in zip(*map(self._draw, states), strict=True)]
         shared = len(inputs) - self.directions
         return [*inputs[:shared], *drawn, *inputs[shared:]]
 
     def mapped(self, *arguments: Tensor) -> list[Tensor]:
-        """Run it for some runs and directions, given what :meth:`arguments` returns."""
+        """Run the trace for all runs and directions, given the result of :meth:`arguments`."""
         function: Callable[..., Any] = self.graph
         if self.directions:
             over = [None] * (len(arguments) - self.directions) + [0] * self.directions
@@ -440,12 +440,12 @@ class Trace:
         return result
 
     def of_one(self, arguments: Sequence[Tensor], run: int, direction: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return what :meth:`arguments` returned for one run; and for one direction of it."""
+        """Return, from the result of :meth:`arguments`, the shared inputs of one run and those of one direction."""
         shared = len(arguments) - self.directions
         return [part[run] for part in arguments[:shared]], [part[run, direction] for part in arguments[shared:]]
 
     def each(self, shared: Sequence[Tensor], tensors: Sequence[Tensor], states: ByName) -> list[Tensor]:
-        """Run it for some examples, for which some inputs are the same, with the same random numbers for each."""
+        """Run the trace for several examples, with the shared inputs and random numbers the same for each."""
         drawn = self._draw(states)
         in_dims = (*[None] * len(shared), *[0] * len(tensors), *[None] * len(drawn))
         with torch.no_grad():
@@ -466,7 +466,7 @@ def _made(value: Any) -> Any:
 
 
 def _take_draws(graph: GraphModule, directions: int) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
-    """Replace the random operations of a graph by inputs before those that are directions, and return them."""
+    """Replace the random operations of a graph by inputs, placed before the directions, and return the operations."""
     draws = []
     nodes = graph.graph
     inputs = [node for node in nodes.nodes if node.op == "placeholder"]
@@ -490,7 +490,7 @@ def _take_draws(graph: GraphModule, directions: int) -> list[tuple[Any, tuple[An
 
 
 def _like(value: Any) -> Any:
-    """Return what makes a tensor of the shape of one in a graph, all that counts of it."""
+    """Return a function that creates an empty tensor like the one at a node; other values are returned unchanged."""
     if not isinstance(value, Node):
         return value
     tensor = value.meta["val"]
@@ -500,7 +500,7 @@ def _like(value: Any) -> Any:
 def compare(
     found: list[Tensor], place: tuple[int, ...], wanted: list[Tensor], why: str = "its trace computes something else"
 ) -> None:
-    """Compare what a trace computes in one place with what the eager way does.
+    """Compare the results of a trace at one place (a run, or a run and direction) with those of eager autograd.
 
     Raises:
         CannotTraceError: If they differ by more than rounding.
@@ -513,18 +513,18 @@ def compare(
 
 
 def functional(graph: GraphModule, arguments: Sequence[Tensor]) -> GraphModule:
-    """Return a graph that computes the same without operations in place."""
+    """Return an equivalent graph without in-place operations."""
     changed: GraphModule = make_fx(functionalize(graph, remove="mutations"))(*arguments)
     return changed
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error message."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _others(time: Time) -> Iterator[Time]:
-    """Yield other times of the same training: a little later, and so late that what changes in time has changed."""
+    """Yield two later times of the same training: one soon after, one so late that schedules have taken effect."""
     groups = [
         {key: value * 0.5 if isinstance(value, float) else value for key, value in group.items()}
         for group in time.hyperparameters
@@ -538,7 +538,7 @@ def _sorted(buffers: ByName) -> list[Tensor]:
 
 
 def same_trace(first: GraphModule, second: GraphModule) -> bool:
-    """Whether two traces are of the same operations, on the same numbers."""
+    """Return whether two traces consist of the same operations with the same constants."""
     constants = [
         [getattr(graph, str(node.target)) for node in graph.graph.nodes if node.op == "get_attr"]
         for graph in (first, second)
@@ -547,7 +547,7 @@ def same_trace(first: GraphModule, second: GraphModule) -> bool:
 
 
 def _equal(first: Any, second: Any) -> bool:
-    """Whether two constants of traces are equal: tensors, or functions that operations take."""
+    """Return whether two constants of traces are equal: tensors, or subgraphs that operations take."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return torch.equal(first, second)
     return isinstance(first, GraphModule) and isinstance(second, GraphModule) and same_trace(first, second)

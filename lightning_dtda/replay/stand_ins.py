@@ -1,4 +1,4 @@
-"""What stands in for the Trainer while a recorded step is replayed: it answers from the record, and trains nothing."""
+"""Stand-ins for the Trainer and the optimizer during a replay: they answer from the record, and train nothing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_dtda.trajectory import Manifest
 
 
 class Time(NamedTuple):
-    """Where a training stands, as its ``training_step`` can see it.
+    """The time of a training as visible to ``training_step``.
 
     Args:
-        epoch: ``current_epoch``.
-        step: ``global_step``.
-        batch_idx: As ``training_step`` gets it.
-        hyperparameters: Of each parameter group, at this step; none where they are not known.
+        epoch: The Trainer's ``current_epoch``.
+        step: The Trainer's ``global_step``.
+        batch_idx: The ``batch_idx`` passed to ``training_step``.
+        hyperparameters: Hyperparameters of each parameter group at this step; empty if they are unknown.
     """
 
     epoch: int = 0
@@ -33,17 +33,16 @@ class Time(NamedTuple):
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What of a training ``training_step`` may depend on, beside its batch, the parameters and the time.
+    """Facts about a training, other than batch, parameters and time, on which ``training_step`` may depend.
 
     Args:
-        precision: The Trainer's: ``"32-true"``, ``"bf16-mixed"``, ...
-        trainer: What the Trainer says of itself and does not change: ``max_epochs``, ``num_training_batches``, ...
-        evaluation_modules: Submodules that are in evaluation mode during training.
-        updated_buffers: Buffers that a training step changes.
-        transfer_hooks: Names of the hooks on a batch's way that are overridden, with whose they are: ``"module"`` or
+        precision: Precision of the Trainer: ``"32-true"``, ``"bf16-mixed"``, ...
+        trainer: Constant attributes of the Trainer: ``max_epochs``, ``num_training_batches``, ...
+        evaluation_modules: Names of submodules that are in evaluation mode during training.
+        updated_buffers: Names of buffers that a training step changes.
+        transfer_hooks: Names of overridden batch transfer hooks, each with its owner: ``"module"`` or
             ``"datamodule"``.
-        kernels: Those of torch's kernels that have a switch and were switched on; ``None`` for those that are on at
-            the replay.
+        kernels: Names of the switchable torch kernels that were on; ``None`` for those that are on during the replay.
     """
 
     precision: str = "32-true"
@@ -55,12 +54,12 @@ class Circumstances:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Circumstances:
-        """Return those of a recorded run."""
+        """Return the circumstances of a recorded run."""
         precision = manifest.configuration["training"]["precision"]
         return cls(precision=precision, evaluation_modules=manifest.evaluation_modules, **manifest.circumstances)
 
     def content(self) -> dict[str, Any]:
-        """Return what :meth:`of` does not find elsewhere in a manifest, in JSON."""
+        """Return the fields that :meth:`of` does not find elsewhere in a manifest, as JSON data."""
         return {
             "trainer": dict(self.trainer),
             "updated_buffers": list(self.updated_buffers),
@@ -70,10 +69,10 @@ class Circumstances:
 
 
 class ReplayTrainer:
-    """Stands in for the Trainer: the clock, what was recorded of it, and loggers that drop everything.
+    """Stands in for the Trainer, with the time, its recorded attributes, and loggers that discard everything.
 
     Args:
-        facts: As :attr:`Circumstances.trainer`.
+        facts: Recorded attributes, as in :attr:`Circumstances.trainer`.
     """
 
     def __init__(self, facts: Mapping[str, Any]) -> None:
@@ -99,46 +98,46 @@ class ReplayTrainer:
 
     @property
     def current_epoch(self) -> int:
-        """As at the recorded step."""
+        """The epoch of the recorded step."""
         return self.time.epoch
 
     @property
     def global_step(self) -> int:
-        """As at the recorded step."""
+        """The global step of the recorded step."""
         return self.time.step
 
     @property
     def optimizers(self) -> list[ReplayOptimizer]:
-        """One, with the hyperparameters of the recorded step."""
+        """A single optimizer with the hyperparameters of the recorded step."""
         return [ReplayOptimizer(self.time.hyperparameters)]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ReplayError(
-            f"The module reads self.trainer.{name} while it trains, which is not recorded. Keep what the loss "
-            "depends on in the module or its batches."
+            f"The module reads self.trainer.{name}, which is not recorded. Do not read it in training_step; keep "
+            "values that the loss depends on in the module or its batches."
         )
 
 
 class ReplayOptimizer:
-    """Stands in for the optimizer, and for its scheduler: the hyperparameters of the recorded step.
+    """Stands in for the optimizer and its scheduler, with the hyperparameters of the recorded step.
 
     Args:
-        hyperparameters: Of each parameter group.
+        hyperparameters: Hyperparameters of each parameter group.
     """
 
     def __init__(self, hyperparameters: Sequence[Hyperparameters]) -> None:
         self.param_groups = [dict(group) for group in hyperparameters]
 
     def get_last_lr(self) -> list[Any]:
-        """Return the learning rates, as a scheduler does."""
+        """Return the learning rates, like a scheduler."""
         return [group["lr"] for group in self.param_groups]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise ReplayError(
-            f"training_step uses {name} of its optimizer or scheduler, which is not recorded; param_groups and "
-            "get_last_lr() are. Keep what the loss depends on in the module or its batches."
+            f"training_step uses {name} of its optimizer or scheduler, which is not recorded; only param_groups and "
+            "get_last_lr() are. Keep other values that the loss depends on in the module or its batches."
         )

@@ -1,4 +1,4 @@
-"""One step of some runs: the micro-batches that make it, made again, and what the step starts from."""
+"""One step of several runs: its micro-batches, recreated, and its starting point."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from lightning_dtda.optimizers import State
 from lightning_dtda.replay.stand_ins import Time
 
 ByName: TypeAlias = Mapping[str, Tensor]
-"""Tensors by name: buffers and frozen parameters, or what belongs to BatchNorm's running statistics."""
+"""Tensors by name: buffers and frozen parameters, or values that belong to BatchNorm's running statistics."""
 
 
 @dataclass(frozen=True)
 class MicroBatchInputs:
-    """What a pass of a run is made of.
+    """The inputs of a pass of one run.
 
     Args:
-        examples: B.
-        time: The Trainer's.
-        states: Of the generators before the pass; none where it drew nothing.
-        make: Makes the batch, as the ``collate_fn`` made it, of some of its rows, by their positions.
-        factor: What its loss is multiplied with in the step's.
-        keeps_statistics: Whether running statistics are those after this pass: in the first process of a training,
-            whose buffers the others get.
+        examples: Number of examples B.
+        time: Time of the training.
+        states: States of the random number generators before the pass; empty if it drew nothing.
+        make: Function that returns the collated batch of some rows, given their positions.
+        factor: Factor of its loss in the loss of the step.
+        keeps_statistics: Whether this pass updates the running statistics. Only passes in the first process of a
+            training do: the other processes receive its buffers.
     """
 
     examples: int
@@ -39,18 +39,18 @@ class MicroBatchInputs:
     keeps_statistics: bool = True
 
     def batch(self) -> Any:
-        """Return the batch as it was."""
+        """Return the batch as in the training."""
         return self.make(range(self.examples))
 
     def of(self, rows: Sequence[int]) -> MicroBatchInputs:
-        """Return the inputs of a pass of some rows, by their positions."""
+        """Return the inputs of a pass with only the rows at these positions."""
         return replace(self, examples=len(rows), make=lambda some: self.make([rows[row] for row in some]))
 
     def less_or_more(self) -> Iterator[MicroBatchInputs]:
-        """Yield the batch with one example left out, or repeated where it is small, all choices of it."""
+        """Yield the batch with one example left out (if it has more than two), then with one repeated, for each one."""
         rows = list(range(self.examples))
         if self.examples > 2:
-            # spread over the batch first: a few are mostly enough
+            # start with examples spread over the batch: a few are usually enough
             spread = [0, self.examples // 2, self.examples - 1]
             for row in dict.fromkeys([*spread, *rows]):
                 yield self.of(rows[:row] + rows[row + 1 :])
@@ -58,7 +58,7 @@ class MicroBatchInputs:
             yield self.of([*rows, row])
 
     def replaced(self) -> Iterator[tuple[int, MicroBatchInputs]]:
-        """Yield the batch with one example in place of another, a few choices of it, and which one is gone."""
+        """Yield the position of an example and the batch with that example replaced by another, for up to four."""
         for position in range(min(self.examples, 4) if self.examples > 1 else 0):
             rows = list(range(self.examples))
             rows[position] = (position + 1) % self.examples
@@ -70,11 +70,11 @@ class StepBatch:
     """The examples of one step of R runs.
 
     Args:
-        indices: Data set indices ``(runs, B)``, those of all micro-batches one after the other; shorter steps are
-            filled up with zeros.
-        passes: The micro-batches of each run.
-        leaves: For stacks, makes the tensors of micro-batch number i of all runs, each ``(runs, B, ...)``; ``None``
-            where the batches do not consist of tensors of one shape.
+        indices: Data set indices ``(runs, B)``, with all micro-batches concatenated; shorter steps are padded with
+            zeros.
+        passes: Micro-batches of each run.
+        leaves: Function that returns the tensors of micro-batch number i of all runs, each ``(runs, B, ...)``, or
+            ``None`` if the batches do not consist of tensors of one shape. Used for stacking.
     """
 
     indices: Tensor
@@ -89,25 +89,25 @@ class StepBatch:
         device: torch.device,
         leaves: Callable[[int], list[Tensor] | None] = lambda number: None,
     ) -> StepBatch:
-        """Put the steps of some runs together; ``indices`` has one ``(B,)`` for each."""
+        """Combine the steps of several runs; ``indices`` has one tensor ``(B,)`` for each run."""
         return cls(pad_sequence(list(indices), batch_first=True).to(device), passes, leaves)
 
     @property
     def size(self) -> int:
-        """B, of the longest of the runs' steps."""
+        """Number of examples B in the longest step of the runs."""
         return self.indices.shape[1]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a step starts from, each ``(runs, P)``.
+    """The starting point of a step; all tensors of parameter size are ``(runs, P)``.
 
     Args:
         theta: Parameters.
-        states: Each group's optimizer state.
-        gradient: What the optimizer applied.
-        unclipped: The same before clipping, as far as the adjoint of clipping needs it.
-        buffers: Those that change from step to step by name, each ``(runs, ...)``; none where no pass depends on them.
+        states: Optimizer state of each group.
+        gradient: Gradient that the optimizer applied.
+        unclipped: Gradient before clipping, as far as the adjoint of clipping needs it.
+        buffers: Buffers that change from step to step by name, each ``(runs, ...)``; empty if no pass depends on them.
     """
 
     theta: Tensor

@@ -1,4 +1,4 @@
-"""Forward mode: how the state of a training changes with the weights of examples, carried through its steps."""
+"""Forward mode: derivatives of a training's state by example weights, carried through its steps."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Tangents:
     r"""Derivatives of a training's state along removals, :math:`\sum_{n \in S_k} -\partial / \partial w_n`.
 
     Args:
-        theta: Of the parameters, the responses :math:`r_k` ``(runs, removals, P)``.
-        states: Of each group's optimizer state.
-        statistics: Of BatchNorm's running statistics, each ``(runs, removals, ...)``.
+        theta: Tangents of the parameters, the responses :math:`r_k` ``(runs, removals, P)``.
+        states: Tangents of each group's optimizer state.
+        statistics: Tangents of BatchNorm's running statistics, each ``(runs, removals, ...)``.
     """
 
     theta: Tensor
@@ -30,7 +30,7 @@ class Tangents:
 
     @classmethod
     def zeros(cls, theta: Tensor, states: Sequence[State], statistics: dict[str, Tensor], removals: int) -> Tangents:
-        """Return what they are before the first step, for a state of which each part is ``(runs, ...)``."""
+        """Return the tangents before the first step, all zero, for a state whose parts are ``(runs, ...)``."""
 
         def zeros(part: Tensor) -> Tensor:
             return part.new_zeros(len(part), removals, *part.shape[1:])
@@ -44,14 +44,14 @@ class Tangents:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a forward sweep has come to.
+    """The current position of a forward sweep.
 
     Args:
-        step: t, the number of steps taken.
+        step: Number of steps taken t.
         theta: Parameters ``(runs, P)``.
-        states: Each group's optimizer state.
+        states: Optimizer state of each group.
         buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
-        tangents: Of all these.
+        tangents: Tangents of the parameters, states and running statistics.
     """
 
     step: int
@@ -62,13 +62,13 @@ class Position:
 
 
 class GradientTangents(NamedTuple):
-    r"""A step's gradient, and how it and the running statistics change with removals.
+    r"""A step's gradient, and the tangents of the gradient and the running statistics along removals.
 
     Args:
-        gradient: g ``(runs, P)``.
-        buffers: Those that the step updates, after it.
-        of_gradient: :math:`\dot g` ``(runs, removals, P)``.
-        of_statistics: Of the running statistics after the step, each ``(runs, removals, ...)``.
+        gradient: Gradient g ``(runs, P)``.
+        buffers: Buffers that the step updates, after the step.
+        of_gradient: Tangents of the gradient :math:`\dot g` ``(runs, removals, P)``.
+        of_statistics: Tangents of the running statistics after the step, each ``(runs, removals, ...)``.
     """
 
     gradient: Tensor
@@ -85,22 +85,22 @@ def gradient_tangents(
     .. math:: \dot g_k = H r_k - \left(g(\theta, 1) - g(\theta, w^k)\right), \qquad
         w^k_n = 0 \text{ for } n \in S_k, \text{ else } 1
 
-    since g is affine in the weights, and its derivative by the parameters symmetric where all weights are one.
+    This holds since g is affine in the weights, and its Jacobian by the parameters is symmetric if all weights are one.
 
     Args:
-        way: Runs the step.
-        batch: The step.
+        way: Implementation that runs the step.
+        batch: Batch of the step.
         theta: Parameters ``(runs, P)``.
-        buffers: Each ``(runs, ...)``.
-        removed: 1 where an example of the batch is in a removal ``(runs, removals, B)``.
-        tangents: Of parameters and running statistics before the step.
-        updates: Whether a step changes buffers.
+        buffers: Buffers and frozen parameters, each ``(runs, ...)``.
+        removed: 1 where an example of the batch is in a removal, else 0 ``(runs, removals, B)``.
+        tangents: Tangents of parameters and running statistics before the step.
+        updates: Whether the step changes buffers.
     """
     no_cotangents = {name: torch.zeros_like(part) for name, part in tangents.statistics.items()}
     found = way.products(batch, theta, buffers, tangents.theta, no_cotangents)
     of_gradient = found.products
     for removal in range(removed.shape[1]):
-        if bool(removed[:, removal].any()):  # most steps have none of an example
+        if bool(removed[:, removal].any()):  # most steps do not contain a given example
             without = way.gradient(batch, theta, buffers, 1 - removed[:, removal])[0]
             of_gradient[:, removal] -= found.gradient - without
     after = way.gradient(batch, theta, buffers)[1] if updates else {}
@@ -120,13 +120,13 @@ def push(
     """Push tangents through clipping and the optimizer's update.
 
     Args:
-        update: The optimizer's.
-        clipping: The Trainer's.
-        hyperparameters: Of each group; tensors broadcast against ``(runs, removals, P)``.
-        step: t.
-        point: What the step starts from.
-        tangents: Before the step.
-        of_step: Those of the gradient of the step's loss, and of the running statistics after it.
+        update: Update of the optimizer.
+        clipping: Gradient clipping of the Trainer.
+        hyperparameters: Hyperparameters of each group; tensors broadcast against ``(runs, removals, P)``.
+        step: Step t.
+        point: Starting point of the step.
+        tangents: Tangents before the step.
+        of_step: Tangents of the gradient of the step's loss, and of the running statistics after the step.
 
     Returns:
         The tangents after the step.
@@ -146,12 +146,12 @@ def push(
 
 
 def changes(gradients: Tensor, of_statistics: dict[str, Tensor], tangents: Tangents) -> Tensor:
-    """Return how measurements change ``(runs, queries, removals)``, from their derivatives and those of the models.
+    """Return the changes of measurements along removals ``(runs, queries, removals)`` by the chain rule.
 
     Args:
-        gradients: Of the measurements, by parameters ``(runs, queries, P)``.
-        of_statistics: Of the measurements, by running statistics, each ``(runs, queries, ...)``.
-        tangents: Of parameters and running statistics.
+        gradients: Derivatives of the measurements by parameters ``(runs, queries, P)``.
+        of_statistics: Derivatives of the measurements by running statistics, each ``(runs, queries, ...)``.
+        tangents: Tangents of parameters and running statistics.
     """
     total = gradients @ tangents.theta.mT
     for name, cotangent in of_statistics.items():

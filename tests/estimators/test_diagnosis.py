@@ -64,7 +64,7 @@ def test_a_device_without_double_precision_has_no_diagnosis(fit, tmp_path):
         return Replay(runs, module, examples, precision=precision, device="mps")
 
     assert diagnose(runs, make, lambda replay, step: (replay.point(step).theta, {})) == [Diagnosis(None, None)] * 2
-    with pytest.raises(ReplayError, match=r'"mps" does not compute in double\. Give device="cpu"'):
+    with pytest.raises(ReplayError, match=r'"mps" does not support double precision\. Give device="cpu"'):
         make(runs, "float64")
 
 

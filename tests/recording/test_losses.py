@@ -278,7 +278,7 @@ class Elsewhere(Regressor):
 
 REFUSED = {
     "a derivative that has none": (OnlyOnce, "marked with @once_differentiable.*Use the same operation in plain torch"),
-    "a learned weight of two losses": (Learned, "parameter balance depends on the examples.*Freeze the parameter"),
+    "a learned weight of two losses": (Learned, "parameter balance cannot be divided among.*Freeze the parameter"),
     "no row for an example": (WithoutRows, "has a row for each example.*a number for each example"),
     "one size only": (OneSize, "(?s)four at a time.*batches of any size"),
     "an infinite second derivative": (Rooted, "second derivative .* is not finite.*Add a small number"),

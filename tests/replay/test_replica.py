@@ -406,7 +406,7 @@ def test_what_is_no_loss_is_refused(returned):
         def training_step(self, batch, batch_idx):
             return returned
 
-    with pytest.raises(ReplayError, match=r"Odd\.training_step returned .*, not a loss"):
+    with pytest.raises(ReplayError, match=r"Odd\.training_step returned .*must return the loss"):
         loss_of(Step(Odd(), ITEMS))
 
 

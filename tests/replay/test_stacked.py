@@ -207,7 +207,7 @@ EAGER = {
     "a loss that depends on the epoch": (Annealed, "depends on the epoch, the step or the learning rate"),
     "a loss that will depend on the epoch": (Switched, "depends on the epoch, the step or the learning rate"),
     "a loss that depends on the learning rate": (Rated, "depends on the epoch, the step or the learning rate"),
-    "numbers drawn by numpy": (DrawingElsewhere, "other generators than torch's"),
+    "numbers drawn by numpy": (DrawingElsewhere, "generators other than torch's"),
     "draws that depend on values": (DependingOnValues, "depend on values"),
 }
 
