@@ -1,4 +1,4 @@
-"""Every dependence on a private name of torch or Lightning, each with an error that says what is missing."""
+"""All dependencies on private names of torch and Lightning, each with an error that says what is missing."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from lightning_dtda.errors import ReplayError
 
 _KNOWN = "torch 2.6 to 2.13 and lightning 2.5 to 2.6"
-"""Versions with which these names are known to be there."""
+"""Versions in which these names are known to exist."""
 
 
 def missing(what: str, error: BaseException) -> str:
-    """Return what an error says where a private name is gone."""
+    """Return the message of an error about a private name that no longer exists."""
     return (
-        f"{what} is not where it was: this is torch {torch.__version__} and lightning {pl.__version__} ({error!r}). "
-        f"Install versions that lightning-dtda knows: {_KNOWN}."
+        f"{what} cannot be found in torch {torch.__version__} and lightning {pl.__version__} ({error!r}). Install "
+        f"versions that lightning-dtda supports: {_KNOWN}."
     )
 
 
 def shapes_out_of(node: Any) -> list[tuple[int, ...]]:
-    """Return the shapes of the tensors that a node of autograd's graph stands for.
+    """Return the shapes of the output tensors of a node in the autograd graph.
 
     Raises:
-        ReplayError: If this version of torch keeps them elsewhere.
+        ReplayError: If this version of torch does not store them there.
     """
     try:
         return [tuple(metadata.shape) for metadata in node._input_metadata]
     except AttributeError as error:
-        raise ReplayError(missing("What autograd knows of a tensor's shape", error)) from error
+        raise ReplayError(missing("The shape of a tensor in the autograd graph", error)) from error
 
 
 def prelu_backward() -> Any:
-    """Return the operation behind PReLU's derivative; ``None`` where a version of torch has none of this name."""
+    """Return the operation that computes PReLU's derivative; ``None`` if this version of torch does not have it."""
     return getattr(getattr(torch.ops.aten, "_prelu_kernel_backward", None), "default", None)
 
 
 class _Substitutes(threading.local):
-    """What is called in this thread in place of functions of a module's, by the module's and the function's name."""
+    """Functions that this thread calls instead of those of a module, by the names of module and function."""
 
     def __init__(self) -> None:
         self.functions: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -55,17 +55,17 @@ class _Substitutes(threading.local):
 
 _substitutes = _Substitutes()
 _substituted: dict[tuple[str, str], tuple[Callable[..., Any], int]] = {}
-"""The module's own functions, and how many threads have substitutes for them."""
+"""The original functions, each with the number of contexts in which it is substituted."""
 _lock = threading.Lock()
 
 
 @contextmanager
 def _substituted_in(place: ModuleType, functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have others called in place of functions of a module, by this thread only: others may train at the same time.
+    """Replace functions of a module for calls from this thread only: other threads may train at the same time.
 
     Args:
         place: The module.
-        functions: By the name of the function that they stand for, which is given to them before its arguments.
+        functions: Replacements by name of the original, which each of them receives as its first argument.
     """
     before = _substitutes.functions
     of_this_thread = dict(before)
@@ -98,9 +98,9 @@ def _call(key: tuple[str, str], own: Callable[..., Any], *args: Any, **kwargs: A
 
 @contextmanager
 def twice_differentiable_weight_norm() -> Iterator[None]:
-    """Compute weight normalisation in plain operations: of torch's own, the second derivative is wrong (torch 2.13).
+    """Compute weight normalisation with plain operations, since torch's second derivative of it is wrong (torch 2.13).
 
-    Its norms count as constants there. A version without these names is left as it is.
+    torch treats the norms as constants there. Versions of torch without these names are left unchanged.
     """
 
     def weight_norm(_own: Any, direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
@@ -115,26 +115,26 @@ def twice_differentiable_weight_norm() -> Iterator[None]:
 
 @contextmanager
 def replaced_recurrence(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Have recurrent layers call other functions in place of torch's, in this thread.
+    """Replace the functions that recurrent layers call, in this thread.
 
     Args:
-        functions: By the name of what they stand for (``"lstm"``), which is given to them before its arguments.
+        functions: Replacements by name of the original (``"lstm"``), which each of them receives as its first argument.
 
     Raises:
-        ReplayError: If this version of torch keeps them elsewhere.
+        ReplayError: If this version of torch does not have the original functions there.
     """
     place: Any = getattr(torch, "_VF", None)
     try:
         for name in functions:
             getattr(place, name)
     except AttributeError as error:
-        raise ReplayError(missing("What recurrent layers call", error)) from error
+        raise ReplayError(missing("A function that recurrent layers call", error)) from error
     with _substituted_in(place, functions):
         yield
 
 
 def onednn_linear() -> Callable[..., Tensor] | None:
-    """Return a linear layer's function by oneDNN's kernel; ``None`` where a build of torch has none."""
+    """Return a function that computes a linear layer with oneDNN; ``None`` if this build of torch does not have it."""
     operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     if operation is None:
         return None
@@ -142,31 +142,31 @@ def onednn_linear() -> Callable[..., Tensor] | None:
 
 
 def is_traced() -> bool:
-    """Whether what runs is traced by ``make_fx``."""
+    """Return whether the current computation is traced by ``make_fx``."""
     return get_proxy_mode() is not None
 
 
 def is_transformed() -> bool:
-    """Whether what runs is transformed by one of ``torch.func``."""
+    """Return whether the current computation is transformed by ``torch.func``."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_a(value: object, name: str) -> bool:
-    """Whether something is an instance of a class of Lightning's, of either of its two packages.
+    """Return whether a value is an instance of a Lightning class, from either of Lightning's two packages.
 
-    ``lightning.pytorch`` and ``pytorch_lightning`` are the same code, but their classes are not the same.
+    ``lightning.pytorch`` and ``pytorch_lightning`` have the same code, but their classes are distinct.
 
     Args:
-        value: Anything.
-        name: Of the class, with the module below either package where it is not at the top: ``callbacks.Timer``.
+        value: Any value.
+        name: Name of the class, including its submodule if it is not at the top level: ``callbacks.Timer``.
     """
     return isinstance(value, kinds(name))
 
 
 def kinds(*names: str) -> tuple[type, ...]:
-    """Return classes of Lightning's by their names, from both packages as far as they are in use.
+    """Return Lightning classes by name, from each of its two packages that has been imported.
 
-    A name that a version does not have stands for no class.
+    Names that the installed version does not have are skipped.
     """
     found = []
     for package in ("lightning.pytorch", "pytorch_lightning"):
@@ -180,7 +180,7 @@ def kinds(*names: str) -> tuple[type, ...]:
 
 
 def overrides(instance: object, hook: str) -> bool:
-    """Whether a module, a data module or a callback has a hook of its own, in place of Lightning's."""
+    """Return whether a module, a data module or a callback overrides a Lightning hook."""
     if hook in getattr(instance, "__dict__", {}):
         return True
     own = getattr(type(instance), hook, None)

@@ -1,33 +1,33 @@
-"""The exceptions that lightning-dtda raises: what is wrong, where, and what to do about it."""
+"""The exceptions that lightning-dtda raises. Their messages say what is wrong, where, and what to do about it."""
 
 
 class DTDAError(Exception):
-    """Base of every error that lightning-dtda raises on purpose."""
+    """Base class of all errors that lightning-dtda raises on purpose."""
 
 
 class RecordingError(DTDAError):
-    """This training cannot be recorded, or its recording failed."""
+    """A training cannot be recorded, or its recording failed."""
 
 
 class TrajectoryError(DTDAError):
-    """A recorded run or ensemble is missing, damaged, incomplete or does not fit together."""
+    """A recorded run or ensemble is missing, damaged, incomplete or inconsistent."""
 
 
 class UnknownFormatError(TrajectoryError):
-    """A file is of a format that this version does not know; another version wrote it, and it may well be sound."""
+    """A file has a format that this version does not know. It was written by another version and may be intact."""
 
 
 class ReplayError(DTDAError):
-    """A recorded run cannot be reproduced: other data, another module, or randomness that was not recorded."""
+    """A recorded run cannot be reproduced, e.g. with other data, another module or randomness that was not recorded."""
 
 
 class AttributionError(DTDAError):
-    """An attribution was asked for that cannot be computed, or a stored one does not fit the question."""
+    """The requested attribution cannot be computed, or a stored one does not match the request."""
 
 
 class ClusterError(DTDAError):
-    """Work cannot be done on a Ray cluster."""
+    """A computation on a Ray cluster failed or is not possible."""
 
 
 class RetrainingError(DTDAError):
-    """A retraining was asked for that cannot be done, or a stored ground truth does not fit the question."""
+    """The requested retraining is not possible, or a stored ground truth does not match the request."""

@@ -88,7 +88,7 @@ def test_weight_normalisation_is_torchs_own_again_afterwards():
 def test_a_version_that_lacks_a_name_is_named(monkeypatch):
     monkeypatch.delattr(torch, "_VF")
     with (
-        pytest.raises(ReplayError, match=r"What recurrent layers call .* torch 2\.6 to"),
+        pytest.raises(ReplayError, match=r"A function that recurrent layers call .* torch 2\.6 to"),
         replaced_recurrence({"lstm": len}),
     ):
         pass
