@@ -223,13 +223,13 @@ def _compare(losses: Sequence[Tensor], sizes: Sequence[int], most: int) -> tuple
     def look(edges: tuple[Edge, ...]) -> Rows | None:
         names = [node.name() for node, _ in edges]
         if len(set(names)) > 1 or len({output for _, output in edges}) > 1:
-            raise UnknownGraphError(f"{names[0]} against {names[-1]}")
+            raise UnknownGraphError(f"{names[0]} versus {names[-1]}")
         shapes = [shapes_out_of(node)[output] for node, output in edges]
         rows = _rows(shapes, sizes, most)
         marks.append(_Mark(names[0], edges[0][1], len(shapes[0]), rows))
         lengths = {len(node.next_functions) for node, _ in edges}
         if rows is None and len(lengths) > 1:
-            raise UnknownGraphError(f"{names[0]} of {' against '.join(map(str, sorted(lengths)))} tensors")
+            raise UnknownGraphError(f"{names[0]} of {' versus '.join(map(str, sorted(lengths)))} tensors")
         return rows
 
     return marks, walk([tuple((loss.grad_fn, loss.output_nr) for loss in losses)], look)

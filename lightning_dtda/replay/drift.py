@@ -151,7 +151,7 @@ class Comparison:
         """Return whether rebuilt parameters ``(runs, P)`` match the record up to rounding ``(runs,)``."""
         difference, travelled, size = recorded.distances(rebuilt)
         rounding = _ROUNDING_STEPS * (recorded.last - recorded.first) ** 0.5 * torch.finfo(self._recorded_dtype).eps
-        # false for a NaN too
+        # also false for NaN
         return difference <= self._of_parameters * travelled + rounding * size
 
     def parameters(self, recorded: Recorded, rebuilt: Tensor) -> None:

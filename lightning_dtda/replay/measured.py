@@ -42,7 +42,7 @@ class Draws:
 
     def __post_init__(self) -> None:
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
-            raise AttributionError(f"measurement_draws={self.number!r}; give a positive number.")
+            raise AttributionError(f"measurement_draws={self.number!r}; give a positive integer.")
 
     def of(self, query: int) -> list[int]:
         """Return the seeds for a query."""
@@ -177,7 +177,7 @@ def _taken(eager: Eager, queries: Examples, query: int, measurement: Measurement
         if torch.isclose(two, three, tolerance, tolerance).all():
             return two
         if torch.isclose(two / 2, three / 3, tolerance, tolerance).all():
-            return two / 2  # a sum
+            return two / 2  # the loss is a sum over examples
         raise
 
 

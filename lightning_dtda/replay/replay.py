@@ -143,7 +143,7 @@ class Replay:
         micro_batch = run.micro_batches(last)[-1]
         return Time(micro_batch.epoch, micro_batch.global_step + (step > last), 0, run.hyperparameters(last))
 
-    # -- ways of running a step
+    # -- how steps are run
 
     def stack(self, stacked: bool = True) -> Replay:
         """Return a copy of this replay that runs all runs and directions of a step at once, or one by one.

@@ -127,7 +127,7 @@ class Stacked(Eager):
             terms.append(of_examples)
             if inputs.keeps_statistics:
                 before = dict(zip(before, of_statistics, strict=True))
-        assert total is not None  # a step has micro-batches
+        assert total is not None  # every step has a micro-batch
         return Products(torch.cat(terms[::-1], 2), total, before, gradients)
 
     # -- traces

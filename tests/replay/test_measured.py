@@ -183,5 +183,5 @@ def test_what_is_no_measurement_is_refused(measurement, message):
 
 @pytest.mark.parametrize("number", [0, -1, 2.5, True])
 def test_a_number_of_draws_that_is_none_is_refused(number):
-    with pytest.raises(AttributionError, match="give a positive number"):
+    with pytest.raises(AttributionError, match="give a positive integer"):
         Draws(number)
