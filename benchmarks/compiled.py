@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.modules import MODULES, Task
 from lightning_dtda import Ensemble, TrajectoryRecorder
-from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.execution.memory import kept_pages, peak_memory
 from lightning_dtda.replay import Replay, training_examples
 
 BATCH, STEPS, CALLS = 64, 4, 5

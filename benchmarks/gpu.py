@@ -42,7 +42,7 @@ from benchmarks.problems import GPT, cnn
 from lightning_dtda import Attribution, Ensemble, InfluenceFunctions, TrajectoryRecorder, attribute
 from lightning_dtda.estimators import EKFAC, Identity, UnrolledDifferentiation
 from lightning_dtda.estimators.estimator import Question
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.execution.memory import peak_memory
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], TensorDataset]]] = {
     "cnn": (cnn, images),

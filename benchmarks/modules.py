@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from lightning_dtda import Ensemble, TrajectoryRecorder
 from lightning_dtda.estimators import UnrolledDifferentiation
 from lightning_dtda.estimators.estimator import Question
-from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.estimators.removals import resolve_removals
+from lightning_dtda.execution.memory import kept_pages, peak_memory
 from lightning_dtda.replay import query_examples, resolve_measurement, training_examples
 
 BATCH, CPU = 64, torch.device("cpu")

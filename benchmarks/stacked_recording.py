@@ -25,7 +25,7 @@ import torch
 
 from examples.concrete.concrete import ConcreteData, ConcreteRegressor
 from lightning_dtda import Ensemble, TrajectoryRecorder
-from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording.seeds import record_seeds
 from lightning_dtda.retraining import record_stacked
 

@@ -22,7 +22,6 @@ from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.resources import check_resources
 from lightning_dtda.attribution.store import AttributionStore, with_runs
 from lightning_dtda.attribution.trust import sizes
-from lightning_dtda.cluster import RayCluster
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
@@ -37,7 +36,8 @@ from lightning_dtda.estimators import (
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.estimator import Advance
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
-from lightning_dtda.progress import progress_bar
+from lightning_dtda.execution.progress import progress_bar
+from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.replay import (
     Draws,
     Measurement,
@@ -108,7 +108,7 @@ def attribute(
         device: Where to compute; ``None`` is the module's own device.
         jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.
         engine: ``"local"``, this machine; or ``"ray"``, the CPUs of a Ray cluster, or a
-            :class:`~lightning_dtda.cluster.RayCluster` that says what each batch of runs gets. Runs are read by the
+            :class:`~lightning_dtda.execution.ray_cluster.RayCluster` that says what each batch of runs gets. Runs are read by the
             workers, from a disk that all nodes share. The numbers are the same; where batches have to be parted to
             occupy all places, up to rounding.
         progress: Whether to show a progress bar and the plan.

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from lightning_dtda.cluster import Lost, RayCluster
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimate, Estimator, Plan, Question
 from lightning_dtda.estimators.estimator import Advance
-from lightning_dtda.processes import run_in_processes
+from lightning_dtda.execution.processes import run_in_processes
+from lightning_dtda.execution.ray_cluster import Lost, RayCluster
 from lightning_dtda.trajectory import Run
 
 EngineName = Literal["local", "ray"]
@@ -67,7 +67,7 @@ class Engine:
 
         Raises:
             AttributionError: If a process or a worker was lost.
-            ClusterError: As :meth:`RayCluster.run <lightning_dtda.cluster.RayCluster.run>`.
+            ClusterError: As :meth:`RayCluster.run <lightning_dtda.execution.ray_cluster.RayCluster.run>`.
         """
         if self.cluster is None and self.jobs == 1:
             for batch in plan.batches:

@@ -15,10 +15,10 @@ from lightning_dtda.attribution.engines import EngineName
 from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.cli.configuration import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
-from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.execution.ray_cluster import RayCluster
 
 
 class AttributeCLI(QuestionCLI):

@@ -21,9 +21,9 @@ from lightning_dtda.cli.question import QuestionCLI, query_loader
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.planning import Cost, Forecast, plan
 from lightning_dtda.recording import TrajectoryRecorder
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.units import human_bytes, human_seconds
 

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.recording.quiet import quiet_lightning
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.replay import Draws
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.trajectory.manifest import MANIFEST

@@ -15,12 +15,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
 from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, save_configuration
-from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.progress import progress_bar
+from lightning_dtda.execution.progress import progress_bar
+from lightning_dtda.execution.quiet import quiet_lightning
+from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.jobs import record_in_jobs
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.ray_jobs import record_on_ray
 from lightning_dtda.recording.seeds import is_complete, record_seeds, run_name
 from lightning_dtda.retraining import record_stacked

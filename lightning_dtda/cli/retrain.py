@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from lightning_dtda.cli.configuration import read_json_option
 from lightning_dtda.cli.question import QuestionCLI, query_loader
-from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import RetrainingError
+from lightning_dtda.execution.quiet import quiet_lightning
+from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.recording import run_name
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import training_examples
 from lightning_dtda.retraining import RayEngine, random_subsets, retrain
 from lightning_dtda.retraining.retraining import EngineName, Removal

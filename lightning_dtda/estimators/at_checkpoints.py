@@ -15,8 +15,8 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question, batches_of_equal_shape
 from lightning_dtda.estimators.measuring import measure
-from lightning_dtda.estimators.memory import kept_pages
 from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.layer_gradients import LayerGradients, OtherWayError
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.execution.memory import peak_memory
 from lightning_dtda.optimizers import Hyperparameters
 from lightning_dtda.replay import Draws, Replay
 from lightning_dtda.replay.cut import zeros

@@ -16,9 +16,9 @@ import torch
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.diagnosis import STRETCH
 from lightning_dtda.estimators.forward import example_position
-from lightning_dtda.estimators.memory import kept_pages, peak_memory
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.estimators.sweep import no_state_cotangents
+from lightning_dtda.execution.memory import kept_pages, peak_memory
 from lightning_dtda.optimizers.clipping import NoClipping
 from lightning_dtda.replay import Replay
 from lightning_dtda.replay.pieces import FEWEST_HELD, rebuilt_steps

@@ -22,7 +22,6 @@ from lightning_dtda.estimators.estimator import (
 )
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
-from lightning_dtda.estimators.memory import kept_pages
 from lightning_dtda.estimators.planning import (
     Mode,
     choose,
@@ -33,6 +32,7 @@ from lightning_dtda.estimators.planning import (
     seconds,
 )
 from lightning_dtda.estimators.sweep import Adjoints, sweep
+from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes

@@ -28,13 +28,13 @@ from lightning_dtda.estimators import (
     resolve_removals,
 )
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.execution.progress import progress_bar
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.planning.first_steps import FirstSteps, record_first_steps
 from lightning_dtda.planning.forecast import Cost, Forecast, advice
 from lightning_dtda.planning.trials import TrialQuestion, cost_of, repeated
-from lightning_dtda.progress import progress_bar
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.extent import checkpoint_interval
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import Measurement, query_examples, resolve_measurement, training_examples
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.trajectory.prolonged import ProlongedRun

@@ -15,7 +15,7 @@ from lightning_dtda.attribution.resources import response_bytes
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import KFAC, Estimator, GaussNewton, Plan, Question, Removals
 from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator
-from lightning_dtda.estimators.memory import peak_memory, resident_memory
+from lightning_dtda.execution.memory import peak_memory, resident_memory
 from lightning_dtda.planning.forecast import Cost
 from lightning_dtda.replay import Examples, Precision, Replay
 from lightning_dtda.trajectory import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_dtda.cluster import Lost, RayCluster
+from lightning_dtda.execution.ray_cluster import Lost, RayCluster
 from lightning_dtda.recording.recorder import run_name
 from lightning_dtda.recording.seeds import is_complete
 

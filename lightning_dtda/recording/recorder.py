@@ -28,6 +28,7 @@ from lightning_dtda.recording.configuration import (
     versions,
 )
 from lightning_dtda.recording.data import TrainingData, check_batch, read_batch
+from lightning_dtda.recording.distributed import together
 from lightning_dtda.recording.extent import (
     Needed,
     check_disk,
@@ -37,7 +38,6 @@ from lightning_dtda.recording.extent import (
     planned_steps,
 )
 from lightning_dtda.recording.other_runs import refuse_other_configuration
-from lightning_dtda.recording.processes import together
 from lightning_dtda.recording.resuming import resume
 from lightning_dtda.recording.run_recording import RunRecording, make_directory
 from lightning_dtda.recording.step_callback import StepCallback

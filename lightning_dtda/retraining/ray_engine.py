@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from lightning_dtda.cluster import Lost, RayCluster
+from lightning_dtda.execution.ray_cluster import Lost, RayCluster
 from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import train_one

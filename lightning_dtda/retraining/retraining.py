@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attributing import usable_device
 from lightning_dtda.errors import RetrainingError
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording.configuration import versions
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import (
     Draws,
     Examples,

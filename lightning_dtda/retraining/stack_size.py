@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.resources import available_memory
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.execution.memory import peak_memory
 
 _SHARE = 0.5
 """Share of the memory that is free now: the allocator and the measurement take some, and others may want some too."""

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording import TrajectoryRecorder
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.retraining.another_seed import first_step_of
 from lightning_dtda.retraining.dropping import without
 from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining

@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 
 from lightning_dtda.attribution.attributing import usable_device
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording import TrajectoryRecorder, run_name
 from lightning_dtda.recording.configuration import module_configuration, training_configuration
 from lightning_dtda.recording.data import describe_data
 from lightning_dtda.recording.extent import checkpoint_interval
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.recording.run_recording import make_directory
 from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
 from lightning_dtda.replay import Examples, prepare_fit

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from lightning_dtda.estimators.memory import kept_pages, peak_memory
+from lightning_dtda.execution.memory import kept_pages, peak_memory
 from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.replay import Eager, Examples
 from lightning_dtda.replay.replica import Replica

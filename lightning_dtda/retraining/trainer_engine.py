@@ -14,9 +14,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import DTDAError, RetrainingError
-from lightning_dtda.processes import run_in_processes
+from lightning_dtda.execution.processes import run_in_processes
+from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
-from lightning_dtda.recording.quiet import quiet_lightning
 from lightning_dtda.replay import Eager
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.stand_ins import Time

@@ -16,8 +16,8 @@ from lightning_dtda import (
     UnrolledDifferentiation,
     attribute,
 )
-from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.execution.ray_cluster import RayCluster
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 DATA = TensorDataset(*weighted_data(dtype=torch.float32))

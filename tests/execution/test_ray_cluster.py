@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_dtda import retrain
-from lightning_dtda.cluster import RayCluster
 from lightning_dtda.errors import ClusterError
+from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.retraining import RayEngine, Task
 from tests.retraining.tasks import Regressor, by_hand, make_trainer, queries, training_loader
 

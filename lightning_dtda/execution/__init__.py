@@ -1,0 +1,1 @@
+"""Where work runs: this process, several of this machine, a Ray cluster; memory, devices, progress."""
