@@ -22,8 +22,8 @@ from threading import Event, Thread
 import torch
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.attribution_store import AttributionStore
 from lightning_dtda.attribution.exporting import export
-from lightning_dtda.attribution.store import AttributionStore
 from lightning_dtda.attribution.suggesting import suggest_removals
 from lightning_dtda.attribution.trust import sizes
 

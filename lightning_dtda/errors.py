@@ -25,8 +25,22 @@ class AttributionError(DTDAError):
     """The requested attribution cannot be computed, or a stored one does not match the request."""
 
 
-class ClusterError(DTDAError):
-    """A computation on a Ray cluster failed or is not possible."""
+class ExecutionError(DTDAError):
+    """Work cannot be done where it was to be done: there is no such device or cluster, or a process was lost."""
+
+
+class CannotStackError(DTDAError):
+    """These trainings cannot be done at once; the Trainer can do them one by one.
+
+    Args:
+        reason: What stands in the way.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason.rstrip(".")
+        super().__init__(
+            f"{self.reason}. These trainings cannot be stacked: do them one by one (stacked=False, --stacked false)."
+        )
 
 
 class RetrainingError(DTDAError):

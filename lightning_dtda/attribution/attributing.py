@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.attribution_store import AttributionStore, with_runs
 from lightning_dtda.attribution.engines import Engine, EngineName
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.resources import check_resources
-from lightning_dtda.attribution.store import AttributionStore, with_runs
 from lightning_dtda.attribution.trust import sizes
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
@@ -36,6 +36,7 @@ from lightning_dtda.estimators import (
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.estimator import Advance
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.replay import (
@@ -108,9 +109,9 @@ def attribute(
         device: Where to compute; ``None`` is the module's own device.
         jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.
         engine: ``"local"``, this machine; or ``"ray"``, the CPUs of a Ray cluster, or a
-            :class:`~lightning_dtda.execution.ray_cluster.RayCluster` that says what each batch of runs gets. Runs are read by the
-            workers, from a disk that all nodes share. The numbers are the same; where batches have to be parted to
-            occupy all places, up to rounding.
+            :class:`~lightning_dtda.execution.ray_cluster.RayCluster` that says what each batch of runs gets. Runs
+            are read by the workers, from a disk that all nodes share. The numbers are the same; where batches have to
+            be parted to occupy all places, up to rounding.
         progress: Whether to show a progress bar and the plan.
 
     Returns:
@@ -119,7 +120,7 @@ def attribute(
     Raises:
         AttributionError: If the question cannot be answered, or memory or disk do not suffice.
         ReplayError: If module or data are not those that were trained.
-        ClusterError: If there is no Ray cluster, or its workers cannot do it.
+        ExecutionError: If there is no Ray cluster, or its workers cannot do it.
     """
     if keep_top is not None:
         check_keep_top(keep_top)
@@ -361,18 +362,3 @@ def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:
             "or None for the end of each run."
         )
     return step
-
-
-def usable_device(device: torch.device | str) -> torch.device:
-    """Return a device that there is.
-
-    Raises:
-        AttributionError: If there is none of this name.
-    """
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise AttributionError(
-            f"There is no device {str(device)!r} ({reason}). Give cpu, cuda or cuda:0, say."
-        ) from error

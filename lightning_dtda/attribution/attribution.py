@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index
 from lightning_dtda.attribution.differences import (
     Difference,
     JointDifference,
@@ -24,7 +25,6 @@ from lightning_dtda.attribution.inference import Inference, Runs
 from lightning_dtda.attribution.kept import KeptResponses, check_keep_top, joined, keep_top, moment_of
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
-from lightning_dtda.attribution.store import OF_RUNS, AttributionStore, read_index
 from lightning_dtda.attribution.tables import Tables
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError

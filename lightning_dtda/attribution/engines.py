@@ -37,7 +37,7 @@ class Engine:
 
         Raises:
             AttributionError: If there is no such engine, or the number of processes makes no sense for it.
-            ClusterError: If Ray is not installed.
+            ExecutionError: If Ray is not installed.
         """
         if not isinstance(engine, RayCluster) and engine not in get_args(EngineName):
             raise AttributionError(
@@ -67,7 +67,7 @@ class Engine:
 
         Raises:
             AttributionError: If a process or a worker was lost.
-            ClusterError: As :meth:`RayCluster.run <lightning_dtda.execution.ray_cluster.RayCluster.run>`.
+            ExecutionError: As :meth:`RayCluster.run <lightning_dtda.execution.ray_cluster.RayCluster.run>`.
         """
         if self.cluster is None and self.jobs == 1:
             for batch in plan.batches:

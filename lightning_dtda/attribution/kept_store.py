@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from lightning_dtda.attribution.attribution_store import OF_RUNS, started, write_index
 from lightning_dtda.attribution.kept import Figures, KeptResponses
 from lightning_dtda.attribution.responses import StoredTable
-from lightning_dtda.attribution.store import OF_RUNS, started, write_index
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
@@ -49,9 +49,9 @@ class KeptStore:
         """Start a store, or go on with one that was started for the same question and the same runs.
 
         Arguments and errors are those of :meth:`AttributionStore.create
-        <lightning_dtda.attribution.store.AttributionStore.create>`; ``about`` has ``keep_top``, and runs are wanted in
-        the order in which blocks have them. More runs than the last time are another question, since figures are over
-        all of them.
+        <lightning_dtda.attribution.attribution_store.AttributionStore.create>`; ``about`` has ``keep_top``, and runs
+        are wanted in the order in which blocks have them. More runs than the last time are another question, since
+        figures are over all of them.
         """
         return cls(Path(path), started(Path(path), about, queries, removals, wanted, overwrite, "blocks"))
 

@@ -10,6 +10,7 @@ import torch
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, Plan, Question
+from lightning_dtda.execution.memory import available_memory
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import human_bytes, human_seconds
 
@@ -83,14 +84,3 @@ def check_room(answer: int, path: Path | None) -> None:
             f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
             "some, or choose another output."
         )
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on a device, ``None`` where the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = meminfo.read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

@@ -11,9 +11,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
+from lightning_dtda.attribution.attribution_store import AttributionStore
 from lightning_dtda.attribution.engines import EngineName
-from lightning_dtda.attribution.store import AttributionStore
-from lightning_dtda.cli.configuration import CONFIG, read_json_option
+from lightning_dtda.cli.configuration_cli import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import DataLoader, Dataset, Subset
 from typing_extensions import override
 
-from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI
+from lightning_dtda.cli.configuration_cli import CONFIG, ConfigurationCLI
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.replay import Draws

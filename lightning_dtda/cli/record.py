@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
-from lightning_dtda.cli.configuration import CONFIG, ConfigurationCLI, save_configuration
+from lightning_dtda.cli.configuration_cli import CONFIG, ConfigurationCLI, save_configuration
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import quiet_lightning

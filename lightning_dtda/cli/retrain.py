@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
-from lightning_dtda.cli.configuration import read_json_option
+from lightning_dtda.cli.configuration_cli import read_json_option
 from lightning_dtda.cli.question import QuestionCLI, query_loader
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.execution.quiet import quiet_lightning

@@ -1,4 +1,4 @@
-"""The memory of tensor computations: how much they need, and how to keep what they will need again."""
+"""The memory of tensor computations: what there is, what they need, and how to keep what they will need again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ _OBJECTS = 16 * 2**20
 
 _KEEP_BYTES = 2**30
 """Freed memory that is kept, and the largest block that is taken from it: more than a sweep's temporaries."""
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on a device, ``None`` where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    lines = meminfo.read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:

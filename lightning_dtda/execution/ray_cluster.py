@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import cloudpickle
 import torch
 
-from lightning_dtda.errors import ClusterError
+from lightning_dtda.errors import ExecutionError
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class RayCluster:
             those, workers that were killed for their memory count.
 
     Raises:
-        ClusterError: If Ray is not installed, or a number makes no sense.
+        ExecutionError: If Ray is not installed, or a number makes no sense.
     """
 
     cpus: float = 1.0
@@ -63,11 +63,11 @@ class RayCluster:
     def __post_init__(self) -> None:
         for name, number in (("cpus", self.cpus), ("gpus", self.gpus)):
             if number < 0 or (number > 1 and number != int(number)):
-                raise ClusterError(f"{name}={number}; give a fraction up to 1, or a whole number.")
+                raise ExecutionError(f"{name}={number}; give a fraction up to 1, or a whole number.")
         if self.cpus == self.gpus == 0:
-            raise ClusterError("cpus=0, gpus=0; what needs nothing would all be done at once. Give one of them.")
+            raise ExecutionError("cpus=0, gpus=0; what needs nothing would all be done at once. Give one of them.")
         if self.retries < 0:
-            raise ClusterError(f"retries={self.retries}; give how often lost work is done again, from 0 on.")
+            raise ExecutionError(f"retries={self.retries}; give how often lost work is done again, from 0 on.")
         _ray()
 
     def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[list[tuple[Item, Result | Lost]]]:
@@ -81,7 +81,7 @@ class RayCluster:
             items: Arguments of ``work``, hashable.
 
         Raises:
-            ClusterError: If there is no cluster; if ``work`` cannot be sent or raises; or inside a Ray task.
+            ExecutionError: If there is no cluster; if ``work`` cannot be sent or raises; or inside a Ray task.
         """
         content = _pickled(work)
         ray = _ray()
@@ -145,7 +145,7 @@ class RayCluster:
     def _connected(self, ray: Any) -> Iterator[None]:
         if ray.is_initialized():
             if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
-                raise ClusterError(
+                raise ExecutionError(
                     "This is a task or an actor of Ray, which would hold its CPUs and wait for others. Call from the "
                     "program that connects to the cluster; in here, train without Ray."
                 )
@@ -155,7 +155,7 @@ class RayCluster:
         try:
             ray.init(address=self.address, include_dashboard=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(
+            raise ExecutionError(
                 f"Ray cannot be connected to or started (address={self.address!r}, RAY_ADDRESS="
                 f"{os.environ.get('RAY_ADDRESS')!r}; {type(error).__name__}: {error}). Start a cluster with ray start "
                 '--head, or give address="local".'
@@ -170,7 +170,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ClusterError(f'This needs Ray ({error}). pip install "lightning-dtda[ray]"') from error
+        raise ExecutionError(f'This needs Ray ({error}). pip install "lightning-dtda[ray]"') from error
     return ray
 
 
@@ -180,7 +180,7 @@ def _pickled(work: Any) -> bytes:
     try:
         return bytes(cloudpickle.dumps(work))
     except Exception as error:  # whatever cannot be pickled
-        raise ClusterError(
+        raise ExecutionError(
             f"What is to be done cannot be sent to the workers of Ray ({type(error).__name__}: {error}). Let functions "
             "make what has no pickle (open files, locks, loggers), inside of them."
         ) from error
@@ -191,7 +191,7 @@ def _result(ray: Any, task: Any) -> Any:
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:  # what was raised in the worker
         cause = error.cause or error
-        raise ClusterError(
+        raise ExecutionError(
             f"A worker of Ray cannot do this ({type(cause).__name__}: {cause}). Its node must have the packages, "
             'modules and files that are needed; ray.init(runtime_env={"working_dir": "."}) beforehand sends it those '
             "next to a script."

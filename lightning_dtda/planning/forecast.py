@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_dtda.attribution.resources import available_memory
+from lightning_dtda.execution.memory import available_memory
 from lightning_dtda.units import human_bytes, human_seconds
 
 _MUCH_FASTER = 5.0

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dtda.attribution.attributing import usable_device
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
     EKFAC,
@@ -28,6 +27,7 @@ from lightning_dtda.estimators import (
     resolve_removals,
 )
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.planning.first_steps import FirstSteps, record_first_steps

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import checks
-from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.recording.shard_buffer import SHARD_BYTES, shard_steps
+from lightning_dtda.replay.replica import buffers
 from lightning_dtda.trajectory import Manifest, ParameterLayout
 from lightning_dtda.trajectory.writer import FILES_IN_MEMORY
 from lightning_dtda.units import GIB, human_bytes

@@ -17,11 +17,11 @@ from lightning_dtda.optimizers import UPDATES, GroupedUpdate, Hyperparameters, S
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.configuration import hyperparameter_values, hyperparameters
 from lightning_dtda.recording.data import read_batch
-from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
 from lightning_dtda.replay import Eager, Point, StepBatch, Tangents
 from lightning_dtda.replay.batches import map_tensors
 from lightning_dtda.replay.drift import Comparison, Recorded
+from lightning_dtda.replay.replica import buffers
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import MicroBatchInputs
 from lightning_dtda.replay.tangents import gradient_tangents, push

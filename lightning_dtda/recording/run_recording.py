@@ -8,7 +8,6 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dtda.errors import RecordingError
@@ -16,7 +15,8 @@ from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import Average
 from lightning_dtda.recording.shard_buffer import ShardBuffer
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
-from lightning_dtda.trajectory import Manifest, ParameterLayout, RunWriter
+from lightning_dtda.replay.replica import buffers
+from lightning_dtda.trajectory import Manifest, RunWriter
 
 
 class RunRecording:
@@ -116,15 +116,6 @@ class RunRecording:
             tensors |= {f"state.{number}.{key}": part.cpu() for key, part in state.items()}
         self._writer.add_checkpoint(self.steps, tensors)
         self._last_checkpoint = self.steps
-
-
-def buffers(module: pl.LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:
-    """Return the buffers, and at the start the frozen parameters, which no later checkpoint repeats."""
-    found = dict(module.named_buffers())
-    if step == 0:
-        trained = set(layout.names)
-        found |= {name: p.detach() for name, p in module.named_parameters() if name not in trained}
-    return found
 
 
 def make_directory(directory: Path, overwrite: bool) -> None:

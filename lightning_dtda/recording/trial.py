@@ -15,14 +15,13 @@ from torch.optim import Optimizer
 from lightning_dtda.errors import DTDAError, RecordingError, ReplayError
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
-from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.replay.cut import nodes_behind
 from lightning_dtda.replay.eager import Eager, sharing
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import drops_out_inside
 from lightning_dtda.replay.measured import Draws, measured
 from lightning_dtda.replay.measurements import loss
-from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.replica import Replica, buffers
 from lightning_dtda.replay.stand_ins import Circumstances, Time
 from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout

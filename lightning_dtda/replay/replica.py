@@ -368,3 +368,12 @@ def _check_parameters(module: LightningModule, layout: ParameterLayout) -> None:
                 f"Parameter {name} has shape {found[name]} in this {type(module).__name__} and {shape} in the "
                 "recorded runs. Create the module with the arguments that it was trained with."
             )
+
+
+def buffers(module: LightningModule, layout: ParameterLayout, step: int) -> dict[str, Tensor]:
+    """Return the buffers, and at the start the frozen parameters, which no later checkpoint repeats."""
+    found = dict(module.named_buffers())
+    if step == 0:
+        trained = set(layout.names)
+        found |= {name: p.detach() for name, p in module.named_parameters() if name not in trained}
+    return found

@@ -10,19 +10,19 @@ from lightning_dtda.retraining.subsets import leave_one_out, random_subsets, top
 from lightning_dtda.retraining.task import Task
 
 if TYPE_CHECKING:
+    from lightning_dtda.recording.stacked_recording import record_stacked
     from lightning_dtda.retraining.engine import Engine
     from lightning_dtda.retraining.ray_engine import RayEngine
     from lightning_dtda.retraining.retraining import retrain
-    from lightning_dtda.retraining.stacked_engine import StackedEngine
-    from lightning_dtda.retraining.stacked_recording import record_stacked
+    from lightning_dtda.retraining.stacked_retraining import StackedEngine
     from lightning_dtda.retraining.trainer_engine import TrainerEngine
 
 _HOMES = {
     "Engine": "lightning_dtda.retraining.engine",
     "RayEngine": "lightning_dtda.retraining.ray_engine",
-    "StackedEngine": "lightning_dtda.retraining.stacked_engine",
+    "StackedEngine": "lightning_dtda.retraining.stacked_retraining",
     "TrainerEngine": "lightning_dtda.retraining.trainer_engine",
-    "record_stacked": "lightning_dtda.retraining.stacked_recording",
+    "record_stacked": "lightning_dtda.recording.stacked_recording",
     "retrain": "lightning_dtda.retraining.retraining",
 }
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from typing_extensions import override
 
-from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining
-from lightning_dtda.retraining.stacked_engine import StackedEngine
+from lightning_dtda.errors import CannotStackError
+from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
+from lightning_dtda.retraining.stacked_retraining import StackedEngine
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import TrainerEngine
 

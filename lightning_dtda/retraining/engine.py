@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_dtda.errors import RetrainingError
 from lightning_dtda.replay import Draws, Eager, Examples, Measurement
 from lightning_dtda.replay.measured import values
 from lightning_dtda.replay.stand_ins import Time
@@ -91,15 +90,3 @@ class Engine(ABC):
         Raises:
             RetrainingError: If the engine cannot do these trainings at all. One that fails is an outcome.
         """
-
-
-class CannotStackError(RetrainingError):
-    """These trainings cannot be done at once; the Trainer can do them one by one.
-
-    Args:
-        reason: What stands in the way.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f'{reason.rstrip(".")}. These trainings cannot be stacked: use engine="trainer".')
-        self.reason = reason

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.errors import RetrainingError
-from lightning_dtda.retraining.store import TruthStore
 from lightning_dtda.retraining.task import Task
+from lightning_dtda.retraining.truth_store import TruthStore
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -28,7 +28,7 @@ class RayEngine(Engine):
         retries: How often a training is done again whose worker was lost; then it has failed.
 
     Raises:
-        ClusterError: If Ray is not installed, or a number makes no sense.
+        ExecutionError: If Ray is not installed, or a number makes no sense.
     """
 
     name: ClassVar[str] = "ray"

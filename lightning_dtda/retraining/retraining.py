@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dtda.attribution.attributing import usable_device
-from lightning_dtda.errors import RetrainingError
+from lightning_dtda.errors import CannotStackError, RetrainingError
+from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording.configuration import versions
 from lightning_dtda.replay import (
@@ -32,16 +32,16 @@ from lightning_dtda.replay import (
 )
 from lightning_dtda.retraining.auto_engine import AutoEngine
 from lightning_dtda.retraining.engine import Engine, Retraining
+from lightning_dtda.retraining.fresh_seeds import fresh_seeds, recorded_seeds
 from lightning_dtda.retraining.ground_truth import GroundTruth, some_tasks
 from lightning_dtda.retraining.ray_engine import RayEngine
 from lightning_dtda.retraining.recipe import Recipe, describe_data
 from lightning_dtda.retraining.reweighting import Reweighting
-from lightning_dtda.retraining.seeds import fresh_seeds, recorded_seeds
-from lightning_dtda.retraining.stacked_engine import StackedEngine
-from lightning_dtda.retraining.store import TruthStore, gather
+from lightning_dtda.retraining.stacked_retraining import StackedEngine
 from lightning_dtda.retraining.subsets import check_subsets
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import TrainerEngine
+from lightning_dtda.retraining.truth_store import TruthStore, gather
 from lightning_dtda.trajectory import Ensemble
 
 _log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def retrain(
 
     Raises:
         RetrainingError: If the question cannot be answered, or all trainings failed.
-        ClusterError: If there is no Ray, or its workers cannot be sent the trainings.
+        ExecutionError: If there is no Ray, or its workers cannot be sent the trainings.
         AttributionError: If queries or measurement are none.
         ReplayError: If recorded runs are not those of module and data.
     """
@@ -283,6 +283,8 @@ def _train(
                 finished |= dict(done)
                 failures |= {outcome.task: outcome.failure for outcome in outcomes if outcome.failure is not None}
                 advance(len(outcomes))
+    except CannotStackError as error:
+        raise RetrainingError(str(error)) from error
     finally:
         if store is not None and remaining:
             store.note(engine.name, failures)

@@ -15,8 +15,8 @@ from typing_extensions import override
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.replay import Examples, Replay, shape_key
 from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
-from lightning_dtda.retraining.stack_size import stack_size
 from lightning_dtda.retraining.task import Task
+from lightning_dtda.stacking.size import stack_size
 from lightning_dtda.trajectory import Ensemble, Run
 
 _STACKED_SECONDS = 5.0

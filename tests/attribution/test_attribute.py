@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.errors import AttributionError
+from lightning_dtda.errors import AttributionError, ExecutionError
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 DATA = TensorDataset(*weighted_data(dtype=torch.float32))
@@ -182,7 +182,6 @@ NONSENSE = {
         lambda ask, ensemble: ask(ensemble, measurement=raising),
         "measurement fails .*a query of another kind.*a batch of one query",
     ),
-    "an unknown device": (lambda ask, ensemble: ask(ensemble, device="gpu"), "no device 'gpu'"),
     "a file for the output": (lambda ask, ensemble: ask(ensemble, output=__file__), "cannot be written"),
 }
 
@@ -191,6 +190,11 @@ NONSENSE = {
 def test_nonsense_is_refused_in_words(ensemble, call, message):
     with pytest.raises(AttributionError, match=message):
         call(ask, ensemble)
+
+
+def test_an_unknown_device_is_refused_in_words(ensemble):
+    with pytest.raises(ExecutionError, match=r"no device 'gpu'.*Give cpu, cuda"):
+        ask(ensemble, device="gpu")
 
 
 def test_an_attribution_that_failed_does_not_stand_in_the_way(ensemble, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 
 from lightning_dtda import Attribution, Ensemble, attribute
 from lightning_dtda.cli import main
-from lightning_dtda.cli.configuration import save_configuration
+from lightning_dtda.cli.configuration_cli import save_configuration
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.trajectory.storage import read_json, write_json
 

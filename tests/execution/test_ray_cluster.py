@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_dtda import retrain
-from lightning_dtda.errors import ClusterError
+from lightning_dtda.errors import ExecutionError
 from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.retraining import RayEngine, Task
 from tests.retraining.tasks import Regressor, by_hand, make_trainer, queries, training_loader
@@ -26,7 +26,7 @@ def retrained(module=Regressor, **arguments):
 
 def test_without_ray_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ClusterError, match=r'needs Ray.*pip install "lightning-dtda\[ray\]"'):
+    with pytest.raises(ExecutionError, match=r'needs Ray.*pip install "lightning-dtda\[ray\]"'):
         retrained()
 
 
@@ -40,7 +40,7 @@ def test_without_ray_the_error_names_what_to_install(monkeypatch):
     ],
 )
 def test_a_number_that_makes_no_sense_is_refused(arguments, message):
-    with pytest.raises(ClusterError, match=message):
+    with pytest.raises(ExecutionError, match=message):
         RayEngine(**arguments)
 
 
@@ -57,7 +57,7 @@ def ray():
 
 def test_what_has_no_pickle_is_told_before_ray_is_started(ray):
     lock = threading.Lock()
-    with pytest.raises(ClusterError, match=r"cannot be sent.*lock.*inside of them"):
+    with pytest.raises(ExecutionError, match=r"cannot be sent.*lock.*inside of them"):
         retrained(lambda: lock and Regressor(), engine=RayEngine(address="local"))
     assert not ray.is_initialized()
 
@@ -140,7 +140,7 @@ def test_what_a_worker_cannot_load_is_told_with_the_way_out(ray_cluster):
             return __import__, ("a_package_that_only_the_driver_has",)
 
     here = Here()
-    with pytest.raises(ClusterError, match=r"ModuleNotFoundError.*a_package.*runtime_env"):
+    with pytest.raises(ExecutionError, match=r"ModuleNotFoundError.*a_package.*runtime_env"):
         next(RayCluster().run(lambda item: here, [1]))
 
 
@@ -151,7 +151,7 @@ def test_a_task_of_ray_starts_no_others(ray_cluster):
     def nested():
         try:
             next(RayCluster().run(abs, [1]))
-        except ClusterError as error:
+        except ExecutionError as error:
             return str(error)
 
     assert "train without Ray" in ray.get(ray.remote(nested).remote())

@@ -12,7 +12,7 @@ from lightning_dtda import GroundTruth
 from lightning_dtda.attribution.differences import Mean, Wasserstein
 from lightning_dtda.errors import RetrainingError, TrajectoryError
 from lightning_dtda.retraining import Task
-from lightning_dtda.retraining.store import TruthStore
+from lightning_dtda.retraining.truth_store import TruthStore
 
 SUBSETS, SEEDS, BASELINE_SEEDS, QUERIES = 4, 6, 9, 3
 REMOVED = ((0, 5), (3,), (1, 2, 7), (6,))

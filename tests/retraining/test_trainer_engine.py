@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from lightning_dtda import GroundTruth, TrajectoryRecorder, retrain
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.retraining import Task
-from lightning_dtda.retraining.seeds import FIRST_SEED
+from lightning_dtda.retraining.fresh_seeds import FIRST_SEED
 from lightning_dtda.trajectory import Ensemble
 from tests.retraining.tasks import (
     BATCH,

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.resources import available_memory
-from lightning_dtda.execution.memory import peak_memory
+from lightning_dtda.execution.memory import available_memory, peak_memory
 
 _SHARE = 0.5
 """Share of the memory that is free now: the allocator and the measurement take some, and others may want some too."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from lightning_dtda.retraining.engine import CannotStackError
+from lightning_dtda.errors import CannotStackError
 from lightning_dtda.trajectory import Run
 
 Begin: TypeAlias = Callable[[int], "tuple[pl.LightningModule, DataLoader[Any]]"]

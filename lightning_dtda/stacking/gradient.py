@@ -14,11 +14,10 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
-from lightning_dtda.errors import ReplayError
+from lightning_dtda.errors import CannotStackError, ReplayError
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.stacked import same_trace
 from lightning_dtda.replay.stand_ins import Time
-from lightning_dtda.retraining.engine import CannotStackError
 
 _log = logging.getLogger(__name__)
 

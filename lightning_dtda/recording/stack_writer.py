@@ -12,8 +12,8 @@ from lightning_dtda.errors import RecordingError
 from lightning_dtda.optimizers import State
 from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.recording.shard_buffer import shard_steps, step_records
-from lightning_dtda.retraining.stack_size import Footprint
-from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
+from lightning_dtda.stacking.size import Footprint
+from lightning_dtda.stacking.training import Schedule, Start, Taken
 from lightning_dtda.trajectory import MicroBatch, Run, RunWriter
 from lightning_dtda.trajectory.writer import FILES_IN_MEMORY
 

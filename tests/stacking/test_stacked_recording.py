@@ -9,16 +9,16 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, InfluenceFunctions, Run, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.errors import AttributionError, RecordingError
+from lightning_dtda.errors import ExecutionError, RecordingError
 from lightning_dtda.recording import run_name
 from lightning_dtda.recording.seeds import record_seeds
+from lightning_dtda.recording.stack_writer import StackWriter
 from lightning_dtda.retraining import record_stacked
-from lightning_dtda.retraining.stack_size import Footprint, fitting
-from lightning_dtda.retraining.stack_writer import StackWriter
+from lightning_dtda.stacking.size import Footprint, fitting
 from lightning_dtda.trajectory import writer
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.retraining.tasks import BATCH, Regressor, examples, make_trainer, queries, training_loader
-from tests.retraining.test_stacked_engine import (
+from tests.stacking.test_stacked_retraining import (
     Branching,
     Clocked,
     Counting,
@@ -212,10 +212,12 @@ def test_stacked_runs_in_single_precision_are_replayed_as_closely(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "limit", [("stacked_recording._LARGEST", 2), ("stacks.fitting", lambda *_: 3)], ids=["number", "memory"]
+    "limit",
+    [("recording.stacked_recording._LARGEST", 2), ("stacking.stacks.fitting", lambda *_: 3)],
+    ids=["number", "memory"],
 )
 def test_more_seeds_than_fit_are_recorded_in_several_stacks(tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(f"lightning_dtda.retraining.{limit[0]}", limit[1])
+    monkeypatch.setattr(f"lightning_dtda.{limit[0]}", limit[1])
     sizes, original = [], StackWriter.__init__
 
     def counting(self, *, writers, **arguments):
@@ -233,7 +235,7 @@ def test_more_seeds_than_fit_are_recorded_in_several_stacks(tmp_path, monkeypatc
 
 def test_what_a_record_holds_counts_where_it_is_held(monkeypatch):
     free = {"cpu": 8000, "cuda": 4000}
-    monkeypatch.setattr("lightning_dtda.retraining.stack_size.available_memory", lambda device: free[device.type])
+    monkeypatch.setattr("lightning_dtda.stacking.size.available_memory", lambda device: free[device.type])
     theta = torch.zeros(1, 1, dtype=torch.float64)  # 64 bytes in eight copies
 
     def fits(where, **beside):
@@ -265,7 +267,7 @@ def test_runs_that_are_complete_stay_and_the_others_are_recorded(tmp_path):
 
 
 def test_a_single_seed_is_recorded_by_the_trainer(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_dtda.retraining.stacked_recording.Stacks", None)  # it would be called
+    monkeypatch.setattr("lightning_dtda.recording.stacked_recording.Stacks", None)  # it would be called
     assert stacked(tmp_path / "stacked", seeds=2) == {}
     trained(tmp_path / "trained", seeds=[0, 1])
     assert_same_runs(tmp_path / "stacked", tmp_path / "trained", [0, 1])
@@ -318,7 +320,7 @@ def test_a_run_that_another_process_records_is_left_to_it(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_trained(tmp_path):
-    with pytest.raises(AttributionError, match="no device 'abacus'"):
+    with pytest.raises(ExecutionError, match="no device 'abacus'"):
         record_stacked(maker(), TrajectoryRecorder(tmp_path / "runs"), SEEDS, device="abacus")
     assert not (tmp_path / "runs").exists()
 
@@ -378,7 +380,7 @@ def data_with_noise():
     ],
 )
 def test_what_cannot_be_stacked_is_refused_by_name_and_the_trainers_run_kept(tmp_path, make, reason):
-    with pytest.raises(RecordingError, match=f"(?s){reason}.*--engine trainer"):
+    with pytest.raises(RecordingError, match=f"(?s){reason}.*stacked=False"):
         stacked(tmp_path, make)
     assert [path.name for path in tmp_path.iterdir()] == ["seed-0003"]
     assert Run(tmp_path / "seed-0003").complete
@@ -395,7 +397,7 @@ def test_what_cannot_be_stacked_is_refused_by_name_and_the_trainers_run_kept(tmp
     ],
 )
 def test_what_is_known_beforehand_is_refused_before_anything_is_trained(tmp_path, make, reason):
-    with pytest.raises(RecordingError, match=f"{reason}.*--engine trainer"):
+    with pytest.raises(RecordingError, match=f"{reason}.*stacked=False"):
         stacked(tmp_path / "runs", make)
     assert not (tmp_path / "runs").exists()
 

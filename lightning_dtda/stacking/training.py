@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dtda.errors import ReplayError
+from lightning_dtda.errors import CannotStackError, ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.replay import Examples
 from lightning_dtda.replay.batches import stack_leaves
 from lightning_dtda.replay.drift import Comparison, Recorded
 from lightning_dtda.replay.stand_ins import Time
-from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.stacked_gradient import StackedGradient
+from lightning_dtda.stacking.gradient import StackedGradient
 from lightning_dtda.trajectory import Run
 
 _CHUNK_BYTES = 64 * 2**20

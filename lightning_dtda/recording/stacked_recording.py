@@ -14,22 +14,21 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_dtda.attribution.attributing import usable_device
-from lightning_dtda.errors import RecordingError
+from lightning_dtda.errors import CannotStackError, RecordingError
+from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording import TrajectoryRecorder, run_name
 from lightning_dtda.recording.configuration import module_configuration, training_configuration
 from lightning_dtda.recording.data import describe_data
 from lightning_dtda.recording.extent import checkpoint_interval
+from lightning_dtda.recording.first_step import first_step_of
 from lightning_dtda.recording.run_recording import make_directory
 from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
+from lightning_dtda.recording.stack_writer import StackWriter, footprint
 from lightning_dtda.replay import Examples, prepare_fit
-from lightning_dtda.retraining.another_seed import first_step_of
-from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.stack_writer import StackWriter, footprint
-from lightning_dtda.retraining.stacked_training import Schedule, Start, Taken
-from lightning_dtda.retraining.stacks import Stacks, Training
-from lightning_dtda.retraining.watch import Watch
+from lightning_dtda.stacking.stacks import Stacks, Training
+from lightning_dtda.stacking.training import Schedule, Start, Taken
+from lightning_dtda.stacking.watch import Watch
 from lightning_dtda.trajectory import Run, RunWriter
 from lightning_dtda.trajectory.manifest import differences
 
@@ -114,11 +113,7 @@ def record_stacked(
                 stacking.record(missing, compile, finished)
                 return failures
         except CannotStackError as error:
-            raise RecordingError(
-                f"{error.reason.rstrip('.')}. These trainings cannot be stacked: record them by the Trainer, one after "
-                "the other (a loop over seeds with the callback, or lightning-dtda record --engine trainer). Runs that "
-                "are complete count."
-            ) from error
+            raise RecordingError(f"{error} Runs that are complete count.") from error
         # a single one is no stack
         return failures | record_seeds(make, _maker(recorder), root, missing, finished, to_fit=0)
 

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
+from lightning_dtda.errors import CannotStackError
 from lightning_dtda.recording import TrajectoryRecorder
-from lightning_dtda.retraining.engine import CannotStackError
 from lightning_dtda.trajectory import Run
 
 _RUN = "first-step"

@@ -14,16 +14,16 @@ import torch
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_dtda.errors import RecordingError
+from lightning_dtda.errors import CannotStackError, RecordingError
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording import TrajectoryRecorder
-from lightning_dtda.retraining.another_seed import first_step_of
+from lightning_dtda.recording.first_step import first_step_of
 from lightning_dtda.retraining.dropping import without
-from lightning_dtda.retraining.engine import CannotStackError, Engine, Outcome, Retraining
-from lightning_dtda.retraining.stacks import Stacks, Training
+from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import train_one
-from lightning_dtda.retraining.watch import Watch
+from lightning_dtda.stacking.stacks import Stacks, Training
+from lightning_dtda.stacking.watch import Watch
 from lightning_dtda.trajectory import Run
 
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from typing_extensions import override
 
-from lightning_dtda.retraining.engine import CannotStackError
+from lightning_dtda.errors import CannotStackError
 
 
 class Watch(pl.Callback):

@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from lightning_dtda.errors import CannotStackError
 from lightning_dtda.execution.memory import kept_pages, peak_memory
-from lightning_dtda.recording.run_recording import buffers
 from lightning_dtda.replay import Eager, Examples
-from lightning_dtda.replay.replica import Replica
+from lightning_dtda.replay.replica import Replica, buffers
 from lightning_dtda.replay.stand_ins import Circumstances
-from lightning_dtda.retraining.batch_orders import BatchOrders, Begin, recorded_order, seed_of
-from lightning_dtda.retraining.engine import CannotStackError
-from lightning_dtda.retraining.stack_size import LARGEST, NOTHING, Footprint, fitting
-from lightning_dtda.retraining.stacked_gradient import StackedGradient
-from lightning_dtda.retraining.stacked_training import Schedule, StackedTraining, Start, Taken
+from lightning_dtda.stacking.batch_orders import BatchOrders, Begin, recorded_order, seed_of
+from lightning_dtda.stacking.gradient import StackedGradient
+from lightning_dtda.stacking.size import LARGEST, NOTHING, Footprint, fitting
+from lightning_dtda.stacking.training import Schedule, StackedTraining, Start, Taken
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import human_seconds
 
@@ -155,7 +154,7 @@ class Stacks:
 
         Args:
             trainings: Which.
-            compile: As for :class:`~lightning_dtda.retraining.stacked_engine.StackedEngine`.
+            compile: As for :class:`~lightning_dtda.retraining.retrain`.
             watched: Gets to see every step.
             beside: Memory that each training takes beside its own steps.
             largest: Number of trainings at once, at most.
