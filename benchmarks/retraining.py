@@ -31,7 +31,6 @@ from benchmarks.concrete_truth import retrain as by_hand
 from examples.concrete.concrete import ConcreteRegressor
 from examples.concrete.evaluation import make_trainer
 from lightning_dtda import retrain
-from lightning_dtda.retraining import Engine, StackedEngine, TrainerEngine
 
 
 def main() -> None:
@@ -86,7 +85,7 @@ def measure(options: argparse.Namespace, directory: Path) -> tuple[dict[str, flo
         shutil.rmtree(output)
         return seconds
 
-    def train(engine: Engine, seeds: Sequence[int], output: Path) -> None:
+    def train(seeds: Sequence[int], output: Path, stacked: bool = False, compile: bool = False) -> None:
         retrain(
             lambda: ConcreteRegressor(WIDTH, RATE),
             data,
@@ -95,19 +94,20 @@ def measure(options: argparse.Namespace, directory: Path) -> tuple[dict[str, flo
             baseline_seeds=[0],
             queries=Subset(data.validation, range(QUERIES)),
             measurement="prediction",
-            engine=engine,
+            stacked=stacked,
+            compile=compile,
             output=output,
             trainer=make_trainer,
             progress=False,
         )
 
     few, many = range(1, 1 + options.trained), range(1, 1 + options.seeds)
-    train(TrainerEngine(), [0], begun)
+    train([0], begun)
     left = kept.nonzero()[:, 0]
     variants: dict[str, tuple[Callable[[Path], object], int]] = {
-        "trainer": (lambda output: train(TrainerEngine(), few, output), options.trained),
-        "stacked": (lambda output: train(StackedEngine(compile=False), many, output), options.seeds),
-        "compiled": (lambda output: train(StackedEngine(compile=True), many, output), options.seeds),
+        "trainer": (lambda output: train(few, output), options.trained),
+        "stacked": (lambda output: train(many, output, stacked=True), options.seeds),
+        "compiled": (lambda output: train(many, output, stacked=True, compile=True), options.seeds),
         "by hand": (lambda output: by_hand(data, left, options.seeds, 1), options.seeds),
     }
     first = timed(variants["compiled"][0], 1)

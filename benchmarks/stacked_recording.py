@@ -2,11 +2,11 @@
 
     python -m benchmarks.stacked_recording --data concrete.txt --seeds 20 --repeats 3 --output stacked_recording.json
 
-Each repeat records all seeds with both engines, in an order that alternates, so that a busy machine slows both alike.
+Each repeat records all seeds both ways, in an order that alternates, so that a busy machine slows both alike.
 Ratios are taken within a repeat: the Trainer's time over that of stacking; then the median over repeats. Wall clock,
 and the process's CPU time (all threads, those that write the files too), which tells more on a busy machine. The
-stacked times are those of ``record_stacked`` from the call to the last file, with the seed that the Trainer records and
-the one that it begins.
+stacked times are those of ``record(stacked=True)`` from the call to the last file, with the seed that the Trainer
+records and the one that it begins.
 """
 
 import argparse
@@ -24,10 +24,7 @@ import lightning.pytorch as pl
 import torch
 
 from examples.concrete.concrete import ConcreteData, ConcreteRegressor
-from lightning_dtda import Ensemble, TrajectoryRecorder
-from lightning_dtda.execution.quiet import quiet_lightning
-from lightning_dtda.recording.seeds import record_seeds
-from lightning_dtda.retraining import record_stacked
+from lightning_dtda import Ensemble, TrajectoryRecorder, record
 
 
 def make_trainer(steps: int) -> pl.Trainer:
@@ -60,19 +57,15 @@ def main() -> None:
         return make_trainer(options.steps), ConcreteRegressor(), ConcreteData(options.data)
 
     def by_trainer(root: Path) -> dict[int, str]:
-        def recorder(overwrite: bool) -> TrajectoryRecorder:
-            return TrajectoryRecorder(root, overwrite=overwrite)
-
-        with quiet_lightning():
-            return record_seeds(make, recorder, root, range(options.seeds))
+        return record(make, TrajectoryRecorder(root), options.seeds, progress=False)
 
     def stacked(root: Path) -> dict[int, str]:
-        return record_stacked(make, TrajectoryRecorder(root), options.seeds)
+        return record(make, TrajectoryRecorder(root), options.seeds, stacked=True, progress=False)
 
-    def timed(record: Callable[[Path], dict[int, str]]) -> dict[str, float]:
+    def timed(recording: Callable[[Path], dict[int, str]]) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as directory:
             wall, cpu = time.perf_counter(), time.process_time()
-            failures = record(Path(directory))
+            failures = recording(Path(directory))
             times = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
             assert not failures, failures
             assert len(Ensemble.open(directory)) == options.seeds

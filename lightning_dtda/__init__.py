@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution import Attribution, attribute, export, suggest_removals
+    from lightning_dtda.attribution import Attribution, attribute, check, export, suggest_removals
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
+    from lightning_dtda.metrics import evaluate
     from lightning_dtda.planning import plan
-    from lightning_dtda.recording import ResponseTracker, TrajectoryRecorder
+    from lightning_dtda.recording import TrajectoryRecorder, record
+    from lightning_dtda.reporting import report
     from lightning_dtda.retraining import GroundTruth, retrain
     from lightning_dtda.trajectory import Ensemble, Run
 
@@ -44,13 +46,16 @@ _HOMES = {
     "Ensemble": "lightning_dtda.trajectory",
     "GroundTruth": "lightning_dtda.retraining",
     "InfluenceFunctions": "lightning_dtda.estimators",
-    "ResponseTracker": "lightning_dtda.recording",
     "Run": "lightning_dtda.trajectory",
     "TrajectoryRecorder": "lightning_dtda.recording",
     "UnrolledDifferentiation": "lightning_dtda.estimators",
     "attribute": "lightning_dtda.attribution",
+    "check": "lightning_dtda.attribution",
+    "evaluate": "lightning_dtda.metrics",
     "export": "lightning_dtda.attribution",
     "plan": "lightning_dtda.planning",
+    "record": "lightning_dtda.recording",
+    "report": "lightning_dtda.reporting",
     "retrain": "lightning_dtda.retraining",
     "suggest_removals": "lightning_dtda.attribution",
 }
@@ -60,14 +65,17 @@ __all__ = [
     "Ensemble",
     "GroundTruth",
     "InfluenceFunctions",
-    "ResponseTracker",
     "Run",
     "TrajectoryRecorder",
     "UnrolledDifferentiation",
     "__version__",
     "attribute",
+    "check",
+    "evaluate",
     "export",
     "plan",
+    "record",
+    "report",
     "retrain",
     "suggest_removals",
 ]

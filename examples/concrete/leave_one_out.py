@@ -165,7 +165,7 @@ def main() -> None:
         baseline_seeds=range(FIRST_SEED, FIRST_SEED + BASELINE * seeds),
         queries=Subset(data.validation, range(QUERIES)),
         measurement="prediction",
-        engine="stacked",
+        stacked=True,
         ensemble=ensemble,
         output=options.output / "leave-one-out",
     )

@@ -22,6 +22,7 @@ from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attributing import attribute, attribute_dampings
+    from lightning_dtda.attribution.checking import check
 
 __all__ = [
     "Attribution",
@@ -37,6 +38,7 @@ __all__ = [
     "Wasserstein",
     "attribute",
     "attribute_dampings",
+    "check",
     "export",
     "jackknife",
     "suggest_removals",
@@ -44,9 +46,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: it imports lightning, which takes seconds and which reading a stored attribution does not need
+    # on first use: they import lightning, which takes seconds and which reading a stored attribution does not need
     if name in ("attribute", "attribute_dampings"):
         from lightning_dtda.attribution import attributing
 
         return getattr(attributing, name)
+    if name == "check":
+        from lightning_dtda.attribution import checking
+
+        return checking.check
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

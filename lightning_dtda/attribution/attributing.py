@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.attribution_store import AttributionStore, with_runs
-from lightning_dtda.attribution.engines import Engine, EngineName
+from lightning_dtda.attribution.batches import estimates
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
@@ -36,9 +36,9 @@ from lightning_dtda.estimators import (
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.estimator import Advance
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.execution import Workers, workers_of
 from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.progress import progress_bar
-from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.replay import (
     Draws,
     Measurement,
@@ -72,8 +72,7 @@ def attribute(
     keep_top: int | None = None,
     scratch_budget: float = 2.0,
     device: torch.device | str | None = None,
-    jobs: int = 1,
-    engine: EngineName | RayCluster = "local",
+    workers: int | Workers = 1,
     progress: bool = True,
 ) -> Attribution:
     r"""Predict how each query's measurement changes, in every run, when training examples are removed.
@@ -107,11 +106,10 @@ def attribute(
         scratch_budget: Of ``keep_top``, in GiB: how much a block of queries may take, on the disk with an output, else
             in memory. What an estimator computes once for all queries, such as a curvature, it computes for each block.
         device: Where to compute; ``None`` is the module's own device.
-        jobs: Number of processes of this machine that share the runs out. Each needs the estimator's memory.
-        engine: ``"local"``, this machine; or ``"ray"``, the CPUs of a Ray cluster, or a
-            :class:`~lightning_dtda.execution.ray_cluster.RayCluster` that says what each batch of runs gets. Runs
-            are read by the workers, from a disk that all nodes share. The numbers are the same; where batches have to
-            be parted to occupy all places, up to rounding.
+        workers: Where: a number of processes of this machine that share the runs out, each of which needs the
+            estimator's memory; or a :class:`~lightning_dtda.execution.RayCluster`, whose nodes read the runs from a
+            disk that all of them share. The numbers are the same; where batches have to be parted to occupy all
+            places, up to rounding.
         progress: Whether to show a progress bar and the plan.
 
     Returns:
@@ -120,13 +118,13 @@ def attribute(
     Raises:
         AttributionError: If the question cannot be answered, or memory or disk do not suffice.
         ReplayError: If module or data are not those that were trained.
-        ExecutionError: If there is no Ray cluster, or its workers cannot do it.
+        ExecutionError: If there is no such device, or workers cannot do it.
     """
     if keep_top is not None:
         check_keep_top(keep_top)
         if not scratch_budget > 0:
             raise AttributionError(f"scratch_budget={scratch_budget}; give a positive number of GiB.")
-    estimator, where = UnrolledDifferentiation() if estimator is None else estimator, Engine.of(engine, jobs)
+    estimator, workers = UnrolledDifferentiation() if estimator is None else estimator, workers_of(workers)
     draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
@@ -143,9 +141,9 @@ def attribute(
         part = question if len(numbers) == len(names) else replace(question, queries=question.queries.stretch(numbers))
         called = names[numbers.start : numbers.stop]
         if into is None:
-            return _assembled(_estimates(list(ensemble), part, estimator, where, progress), about, called)
+            return _assembled(_estimates(list(ensemble), part, estimator, workers, progress), about, called)
         store = AttributionStore.create(into, about, called, *asked, overwrite)
-        return _answer_to_disk(ensemble, part, estimator, where, store, progress)
+        return _answer_to_disk(ensemble, part, estimator, workers, store, progress)
 
     if keep_top is None:
         answer = answered(range(len(names)), path)
@@ -290,13 +288,18 @@ def _ask(
 
 
 def _answer_to_disk(
-    ensemble: Ensemble, question: Question, estimator: Estimator, where: Engine, store: AttributionStore, progress: bool
+    ensemble: Ensemble,
+    question: Question,
+    estimator: Estimator,
+    workers: Workers,
+    store: AttributionStore,
+    progress: bool,
 ) -> Attribution:
     finished = set(store.finished)
     if remaining := [run for run in ensemble if run.name not in finished]:
         if finished:
             _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
-        for answer in _run_by_run(_estimates(remaining, question, estimator, where, progress, store.path)):
+        for answer in _run_by_run(_estimates(remaining, question, estimator, workers, progress, store.path)):
             store.add(*answer)
     return Attribution.load(store.path)
 
@@ -325,11 +328,17 @@ def _run_by_run(
 
 
 def _estimates(
-    runs: list[Run], question: Question, estimator: Estimator, where: Engine, progress: bool, path: Path | None = None
+    runs: list[Run],
+    question: Question,
+    estimator: Estimator,
+    workers: Workers,
+    progress: bool,
+    path: Path | None = None,
 ) -> Iterator[tuple[tuple[Run, ...], Estimate]]:
     """Yield the estimator's answers batch by batch."""
-    with _planned(runs, question, estimator, progress, path, jobs=where.jobs) as (plan, advance):
-        yield from where.estimates(estimator, question, plan, advance)
+    processes = workers.processes_here()
+    with _planned(runs, question, estimator, progress, path, processes=processes) as (plan, advance):
+        yield from estimates(workers, estimator, question, plan, advance)
 
 
 @contextmanager
@@ -340,11 +349,11 @@ def _planned(
     progress: bool,
     path: Path | None = None,
     answers: int = 1,
-    jobs: int = 1,
+    processes: int = 1,
 ) -> Iterator[tuple[Plan, Advance]]:
     """Yield the estimator's plan, after making sure that it will fit, and what moves the progress bar."""
     plan = estimator.plan(runs, question)
-    check_resources(plan, estimator, runs, question, path, answers, jobs)
+    check_resources(plan, estimator, runs, question, path, answers, processes)
     description, steps = f"{len(runs)} runs, {len(question.queries)} queries", sum(run.steps for run in runs)
     with progress_bar(description, "steps", steps, progress) as advance:
         yield plan, advance

@@ -24,7 +24,13 @@ def response_bytes(run: Run, estimator: Estimator) -> int:
 
 
 def check_resources(
-    plan: Plan, estimator: Estimator, runs: list[Run], question: Question, path: Path | None, answers: int, jobs: int
+    plan: Plan,
+    estimator: Estimator,
+    runs: list[Run],
+    question: Question,
+    path: Path | None,
+    answers: int,
+    processes: int,
 ) -> None:
     """Say what an answer will take, and make sure that there is so much.
 
@@ -35,13 +41,13 @@ def check_resources(
         question: What is asked.
         path: Where the answer goes; ``None`` is the memory.
         answers: How many answers there will be.
-        jobs: Number of processes, each of which takes the plan's memory.
+        processes: Number of processes of this machine, each of which takes the plan's memory.
 
     Raises:
         AttributionError: If there is too little memory or disk.
     """
     answer = answers * len(runs) * len(question.queries) * len(question.removals) * response_bytes(runs[0], estimator)
-    memory = jobs * plan.memory + (0 if path else answer)
+    memory = processes * plan.memory + (0 if path else answer)
     _log.info(
         "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
         len(runs),
@@ -49,11 +55,11 @@ def check_resources(
         len(question.removals),
         human_bytes(memory),
         human_bytes(answer if path else 0),
-        human_seconds(plan.seconds / jobs),
+        human_seconds(plan.seconds / processes),
     )
     available = available_memory(question.device)
     if available is not None and memory > available:
-        fewer = (", take fewer jobs" if jobs > 1 else "") + ("" if path else ", give an output")
+        fewer = (", take fewer workers" if processes > 1 else "") + ("" if path else ", give an output")
         raise AttributionError(
             f"This needs about {human_bytes(memory)} of memory; {human_bytes(available)} are "
             f"available. Lower the estimator's memory_budget{fewer}, or ask fewer queries at a time."

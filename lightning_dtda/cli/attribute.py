@@ -12,13 +12,11 @@ from typing_extensions import override
 
 from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
 from lightning_dtda.attribution.attribution_store import AttributionStore
-from lightning_dtda.attribution.engines import EngineName
 from lightning_dtda.cli.configuration_cli import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
-from lightning_dtda.execution.ray_cluster import RayCluster
 
 
 class AttributeCLI(QuestionCLI):
@@ -64,14 +62,7 @@ class AttributeCLI(QuestionCLI):
             help="Several dampings of influence functions, from one fit of the curvature: --dampings=[0.01,0.1,auto] "
             "writes the attributions OUTPUT/damping-0.01 and so on.",
         )
-        parser.add_argument("--jobs", type=int, default=1, help="Number of processes that share the runs out.")
-        parser.add_argument(
-            "--engine",
-            type=EngineName,
-            default="local",
-            help="Where runs are attributed: in --jobs processes of this machine, or on a Ray cluster.",
-        )
-        parser.add_class_arguments(RayCluster, "ray", instantiate=False)
+        self.add_workers_to_parser(parser)
         parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
 
 
@@ -100,8 +91,8 @@ def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
     """Return what was asked for, and where it is: one attribution, or one for each damping."""
     config, output = cli.config, Path(cli.config.output)
     paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
-    if paths and (config.jobs > 1 or config.engine != "local"):
-        raise AttributionError("--dampings are worked on in this process. Leave out --jobs and --engine.")
+    if paths and config.workers != 1:
+        raise AttributionError("--dampings are worked on in this process. Leave out --workers.")
     if paths and config.keep_top is not None:
         raise AttributionError("--dampings answer all queries at once. Leave out --keep_top, or give one damping.")
     for path in paths.values():
@@ -116,8 +107,7 @@ def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
         "estimator": cli.config_init.estimator,
     }
     if config.dampings is None:
-        engine = RayCluster(**config.ray.as_dict()) if config.engine == "ray" else config.engine
-        where = {"output": output, "overwrite": config.overwrite, "jobs": config.jobs, "engine": engine}
+        where = {"output": output, "overwrite": config.overwrite, "workers": cli.workers()}
         kept = {"keep_top": config.keep_top, "scratch_budget": config.scratch_budget}
         return [(output, attribute(**question, **where, **kept))]
     found = attribute_dampings(**question, dampings=config.dampings)

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
 from lightning_dtda.errors import DTDAError
+from lightning_dtda.execution import Workers
+from lightning_dtda.stacking.choice import Stacked
 from lightning_dtda.trajectory.manifest import MANIFEST, changed_leaves
 
 CONFIG = "config.yaml"
@@ -63,6 +66,37 @@ class ConfigurationCLI(LightningCLI):
                 "ckpt_path is set: a training that starts from a checkpoint has steps that are in no record. Set it to "
                 "null."
             )
+
+    def add_workers_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add where work is done."""
+        parser.add_argument(
+            "--workers",
+            type=int | Workers,
+            default=1,
+            help="Where: a number of processes of this machine; or RayCluster, with --workers.gpus 0.5 and the like.",
+        )
+
+    def add_stacked_to_parser(self, parser: LightningArgumentParser, default: Stacked) -> None:
+        """Add how trainings are done."""
+        parser.add_argument(
+            "--stacked",
+            type=Stacked,
+            default=default,
+            help="false: one by one, by the Trainer. true: many at once on one device, after the Trainer has done the "
+            "first. auto: at once where that can be.",
+        )
+        parser.add_argument(
+            "--compile",
+            type=bool | None,
+            default=None,
+            help="Whether stacks are compiled; if not given, where there is enough to do.",
+        )
+
+    def workers(self) -> int | Workers:
+        """Return who works, without making anything else."""
+        parser = ArgumentParser()
+        parser.add_argument("--workers", type=int | Workers)
+        return parser.instantiate(parser.parse_object({"workers": self.config.workers})).workers
 
     @override
     def instantiate_classes(self) -> None:

@@ -28,7 +28,7 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--directory", type=str, default="lightning-dtda-demo", help="Where everything is written.")
     parser.add_argument("--seeds", type=int, default=20, help="Number of runs.")
-    parser.add_argument("--jobs", type=int, default=1, help="Number of processes that train at the same time.")
+    parser.add_argument("--workers", type=int, default=1, help="Number of processes that train at the same time.")
     options = parser.parse_args(list(arguments))
     if importlib.util.find_spec("sklearn") is None:
         raise DTDAError('The diabetes data come with scikit-learn: pip install "lightning-dtda[examples]".')
@@ -38,7 +38,7 @@ def run(arguments: Sequence[str]) -> None:
     directory = Path(options.directory)
     ensemble, attribution = directory / "diabetes", directory / "attribution"
     configuration = files("lightning_dtda.demo") / "diabetes.yaml"
-    seeds = ["--seeds", str(options.seeds), "--jobs", str(options.jobs)]
+    seeds = ["--seeds", str(options.seeds), "--workers", str(options.workers)]
     record.run(["--config", str(configuration), "--ensemble", str(ensemble), *seeds])
     queries = f"--queries.indices={list(range(QUERIES))}"
     attribute.run(["--ensemble", str(ensemble), "--output", str(attribution), queries])

@@ -59,7 +59,7 @@ class PlanCLI(QuestionCLI):
             help="Which ones, the one you would like best first; exact unrolling, influence functions and TracIn if "
             "not given.",
         )
-        parser.add_argument("--jobs", type=int, default=1, help="Number of processes that will share the runs out.")
+        parser.add_argument("--workers", type=int, default=1, help="Number of processes that will share the runs out.")
         parser.add_argument(
             "--hours", type=float | None, default=None, help="The most that recording and attributing may take."
         )
@@ -129,7 +129,7 @@ def _question(arguments: Sequence[str], directory: str) -> dict[str, Any]:
         "removals": read_removals(config.removals),
         "recorder": config.recorder.as_dict(),
         "device": config.device,
-        "jobs": config.jobs,
+        "workers": config.workers,
         "hours": config.hours,
         "progress": not config.json,
     }
@@ -150,7 +150,7 @@ def print_forecast(found: Forecast, *, console: Console | None = None) -> None:
     rows = {"recording": found.recording, **found.estimators}
     for name, cost in rows.items():
         table.add_row(escape(name), *(_figures(cost) if isinstance(cost, Cost) else ("-", "-", "-")))
-    processes = "" if found.jobs == 1 else f", {found.jobs} processes"
+    processes = "" if found.workers == 1 else f", {found.workers} processes"
     console.print(
         f"{found.runs} runs of {found.steps:,} steps, {found.parameters:,} parameters, {found.examples:,} examples, "
         f"{found.queries:,} queries, {found.removals:,} removals; on {found.device}{processes}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from lightning_dtda.cli.configuration_cli import read_json_option
 from lightning_dtda.cli.question import QuestionCLI, query_loader
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.execution.quiet import quiet_lightning
-from lightning_dtda.execution.ray_cluster import RayCluster
 from lightning_dtda.recording import run_name
 from lightning_dtda.replay import training_examples
-from lightning_dtda.retraining import RayEngine, random_subsets, retrain
-from lightning_dtda.retraining.retraining import EngineName, Removal
+from lightning_dtda.retraining import GroundTruth, random_subsets, retrain
+from lightning_dtda.retraining.retraining import Removal
 from lightning_dtda.trajectory import Ensemble
 
 
@@ -29,6 +28,12 @@ class RetrainCLI(QuestionCLI):
     """The user's configuration, what is removed, and what is measured."""
 
     usage = "--config FILE --output DIR"
+
+    def __init__(
+        self, command: str, description: str, arguments: Sequence[str], defaults: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        self._defaults = dict(defaults)
+        super().__init__(command, description, arguments, **kwargs)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -69,14 +74,9 @@ class RetrainCLI(QuestionCLI):
             default="drop",
             help="drop: train without the examples. reweight: replay recorded runs, the examples' weights zero.",
         )
-        parser.add_argument(
-            "--engine",
-            type=EngineName,
-            default="auto",
-            help="trainer: one by one. stacked: many at once. auto: stacked where that can be. ray: on a Ray cluster.",
-        )
-        parser.add_argument("--jobs", type=int, default=1, help="Number of processes in which the Trainer trains.")
-        parser.add_class_arguments(RayCluster, "ray", instantiate=False)
+        self.add_workers_to_parser(parser)
+        self.add_stacked_to_parser(parser, default="auto")
+        parser.set_defaults(self._defaults)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # type: ignore[override]
@@ -97,14 +97,16 @@ class ConfiguredTraining:
 
     Args:
         arguments: Of the command.
+        defaults: Of its options, where they are not the usual ones.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], defaults: Mapping[str, Any]) -> None:
         self._arguments = list(arguments)
+        self._defaults = dict(defaults)
         self._trainer: pl.Trainer | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_arguments": self._arguments, "_trainer": None}
+        return {"_arguments": self._arguments, "_defaults": self._defaults, "_trainer": None}
 
     @cached_property
     def cli(self) -> RetrainCLI:
@@ -114,6 +116,7 @@ class ConfiguredTraining:
             "Train a configuration without random subsets of its training examples, over many seeds, and measure: "
             "ground truth for attributions. A second call does only what is missing.",
             self._arguments,
+            self._defaults,
             trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
         )
 
@@ -138,7 +141,23 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 1 if trainings failed; the others are stored.
     """
-    configured = ConfiguredTraining(arguments)
+    retrained(arguments)
+
+
+def retrained(
+    arguments: Sequence[str], subsets: Sequence[Sequence[int]] | None = None, defaults: Mapping[str, Any] | None = None
+) -> GroundTruth:
+    """Retrain, say what came of it, and return it.
+
+    Args:
+        arguments: Of the command.
+        subsets: In place of those that the arguments say.
+        defaults: Of options, where they are not the usual ones.
+
+    Raises:
+        SystemExit: With code 1 if trainings failed; the others are stored.
+    """
+    configured = ConfiguredTraining(arguments, defaults or {})
     config = configured.cli.config
     with quiet_lightning():
         module = configured.module()
@@ -146,7 +165,7 @@ def run(arguments: Sequence[str]) -> None:
     truth = retrain(
         module if config.removal == "reweight" else configured.module,
         data,
-        subsets=read_subsets(config, len(training_examples(data))),
+        subsets=read_subsets(config, len(training_examples(data))) if subsets is None else subsets,
         seeds=config.seeds,
         baseline_seeds=config.baseline_seeds,
         queries=query_loader(data, config.queries.split, config.queries.indices),
@@ -154,17 +173,19 @@ def run(arguments: Sequence[str]) -> None:
         measurement_draws=config.measurement_draws,
         measurement_seed=config.measurement_seed,
         removal=config.removal,
-        engine=RayEngine(**config.ray.as_dict()) if config.engine == "ray" else config.engine,
         trainer=configured.trainer,
         ensemble=None if config.ensemble is None else Ensemble.open(config.ensemble),
         output=config.output,
         overwrite=config.overwrite,
-        jobs=config.jobs,
+        workers=configured.cli.workers(),
+        stacked=config.stacked,
+        compile=config.compile,
         device=config.device,
     )
     print(f"{truth} is in {config.output}.")
     if truth.unfinished:
         raise SystemExit(1)
+    return truth
 
 
 def read_subsets(config: Any, examples: int) -> list[Any]:

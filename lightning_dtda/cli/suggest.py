@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
@@ -15,8 +12,7 @@ from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
-from lightning_dtda.cli import retrain
-from lightning_dtda.cli.question import option_value
+from lightning_dtda.cli.retrain import retrained
 from lightning_dtda.metrics import Verification, verify
 from lightning_dtda.metrics.evaluating import check_alignment
 from lightning_dtda.reporting.formatting import common_exponent, number, unit
@@ -66,16 +62,8 @@ def _split(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str],
 
 def _retrained(attribution: Attribution, suggestion: Suggestion, arguments: Sequence[str]) -> GroundTruth:
     """Retrain without the suggested examples, and return what was measured of the attribution's queries."""
-    given = {argument.split("=")[0] for argument in arguments}
-    question = {"--queries.indices": json.dumps(list(attribution.queries)), "--measurement": attribution.measurement}
-    with tempfile.TemporaryDirectory() as directory:
-        removed = Path(directory) / "removed.json"
-        removed.write_text(json.dumps([sorted(suggestion.removed)]), encoding="utf-8")
-        question["--removed"] = str(removed)
-        retrain.run([*arguments, *(f"{name}={value}" for name, value in question.items() if name not in given)])
-    output = option_value(arguments, "--output")
-    assert output is not None  # retrain requires it
-    truth = GroundTruth.load(output)
+    question = {"queries.indices": list(attribution.queries), "measurement": attribution.measurement}
+    truth = retrained(arguments, [sorted(suggestion.removed)], question)
     check_alignment(attribution, truth)
     return truth
 

@@ -1,62 +1,123 @@
-"""Many independent pieces of work in several processes of this machine."""
+"""Several processes of this machine."""
 
 from __future__ import annotations
 
 import functools
 import os
+import signal
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cloudpickle
 import joblib
+from typing_extensions import override
 
-from lightning_dtda.errors import DTDAError
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from lightning_dtda.errors import ExecutionError
+from lightning_dtda.execution.workers import Item, Lost, Result, ThisProcess, Workers
 
 
-def run_in_processes(
-    work: Callable[[Item], Result], items: Sequence[Item], jobs: int, noun: str, error: type[DTDAError]
-) -> Iterator[tuple[Item, Result]]:
-    """Do work for each item, and yield what is finished as soon as it is, in any order.
+@dataclass(frozen=True)
+class Processes(Workers):
+    """Processes of this machine; what work raises in one of them is raised here.
+
+    They share the CPUs evenly, unless ``OMP_NUM_THREADS`` says how many threads each has.
 
     Args:
-        work: Sent once to each process, with all that it holds. What it raises is raised here.
-        items: Its arguments.
-        jobs: Number of processes.
-        noun: What the items are, for messages: trainings, say.
-        error: Raised if the work has no pickle or a process is killed.
+        number: How many.
+
+    Raises:
+        ExecutionError: If it is no number of processes.
     """
-    # two thread pools on the same cores are many times slower than one thread each
-    threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // jobs)))
-    with tempfile.TemporaryDirectory() as directory:
-        # in a file, not with every item: it holds the data
-        path = Path(directory) / "work.pickle"
-        try:
-            path.write_bytes(cloudpickle.dumps(work))
-        except Exception as reason:  # whatever cannot be pickled
-            raise error(
-                f"Module, data, trainer or measurement cannot be sent to other processes ({type(reason).__name__}: "
-                f"{reason}). Let functions make what has no pickle (open files, locks, loggers), or set jobs=1."
-            ) from reason
-        finished = 0
-        with joblib.parallel_config("loky", n_jobs=jobs, inner_max_num_threads=threads):
-            results = joblib.Parallel(return_as="generator_unordered", batch_size=1)(
-                joblib.delayed(_do)(path, item) for item in items
+
+    number: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
+            raise ExecutionError(
+                f"workers={self.number!r}; give a number of processes of this machine, at least 1, or what else works: "
+                "RayCluster(cpus=1), say."
             )
+
+    @override
+    def places(self) -> int:
+        return self.number
+
+    @override
+    def processes_here(self) -> int:
+        return self.number
+
+    @override
+    def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
+        items = iter(items)
+        first = list(islice(items, self.number))
+        if not first:
+            return
+        # two thread pools on the same cores are many times slower than one thread each
+        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // len(first))))
+        with tempfile.TemporaryDirectory() as directory, _ended_by_sigterm():
+            # in a file, not with every item: it holds the data
+            path = Path(directory) / "work.pickle"
             try:
-                for result in results:
-                    finished += 1
-                    yield result
-            except BrokenProcessPool as reason:
-                raise error(
-                    f"A process was killed after {finished} of {len(items)} {noun} (out of memory?). Those are on "
-                    "disk if there is an output: call again, perhaps with fewer jobs, to go on."
+                path.write_bytes(cloudpickle.dumps(work))
+            except Exception as reason:  # whatever cannot be pickled
+                raise ExecutionError(
+                    f"What is to be done cannot be sent to other processes ({type(reason).__name__}: {reason}). Let "
+                    "functions make what has no pickle (open files, locks, loggers), inside of them, or set workers=1."
                 ) from reason
+            finished = 0
+            with joblib.parallel_config("loky", n_jobs=len(first), inner_max_num_threads=threads):
+                results = joblib.Parallel(return_as="generator_unordered", batch_size=1)(
+                    joblib.delayed(_do)(path, item) for item in chain(first, items)
+                )
+                try:
+                    for result in results:
+                        finished += 1
+                        yield result
+                except BrokenProcessPool as reason:
+                    raise ExecutionError(
+                        f"A process was killed (out of memory?); {finished} pieces of work were done before. They are "
+                        "on disk if they are stored there: call again, perhaps with fewer workers, to go on."
+                    ) from reason
+
+
+def workers_of(workers: int | Workers) -> Workers:
+    """Return what ``record``, ``attribute`` and ``retrain`` call ``workers``: a number of processes, or who works.
+
+    Raises:
+        ExecutionError: If it is neither.
+
+    Example:
+        >>> workers_of(2)
+        Processes(number=2)
+    """
+    if isinstance(workers, Workers):
+        return workers
+    processes = Processes(workers)
+    return processes if processes.number > 1 else ThisProcess()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end this process as Ctrl+C does: at once, it would leave the others at work."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _do(path: Path, item: Any) -> tuple[Any, Any]:

@@ -1,11 +1,14 @@
-"""Many trainings in a row, without what Lightning says about each."""
+"""What trainings say: less of it, or in a file."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 @contextmanager
@@ -26,3 +29,22 @@ def quiet_lightning() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """Write to a file what this process, and what it starts, prints: of several at once, a terminal shows a jumble."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    streams = [(1, sys.stdout), (2, sys.stderr)]
+    before = [os.dup(number) for number, _ in streams]
+    with path.open("w") as file:
+        try:
+            for number, stream in streams:
+                stream.flush()
+                os.dup2(file.fileno(), number)
+            yield
+        finally:
+            for (number, stream), old in zip(streams, before, strict=True):
+                stream.flush()
+                os.dup2(old, number)
+                os.close(old)

@@ -1,4 +1,4 @@
-"""Many independent pieces of work on a Ray cluster; what is lost with a worker or a node is done again."""
+"""A Ray cluster; what is lost with a worker or a node is done again."""
 
 from __future__ import annotations
 
@@ -9,36 +9,24 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import cloudpickle
 import torch
+from typing_extensions import override
 
 from lightning_dtda.errors import ExecutionError
+from lightning_dtda.execution.workers import Item, Lost, Result, Workers
 
 _log = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 _IN_FLIGHT = 2
 """Items handed out for each place on the cluster: one at work and one that is there when it is done."""
 
 
 @dataclass(frozen=True)
-class Lost:
-    """Stands for the result of an item whose worker or node was lost each time.
-
-    Args:
-        reason: How often, and what Ray says of the last time.
-    """
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class RayCluster:
-    """Where work is done, and what each piece of it gets.
+class RayCluster(Workers):
+    """The nodes of a Ray cluster, and what each piece of work gets there.
 
     A cluster that this process is connected to is used. Else one is connected to, at ``address``, at ``RAY_ADDRESS``
     or on this machine if ``ray start`` was called there; if there is none, Ray is started on this machine and stopped
@@ -70,7 +58,8 @@ class RayCluster:
             raise ExecutionError(f"retries={self.retries}; give how often lost work is done again, from 0 on.")
         _ray()
 
-    def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[list[tuple[Item, Result | Lost]]]:
+    @override
+    def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
         """Do work for each item, and yield what is finished as soon as it is, in any order; each item once.
 
         Items are asked for as places become free, so that there may be any number of them. When the iterator is
@@ -88,13 +77,13 @@ class RayCluster:
         with self._connected(ray):
             yield from self._run(ray, content, iter(items))
 
+    @override
     def places(self) -> int:
-        """Return how many pieces of work the cluster that this process is connected to can do at a time."""
         needs = {"CPU": self.cpus, "GPU": self.gpus}
         nodes = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
         return sum(min(int(node.get(kind, 0) / number) for kind, number in needs.items() if number) for node in nodes)
 
-    def _run(self, ray: Any, content: bytes, items: Iterator[Any]) -> Iterator[list[tuple[Any, Any]]]:
+    def _run(self, ray: Any, content: bytes, items: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
         # not Ray's own max_retries: those do not count workers killed for their memory, which it tries again for ever
         do = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_do)
         # in the object store, not with every task: it holds the data
@@ -123,7 +112,6 @@ class RayCluster:
                     return
                 ray.wait(list(running), num_returns=1)
                 ready, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
-                finished = []
                 for task in ready:
                     item = running.pop(task)
                     result = _result(ray, task)
@@ -134,9 +122,7 @@ class RayCluster:
                             lost.append(item)
                             continue
                         result = Lost(f"its worker was lost (attempts: {losses[item]}; {result.reason})")
-                    finished.append((item, result))
-                if finished:
-                    yield finished
+                    yield item, result
         finally:
             for task in running:
                 ray.cancel(task, force=True)

@@ -47,7 +47,7 @@ class Forecast:
         queries: Q.
         removals: K.
         device: Where it is computed.
-        jobs: Processes that share the runs out.
+        workers: Processes that share the runs out.
         recorded_steps: Steps of a run that were there to measure, from which all T are extrapolated.
         recorded_examples: The number of examples that the data have, from which N are extrapolated.
         given_queries: The number of queries that were given, from which Q are extrapolated.
@@ -63,7 +63,7 @@ class Forecast:
     queries: int
     removals: int
     device: str
-    jobs: int
+    workers: int
     recorded_steps: int
     recorded_examples: int
     given_queries: int

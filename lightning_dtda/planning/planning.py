@@ -63,7 +63,7 @@ def plan(
     removals: Any = LEAVE_ONE_OUT,
     recorder: dict[str, Any] | None = None,
     device: torch.device | str | None = None,
-    jobs: int = 1,
+    workers: int = 1,
     hours: float | None = None,
     progress: bool = True,
 ) -> Forecast:
@@ -91,7 +91,7 @@ def plan(
         removals: As for :func:`~lightning_dtda.attribute`.
         recorder: Arguments of the :class:`~lightning_dtda.TrajectoryRecorder`, for a training.
         device: Where to attribute; that of the training, or the module's, if not given.
-        jobs: Processes of this machine that will share the runs out.
+        workers: Processes of this machine that will share the runs out.
         hours: The most that recording and attributing may take together.
         progress: Whether to show a progress bar.
 
@@ -117,7 +117,7 @@ def plan(
         (20, 24, 353, 89)
     """
     counts = {"runs": runs, "steps": steps, "epochs": epochs, "examples": examples, "query_count": query_count}
-    for name, value in (counts | {"jobs": jobs}).items():
+    for name, value in (counts | {"workers": workers}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise AttributionError(f"{name}={value!r}; give a positive number.")
     if steps is not None and epochs is not None:
@@ -161,7 +161,7 @@ def plan(
         alike = [first.prolonged(len(question.examples))] * number
         costs: dict[str, Cost | str] = {}
         for estimator in estimators:
-            costs[_unused(label(estimator), costs)] = _cost(estimator, alike, question, jobs)
+            costs[_unused(label(estimator), costs)] = _cost(estimator, alike, question, workers)
             advance(1)
         found = Forecast(
             runs=number,
@@ -171,11 +171,11 @@ def plan(
             queries=len(question.queries),
             removals=len(question.removals),
             device=str(question.device),
-            jobs=min(jobs, number),
+            workers=min(workers, number),
             recorded_steps=first.run.steps,
             recorded_examples=length,
             given_queries=len(asked),
-            recording=_shared(first.recording.times(number), jobs, number),
+            recording=_shared(first.recording.times(number), workers, number),
             estimators=costs,
         )
         return replace(found, advice=advice(found, question.device, hours))
@@ -209,17 +209,17 @@ def _unused(name: str, names: Container[str]) -> str:
     return next(one for one in chain([name], others) if one not in names)
 
 
-def _cost(estimator: Estimator, runs: Sequence[ProlongedRun], question: TrialQuestion, jobs: int) -> Cost | str:
+def _cost(estimator: Estimator, runs: Sequence[ProlongedRun], question: TrialQuestion, workers: int) -> Cost | str:
     try:
-        return _shared(cost_of(estimator, runs, question), jobs, len(runs))
+        return _shared(cost_of(estimator, runs, question), workers, len(runs))
     except AttributionError as error:
         return str(error)
 
 
-def _shared(cost: Cost, jobs: int, runs: int) -> Cost:
+def _shared(cost: Cost, workers: int, runs: int) -> Cost:
     """Return what each of some processes takes at the same time."""
-    jobs = min(jobs, runs)
-    return replace(cost, seconds=None if cost.seconds is None else cost.seconds / jobs, memory=jobs * cost.memory)
+    workers = min(workers, runs)
+    return replace(cost, seconds=None if cost.seconds is None else cost.seconds / workers, memory=workers * cost.memory)
 
 
 def _set_length(trainer: pl.Trainer, steps: int | None, epochs: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 import traceback
@@ -25,8 +26,7 @@ MakeTraining: TypeAlias = Callable[[], tuple[pl.Trainer, pl.LightningModule, Dat
 
 def record_seeds(
     make: MakeTraining,
-    make_recorder: Callable[[bool], TrajectoryRecorder],
-    root: Path,
+    recorder: TrajectoryRecorder,
     seeds: Iterable[int],
     finished: Callable[[int], None] = lambda seed: None,
     to_fit: int | None = None,
@@ -38,8 +38,7 @@ def record_seeds(
 
     Args:
         make: Makes Trainer, module and data afresh, after the seed is set.
-        make_recorder: Makes a run's recorder; told whether it replaces an incomplete run.
-        root: The ensemble's directory.
+        recorder: How to record, and where: each run is a sub-directory of its root.
         seeds: The seeds.
         finished: Called after each seed that was trained or failed.
         to_fit: Number of runs that the disk must hold; as many as are missing if not given. Others may record into
@@ -49,16 +48,17 @@ def record_seeds(
     Returns:
         What went wrong, by seed.
     """
-    failures = {}
+    failures, root = {}, recorder.root
     missing = [seed for seed in seeds if not is_complete(root / run_name(seed))]
     to_fit = len(missing) if to_fit is None else to_fit
     for seed in missing:
         name = run_name(seed)
-        recorder = make_recorder((root / name).exists())
-        recorder.runs_to_fit, to_fit = to_fit, 0
+        of_seed = copy.copy(recorder)
+        of_seed.overwrite = (root / name).exists()
+        of_seed.runs_to_fit, to_fit = to_fit, 0
         try:
             with _weights_and_biases(root.name, name):
-                _record_seed(make, recorder, seed)
+                _record_seed(make, of_seed, seed)
         except reraised:
             raise
         except Exception as error:

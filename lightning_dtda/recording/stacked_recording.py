@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import CannotStackError, RecordingError
 from lightning_dtda.execution.device import usable_device
-from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording import TrajectoryRecorder, run_name
 from lightning_dtda.recording.configuration import module_configuration, training_configuration
 from lightning_dtda.recording.data import describe_data
@@ -42,11 +39,11 @@ many (256 on macOS), and by then most of the time goes into writing."""
 def record_stacked(
     make: MakeTraining,
     recorder: TrajectoryRecorder,
-    seeds: int | Sequence[int],
+    seeds: Sequence[int],
     *,
-    device: torch.device | str | None = None,
-    compile: bool | None = None,
-    finished: Callable[[int], None] = lambda seed: None,
+    device: torch.device | str | None,
+    compile: bool | None,
+    finished: Callable[[int], None],
 ) -> dict[int, str]:
     r"""Train many seeds at once and write, for each, the run that the recorder writes when its Trainer trains it.
 
@@ -54,68 +51,44 @@ def record_stacked(
         U_t\big(\theta_t^{(s)}, \sigma_t^{(s)}, \nabla L_{b_t^{(s)}}(\theta_t^{(s)})\big)
         \quad \text{for all seeds } s \text{ together}
 
-    The first missing seed is trained by its Trainer, and is one of the runs. Its record gives the steps: sizes of the
-    batches, learning rates, and how many random numbers are drawn between the epochs. Of a second seed, its
-    Trainer takes one step, to see that all this does not depend on the seed. The others start from the parameters, and
-    go through the batches, that their seeds give. The first one is in every stack once more, and has to come out as
-    the Trainer had it, at each checkpoint. Nothing is kept of stacks in which it does not.
-
-    Runs that are complete are skipped, incomplete ones are recorded again. Loggers, callbacks and validation are for
-    the seeds that the Trainer trains.
+    The first seed is trained by its Trainer, and is one of the runs. Its record gives the steps: sizes of the batches,
+    learning rates, and how many random numbers are drawn between the epochs. Of a second seed, its Trainer takes one
+    step, to see that all this does not depend on the seed. The others start from the parameters, and go through the
+    batches, that their seeds give. The first one is in every stack once more, and has to come out as the Trainer had
+    it, at each checkpoint. Nothing is kept of stacks in which it does not.
 
     Args:
-        make: Makes Trainer, module and data afresh: ``(trainer, module, data)``, called after each seed is set. Data
-            are a data module, a DataLoader, or ``None`` for modules with a ``train_dataloader`` of their own.
-        recorder: How to record, and where: each run is a sub-directory of its root.
-        seeds: A number S for the seeds 0 to S - 1, or a list.
-        device: Where stacks are trained; ``None`` is the Trainer's own device.
-        compile: Whether ``torch.compile`` is used; ``None`` compiles where there is enough to do.
+        make: As for :func:`~lightning_dtda.record`, as all arguments.
+        recorder: How to record, and where.
+        seeds: Those that are missing.
+        device: Where stacks are trained.
+        compile: Whether ``torch.compile`` is used.
         finished: Called after each seed that was trained or failed.
 
     Returns:
         What went wrong, by seed: those whose Trainer failed. Where the first fails, the next takes its place.
 
     Raises:
-        RecordingError: If these trainings cannot be stacked, with the reason (nothing is lost: what the Trainer has
-            recorded counts); if the recorder asks for what stacks cannot do; if another process records one of these
-            runs; or if a file cannot be written.
-        AttributionError: If there is no such device.
-
-    Example:
-        >>> import tempfile, torch, lightning.pytorch as pl
-        >>> from torch.utils.data import DataLoader, TensorDataset
-        >>> from lightning_dtda import Ensemble, TrajectoryRecorder
-        >>> from lightning_dtda.demo.diabetes import DiabetesRegressor
-        >>> data = TensorDataset(torch.randn(40, 10), torch.randn(40))
-        >>> quiet = dict.fromkeys(
-        ...     ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
-        ... )
-        >>> def make():
-        ...     trainer = pl.Trainer(max_epochs=2, accelerator="cpu", **quiet)
-        ...     return trainer, DiabetesRegressor(width=4), DataLoader(data, batch_size=8, shuffle=True)
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     failures = record_stacked(make, TrajectoryRecorder(root), seeds=5)
-        ...     print(failures, len(Ensemble.open(root)), Ensemble.open(root)[4].steps)
-        {} 5 10
+        CannotStackError: If these trainings cannot be stacked; what the Trainer has recorded counts.
+        RecordingError: If another process records one of these runs, or a file cannot be written.
+        ExecutionError: If there is no such device.
     """
-    _refuse_recorder(recorder)
-    root = recorder.root
+    if recorder.batches == "store":
+        raise CannotStackError(
+            'the recorder has batches="store", for data that differ each time they are asked for; of a stack, only the '
+            "indices of the examples are known"
+        )
     device = None if device is None else usable_device(device)
-    missing = [seed for seed in _checked_seeds(seeds) if not is_complete(root / run_name(seed))]
-    watch = Watch()
-    with quiet_lightning():
-        try:
-            failures, reference = _record_reference(make, recorder, missing, watch, finished)
-            if reference is None:
-                return failures
-            if len(missing) > 1:
-                stacking = _Stacking(make, recorder, reference, watch.device if device is None else device)
-                stacking.record(missing, compile, finished)
-                return failures
-        except CannotStackError as error:
-            raise RecordingError(f"{error} Runs that are complete count.") from error
-        # a single one is no stack
-        return failures | record_seeds(make, _maker(recorder), root, missing, finished, to_fit=0)
+    watch, missing = Watch(), list(seeds)
+    failures, reference = _record_reference(make, recorder, missing, watch, finished)
+    if reference is None:
+        return failures
+    if len(missing) > 1:
+        stacking = _Stacking(make, recorder, reference, watch.device if device is None else device)
+        stacking.record(missing, compile, finished)
+        return failures
+    # a single one is no stack
+    return failures | record_seeds(make, recorder, missing, finished, to_fit=0)
 
 
 def _record_reference(
@@ -133,9 +106,7 @@ def _record_reference(
     failures: dict[int, str] = {}
     while missing:
         to_fit, seed = len(missing), missing.pop(0)
-        failures |= record_seeds(
-            watched, _maker(recorder), recorder.root, [seed], finished, to_fit, reraised=(CannotStackError,)
-        )
+        failures |= record_seeds(watched, recorder, [seed], finished, to_fit, reraised=(CannotStackError,))
         if is_complete(directory := recorder.root / run_name(seed)):
             return failures, Run(directory)
     return failures, None
@@ -275,49 +246,3 @@ def _loader(trainer: pl.Trainer, module: pl.LightningModule, data: Any, seed: in
     except Exception as error:  # whatever the user's code does
         raise CannotStackError(f"the data of seed {seed} cannot be had without a training ({error!r})") from error
     return loader
-
-
-def _maker(recorder: TrajectoryRecorder) -> Callable[[bool], TrajectoryRecorder]:
-    """Return a function that makes recorders like this one."""
-
-    def make_recorder(overwrite: bool) -> TrajectoryRecorder:
-        made = copy.copy(recorder)
-        made.overwrite = overwrite
-        return made
-
-    return make_recorder
-
-
-def _refuse_recorder(recorder: TrajectoryRecorder) -> None:
-    """Refuse what the recorder of a single training can do.
-
-    Raises:
-        RecordingError: Naming the argument.
-    """
-    if recorder.run is not None:
-        raise RecordingError(
-            f"The recorder has run={recorder.run!r}; there is a run for each seed, which takes its name from it. Leave "
-            "run out."
-        )
-    if recorder.overwrite:
-        raise RecordingError(
-            "The recorder has overwrite=True. Stacks record what is missing: runs that are complete are skipped, "
-            "incomplete ones are replaced. Leave it out, and delete what is to be recorded again."
-        )
-    if recorder.batches == "store":
-        raise RecordingError(
-            'The recorder has batches="store", which is for data that differ each time they are asked for. Stacks know '
-            'the examples by their indices only: use batches="indices", or record by the Trainer.'
-        )
-
-
-def _checked_seeds(seeds: int | Sequence[int]) -> list[int]:
-    try:
-        chosen = list(range(seeds)) if isinstance(seeds, int) else [operator.index(seed) for seed in seeds]
-    except TypeError:
-        chosen = []
-    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0:
-        raise RecordingError(
-            f"seeds={seeds!r} is no set of seeds. Give a positive number, or a list of different numbers from 0 on."
-        )
-    return chosen

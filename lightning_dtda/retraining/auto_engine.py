@@ -8,8 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing_extensions import override
 
 from lightning_dtda.errors import CannotStackError
+from lightning_dtda.execution import Workers
 from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
-from lightning_dtda.retraining.stacked_retraining import StackedEngine
+from lightning_dtda.retraining.stacked_engine import StackedEngine
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import TrainerEngine
 
@@ -23,11 +24,13 @@ class AutoEngine(Engine):
     """Stacks trainings; if that cannot be, says why and leaves the others to the Trainer.
 
     Args:
-        jobs: Number of processes in which the Trainer trains.
+        workers: Where the Trainer trains.
+        compile: Whether stacks are compiled.
     """
 
-    def __init__(self, jobs: int = 1) -> None:
-        self._trainer = TrainerEngine(jobs)
+    def __init__(self, workers: Workers, compile: bool | None) -> None:
+        self._trainer = TrainerEngine(workers)
+        self._stacked = StackedEngine(compile)
         self.name: str = StackedEngine.name  # type: ignore[misc]
 
     @override
@@ -35,12 +38,12 @@ class AutoEngine(Engine):
         remaining = list(tasks)
         if len(tasks) >= _FEWEST:
             try:
-                for outcomes in StackedEngine().train(retraining, tasks):
+                for outcomes in self._stacked.train(retraining, tasks):
                     for outcome in outcomes:
                         remaining.remove(outcome.task)
                     yield outcomes
             except CannotStackError as error:
-                _log.info("Not stacked: %s. The Trainer trains one by one.", error.reason.rstrip("."))
+                _log.info("Not stacked: %s. The Trainer trains one by one.", error.reason)
         if remaining:
             self.name = TrainerEngine.name  # type: ignore[misc]
             yield from self._trainer.train(retraining, remaining)

@@ -1,4 +1,4 @@
-"""What trains: one protocol for the Trainer, for stacked seeds, and for what others may add."""
+"""What trains: one protocol for the Trainer, for stacks, and for what is replayed."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Recipe:
         if trainer.world_size > 1:
             raise RetrainingError(
                 f"The Trainer spreads a training over {trainer.world_size} processes. Retraining does one training per "
-                "process: Trainer(devices=1), and several at a time with jobs=..."
+                "process: Trainer(devices=1), and several at a time with workers=..."
             )
         return trainer
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dtda.errors import CannotStackError, RetrainingError
+from lightning_dtda.errors import RetrainingError
+from lightning_dtda.execution import Workers, workers_of
 from lightning_dtda.execution.device import usable_device
+from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording.configuration import versions
 from lightning_dtda.replay import (
@@ -34,20 +34,19 @@ from lightning_dtda.retraining.auto_engine import AutoEngine
 from lightning_dtda.retraining.engine import Engine, Retraining
 from lightning_dtda.retraining.fresh_seeds import fresh_seeds, recorded_seeds
 from lightning_dtda.retraining.ground_truth import GroundTruth, some_tasks
-from lightning_dtda.retraining.ray_engine import RayEngine
 from lightning_dtda.retraining.recipe import Recipe, describe_data
 from lightning_dtda.retraining.reweighting import Reweighting
-from lightning_dtda.retraining.stacked_retraining import StackedEngine
+from lightning_dtda.retraining.stacked_engine import StackedEngine
 from lightning_dtda.retraining.subsets import check_subsets
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import TrainerEngine
 from lightning_dtda.retraining.truth_store import TruthStore, gather
+from lightning_dtda.stacking.choice import Stacked, check_stacked
 from lightning_dtda.trajectory import Ensemble
 
 _log = logging.getLogger(__name__)
 
 Removal = Literal["drop", "reweight"]
-EngineName = Literal["auto", "trainer", "stacked", "ray"]
 
 _REASONS = 3
 """Reasons for failures that a warning gives; the truth and its store have all."""
@@ -65,12 +64,13 @@ def retrain(
     baseline_seeds: int | Sequence[int] | None = None,
     measurement_draws: int = Draws.number,
     measurement_seed: int = Draws.seed,
-    engine: EngineName | Engine = "auto",
     trainer: Callable[[], pl.Trainer] | None = None,
     ensemble: Ensemble | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
-    jobs: int = 1,
+    workers: int | Workers = 1,
+    stacked: Stacked = "auto",
+    compile: bool | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> GroundTruth:
@@ -97,16 +97,19 @@ def retrain(
             start from the same parameters, which takes some noise out of differences of means.
         measurement_draws: As for :func:`~lightning_dtda.attribute`.
         measurement_seed: As for :func:`~lightning_dtda.attribute`.
-        engine: ``"trainer"``, the Trainer itself, one training at a time; ``"stacked"``, many at once on one device,
-            after the Trainer has shown that they come out the same; ``"auto"``, stacked where that can be; ``"ray"``,
-            the Trainer on all CPUs of a Ray cluster; or an :class:`~lightning_dtda.retraining.engine.Engine`.
         trainer: A function that makes a Trainer; not needed for ``"reweight"``.
         ensemble: Recorded runs: those that are replayed by ``"reweight"``, else those whose seeds are not to be used
             again.
         output: A directory. Every finished training is stored there at once; the same call goes on where one was
             broken off, more subsets or seeds are added, and several processes may work on it at the same time.
         overwrite: Whether the answer to another question in ``output`` is replaced.
-        jobs: Number of processes in which the Trainer trains.
+        workers: Where the Trainer trains: a number of processes of this machine, or a
+            :class:`~lightning_dtda.execution.RayCluster`. A worker that is lost takes its own trainings along, no
+            others.
+        stacked: Whether many trainings are done at once on one device, after the Trainer has shown that they come out
+            the same; false leaves all to the Trainer. ``"auto"`` stacks where that can be.
+        compile: Whether ``torch.compile`` is used for stacks, which takes about half a minute; ``None`` compiles where
+            there is enough to do.
         device: Where stacked trainings are done; ``None`` is the module's own device. The Trainer has its own.
         progress: Whether to show a progress bar.
 
@@ -116,7 +119,8 @@ def retrain(
 
     Raises:
         RetrainingError: If the question cannot be answered, or all trainings failed.
-        ExecutionError: If there is no Ray, or its workers cannot be sent the trainings.
+        CannotStackError: If the trainings were to be stacked and cannot be.
+        ExecutionError: If there are no such workers or device, or trainings cannot be sent to them.
         AttributionError: If queries or measurement are none.
         ReplayError: If recorded runs are not those of module and data.
     """
@@ -129,10 +133,12 @@ def retrain(
             "to another. Define it as a function of a module, or give no output."
         )
     draws = Draws(measurement_draws, measurement_seed)
+    workers = workers_of(workers)
+    check_stacked(stacked, workers)
     trained = (
         _reweighted(module, data, ensemble, seeds, baseline_seeds)
         if removal == "reweight"
-        else _dropped(module, data, trainer, ensemble, seeds, baseline_seeds, resolve_engine(engine, jobs))
+        else _dropped(module, data, trainer, ensemble, seeds, baseline_seeds, _engine(workers, stacked, compile))
     )
     query_set = query_examples(queries, trained.examples)
     about: dict[str, Any] = {
@@ -241,23 +247,11 @@ def _reweighted(
     return _Trained(engine, None, engine.examples, own, own, about)
 
 
-def resolve_engine(engine: EngineName | Engine, jobs: int = 1) -> Engine:
-    """Return the engine of a name.
-
-    Raises:
-        RetrainingError: If there is none of this name.
-    """
-    if isinstance(engine, Engine):
-        return engine
-    engines: dict[str, Callable[[], Engine]] = {
-        "auto": lambda: AutoEngine(jobs),
-        "trainer": lambda: TrainerEngine(jobs),
-        "stacked": StackedEngine,
-        "ray": RayEngine,
-    }
-    if engine not in engines:
-        raise RetrainingError(f"engine={engine!r}; choose from {', '.join(engines)}, or give an Engine.")
-    return engines[engine]()
+def _engine(workers: Workers, stacked: Stacked, compile: bool | None) -> Engine:
+    """Return what trains."""
+    if stacked == "auto":
+        return AutoEngine(workers, compile)
+    return StackedEngine(compile) if stacked else TrainerEngine(workers)
 
 
 def _train(
@@ -273,7 +267,10 @@ def _train(
         f", {len(tasks) - len(remaining)} of {len(tasks)} are done already" if finished else "",
     )
     try:
-        with quiet_lightning(), _progress_bar(progress and bool(remaining), len(remaining)) as advance:
+        with (
+            quiet_lightning(),
+            progress_bar("retraining", "trainings", len(remaining), progress and bool(remaining)) as advance,
+        ):
             for outcomes in engine.train(retraining, remaining) if remaining else ():
                 done = [
                     (outcome.task, outcome.measurements) for outcome in outcomes if outcome.measurements is not None
@@ -283,8 +280,6 @@ def _train(
                 finished |= dict(done)
                 failures |= {outcome.task: outcome.failure for outcome in outcomes if outcome.failure is not None}
                 advance(len(outcomes))
-    except CannotStackError as error:
-        raise RetrainingError(str(error)) from error
     finally:
         if store is not None and remaining:
             store.note(engine.name, failures)
@@ -303,19 +298,3 @@ def _reasons(failures: Mapping[Task, str]) -> str:
         tasks_of.setdefault(reason, []).append(task)
     told = [f"{some_tasks(tasks)}: {reason}" for reason, tasks in list(tasks_of.items())[:_REASONS]]
     return "; ".join(told) + ("; ..." if len(tasks_of) > _REASONS else "")
-
-
-@contextmanager
-def _progress_bar(show: bool, trainings: int) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("trainings"),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not show) as bar:
-        task = bar.add_task("retraining", total=trainings)
-        yield lambda done: bar.advance(task, done)

@@ -154,7 +154,7 @@ class Stacks:
 
         Args:
             trainings: Which.
-            compile: As for :class:`~lightning_dtda.retraining.retrain`.
+            compile: As for :func:`~lightning_dtda.retrain`.
             watched: Gets to see every step.
             beside: Memory that each training takes beside its own steps.
             largest: Number of trainings at once, at most.

@@ -111,7 +111,7 @@ def test_blocks_of_queries_answer_what_all_at_once_do(ensemble, tmp_path, estima
 @pytest.mark.slow
 def test_other_processes_answer_blocks(ensemble):
     asked = Subset(ASKED, [4, 0, 2])
-    assert_same(in_blocks(ensemble, queries=asked, jobs=2), ask(ensemble, queries=asked))
+    assert_same(in_blocks(ensemble, queries=asked, workers=2), ask(ensemble, queries=asked))
 
 
 @pytest.mark.slow

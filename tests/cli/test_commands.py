@@ -56,7 +56,7 @@ def test_a_seed_gives_the_same_run_whatever_was_trained_before_it(record, config
         assert torch.equal(Ensemble.open(tmp_path / "alone")[0].theta(12)[name], expected)
 
 
-def test_a_configuration_that_is_there_is_left_alone_for_jobs_that_read_it(tmp_path):
+def test_a_configuration_that_is_there_is_left_alone_for_workers_that_read_it(tmp_path):
     save_configuration(tmp_path, CONFIG)
     path = tmp_path / "config.yaml"
     before = path.stat().st_mtime_ns
@@ -65,19 +65,20 @@ def test_a_configuration_that_is_there_is_left_alone_for_jobs_that_read_it(tmp_p
 
 
 @pytest.mark.slow
-def test_jobs_record_the_same_runs_in_parallel(record, config, tmp_path):
+def test_processes_record_the_same_runs_in_parallel(record, config, tmp_path):
     root = record("--seeds", "3")
-    main(["record", "--config", str(config), "--ensemble", str(tmp_path / "jobs"), "--seeds", "3", "--jobs", "2"])
-    # each process makes sure that the runs of all of them fit
-    assert all("Recording 3 runs" in log.read_text() for log in (tmp_path / "jobs" / "logs").glob("job-*.log"))
-    for one, other in zip(Ensemble.open(root), Ensemble.open(tmp_path / "jobs"), strict=True):
+    main(["record", "--config", str(config), "--ensemble", str(tmp_path / "there"), "--seeds", "3", "--workers", "2"])
+    logs = [(tmp_path / "there" / "logs" / f"seed-000{seed}.log").read_text() for seed in range(3)]
+    # one of them makes sure that the runs of all fit
+    assert ["Recording 3 runs" in log for log in logs] == [True, False, False]
+    for one, other in zip(Ensemble.open(root), Ensemble.open(tmp_path / "there"), strict=True):
         for name, expected in one.theta(12).items():
             torch.testing.assert_close(other.theta(12)[name], expected)
 
 
 def test_stacked_seeds_are_the_same_runs(record, config, tmp_path, capsys):
     root = record("--seeds", "2")
-    record("--seeds", "5", "--engine", "stacked")
+    record("--seeds", "5", "--stacked", "true")
     output = capsys.readouterr().out
     assert "2 of 5 runs are complete already" in output
     assert "5 of 5 runs are complete in" in output
@@ -92,19 +93,29 @@ def test_stacked_seeds_are_the_same_runs(record, config, tmp_path, capsys):
             assert step == 12 or torch.equal(one.batch_indices(step), other.batch_indices(step))
 
 
-def test_what_cannot_be_stacked_is_an_error_that_names_the_other_engine(record, capsys):
+def test_what_cannot_be_stacked_is_an_error_that_names_the_way_out(record, capsys):
     with pytest.raises(SystemExit, match="1"):
-        record("--seeds", "3", "--engine", "stacked", "--trainer.precision=bf16-mixed")
+        record("--seeds", "3", "--stacked", "true", "--trainer.precision=bf16-mixed")
     assert "the Trainer has precision='bf16-mixed'. These trainings cannot be stacked" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="1"):
-        record("--seeds", "3", "--engine", "stacked", "--jobs", "2")
-    assert "Leave --jobs or --engine stacked out" in capsys.readouterr().err
+        record("--seeds", "3", "--stacked", "true", "--workers", "2")
+    assert "Leave out workers or stacked" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_fails_in_a_process_is_told_with_its_log(record, config, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        record("--seeds", "2", "--workers", "2", "--trainer.devices", "2")
+    output = capsys.readouterr().out
+    for seed in range(2):
+        assert f"seed {seed} failed: RecordingError: The Trainer spreads a training over 2 processes" in output
+        assert str(tmp_path / "runs" / "logs" / f"seed-000{seed}.log") in output
 
 
 @pytest.mark.slow
 def test_ray_records_the_same_runs(ray_cluster, record, config, tmp_path, capsys):
     root = record("--seeds", "3")
-    arguments = ["--config", str(config), "--ensemble", str(tmp_path / "ray"), "--engine", "ray"]
+    arguments = ["--config", str(config), "--ensemble", str(tmp_path / "ray"), "--workers", "RayCluster"]
     main(["record", *arguments, "--seeds", "3", "--recorder.checkpoint_every", "3"])
     assert "3 of 3 runs are complete" in capsys.readouterr().out
     for one, other in zip(Ensemble.open(root), Ensemble.open(tmp_path / "ray"), strict=True):
@@ -118,7 +129,7 @@ def test_ray_records_the_same_runs(ray_cluster, record, config, tmp_path, capsys
 def test_ray_refuses_a_training_of_several_processes(ray_cluster, record, capsys):
     # it would start the worker's program once more
     with pytest.raises(SystemExit, match="1"):
-        record("--engine", "ray", "--seeds", "1", "--trainer.devices", "2")
+        record("--workers", "RayCluster", "--seeds", "1", "--trainer.devices", "2")
     assert "seed 0 failed: RecordingError: The Trainer spreads a training over 2 processes" in capsys.readouterr().out
 
 
@@ -194,7 +205,7 @@ def test_attribute_finds_the_ensembles_own_configuration(record, tmp_path, capsy
 @pytest.mark.slow
 def test_attribute_shares_runs_out_to_processes(record, tmp_path):
     question = ["--ensemble", str(record("--seeds", "3")), "--queries.indices=[3,1]", "--estimator.runs_per_batch", "1"]
-    for output, *options in (["here"], ["there", "--jobs", "2"]):
+    for output, *options in (["here"], ["there", "--workers", "2"]):
         main(["attribute", *question, "--output", str(tmp_path / output), *options])
     here, there = (Attribution.load(tmp_path / output) for output in ("here", "there"))
     # the same batches of runs, with one thread: to the bit
@@ -203,10 +214,10 @@ def test_attribute_shares_runs_out_to_processes(record, tmp_path):
 
 
 def test_several_dampings_are_not_shared_out(record, tmp_path, capsys):
-    question = ["--ensemble", str(record("--seeds", "1")), "--output", str(tmp_path / "grid"), "--jobs", "2"]
+    question = ["--ensemble", str(record("--seeds", "1")), "--output", str(tmp_path / "grid"), "--workers", "2"]
     with pytest.raises(SystemExit):
         main(["attribute", *question, "--estimator", "InfluenceFunctions", "--dampings=[0.1]"])
-    assert "Leave out --jobs and --engine" in capsys.readouterr().err
+    assert "Leave out --workers" in capsys.readouterr().err
 
 
 def test_attribute_keeps_the_top(record, tmp_path, capsys):
@@ -228,7 +239,7 @@ def test_attribute_keeps_the_top(record, tmp_path, capsys):
 @pytest.mark.slow
 def test_attribute_takes_a_ray_cluster(ray_cluster, record, tmp_path):
     question = ["--ensemble", str(record("--seeds", "2")), "--queries.indices=[3,1]"]
-    options = ["--engine", "ray", "--ray.retries", "1", "--estimator.runs_per_batch", "1"]
+    options = ["--workers", "RayCluster", "--workers.retries", "1", "--estimator.runs_per_batch", "1"]
     main(["attribute", *question, "--output", str(tmp_path / "there"), *options])
     main(["attribute", *question, "--output", str(tmp_path / "here"), "--estimator.runs_per_batch", "1"])
     there, here = (Attribution.load(tmp_path / output) for output in ("there", "here"))

@@ -109,9 +109,9 @@ def test_more_examples_for_as_many_epochs_are_more_steps(runs, planned):
 
 
 @pytest.mark.slow
-def test_jobs_share_the_time_and_add_up_the_memory(runs, planned):
-    alone, shared = (planned("--runs", runs, IDENTITY, "--jobs", jobs) for jobs in (1, 5))
-    assert (alone["jobs"], shared["jobs"]) == (1, 2)  # there are two runs to share out
+def test_workers_share_the_time_and_add_up_the_memory(runs, planned):
+    alone, shared = (planned("--runs", runs, IDENTITY, "--workers", workers) for workers in (1, 5))
+    assert (alone["workers"], shared["workers"]) == (1, 2)  # there are two runs to share out
     before, after = (found["estimators"]["InfluenceFunctions(Identity)"]["memory"] for found in (alone, shared))
     assert after == pytest.approx(2 * before, rel=0.2)
 

@@ -29,7 +29,7 @@ def config(tmp_path):
 
 def test_random_subsets_are_trained_without_and_a_second_call_adds_seeds(config, tmp_path, capsys):
     output = tmp_path / "truth"
-    common = ["retrain", "--config", str(config), "--output", str(output), *QUERIES, "--engine", "trainer"]
+    common = ["retrain", "--config", str(config), "--output", str(output), *QUERIES, "--stacked", "false"]
     main([*common, "--subsets", "2", "--seeds", "2", "--baseline_seeds", "3"])
     assert "GroundTruth(2 subsets, 2 seeds, 2 queries, prediction, drop) is in" in capsys.readouterr().out
     truth = GroundTruth.load(output)
@@ -42,11 +42,11 @@ def test_random_subsets_are_trained_without_and_a_second_call_adds_seeds(config,
     assert torch.equal(more.measurements[:, :2], truth.measurements)
 
 
-def test_the_stacked_engine_trains_what_the_configuration_says(config, tmp_path):
-    for engine in ("stacked", "trainer"):
-        options = ["--subsets", "2", "--seeds", "3", "--engine", engine, "--output", str(tmp_path / engine)]
+def test_stacks_train_what_the_configuration_says(config, tmp_path):
+    for choice in ("true", "false"):
+        options = ["--subsets", "2", "--seeds", "3", "--stacked", choice, "--output", str(tmp_path / choice)]
         main(["retrain", "--config", str(config), *QUERIES, *options])
-    stacked, trained = GroundTruth.load(tmp_path / "stacked"), GroundTruth.load(tmp_path / "trainer")
+    stacked, trained = GroundTruth.load(tmp_path / "true"), GroundTruth.load(tmp_path / "false")
     assert stacked.about["engine"] == "stacked"
     # single precision, 12 steps
     torch.testing.assert_close(stacked.measurements, trained.measurements, rtol=1e-4, atol=1e-5)
@@ -55,25 +55,10 @@ def test_the_stacked_engine_trains_what_the_configuration_says(config, tmp_path)
 
 @pytest.mark.slow
 def test_a_ray_cluster_trains_what_the_configuration_says(ray_cluster, config, tmp_path):
-    for engine in (["ray", "--ray.retries", "1"], ["trainer"]):
-        output = ["--output", str(tmp_path / engine[0])]
-        main(
-            [
-                "retrain",
-                "--config",
-                str(config),
-                *QUERIES,
-                "--subsets",
-                "2",
-                "--seeds",
-                "2",
-                *output,
-                "--engine",
-                *engine,
-            ]
-        )
-    on_ray, trained = GroundTruth.load(tmp_path / "ray"), GroundTruth.load(tmp_path / "trainer")
-    assert on_ray.about["engine"] == "ray"
+    question = ["--config", str(config), *QUERIES, "--subsets", "2", "--seeds", "2", "--stacked", "false"]
+    for workers in (["RayCluster", "--workers.retries", "1"], ["1"]):
+        main(["retrain", *question, "--output", str(tmp_path / workers[0]), "--workers", *workers])
+    on_ray, trained = GroundTruth.load(tmp_path / "RayCluster"), GroundTruth.load(tmp_path / "1")
     assert torch.equal(on_ray.measurements, trained.measurements)
 
 
@@ -85,7 +70,7 @@ def test_recorded_runs_are_trained_again_and_reweighted(config, tmp_path):
     attribution = Attribution.load(tmp_path / "attribution")
     common = ["retrain", "--ensemble", str(root), *QUERIES, "--removed", str(removed), "--seeds=[5,6]"]
     with pytest.warns(UserWarning, match="seeds that were recorded"):
-        main([*common, "--output", str(tmp_path / "drop"), "--engine", "trainer"])
+        main([*common, "--output", str(tmp_path / "drop"), "--stacked", "false"])
     main([*common, "--output", str(tmp_path / "reweight"), "--removal", "reweight"])
     for removal in ("drop", "reweight"):
         truth = GroundTruth.load(tmp_path / removal)

@@ -12,22 +12,22 @@ from safetensors.torch import load_file
 
 from lightning_dtda import retrain
 from lightning_dtda.errors import ExecutionError
-from lightning_dtda.execution.ray_cluster import RayCluster
-from lightning_dtda.retraining import RayEngine, Task
+from lightning_dtda.execution import RayCluster
+from lightning_dtda.retraining import Task
 from tests.retraining.tasks import Regressor, by_hand, make_trainer, queries, training_loader
 
 SUBSETS = [[2, 11], [5]]
 
 
 def retrained(module=Regressor, **arguments):
-    defaults = {"subsets": SUBSETS, "seeds": [3, 4], "queries": queries(), "trainer": make_trainer, "engine": "ray"}
+    defaults = {"subsets": SUBSETS, "seeds": [3, 4], "queries": queries(), "trainer": make_trainer, "stacked": False}
     return retrain(module, training_loader(), **(defaults | arguments), progress=False)
 
 
 def test_without_ray_the_error_names_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ExecutionError, match=r'needs Ray.*pip install "lightning-dtda\[ray\]"'):
-        retrained()
+        RayCluster()
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_without_ray_the_error_names_what_to_install(monkeypatch):
 )
 def test_a_number_that_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(ExecutionError, match=message):
-        RayEngine(**arguments)
+        RayCluster(**arguments)
 
 
 @pytest.fixture
@@ -58,13 +58,13 @@ def ray():
 def test_what_has_no_pickle_is_told_before_ray_is_started(ray):
     lock = threading.Lock()
     with pytest.raises(ExecutionError, match=r"cannot be sent.*lock.*inside of them"):
-        retrained(lambda: lock and Regressor(), engine=RayEngine(address="local"))
+        retrained(lambda: lock and Regressor(), workers=RayCluster(address="local"))
     assert not ray.is_initialized()
 
 
 @pytest.mark.slow
 def test_ray_is_started_for_the_trainings_and_stopped_again(ray):
-    truth = retrained(engine=RayEngine(address="local"), subsets=[[2, 11]], seeds=[3])
+    truth = retrained(workers=RayCluster(address="local"), subsets=[[2, 11]], seeds=[3])
     torch.testing.assert_close(truth.measurements[0, 0], by_hand(3, [2, 11]), rtol=1e-12, atol=1e-12)
     assert not ray.is_initialized()
 
@@ -73,9 +73,8 @@ def test_ray_is_started_for_the_trainings_and_stopped_again(ray):
 def test_a_cluster_measures_what_this_process_does(ray_cluster):
     # functions that plain pickle refuses
     rate = 0.1
-    truth = retrained(lambda: Regressor(rate), trainer=lambda: make_trainer())
-    assert truth.about["engine"] == "ray"
-    expected = retrained(engine="trainer")
+    truth = retrained(lambda: Regressor(rate), trainer=lambda: make_trainer(), workers=RayCluster())
+    expected = retrained()
     # the same operations with one thread on the same kind of processor: to the bit
     assert torch.equal(truth.measurements, expected.measurements)
     assert torch.equal(truth.baseline, expected.baseline)
@@ -88,9 +87,9 @@ def rough(module, batch):
 @pytest.mark.slow
 def test_a_measurement_keeps_its_precision_on_the_way(ray_cluster):
     # numpy has no bfloat16
-    truth = retrained(measurement=rough)
+    truth = retrained(measurement=rough, workers=RayCluster())
     assert truth.measurements.dtype == torch.bfloat16
-    assert torch.equal(truth.measurements, retrained(measurement=rough, engine="trainer").measurements)
+    assert torch.equal(truth.measurements, retrained(measurement=rough).measurements)
 
 
 class Unlucky(Regressor):
@@ -107,7 +106,7 @@ class Unlucky(Regressor):
 @pytest.mark.slow
 def test_trainings_that_fail_or_kill_their_worker_are_named_and_the_others_go_on(ray_cluster):
     with pytest.warns(UserWarning, match="2 of 3 trainings failed"):
-        truth = retrained(Unlucky, engine=RayEngine(retries=1), subsets=[[2, 11]], seeds=[6], baseline_seeds=[4, 5])
+        truth = retrained(Unlucky, workers=RayCluster(retries=1), subsets=[[2, 11]], seeds=[6], baseline_seeds=[4, 5])
     assert truth.unfinished == (Task(None, 4), Task(None, 5))
     torch.testing.assert_close(truth.measurements[0, 0], by_hand(6, [2, 11]), rtol=1e-12, atol=1e-12)
     reasons = {entry["seed"]: entry["reason"] for entry in truth.about["failures"]}
@@ -126,7 +125,7 @@ def test_no_more_is_handed_out_than_a_few_for_each_cpu(ray_cluster):
             yield drawn
 
     results = RayCluster().run(abs, items())
-    done = [pair for _ in range(20) for pair in next(results)]
+    done = [next(results) for _ in range(20)]
     assert all(item == result for item, result in done)
     # two CPUs, and two for each
     assert len(done) <= drawn <= len(done) + 4
@@ -195,12 +194,12 @@ def test_what_a_lost_node_had_under_way_is_done_on_another_and_stored_once(ray_c
     killer = threading.Thread(target=kill)
     killer.start()
     node, output = doomed.node_id, tmp_path / "truth"
-    truth = retrained(lambda: Waiting(node, begun), output=output, seeds=[3, 4])
+    truth = retrained(lambda: Waiting(node, begun), output=output, workers=RayCluster())
     killer.join()
     # what began there never ended there
     assert killed.is_set()
     assert not truth.unfinished
-    assert torch.equal(truth.measurements, retrained(engine="trainer").measurements)
+    assert torch.equal(truth.measurements, retrained().measurements)
     stored = Counter()
     for file in output.glob("trainings-*"):
         content = load_file(file)

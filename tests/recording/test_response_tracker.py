@@ -8,9 +8,10 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, ResponseTracker, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.estimators.forward import forward_sweep
+from lightning_dtda.recording import ResponseTracker
 from lightning_dtda.replay import Replay, Tangents, training_examples
 from tests.estimators.test_finite_differences import (
     NORMALISED_NETWORKS,

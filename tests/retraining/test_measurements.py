@@ -40,8 +40,8 @@ def test_all_engines_measure_what_attribution_measures(tmp_path, measurement):
     baseline = attribute(ensemble, Clocked(), training_loader(), **question, progress=False).baseline
     shared = {"subsets": [[0]], "seeds": SEEDS, "progress": False} | question
     truths = [
-        retrain(Clocked(), training_loader(), trainer=make_trainer, engine=engine, **shared)
-        for engine in ("trainer", "stacked")
+        retrain(Clocked(), training_loader(), trainer=make_trainer, stacked=stacked, **shared)
+        for stacked in (False, True)
     ]
     truths.append(retrain(Clocked(), training_loader(), removal="reweight", ensemble=ensemble, **shared))
     for truth in truths:

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_dtda import GroundTruth, TrajectoryRecorder, retrain
-from lightning_dtda.errors import RetrainingError
+from lightning_dtda.errors import ExecutionError, RetrainingError
 from lightning_dtda.retraining import Task
 from lightning_dtda.retraining.fresh_seeds import FIRST_SEED
 from lightning_dtda.trajectory import Ensemble
@@ -33,7 +33,7 @@ SUBSETS = [[2, 11], [5]]
 
 def retrained(module=Regressor, data=None, **arguments):
     data = training_loader() if data is None else data
-    defaults = {"subsets": SUBSETS, "seeds": [3, 4], "queries": queries(), "engine": "trainer", "trainer": make_trainer}
+    defaults = {"subsets": SUBSETS, "seeds": [3, 4], "queries": queries(), "stacked": False, "trainer": make_trainer}
     return retrain(module, data, **(defaults | arguments), progress=False)
 
 
@@ -93,7 +93,7 @@ def test_fresh_seeds_are_none_of_the_recorded_ones():
 def test_parallel_processes_measure_the_same():
     # functions that plain pickle refuses
     rate = 0.1
-    truth = retrained(lambda: Regressor(rate), trainer=lambda: make_trainer(), jobs=2)
+    truth = retrained(lambda: Regressor(rate), trainer=lambda: make_trainer(), workers=2)
     torch.testing.assert_close(truth.measurements, retrained().measurements, rtol=1e-12, atol=1e-12)
 
 
@@ -159,8 +159,6 @@ def test_a_generator_of_the_loader_starts_alike_for_every_training():
         ({"seeds": [0.5]}, "Give a number of seeds"),
         ({"removal": "forget"}, "choose from drop, reweight"),
         ({"removal": "reweight"}, "Give ensemble="),
-        ({"engine": "warp"}, "choose from"),
-        ({"jobs": 0}, "at least 1"),
         ({"trainer": pl.Trainer(**TRAINER)}, "A Trainer can fit once"),
         ({"trainer": None}, "A Trainer can fit once"),
         ({"data": examples()}, r"data is a TensorDataset.*DataLoader\(dataset, batch_size=32"),
@@ -170,6 +168,20 @@ def test_a_generator_of_the_loader_starts_alike_for_every_training():
 )
 def test_what_cannot_be_trained_is_refused_with_the_way_out(arguments, message):
     with pytest.raises(RetrainingError, match=message):
+        retrained(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workers": 0}, r"workers=0; give a number of processes.*RayCluster"),
+        ({"stacked": "warp"}, "stacked='warp'; choose True, False or \"auto\""),
+        ({"stacked": True, "workers": 2}, "Leave out workers or stacked"),
+        ({"stacked": True, "device": "abacus"}, "no device 'abacus'"),
+    ],
+)
+def test_where_and_how_that_make_no_sense_are_refused_with_the_way_out(arguments, message):
+    with pytest.raises(ExecutionError, match=message):
         retrained(**arguments)
 
 
@@ -241,8 +253,8 @@ class Killed(Regressor):
 @pytest.mark.slow
 def test_a_killed_process_is_told_and_what_was_finished_is_kept(tmp_path, monkeypatch):
     arguments = {"module": Killed, "seeds": [3, 4], "subsets": [[1]], "output": tmp_path}
-    with pytest.raises(RetrainingError, match=r"A process was killed after \d of 4 trainings.*call again"):
-        retrained(jobs=2, **arguments)
+    with pytest.raises(ExecutionError, match=r"A process was killed.*\d pieces of work were done.*call again"):
+        retrained(workers=2, **arguments)
     done = len(list(tmp_path.glob("trainings-*")))
     assert done >= 1
     monkeypatch.setenv("RETRAINED", "1")
@@ -260,7 +272,7 @@ def test_a_killed_retraining_loses_only_the_training_under_way(tmp_path):
         from tests.retraining.tasks import *
 
         Regressor.on_train_start = lambda module: time.sleep(0.5)
-        retrain(Regressor, training_loader(), subsets=[[2, 11], [5]], seeds=[3, 4], queries=queries(), engine="trainer",
+        retrain(Regressor, training_loader(), subsets=[[2, 11], [5]], seeds=[3, 4], queries=queries(), stacked=False,
                 trainer=make_trainer, output={str(tmp_path)!r}, progress=False)
         """
     )

@@ -8,12 +8,18 @@ from lightning.pytorch.callbacks import EarlyStopping
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, InfluenceFunctions, Run, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.errors import ExecutionError, RecordingError
+from lightning_dtda import (
+    Ensemble,
+    InfluenceFunctions,
+    Run,
+    TrajectoryRecorder,
+    UnrolledDifferentiation,
+    attribute,
+    record,
+)
+from lightning_dtda.errors import CannotStackError, ExecutionError, RecordingError
 from lightning_dtda.recording import run_name
-from lightning_dtda.recording.seeds import record_seeds
 from lightning_dtda.recording.stack_writer import StackWriter
-from lightning_dtda.retraining import record_stacked
 from lightning_dtda.stacking.size import Footprint, fitting
 from lightning_dtda.trajectory import writer
 from lightning_dtda.trajectory.storage import read_json, write_json
@@ -73,11 +79,11 @@ def maker(module=Regressor, data=training_loader, **trainer):
 
 
 def stacked(root, make=None, seeds=SEEDS, **recorder):
-    return record_stacked(make or maker(), TrajectoryRecorder(root, **recorder), seeds)
+    return record(make or maker(), TrajectoryRecorder(root, **recorder), seeds, stacked=True, progress=False)
 
 
 def trained(root, make=None, seeds=SEEDS, **recorder):
-    failures = record_seeds(make or maker(), lambda again: TrajectoryRecorder(root, **recorder), root, seeds)
+    failures = record(make or maker(), TrajectoryRecorder(root, **recorder), seeds, progress=False)
     assert not failures
 
 
@@ -105,7 +111,7 @@ def assert_same_runs(found, wanted, seeds=SEEDS):
                 torch.testing.assert_close(tensors[key], tensor, rtol=rtol, atol=1e-12 if eps else 0)
 
 
-def assert_engines_agree(tmp_path, make=None, **recorder):
+def assert_both_agree(tmp_path, make=None, **recorder):
     assert stacked(tmp_path / "stacked", make, **recorder) == {}
     trained(tmp_path / "trained", make, **recorder)
     assert_same_runs(tmp_path / "stacked", tmp_path / "trained")
@@ -116,15 +122,13 @@ def assert_engines_agree(tmp_path, make=None, **recorder):
 
 @pytest.mark.parametrize("module", [Regressor, Scheduled, Grouped, Partly, Clocked])
 def test_stacked_runs_are_those_of_the_trainer(tmp_path, module):
-    assert_engines_agree(tmp_path, maker(module))
+    assert_both_agree(tmp_path, maker(module))
 
 
 @pytest.mark.parametrize("dropping", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_engines_agree_on_batches_of_different_sizes(tmp_path, dropping, shuffle):
-    assert_engines_agree(
-        tmp_path, maker(data=lambda: training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle))
-    )
+def test_stacks_and_the_trainer_agree_on_batches_of_different_sizes(tmp_path, dropping, shuffle):
+    assert_both_agree(tmp_path, maker(data=lambda: training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle)))
 
 
 @pytest.mark.parametrize(
@@ -136,8 +140,8 @@ def test_engines_agree_on_batches_of_different_sizes(tmp_path, dropping, shuffle
         {"limit_train_batches": 2},
     ],
 )
-def test_engines_agree_on_clipping_accumulation_and_parts_of_epochs(tmp_path, arguments):
-    assert_engines_agree(tmp_path, maker(**arguments))
+def test_stacks_and_the_trainer_agree_on_clipping_accumulation_and_parts_of_epochs(tmp_path, arguments):
+    assert_both_agree(tmp_path, maker(**arguments))
 
 
 @pytest.mark.parametrize(
@@ -152,12 +156,12 @@ def test_engines_agree_on_clipping_accumulation_and_parts_of_epochs(tmp_path, ar
 )
 def test_what_the_recorder_is_asked_for_is_what_is_recorded(tmp_path, arguments):
     # two groups, whose momentum is in one tensor at the first step
-    assert_engines_agree(tmp_path, maker(Grouped), **arguments)
+    assert_both_agree(tmp_path, maker(Grouped), **arguments)
 
 
 def test_shards_end_where_the_recorder_ends_them(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_dtda.recording.shard_buffer._SHARD_STEPS", 2)
-    assert_engines_agree(tmp_path, checkpoint_every=5)
+    assert_both_agree(tmp_path, checkpoint_every=5)
     assert [entry["last_step"] for entry in Run(tmp_path / "stacked" / "seed-0009").manifest.shards] == [2, 4, 5, 7]
 
 
@@ -170,8 +174,8 @@ def test_shards_end_where_the_recorder_ends_them(tmp_path, monkeypatch):
         (maker(data=lambda: training_loader(generator=torch.Generator().manual_seed(5))), "the order is always one"),
     ],
 )
-def test_engines_agree_on_other_data_and_precision(tmp_path, make, why):
-    assert_engines_agree(tmp_path, make)
+def test_stacks_and_the_trainer_agree_on_other_data_and_precision(tmp_path, make, why):
+    assert_both_agree(tmp_path, make)
 
 
 @pytest.mark.parametrize("estimator", [UnrolledDifferentiation(), InfluenceFunctions()])
@@ -226,9 +230,8 @@ def test_more_seeds_than_fit_are_recorded_in_several_stacks(tmp_path, monkeypatc
 
     monkeypatch.setattr(StackWriter, "__init__", counting)
     seeds = [3, 4, 9, 11, 12, 15]
-    done = []
-    assert record_stacked(maker(), TrajectoryRecorder(tmp_path / "stacked"), seeds, finished=done.append) == {}
-    assert (sizes, done) == ([2, 2, 1], seeds)
+    assert stacked(tmp_path / "stacked", seeds=seeds) == {}
+    assert sizes == [2, 2, 1]
     trained(tmp_path / "trained", seeds=seeds)
     assert_same_runs(tmp_path / "stacked", tmp_path / "trained", seeds)
 
@@ -321,7 +324,7 @@ def test_a_run_that_another_process_records_is_left_to_it(tmp_path):
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(ExecutionError, match="no device 'abacus'"):
-        record_stacked(maker(), TrajectoryRecorder(tmp_path / "runs"), SEEDS, device="abacus")
+        record(maker(), TrajectoryRecorder(tmp_path / "runs"), SEEDS, stacked=True, device="abacus")
     assert not (tmp_path / "runs").exists()
 
 
@@ -380,7 +383,7 @@ def data_with_noise():
     ],
 )
 def test_what_cannot_be_stacked_is_refused_by_name_and_the_trainers_run_kept(tmp_path, make, reason):
-    with pytest.raises(RecordingError, match=f"(?s){reason}.*stacked=False"):
+    with pytest.raises(CannotStackError, match=f"(?s){reason}.*stacked=False"):
         stacked(tmp_path, make)
     assert [path.name for path in tmp_path.iterdir()] == ["seed-0003"]
     assert Run(tmp_path / "seed-0003").complete
@@ -397,9 +400,22 @@ def test_what_cannot_be_stacked_is_refused_by_name_and_the_trainers_run_kept(tmp
     ],
 )
 def test_what_is_known_beforehand_is_refused_before_anything_is_trained(tmp_path, make, reason):
-    with pytest.raises(RecordingError, match=f"{reason}.*stacked=False"):
+    with pytest.raises(CannotStackError, match=f"{reason}.*stacked=False"):
         stacked(tmp_path / "runs", make)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_recorder_that_stores_batches_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(CannotStackError, match=r'batches="store".*stacked=False'):
+        stacked(tmp_path, batches="store")
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_cannot_be_stacked_is_left_to_the_trainer_if_it_may_be(tmp_path, caplog):
+    with caplog.at_level("INFO", "lightning_dtda"):
+        assert record(maker(Dropping), TrajectoryRecorder(tmp_path), SEEDS, stacked="auto", progress=False) == {}
+    assert "Not stacked: training_step draws random numbers" in caplog.text
+    assert [run.manifest.seed for run in Ensemble.open(tmp_path)] == SEEDS
 
 
 def test_random_data_fail_as_they_do_by_the_trainer(tmp_path):
@@ -412,10 +428,9 @@ def test_random_data_fail_as_they_do_by_the_trainer(tmp_path):
     [
         ({"run": "mine"}, "run='mine'; there is a run for each seed"),
         ({"overwrite": True}, "overwrite=True.*delete what is to be recorded again"),
-        ({"batches": "store"}, 'batches="store".*use batches="indices", or record by the Trainer'),
     ],
 )
-def test_what_a_recorder_of_stacks_cannot_do_is_refused(tmp_path, arguments, reason):
+def test_what_the_recorder_of_one_run_can_do_is_refused_for_several(tmp_path, arguments, reason):
     with pytest.raises(RecordingError, match=reason):
         stacked(tmp_path, **arguments)
 

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 from torchmetrics.classification import BinaryAccuracy
 
 from lightning_dtda import retrain
-from lightning_dtda.errors import RetrainingError
-from lightning_dtda.retraining import StackedEngine, random_subsets
+from lightning_dtda.errors import CannotStackError
+from lightning_dtda.retraining import random_subsets
 from lightning_dtda.stacking.training import StackedTraining
 from tests.regression import weighted_data
 from tests.retraining.tasks import (
@@ -29,14 +29,14 @@ SUBSETS = [[2, 11], [5, 0], [5]]
 SEEDS = [3, 4, 9]
 
 
-def retrained(module=Regressor, data=None, engine="stacked", trainer=make_trainer, **arguments):
+def retrained(module=Regressor, data=None, stacked=True, trainer=make_trainer, **arguments):
     data = training_loader() if data is None else data
     defaults = {"subsets": SUBSETS, "seeds": SEEDS, "queries": queries()}
-    return retrain(module, data, engine=engine, trainer=trainer, **(defaults | arguments), progress=False)
+    return retrain(module, data, stacked=stacked, trainer=trainer, **(defaults | arguments), progress=False)
 
 
-def assert_engines_agree(**arguments):
-    stacked, trained = retrained(**arguments), retrained(engine="trainer", **arguments)
+def assert_both_agree(**arguments):
+    stacked, trained = retrained(**arguments), retrained(stacked=False, **arguments)
     assert (stacked.about["engine"], trained.about["engine"]) == ("stacked", "trainer")
     # double precision, some tens of smooth steps: rounding, from sums in another order
     torch.testing.assert_close(stacked.measurements, trained.measurements, rtol=1e-10, atol=1e-12)
@@ -131,15 +131,15 @@ def reversed_examples(items):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", [Regressor, Adaptive, Clocked, Annealed, Late, Partly, Measuring])
-def test_engines_agree_on_the_same_seeds(module):
-    assert_engines_agree(module=module)
+def test_stacks_and_the_trainer_agree_on_the_same_seeds(module):
+    assert_both_agree(module=module)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropping", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_engines_agree_on_batches_of_different_sizes(dropping, shuffle):
-    assert_engines_agree(data=training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle))
+def test_stacks_and_the_trainer_agree_on_batches_of_different_sizes(dropping, shuffle):
+    assert_both_agree(data=training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle))
 
 
 @pytest.mark.slow
@@ -152,8 +152,8 @@ def test_engines_agree_on_batches_of_different_sizes(dropping, shuffle):
         {"limit_train_batches": 2},
     ],
 )
-def test_engines_agree_on_clipping_accumulation_and_parts_of_epochs(arguments):
-    assert_engines_agree(trainer=lambda: make_trainer(**arguments))
+def test_stacks_and_the_trainer_agree_on_clipping_accumulation_and_parts_of_epochs(arguments):
+    assert_both_agree(trainer=lambda: make_trainer(**arguments))
 
 
 class Single(Regressor):
@@ -169,19 +169,19 @@ class Single(Regressor):
 
 
 @pytest.mark.slow
-def test_engines_agree_on_a_module_that_the_trainer_casts_to_double_precision():
-    assert_engines_agree(module=Single, trainer=lambda: make_trainer(precision="64-true"))
+def test_stacks_and_the_trainer_agree_on_a_module_that_the_trainer_casts_to_double_precision():
+    assert_both_agree(module=Single, trainer=lambda: make_trainer(precision="64-true"))
 
 
 @pytest.mark.slow
-def test_engines_agree_where_validation_draws_random_numbers_in_between():
-    assert_engines_agree(data=Validating(), trainer=lambda: make_trainer(num_sanity_val_steps=1))
+def test_stacks_and_the_trainer_agree_where_validation_draws_random_numbers_in_between():
+    assert_both_agree(data=Validating(), trainer=lambda: make_trainer(num_sanity_val_steps=1))
 
 
 @pytest.mark.slow
-def test_engines_agree_where_the_data_module_changes_batches_and_a_collate_fn_makes_them():
-    assert_engines_agree(data=Transferring())
-    assert_engines_agree(data=training_loader(collate_fn=reversed_examples))
+def test_stacks_and_the_trainer_agree_where_the_data_module_changes_batches_and_a_collate_fn_makes_them():
+    assert_both_agree(data=Transferring())
+    assert_both_agree(data=training_loader(collate_fn=reversed_examples))
 
 
 def test_batches_of_other_shapes_in_other_trainings_are_refused():
@@ -189,27 +189,27 @@ def test_batches_of_other_shapes_in_other_trainings_are_refused():
         inputs, targets = reversed_examples(items)
         return torch.nn.functional.pad(inputs, (0, int(targets[0] > 0))), targets
 
-    with pytest.raises(RetrainingError, match="batches do not hold tensors of the same shapes in all trainings"):
+    with pytest.raises(CannotStackError, match="batches do not hold tensors of the same shapes in all trainings"):
         retrained(Cutting, data=training_loader(collate_fn=padded))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dropping", [True, False])
-def test_engines_agree_on_a_loader_with_a_generator_of_its_own(dropping):
+def test_stacks_and_the_trainer_agree_on_a_loader_with_a_generator_of_its_own(dropping):
     def loader():
         inputs, targets, _ = weighted_data(90)  # many: the sampler draws once more at the end of an epoch, for them all
         own = torch.Generator().manual_seed(5)
         return DataLoader(TensorDataset(inputs, targets), 25, shuffle=True, drop_last=dropping, generator=own)
 
-    truth, trained = retrained(data=loader()), retrained(data=loader(), engine="trainer")
+    truth, trained = retrained(data=loader()), retrained(data=loader(), stacked=False)
     torch.testing.assert_close(truth.measurements, trained.measurements, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{"replacement": True}, {"num_samples": 7}, {"num_samples": 30}])
-def test_engines_agree_on_samplers_that_are_no_permutation(arguments):
+def test_stacks_and_the_trainer_agree_on_samplers_that_are_no_permutation(arguments):
     dataset = examples()
-    assert_engines_agree(data=DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, **arguments)))
+    assert_both_agree(data=DataLoader(dataset, BATCH, sampler=RandomSampler(dataset, **arguments)))
 
 
 def test_stacks_are_a_plain_loop_over_the_smaller_data_set():
@@ -231,14 +231,14 @@ def test_more_trainings_than_fit_are_done_in_several_stacks(monkeypatch):
 
 def test_trainings_that_do_not_fit_memory_are_left_to_the_trainer(monkeypatch):
     monkeypatch.setattr("lightning_dtda.stacking.stacks.fitting", lambda *_: 1)
-    with pytest.raises(RetrainingError, match="not enough memory for several trainings at once"):
+    with pytest.raises(CannotStackError, match="not enough memory for several trainings at once"):
         retrained()
-    assert torch.equal(retrained(engine="auto").measurements, retrained(engine="trainer").measurements)
+    assert torch.equal(retrained(stacked="auto").measurements, retrained(stacked=False).measurements)
 
 
 @pytest.mark.slow
 def test_compiled_stacks_measure_the_same():
-    compiled = retrained(engine=StackedEngine(compile=True))
+    compiled = retrained(stacked=True, compile=True)
     torch.testing.assert_close(compiled.measurements, retrained().measurements, rtol=1e-10, atol=1e-12)
 
 
@@ -277,7 +277,7 @@ def test_what_rounding_decides_is_no_reason_to_refuse(monkeypatch):
 
 
 def test_what_callbacks_do_is_not_taken_for_rounding():
-    with pytest.raises(RetrainingError, match="not reproduced between"):
+    with pytest.raises(CannotStackError, match="not reproduced between"):
         retrained(Kinked, trainer=lambda: make_trainer(callbacks=[Noise()]))
 
 
@@ -360,7 +360,7 @@ class Satisfied(pl.Callback):
     ],
 )
 def test_what_cannot_be_stacked_is_refused_by_name(module, trainer, reason):
-    with pytest.raises(RetrainingError, match=f"{reason}.*stacked=False"):
+    with pytest.raises(CannotStackError, match=f"{reason}.*stacked=False"):
         retrained(module, trainer=lambda: make_trainer(**trainer))
 
 
@@ -372,17 +372,17 @@ class Augmented(TensorDataset):
 
 def test_random_data_sets_are_refused():
     data = DataLoader(Augmented(*examples().tensors), BATCH, shuffle=True)
-    with pytest.raises(RetrainingError, match="differs between two calls"):
+    with pytest.raises(CannotStackError, match="differs between two calls"):
         retrained(data=data)
 
 
 def test_auto_leaves_to_the_trainer_what_cannot_be_stacked(caplog):
     caplog.set_level("INFO", logger="lightning_dtda")
     arguments = {"module": Dropping, "data": training_loader()}
-    auto, trained = retrained(engine="auto", **arguments), retrained(engine="trainer", **arguments)
+    auto, trained = retrained(stacked="auto", **arguments), retrained(stacked=False, **arguments)
     assert torch.equal(auto.measurements, trained.measurements)
     assert "trainer" in auto.about["engine"]
-    assert retrained(engine="auto").about["engine"] == "stacked"
+    assert retrained(stacked="auto").about["engine"] == "stacked"
 
 
 def test_what_fails_by_the_trainer_is_named_and_another_training_is_compared(monkeypatch):

@@ -37,13 +37,12 @@ class StackedEngine(Engine):
     that what was read off the first does not depend on the seed.
 
     Args:
-        compile: Whether ``torch.compile`` is used; ``None`` compiles where there is enough to do. It takes about half a
-            minute.
+        compile: Whether ``torch.compile`` is used; ``None`` compiles where there is enough to do.
     """
 
     name: ClassVar[str] = "stacked"
 
-    def __init__(self, compile: bool | None = None) -> None:
+    def __init__(self, compile: bool | None) -> None:
         self.compile = compile
 
     @override

@@ -16,8 +16,8 @@ from lightning_dtda import (
     UnrolledDifferentiation,
     attribute,
 )
-from lightning_dtda.errors import AttributionError
-from lightning_dtda.execution.ray_cluster import RayCluster
+from lightning_dtda.errors import AttributionError, ExecutionError
+from lightning_dtda.execution import RayCluster
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 DATA = TensorDataset(*weighted_data(dtype=torch.float32))
@@ -54,12 +54,12 @@ ESTIMATORS = [UnrolledDifferentiation(runs_per_batch=2), InfluenceFunctions()]
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=["unrolled", "influence functions"])
 def test_processes_answer_what_this_one_does(ensemble, estimator):
-    assert_same(ask(ensemble, estimator=estimator, jobs=2), ask(ensemble, estimator=estimator))
+    assert_same(ask(ensemble, estimator=estimator, workers=2), ask(ensemble, estimator=estimator))
 
 
 def test_batches_are_parted_so_that_no_process_is_idle(ensemble):
     together = UnrolledDifferentiation(runs_per_batch=5)
-    found, expected = ask(ensemble, estimator=together, jobs=2), ask(ensemble, estimator=together)
+    found, expected = ask(ensemble, estimator=together, workers=2), ask(ensemble, estimator=together)
     # other batches are other matrix products: rounding of single precision over twelve steps
     torch.testing.assert_close(found.responses, expected.responses, rtol=1e-4, atol=1e-6)
 
@@ -67,7 +67,7 @@ def test_batches_are_parted_so_that_no_process_is_idle(ensemble):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=["unrolled", "influence functions"])
 def test_a_cluster_answers_what_this_process_does(ray_cluster, ensemble, estimator, tmp_path):
-    found = ask(ensemble, estimator=estimator, engine="ray", output=tmp_path / "answer")
+    found = ask(ensemble, estimator=estimator, workers=RayCluster(), output=tmp_path / "answer")
     assert_same(found, ask(ensemble, estimator=estimator))
     assert_same(Attribution.load(tmp_path / "answer"), found)
 
@@ -98,7 +98,7 @@ class UnluckyOnce(Unlucky):
 def test_what_is_lost_with_a_worker_is_done_again(ray_cluster, ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
     measurement = UnluckyOnce(tmp_path / "unlucky", os.getpid())
-    found = ask(ensemble, engine=RayCluster(), measurement=measurement)
+    found = ask(ensemble, workers=RayCluster(), measurement=measurement)
     assert not (tmp_path / "unlucky").exists()
     assert torch.equal(found.baseline, ask(ensemble, measurement=measurement).baseline)
 
@@ -107,22 +107,22 @@ def test_what_is_lost_with_a_worker_is_done_again(ray_cluster, ensemble, tmp_pat
 def test_runs_that_kill_every_worker_are_named(ray_cluster, ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
     with pytest.raises(AttributionError, match=r"batches of runs are not attributed: seed-000\d.*its worker was lost"):
-        ask(ensemble, engine=RayCluster(retries=0), measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
+        ask(ensemble, workers=RayCluster(retries=0), measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
 def test_a_process_that_is_killed_is_told(ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
-    with pytest.raises(AttributionError, match=r"A process was killed after \d of \d batches of runs.*call again"):
-        ask(ensemble, jobs=2, measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
+    with pytest.raises(ExecutionError, match=r"A process was killed.*\d pieces of work were done.*call again"):
+        ask(ensemble, workers=2, measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
 @pytest.mark.slow
 def test_what_is_finished_is_stored_and_not_done_again(ensemble, tmp_path):
     estimator = UnrolledDifferentiation(runs_per_batch=1)
-    first = ask(ensemble[:3], estimator=estimator, jobs=2, output=tmp_path / "answer")
+    first = ask(ensemble[:3], estimator=estimator, workers=2, output=tmp_path / "answer")
     written = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "answer").glob("seed-*.safetensors")}
     assert len(written) == 3
-    found = ask(ensemble, estimator=estimator, jobs=2, output=tmp_path / "answer")
+    found = ask(ensemble, estimator=estimator, workers=2, output=tmp_path / "answer")
     assert found.runs[:3] == first.runs
     assert {name: (tmp_path / "answer" / name).stat().st_mtime_ns for name in written} == written
     assert_same(found, ask(ensemble, estimator=estimator))
@@ -134,21 +134,8 @@ def test_what_has_no_pickle_is_told(ensemble):
     def measurement(module, batch):
         return (module(batch[0]) - batch[1]).abs() if lock else None
 
-    with pytest.raises(AttributionError, match=r"cannot be sent to other processes .*lock.*set jobs=1"):
-        ask(ensemble, jobs=2, measurement=measurement)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"jobs": 0}, "jobs=0; give the number of processes"),
-        ({"engine": "slurm"}, "engine='slurm'; choose from local, ray, or give a RayCluster"),
-        ({"engine": "ray", "jobs": 2}, "jobs=2 are processes of this machine"),
-    ],
-)
-def test_engines_that_make_no_sense_are_refused(ensemble, arguments, message):
-    with pytest.raises(AttributionError, match=message):
-        ask(ensemble, **arguments)
+    with pytest.raises(ExecutionError, match=r"cannot be sent to other processes .*lock.*set workers=1"):
+        ask(ensemble, workers=2, measurement=measurement)
 
 
 def test_the_memory_of_all_processes_is_counted(ensemble, monkeypatch):
@@ -164,5 +151,5 @@ def test_the_memory_of_all_processes_is_counted(ensemble, monkeypatch):
     available = 3 * needed[0].memory // 2
     monkeypatch.setattr("lightning_dtda.attribution.resources.available_memory", lambda device: available)
     ask(ensemble)
-    with pytest.raises(AttributionError, match="take fewer jobs"):
-        ask(ensemble, jobs=2)
+    with pytest.raises(AttributionError, match="take fewer workers"):
+        ask(ensemble, workers=2)
