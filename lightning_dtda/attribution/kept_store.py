@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from lightning_dtda.attribution.attribution_store import OF_RUNS, started, write_index
+from lightning_dtda.attribution.attribution_store import OF_RUNS, Store
 from lightning_dtda.attribution.kept import Figures, KeptResponses
 from lightning_dtda.attribution.responses import StoredTable
 
@@ -19,46 +18,18 @@ _BESIDE = ("baseline", "kept", "responses", "reliability")
 """What a block's file holds beside the figures of every removal."""
 
 
-class KeptStore:
-    """A directory with ``attribution.json`` and a safetensors file for each finished block of queries.
+class KeptStore(Store):
+    """An answer block by block of queries; ``about`` has ``keep_top``.
 
     Each file holds ``baseline`` ``(runs, queries)``, ``kept`` and ``responses`` of the removals that are kept
     ``(queries, kept)`` and ``(runs, queries, kept)``, ``reliability`` ``(queries, 2)``, ``figures``
     ``(queries, 5, removals)`` and their ``checksums`` ``(queries,)``. Which runs are trusted is known when all blocks
     are: the index has those that the block added last was reduced with, ``trusted``, and of each block its own.
 
-    Args:
-        path: The directory.
-        index: The content of ``attribution.json``.
+    More runs than the last time are another question, since figures are over all of them, in their order.
     """
 
-    def __init__(self, path: Path, index: dict[str, Any]) -> None:
-        self.path = path
-        self._index = index
-
-    @classmethod
-    def create(
-        cls,
-        path: str | Path,
-        about: Mapping[str, Any],
-        queries: Sequence[int],
-        removals: int,
-        wanted: Mapping[str, int | None],
-        overwrite: bool = False,
-    ) -> KeptStore:
-        """Start a store, or go on with one that was started for the same question and the same runs.
-
-        Arguments and errors are those of :meth:`AttributionStore.create
-        <lightning_dtda.attribution.attribution_store.AttributionStore.create>`; ``about`` has ``keep_top``, and runs
-        are wanted in the order in which blocks have them. More runs than the last time are another question, since
-        figures are over all of them.
-        """
-        return cls(Path(path), started(Path(path), about, queries, removals, wanted, overwrite, "blocks"))
-
-    @property
-    def queries(self) -> tuple[int, ...]:
-        """What the queries are called, those included that are not answered yet."""
-        return tuple(self._index["queries"])
+    parts: ClassVar[str] = "blocks"
 
     @property
     def finished(self) -> tuple[int, ...]:
@@ -97,13 +68,8 @@ class KeptStore:
             {name: tensor.cpu().contiguous() for name, tensor in zip(_BESIDE, beside, strict=True)},
         )
         known = {key: block.about[key] for key in OF_RUNS if key in block.about}
-        self._index["blocks"][str(first)] = entry | {
-            "queries": len(block.queries),
-            "trusted": list(figures.runs),
-            **known,
-        }
         self._index["trusted"] = list(figures.runs)
-        write_index(self.path, self._index)
+        self._add(str(first), entry | {"queries": len(block.queries), "trusted": list(figures.runs), **known})
 
     def block(self, first: int) -> tuple[Tensor, KeptResponses, tuple[str, ...], tuple[int, ...], dict[str, Any]]:
         """Return an attribution's arguments for the queries of a block, whose figures stay on disk.
