@@ -1,7 +1,7 @@
-"""Optimizer updates as pure functions with adjoints: the ground floor, used by trajectories and by replay alike.
+"""Optimizer updates as pure functions with adjoints, used by both trajectories and replay.
 
-A new optimizer is one class with the interface of :class:`~lightning_dtda.optimizers.update.Update` and one line in
-``UPDATES``. The exact type counts: a subclass may compute anything.
+To add an optimizer, write one class with the interface of :class:`~lightning_dtda.optimizers.update.Update` and add one
+line to ``UPDATES``. Optimizers are looked up by exact type, because a subclass may compute anything.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ UPDATES: dict[str, Update] = {
     "torch.optim.rmsprop.RMSprop": RMSprop(),
     "torch.optim.sgd.SGD": SGD(),
 }
-"""The update of every supported optimizer, by the import path of its class."""
+"""Updates of the supported optimizers, keyed by the import path of the optimizer's class."""
 
-_SIGN = "its step is made of signs, so that a small change of a gradient changes nothing, and the derivative is zero"
+_SIGN = "its step uses only signs, so a small change of the gradient changes nothing and the derivative is zero"
 
 NO_DERIVATIVE = {
-    "LBFGS": "it evaluates the loss several times in a step, of which the last gradient alone is known",
+    "LBFGS": "it evaluates the loss several times per step, and only the last gradient is known",
     "Lion": _SIGN,
     "Rprop": _SIGN,
     "SignSGD": _SIGN,
     "Signum": _SIGN,
-    "SparseAdam": "its gradients are sparse; take Adam, with dense embeddings (sparse=False)",
+    "SparseAdam": "its gradients are sparse; use Adam with dense embeddings (sparse=False)",
 }
-"""Why optimizers are not supported, by the name of their class in whatever package."""
+"""Reasons why optimizers are not supported, keyed by class name (from any package)."""
 
 __all__ = [
     "ASGD",

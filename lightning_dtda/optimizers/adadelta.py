@@ -40,6 +40,6 @@ class Adadelta(Descent):
         return moved, {OF_DIRECTIONS: of_directions, OF_UPDATES: of_updates}
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return the ratio of the roots, that of the updates with this step's among them."""
+        """Return the ratio of the roots, with this step's update already included in the average of the updates."""
         eps = hyperparameters["eps"]
         return (state[OF_UPDATES] + eps).sqrt() / (state[OF_DIRECTIONS] + eps).sqrt()

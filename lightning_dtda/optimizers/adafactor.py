@@ -1,4 +1,4 @@
-"""``torch.optim.Adafactor``: second moments of matrices from those of their rows and columns."""
+"""``torch.optim.Adafactor``: second moments of matrices estimated from those of their rows and columns."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ ROWS, COLUMNS, ENTRIES = "row_var", "col_var", "variance"
 
 
 class Adafactor(Update):
-    r"""Adafactor (Shazeer and Stern, arXiv 1804.04235, algorithms 4 and 5) as torch computes it, but for rounding.
+    r"""Adafactor (Shazeer and Stern, arXiv 1804.04235, algorithms 4 and 5) as torch computes it, except for rounding.
 
-    With :math:`1 - \beta_t = (t + 1)^\delta`, and mean squares over rows and columns, for each matrix:
+    With :math:`1 - \beta_t = (t + 1)^\delta` and mean squares over rows and columns, for each matrix:
 
     .. math::
         R_{t+1} = \beta_t R_t + (1 - \beta_t)\, \overline{g_t^2}^{\,\text{row}}, \qquad
@@ -77,7 +77,7 @@ class Adafactor(Update):
 
 
 def _moments(parameter: Tensor) -> dict[str, Tensor]:
-    """Return tensors of the shapes of what is kept of a parameter."""
+    """Return tensors with the shapes of the moments that are kept for a parameter."""
     if parameter.ndim > 1:
         return {ROWS: parameter[..., :1], COLUMNS: parameter[..., :1, :]}
     return {ENTRIES: parameter}

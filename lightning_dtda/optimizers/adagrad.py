@@ -41,7 +41,7 @@ class Adagrad(DescentWithAdjoint):
         return float(_rate(hyperparameters, step))
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return one over the denominator of the update."""
+        """Return the reciprocal of the update's denominator."""
         return 1 / (state[SUM].sqrt() + hyperparameters["eps"])
 
     @override

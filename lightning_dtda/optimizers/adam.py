@@ -17,19 +17,19 @@ class Adam(DescentWithAdjoint):
     r"""Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) as torch computes it, and its adjoint.
 
     With learning rate :math:`\eta`, weight decay :math:`\gamma` and :math:`h_t = \pm g_t + \gamma\theta_t`, or
-    :math:`h_t = \pm g_t` where the decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2):
+    :math:`h_t = \pm g_t` if the decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2):
 
     .. math::
         m_{t+1} = \beta_1 m_t + (1 - \beta_1) h_t, \qquad v_{t+1} = \beta_2 v_t + (1 - \beta_2) h_t^2, \qquad
         \theta_{t+1} = (1 - \eta\gamma)\theta_t - \frac{\eta}{1 - \beta_1^{t+1}}
         \frac{m_{t+1}}{\sqrt{v_{t+1} / (1 - \beta_2^{t+1})} + \epsilon},
 
-    the factor :math:`1 - \eta\gamma` only where the decay is decoupled. With amsgrad (Reddi et al., arXiv 1904.09237)
-    the largest v so far stands under the root.
+    with the factor :math:`1 - \eta\gamma` only if the decay is decoupled. With amsgrad (Reddi et al., arXiv
+    1904.09237), v under the root is replaced by its largest value so far.
 
     Args:
-        decoupled: Whether weight decay acts on the parameters (AdamW) and not on the gradient, where the parameter
-            group does not say.
+        decoupled: Whether weight decay acts on the parameters (AdamW) instead of the gradient, unless the parameter
+            group specifies it.
     """
 
     def __init__(self, decoupled: bool) -> None:
@@ -50,7 +50,7 @@ class Adam(DescentWithAdjoint):
         return add_quotient(theta, new_state[MEAN], denominator, -rate), new_state
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return one over the denominator of the update."""
+        """Return the reciprocal of the update's denominator."""
         return 1 / (_root(state) / _corrections(hyperparameters, step)[1] + hyperparameters["eps"])
 
     @override
@@ -61,7 +61,7 @@ class Adam(DescentWithAdjoint):
         new_state = _new_state(state, h, hyperparameters)
         root = _root(new_state)
         rate, correction = _corrections(hyperparameters, step)
-        # all that depends on the point alone has no dimension of queries yet: only what follows is expensive
+        # what depends only on the point has no query dimension yet: only what follows is expensive
         denominator = root / correction + hyperparameters["eps"]
         of_mean = -rate / denominator
         of_root = rate * new_state[MEAN] / (denominator.square() * correction)
@@ -98,11 +98,11 @@ def _new_state(state: State, h: Tensor, hyperparameters: Hyperparameters) -> Sta
 
 
 def _root(state: State) -> Tensor:
-    """Return the root of the second moment that the update divides by."""
+    """Return the square root of the second moment that the update divides by."""
     return state[LARGEST if LARGEST in state else SECOND_MOMENT].sqrt()
 
 
 def _corrections(hyperparameters: Hyperparameters, step: int) -> tuple[Scale, Scale]:
-    """Return the learning rate over the mean's bias correction, and the root of the second moment's."""
+    """Return the learning rate over the mean's bias correction, and the root of the second moment's correction."""
     rate = hyperparameters["lr"] / (1 - hyperparameters["betas.0"] ** (step + 1))
     return rate, (1 - hyperparameters["betas.1"] ** (step + 1)) ** 0.5

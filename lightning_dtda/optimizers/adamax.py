@@ -1,4 +1,4 @@
-"""``torch.optim.Adamax``: Adam with the largest gradient in place of the second moment."""
+"""``torch.optim.Adamax``: Adam with the largest gradient instead of the second moment."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class Adamax(Descent):
         return add_quotient(theta, mean, largest, -rate), {MEAN: mean, LARGEST: largest}
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return one over the denominator of the update."""
+        """Return the reciprocal of the update's denominator."""
         return 1 / state[LARGEST]

@@ -1,4 +1,4 @@
-"""Sums as torch's optimizers compute them: bitwise the same where a scale is a number."""
+"""Sums as torch's optimizers compute them: bitwise identical if the scale is a number."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 Scale = float | Tensor | bool
-"""A hyperparameter, or what is computed from hyperparameters: a tensor where stacked runs differ in it."""
+"""A hyperparameter, or a value computed from hyperparameters: a tensor if it differs between stacked runs."""
 
 
 def add_scaled(x: Tensor, y: Tensor, scale: Scale) -> Tensor:
@@ -25,35 +25,35 @@ def add_quotient(x: Tensor, y: Tensor, z: Tensor, scale: Scale) -> Tensor:
 
 
 def is_nonzero(value: Scale) -> bool:
-    """Whether a hyperparameter has any effect, in any of the stacked runs."""
+    """Return whether a hyperparameter is nonzero in any of the stacked runs."""
     return bool((value != 0).any()) if isinstance(value, Tensor) else value != 0
 
 
 def scalar_dtype() -> torch.dtype:
-    """Return the data type in which torch's optimizers keep numbers."""
+    """Return the data type that torch's optimizers keep scalars in."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
 def same_for_all(x: Tensor, dtype: torch.dtype) -> Scale:
-    """Return the number that all entries are; or ``x`` in a data type, where stacked runs differ."""
+    """Return the common value of all entries, or ``x`` in the given data type if stacked runs differ."""
     first = x.flatten()[0]
     return float(first) if bool((x == first).all()) else x.to(dtype)
 
 
 def root(x: Tensor) -> Tensor:
-    """Return the square root; automatic differentiation then takes its slope for 0 where ``x`` is 0.
+    """Return the square root, with a derivative of 0 where ``x`` is 0.
 
-    The reason is that of :func:`slope_of_root`.
+    :func:`slope_of_root` explains why.
     """
     is_zero = x == 0
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, x).sqrt())
 
 
 def slope_of_root(root: Tensor) -> Tensor:
-    r"""Return the derivative :math:`1 / (2 \sqrt v)` of a second moment's root, and 0 where the root is 0.
+    r"""Return the derivative :math:`1 / (2 \sqrt v)` of a second moment's root, or 0 where the root is 0.
 
-    Automatic differentiation gives infinity there, and NaN for the update. But v is zero only where all gradients so
-    far were: the numerator of the update is zero too, the update is linear in the gradient to first order, and the
-    root contributes nothing to its derivative.
+    Automatic differentiation gives infinity there, and NaN for the update. But v is zero only if all gradients so far
+    were zero. Then the numerator of the update is zero too, the update is linear in the gradient to first order, and
+    the root contributes nothing to its derivative.
     """
     return torch.where(root == 0, 0.0, 0.5 / root)

@@ -1,4 +1,4 @@
-"""``torch.optim.ASGD``: gradient descent with a falling rate."""
+"""``torch.optim.ASGD``: gradient descent with a decreasing learning rate."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ ETA = "eta"
 class ASGD(Descent):
     r"""Averaged SGD (Polyak and Juditsky, *Acceleration of Stochastic Approximation by Averaging*, 1992) in torch.
 
-    With the learning rate :math:`\eta` of the step before, and of the first step at that:
+    With the learning rate :math:`\eta` of the previous step (at the first step, its own):
 
     .. math::
         \eta_t = \frac{\eta}{(1 + \lambda \eta t)^\alpha}, \qquad
         \theta_{t+1} = (1 - \lambda\eta_t)\theta_t - \eta_t (\pm g_t + \gamma\theta_t).
 
-    The average of the parameters that torch keeps beside them, ``ax``, takes no part in training; it is not followed.
+    torch also keeps an average of the parameters, ``ax``. It has no effect on training and is not tracked here.
     """
 
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
-        """Return the rate of the first step."""
+        """Return the learning rate of the first step."""
         rate = torch.zeros(*theta.shape[:-1], 1, dtype=scalar_dtype(), device=theta.device)
         return {ETA: rate.copy_(torch.as_tensor(hyperparameters["lr"]))}
 
@@ -41,7 +41,7 @@ class ASGD(Descent):
         return moved, {ETA: later}
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta_t`, as if the learning rate were that of the step before."""
+        r"""Return :math:`\eta_t`, assuming that the learning rate was the same at the previous step."""
         return float(_rate(hyperparameters, step))
 
     def decoupled_decay(self, hyperparameters: Hyperparameters, step: int) -> float:

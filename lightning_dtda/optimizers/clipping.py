@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _EPSILON = 1e-6
-"""What ``torch.nn.utils.clip_grad_norm_`` adds to the norm before it divides by it."""
+"""Constant that ``torch.nn.utils.clip_grad_norm_`` adds to the norm before dividing by it."""
 
 
 class Clipping(ABC):
@@ -16,28 +16,29 @@ class Clipping(ABC):
 
     @abstractmethod
     def apply(self, gradient: Tensor) -> Tensor:
-        """Return the gradient that the optimizer gets."""
+        """Return the gradient that the optimizer receives."""
 
     @abstractmethod
     def adjoint(self, gradient: Tensor, cotangent: Tensor) -> Tensor:
         """Pull a cotangent of the clipped gradient ``(..., P)`` back to the gradient.
 
         Args:
-            gradient: Before clipping; may have one entry where the cotangent has many (queries).
-            cotangent: Of the gradient after clipping.
+            gradient: Gradient before clipping; may have one entry where the cotangent has many (queries).
+            cotangent: Cotangent of the gradient after clipping.
         """
 
     def tangent(self, gradient: Tensor, tangent: Tensor) -> Tensor:
         """Push a tangent of the gradient ``(..., P)`` forward to the clipped gradient.
 
-        The same as :meth:`adjoint`: each of the clippings here has a symmetric Jacobian. That of values is diagonal;
-        that of the norm, a multiple of the identity less one of the gradient's outer product with itself.
+        The same as :meth:`adjoint`, because every clipping here has a symmetric Jacobian: diagonal for clipping by
+        value; a multiple of the identity minus a multiple of the gradient's outer product with itself for clipping by
+        norm.
         """
         return self.adjoint(gradient, tangent)
 
 
 class NoClipping(Clipping):
-    """The gradient as it is."""
+    """No clipping: the gradient is left unchanged."""
 
     def apply(self, gradient: Tensor) -> Tensor:
         """Return the gradient."""
@@ -54,7 +55,7 @@ class NormClipping(Clipping):
     .. math:: \tilde g = \min\Big(1, \frac{M}{\lVert g\rVert + \epsilon}\Big)\, g
 
     Args:
-        largest: M, the largest norm that is let through.
+        largest: M, the largest norm that is not clipped.
     """
 
     def __init__(self, largest: float) -> None:
@@ -65,16 +66,16 @@ class NormClipping(Clipping):
         return gradient * self._factor(torch.linalg.vector_norm(gradient, dim=-1, keepdim=True))
 
     def adjoint(self, gradient: Tensor, cotangent: Tensor) -> Tensor:
-        """Return the scaled cotangent, less its share along the gradient where the norm is clipped."""
+        """Return the scaled cotangent, minus its component along the gradient if the norm is clipped."""
         norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
         factor = self._factor(norm)
-        # the derivative of the factor is along the gradient; where nothing is clipped, it is zero
+        # the derivative of the factor is along the gradient, and zero if nothing is clipped
         slope = torch.where(factor < 1, factor / ((norm + _EPSILON) * norm), 0.0)
         along = (gradient * cotangent).sum(-1, keepdim=True)
         return torch.addcmul(factor * cotangent, slope * along, gradient, value=-1)
 
     def unclipped(self, gradient: Tensor, norm: Tensor) -> Tensor:
-        """Return a gradient before clipping ``(..., P)``, from the one after and the norm ``(..., 1)`` before."""
+        """Return the gradient before clipping ``(..., P)``, from the clipped one and the original norm ``(..., 1)``."""
         return gradient / self._factor(norm)
 
     def _factor(self, norm: Tensor) -> Tensor:
@@ -85,26 +86,26 @@ class ValueClipping(Clipping):
     r"""``torch.nn.utils.clip_grad_value_``: :math:`\tilde g_p = \min(\max(g_p, -v), v)`.
 
     Args:
-        largest: v.
+        largest: v, the largest absolute value of an entry.
     """
 
     def __init__(self, largest: float) -> None:
         self.largest = largest
 
     def apply(self, gradient: Tensor) -> Tensor:
-        """Return the gradient with each entry brought within the bounds."""
+        """Return the gradient with each entry clamped to the bounds."""
         return gradient.clamp(-self.largest, self.largest)
 
     def adjoint(self, gradient: Tensor, cotangent: Tensor) -> Tensor:
-        """Return the cotangent of the entries that are within the bounds, zero for the others.
+        """Return the cotangent of the entries within the bounds, and zero for the others.
 
-        The clipped gradient does as well as the one before: an entry at a bound says that it was beyond.
+        The clipped gradient can be given instead of the original one: an entry at a bound was clipped.
         """
         return cotangent * (gradient.abs() < self.largest)
 
 
 def clipping(value: float | None, algorithm: str | None) -> Clipping:
-    """Return the clipping that a Trainer does with its ``gradient_clip_val`` and ``gradient_clip_algorithm``.
+    """Return the clipping for a Trainer's ``gradient_clip_val`` and ``gradient_clip_algorithm``.
 
     Example:
         >>> clipping(1.0, "norm").apply(torch.tensor([3.0, 4.0]))

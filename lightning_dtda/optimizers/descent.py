@@ -1,4 +1,4 @@
-"""What optimizers share that descend the gradient with the sign and the weight decay that the user chose."""
+"""Base classes of optimizers that descend the gradient with a sign and a weight decay."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 
 class Descent(Update):
-    r"""An update of the direction :math:`h_t = \pm g_t + \gamma\theta_t`, minus with ``maximize``.
+    r"""An update along the direction :math:`h_t = \pm g_t + \gamma\theta_t`, with minus for ``maximize``.
 
-    Where the decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101), the direction is :math:`\pm g_t`, and the
-    update starts from :math:`(1 - \eta\gamma)\theta_t`.
+    If the decay is decoupled (Loshchilov and Hutter, arXiv 1711.05101), the direction is :math:`\pm g_t` and the update
+    starts from :math:`(1 - \eta\gamma)\theta_t`.
     """
 
     decoupled: bool = False
-    """Whether weight decay acts on the parameters and not on the gradient, where the parameter group does not say."""
+    """Whether weight decay acts on the parameters instead of the gradient, unless the parameter group specifies it."""
 
     @abstractmethod
     def descend(
         self, theta: Tensor, state: State, h: Tensor, hyperparameters: Hyperparameters, step: int
     ) -> tuple[Tensor, State]:
-        """Return parameters ``(..., P)`` and state after a step along h, from what decoupled decay left of theta."""
+        """Return parameters ``(..., P)`` and state after a step along h; theta already has decoupled decay applied."""
 
     @override
     def step(
@@ -40,7 +40,7 @@ class Descent(Update):
 
     @override
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta`, which it is for a mean of gradients too, whose weights sum up to one."""
+        r"""Return :math:`\eta`; this also holds for a mean of gradients, whose weights sum to one."""
         return float(hyperparameters["lr"])
 
     @override
@@ -48,7 +48,7 @@ class Descent(Update):
         return float(hyperparameters["lr"]) * float(self._decays(hyperparameters)[1])
 
     def _decays(self, hyperparameters: Hyperparameters) -> tuple[Scale, Scale]:
-        """Return the decay that is added to the gradient, and the one that acts on parameters; one of them is zero."""
+        """Return the decay added to the gradient and the one applied to the parameters; at least one is zero."""
         decay = hyperparameters["weight_decay"]
         return (0.0, decay) if hyperparameters.get("decoupled_weight_decay", self.decoupled) else (decay, 0.0)
 
@@ -58,13 +58,13 @@ class Descent(Update):
         return add_scaled(signed, theta, decay) if is_nonzero(decay) else signed
 
     def _decayed(self, theta: Tensor, hyperparameters: Hyperparameters) -> Tensor:
-        r"""Return :math:`(1 - \eta\gamma)\theta_t` where the decay is decoupled, else :math:`\theta_t`; linear."""
+        r"""Return :math:`(1 - \eta\gamma)\theta_t` if the decay is decoupled, else :math:`\theta_t`; linear."""
         _, decay = self._decays(hyperparameters)
         return theta * (1 - hyperparameters["lr"] * decay) if is_nonzero(decay) else theta
 
 
 class DescentWithAdjoint(Descent):
-    """A :class:`Descent` that has an adjoint of its own, for speed."""
+    """A :class:`Descent` with a hand-written adjoint, for speed."""
 
     @abstractmethod
     def pull_back(
@@ -73,12 +73,12 @@ class DescentWithAdjoint(Descent):
         """Return the cotangents of the direction and of the state before the step.
 
         Args:
-            state: Before the step.
-            h: The direction.
-            hyperparameters: Of the step.
-            of_theta: Cotangent of the parameters after it.
-            of_state: Cotangents of the state after it.
-            step: t.
+            state: State before the step.
+            h: Direction of the step.
+            hyperparameters: Hyperparameters at the step.
+            of_theta: Cotangent of the parameters after the step.
+            of_state: Cotangents of the state after the step.
+            step: t, the number of steps taken before.
         """
 
     @override

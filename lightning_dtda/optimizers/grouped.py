@@ -1,4 +1,4 @@
-"""An update applied to a whole parameter vector, each parameter group with its own hyperparameters."""
+"""An update of the whole parameter vector, with separate hyperparameters for each parameter group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class GroupedUpdate:
 
     Args:
         update: The optimizer's update for one group.
-        slices: Where each group lies in the flat vector ``(..., P)``.
-        parameters: Those of each group, without their values: an update may need their shapes.
+        slices: Slice of each group in the flat vector ``(..., P)``.
+        parameters: Parameters of each group without their values, because an update may need their shapes.
     """
 
     update: Update
@@ -56,7 +56,7 @@ class GroupedUpdate:
         *,
         step: int,
     ) -> tuple[Tensor, list[State], Tensor]:
-        """Pull cotangents ``(..., P)`` back through one step: of the parameters, the states and the gradient."""
+        """Pull cotangents ``(..., P)`` back through one step, to the parameters, the states and the gradient."""
         arguments = self._of_groups(
             theta, states, gradient, self._settings(hyperparameters), theta_cotangent, state_cotangents
         )
@@ -76,7 +76,7 @@ class GroupedUpdate:
         *,
         step: int,
     ) -> tuple[Tensor, list[State]]:
-        """Push tangents ``(..., P)`` forward through one step: to the parameters and the states after it."""
+        """Push tangents ``(..., P)`` forward through one step, to the parameters and the states after it."""
         arguments = self._of_groups(
             theta, states, gradient, self._settings(hyperparameters), theta_tangent, state_tangents, gradient_tangent
         )
@@ -86,12 +86,12 @@ class GroupedUpdate:
     def preconditioner(
         self, states: Sequence[State], hyperparameters: Sequence[Hyperparameters], *, step: int
     ) -> Tensor | None:
-        """Return what the step multiplies gradients by beside the rate, entry by entry ``(..., P)``; ``None`` is one.
+        """Return the elementwise factor ``(..., P)`` of the gradient in the step besides the rate; ``None`` means one.
 
         Args:
-            states: Each group's after the step.
-            hyperparameters: Each group's.
-            step: t.
+            states: State of each group after the step.
+            hyperparameters: Hyperparameters of each group at the step.
+            step: t, the number of steps taken before.
         """
         found = [
             self.update.preconditioner(state, group, step) for state, group in zip(states, hyperparameters, strict=True)
@@ -99,12 +99,12 @@ class GroupedUpdate:
         return None if found[0] is None else _join([part for part in found if part is not None])
 
     def by_parameter(self, of_groups: Tensor) -> Tensor:
-        """Repeat a number of each group ``(groups,)`` for its parameters ``(P,)``."""
+        """Repeat one number per group ``(groups,)`` for each entry of its parameters ``(P,)``."""
         sizes = torch.tensor([part.stop - part.start for part in self.slices], device=of_groups.device)
         return of_groups.repeat_interleave(sizes)
 
     def _of_groups(self, *arguments: Tensor | Sequence[Any]) -> Iterator[list[Any]]:
-        """Yield each group's part of vectors ``(..., P)``, and its element of lists that have one for each group."""
+        """Yield each group's slice of vectors ``(..., P)``, and its element of lists with one element per group."""
         for number, part in enumerate(self.slices):
             yield [each[..., part] if isinstance(each, Tensor) else each[number] for each in arguments]
 
@@ -115,5 +115,5 @@ class GroupedUpdate:
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:
-    # nothing to join with one group; a copy of the adjoints of all runs and queries takes as long as a layer
+    # with one group there is nothing to join, and copying the adjoints of all runs and queries takes as long as a layer
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-1)

@@ -24,21 +24,21 @@ class Muon(Update):
         b_{t+1} = \mu b_t + (1 - \mu) g_t, \qquad u_t = \mu b_{t+1} + (1 - \mu) g_t \;(\text{Nesterov}), \quad
         b_{t+1} \;(\text{else}), \qquad \theta_{t+1} = (1 - \eta\gamma)\theta_t - \eta c\, O_K(u_t),
 
-    where c depends on the shape, and :math:`O_K` is a Newton-Schulz iteration that brings singular values close to one:
+    where c depends on the shape and :math:`O_K` is a Newton-Schulz iteration that brings singular values close to one:
 
     .. math:: X_0 = u / \max(\lVert u \rVert, \epsilon), \qquad X_{k+1} = a X_k + (b G_k + c' G_k^2) X_k, \qquad
         G_k = X_k X_k^\top.
 
-    The iteration computes in bfloat16, as torch's: the step is then a staircase, whose derivative is zero or infinite.
-    What is differentiated is the same iteration in the precision of the parameters, from the same u.
+    The iteration computes in bfloat16, as in torch. This makes the step a staircase, whose derivative is zero or
+    infinite, so the derivative is taken through the same iteration in the precision of the parameters, from the same u.
 
     Args:
-        dtype: What the iteration of :meth:`step` computes in; ``None`` for the precision of the parameters.
+        dtype: Data type of the iteration in :meth:`step`; ``None`` for the precision of the parameters.
     """
 
     def __init__(self, dtype: torch.dtype | None = torch.bfloat16) -> None:
         self.dtype = dtype
-        # a replay in double was at most 4 units away from a training in single precision
+        # a replay in double precision was at most 4 units away from a training in single precision
         self.rounding = 0.0 if dtype is None else 16 * torch.finfo(dtype).eps
 
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
@@ -67,11 +67,11 @@ class Muon(Update):
     def adjoint(
         self, theta: Tensor, state: State, gradient: Tensor, hyperparameters: Hyperparameters, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, State, Tensor]:
-        """Return the cotangents before the step, those of the iteration without its rounding."""
+        """Return the cotangents before the step, differentiating the iteration without its rounding."""
         return Update.adjoint(Muon(dtype=None), theta, state, gradient, hyperparameters, *args, **kwargs)
 
     def _orthogonal(self, matrices: Tensor, hyperparameters: Hyperparameters) -> Tensor:
-        """Make matrices ``(..., A, B)`` nearly orthogonal, each by itself."""
+        """Make each of the matrices ``(..., A, B)`` nearly orthogonal."""
 
         def of_one(matrix: Tensor) -> Tensor:
             a, b, c = (hyperparameters[f"ns_coefficients.{n}"] for n in range(3))
@@ -85,7 +85,7 @@ class Muon(Update):
             return x.T if is_tall else x
 
         flat = matrices.reshape(-1, *matrices.shape[-2:])
-        # one by one where torch is to be met bit by bit: products of stacked matrices round differently
+        # one at a time to match torch bit for bit: products of stacked matrices round differently
         found = torch.vmap(of_one)(flat) if self.dtype is None else torch.stack([of_one(matrix) for matrix in flat])
         return found.reshape(matrices.shape)
 

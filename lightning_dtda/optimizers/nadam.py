@@ -25,11 +25,11 @@ class NAdam(Descent):
         \left(\frac{(1 - \mu_t) h_t}{1 - \prod_{s \le t} \mu_s}
         + \frac{\mu_{t+1} m_{t+1}}{1 - \prod_{s \le t + 1} \mu_s}\right),
 
-    the factor :math:`1 - \eta\gamma` only where the decay is decoupled.
+    with the factor :math:`1 - \eta\gamma` only if the decay is decoupled.
     """
 
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
-        """Return zero moments, and a product of one."""
+        """Return zero moments and a product of one."""
         product = torch.ones(*theta.shape[:-1], 1, dtype=scalar_dtype(), device=theta.device)
         return {MEAN: torch.zeros_like(theta), SECOND_MOMENT: torch.zeros_like(theta), MU_PRODUCT: product}
 
@@ -41,7 +41,7 @@ class NAdam(Descent):
         decay = hyperparameters["momentum_decay"]
         now, later = (beta1 * (1.0 - 0.5 * 0.96 ** (t * decay)) for t in (step + 1, step + 2))
         product = state[MU_PRODUCT].detach()
-        product = (product.to(scalar_dtype()) * now).to(product.dtype)  # rounded as by torch, in a double replay too
+        product = (product.to(scalar_dtype()) * now).to(product.dtype)  # rounded as in torch, in a double replay too
         new_state = moments(state, h, hyperparameters) | {MU_PRODUCT: product}
         so_far = same_for_all(product, theta.dtype)
         denominator = root(new_state[SECOND_MOMENT] / (1 - beta2 ** (step + 1))) + hyperparameters["eps"]
@@ -49,6 +49,6 @@ class NAdam(Descent):
         return add_quotient(moved, new_state[MEAN], denominator, -rate * later / (1.0 - so_far * later)), new_state
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return one over the denominator of the update."""
+        """Return the reciprocal of the update's denominator."""
         corrected = state[SECOND_MOMENT] / (1 - hyperparameters["betas.1"] ** (step + 1))
         return 1 / (corrected.sqrt() + hyperparameters["eps"])

@@ -1,4 +1,4 @@
-"""``torch.optim.RAdam``: Adam that divides by its second moment only once that is known well enough."""
+"""``torch.optim.RAdam``: Adam that divides by its second moment only once that is estimated well enough."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_dtda.optimizers.descent import Descent
 from lightning_dtda.optimizers.update import Hyperparameters, State
 
 _KNOWN = 5.0
-"""Length of the moving average from which on torch divides by its root; the paper has 4."""
+"""Length of the moving average above which torch divides by its root; the paper uses 4."""
 
 
 class RAdam(Descent):
@@ -27,7 +27,7 @@ class RAdam(Descent):
         r_t \sqrt{1 - \beta_2^{t+1}} \,/\, (\sqrt{v_{t+1}} + \epsilon) & \rho_t > 5 \\ 1 & \text{else,} \end{cases}
         \qquad r_t^2 = \frac{(\rho_t - 4)(\rho_t - 2)\rho_\infty}{(\rho_\infty - 4)(\rho_\infty - 2)\rho_t},
 
-    the factor :math:`1 - \eta\gamma` only where the decay is decoupled.
+    with the factor :math:`1 - \eta\gamma` only if the decay is decoupled.
     """
 
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
@@ -45,13 +45,13 @@ class RAdam(Descent):
         return add_scaled(theta, update, -1.0), new_state
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta r_t`, or :math:`\eta` before: the mean of gradients has weights that sum up to one."""
+        r"""Return :math:`\eta r_t`, or :math:`\eta` in the first steps: the weights of the mean gradient sum to one."""
         rate = float(hyperparameters["lr"])
         is_known = _length(hyperparameters, step) > _KNOWN
         return rate * float(_rectification(hyperparameters, step)) if is_known else rate
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return what the update multiplies the mean with beside the rate: ones in the first steps."""
+        """Return the factor of the mean in the update besides the rate: ones in the first steps."""
         is_known = _length(hyperparameters, step) > _KNOWN
         return _adaptive(state, hyperparameters, step) if is_known else torch.ones_like(state[SECOND_MOMENT])
 
@@ -61,7 +61,7 @@ def _longest(hyperparameters: Hyperparameters) -> Scale:
 
 
 def _length(hyperparameters: Hyperparameters, step: int) -> Scale:
-    """Return the length of the moving average, were it one without weights."""
+    """Return the length of the equivalent moving average with equal weights."""
     faded = hyperparameters["betas.1"] ** (step + 1)
     return _longest(hyperparameters) - 2 * (step + 1) * faded / (1 - faded)
 

@@ -1,4 +1,4 @@
-"""``torch.optim.RMSprop``: centered, with momentum, weight decay."""
+"""``torch.optim.RMSprop``, with momentum, weight decay and the centered variant."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class RMSprop(DescentWithAdjoint):
         u_t = \frac{h_t}{\sqrt{v_{t+1} - a_{t+1}^2} + \epsilon}, \qquad
         b_{t+1} = \mu b_t + u_t, \qquad \theta_{t+1} = \theta_t - \eta b_{t+1}.
 
-    The mean a only where it is centered (Graves, arXiv 1308.0850, equations 38 to 41); without momentum u takes the
-    place of b.
+    The mean a is used only if ``centered`` is set (Graves, arXiv 1308.0850, equations 38 to 41). Without momentum, u
+    replaces b.
     """
 
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
-        """Return zero averages, those that are used."""
+        """Return zeros for the averages that are used."""
         names = [SECOND_MOMENT]
         names += [MEAN] if hyperparameters.get("centered") else []
         names += [MOMENTUM_BUFFER] if is_nonzero(hyperparameters["momentum"]) else []
@@ -53,7 +53,7 @@ class RMSprop(DescentWithAdjoint):
         return float(hyperparameters["lr"]) / (1 - float(hyperparameters["momentum"]))
 
     def preconditioner(self, state: State, hyperparameters: Hyperparameters, step: int) -> Tensor:
-        """Return one over the denominator of the update."""
+        """Return the reciprocal of the update's denominator."""
         return 1 / (_root(state) + hyperparameters["eps"])
 
     @override
@@ -64,7 +64,7 @@ class RMSprop(DescentWithAdjoint):
         new_state = _averages(state, h, hyperparameters)
         root = _root(new_state)
         denominator = root + hyperparameters["eps"]
-        # of the variance under the root, not yet of its two moments
+        # derivative with respect to the variance under the root, not yet to its two moments
         of_variance = -h / denominator.square() * slope_of_root(root)
 
         before: State = {}
@@ -91,7 +91,7 @@ def _averages(state: State, h: Tensor, hyperparameters: Hyperparameters) -> Stat
 
 
 def _root(averages: State) -> Tensor:
-    """Return the root of the variance that the update divides by."""
+    """Return the square root of the variance, which the update divides by."""
     variance = averages[SECOND_MOMENT]
     if MEAN in averages:
         variance = add_product(variance, averages[MEAN], averages[MEAN], -1)

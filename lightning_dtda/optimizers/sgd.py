@@ -23,8 +23,8 @@ class SGD(DescentWithAdjoint):
         b_{t+1} = \mu b_t + (1 - \tau) h_t \;(\text{first step: } h_0), \qquad
         \theta_{t+1} = \theta_t - \eta u_t,
 
-    where :math:`u_t` is :math:`h_t` without momentum, :math:`b_{t+1}` with it and
-    :math:`h_t + \mu b_{t+1}` for Nesterov. The update is linear, so the adjoint needs no point of evaluation.
+    where :math:`u_t` is :math:`h_t` without momentum, :math:`b_{t+1}` with momentum and :math:`h_t + \mu b_{t+1}` with
+    Nesterov momentum. The update is linear, so the adjoint does not depend on the point.
 
     Example:
         >>> import torch
@@ -34,7 +34,7 @@ class SGD(DescentWithAdjoint):
     """
 
     def initial_state(self, theta: Tensor, hyperparameters: Hyperparameters) -> State:
-        """Return a zero momentum buffer where momentum is used, else no state at all."""
+        """Return a zero momentum buffer if momentum is used, else an empty state."""
         return {MOMENTUM_BUFFER: torch.zeros_like(theta)} if is_nonzero(hyperparameters["momentum"]) else {}
 
     @override
@@ -50,7 +50,7 @@ class SGD(DescentWithAdjoint):
         return add_scaled(theta, update, -hyperparameters["lr"]), {MOMENTUM_BUFFER: buffer}
 
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta (1 - \tau) / (1 - \mu)`, the sum of a geometric series; Nesterov's has the same."""
+        r"""Return :math:`\eta (1 - \tau) / (1 - \mu)`, the sum of a geometric series, also with Nesterov momentum."""
         rate, momentum = float(hyperparameters["lr"]), float(hyperparameters["momentum"])
         return rate * (1 - float(hyperparameters["dampening"])) / (1 - momentum) if momentum else rate
 

@@ -1,4 +1,4 @@
-"""Parameters in their own shapes, for updates that do not act on each entry by itself."""
+"""Conversion between flat vectors and parameter shapes, for updates that do not act elementwise."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def split(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Split a flat vector ``(..., P)`` into tensors ``(..., *shape)``, shaped like those given."""
+    """Split a flat vector ``(..., P)`` into tensors ``(..., *shape)`` with the shapes of the given tensors."""
     parts = vector.split([each.numel() for each in like], -1)
     return [part.reshape((*part.shape[:-1], *each.shape)) for part, each in zip(parts, like, strict=True)]
 
 
 def flatten(tensors: Iterable[Tensor], vector: Tensor) -> Tensor:
-    """Concatenate tensors ``(..., *shape)`` to a flat vector, whose leading dimensions are those of another one."""
+    """Concatenate tensors ``(..., *shape)`` into a flat vector with the leading dimensions of ``vector``."""
     return torch.cat([tensor.reshape(*vector.shape[:-1], -1) for tensor in tensors], -1)

@@ -393,7 +393,7 @@ def test_an_optimizer_of_unknown_rate_is_refused(classifiers, monkeypatch):
     from lightning_dtda.optimizers import SGD, Update
 
     monkeypatch.setattr(SGD, "rate", Update.rate)
-    with pytest.raises(AttributionError, match=r"SGD does not say how far .* Give its class the method rate\(\)"):
+    with pytest.raises(AttributionError, match=r"SGD does not define how far .* Implement rate\(\)"):
         ask(classifiers, Source())
 
 

@@ -93,5 +93,5 @@ def test_asgds_rate_and_decay_are_those_of_its_next_step():
 
 @pytest.mark.parametrize("name", ["Muon", "Adafactor"])
 def test_optimizers_that_do_not_scale_gradients_entry_by_entry_have_no_rate(name):
-    with pytest.raises(AttributionError, match=f"{name} does not say how far"):
+    with pytest.raises(AttributionError, match=f"{name} does not define how far"):
         UPDATES[f"torch.optim.{name}"].rate({"lr": 0.1}, step=0)

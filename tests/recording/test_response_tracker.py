@@ -240,7 +240,7 @@ def test_responses_before_any_training_are_refused():
 
 
 def test_what_the_recorder_refuses_is_refused(fit):
-    with pytest.raises(RecordingError, match="cannot be followed: its step is made of signs"):
+    with pytest.raises(RecordingError, match="cannot be followed: its step uses only signs"):
         train(fit, of(torch.optim.Rprop), *weighted_data(), ResponseTracker(GROUPS))
 
 
