@@ -197,7 +197,7 @@ class TruthStore:
                 tensors = read_tensors(self.path, entry)
             except TrajectoryError as error:
                 raise TrajectoryError(
-                    f"{path} is not what was written. Delete it and retrain again, which trains what it held."
+                    f"{path} was altered or damaged. Delete it and retrain again; only its trainings are repeated."
                 ) from error
             numbers = tensors["subsets"].tolist(), tensors["seeds"].tolist()
             for subset, seed, values in zip(*numbers, tensors["measurements"], strict=True):

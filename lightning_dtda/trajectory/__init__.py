@@ -1,4 +1,4 @@
-"""A run on disk: manifest, shards, writer, ``Run``, ``Ensemble``. Knows tensors and files, no models."""
+"""Runs on disk: manifest, shards, writer, ``Run``, ``Ensemble``. Deals with tensors and files, not with models."""
 
 from lightning_dtda.trajectory.ensemble import Ensemble
 from lightning_dtda.trajectory.layout import ParameterLayout

@@ -1,4 +1,4 @@
-"""A directory that holds the answer to one question, and says to which."""
+"""A directory that holds the answer to one question, with an index of what was asked."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lightning_dtda.trajectory.storage import read_json, write_json
 
 @dataclass(frozen=True)
 class Answers:
-    """What a kind of answer is called, and the JSON file, its index, that says what was asked.
+    """A kind of answer, such as an attribution, and its index: the JSON file that says what was asked.
 
     Args:
-        index: The file's name.
-        noun: What the directory holds: an attribution, say.
-        verb: What makes one: attribute.
-        version: Of the format.
-        error: Raised where one cannot be started.
-        ignored: Files that may be there before the index is.
+        index: Name of the index file.
+        noun: What the directory holds, e.g. "attribution".
+        verb: Function and command that make one, e.g. "attribute".
+        version: Version of the format.
+        error: Exception to raise if an answer cannot be started.
+        ignored: Files that may exist before the index does.
     """
 
     index: str
@@ -33,19 +33,19 @@ class Answers:
     ignored: tuple[str, ...] = ()
 
     def is_at(self, path: str | Path) -> bool:
-        """Say whether a directory holds an answer, finished or not."""
+        """Return whether a directory holds an answer, finished or not."""
         return (Path(path) / self.index).exists()
 
     def read(self, path: Path) -> dict[str, Any]:
         """Read the index of a stored answer.
 
         Raises:
-            TrajectoryError: If there is none, or it is of an unknown format.
+            TrajectoryError: If there is none, or its format is unknown.
         """
         if not self.is_at(path):
             verb = self.verb
             raise TrajectoryError(
-                f"{path} holds no {self.noun}. Give the output of lightning_dtda.{verb} or lightning-dtda {verb}."
+                f"{path} holds no {self.noun}. Pass the output of lightning_dtda.{verb} or lightning-dtda {verb}."
             )
         index = read_json(path / self.index)
         if index.get("format_version") != self.version:
@@ -56,7 +56,7 @@ class Answers:
         return index
 
     def found(self, path: Path, overwrite: bool) -> dict[str, Any]:
-        """Return the index of the answer in a directory, of whatever format; empty if a new one may start."""
+        """Return the index of the answer in a directory, in any format; empty if a new answer may start."""
         return read_json(path / self.index) if self.is_at(path) and not overwrite else {}
 
     def write(self, path: Path, index: dict[str, Any]) -> None:
@@ -65,10 +65,10 @@ class Answers:
 
     @contextmanager
     def opened(self, path: Path) -> Iterator[None]:
-        """Make the directory, and tell what cannot be written to it inside.
+        """Create the directory, and turn errors of writing to it inside the context into readable ones.
 
         Raises:
-            DTDAError: If the directory holds something else, or cannot be written.
+            DTDAError: If the directory holds something else or cannot be written to.
         """
         if path.is_dir() and not self.is_at(path) and any(file.name not in self.ignored for file in path.iterdir()):
             raise self.error(f"{path} is not empty and holds no {self.noun}. Choose another output.")
@@ -76,20 +76,20 @@ class Answers:
             path.mkdir(parents=True, exist_ok=True)
             yield
         except OSError as error:
-            raise self.error(f"{path} cannot be written ({error}). Choose another output.") from error
+            raise self.error(f"{path} cannot be written to ({error}). Choose another output.") from error
 
     def check_same(self, path: Path, changes: Sequence[str]) -> None:
         """Refuse the answer to another question.
 
         Args:
             path: The directory.
-            changes: What is different.
+            changes: Names of what differs.
 
         Raises:
-            DTDAError: If anything is.
+            DTDAError: If anything differs.
         """
         if changes:
             raise self.error(
-                f"{path} holds the answer to another question (different {', '.join(changes)}). Choose another output, "
-                "or set overwrite (overwrite=True, --overwrite)."
+                f"{path} holds the answer to another question (different {', '.join(changes)}). Choose another "
+                "output, or overwrite it (overwrite=True, --overwrite)."
             )

@@ -18,16 +18,16 @@ class Ensemble(Sequence[Run]):
 
     Args:
         runs: Complete runs.
-        root: The directory that holds them.
+        root: Directory that holds them.
 
     Raises:
-        TrajectoryError: If there is no run, or the runs' configurations differ; the message lists the fields.
+        TrajectoryError: If there are no runs, or their configurations differ; the message lists the differing fields.
     """
 
     def __init__(self, runs: Sequence[Run], root: str | Path) -> None:
         if not runs:
             raise TrajectoryError(
-                f"{root} holds no complete run. Record some: Trainer(callbacks=[TrajectoryRecorder(root)]) or "
+                f"{root} holds no complete run. Record some with Trainer(callbacks=[TrajectoryRecorder(root)]) or "
                 "lightning-dtda record."
             )
         self.root = Path(root)
@@ -36,36 +36,36 @@ class Ensemble(Sequence[Run]):
         for run in self.runs[1:]:
             if found := differences(first, run.manifest.comparable):
                 raise TrajectoryError(
-                    f"{self.runs[0].path} and {run.path} are runs of different configurations, hence not samples of "
-                    f"one distribution:\n{found}\nKeep each configuration in a directory of its own."
+                    f"{self.runs[0].path} and {run.path} have different configurations, so they are not samples of "
+                    f"one distribution:\n{found}\nKeep each configuration in a separate directory."
                 )
             if changed := changed_examples(self.runs[0], run):
                 raise TrajectoryError(
-                    f"{self.runs[0].path} and {run.path} were trained on different data, hence are not samples of one "
-                    f"distribution: example {list_examples(changed)}. Keep runs on other data in a directory of their "
-                    "own."
+                    f"{self.runs[0].path} and {run.path} were trained on different data, so they are not samples of "
+                    f"one distribution. Different: example {list_examples(changed)}. Keep runs on different data in "
+                    "separate directories."
                 )
 
     @classmethod
     def open(cls, root: str | Path) -> Ensemble:
-        """Open the complete runs below a directory; incomplete ones are left out with a warning that names them.
+        """Open the complete runs in a directory; incomplete ones are left out with a warning that names them.
 
         Args:
-            root: The recorder's ``root``.
+            root: ``root`` of the recorder.
 
         Raises:
             TrajectoryError: If there is no complete run, a file is damaged, or configurations differ.
         """
         root = Path(root)
         if not root.is_dir():
-            raise TrajectoryError(f"{root} is no directory. Give the root that the runs were recorded under.")
+            raise TrajectoryError(f"{root} is not a directory. Pass the root directory of the recorded runs.")
         if (root / MANIFEST).exists():
-            raise TrajectoryError(f"{root} is a single run. Give its parent, the root that it was recorded under.")
+            raise TrajectoryError(f"{root} is a single run. Pass its parent, the root directory of the recorded runs.")
         runs = [Run(path.parent) for path in sorted(root.glob(f"*/{MANIFEST}"))]
         incomplete = [run for run in runs if not run.complete]
         if incomplete:
             warnings.warn(
-                "left out as incomplete: "
+                "Incomplete runs were left out: "
                 + ", ".join(f"{run.name} ({run.steps} steps, {_how_it_ended(run)})" for run in incomplete),
                 stacklevel=2,
             )
@@ -88,4 +88,4 @@ class Ensemble(Sequence[Run]):
 
 def _how_it_ended(run: Run) -> str:
     manifest = next(process.manifest for process in run.processes if process.manifest.status != "complete")
-    return "still recording, or killed" if manifest.status == "recording" else str(manifest.reason)
+    return "still recording or killed" if manifest.status == "recording" else str(manifest.reason)

@@ -1,4 +1,4 @@
-"""Checksums of the training examples, by which a changed one is found and named."""
+"""Checksums of the training examples, used to find and name examples that changed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 from lightning_dtda.errors import TrajectoryError
 
 _LISTED = 10
-"""Examples that a message names."""
+"""Number of examples that a message names."""
 
 
 @dataclass(frozen=True)
 class ExampleChecksums:
-    """Checksums of every example of a data set, or of every second, fourth, eighth ... one.
+    """Checksums of all examples of a data set, or of every second, fourth, eighth, ... example.
 
-    Strides are powers of two, so that of two such sets one contains the other.
+    Strides are powers of two, so for any two strides, one set of examples contains the other.
 
     Args:
         length: N, the number of examples.
-        stride: Between the examples that have a checksum; 1 is all of them.
-        values: Their checksums in order ``(ceil(N / stride),)``, int64.
+        stride: Distance between examples with a checksum; 1 means all examples.
+        values: Checksums in order ``(ceil(N / stride),)``, int64.
 
     Example:
         >>> recorded = ExampleChecksums(4, 1, torch.tensor([5, 6, 7, 8]))
@@ -39,25 +39,25 @@ class ExampleChecksums:
         return len(self.values)
 
     def changed(self, other: ExampleChecksums) -> list[int]:
-        """Return the examples of which both have a checksum, and not the same.
+        """Return the examples that have a checksum in both sets but a different one.
 
         Args:
-            other: Those of a data set of the same length.
+            other: Checksums of a data set of the same length.
         """
         stride = max(self.stride, other.stride)
         mine, others = (checksums.values[:: stride // checksums.stride] for checksums in (self, other))
         return [stride * int(number) for number in (mine != others).nonzero()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is written into a file."""
+        """Return the tensors to write to a file."""
         return {"checksums": self.values, "stride": torch.tensor(self.stride)}
 
     @classmethod
     def of(cls, length: int, tensors: Mapping[str, Tensor]) -> ExampleChecksums:
-        """Take them from what was read from a file.
+        """Create the checksums from the tensors of a file.
 
         Raises:
-            TrajectoryError: If it holds something else.
+            TrajectoryError: If the file holds something else.
         """
         try:
             values, stride = tensors["checksums"], int(tensors["stride"])
@@ -65,13 +65,13 @@ class ExampleChecksums:
             raise TrajectoryError(f"The checksums of the training examples are incomplete ({error}).") from None
         if stride < 1 or stride & (stride - 1) or values.shape != (len(range(0, length, stride)),):
             raise TrajectoryError(
-                f"{len(values)} checksums with the stride {stride} are not those of {length} training examples."
+                f"{len(values)} checksums with stride {stride} cannot belong to {length} training examples."
             )
         return cls(length, stride, values)
 
 
 def list_examples(indices: Sequence[int]) -> str:
-    """Name examples in a sentence, the first few of many.
+    """Format example indices for a sentence, naming only the first few.
 
     Example:
         >>> list_examples([17, 40, 311])

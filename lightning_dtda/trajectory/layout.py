@@ -1,4 +1,4 @@
-"""Where each parameter lies in the flat vector that trajectories, gradients and adjoints are made of."""
+"""The position of each parameter in the flat vectors used for trajectories, gradients and adjoints."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import Tensor
 class ParameterLayout:
     """Names and shapes of the trained parameters, in the order of the optimizer's parameter groups.
 
-    One group is one contiguous slice, so that an update with a group's hyperparameters is one operation on a view.
+    Each group is one contiguous slice, so an update with a group's hyperparameters is one operation on a view.
 
     Args:
         names: Parameter names as in ``module.named_parameters()``.
-        shapes: Their shapes.
+        shapes: Shapes of the parameters.
         group_lengths: Number of parameters (tensors) in each group.
 
     Example:
@@ -46,24 +46,24 @@ class ParameterLayout:
 
     @property
     def group_slices(self) -> tuple[slice, ...]:
-        """Where each parameter group lies in the flat vector."""
+        """Slice of each parameter group in the flat vector."""
         groups = torch.tensor(self.sizes).split(list(self.group_lengths))
         ends = accumulate((int(group.sum()) for group in groups), initial=0)
         return tuple(slice(start, stop) for start, stop in pairwise(ends))
 
     def group_parameters(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], ...]:
-        """Return the parameters of each group, without their values: on the meta device."""
+        """Return the parameters of each group without their values (on the meta device)."""
         each = iter(torch.empty(shape, dtype=dtype, device="meta") for shape in self.shapes)
         return tuple(tuple(next(each) for _ in range(length)) for length in self.group_lengths)
 
     def without(self, names: Collection[str]) -> ParameterLayout:
-        """Return the layout without some parameters."""
+        """Return the layout without the named parameters."""
         kept = [name not in names for name in self.names]
         lengths = tuple(int(group.sum()) for group in torch.tensor(kept).split(list(self.group_lengths)))
         return ParameterLayout(tuple(compress(self.names, kept)), tuple(compress(self.shapes, kept)), lengths)
 
     def flatten(self, tensors: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
-        """Concatenate tensors, given in the layout's order, to one vector ``(P,)``."""
+        """Concatenate tensors, in the order of the layout, into one vector ``(P,)``."""
         flat = [tensor.detach().reshape(-1) for tensor in tensors]
         return torch.cat(flat) if out is None else torch.cat(flat, out=out)
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: ``manifest.json``, the only truth about what is complete."""
+"""The description of a run: ``manifest.json``, the single source of truth about what is complete."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ class Manifest:
     """Everything about a run that is not a tensor.
 
     Args:
-        seed: What ``seed_everything`` was called with, if it was.
-        configuration: What all runs of an ensemble share: module class and hyperparameters, optimizer, data set,
-            trainer settings. Runs that differ here are not of one distribution.
+        seed: Argument of ``seed_everything``, if it was called.
+        configuration: Settings that all runs of an ensemble share: module class and hyperparameters, optimizer, data
+            set, trainer settings. Runs that differ here are not samples of one distribution.
         parameters: Name and shape of every trained parameter, in the order of the flat vector.
         group_lengths: Number of parameters (tensors) in each of the optimizer's groups.
-        dtype: Of the parameters, e.g. ``float32``.
+        dtype: Data type of the parameters, e.g. ``float32``.
         optimizer: Import path of the optimizer's class.
-        options: Of each parameter group, the settings that are not numbers (``nesterov``, ``maximize``).
+        options: Non-numeric settings of each parameter group (``nesterov``, ``maximize``).
         hyperparameters: Names of the numbers recorded at every step for every group.
-        gradients: Stored data type of the gradients, or ``none``.
-        batches: ``store`` where the batches themselves are stored, else ``indices``.
-        processes: Number of processes that the training was spread over; the manifest is that of the first, those of
-            the others are in directories below.
+        gradients: Data type in which gradients are stored, or ``none``.
+        batches: ``store`` if the batches themselves are stored, else ``indices``.
+        processes: Number of processes of the training. This is the manifest of the first process; those of the others
+            are in sub-directories.
         evaluation_modules: Submodules that were in evaluation mode during training.
-        circumstances: What else ``training_step`` may have depended on: what the Trainer said of itself, buffers that a
-            step changes, and which hooks its batches passed.
+        circumstances: Other inputs that ``training_step`` may have depended on: attributes of the Trainer, buffers that
+            a step changes, and the hooks that its batches passed through.
         shared: What the examples of a batch share, in ``training`` and in ``evaluation`` mode: ``network``, ``loss`` or
-            ``none``; and of what kind the loss's ``reduction`` over them is: ``mean``, ``sum`` or ``other``.
-        threads: ``torch.get_num_threads()``; replay is bitwise only with the same number.
-        versions: Of torch, lightning and lightning-dtda.
-        planned_steps: Number of steps the Trainer meant to take, ``None`` where it is unknown.
-        status: ``recording`` until the training ends; a run that is still so was killed or is under way.
-        reason: Why a run is incomplete.
+            ``none``; and the kind of the loss's ``reduction`` over them: ``mean``, ``sum`` or ``other``.
+        threads: ``torch.get_num_threads()``; replay is bitwise identical only with the same number.
+        versions: Versions of torch, lightning and lightning-dtda.
+        planned_steps: Number of steps the Trainer was going to take; ``None`` if it is unknown.
+        status: ``recording`` until the training ends; a run with this status is still running or was killed.
+        reason: Why the run is incomplete.
         steps: Number of optimizer steps whose record is on disk.
         shards: Files of per-step records, each with its first and last step.
         checkpoints: Files of parameters and optimizer state, each with its step.
-        average: File of the averaged parameters that the training ended with in place of its last ones, with the
-            ``steps`` and ``coefficients`` of the average; ``None`` where it ended with the last ones.
-        examples: File of the training examples' checksums; ``None`` where batches are stored.
+        average: File of the averaged parameters that the training ended with instead of its last ones, with the
+            ``steps`` and ``coefficients`` of the average; ``None`` if it ended with the last ones.
+        examples: File of the training examples' checksums; ``None`` if batches are stored.
     """
 
     seed: int | None
@@ -85,7 +85,7 @@ class Manifest:
 
     @property
     def layout(self) -> ParameterLayout:
-        """Where each parameter lies in the flat vector."""
+        """Position of each parameter in the flat vector."""
         return ParameterLayout(
             tuple(entry["name"] for entry in self.parameters),
             tuple(tuple(entry["shape"]) for entry in self.parameters),
@@ -94,17 +94,17 @@ class Manifest:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
+        """Data type of the parameters."""
         return getattr(torch, self.dtype)
 
     @property
     def files(self) -> list[dict[str, Any]]:
-        """All files of the run that are listed."""
+        """All files listed in the manifest."""
         return [*self.shards, *self.checkpoints, *(one for one in (self.examples, self.average) if one is not None)]
 
     @property
     def comparable(self) -> dict[str, Any]:
-        """What runs must share to be samples of one distribution."""
+        """Settings that runs must share to be samples of one distribution."""
         return {
             **self.configuration,
             "parameters": {entry["name"]: entry["shape"] for entry in self.parameters},
@@ -116,7 +116,7 @@ class Manifest:
         }
 
     def cut(self, steps: int) -> None:
-        """Forget what came after a number of steps; a shard may go on beyond its last step."""
+        """Drop everything after a number of steps; the last shard's file may hold more steps than are listed."""
         self.steps = min(self.steps, steps)
         self.checkpoints = [entry for entry in self.checkpoints if entry["step"] <= steps]
         self.shards = [
@@ -126,8 +126,8 @@ class Manifest:
         ]
 
     def save(self, directory: Path) -> None:
-        """Write ``manifest.json`` into a run directory."""
-        # not asdict, which copies every entry of every file
+        """Write ``manifest.json`` to a run directory."""
+        # not asdict, which would copy every entry of every file
         write_json(directory / MANIFEST, {item.name: getattr(self, item.name) for item in fields(self)})
 
     @classmethod
@@ -135,7 +135,7 @@ class Manifest:
         """Read the manifest of a run directory.
 
         Raises:
-            TrajectoryError: If there is none, or it is of a format this version does not know.
+            TrajectoryError: If there is none, or its format is unknown to this version.
         """
         path = directory / MANIFEST
         content = read_json(path)
@@ -147,18 +147,18 @@ class Manifest:
             )
         known = {item.name for item in fields(cls)}
         if missing := sorted(known - content.keys()):
-            raise TrajectoryError(f"{path} lacks {', '.join(missing)}. Record the run again.")
+            raise TrajectoryError(f"{path} is missing {', '.join(missing)}. Record the run again.")
         return cls(**{name: content[name] for name in known})
 
 
 def changed_leaves(first: Any, second: Any, absent: Any = None, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the leaves in which two JSON values differ: where they are, and the two values.
+    """Yield the path and the two values of each leaf in which two JSON values differ.
 
     Args:
-        first: A value.
-        second: Another one.
-        absent: Stands for what one of them lacks.
-        where: Where the two are themselves.
+        first: First value.
+        second: Second value.
+        absent: Placeholder for leaves that only the other value has.
+        where: Path of the two values themselves.
     """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         for key in dict.fromkeys([*first, *second]):
@@ -169,6 +169,6 @@ def changed_leaves(first: Any, second: Any, absent: Any = None, where: str = "")
 
 
 def differences(first: Any, second: Any) -> str:
-    """List the leaves in which two JSON values differ, a line each."""
+    """List the leaves in which two JSON values differ, one per line."""
     found = changed_leaves(first, second, absent="absent")
-    return "\n".join(f"  {where}: {one!r} against {other!r}" for where, one, other in found)
+    return "\n".join(f"  {where}: {one!r} vs. {other!r}" for where, one, other in found)

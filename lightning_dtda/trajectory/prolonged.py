@@ -1,4 +1,4 @@
-"""Runs as they would be, made of the recorded steps of a shorter one: for estimates of what they cost."""
+"""Hypothetical runs that repeat the recorded steps of a shorter run, to estimate costs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from lightning_dtda.trajectory.run import Checkpoint, MicroBatch, Run, _Shard
 
 
 class ProlongedRun(Run):
-    """A run of more steps than were recorded, or of fewer: those that were, over and over.
+    """A run with more or fewer steps than were recorded, which repeats the recorded steps.
 
-    Steps, checkpoints and sizes are those that the run would have, and so is what it costs to replay any part of it;
-    what comes of it means nothing, and no replay of it agrees with a record beyond the recorded steps.
+    It has the steps, checkpoints and sizes of the full run, so replaying any part of it costs the same as in the full
+    run. The results are meaningless, and replays do not agree with the record beyond the recorded steps.
 
     Args:
-        run: What was recorded.
-        steps: T.
-        interval: Steps between two checkpoints.
-        examples: N, the number of training examples. Those of a batch are counted modulo N.
+        run: Recorded run.
+        steps: T, the number of steps.
+        interval: Number of steps between checkpoints.
+        examples: N, the number of training examples. Indices in a batch are taken modulo N.
     """
 
     _steps: int | None = None

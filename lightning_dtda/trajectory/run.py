@@ -18,11 +18,11 @@ from lightning_dtda.trajectory.manifest import Manifest
 from lightning_dtda.trajectory.storage import check_size, read_tensors
 
 LEAF = "leaves."
-"""Prefix of a shard's entries for stored batches, one for each tensor in them."""
+"""Prefix of a shard's entries for stored batches, one entry per tensor in a batch."""
 
 RNG_STATES, RNG_SIZES, RNG_MICRO_BATCHES = "rng_states.", "rng_sizes.", "rng_micro_batches."
-"""Prefixes of a shard's entries for each random number generator: its states one after the other, how many bytes each
-has, and before which micro-batches it was in them."""
+"""Prefixes of a shard's entries for each random number generator: its concatenated states, the number of bytes of each
+state, and the micro-batch that follows each state."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Checkpoint:
     Args:
         step: t, the number of optimizer steps taken.
         theta: Parameters ``(P,)``.
-        states: Optimizer state of each parameter group; empty where the optimizer has had none yet.
+        states: Optimizer state of each parameter group; empty if the optimizer had none yet.
         buffers: Buffers and frozen parameters by name.
     """
 
@@ -49,11 +49,11 @@ class MicroBatch:
     Args:
         indices: Data set indices in order ``(B,)``.
         epoch: ``trainer.current_epoch``.
-        batch_idx: As ``training_step`` got it.
-        rng_states: States, before the batch was moved to the module, of the random number generators that the pass drew
-            from, by name: torch's are ``cpu`` and ``cuda``.
-        leaves: The tensors of the batch, each ``(B, ...)``; none where batches were not stored.
-        process: The process that made the pass, 0 where there was one.
+        batch_idx: ``batch_idx`` as passed to ``training_step``.
+        rng_states: States of the random number generators that the pass drew from, by name (torch's are ``cpu`` and
+            ``cuda``), taken before the batch was moved to the module.
+        leaves: Tensors of the batch, each ``(B, ...)``; empty if batches were not stored.
+        process: Process that ran the pass; 0 if there was only one.
         global_step: ``trainer.global_step``, which also counts steps that were not taken.
     """
 
@@ -69,14 +69,14 @@ class MicroBatch:
 class Run:
     """One seeded training on disk: what happened at each of its T optimizer steps.
 
-    Files are read when they are needed and checked against the manifest then. A training that was spread over several
-    processes is one run: each step has the micro-batches of all of them, those of the first process first.
+    Files are read when they are needed and checked against the manifest at that time. A training with several processes
+    is one run: each step has the micro-batches of all processes, those of the first process first.
 
     Args:
-        path: The run directory.
+        path: Run directory.
 
     Raises:
-        TrajectoryError: If it holds no readable manifest, or files are missing or truncated.
+        TrajectoryError: If the manifest cannot be read, or files are missing or truncated.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -85,7 +85,7 @@ class Run:
         for entry in self.manifest.files:
             check_size(self.path, entry)
         self.processes = (self, *(Run(process_path(self.path, n)) for n in range(1, self.manifest.processes)))
-        # of a killed training, the processes may have left different numbers of steps
+        # the processes of a killed training may have recorded different numbers of steps
         self._checkpoints = {entry["step"]: entry for entry in self.manifest.checkpoints if entry["step"] <= self.steps}
         self._shard_starts = [entry["first_step"] for entry in self.manifest.shards]
         self._shard: tuple[int, _Shard] | None = None
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, that of its directory."""
+        """Name of the run and of its directory."""
         return self.path.name
 
     @property
@@ -106,15 +106,15 @@ class Run:
 
     @property
     def checksum(self) -> int:
-        """Checksum of the trained model: tells a run from another one that was recorded under its name."""
+        """Checksum of the trained model, which distinguishes the run from another one recorded under the same name."""
         return max(self.manifest.checkpoints, key=lambda entry: entry["step"])["crc32"]
 
     @property
     def example_checksums(self) -> ExampleChecksums | None:
-        """Checksums of the examples that the run was trained on; ``None`` where batches were stored.
+        """Checksums of the examples that the run was trained on; ``None`` if batches were stored.
 
         Raises:
-            TrajectoryError: If their file is damaged.
+            TrajectoryError: If the file of the checksums is damaged.
         """
         if self.manifest.examples is None:
             return None
@@ -123,52 +123,53 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the training came to its regular end."""
+        """Whether the training ended normally."""
         return all(process.manifest.status == "complete" for process in self.processes)
 
     @property
     def layout(self) -> ParameterLayout:
-        """Where each parameter lies in the flat vectors."""
+        """Position of each parameter in the flat vectors."""
         return self.manifest.layout
 
     @property
     def checkpoint_steps(self) -> list[int]:
-        """The steps t at which parameters and optimizer state are on disk, ascending, 0 first."""
+        """Steps t whose parameters and optimizer state are on disk, in ascending order, starting at 0."""
         return sorted(self._checkpoints)
 
     @property
     def has_exact_gradients(self) -> bool:
-        """Whether recorded gradients have the parameters' precision, so that theta_t can be rebuilt from them."""
+        """Whether recorded gradients have the precision of the parameters, so theta_t can be rebuilt from them."""
         return self.manifest.gradients == self.manifest.dtype
 
     @property
     def clipping(self) -> Clipping:
-        """What the Trainer did to gradients before the optimizer got them."""
+        """Clipping that the Trainer applied to gradients before the optimizer received them."""
         training = self.manifest.configuration["training"]
         return clipping(training["gradient_clip_val"], training["gradient_clip_algorithm"])
 
     @property
     def update(self) -> GroupedUpdate:
-        """The optimizer's update over its parameter groups."""
+        """Update of the optimizer, over all of its parameter groups."""
         layout = self.layout
         parameters = layout.group_parameters(self.manifest.torch_dtype)
         return GroupedUpdate(UPDATES[self.manifest.optimizer], layout.group_slices, parameters)
 
     def has_theta(self, step: int) -> bool:
-        """Whether theta_t can be had from the record alone."""
+        """Return whether theta_t can be read or rebuilt from the record alone."""
         return step in self._checkpoints or self.has_exact_gradients
 
     def theta(self, step: int) -> dict[str, Tensor]:
         """Return the parameters after ``step`` optimizer steps, by name.
 
-        Read where there is a checkpoint, else rebuilt from the nearest earlier one with the recorded gradients.
+        They are read from a checkpoint if there is one, else rebuilt from the last earlier checkpoint with the recorded
+        gradients.
 
         Args:
             step: t, from 0 (initialisation) to T (the trained model).
 
         Raises:
-            TrajectoryError: If there is neither a checkpoint nor a gradient record of the parameters' precision;
-                ``lightning_dtda.replay.Replay`` rebuilds those by computing the gradients anew.
+            TrajectoryError: If there is no checkpoint, and no record of the gradients in the parameters' precision. In
+                this case ``lightning_dtda.replay.Replay`` rebuilds the parameters by recomputing the gradients.
         """
         return self.layout.unflatten(self.theta_vector(step))
 
@@ -195,26 +196,28 @@ class Run:
         for t in range(t, step):  # noqa: B020 - the cursor moves on
             theta, states = update.step(theta, states, self.gradient_vector(t), self.hyperparameters(t), step=t)
         self._cursor = (step, theta, states)
-        return theta.clone()  # what the caller does to it must not get into the next one
+        return theta.clone()  # the caller may change it, which must not affect the next one
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Read the checkpoint after ``step`` optimizer steps, one of :attr:`checkpoint_steps`."""
+        """Read the checkpoint after ``step`` optimizer steps, which must be one of :attr:`checkpoint_steps`."""
         tensors = read_tensors(self.path, self._checkpoints[step])
         layout = self.layout
         try:
             theta = layout.flatten([tensors[f"parameters.{name}"] for name in layout.names])
         except KeyError as error:
-            raise TrajectoryError(f"The checkpoint of {self.path} at step {step} lacks {error}.") from None
+            raise TrajectoryError(
+                f"The checkpoint of {self.path} at step {step} is missing {error}. Record the run again."
+            ) from None
         states: list[State] = [{} for _ in layout.group_lengths]
         for name, tensor in _below("state.", tensors).items():
             group, key = name.split(".", 1)
             states[int(group)][key] = tensor
-        if step == 0 and self.steps:  # what state there is at the start, the first step's hyperparameters tell
+        if step == 0 and self.steps:  # the initial state follows from the first step's hyperparameters
             states = self.update.initial_states(theta, self.hyperparameters(0))
         return Checkpoint(step, theta, states, _below("buffers.", tensors))
 
     def average(self) -> Checkpoint | None:
-        """Read the averaged parameters that the training ended with; ``None`` where it ended with its last ones."""
+        """Read the averaged parameters that the training ended with; ``None`` if it ended with its last ones."""
         if self.manifest.average is None:
             return None
         tensors = read_tensors(self.path, self.manifest.average)
@@ -233,7 +236,7 @@ class Run:
         return found
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """Return the forward passes whose gradients the step applied, in order."""
+        """Return the micro-batches whose gradients the step applied, in order."""
         micro_batches = []
         for number, process in enumerate(self.processes):
             shard, row = process._locate(step)
@@ -241,22 +244,22 @@ class Run:
         return micro_batches
 
     def batch_indices(self, step: int) -> Tensor:
-        """Return the data set indices of the examples in a step, all micro-batches in order ``(B,)``."""
+        """Return the data set indices of the examples in a step ``(B,)``, over all micro-batches in order."""
         return torch.cat([micro_batch.indices for micro_batch in self.micro_batches(step)])
 
     def coefficients(self, step: int) -> Tensor:
-        """Return what each example's loss is multiplied with in the step's loss ``(B,)``, float64.
+        """Return the coefficient of each example's loss in the step's loss ``(B,)``, float64.
 
-        One over the size of its micro-batch times ``accumulate_grad_batches``: Lightning divides by that number even
-        where the last group of an epoch has fewer micro-batches. And over the number of processes, whose gradients are
-        averaged.
+        This is 1 divided by the size of the example's micro-batch, by ``accumulate_grad_batches`` (Lightning divides by
+        it even if the last group of an epoch has fewer micro-batches) and by the number of processes (their gradients
+        are averaged).
         """
         divisor = self.accumulation(step) * len(self.processes)
         sizes = torch.tensor([len(micro_batch.indices) for micro_batch in self.micro_batches(step)])
         return (1 / (divisor * sizes.double())).repeat_interleave(sizes)
 
     def accumulation(self, step: int) -> int:
-        """Return what Lightning divided the losses of the step's micro-batches by, ``accumulate_grad_batches``."""
+        """Return ``accumulate_grad_batches``, by which Lightning divided the losses of the step's micro-batches."""
         shard, row = self._locate(step)
         return int(shard.tensors["accumulate_grad_batches"][row])
 
@@ -287,16 +290,16 @@ class Run:
         shard, row = self._locate(step)
         if "gradients" not in shard.tensors:
             raise TrajectoryError(
-                f'{self.path} was recorded without gradients. Record with gradients="float32", or compute them '
-                "anew from its module and data (lightning_dtda.replay.Replay)."
+                f'{self.path} was recorded without gradients. Record with gradients="float32", or recompute them '
+                "from its module and data (lightning_dtda.replay.Replay)."
             )
         return shard.tensors["gradients"][row].clone()
 
     def gradient_norm(self, step: int) -> Tensor:
-        """Return the gradient's Euclidean norm before it was clipped by its norm, a scalar.
+        """Return the Euclidean norm of the gradient before it was clipped by norm, a scalar.
 
         Raises:
-            TrajectoryError: If the run was not clipped by norm, and nothing recorded.
+            TrajectoryError: If gradients were not clipped by norm, so that no norms were recorded.
         """
         shard, row = self._locate(step)
         if "gradient_norms" not in shard.tensors:
@@ -304,7 +307,7 @@ class Run:
         return shard.tensors["gradient_norms"][row]
 
     def _locate(self, step: int) -> tuple[_Shard, int]:
-        """Return the shard that holds the step's record, read if need be, and the step's row in it."""
+        """Return the shard that holds the step's record, reading it if necessary, and the step's row in it."""
         if not 0 <= step < self.steps:
             raise TrajectoryError(f"{self.path} has no record of step {step}; it has {self.steps} steps, 0 first.")
         number = bisect_right(self._shard_starts, step) - 1
@@ -314,14 +317,14 @@ class Run:
 
 
 def process_path(path: Path, number: int) -> Path:
-    """Return the directory of a run in which one of its processes records."""
+    """Return the directory in which one of the processes of a run records."""
     return path / f"process-{number}" if number else path
 
 
 def changed_examples(first: Run, second: Run) -> list[int]:
-    """Return the training examples that differ between two runs, as far as both have a checksum of them."""
+    """Return the training examples that differ between two runs, among those with a checksum in both."""
     entries = first.manifest.examples, second.manifest.examples
-    # mostly the same file: nothing has to be read
+    # usually the files are identical, and nothing needs to be read
     if entries[0] is None or entries[1] is None or entries[0]["crc32"] == entries[1]["crc32"]:
         return []
     checksums, others = first.example_checksums, second.example_checksums
@@ -329,12 +332,12 @@ def changed_examples(first: Run, second: Run) -> list[int]:
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with a prefix, without it."""
+    """Return the tensors whose names start with a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 class _Shard:
-    """The records of consecutive steps; ragged data lie one after the other with their lengths beside them."""
+    """The records of consecutive steps; ragged data are concatenated and stored together with their lengths."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

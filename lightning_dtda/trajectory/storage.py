@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: safetensors and JSON, renamed into place, checked when read."""
+"""Files that are either complete or absent: safetensors and JSON, renamed into place and checked when read."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from lightning_dtda.errors import TrajectoryError
 if sys.platform == "linux":
     import fcntl
 
-try:  # the same checksum, by instructions that processors have for it: some five times as fast
+try:  # the same checksum, about five times faster thanks to dedicated processor instructions
     from isal.isal_zlib import crc32
 except ImportError:
     from zlib import crc32
 
 _CHECKSUM = "crc32"
-"""Entry of a JSON file that holds the checksum of the others."""
+"""Name of the JSON entry that holds the checksum of the other entries."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -50,23 +50,24 @@ _DTYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
-"""What safetensors calls the data types."""
+"""Names of the data types in safetensors."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _PIECE = 2**22
-"""Bytes that are checksummed and written at a time."""
+"""Number of bytes that are checksummed and written at a time."""
 
 _DIRECT_BYTES = 2**22
-"""A tensor that may go past the system's cache is at least so large: less is soon written, and best read from there."""
+"""Minimum size in bytes of a tensor that bypasses the page cache. Smaller ones are written quickly, and are best read
+from the cache."""
 
 PAGE = mmap.PAGESIZE
-"""What goes past the system's cache are whole pages, in memory and in the file."""
+"""Page size in bytes. Only whole pages, aligned in memory and in the file, can bypass the page cache."""
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
-    """Open a file under another name and rename it into place, so that no reader ever sees half of it."""
+    """Open a file under a temporary name and rename it into place, so no reader ever sees a partial file."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("wb") as file:
         yield file
@@ -74,13 +75,13 @@ def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file atomically."""
     with _replacing(path) as file:
         file.write(content)
 
 
 def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
-    """Write to the disk past the system's cache; through it what cannot be written otherwise."""
+    """Write to disk bypassing the page cache, and through the cache whatever cannot bypass it."""
     if sys.platform == "linux":
         file.flush()
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
@@ -89,7 +90,7 @@ def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
             while piece:
                 piece = piece[file.raw.write(piece) :]
         except OSError as error:
-            # not whole pages; or a file system that has no way past the cache
+            # not whole pages, or a file system that does not support direct writes
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -98,10 +99,10 @@ def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all, a line for each of its entries, its checksum last."""
-    # not json's own indent, which leaves its encoder in C for one in Python, ten times slower
+    """Write a JSON object atomically, one entry per line, with its checksum last."""
+    # not with json's indent, which switches from the C encoder to the Python one, ten times slower
     entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
-    checksum = crc32(f"{{{', '.join(entries)}}}".encode())  # of what json.dumps makes of the whole
+    checksum = crc32(f"{{{', '.join(entries)}}}".encode())  # of the output of json.dumps for the whole object
     lines = ",\n ".join([*entries, f'"{_CHECKSUM}": {checksum}'])
     replace_file(path, f"{{\n {lines}\n}}\n".encode())
 
@@ -110,7 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        TrajectoryError: If the file is missing, is not a JSON object, or is not what was written.
+        TrajectoryError: If the file is missing, is not a JSON object, or was changed after it was written.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -119,9 +120,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TrajectoryError(f"{path} cannot be read ({error}). Record or compute it again.") from error
     if not isinstance(content, dict):
-        raise TrajectoryError(f"{path} holds no JSON object. Record or compute it again.")
+        raise TrajectoryError(f"{path} is not a JSON object. Record or compute it again.")
     if content.pop(_CHECKSUM, None) != _checksum(content):
-        raise TrajectoryError(f"{path} is not what was written (its checksum differs). Record or compute it again.")
+        raise TrajectoryError(f"{path} was altered or damaged (checksum mismatch). Record or compute it again.")
     return content
 
 
@@ -132,25 +133,24 @@ def _checksum(content: Mapping[str, Any]) -> int:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = False) -> dict[str, Any]:
     """Write tensors as safetensors and return the file's entry for a manifest: name, bytes and checksum.
 
-    The bytes go to the system from where they are: no copy of the tensors is made, unless they are on another device.
+    The tensors are written without a copy, unless they are on another device.
 
     Args:
-        path: The file.
-        tensors: What it is to hold.
-        direct: Whether the largest tensor, where it is large, goes to the disk past the system's cache: without another
-            copy, and waiting for the disk. Where the system or the file system has no such way, it goes through the
-            cache.
+        path: File to write.
+        tensors: Tensors by name.
+        direct: Whether to bypass the page cache for the largest tensor if it is large. This saves another copy, but
+            waits for the disk. If the operating system or the file system does not support it, the cache is used.
 
     Raises:
         TypeError: If safetensors has no name for a tensor's data type.
     """
-    # the widest first, as safetensors has it, so that every tensor is aligned; the largest may then begin at any page
+    # widest data type first, as in safetensors, to align every tensor; the largest may then start at any page
     ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, -item[1].nbytes, item[0])))
     described: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered.items():
         if tensor.dtype not in _DTYPES:
-            raise TypeError(f"safetensors files hold no tensors of {tensor.dtype}, such as {name!r}")
+            raise TypeError(f"safetensors files cannot hold tensors of {tensor.dtype}, such as {name!r}")
         start, end = end, end + tensor.nbytes
         described[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     header = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
@@ -158,7 +158,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = Fals
     shift = ordered[past].data_ptr() - described[past]["data_offsets"][0] if past is not None else 0
     if shift % 8:
         past, shift = None, 0
-    # spaces, which the format allows: up to where the pages of what goes past the cache are pages of the file
+    # pad with spaces, which the format allows, so that pages of the directly written tensor are pages of the file
     header += b" " * ((shift - 8 - len(header)) % (8 if past is None else PAGE))
     begin = len(header).to_bytes(8, "little") + header
     checksum = crc32(begin)
@@ -175,7 +175,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = Fals
 
 
 def _largest(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the largest tensor, if it may go past the system's cache."""
+    """Return the name of the largest tensor, if it can bypass the page cache."""
     name = max(tensors, key=lambda name: tensors[name].nbytes, default=None)
     if name is None or tensors[name].nbytes < _DIRECT_BYTES:
         return None
@@ -183,10 +183,10 @@ def _largest(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor, little endian; after the first piece, pieces begin at a page of the memory."""
+    """Yield the bytes of a tensor, little endian, in pieces; all but the first start at a memory page."""
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().reshape(-1)
     flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat.contiguous()
-    # as integers of the same width, since NumPy lacks some data types; few machines have any to swap
+    # as integers of the same width, since NumPy lacks some data types; byte swaps are needed on few machines
     integers = flat.view(_INTEGERS[flat.itemsize]).numpy().astype(f"<i{flat.itemsize}", copy=False)
     content = integers.view(np.uint8).data
     first = min(len(content), -flat.data_ptr() % PAGE)
@@ -196,45 +196,45 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def check_size(directory: Path, entry: Mapping[str, Any]) -> None:
-    """Compare a file's length with its manifest entry: cheap, and finds what was truncated or lost.
+    """Compare a file's size with its manifest entry: a cheap check for truncated and missing files.
 
     Raises:
-        TrajectoryError: Naming the file.
+        TrajectoryError: If the size differs or the file is missing; the message names the file.
     """
     path = entry_path(directory, entry)
     size = path.stat().st_size if path.is_file() else None
     if size != entry["bytes"]:
         found = "is missing" if size is None else f"has {size} bytes"
         raise TrajectoryError(
-            f"{path} {found}; the manifest says {entry['bytes']}. The run is damaged: record it again."
+            f"{path} {found}; the manifest lists {entry['bytes']} bytes. The run is damaged: record it again."
         )
 
 
 def read_tensors(directory: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read a safetensors file that a manifest lists, and compare it with its checksum.
+    """Read a safetensors file listed in a manifest, and verify its checksum.
 
     Raises:
-        TrajectoryError: If the file is missing, truncated or altered, naming it.
+        TrajectoryError: If the file is missing, truncated or altered; the message names it.
     """
     check_size(directory, entry)
     path = entry_path(directory, entry)
     content = path.read_bytes()
     if crc32(content) != entry["crc32"]:
-        raise TrajectoryError(f"{path} is not what was written (its checksum differs). Record the run again.")
+        raise TrajectoryError(f"{path} was altered or damaged (checksum mismatch). Record the run again.")
     try:
-        # no pickle: a header of names, shapes and offsets, bounded by the bytes whose checksum was just compared
+        # no pickle: a header of names, shapes and offsets, limited to the bytes whose checksum was just verified
         return safetensors.torch.load(content)
     except SafetensorError as error:
         raise TrajectoryError(f"{path} is not a safetensors file ({error}). Record the run again.") from error
 
 
 def entry_path(directory: Path, entry: Mapping[str, Any]) -> Path:
-    """Return the path of a manifest's entry, which must be a plain name inside the manifest's directory.
+    """Return the path of a manifest entry, which must be a plain file name in the manifest's directory.
 
     Raises:
-        TrajectoryError: If the name leads anywhere else.
+        TrajectoryError: If the name points anywhere else.
     """
     name = entry["file"]
     if not isinstance(name, str) or Path(name).name != name:
-        raise TrajectoryError(f"The manifest in {directory} names the file {name!r}, which is no plain file name.")
+        raise TrajectoryError(f"The manifest in {directory} lists {name!r}, which is not a plain file name.")
     return directory / name

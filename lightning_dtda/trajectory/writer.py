@@ -1,4 +1,4 @@
-"""Writes a run off the training thread: whole files first, then the manifest that makes them count."""
+"""Writes a run outside the training thread: first complete files, then the manifest that lists them."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from lightning_dtda.trajectory.manifest import AVERAGE, EXAMPLES, Manifest, Stat
 from lightning_dtda.trajectory.storage import write_tensors
 
 _QUEUE_LENGTH = 2
-"""Files that may wait in memory; a third one makes the training wait for the disk, which bounds the memory."""
+"""Number of files that may wait in memory. With one more, the training waits for the disk, which bounds the memory."""
 
 FILES_IN_MEMORY = _QUEUE_LENGTH + 2
-"""Files of a run that may be in memory: one that is gathered, one that is written, and those that wait."""
+"""Number of files of a run that may be in memory: one being filled, one being written, and those that wait."""
 
 _LISTED_FILES_PER_NEW = 64
-"""The manifest is rewritten once its new files are this fraction of the old: rewriting costs the same for each file
-however many there are, and a killed training loses at most that fraction (of fewer files, none)."""
+"""Number of listed files per new file at which the manifest is rewritten. This keeps the cost of rewriting constant per
+file, and a killed training loses at most 1/64 of its files (none if it has fewer than 64)."""
 
 
 _LOCK = "recording.lock"
-"""Held while a run is written; the system lets go of it when the process ends, however it ends."""
+"""File that is locked while a run is written; the system releases the lock when the process ends, even by a crash."""
 
 
 class RunWriter:
-    """Accepts the checkpoints and shards of one run, in order, and writes them in a thread of its own.
+    """Accepts the checkpoints and shards of one run, in order, and writes them in a separate thread.
 
-    The manifest is rewritten as files are added and lists only what is on disk, so that a killed training leaves a
-    readable prefix.
+    The manifest is rewritten as files are added and lists only what is on disk, so a killed training leaves a readable
+    prefix.
 
     Args:
-        directory: The run directory; it must exist.
-        manifest: The run's manifest, status ``recording``; from here on it belongs to the writer. Of a run that goes
-            on, it lists the files that are to be kept.
+        directory: Run directory, which must exist.
+        manifest: Manifest of the run, with status ``recording``; from here on it belongs to the writer. For a resumed
+            run, it lists the files to keep.
     """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
@@ -61,7 +61,7 @@ class RunWriter:
         self._thread.start()
 
     def add_checkpoint(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Queue parameters and optimizer state after ``step`` steps. The tensors must not change any more."""
+        """Queue parameters and optimizer state after ``step`` steps. The tensors must not change afterwards."""
         self._put(f"checkpoint-{step:08d}.safetensors", {"step": step}, tensors)
 
     def add_shard(
@@ -74,10 +74,10 @@ class RunWriter:
         """Queue the records of steps ``first_step`` to ``last_step - 1``.
 
         Args:
-            first_step: The first.
-            last_step: The one after the last.
-            tensors: The records, which must not change before they are released.
-            release: Called, from the writer's thread, once the tensors are not needed any more.
+            first_step: First step.
+            last_step: Step after the last one.
+            tensors: Records, which must not change before they are released.
+            release: Callback, run in the writer's thread once the tensors are no longer needed.
         """
         entry = {"first_step": first_step, "last_step": last_step}
         self._put(f"steps-{first_step:08d}.safetensors", entry, tensors, release)
@@ -87,20 +87,20 @@ class RunWriter:
         self._put(EXAMPLES, {}, checksums.tensors())
 
     def add_average(self, facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Queue the average that the training ended with."""
+        """Queue the averaged parameters that the training ended with."""
         self._put(AVERAGE, dict(facts), tensors)
 
     def sync(self) -> None:
-        """Wait until all that was added is on disk and listed."""
+        """Wait until everything added so far is on disk and listed."""
         self._queue.join()
         self._save_manifest()
         self._raise_failure()
 
     def close(self, status: Status, reason: str | None = None) -> None:
-        """Wait until everything is on disk, then say in the manifest how the run ended.
+        """Wait until everything is on disk, then write to the manifest how the run ended.
 
         Raises:
-            RecordingError: If a file could not be written; the manifest then says so too.
+            RecordingError: If a file could not be written; the manifest records this too.
         """
         self._queue.put(None)
         self._thread.join()
@@ -151,9 +151,9 @@ class RunWriter:
             name, entry, tensors, release = item
             try:
                 if self._failure is not None:
-                    continue  # keep emptying the queue, so that the training thread is never stuck on it
-                # while another file waits, the disk does not keep up: what the system's cache takes meanwhile, the
-                # training need not wait for
+                    continue  # keep emptying the queue, so the training thread never blocks on it
+                # if another file is waiting, the disk is not keeping up: then write through the page cache, so the
+                # training need not wait for the disk
                 keeps_up = self._queue.empty()
                 written = write_tensors(self._directory / name, tensors, keeps_up) | entry
                 if name == EXAMPLES:
@@ -178,7 +178,7 @@ class RunWriter:
 
 
 def is_being_written(directory: Path) -> bool:
-    """Whether a process, this or another, is writing a run at this moment."""
+    """Return whether this or another process is currently writing a run."""
     if not (directory / _LOCK).exists():
         return False
     try:

@@ -158,7 +158,7 @@ def test_a_killed_training_leaves_a_readable_prefix_that_says_so(record, root):
     for step in range(killed.steps):
         assert killed.batch_indices(step).tolist() == whole.batch_indices(step).tolist()
         assert_same(killed.theta(step + 1), whole.theta(step + 1))
-    with pytest.warns(UserWarning, match=rf"seed-0007 \({killed.steps} steps, still recording, or killed\)"):
+    with pytest.warns(UserWarning, match=rf"seed-0007 \({killed.steps} steps, still recording or killed\)"):
         assert [run.name for run in Ensemble.open(root)] == ["run"]
 
 

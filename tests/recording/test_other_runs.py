@@ -75,7 +75,7 @@ def test_the_remedy_works(train, root):
 
 def test_splits_of_another_length_are_refused_too(train):
     train(0, IndexedExamples)
-    with pytest.raises(RecordingError, match=r"(?s)on other data:\n.*dataset.length: 23 against 15\n"):
+    with pytest.raises(RecordingError, match=r"(?s)on other data:\n.*dataset.length: 23 vs. 15\n"):
         train(1, split_by_itself)
     assert train.steps == [12, 0]
 

@@ -179,7 +179,7 @@ REFUSED = {
     "without the recorder's state": (forget, {}, r"resumes at step 4; .*in no record.*no ckpt_path"),
     "without its record": (lose, {}, "4 recorded steps, of which there is no record.*does not exist"),
     "with other parameters": (spoil(4), {}, "parameters are not those of .*seed-0007 after 4 steps"),
-    "with another batch size": (unchanged, {"data": shuffled(batch_size=5)}, "batch_size: 4 against 5"),
+    "with another batch size": (unchanged, {"data": shuffled(batch_size=5)}, "batch_size: 4 vs. 5"),
     "with another optimizer": (unchanged, {"optimizer": adamw}, None),
     "with other gradients": (unchanged, {"recorder": {"gradients": "bfloat16"}}, "in one way throughout"),
     "with stored batches": (unchanged, {"recorder": {"batches": "store"}}, None),

@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named(truth, tmp_path):
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    with pytest.raises(TrajectoryError, match=f"{damaged.name} is not what was written.*retrain again"):
+    with pytest.raises(TrajectoryError, match=f"{damaged.name} was altered or damaged.*retrain again"):
         GroundTruth.load(tmp_path)
 
 

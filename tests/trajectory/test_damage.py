@@ -60,7 +60,7 @@ def test_a_manifest_that_is_no_json_is_refused(directory):
 def test_a_manifest_that_is_no_object_is_refused(directory):
     (directory / "manifest.json").write_text("[]")
 
-    with pytest.raises(TrajectoryError, match="no JSON object"):
+    with pytest.raises(TrajectoryError, match="not a JSON object"):
         Run(directory)
 
 
@@ -79,7 +79,7 @@ def test_a_newer_format_is_refused_with_both_versions(directory):
 def test_a_manifest_that_lacks_a_field_is_refused(directory):
     change_manifest(directory, lambda content: content.pop("threads"))
 
-    with pytest.raises(TrajectoryError, match="lacks threads"):
+    with pytest.raises(TrajectoryError, match="is missing threads"):
         Run(directory)
 
 
@@ -105,5 +105,5 @@ def test_a_checkpoint_that_lacks_a_parameter_is_refused(directory):
 
     change_manifest(directory, rename)
 
-    with pytest.raises(TrajectoryError, match=r"at step 3 lacks 'parameters.other'"):
+    with pytest.raises(TrajectoryError, match=r"at step 3 is missing 'parameters.other'"):
         Run(directory).theta(3)

@@ -43,7 +43,7 @@ def test_incomplete_runs_are_left_out_and_named_with_the_reason(tmp_path):
 
     [warning] = caught
     assert f"failed ({STEPS} steps, ValueError: the loss is not finite)" in str(warning.message)
-    assert f"killed ({STEPS} steps, still recording, or killed)" in str(warning.message)
+    assert f"killed ({STEPS} steps, still recording or killed)" in str(warning.message)
     assert warning.filename == __file__
     assert [run.name for run in ensemble] == ["whole"]
 
@@ -51,12 +51,12 @@ def test_incomplete_runs_are_left_out_and_named_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"configuration": {**SAME, "training": {"batch_size": 4}}}, "training.batch_size: 2 against 4"),
-        ({"configuration": {**SAME, "dataset": {"length": 9}}}, "dataset.length: 10 against 9"),
-        ({"configuration": {**SAME, "more": True}}, "more: 'absent' against True"),
-        ({"evaluation_modules": ["norm"]}, r"evaluation_modules: \[\] against \['norm'\]"),
+        ({"configuration": {**SAME, "training": {"batch_size": 4}}}, "training.batch_size: 2 vs. 4"),
+        ({"configuration": {**SAME, "dataset": {"length": 9}}}, "dataset.length: 10 vs. 9"),
+        ({"configuration": {**SAME, "more": True}}, "more: 'absent' vs. True"),
+        ({"evaluation_modules": ["norm"]}, r"evaluation_modules: \[\] vs. \['norm'\]"),
         ({"options": [{"nesterov": True}] * 2}, "options"),
-        ({"dtype": "float64"}, "dtype: 'float32' against 'float64'"),
+        ({"dtype": "float64"}, "dtype: 'float32' vs. 'float64'"),
     ],
 )
 def test_runs_of_different_configurations_are_refused_with_what_differs(tmp_path, changes, field):
@@ -77,7 +77,7 @@ def test_runs_may_differ_in_what_is_no_part_of_the_distribution(tmp_path):
 
 
 def test_a_root_that_is_no_directory_is_refused(tmp_path):
-    with pytest.raises(TrajectoryError, match="no directory"):
+    with pytest.raises(TrajectoryError, match="not a directory"):
         Ensemble.open(tmp_path / "absent")
 
 
