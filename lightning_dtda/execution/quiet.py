@@ -1,4 +1,4 @@
-"""What trainings say: less of it, or in a file."""
+"""Silences the messages of trainings, or writes them to a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning says at the start and end of every fit: with twenty seeds it hides everything else."""
+    """Silence Lightning's messages at the start and end of every fit, which hide everything else with twenty seeds."""
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -21,7 +21,7 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # about Lightning's own code and number of workers: nothing that the user's configuration got wrong
+            # about code inside Lightning, the number of workers and the logging interval: nothing the user did wrong
             warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", message=".*smaller than the logging interval")

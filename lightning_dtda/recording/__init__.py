@@ -1,4 +1,4 @@
-"""Inside ``Trainer.fit``: the recorder, the response tracker and the tap that learns which examples are in a batch."""
+"""Callbacks inside ``Trainer.fit``: the recorder and the response tracker, and how they identify a batch's examples."""
 
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.recording.recording import record

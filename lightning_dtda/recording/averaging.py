@@ -1,4 +1,4 @@
-"""Averages of a training's parameters: which steps they are made of, with which coefficients."""
+"""Averages of the parameters during training: which steps they include, and with which coefficients."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _SWA = "callbacks.StochasticWeightAveraging"
 
 @dataclass(frozen=True)
 class Average:
-    r"""What a training was measured with in place of its last parameters.
+    r"""The averaged parameters that a training ends with instead of its last ones.
 
     .. math:: \bar\theta = \sum_j c_j \theta_{t_j}
 
     Args:
-        facts: Steps :math:`t_j` and coefficients :math:`c_j`, and what became of the buffers, in JSON.
+        facts: Steps :math:`t_j`, coefficients :math:`c_j` and how buffers were treated, as JSON.
         tensors: Parameters and buffers of the average, named as in a checkpoint.
     """
 
@@ -34,7 +34,7 @@ class Average:
 
 
 def averaging_callback(trainer: pl.Trainer) -> Any:
-    """Return the Trainer's callback that averages parameters, ``None`` where there is none.
+    """Return the Trainer's callback that averages parameters, or ``None``.
 
     Raises:
         RecordingError: If there are several.
@@ -51,16 +51,16 @@ def averaging_callback(trainer: pl.Trainer) -> Any:
 
 
 class AveragingTap:
-    """Notes what an averaging callback does, and has the record closed before it puts its average into the module.
+    """Notes what an averaging callback does, and closes the record before the average is copied into the module.
 
     Args:
         callback: The callback.
         module: The module.
-        steps: Returns the number of steps taken so far.
-        before_end: Called before the average is put in.
+        steps: Function that returns the number of steps taken so far.
+        before_end: Function that is called before the average is copied into the module.
 
     Raises:
-        RecordingError: If the average is one that cannot be followed.
+        RecordingError: If this kind of average is not supported.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class AveragingTap:
         self._is_swa = is_a(callback, _SWA)
         if self._is_swa and batch_norm_layers(module):
             raise RecordingError(
-                "StochasticWeightAveraging takes the statistics of BatchNorm anew in an epoch of its own, which is not "
-                "followed. Use lightning's EMAWeightAveraging or WeightAveraging, which average them too, or GroupNorm."
+                "StochasticWeightAveraging recomputes the statistics of BatchNorm in an extra epoch, which cannot be "
+                "replayed. Use Lightning's EMAWeightAveraging or WeightAveraging, which average them too, or GroupNorm."
             )
         self._model = callback._average_model
         # instance attributes shadow the methods; `remove` deletes them again
@@ -94,12 +94,12 @@ class AveragingTap:
         callback.on_train_end = on_train_end
 
     def remove(self) -> None:
-        """Give the callback back as it was."""
+        """Restore the callback."""
         vars(self._callback).pop("on_train_end", None)
         vars(self._owner).pop("update_parameters", None)
 
     def average(self, layout: ParameterLayout) -> Average | None:
-        """Return the average so far; ``None`` where nothing was averaged yet, and the last parameters stay."""
+        """Return the average so far; ``None`` if nothing was averaged yet, so that the last parameters stay."""
         if not self._updates:
             return None
         coefficients, kept = [], 1.0
@@ -114,13 +114,13 @@ class AveragingTap:
             "callback": type(self._callback).__name__,
             "steps": [step for step, _ in reversed(coefficients)],
             "coefficients": [coefficient for _, coefficient in reversed(coefficients)],
-            # parameters only, and the module's own buffers stay; or buffers are averaged, or those of the last update
+            # "last": the module keeps its own buffers; "updated": they are copied at each update of the average
             "buffers": "last" if self._is_swa else ("averaged" if self._callback._use_buffers else "updated"),
         }
         return Average(facts, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
 
     def _note(self) -> None:
-        """Note the step, and what old and new parameters are multiplied with: by asking with numbers."""
+        """Note the step and the coefficients of the old and the new parameters, found by averaging test numbers."""
         count = self._callback.n_averaged if self._is_swa else self._model.n_averaged
         if int(count) == 0:
             self._updates.append((self._steps(), 0.0, 1.0))
@@ -128,8 +128,8 @@ class AveragingTap:
         rates = [self._averaged(old, new, count) for old, new in ((1.0, 0.0), (0.0, 1.0), (2.0, 3.0))]
         if abs(rates[2] - 2 * rates[0] - 3 * rates[1]) > 1e-6:
             raise RecordingError(
-                "The average of the parameters is not linear in them, so that it cannot be followed. Use an average "
-                "with fixed weights, as EMAWeightAveraging and the default ones are."
+                "The average of the parameters is not linear in them, which is not supported. Use an average with "
+                "fixed weights, such as EMAWeightAveraging or the default averaging function."
             )
         self._updates.append((self._steps(), rates[0], rates[1]))
 

@@ -1,4 +1,4 @@
-"""Learns which examples are in a batch: from the sampler that chose them, not from their content."""
+"""Identifies the examples in a batch by the indices from the sampler, not by their content."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lightning_dtda.replay.random_states import Generators
 
 
 class BatchTap:
-    """Learns which examples are in each training batch of a Trainer, and what the batch was before it was moved.
+    """Finds out which examples are in each training batch of a Trainer, and keeps the batch as it was before transfer.
 
-    The Trainer creates the loader's iterator before ``on_train_start``, and with workers it draws indices ahead. So
-    the strategy's ``process_dataloader``, which every loader passes on its way in, is shadowed during fit, and the
-    loader's batch sampler is wrapped there. Each iterator keeps its own list of drawn indices: what is prefetched
-    and thrown away, or drawn for validation from the same loader, cannot be mistaken for the batch at hand. No
-    random number is drawn that the training would not draw itself.
+    The Trainer creates the loader's iterator before ``on_train_start``, and with workers it draws indices ahead. For
+    this reason the strategy's ``process_dataloader``, which every loader passes through, is shadowed during fit, and
+    wraps the loader's batch sampler. Each iterator keeps its own list of drawn indices, so a batch that is prefetched
+    and discarded, or drawn for validation from the same loader, cannot be confused with the current one. No additional
+    random numbers are drawn.
 
-    The hooks on a batch's way to the module may draw random numbers (augmentation on the device) and change the batch.
-    The first of what happens to a batch that was fetched is ``precision_plugin.convert_input``, which is shadowed too.
+    Hooks may draw random numbers and change the batch on its way to the module (augmentation on the device). The first
+    function called on a fetched batch is ``precision_plugin.convert_input``, so this is shadowed too.
 
     Args:
         trainer: The Trainer, before it loads data.
@@ -46,7 +46,7 @@ class BatchTap:
         trainer.precision_plugin.convert_input = self._convert_input  # type: ignore[method-assign]
 
     def remove(self) -> None:
-        """Give the Trainer and the user's loaders back as they were."""
+        """Restore the Trainer and the user's loaders."""
         vars(self._trainer.strategy).pop("process_dataloader", None)
         vars(self._trainer.precision_plugin).pop("convert_input", None)
         for loader, batch_sampler in self._tapped:
@@ -61,8 +61,8 @@ class BatchTap:
             RecordingError: If there is not exactly one.
         """
         combined = self._trainer.fit_loop._combined_loader
-        # a collection of one is refused too: its batches come wrapped in a dict or a list
-        # by whichever callback's tap: each sees to it that the loader is tapped
+        # a collection of one loader is refused too: its batches come wrapped in a dict or a list
+        # the loader may have been tapped by another callback
         if (
             combined is None
             or combined.flattened != [combined.iterables]
@@ -70,7 +70,7 @@ class BatchTap:
         ):
             count = 0 if combined is None else len(combined.flattened)
             raise RecordingError(
-                f"The training data are a collection of {count} DataLoaders; recording needs a single one. Join the "
+                f"The training data are a collection of {count} DataLoaders, but recording needs exactly one. Join the "
                 "data sets (torch.utils.data.ConcatDataset) and return one DataLoader."
             )
         loader: DataLoader[Any] = combined.flattened[0]
@@ -80,8 +80,8 @@ class BatchTap:
         """Return the data set indices of the batch that the Trainer just fetched, in order.
 
         Raises:
-            RecordingError: If this version of Lightning or torch keeps its iterators elsewhere, or the sampler yields
-                something other than integers.
+            RecordingError: If this version of Lightning or torch stores its iterators elsewhere, or the sampler yields
+                anything other than integers.
         """
         try:
             fetcher = self._trainer.fit_loop._data_fetcher
@@ -92,23 +92,23 @@ class BatchTap:
             indices = drawn[number]
         except (AttributeError, KeyError) as error:
             raise RecordingError(
-                f"Cannot tell which examples are in the batch: lightning {pl.__version__} with torch "
-                f"{torch.__version__} keeps its iterators in an unknown way ({error!r}). Use versions that "
+                f"Cannot determine which examples are in the batch: lightning {pl.__version__} with torch "
+                f"{torch.__version__} stores its iterators in an unknown way ({error!r}). Use versions that "
                 "lightning-dtda is tested with."
             ) from error
-        # this one stays: another callback may tap the same loader
+        # keep the current batch: another callback may be using the same tap
         for earlier in [key for key in drawn if key < number]:
             del drawn[earlier]
         try:
             return list(map(operator.index, indices))
         except (TypeError, ValueError) as error:
             raise RecordingError(
-                f"The sampler yields {indices!r}, not a list of data set indices. Let it yield lists of integers, or "
-                "give the DataLoader a batch_size, so that a batch is a list of examples."
+                f"The sampler yields {indices!r}, which is not a list of data set indices. Let it yield lists of "
+                "integers, or give the DataLoader a batch_size, which makes every batch a list of examples."
             ) from error
 
     def take(self) -> tuple[dict[str, torch.Tensor], Any]:
-        """Return the states of the generators before the batch at hand was moved, and the batch as it was collated."""
+        """Return the states of the generators before the current batch was moved, and the batch as it was collated."""
         assert self._last is not None
         last, self._last = self._last, None
         return last
@@ -124,7 +124,7 @@ class BatchTap:
 
     @cached_property
     def _generators(self) -> Generators:
-        """All that the module may draw from."""
+        """All random number generators that the module may draw from."""
         return Generators(self._module, self._module.device)
 
     def _convert_input(self, data: Any) -> Any:
@@ -134,15 +134,15 @@ class BatchTap:
 
 
 def _sampler_of(loader: Any) -> Any:
-    """Return what yields the indices of a batch: the sampler itself where the data set is asked for whole batches."""
+    """Return the sampler that yields a batch's indices: the plain sampler if automatic batching is disabled."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     return getattr(loader, "sampler", None) if batch_sampler is None else batch_sampler
 
 
 def _set_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> None:
-    # DataLoader forbids setting the attribute; its __dict__ does not
+    # DataLoader forbids setting the attribute, but its __dict__ can be changed
     loader.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = batch_sampler
-    # an iterator with persistent workers outlives the epoch, perhaps the training, and holds the sampler itself
+    # an iterator with persistent workers outlives the epoch, perhaps the training, and has a reference to the sampler
     iterator: Any = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._index_sampler = batch_sampler
@@ -161,13 +161,13 @@ class _TappedBatchSampler:
         return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
-        # set_epoch, batch_size, drop_last, ...; the guard keeps copying and unpickling from recursing
+        # set_epoch, batch_size, drop_last, ...; the guard prevents infinite recursion when copying and unpickling
         if name == "_inner":
             raise AttributeError(name)
         return getattr(self._inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # a callback may change the sampler in mid-training: batch_size, its epoch
+        # a callback may change the sampler during training: its batch_size or epoch
         if name == "_inner":
             super().__setattr__(name, value)
         else:
@@ -175,7 +175,7 @@ class _TappedBatchSampler:
 
 
 class _TappedIterator:
-    """Remembers the index batches drawn but not yet asked for, by their number."""
+    """Remembers the batches of indices that were drawn but not yet requested, by their number."""
 
     def __init__(self, inner: Iterator[Any]) -> None:
         self._inner = inner
@@ -187,7 +187,7 @@ class _TappedIterator:
 
     def __next__(self) -> Any:
         indices = next(self._inner)
-        # a copy: a sampler may yield the same list again, filled anew, before this batch is trained on
+        # a copy: a sampler may refill and yield the same list again before this batch is trained on
         self.drawn[self._count] = indices.tolist() if isinstance(indices, torch.Tensor) else copy.copy(indices)
         self._count += 1
         return indices
@@ -196,16 +196,15 @@ class _TappedIterator:
 def _refuse_unsupported(loader: Any) -> None:
     if not isinstance(loader, DataLoader):
         raise RecordingError(
-            f"The training data come from a {type(loader).__name__}, not from a torch DataLoader, so that the order of "
+            f"The training data come from a {type(loader).__name__}, not from a torch DataLoader, so the order of the "
             "examples cannot be recorded. Return a DataLoader from train_dataloader."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise RecordingError(
-            f"{type(loader.dataset).__name__} is an IterableDataset: its examples have no indices, so that none can be "
+            f"{type(loader.dataset).__name__} is an IterableDataset: its examples have no indices, so none can be "
             "removed. Use a map-style data set (__getitem__ and __len__)."
         )
     if not getattr(loader, "in_order", True) and loader.num_workers > 0:
         raise RecordingError(
-            "The DataLoader has in_order=False, so that batches arrive in an order that depends on timing. Set "
-            "in_order=True."
+            "The DataLoader has in_order=False, so the order of the batches depends on timing. Set in_order=True."
         )

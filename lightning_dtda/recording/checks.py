@@ -1,4 +1,4 @@
-"""What cannot be recorded is refused before the first step, with the way out in the message."""
+"""Checks that refuse, before the first step, whatever cannot be recorded; the messages say what to do."""
 
 from __future__ import annotations
 
@@ -27,49 +27,49 @@ _STEP_HOOKS = ("backward", "configure_gradient_clipping")
 
 
 def refuse_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuse settings that are known before data are loaded.
+    """Refuse unsupported settings that are known before data are loaded.
 
     Raises:
-        RecordingError: Naming the setting and what to do.
+        RecordingError: If a setting is not supported; the message names it and says what to do.
     """
     if not module.automatic_optimization:
         raise RecordingError(
-            f"{type(module).__name__} uses manual optimization, so that its steps are not those of one loss. Use "
-            "automatic optimization, or train without the recorder."
+            f"{type(module).__name__} uses manual optimization, so its steps need not follow one loss. Use automatic "
+            "optimization, or train without the recorder."
         )
     refuse_strategy(trainer.strategy)
     plugin = trainer.precision_plugin
     if type(plugin) not in kinds(*_PRECISIONS):
         raise RecordingError(
-            f"precision={plugin.precision!r} cannot be replayed. Train with Trainer(precision=...) of "
+            f"precision={plugin.precision!r} cannot be replayed. Set Trainer(precision=...) to "
             '"32-true", "64-true", "bf16-mixed" or "16-mixed".'
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if is_a(callback, "callbacks.BaseFinetuning"):
             raise RecordingError(
-                f"{type(callback).__name__} changes which parameters are trained in mid-training; recording needs the "
-                "same ones at every step. Remove it from the Trainer, or train each phase on its own."
+                f"{type(callback).__name__} changes during training which parameters are trained, but recording needs "
+                "the same ones at every step. Remove it from the Trainer, or record each phase as a separate training."
             )
     for hook in _STEP_HOOKS:
         if overrides(module, hook):
             raise RecordingError(
-                f"{type(module).__name__}.{hook} changes how a step is taken, which a replay does not follow. Remove "
+                f"{type(module).__name__}.{hook} changes how a step is taken, which a replay cannot reproduce. Remove "
                 "it, or train without the recorder."
             )
 
 
 def refuse_strategy(strategy: Strategy) -> None:
-    """Refuse strategies under which no process sees the gradient that is applied.
+    """Refuse strategies in which no process sees the gradient that is applied.
 
     Raises:
-        RecordingError: Naming the strategy, why, and which ones are followed.
+        RecordingError: If the strategy is not supported; the message says why, and which ones are.
     """
     if is_a(strategy, "strategies.SingleDeviceStrategy"):
         return
     # subclasses change how gradients are reduced
     if type(strategy) not in kinds("strategies.DDPStrategy"):
         why = (
-            "spreads parameters, gradients and the optimizer's state over processes, so that none of them has those of "
+            "spreads parameters, gradients and the optimizer's state over processes, so no process has all those of "
             "a step"
             if isinstance(strategy, kinds(*_SHARDED))
             else "is not known to apply the mean of the processes' gradients"
@@ -81,28 +81,28 @@ def refuse_strategy(strategy: Strategy) -> None:
     of_ddp: Any = strategy
     if of_ddp._ddp_comm_hook is not None or of_ddp._model_averaging_period is not None:
         raise RecordingError(
-            "The DDPStrategy has a communication hook or averages models, so that what is applied is not the mean of "
-            "the processes' gradients. Leave ddp_comm_hook and model_averaging_period out."
+            "The DDPStrategy has a communication hook or averages models, so the applied gradient is not the mean of "
+            "the processes' gradients. Leave out ddp_comm_hook and model_averaging_period."
         )
 
 
 def refuse_layers(module: nn.Module) -> None:
-    """Refuse layers whose state a replay does not follow, and those with sparse gradients.
+    """Refuse layers whose state a replay cannot reproduce, and layers with sparse gradients.
 
     Raises:
-        RecordingError: Naming the first.
+        RecordingError: If there is such a layer; the message names the first one.
     """
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse:
             raise RecordingError(f"The gradients of layer {name} are sparse. Use dense gradients (sparse=False).")
         if isinstance(layer, nn.SyncBatchNorm) and layer.training:
             raise RecordingError(
-                f"Layer {name} takes its statistics over all processes, which a replay does not follow. Use the "
+                f"Layer {name} computes its statistics over all processes, which a replay cannot reproduce. Use the "
                 "statistics of each process: Trainer(sync_batchnorm=False)."
             )
         if isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats:
             raise RecordingError(
-                f"Layer {name} keeps running statistics, which a replay does not follow. Set track_running_stats=False."
+                f"Layer {name} keeps running statistics, which a replay cannot follow. Set track_running_stats=False."
             )
 
 
@@ -110,48 +110,51 @@ def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False, resumed
     """Return the training's only optimizer.
 
     Args:
-        optimizers: The Trainer's.
+        optimizers: Optimizers of the Trainer.
         scaled: Whether a gradient scaler is used.
-        resumed: Whether the training goes on from steps that are recorded.
+        resumed: Whether the training continues after recorded steps.
 
     Raises:
-        RecordingError: If there are several, it is not known, it was used before, or it hides its gradients.
+        RecordingError: If there are several optimizers, or it is not supported, was used before or hides its gradients.
     """
     if len(optimizers) != 1:
-        raise RecordingError(f"The training has {len(optimizers)} optimizers; recording needs one.")
+        raise RecordingError(
+            f"The training has {len(optimizers)} optimizers, but recording needs exactly one. Return a single one from "
+            "configure_optimizers; it may have several parameter groups."
+        )
     optimizer = optimizers[0]
-    # LightningOptimizer and schedulers wrap instances, never the class: the exact class says what a step computes
+    # LightningOptimizer and schedulers wrap instances, never the class: the exact class determines the step
     if (path := optimizer_path(optimizer)) not in UPDATES:
         names = sorted(known.rsplit(".", 1)[1] for known in UPDATES)
         supported = [name for name in names if hasattr(torch.optim, name)]
-        remedy = f"Train with one of torch.optim's {', '.join(supported)}"
+        remedy = f"Train with one of these optimizers in torch.optim: {', '.join(supported)}"
         if (why := NO_DERIVATIVE.get(type(optimizer).__name__)) is not None:
             raise RecordingError(f"The optimizer {path} cannot be followed: {why}. {remedy}.")
         raise RecordingError(
-            f"The optimizer {path} is not known, so that its steps cannot be differentiated. {remedy}; or describe its "
-            f'update: lightning_dtda.optimizers.UPDATES["{path}"] = ..., see "Other optimizers" in the documentation.'
+            f"The optimizer {path} is unknown, so its steps cannot be differentiated. {remedy}; or define its update: "
+            f'lightning_dtda.optimizers.UPDATES["{path}"] = ... (see "Other optimizers" in the documentation).'
         )
     if getattr(optimizer, "_step_supports_amp_scaling", False) and scaled:
         raise RecordingError(
-            f"The fused {type(optimizer).__name__} unscales gradients itself, where they cannot be recorded. Make it "
-            "with fused=False."
+            f"The fused {type(optimizer).__name__} unscales gradients internally, so they cannot be recorded. Create "
+            "it with fused=False."
         )
     for state in () if resumed else optimizer.state.values():
-        # torch counts steps for every optimizer but SGD and Muon, whose only state is there after the first
+        # torch counts steps for every optimizer except SGD and Muon, whose only state appears at the first step
         if any(isinstance(value, Tensor) for value in state.values()) and float(state.get("step", 1)) != 0:
             raise RecordingError(
-                f"The {type(optimizer).__name__} has taken steps before, which are in no record. Make a new one in "
+                f"The {type(optimizer).__name__} has taken steps before, which were not recorded. Create a new one in "
                 "configure_optimizers."
             )
     return optimizer
 
 
 def state_sizes(optimizer: Optimizer, parameters: Iterable[Tensor]) -> list[dict[str, int]]:
-    """Return how many numbers the optimizer keeps of each parameter group, by name, as it is set at present.
+    """Return how many numbers the optimizer keeps for each parameter group, by name, with its current settings.
 
     Args:
         optimizer: The optimizer.
-        parameters: Those of its parameters that it trains.
+        parameters: Parameters that the optimizer trains.
     """
     those = set(map(id, parameters))
     update = UPDATES[optimizer_path(optimizer)]
@@ -173,7 +176,7 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
     """Return the layout of the parameters that the optimizer trains, group by group.
 
     Raises:
-        RecordingError: If they are not all the module's own and of one dtype.
+        RecordingError: If a parameter does not belong to the module, or the parameters have different dtypes.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
@@ -184,7 +187,8 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
         )
     if len(dtypes := {parameter.dtype for parameter in parameters}) != 1:
         raise RecordingError(
-            f"The optimizer trains parameters of the dtypes {sorted(map(str, dtypes))}; recording needs exactly one."
+            f"The optimizer trains parameters with the dtypes {sorted(map(str, dtypes))}, but recording needs exactly "
+            "one dtype. Convert the module to one."
         )
     return ParameterLayout(
         tuple(names[id(parameter)] for parameter in parameters),
@@ -194,7 +198,7 @@ def parameter_layout(module: nn.Module, optimizer: Optimizer) -> ParameterLayout
 
 
 def refuse_existing(directory: Path, overwrite: bool) -> None:
-    """Refuse to record over something.
+    """Refuse to overwrite an existing directory.
 
     Raises:
         RecordingError: If the run directory exists and may not be overwritten.
@@ -207,12 +211,12 @@ def refuse_existing(directory: Path, overwrite: bool) -> None:
         raise RecordingError(
             f"{directory} exists. Choose another run name, seed or root, delete it, or record with overwrite=True."
         )
-    # overwriting deletes: a wrong root or name must not cost anything but a run
+    # overwriting deletes the directory: with a wrong root or name, nothing but a run may be lost
     is_run = directory.is_dir() and (
         (directory / MANIFEST).exists() or all(path.suffix in (".partial", ".lock") for path in directory.iterdir())
     )
     if not is_run:
         raise RecordingError(
-            f"{directory} is no recorded run, so that overwrite=True does not delete it. Choose another run name, or "
+            f"{directory} is not a recorded run, so overwrite=True does not delete it. Choose another run name or "
             "another root."
         )

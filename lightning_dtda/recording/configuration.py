@@ -1,4 +1,4 @@
-"""What all runs of an ensemble must share, in JSON: a run that differs here is no sample of the same distribution."""
+"""Settings that all runs of an ensemble must share, as JSON, to be samples of the same distribution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_dtda.replay.stand_ins import Circumstances
 from lightning_dtda.version import __version__
 
 _NOT_SETTINGS = frozenset({"params", "initial_lr", "foreach", "fused", "capturable", "differentiable"})
-"""Entries of a parameter group that are no part of the update's mathematics; ``initial_lr`` is the scheduler's."""
+"""Entries of a parameter group that do not affect the update; ``initial_lr`` belongs to the scheduler."""
 
 
 def configuration(
@@ -33,21 +33,21 @@ def configuration(
     optimizer: Optimizer,
     seed: int | None,
 ) -> dict[str, Any]:
-    """Describe module, data, optimizer and training: what must not differ between the runs of an ensemble.
+    """Describe module, data, optimizer and training, which must be the same for all runs of an ensemble.
 
     Args:
         trainer: The Trainer.
         module: The module.
         loader: The training DataLoader.
-        data: What is known of its data set.
+        data: Description of its data set.
         optimizer: The optimizer.
-        seed: The run's, in which runs do differ.
+        seed: Seed of the run; this may differ between runs.
     """
     names, _ = hyperparameters(optimizer)
     return {
         "module": module_configuration(module, seed),
         "dataset": data,
-        # at the first step; what a scheduler does afterwards is recorded step by step
+        # at the first step; later changes by a scheduler are recorded step by step
         "hyperparameters": {
             name: [values[number] for values in hyperparameter_values(optimizer, names)]
             for number, name in enumerate(names)
@@ -71,11 +71,11 @@ _TRAINER_FACTS = (
     "num_devices",
     "precision",
 )
-"""What ``training_step`` may ask the Trainer, and is answered from the record in a replay."""
+"""Attributes of the Trainer that ``training_step`` may read; a replay takes them from the record."""
 
 
 def circumstances(trainer: pl.Trainer, module: pl.LightningModule) -> Circumstances:
-    """Describe what ``training_step`` may depend on beside its batch, the parameters and the time."""
+    """Describe what ``training_step`` may depend on besides the batch, the parameters and the time."""
     facts = {name: as_json(getattr(trainer, name)) for name in _TRAINER_FACTS}
     data = trainer.datamodule  # type: ignore[attr-defined]
     hooks = {}
@@ -94,7 +94,7 @@ def circumstances(trainer: pl.Trainer, module: pl.LightningModule) -> Circumstan
 
 
 def current_hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return the settings of each parameter group at this moment, by torch's names."""
+    """Return the current settings of each parameter group, by torch's names."""
     names, options = hyperparameters(optimizer)
     return [
         dict(zip(names, values, strict=True)) | others
@@ -103,7 +103,7 @@ def current_hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def module_configuration(module: pl.LightningModule, seed: int | None = None) -> dict[str, Any]:
-    """Describe a module: its class, its architecture, and its hyperparameters but for the seed."""
+    """Describe a module by its class, its architecture and its hyperparameters except the seed."""
     return {
         "class": class_path(type(module)),
         "architecture": hashlib.sha256(repr(module).encode()).hexdigest()[:16],
@@ -111,7 +111,7 @@ def module_configuration(module: pl.LightningModule, seed: int | None = None) ->
             {
                 key: value
                 for key, value in module.hparams.items()
-                # LightningCLI adds _class_path and _instantiator, which say how the module was made, not which
+                # LightningCLI adds _class_path and _instantiator, which tell how the module was created, not what it is
                 if not key.startswith("_") and not (key == "seed" and value == seed)
             }
         ),
@@ -119,7 +119,7 @@ def module_configuration(module: pl.LightningModule, seed: int | None = None) ->
 
 
 def training_configuration(trainer: pl.Trainer, loader: DataLoader[Any]) -> dict[str, Any]:
-    """Describe how long, in which batches and how exactly is trained."""
+    """Describe the length, the batches and the precision of the training."""
     return {
         "batch_size": getattr(loader.batch_sampler, "batch_size", None),
         "drop_last": getattr(loader.batch_sampler, "drop_last", None),
@@ -135,21 +135,21 @@ def training_configuration(trainer: pl.Trainer, loader: DataLoader[Any]) -> dict
 
 
 def hyperparameters(optimizer: Optimizer) -> tuple[list[str], list[dict[str, Any]]]:
-    """Split the parameter groups' settings: names of the numbers, and each group's other settings."""
+    """Split the settings of the parameter groups into the names of the numbers, and each group's other settings."""
     groups = [_flat(group) for group in optimizer.param_groups]
-    # a group may have entries of its own: the user's notes
+    # a group may have additional entries, such as the user's notes
     numbers = [name for name in groups[0] if all(is_number(group.get(name)) for group in groups)]
     options = [{name: as_json(value) for name, value in group.items() if name not in numbers} for group in groups]
     return numbers, options
 
 
 def hyperparameter_values(optimizer: Optimizer, names: list[str]) -> list[list[float]]:
-    """Return the numbers of each parameter group at this moment, in the order of ``names``."""
+    """Return the current numbers of each parameter group, in the order of ``names``."""
     return [[float(settings[name]) for name in names] for settings in map(_flat, optimizer.param_groups)]
 
 
 def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the settings of a parameter group, tuples (Adam's betas) spread to one entry each."""
+    """Return the settings of a parameter group, with tuples (Adam's betas) split into one entry per element."""
     settings: dict[str, Any] = {}
     for name, value in group.items():
         if name in _NOT_SETTINGS:
@@ -162,12 +162,12 @@ def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is recorded at every step: a number, or a tensor of one."""
+    """Return whether a setting is recorded at every step: a number, or a tensor with one number."""
     return (isinstance(value, Number) and not isinstance(value, bool)) or isinstance(value, torch.Tensor)
 
 
 def as_json(value: Any) -> Any:
-    """Return a JSON value; of what JSON lacks, the class, since a repr may hold addresses that differ each time."""
+    """Return a JSON value; for unsupported types the class, since a repr may contain addresses that change."""
     if isinstance(value, Enum):
         return as_json(value.value)
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -189,5 +189,5 @@ def class_path(cls: type) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a run was recorded with."""
+    """Return the installed versions of torch, lightning and lightning-dtda."""
     return {"torch": torch.__version__, "lightning": pl.__version__, "lightning-dtda": __version__}

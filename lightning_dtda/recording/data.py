@@ -1,4 +1,4 @@
-"""Checks of the training data: examples have indices, are always the same, and make up the batch that is trained on."""
+"""Checks of the training data: examples must have indices, never change, and make up the batches."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingData:
-    """The data set that a training began with.
+    """The data set at the start of a training.
 
     Args:
         loader: The training DataLoader.
-        stored: Whether batches are stored, so that examples may differ each time they are asked for; they have no
-            fingerprint then.
+        stored: Whether batches are stored. Then examples may differ each time they are read, and they have no
+            fingerprint.
 
     Attributes:
-        description: What must not differ between runs.
-        checksums: Of the examples, as many as can be read in some seconds; ``None`` where batches are stored.
+        description: Description of the data set, which must be the same for all runs.
+        checksums: Checksums of as many examples as can be read in a few seconds; ``None`` if batches are stored.
 
     Raises:
-        RecordingError: As :func:`describe_data`.
+        RecordingError: As for :func:`describe_data`.
     """
 
     def __init__(self, loader: DataLoader[Any], stored: bool = False) -> None:
@@ -54,8 +54,8 @@ class TrainingData:
         self._stored = stored
         if self.checksums is not None and len(self.checksums) < len(self):
             _log.info(
-                "Of the %d training examples, every %dth is recorded by a checksum, %d of them; reading all takes too "
-                "long. A change of the others will not be found by it.",
+                "Reading all %d training examples would take too long: a checksum is recorded for every %dth example, "
+                "%d in total. Changes to the others will not be detected.",
                 len(self),
                 self.checksums.stride,
                 len(self.checksums),
@@ -66,14 +66,14 @@ class TrainingData:
         return int(self.description["length"])
 
     def refuse_change(self, loader: DataLoader[Any], epoch: int) -> None:
-        """Refuse another data set than that of the start.
+        """Refuse a data set that differs from the one at the start.
 
         Args:
-            loader: The training DataLoader as it is now.
-            epoch: The epoch that begins.
+            loader: The current training DataLoader.
+            epoch: The epoch that is about to start.
 
         Raises:
-            RecordingError: If its content is another.
+            RecordingError: If the content of the data set is different.
         """
         if loader.dataset is self._described:
             return
@@ -81,64 +81,64 @@ class TrainingData:
         description, checksums = _examine(loader, self._stored, READING_SECONDS)
         changed = self._changed(checksums) if len(self) == description["length"] else []
         if description != self.description or changed:
-            which = f"example {list_examples(changed)} is not that of the start" if changed else "another data set"
+            which = f"example {list_examples(changed)} is different" if changed else "the data set is different"
             raise RecordingError(
-                f"The training data changed at epoch {epoch}: {which}. Train on one data set (without "
+                f"The training data changed at epoch {epoch}: {which}. Train on the same data throughout (without "
                 "reload_dataloaders_every_n_epochs, or reloading the same data)."
             )
 
     def refuse_others(self, run: Run) -> None:
-        """Refuse to go on with a run that was trained on other data.
+        """Refuse to continue a run that was trained on other data.
 
         Raises:
-            RecordingError: Naming the examples.
+            RecordingError: If the data differ; the message names the examples.
         """
         if changed := self._changed(run.example_checksums):
             raise RecordingError(
                 f"Example {list_examples(changed)} of the training data is not the one that {run.path} was trained on. "
-                "Go on with the same data, in the same order."
+                "Continue with the same data, in the same order."
             )
 
     def _changed(self, other: ExampleChecksums | None) -> list[int]:
         return [] if self.checksums is None or other is None else self.checksums.changed(other)
 
     def check_indices(self, indices: list[int]) -> None:
-        """Check that a batch was made of examples that have an index.
+        """Check that the indices of a batch are those of examples.
 
         Raises:
-            RecordingError: If the indices are not those of examples.
+            RecordingError: If an index is out of range.
         """
         length = len(self)
         if not indices or not 0 <= min(indices) <= max(indices) < length:
             raise RecordingError(
-                f"A batch was made of the indices {indices} of {length} examples. Let the sampler yield "
+                f"A batch has the indices {indices}, but there are {length} examples. Let the sampler yield "
                 f"indices from 0 to {length - 1}."
             )
 
 
 def describe_data(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return what must not differ between runs: the data set's class, length and fingerprint.
+    """Return the class, length and fingerprint of the data set, which must be the same for all runs.
 
     Args:
         loader: The training DataLoader.
 
     Raises:
-        RecordingError: If the data set has no integer indices, or gives another example each time it is asked.
+        RecordingError: If the data set has no integer indices, or an example differs each time it is read.
     """
     return _examine(loader, stored=False, seconds=0)[0]
 
 
 def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str, Tensor]) -> None:
-    """Check that a batch is what is made again of the examples at its indices, moved as the training moved it.
+    """Check that a batch can be reproduced from the examples at its indices.
 
     Args:
-        collated: What the ``collate_fn`` makes of the examples.
-        batch: The batch that ``training_step`` is about to get.
-        replica: Moves the former.
-        states: Of the random number generators before the latter was moved.
+        collated: Output of the ``collate_fn`` for the examples.
+        batch: The batch that will be passed to ``training_step``.
+        replica: Replica of the module, which moves ``collated`` to the device.
+        states: States of the random number generators before ``batch`` was moved.
 
     Raises:
-        RecordingError: If it differs: a ``collate_fn`` that draws random numbers or drops examples.
+        RecordingError: If the batches differ because the ``collate_fn`` draws random numbers or drops examples.
     """
     with replica.generators.kept():
         replica.generators.set(states)
@@ -146,24 +146,24 @@ def check_batch(collated: Any, batch: Any, replica: Replica, states: Mapping[str
     found, wanted = tree_flatten(again), tree_flatten(batch)
     if found[1] != wanted[1] or not all(map(_equal, found[0], wanted[0])):
         raise RecordingError(
-            "The first batch is not what the collate_fn makes of its examples when it is asked again (random mixup, "
-            "other examples?), so that the recorded steps could not be reproduced. Store the batches themselves, "
+            "Collating the examples of the first batch a second time gives a different batch (random mixup, different "
+            "examples?), so the recorded steps could not be reproduced. Store the batches themselves, "
             'TrajectoryRecorder(batches="store"), or make the collate_fn deterministic.'
         )
 
 
 def read_batch(loader: DataLoader[Any], indices: list[int]) -> Any:
-    """Return the batch of the examples at some indices, read where the training reads them."""
+    """Return the batch of the examples at some indices, read in the same process or workers as in the training."""
     with isolate_rng():
         return next(reader(loader.dataset, loader, [indices], loader.collate_fn, as_trained=True))
 
 
 def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dict[str, Any], ExampleChecksums | None]:
-    """Describe a data set, and read some of its examples, as many as fit the time."""
+    """Describe a data set, and compute the checksums of as many examples as can be read in the given time."""
     dataset: Any = loader.dataset
     name = type(dataset).__name__
     if not hasattr(dataset, "__len__"):
-        raise RecordingError(f"{name} has no length. Define __len__, so that removal can be of examples by index.")
+        raise RecordingError(f"{name} has no length. Define __len__: examples are removed by index.")
     length = len(dataset)
     description = {"class": class_path(type(dataset)), "length": length}
     if stored:
@@ -173,23 +173,23 @@ def _examine(loader: DataLoader[Any], stored: bool, seconds: float) -> tuple[dic
 
 
 def _checksums(loader: DataLoader[Any], batches: Iterator[list[int]]) -> Iterator[list[int]]:
-    """Yield the checksums of the examples at the indices that are drawn, batch by batch.
+    """Yield the checksums of the examples at the given indices, batch by batch.
 
     Args:
         loader: The training DataLoader.
-        batches: The indices.
+        batches: Batches of indices.
 
     Raises:
-        RecordingError: Naming the index, if an example cannot be read, or differs when it is read again.
+        RecordingError: If an example cannot be read, or differs when it is read again; the message names its index.
     """
     dataset: Any = loader.dataset
     name, stride = type(dataset).__name__, coarse_stride(len(dataset))
-    drawn: list[list[int]] = []  # a worker is some ahead
+    drawn: list[list[int]] = []  # workers read ahead
 
     def drawing() -> Iterator[list[int]]:
         for batch in batches:
-            # those of the fingerprint twice: an augmentation that flips a coin for each example goes unnoticed once in
-            # 2^16 trainings
+            # examples of the fingerprint are read twice: an augmentation that flips a coin for each example is missed
+            # once in 2^16 trainings
             for _ in range(1 if batch[0] % stride else 2):
                 drawn.append(batch)
                 yield batch
@@ -203,28 +203,28 @@ def _checksums(loader: DataLoader[Any], batches: Iterator[list[int]]) -> Iterato
             return
         except Exception as error:
             index, reason = _failing(loader, drawn[number], error)
-            # the frames hold the workers' iterators, which wait for seconds if they are left to the garbage collector
+            # the frames hold the workers' iterators, which block for seconds when the garbage collector deletes them
             for failed in (error, reason):
                 traceback.clear_frames(failed.__traceback__)
             del found
             raise RecordingError(
-                f"{name}[{index}] fails ({type(reason).__name__}: {_last_line(reason)}). Let the data set take the "
-                f"indices 0 to {len(dataset) - 1}, so that removal can be of examples by index."
+                f"{name}[{index}] fails ({type(reason).__name__}: {_last_line(reason)}). Let the data set accept the "
+                f"indices 0 to {len(dataset) - 1}: examples are removed by index."
             ) from error
         if number == 0 or drawn[number] is not drawn[number - 1]:
             yield checksums
         elif checksums != before:
             index = next(i for i, one, other in zip(drawn[number], checksums, before, strict=True) if one != other)
             raise RecordingError(
-                f"{name}[{index}] differs between two calls (random augmentation?), so that the recorded steps could "
-                'not be reproduced. Store the batches themselves, TrajectoryRecorder(batches="store"), or make the '
+                f"{name}[{index}] differs between two calls (random augmentation?), so the recorded steps could not "
+                'be reproduced. Store the batches themselves, TrajectoryRecorder(batches="store"), or make the '
                 "data set deterministic."
             )
         before = checksums
 
 
 def _failing(loader: DataLoader[Any], batch: list[int], error: Exception) -> tuple[int, Exception]:
-    """Return which index of a batch fails, and how."""
+    """Return the first index of a batch that fails, and its error."""
     for index in batch if len(batch) > 1 else ():
         try:
             next(reader(loader.dataset, loader, [[index]], checksums_of))
@@ -242,5 +242,5 @@ def _equal(first: Any, second: Any) -> bool:
 
 
 def _last_line(error: Exception) -> str:
-    # an error in a worker comes with the worker's traceback, its own message last
+    # an error in a worker includes the worker's traceback, with the message last
     return (str(error).strip().splitlines() or [""])[-1]

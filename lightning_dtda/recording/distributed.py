@@ -1,4 +1,4 @@
-"""Several processes of one training: they go on together, or none does."""
+"""Several processes of one training, which either all continue or all stop."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_dtda.errors import RecordingError
 
 @contextmanager
 def together(trainer: pl.Trainer) -> Iterator[None]:
-    """Raise in every process what is raised inside in one; all of them have to come by here.
+    """Raise an error in every process if one process raises one inside; all processes must enter this context.
 
-    A process that goes on while another has stopped would wait for it at the next gradient.
+    Otherwise a process that continues after another one has stopped would wait for it at the next gradient.
 
     Raises:
-        RecordingError: If another process raised something, with its message.
+        RecordingError: If another process raised an error; the message is the same.
     """
     own: Exception | None = None
     try:

@@ -1,4 +1,4 @@
-"""How much of a training is recorded, and what disk and memory that takes: settled before the first step."""
+"""How much of a training is recorded, and the disk space and memory it needs; decided before the first step."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lightning_dtda.units import GIB, human_bytes
 _log = logging.getLogger(__name__)
 
 _UNKNOWN_LENGTH_INTERVAL = 100
-"""Steps between checkpoints under "sqrt" where the number of steps is not known beforehand: that of 10,000 steps."""
+"""Steps between checkpoints for "sqrt" if the number of steps is not known in advance: as for 10,000 steps."""
 
 
 def planned_steps(trainer: pl.Trainer) -> int | None:
-    """Return the number of steps that the Trainer means to take, ``None`` where it cannot know."""
+    """Return the number of steps that the Trainer is going to take, or ``None`` if it cannot be known."""
     steps = trainer.estimated_stepping_batches
     return None if math.isinf(steps) or steps < 0 else int(steps)
 
@@ -37,10 +37,10 @@ def gradient_precision(asked: str, budget: float, layout: ParameterLayout, plann
     """Return the data type in which gradients are stored, or ``none``.
 
     Args:
-        asked: As the recorder was asked; ``auto`` chooses.
-        budget: In GiB, for ``auto``.
-        layout: The recorded parameters.
-        planned: Number of steps.
+        asked: Argument ``gradients`` of the recorder.
+        budget: Budget for ``auto`` in GiB.
+        layout: Layout of the recorded parameters.
+        planned: Number of steps; ``None`` if it is unknown.
     """
     if asked != "auto":
         return asked
@@ -48,13 +48,13 @@ def gradient_precision(asked: str, budget: float, layout: ParameterLayout, plann
     if needed <= budget:
         return "float32"
     size = "unknown in advance" if planned is None else human_bytes(needed * GIB)
-    message = "Gradients are not recorded: their size is %s, the budget %.1f GiB. A replay computes them anew."
+    message = "Gradients are not recorded: their size is %s, the budget is %.1f GiB. A replay recomputes them."
     _log.info(message, size, budget)
     return "none"
 
 
 def checkpoint_interval(asked: str | int, planned: int | None) -> int:
-    """Return the number of steps between checkpoints, for what the recorder was asked."""
+    """Return the number of steps between checkpoints for the recorder's argument ``checkpoint_every``."""
     if asked == "all":
         return 1
     if asked == "sqrt":
@@ -63,11 +63,11 @@ def checkpoint_interval(asked: str | int, planned: int | None) -> int:
 
 
 class Needed(NamedTuple):
-    """What a recording takes, in bytes.
+    """Disk space and memory that a recording needs, in bytes.
 
     Args:
-        disk: Of the run; infinite where the number of steps is not known.
-        memory: At most, for what was recorded and is not yet on disk.
+        disk: Disk space of the run; infinite if the number of steps is unknown.
+        memory: Maximum memory for records that are not on disk yet.
     """
 
     disk: float
@@ -77,7 +77,7 @@ class Needed(NamedTuple):
 def needed(
     trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer, manifest: Manifest, interval: int, batch: Any
 ) -> Needed:
-    """Return the disk and the memory that the recording of a run will take."""
+    """Return the disk space and the memory that recording a run will need."""
     layout = manifest.layout
     per_checkpoint = sum(buffer.nbytes for buffer in buffers(module, layout, step=0).values())
     states = sum(
@@ -99,26 +99,26 @@ def needed(
 
 
 def check_disk(what: str, root: Path, disk: float, memory: int) -> None:
-    """Say how much disk and memory a recording takes.
+    """Log how much disk space and memory a recording needs, and check that the disk space is free.
 
     Args:
-        what: Is recorded.
-        root: Where.
-        disk: Bytes.
-        memory: Bytes.
+        what: Name of what is recorded.
+        root: Directory to record into.
+        disk: Disk space in bytes.
+        memory: Memory in bytes.
 
     Raises:
-        RecordingError: If so much disk is not free.
+        RecordingError: If there is not enough free disk space.
     """
-    beside = f"at most {human_bytes(memory)} of memory beside the training's"
+    beside = f"at most {human_bytes(memory)} of memory in addition to the training"
     if math.isinf(disk):
-        _log.info("Recording %s needs %s. The number of steps is unknown, and with it the disk.", what, beside)
+        _log.info("Recording %s needs %s. Its disk space is unknown, like the number of steps.", what, beside)
         return
     existing = next(path for path in [root, *root.resolve().parents] if path.exists())
     free = shutil.disk_usage(existing).free
-    _log.info("Recording %s needs about %s of disk, and %s.", what, human_bytes(disk), beside)
+    _log.info("Recording %s needs about %s of disk space and %s.", what, human_bytes(disk), beside)
     if disk > free:
         raise RecordingError(
-            f"Recording {what} needs about {human_bytes(disk)} of disk; {human_bytes(free)} are free. Free some, "
+            f"Recording {what} needs about {human_bytes(disk)} of disk space; {human_bytes(free)} are free. Free some, "
             'choose another root, record less (gradients="none", batches="indices"), or set a larger checkpoint_every.'
         )

@@ -1,4 +1,4 @@
-"""A run must fit those that are in its root already: found before the training, not when the ensemble is opened."""
+"""Checks before the training that a new run fits the other runs in its root, not only when the ensemble is opened."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from lightning_dtda.trajectory.example_checksums import ExampleChecksums, list_e
 from lightning_dtda.trajectory.manifest import MANIFEST, differences
 
 _SAME_DATA = (
-    "All runs of an ensemble are trained on the same data, in the same order. If the data are split, drawn or shuffled "
-    "at random, this follows the seed: use a generator with a seed of its own, random_split(dataset, lengths, "
-    "generator=torch.Generator().manual_seed(0)). Runs on other data belong in a root of their own."
+    "All runs of an ensemble must be trained on the same data, in the same order. If the data are split, drawn or "
+    "shuffled at random, they change with the seed: use a separate generator with a fixed seed, random_split(dataset, "
+    "lengths, generator=torch.Generator().manual_seed(0)). Record runs on other data in a separate root."
 )
 
 
 def refuse_other_configuration(directory: Path, manifest: Manifest, checksums: ExampleChecksums | None = None) -> None:
-    """Refuse a run that would be no sample of the same distribution as a complete run in the same root.
+    """Refuse a run that would not be a sample of the same distribution as a complete run in the same root.
 
     Args:
-        directory: The run's own; what is in it does not count.
-        manifest: The run's.
-        checksums: Of its training examples.
+        directory: Directory of the run; its content is ignored.
+        manifest: Manifest of the run.
+        checksums: Checksums of the run's training examples.
 
     Raises:
-        RecordingError: Naming the other run, what differs and what to do.
+        RecordingError: If the configuration or the data differ. The message names the other run, what differs and what
+            to do.
     """
     other = _complete_run(directory)
     if other is None:
         return
-    begin = f"{directory} is to be recorded beside {other.path}, which was trained"
+    begin = f"{directory} cannot be recorded in the same root as {other.path}, which was trained"
     found = differences(other.manifest.comparable, manifest.comparable)
     recorded = other.example_checksums
     if recorded is None or checksums is None or recorded.length != checksums.length:
@@ -38,21 +39,21 @@ def refuse_other_configuration(directory: Path, manifest: Manifest, checksums: E
     else:
         changed = recorded.changed(checksums)
     if changed:
-        raise RecordingError(f"{begin} on other data: example {list_examples(changed)} is another one. {_SAME_DATA}")
+        raise RecordingError(f"{begin} on other data: example {list_examples(changed)} is different. {_SAME_DATA}")
     if other.manifest.configuration["dataset"] != manifest.configuration["dataset"]:
         raise RecordingError(f"{begin} on other data:\n{found}\n{_SAME_DATA}")
     if found:
         raise RecordingError(
-            f"{begin} with another configuration:\n{found}\nKeep each configuration in a root of its own, or delete "
-            "the runs of the other one."
+            f"{begin} with another configuration:\n{found}\nKeep each configuration in a separate root, or delete "
+            "the runs with the other one."
         )
 
 
 def _complete_run(directory: Path) -> Run | None:
-    """Return a complete run beside a run; one that is damaged is reported when the ensemble is opened."""
+    """Return another complete run in the same root; damaged ones are reported when the ensemble is opened."""
     for path in sorted(directory.parent.glob(f"*/{MANIFEST}")):
         try:
-            # by the manifest first, which is all that most runs have to be asked
+            # the manifest first, which is enough for most runs
             if path.parent != directory and Manifest.load(path.parent).status == "complete":
                 return Run(path.parent)
         except TrajectoryError:

@@ -52,33 +52,34 @@ _log = logging.getLogger(__name__)
 class TrajectoryRecorder(StepCallback):
     r"""Records every optimizer step of a training, so that it can be replayed and attributed afterwards.
 
-    For each step: the data set indices of every micro-batch in order, every parameter group's learning rate and other
-    hyperparameters at that very step, the state of the random number generators where ``training_step`` draws, and the
-    gradient as the optimizer applied it; and checkpoints of parameters, optimizer state and buffers.
-    The training itself is unchanged to the bit. Files are written by a thread of their own; a training that is killed
-    leaves a readable prefix that says it is incomplete.
+    For each step, it records the data set indices of every micro-batch in order, the learning rate and the other
+    hyperparameters of every parameter group, the states of the random number generators that ``training_step`` draws
+    from, and the gradient that the optimizer applied. It also saves checkpoints of parameters, optimizer state and
+    buffers. The training itself is unchanged, bit for bit. Files are written in a separate thread; a training that is
+    killed leaves a readable prefix that is marked as incomplete.
 
-    A training that goes on from a Trainer's checkpoint (``ckpt_path``) goes on in the same run: the checkpoint carries
-    the run's name and its number of steps, all of them on disk by then. Steps recorded after it are forgotten.
+    A training that resumes from a Trainer's checkpoint (``ckpt_path``) continues the same run. The checkpoint contains
+    the name of the run and its number of steps, which are all on disk when it is saved. Steps recorded after the
+    checkpoint are discarded.
 
     Args:
-        root: The ensemble's directory. Each run is a sub-directory.
-        run: The run's name; ``None`` takes it from the seed: ``seed-0007`` after ``seed_everything(7)``.
-        gradients: Precision in which gradients are stored. ``"auto"`` is ``"float32"`` as long as the whole run's
-            gradients stay under ``gradients_budget``, else ``"none"``; a replay then computes them anew.
-        gradients_budget: In GiB, for ``"auto"``.
-        batches: ``"indices"`` records which examples are in a batch; a replay asks the data set for them. ``"store"``
-            records the batches themselves, for data sets with random augmentation. Row n of a batch is taken for the
-            example at its index: a ``collate_fn`` that mixes examples must not be used.
-        checkpoint_every: Steps between checkpoints: ``"sqrt"`` of the number of steps (a replay then holds no more
-            steps than that in memory), ``"all"`` for every step, or a number.
-        overwrite: Whether an existing run of this name is replaced.
+        root: Directory of the ensemble. Each run is a sub-directory.
+        run: Name of the run. If ``None``, it is derived from the seed: ``seed-0007`` after ``seed_everything(7)``.
+        gradients: Precision in which gradients are stored. ``"auto"`` means ``"float32"`` if the gradients of the whole
+            run fit in ``gradients_budget``, else ``"none"``. A replay recomputes gradients that are not stored.
+        gradients_budget: Budget for ``"auto"`` in GiB.
+        batches: ``"indices"`` to record which examples are in a batch; a replay reads them from the data set.
+            ``"store"`` to record the batches themselves, for data sets with random augmentation. Row n of a batch must
+            belong to its n-th index, so do not use a ``collate_fn`` that mixes examples.
+        checkpoint_every: Number of steps between checkpoints: ``"sqrt"`` for the square root of the number of steps (a
+            replay then holds at most that many steps in memory), ``"all"`` for every step, or a number.
+        overwrite: Whether to replace an existing run with this name.
 
     Raises:
-        RecordingError: At the start of ``fit``, where the training could not be attributed afterwards: iterable data
-            sets, several data loaders, manual optimization, several or unknown optimizers, strategies other than DDP,
-            half precision, a loss of which no part belongs to an example, a run that exists, or a disk that is too
-            small. The message says what to do.
+        RecordingError: At the start of ``fit``, if the training could not be attributed afterwards: iterable data sets,
+            several data loaders, manual optimization, several or unknown optimizers, strategies other than DDP, half
+            precision, a loss that cannot be split into parts of single examples, an existing run, or too little free
+            disk space. The message says what to do.
 
     Example:
         >>> recorder = TrajectoryRecorder("runs/concrete", gradients="none")
@@ -112,10 +113,10 @@ class TrajectoryRecorder(StepCallback):
         self.checkpoint_every = checkpoint_every
         self.overwrite = overwrite
         self.runs_to_fit = 1
-        """How many runs like this one the disk must hold; a loop over seeds sets it, so that the first run refuses
-        what would run out of disk in the middle, and 0 for the others."""
+        """Number of runs like this one that the disk must have space for. A loop over seeds sets it for the first run,
+        which then fails early if space would run out later, and sets it to 0 for the others."""
         self.needed: Needed | None = None
-        """What the recording takes of disk and memory; known from the first batch on."""
+        """Disk space and memory that the recording needs; known from the first batch on."""
         self._follower: RunRecording | None
         self._averaging: AveragingTap | None = None
         self._progress: dict[str, Any] = {}
@@ -151,7 +152,7 @@ class TrajectoryRecorder(StepCallback):
             self._writes_checkpoints = trainer.is_global_zero
             self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
         if self._follower is None:
-            # not at the start of the training: hooks before the first batch may still set parameters and modes
+            # not at the start of the training: hooks before the first batch may still change parameters and modes
             self._follower = self._begin(trainer, pl_module, micro_batch, batch, collated)
         if self._stores_batches:
             micro_batch = replace(micro_batch, leaves=self._leaves(collated, len(micro_batch.indices)))
@@ -169,7 +170,7 @@ class TrajectoryRecorder(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self._follower is not None:
-            # who resumes from the checkpoint needs every step before it
+            # a training that resumes from the checkpoint needs every step before it
             self._follower.sync()
 
     @override
@@ -198,7 +199,7 @@ class TrajectoryRecorder(StepCallback):
         try:
             self._stop(f"{type(exception).__name__}: {exception}".rstrip(": "))
         except Exception as error:
-            # the user is to see what stopped the training, and the Trainer still has to clean up
+            # the user must see what stopped the training, and the Trainer still has to clean up
             if not isinstance(exception, RecordingError):
                 _log.error("%s", error)
 
@@ -214,7 +215,7 @@ class TrajectoryRecorder(StepCallback):
         batch: Any,
         collated: Any,
     ) -> RunRecording:
-        """Check what is about to be trained on, and try an attribution step of it, then make the run directory."""
+        """Check the first batch, try an attribution step on it, and create the run directory."""
         is_first = trainer.global_rank == 0
         with together(trainer):
             optimizer = self._optimizer(trainer)
@@ -233,7 +234,7 @@ class TrajectoryRecorder(StepCallback):
                     what = f"{self.runs_to_fit} runs in {self.root}" if self.runs_to_fit > 1 else str(self._directory)
                     check_disk(what, self.root, self.runs_to_fit * of_run.disk, of_run.memory)
                 manifest = self._prepare(self._directory, manifest, pl_module)
-        # the first process comes last: once its manifest is there, those of the others are
+        # the first process comes last: once its manifest exists, those of the others exist too
         for turn in (False, True):
             with together(trainer):
                 if turn == is_first:
@@ -249,7 +250,7 @@ class TrajectoryRecorder(StepCallback):
         return 0 if self._follower is None else self._follower.steps
 
     def _maker(self, indices: Tensor, collated: Any) -> Callable[[Sequence[int]], Any]:
-        """Return what makes the first batch again, of some of its rows."""
+        """Return a function that recreates the first batch from some of its rows."""
         if self._stores_batches:
             self._leaves(collated, len(indices))
             return lambda rows: map_tensors(lambda leaf: leaf[list(rows)], collated)
@@ -284,7 +285,7 @@ class TrajectoryRecorder(StepCallback):
         )
 
     def _prepare(self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule) -> Manifest:
-        """Make a run directory, or cut the record that is there back to where the training goes on."""
+        """Create a run directory, or truncate the existing record to the step where the training resumes."""
         if self._resumed is None:
             make_directory(directory, self.overwrite)
             return manifest
@@ -316,35 +317,35 @@ class TrajectoryRecorder(StepCallback):
 
     def _close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
         if self._follower is not None:
-            self.state_dict()  # for checkpoints that are saved after the end
+            self.state_dict()  # for checkpoints saved after the end
             recording, self._follower = self._follower, None
             recording.close(status, reason)
 
     def _leaves(self, batch: Any, examples: int) -> tuple[Tensor, ...]:
-        """Copy the batch, which the training may change in place."""
+        """Copy the tensors of the batch, which the training may change in place."""
         if rows_of(batch) != examples:
             raise RecordingError(
-                'TrajectoryRecorder(batches="store") stores batches of tensors whose first dimension runs over the '
-                f"examples; this one of {examples} examples is no such batch. Let the collate_fn stack tensors, or "
-                "make the data set deterministic and leave batches out."
+                'TrajectoryRecorder(batches="store") needs batches of tensors whose first dimension runs over the '
+                f"examples; this batch of {examples} examples is different. Let the collate_fn stack tensors, or make "
+                'the data set deterministic and leave out batches="store".'
             )
         if self._shapes is None:
             self._shapes = example_shapes(batch)
         if example_shapes(batch) != self._shapes:
             raise RecordingError(
-                f"The examples of a batch have the shapes {example_shapes(batch)}, those of the first batch "
-                f"{self._shapes}. Stored batches need one shape throughout: pad the examples to it."
+                f"The examples of a batch have the shapes {example_shapes(batch)}, but those of the first batch have "
+                f"{self._shapes}. Stored batches need the same shapes throughout: pad the examples."
             )
         return tuple(leaf.clone() for leaf in tree_leaves(batch))
 
     def _choose_directory(self, trainer: pl.Trainer) -> Path:
         if not trainer.global_step or (self._resumed and not self._resumed["steps"]):
-            self._resumed = None  # a checkpoint may have been loaded for another purpose, or before the first step
+            self._resumed = None  # the checkpoint has no steps, or was loaded for another purpose
         elif self._resumed is None:
             raise RecordingError(
-                f"The training resumes at step {trainer.global_step}; the steps before it are in no record. Train from "
-                "the start (no ckpt_path), or resume from a checkpoint that was saved while a TrajectoryRecorder was "
-                "among the Trainer's callbacks."
+                f"The training resumes at step {trainer.global_step}, but the steps before it were not recorded. Train "
+                "from the start (no ckpt_path), or resume from a checkpoint that was saved while a TrajectoryRecorder "
+                "was among the Trainer's callbacks."
             )
         if self._resumed is not None:
             directory = self.root / self._resumed["run"]
@@ -354,8 +355,8 @@ class TrajectoryRecorder(StepCallback):
             directory = self.root / run_name(seed)
         else:
             raise RecordingError(
-                "The run has no name: call lightning.seed_everything(seed) before the module is made (the runs of an "
-                "ensemble differ in it), or give TrajectoryRecorder(run=...)."
+                "The run has no name: call lightning.seed_everything(seed) before creating the module, with another "
+                "seed for each run of the ensemble, or pass TrajectoryRecorder(run=...)."
             )
         if self._resumed is None and trainer.is_global_zero:
             checks.refuse_existing(directory, self.overwrite)
@@ -364,7 +365,7 @@ class TrajectoryRecorder(StepCallback):
     def _check_root_is_shared(self) -> None:
         if not self._directory.is_dir():
             raise RecordingError(
-                f"{self._directory}, which the first process made, is not there for the others. Choose a root on a "
+                f"{self._directory}, which the first process created, is not visible to the others. Choose a root on a "
                 "file system that all machines share."
             )
 
@@ -374,7 +375,7 @@ class TrajectoryRecorder(StepCallback):
 
 
 def run_name(seed: int) -> str:
-    """Return the default name of the run with a seed.
+    """Return the default name of the run with the given seed.
 
     Example:
         >>> run_name(7)

@@ -27,29 +27,30 @@ from lightning_dtda.replay.tangents import changes
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
 _GRADIENT_BYTES = 2**28
-"""Size up to which gradients of queries are computed together."""
+"""Maximum size in bytes of the gradients of queries that are computed together."""
 
 
 class ResponseTracker(StepCallback):
-    r"""Carries the responses of groups of examples along while a training runs; nothing is recorded.
+    r"""Computes the responses of groups of examples while a training runs, without recording it.
 
     .. math:: r_{k,t} = -\sum_{n \in S_k} \frac{d \theta_t}{d w_n}, \qquad r_{k,0} = 0
 
-    Unrolled differentiation in forward mode (arXiv 2506.12965, equation 6): after each step, its derivative takes the
-    responses a step further. The same numbers as those of a recorded run, in memory that does not depend on the length
-    of the training: for each group, a copy of the parameters and of the optimizer's state. Each group takes about as
-    long as two steps. The training itself is unchanged to the bit.
+    This is unrolled differentiation in forward mode (arXiv 2506.12965, equation 6): after each step, the responses are
+    propagated through its derivative. The result is the same as for a recorded run, but the memory does not depend on
+    the length of the training: each group needs one copy of the parameters and of the optimizer's state. At each step,
+    a group takes about as long as two training steps. The training itself is unchanged, bit for bit.
 
-    A training that goes on from a Trainer's checkpoint goes on with the responses in it.
+    A training that resumes from a Trainer's checkpoint continues with the responses stored in it.
 
     Args:
-        groups: Data set indices of the examples of each of K removals.
-        tolerance: Largest difference of a recomputed gradient from the applied one that is taken for rounding,
-            relative to its norm.
+        groups: Data set indices of the examples in each of K removals.
+        tolerance: Largest difference between a recomputed gradient and the applied one that is attributed to rounding,
+            relative to the norm of the applied gradient.
 
     Raises:
-        RecordingError: At the start of ``fit``, where :class:`~lightning_dtda.TrajectoryRecorder` refuses a training
-            too; with several processes; or if a group is not of examples. At a step that cannot be followed.
+        RecordingError: At the start of ``fit``, if :class:`~lightning_dtda.TrajectoryRecorder` would refuse the
+            training, if there are several processes, or if a group contains anything but examples. During the training,
+            if a step cannot be reproduced.
 
     Example:
         >>> tracker = ResponseTracker(groups=[[0], [3, 17]])
@@ -62,7 +63,7 @@ class ResponseTracker(StepCallback):
             raise RecordingError(f"tolerance={tolerance!r} must be positive.")
         self.groups = [_indices(group) for group in groups]
         if not self.groups:
-            raise RecordingError("groups must be lists of data set indices, at least one of them.")
+            raise RecordingError("groups must contain at least one list of data set indices.")
         self.tolerance = tolerance
         self._follower: ResponseTracking | None
         self._tracking: ResponseTracking | None = None
@@ -74,23 +75,23 @@ class ResponseTracker(StepCallback):
 
     @property
     def layout(self) -> ParameterLayout:
-        """Where each parameter lies: ``layout.unflatten(responses)`` gives them by name."""
+        """Position of each parameter: ``layout.unflatten(responses)`` returns the responses by parameter name."""
         return self._followed.layout
 
     def measure(
         self, queries: DataLoader[Any] | Dataset[Any], measurement: str | Measurement = "loss"
     ) -> tuple[Tensor, Tensor]:
-        """Measure the model after the last step so far, and how the measurement changes when each group is removed.
+        """Return the measurement after the last step so far, and its change when each group is removed.
 
         Args:
-            queries: Q inputs.
-            measurement: As for :func:`~lightning_dtda.attribute`.
+            queries: Q inputs to measure.
+            measurement: Measurement as for :func:`~lightning_dtda.attribute`.
 
         Returns:
-            Baseline ``(queries,)``, and responses ``(queries, groups)``.
+            Baseline ``(queries,)`` and responses ``(queries, groups)``.
 
         Raises:
-            AttributionError: If the measurement cannot be differentiated, or is not finite.
+            AttributionError: If the measurement cannot be differentiated or is not finite.
         """
         followed = self._followed
         theta = followed.theta
@@ -121,12 +122,12 @@ class ResponseTracker(StepCallback):
         checks.refuse_trainer(trainer, pl_module)
         if (callback := averaging_callback(trainer)) is not None:
             raise RecordingError(
-                f"{type(callback).__name__} replaces the parameters by an average at the end, which the tracker does "
-                "not follow. Record the training and attribute the record, or remove the callback."
+                f"{type(callback).__name__} replaces the parameters by an average at the end, which ResponseTracker "
+                "does not support. Record the training and attribute the record, or remove the callback."
             )
         if trainer.world_size > 1:
             raise RecordingError(
-                f"The training has {trainer.world_size} processes, of which none sees all examples of a step. Train "
+                f"The training has {trainer.world_size} processes, and none of them sees all examples of a step. Train "
                 "with devices=1, or record the training and attribute the record."
             )
         self._tracking = None
@@ -135,21 +136,21 @@ class ResponseTracker(StepCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self._tap is not None
-        # batches are taken as they come, so that examples may differ each time
+        # batches are used as they are, so examples may differ each time they are read
         self._data = TrainingData(self._tap.loader, stored=True)
         for group in self.groups:
             if not 0 <= group[0] <= group[-1] < len(self._data):
                 raise RecordingError(
-                    f"The group {group} is not of the {len(self._data)} training examples. Give indices from 0 to "
-                    f"{len(self._data) - 1}."
+                    f"The group {group} has indices beyond the {len(self._data)} training examples. Use indices from "
+                    f"0 to {len(self._data) - 1}."
                 )
         if not trainer.global_step:
-            self._resumed = None  # a checkpoint may have been loaded from before the first step
+            self._resumed = None  # the checkpoint, if any, was saved before the first step
         elif self._resumed is None or self._resumed["groups"] != self.groups:
             raise RecordingError(
-                f"The training resumes at step {trainer.global_step}; what these groups did before is not known. Train "
-                "from the start (no ckpt_path), or resume from a checkpoint that was saved while a ResponseTracker of "
-                "the same groups was among the Trainer's callbacks."
+                f"The training resumes at step {trainer.global_step}, but the responses of these groups up to this "
+                "step are not known. Train from the start (no ckpt_path), or resume from a checkpoint that was saved "
+                "while a ResponseTracker with the same groups was among the Trainer's callbacks."
             )
         self._optimizer(trainer)
 
@@ -159,7 +160,7 @@ class ResponseTracker(StepCallback):
     ) -> None:
         micro_batch, collated = self._take_batch(trainer, batch_idx)
         if self._follower is None:
-            # not at the start of the training: hooks before the first batch may still set parameters and modes
+            # not at the start of the training: hooks before the first batch may still change parameters and modes
             self._follower = self._tracking = self._begin(trainer, pl_module, micro_batch, collated)
         self._follower.begin_micro_batch(micro_batch, trainer.accumulate_grad_batches, collated)
 
@@ -226,28 +227,28 @@ class ResponseTracker(StepCallback):
     @property
     def _followed(self) -> ResponseTracking:
         if self._tracking is None:
-            raise RecordingError("No training was followed yet. Fit with the tracker among the Trainer's callbacks.")
+            raise RecordingError("There are no responses yet. Fit with the tracker among the Trainer's callbacks.")
         return self._tracking
 
 
 def _indices(group: Sequence[int]) -> list[int]:
-    """Return a group's indices in order."""
+    """Return the indices of a group in ascending order."""
     given = group.tolist() if hasattr(group, "tolist") else list(group)
     try:
-        indices = sorted(map(operator.index, given))  # not int(): 1.5 is no index
+        indices = sorted(map(operator.index, given))  # not int(), which accepts 1.5
     except TypeError as error:
-        raise RecordingError(f"The group {group!r} is no list of data set indices.") from error
+        raise RecordingError(f"The group {group!r} is not a list of data set indices.") from error
     if any(isinstance(index, bool) for index in given):
-        raise RecordingError(f"The group {group!r} is a mask. Give the indices of its examples.")
+        raise RecordingError(f"The group {group!r} is a mask. Use the indices of its examples instead.")
     if not indices:
-        raise RecordingError("groups must be lists of data set indices, none of them empty.")
+        raise RecordingError("groups contains an empty list. Each group must be a non-empty list of data set indices.")
     if len(set(indices)) != len(indices):
-        raise RecordingError(f"The group {group!r} has an example twice; it can be removed once. Give each index once.")
+        raise RecordingError(f"The group {group!r} contains an example twice. List each index once.")
     return indices
 
 
 def _resumed(state: dict[str, Any] | None, like: Tensor) -> dict[str, Any]:
-    """Return steps and tangents of a checkpoint, on the training's device."""
+    """Return steps and tangents of a checkpoint, on the device of the training."""
     if state is None:
         return {}
     tangents = Tangents(

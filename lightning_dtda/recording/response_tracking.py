@@ -1,4 +1,4 @@
-"""One training under way, and how its state changes with removals: forward mode without a record."""
+"""Forward-mode differentiation of a running training: how its state changes with removals, without a record."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _REASONS = (
 
 
 class ResponseTracking:
-    """One training under way: its steps differentiated right after they are taken, and nothing kept of them.
+    """Differentiates each step of a running training right after it is taken, and then discards it.
 
     Args:
         trainer: The Trainer.
         module: The module, before its first step.
-        eager: Runs a replica of it, with the trained parameters.
-        optimizer: Its optimizer.
+        eager: Runner of a replica of the module, with the trained parameters.
+        optimizer: Optimizer of the module.
         loader: The training DataLoader.
-        membership: 1 where an example is in a group ``(groups, N)``.
-        tolerance: As for :class:`~lightning_dtda.replay.Replay`.
+        membership: 1 for each example in a group ``(groups, N)``, else 0.
+        tolerance: Tolerance as for :class:`~lightning_dtda.replay.Replay`.
         steps: Number of steps taken before.
-        tangents: After these; zero if not given.
+        tangents: Tangents after these steps; zero if not given.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ResponseTracking:
         self._last_buffers: dict[str, Tensor] | None = None
 
     def begin_micro_batch(self, batch: MicroBatch, accumulate_grad_batches: int, collated: Any) -> None:
-        """Note what is about to be passed through the module."""
+        """Note the micro-batch that is about to be passed through the module."""
         if self.watch.is_between_steps:
             self._before = self._buffers()
             self._batches = []
@@ -109,21 +109,21 @@ class ResponseTracking:
         self.watch.begin_micro_batch(batch, accumulate_grad_batches)
 
     def add_micro_batch(self) -> None:
-        """Add the micro-batch to the step: its loss is about to be differentiated."""
+        """Add the current micro-batch to the step; its loss is about to be differentiated."""
         self._batches.append(self._current)
         self.watch.add_micro_batch()
 
     def drop_pending(self) -> None:
-        """Forget the micro-batches whose gradients are being thrown away."""
+        """Forget the micro-batches whose gradients are being discarded."""
         self._batches = []
         self.watch.drop_pending()
 
     def current_buffers(self) -> dict[str, Tensor]:
-        """Return buffers and frozen parameters as they are after the last step, each ``(1, ...)``."""
+        """Return buffers and frozen parameters after the last step, each ``(1, ...)``."""
         return self._last_buffers if self._last_buffers is not None else self._buffers()
 
     def close(self) -> None:
-        """Follow no more steps, and keep the model that they came to: the user may go on with it."""
+        """Stop watching, and keep the current model, because the user may continue to train the module."""
         self.watch.close()
         self._last_buffers = self._buffers()
 
@@ -162,7 +162,7 @@ class ResponseTracking:
     def _batch(
         self, number: int, micro_batches: list[MicroBatch], accumulated: int, of_groups: list[Hyperparameters]
     ) -> StepBatch:
-        """Return the step, as a replay of one run has it."""
+        """Return the step as in a replay of one run."""
         self.time = Time(micro_batches[-1].epoch, number + 1, 0, of_groups)
         passes = [
             MicroBatchInputs(
@@ -189,5 +189,5 @@ class ResponseTracking:
 
 
 def rows_of_batch(collated: Any, indices: Tensor, make: Callable[[list[int]], Any], rows: Sequence[int]) -> Any:
-    """Return a micro-batch as it was, or one of some of its examples as the data set gives them now."""
+    """Return the original micro-batch, or a batch of some of its examples, read again from the data set."""
     return collated if isinstance(rows, range) else make(indices[list(rows)].tolist())

@@ -1,4 +1,4 @@
-"""A training that goes on from a Trainer's checkpoint, and its record with it: one trajectory."""
+"""Continuing the record of a training that resumes from a Trainer's checkpoint."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ from lightning_dtda.trajectory import Manifest, Run, is_being_written
 from lightning_dtda.trajectory.manifest import differences
 
 _SAME = 1e-4
-"""Relative distance up to which parameters are taken for those of the record: a trajectory that is rebuilt on another
-device than it was trained on differs by rounding, another training's by something of order one."""
+"""Relative distance up to which parameters are considered the recorded ones. A trajectory that is rebuilt on another
+device than the training differs by rounding; that of another training differs by something of order one."""
 
 _FREE = {"hyperparameters": None, "training": ("max_epochs", "max_steps")}
-"""Parts of a configuration that may change: how long to train, and the rates at the first step, which are recorded."""
+"""Parts of a configuration that may change: the length of the training, and the initial hyperparameters (recorded)."""
 
 
 def resume(directory: Path, new: Manifest, steps: int, theta: Tensor, gradients_given: bool) -> Manifest:
-    """Return the manifest of a run that goes on after a number of steps, what was recorded beyond them forgotten.
+    """Return the manifest of a run that resumes after a number of steps; later steps are discarded.
 
     Args:
-        directory: The run's.
-        new: What the manifest would be if the run began now.
-        steps: How many steps it had when the Trainer's checkpoint was saved.
-        theta: The parameters that the Trainer restored ``(P,)``.
-        gradients_given: Whether the gradients' precision was asked for, and not chosen by the recorder.
+        directory: Directory of the run.
+        new: Manifest that the run would have if it started now.
+        steps: Number of steps of the run when the Trainer's checkpoint was saved.
+        theta: Parameters that the Trainer restored ``(P,)``.
+        gradients_given: Whether the precision of the gradients was set by the user, not chosen by the recorder.
 
     Raises:
-        RecordingError: If the record is not there, or is of another training.
+        RecordingError: If the record is missing or belongs to another training.
     """
-    remedy = "Train from the start (no ckpt_path), or give the checkpoint's own root and run."
+    remedy = "Train from the start (no ckpt_path), or use the root that the checkpoint's run was recorded in."
     if is_being_written(directory):
         raise RecordingError(f"{directory} is being recorded by another process. Wait for it.")
     try:
         run = Run(directory)
         if run.steps < steps:
-            raise TrajectoryError(f"{directory} holds {run.steps} steps only.")
+            raise TrajectoryError(f"{directory} holds only {run.steps} steps.")
         recorded = run.theta_vector(steps) if run.has_theta(steps) else None
     except TrajectoryError as error:
         raise RecordingError(
-            f"The training resumes after {steps} recorded steps, of which there is no record ({error}) {remedy}"
+            f"The training resumes after {steps} recorded steps, but their record cannot be read: {error} {remedy}"
         ) from error
     old = run.manifest
     if found := differences(_fixed(old.comparable), _fixed(new.comparable)):
         raise RecordingError(
-            f"The training resumes with another configuration than {directory} was recorded with:\n{found}\nResume "
-            "with the same one; only the length of the training may change."
+            f"The training resumes with a configuration that differs from that of {directory}:\n{found}\nResume "
+            "with the same configuration; only the length of the training may change."
         )
     if (gradients_given and new.gradients != old.gradients) or new.batches != old.batches:
         raise RecordingError(
-            f"{directory} was recorded with gradients={old.gradients!r} and batches={old.batches!r}, and is to go on "
-            f"with {new.gradients!r} and {new.batches!r}. Record it in one way throughout."
+            f"{directory} was recorded with gradients={old.gradients!r} and batches={old.batches!r}, but resumes "
+            f"with gradients={new.gradients!r} and batches={new.batches!r}. Use the same settings throughout."
         )
     if recorded is not None and (recorded - theta.cpu()).norm() > _SAME * recorded.norm():
         raise RecordingError(f"The checkpoint's parameters are not those of {directory} after {steps} steps. {remedy}")

@@ -1,4 +1,4 @@
-"""One run under way: its steps, gathered and handed to the writer."""
+"""Recording of a running training: its steps are collected and handed to the writer."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_dtda.trajectory import Manifest, RunWriter
 
 
 class RunRecording:
-    """One run under way: hands what a watch tells of its steps to the writer.
+    """The recording of one run: watches the steps of a training and hands them to the writer.
 
     Args:
         module: The module.
-        optimizer: Its optimizer.
-        writer: Writes the run, or the part of it that this process sees.
-        manifest: The run's, with the steps that were recorded before.
-        interval: Steps between checkpoints; ``None`` where another process writes them.
+        optimizer: Optimizer of the module.
+        writer: Writer of the run, or of the part that this process sees.
+        manifest: Manifest of the run, with the steps that were recorded before.
+        interval: Number of steps between checkpoints; ``None`` if another process writes them.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class RunRecording:
         return self._watch.steps
 
     def before_clipping(self) -> None:
-        """Note what is lost when the gradient is scaled to a norm."""
+        """Note the gradient's norm, which is lost when the gradient is clipped."""
         if (gradients := self._watch.gradients) is not None:
             self._buffer.put_norm(gradients)
 
@@ -76,11 +76,11 @@ class RunRecording:
         self._writer.sync()
 
     def add_average(self, average: Average) -> None:
-        """Add what the training ends with in place of its last parameters."""
+        """Add the averaged parameters that the training ends with instead of its last ones."""
         self._writer.add_average(average.facts, average.tensors)
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
-        """Write what is left and the end of the run; one that stops before its first step leaves nothing."""
+        """Write the remaining records and close the run; a run that stops before its first step is deleted."""
         self._watch.close()
         if status == "incomplete" and self.steps == 0:
             self._writer.discard()
@@ -88,7 +88,7 @@ class RunRecording:
         try:
             if self._interval is not None and status == "complete" and self._last_checkpoint != self.steps:
                 self._checkpoint()
-            else:  # stopped in mid-step, perhaps: whole steps only, and no parameters that belong to none
+            else:  # perhaps stopped within a step: write complete steps only, and no parameters from within a step
                 self._flush()
         finally:
             self._writer.close(status, reason)
@@ -110,7 +110,7 @@ class RunRecording:
             f"parameters.{name}": parameter
             for name, parameter in zip(self.layout.names, self._watch.parameters, strict=True)
         } | {f"buffers.{name}": buffer for name, buffer in buffers(self._module, self.layout, self.steps).items()}
-        # the copy must be taken now: the next step changes the parameters in place
+        # copy now: the next step changes the parameters in place
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in changing.items()}
         for number, state in enumerate(self._watch.states()):  # these are copies
             tensors |= {f"state.{number}.{key}": part.cpu() for key, part in state.items()}
@@ -119,20 +119,20 @@ class RunRecording:
 
 
 def make_directory(directory: Path, overwrite: bool) -> None:
-    """Make an empty run directory.
+    """Create an empty run directory.
 
     Args:
-        directory: Where.
-        overwrite: Whether an existing run is replaced.
+        directory: Directory to create.
+        overwrite: Whether to replace an existing run.
 
     Raises:
-        RecordingError: If it exists and may not be replaced, or cannot be made.
+        RecordingError: If the directory exists and may not be replaced, or cannot be created.
     """
-    # again: another process may have started the same run meanwhile
+    # check again: another process may have started the same run in the meantime
     checks.refuse_existing(directory, overwrite)
     try:
         if directory.exists():
             shutil.rmtree(directory)
         directory.mkdir(parents=True)
     except OSError as error:
-        raise RecordingError(f"{directory} cannot be written ({error}). Choose another root.") from error
+        raise RecordingError(f"{directory} cannot be written to ({error}). Choose another root.") from error

@@ -1,4 +1,4 @@
-"""Many seeded runs of one configuration, in this process."""
+"""Recording many seeds of one configuration in this process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.trajectory import Run
 
 Data: TypeAlias = "pl.LightningDataModule | DataLoader[Any] | None"
-"""What is trained on; ``None`` for modules with a ``train_dataloader`` of their own."""
+"""Training data; ``None`` for modules that have a ``train_dataloader`` method."""
 
 MakeTraining: TypeAlias = Callable[[], tuple[pl.Trainer, pl.LightningModule, Data]]
 
@@ -32,21 +32,21 @@ def record_seeds(
     to_fit: int | None = None,
     reraised: tuple[type[Exception], ...] = (),
 ) -> dict[int, str]:
-    """Train and record one run for each seed; one that fails does not stop the others.
+    """Train and record one run for each seed; a seed that fails does not stop the others.
 
-    Runs that are complete are skipped, incomplete ones are recorded again.
+    Complete runs are skipped; incomplete runs are recorded again.
 
     Args:
-        make: Makes Trainer, module and data afresh, after the seed is set.
-        recorder: How to record, and where: each run is a sub-directory of its root.
-        seeds: The seeds.
-        finished: Called after each seed that was trained or failed.
-        to_fit: Number of runs that the disk must hold; as many as are missing if not given. Others may record into
-            the same root at the same time.
-        reraised: Errors that say something of all seeds: they are not put down to one, but raised.
+        make: Function that creates Trainer, module and data after the seed is set.
+        recorder: How and where to record: each run is a sub-directory of its root.
+        seeds: Seeds to train.
+        finished: Function that is called after each seed that was trained or failed.
+        to_fit: Number of runs that the disk must have space for; by default the number of missing runs. Other processes
+            may record into the same root at the same time.
+        reraised: Types of errors that concern all seeds and are raised, not reported for one seed.
 
     Returns:
-        What went wrong, by seed.
+        Reasons of failures, by seed.
     """
     failures, root = {}, recorder.root
     missing = [seed for seed in seeds if not is_complete(root / run_name(seed))]
@@ -62,7 +62,7 @@ def record_seeds(
         except reraised:
             raise
         except Exception as error:
-            if not isinstance(error, DTDAError):  # the user's own code: show where
+            if not isinstance(error, DTDAError):  # in the user's code: show where
                 traceback.print_exc()
             failures[seed] = f"{type(error).__name__}: {error}"
         finished(seed)
@@ -70,10 +70,10 @@ def record_seeds(
 
 
 def is_complete(directory: Path) -> bool:
-    """Whether a directory holds a run that came to its regular end, with all its files.
+    """Return whether a directory holds a run that ended normally and has all its files.
 
     Raises:
-        UnknownFormatError: If another version of lightning-dtda wrote it: no reason to record over it.
+        UnknownFormatError: If another version of lightning-dtda wrote the run, which must not be overwritten.
     """
     try:
         return Run(directory).complete
@@ -94,7 +94,7 @@ def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) ->
 
 @contextmanager
 def _weights_and_biases(group: str, name: str) -> Iterator[None]:
-    """Let a W&B logger that says nothing else put each run under its name in the ensemble's group."""
+    """Set defaults for W&B loggers: each run is logged under its name, in a group named after the ensemble."""
     wanted = {"WANDB_RUN_GROUP": group, "WANDB_NAME": name, "WANDB_JOB_TYPE": "training"}
     added = {key: value for key, value in wanted.items() if key not in os.environ}
     os.environ.update(added)
@@ -103,7 +103,7 @@ def _weights_and_biases(group: str, name: str) -> Iterator[None]:
     finally:
         wandb = sys.modules.get("wandb")
         if wandb is not None and wandb.run is not None:
-            wandb.finish()  # the logger of the next seed would go on with this run
-            wandb.teardown()  # and W&B reads its environment once for each set-up: the next seed has another name
+            wandb.finish()  # otherwise the logger of the next seed would continue this run
+            wandb.teardown()  # W&B reads its environment once per set-up, and the next seed has another name
         for key in added:
             os.environ.pop(key, None)

@@ -1,4 +1,4 @@
-"""Collects what happened at consecutive steps until there is enough for a file."""
+"""Collects the records of consecutive steps until there are enough for a file."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
 
 SHARD_BYTES = 64 * 2**20
-"""Gradients, or batches, held back before a shard is written: bounds the memory, and what a killed training loses."""
+"""Size in bytes of the gradients or batches in a shard, which bounds the memory and what a killed training loses."""
 
 _SHARD_STEPS = 512
-"""Steps in a shard without gradients, whose records are small."""
+"""Number of steps in a shard without gradients, whose records are small."""
 
 
 @dataclass
 class ShardBuffer:
-    """The records of steps since ``first_step``; ``take`` gives them in the form of a shard.
+    """The records of steps since ``first_step``; ``take`` returns them as a shard.
 
-    Memory for gradients is used again once its shard is on disk: new memory costs more than what is written into it,
-    since the system clears every page of it first.
+    Memory for gradients is reused once its shard is on disk: allocating new memory costs more than writing to it,
+    because the system clears every page first.
 
     Args:
-        layout: The recorded parameters.
+        layout: Layout of the recorded parameters.
         gradients: Data type of the recorded gradients, or ``None`` to record none.
-        device: Where the gradients are; they stay there until the shard is full.
-        first_step: The step that is recorded next.
+        device: Device of the gradients; they stay there until the shard is full.
+        first_step: Next step to record.
     """
 
     layout: ParameterLayout
@@ -57,7 +57,7 @@ class ShardBuffer:
 
     @cached_property
     def capacity(self) -> int:
-        """Number of steps in a full shard, if their batches do not fill it before."""
+        """Number of steps in a full shard, unless stored batches fill it earlier."""
         return shard_steps(self.layout, self.gradients)
 
     def put_gradient(self, gradients: list[Tensor]) -> None:
@@ -69,13 +69,13 @@ class ShardBuffer:
         row = self._gradients[len(self)]
         if gradients[0].dtype == self.gradients:
             self.layout.flatten(gradients, out=row)
-        else:  # torch.cat would make a vector in the gradients' own precision first
+        else:  # torch.cat would first create a vector in the precision of the gradients
             for part, gradient in zip(row.split(self.layout.sizes), gradients, strict=True):
                 part.copy_(gradient.reshape(-1))
 
     def put_norm(self, gradients: list[Tensor]) -> None:
-        """Note the norm of the gradient that is about to be clipped by it."""
-        # of the norms of the tensors, as torch does it; it stays on the device, since to read it would wait for it
+        """Note the norm of the gradient that is about to be clipped by norm."""
+        # norm of the tensors' norms, as in torch; it stays on the device, because reading it would wait for the device
         self._norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
 
     def append(self, step: TakenStep) -> None:
@@ -89,8 +89,8 @@ class ShardBuffer:
     def take(self) -> tuple[int, int, dict[str, Tensor], Callable[[], None] | None]:
         """Return first step, last step and tensors of the shard, and start the next one.
 
-        The last of the four is to be called when the tensors are not needed any more, from whatever thread; ``None``
-        where there is nothing to give back.
+        The fourth element must be called, from any thread, when the tensors are no longer needed; it is ``None`` if
+        there is no memory to release.
         """
         first, steps = self.first_step, len(self)
         tensors = step_records(
@@ -116,7 +116,7 @@ class ShardBuffer:
         return first, first + steps, tensors, release
 
     def _host_memory(self) -> Tensor:
-        """Return memory for the gradients of a shard that no shard on its way to the disk is in."""
+        """Return memory for the gradients of a shard that no shard waiting to be written uses."""
         try:
             return self._spare.get_nowait()
         except queue.Empty:
@@ -127,10 +127,10 @@ class ShardBuffer:
 
 
 def shard_steps(layout: ParameterLayout, gradients: torch.dtype | None) -> int:
-    """Return the number of steps in a full shard, if their batches do not fill it before.
+    """Return the number of steps in a full shard, unless stored batches fill it earlier.
 
     Args:
-        layout: The recorded parameters.
+        layout: Layout of the recorded parameters.
         gradients: Data type of the recorded gradients, or ``None``.
     """
     if gradients is None:
@@ -143,12 +143,12 @@ def step_records(
     hyperparameters: Sequence[Sequence[Sequence[float]]],
     accumulations: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return what a shard says of each step, but for its gradients.
+    """Return the records of each step in a shard, except for the gradients.
 
     Args:
-        micro_batches: The passes of each step.
-        hyperparameters: The numbers of each parameter group at each step.
-        accumulations: What Lightning divided the losses of each step by.
+        micro_batches: Micro-batches of each step.
+        hyperparameters: Numeric hyperparameters of each parameter group at each step.
+        accumulations: ``accumulate_grad_batches`` of each step, by which Lightning divided the losses.
     """
     flat = [micro_batch for step in micro_batches for micro_batch in step]
     return {

@@ -1,4 +1,4 @@
-"""What the recorder and the response tracker have in common: they follow each step of a training."""
+"""Base class of the recorder and the response tracker, which follow each step of a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_dtda.trajectory import MicroBatch
 
 
 class StepCallback(Callback):
-    """Learns what each step of a training is made of, and tells whoever follows it."""
+    """Finds out what each step of a training consists of, and passes this to a follower."""
 
     _data: TrainingData
 
@@ -45,12 +45,12 @@ class StepCallback(Callback):
             self._follower.add_micro_batch()
 
     def _optimizer(self, trainer: pl.Trainer) -> Optimizer:
-        """Return the training's optimizer, refused where its steps cannot be followed."""
+        """Return the optimizer of the training, or raise an error if its steps cannot be followed."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         return checks.refuse_optimizers(trainer.optimizers, scaled, self._resumed is not None)
 
     def _take_batch(self, trainer: pl.Trainer, batch_idx: int) -> tuple[MicroBatch, Any]:
-        """Return what is known of the batch at hand, and the batch as it was collated."""
+        """Return the description of the current batch, and the batch as it was collated."""
         assert self._tap is not None
         indices = self._tap.current_indices()
         states, collated = self._tap.take()
@@ -59,7 +59,7 @@ class StepCallback(Callback):
         return MicroBatch(torch.tensor(indices), trainer.current_epoch, batch_idx, states, global_step=step), collated
 
     def _release(self) -> None:
-        """Give the Trainer back as it was."""
+        """Restore the Trainer."""
         if self._tap is not None:
             self._tap.remove()
             self._tap = None

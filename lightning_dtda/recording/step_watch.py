@@ -1,4 +1,4 @@
-"""Follows the steps of a training: what each was made of, known piece by piece at different hooks."""
+"""Follows the steps of a training, whose parts become known at different hooks."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class TakenStep:
     """An optimizer step that was just taken.
 
     Args:
-        micro_batches: The passes whose gradients it applied.
-        hyperparameters: The numbers of each parameter group at this very step.
-        accumulate_grad_batches: What Lightning divided the losses by.
+        micro_batches: Micro-batches whose gradients the step applied.
+        hyperparameters: Numeric hyperparameters of each parameter group at this step.
+        accumulate_grad_batches: Number by which Lightning divided the losses.
     """
 
     micro_batches: list[MicroBatch]
@@ -36,16 +36,16 @@ class TakenStep:
 
 
 class StepWatch:
-    """Gathers a step's pieces from the hooks at which they are known, and tells of it once it is taken.
+    """Collects the parts of a step from different hooks, and reports the step once it is taken.
 
     Args:
         module: The module.
-        optimizer: Its optimizer.
-        layout: The trained parameters.
-        hyperparameter_names: Of the numbers that are told at each step.
-        applying: Called with the gradient that a step is about to apply, in the layout's order: clipped, and not yet
-            changed by the optimizer.
-        taken: Called after each step.
+        optimizer: Optimizer of the module.
+        layout: Layout of the trained parameters.
+        hyperparameter_names: Names of the numbers to report at each step.
+        applying: Function that is called with the gradient that a step is about to apply, in the layout's order: after
+            clipping, and before the optimizer changes it.
+        taken: Function that is called after each step.
         steps: Number of steps taken before.
     """
 
@@ -87,30 +87,30 @@ class StepWatch:
 
     @property
     def gradients(self) -> list[Tensor] | None:
-        """The gradient at present; ``None`` where a part is missing, for which the step is refused when it is taken."""
+        """The current gradient; ``None`` if a part is missing, in which case the step is refused once it is taken."""
         found = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         return found if len(found) == len(self.parameters) else None
 
     def begin_micro_batch(self, batch: MicroBatch, accumulate_grad_batches: int) -> None:
-        """Note what is about to be passed through the module, with the states of all generators."""
+        """Note the micro-batch that is about to be passed through the module, with the states of all generators."""
         self._current = batch
         self._accumulate_grad_batches = accumulate_grad_batches
 
     def drop_pending(self) -> None:
-        """Forget the micro-batches whose gradients are being thrown away."""
+        """Forget the micro-batches whose gradients are being discarded."""
         self._pending = []
 
     def add_micro_batch(self) -> None:
-        """Add the micro-batch to the step: its loss is about to be differentiated.
+        """Add the current micro-batch to the step; its loss is about to be differentiated.
 
-        Not before: a micro-batch for which ``training_step`` returns ``None`` contributes nothing.
+        Not earlier, because a micro-batch for which ``training_step`` returns ``None`` contributes nothing.
         """
         assert self._current is not None
         states = drawn_from(self._current.rng_states, self._generators.states())
         self._pending.append(replace(self._current, rng_states=states))
 
     def states(self) -> list[State]:
-        """Copy the optimizer's state, flat for each parameter group; none before the first step."""
+        """Copy the optimizer's state, flattened for each parameter group; empty before the first step."""
         states: list[State] = []
         start = 0
         for sizes, length in zip(self._state_sizes, self._layout.group_lengths, strict=True):
@@ -120,7 +120,7 @@ class StepWatch:
         return states
 
     def _state(self, key: str, group: Sequence[Tensor]) -> Tensor:
-        """Concatenate what the optimizer keeps under a name of those parameters of which it does."""
+        """Concatenate one entry of the optimizer's state over the parameters that have it."""
         found = [(parameter, self._optimizer.state[parameter].get(key)) for parameter in group]
         parts = [
             torch.as_tensor(part, device=parameter.device).detach().reshape(-1)
@@ -130,13 +130,13 @@ class StepWatch:
         return torch.cat(parts) if parts else self.parameters[0].new_empty(0)
 
     def close(self) -> None:
-        """Follow no more steps."""
+        """Stop following steps."""
         for handle in self._handles:
             handle.remove()
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        # the gradient is clipped only at the end of the closure, which the optimizer calls; and some optimizers write
-        # over it then (SGD with Nesterov momentum on a GPU): between the two it is what is applied
+        # the gradient is clipped only at the end of the closure, which the optimizer calls, and some optimizers then
+        # overwrite it (SGD with Nesterov momentum on a GPU): in between, it is the gradient that is applied
         if (closure := kwargs.get("closure")) is not None:
             return args, {**kwargs, "closure": self._noting(closure)}
         if len(args) > 1 and args[1] is not None:
@@ -157,31 +157,31 @@ class StepWatch:
             self._applying(gradients)
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # the learning rate is that of this step only here: after the batch the scheduler has moved on
+        # read the learning rate of this step here: after the batch, the scheduler has already changed it
         given = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         if all(parameter.grad is None for parameter in given):
-            self._pending = []  # training_step returned None: nothing was taken
+            self._pending = []  # training_step returned None: no step was taken
             return
-        # those that the loss does not use have no gradient, and are left as they are
+        # parameters that the loss does not use have no gradient, and stay unchanged
         trained = [id(parameter) for parameter in given if parameter.grad is not None]
         if not self._known.issuperset(trained) or [id(p) for p in given if id(p) in self._known] != self._identities:
             raise RecordingError(
-                f"Other parameters are trained at step {self.steps} than at the start. Train the same ones throughout: "
-                "no parameters frozen, unfrozen or added in mid-training."
+                f"The parameters trained at step {self.steps} differ from those at the start. Train the same ones "
+                "throughout: do not freeze, unfreeze or add parameters during training."
             )
         for name, parameter in zip(self._layout.names, self.parameters, strict=True):
             if parameter.grad is None:
                 raise RecordingError(
-                    f"Parameter {name} got no gradient at step {self.steps}, but it did at the first one: the loss "
-                    "does not always use it. Let the loss use it at every step (a term of zero is enough), or freeze "
-                    "it (requires_grad=False) before the optimizer is made."
+                    f"Parameter {name} has no gradient at step {self.steps}, but had one at the first step: the loss "
+                    "does not always use it. Let the loss use it at every step (a term that is zero is enough), or "
+                    "freeze it (requires_grad=False) before the optimizer is created."
                 )
         applied = hyperparameter_values(optimizer, self._names)
         if applied != self._last_applied and checks.state_sizes(optimizer, self.parameters) != self._state_sizes:
             raise RecordingError(
-                f"The hyperparameters of step {self.steps} need another optimizer state than those of the first step "
-                f"(momentum switched on or off?): {dict(zip(self._names, applied[0], strict=True))}. Keep it on "
-                "throughout, if need be with a tiny value."
+                f"The hyperparameters of step {self.steps} need a different optimizer state than those of the first "
+                f"step (momentum switched on or off?): {dict(zip(self._names, applied[0], strict=True))}. Keep "
+                "momentum on throughout; a tiny value is enough."
             )
         self._last_applied = applied
         step = TakenStep(self._pending, applied, self._accumulate_grad_batches)

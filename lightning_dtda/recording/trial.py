@@ -1,4 +1,4 @@
-"""One attribution step, tried on the first batch: what would fail after the training fails before it."""
+"""A trial attribution step on the first batch, so that problems show before the training and not after it."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 _log = logging.getLogger(__name__)
 
 _NO_DERIVATIVE = "torch::autograd::Error"
-"""What torch calls the node of autograd's graph that raises an error in place of a derivative."""
+"""Name of the node in autograd's graph that raises an error instead of computing a derivative."""
 
 _DROPOUT_INSIDE = {
     "attention": (
-        "The attention of this training drops out inside a fused kernel, which has no second derivative, and no other "
-        "kernel draws the same random numbers. Train without fused attention, `with torch.nn.attention."
-        "sdpa_kernel(torch.nn.attention.SDPBackend.MATH): trainer.fit(...)`, or without dropout in the attention."
+        "The attention layers apply dropout inside a fused kernel, which has no second derivative, and no other kernel "
+        "draws the same random numbers. Train without fused attention, `with torch.nn.attention.sdpa_kernel("
+        "torch.nn.attention.SDPBackend.MATH): trainer.fit(...)`, or without dropout in the attention."
     ),
     "recurrent layer": (
-        "A recurrent layer of this training drops out inside cuDNN, which draws random numbers that cannot be drawn "
-        "again. Set torch.backends.cudnn.enabled = False before the training, or the layer's dropout to 0 and put "
-        "nn.Dropout between layers of their own."
+        "A recurrent layer applies dropout inside cuDNN, with random numbers that cannot be reproduced. Set "
+        "torch.backends.cudnn.enabled = False before the training, or set the layer's dropout to 0 and put nn.Dropout "
+        "between separate layers."
     ),
 }
-"""Why dropout inside a kernel is refused, by what is computed there."""
+"""Messages that refuse dropout inside a kernel, by what the kernel computes."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What one attribution step on the first batch showed.
+    """The result of one attribution step on the first batch.
 
     Args:
-        layout: The parameters that the loss uses.
-        circumstances: Those of the training, with the buffers that a step changes.
-        shared: As in a manifest.
-        eager: What the step was run with.
+        layout: Layout of the parameters that the loss uses.
+        circumstances: Circumstances of the training, with the buffers that a step changes.
+        shared: What the examples share, as in a manifest.
+        eager: Runner of the step.
     """
 
     layout: ParameterLayout
@@ -75,9 +75,9 @@ def try_step(
     Args:
         trainer: The Trainer.
         module: The module, which is about to be trained.
-        optimizer: Its optimizer.
+        optimizer: Optimizer of the module.
         batch: The first batch.
-        make: Makes it again, of some of its rows, as the ``collate_fn`` makes it.
+        make: Function that recreates the batch from some of its rows with the ``collate_fn``.
 
     Raises:
         RecordingError: If a step cannot be replayed or differentiated.
@@ -93,11 +93,11 @@ def try_step(
         raise RecordingError(str(error)) from error
     except DTDAError:
         raise
-    except Exception as error:  # whatever the user's code, and torch's derivatives, do
+    except Exception as error:  # any error in the user's code or in torch's derivatives
         raise RecordingError(
-            f"A step of {type(module).__name__} was tried on the first batch as it will be replayed, and fails "
-            f"({type(error).__name__}: {error}). What training_step does must work outside of a Trainer too, and be "
-            "twice differentiable."
+            f"Replaying a step of {type(module).__name__} was tried on the first batch and failed "
+            f"({type(error).__name__}: {error}). training_step must also work outside a Trainer, and be twice "
+            "differentiable."
         ) from error
 
 
@@ -118,7 +118,7 @@ def _try_step(
     if not layout.names:
         raise RecordingError(f"The loss of {type(module).__name__} does not depend on any parameter that is trained.")
     if unused:
-        _log.info("The loss does not use the parameters %s, which the optimizer leaves as they are.", ", ".join(unused))
+        _log.info("The loss does not use the parameters %s; the optimizer leaves them unchanged.", ", ".join(unused))
     facts = replace(facts, updated_buffers=updated)
     eager = Eager(Replica(module, layout, facts, dtype, device, datamodule=datamodule))
     theta = layout.flatten([module.get_parameter(name) for name in layout.names])
@@ -126,8 +126,8 @@ def _try_step(
     followed = {*eager.statistics.names, *(name for name in updated if name.endswith("num_batches_tracked"))}
     if unfollowed := [name for name in updated if name not in followed]:
         _log.warning(
-            "A training step changes the buffers %s. They are replayed as they were; how they depend on the examples "
-            "is not followed.",
+            "A training step changes the buffers %s. A replay restores their values, but responses ignore how they "
+            "depend on the examples.",
             ", ".join(unfollowed),
         )
     generator = torch.Generator().manual_seed(0)
@@ -141,8 +141,8 @@ def _try_step(
         raise RecordingError(f"The gradient of {type(module).__name__}'s loss is not finite on the first batch.")
     if not bool(torch.isfinite(found.products).all()):
         raise RecordingError(
-            f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch: the square "
-            "root or the norm of a zero on the way, say. Add a small number under the root."
+            f"The second derivative of {type(module).__name__}'s loss is not finite on the first batch, perhaps "
+            "because of the square root or the norm of a zero. Add a small number under the root."
         )
     with eager.passed(inputs, theta, held) as one:
         _refuse_once_differentiable(one.gradient, type(module).__name__)
@@ -152,18 +152,18 @@ def _try_step(
 
 
 def _refuse_once_differentiable(gradient: Sequence[Tensor], name: str) -> None:
-    """Refuse a gradient of which a part has no derivative: torch says so only on the way through that part."""
+    """Refuse a gradient if a part of it has no derivative: torch fails only when it differentiates that part."""
     if any(node.name() == _NO_DERIVATIVE for node in nodes_behind(gradient)):
         raise RecordingError(
-            f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a kernel "
-            "of its own?), so that the gradient has no derivative. Use the same operation in plain torch."
+            f"The loss of {name} uses a torch.autograd.Function that is marked with @once_differentiable (a custom "
+            "kernel?), so the gradient has no derivative. Use the same operation in plain torch."
         )
 
 
 def _unused_and_updated(
     replica: Replica, module: pl.LightningModule, inputs: MicroBatchInputs
 ) -> tuple[list[str], list[str]]:
-    """Return parameters that the loss does not use, and buffers that a pass changes."""
+    """Return the parameters that the loss does not use, and the buffers that a pass changes."""
     layout = replica.layout
     theta = layout.flatten([module.get_parameter(name) for name in layout.names])
     before = _tensors(module, layout)
@@ -181,13 +181,13 @@ def _unused_and_updated(
 
 
 def _try_measurement(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buffers: Mapping[str, Tensor]) -> None:
-    """Take the default measurement of an example, and say so where that fails."""
+    """Take the default measurement of an example, and warn if this fails."""
     queries = Examples([0], collate_fn=lambda rows: inputs.make(rows))  # type: ignore[arg-type]
     try:
         measured(eager, theta[None], buffers, queries, [0], loss, ["the start"], inputs.time, Draws(1))
     except DTDAError as error:
         _log.warning(
-            'The measurement "loss" cannot be taken of a single example: %s Give attribute() another measurement.',
+            'The measurement "loss" cannot be taken of a single example: %s Use another measurement in attribute().',
             error,
         )
 

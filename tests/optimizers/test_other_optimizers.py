@@ -57,7 +57,7 @@ def test_an_optimizer_without_a_useful_derivative_is_told_why(name):
 
 def test_an_unknown_optimizer_is_told_the_name_that_its_update_goes_by(monkeypatch):
     optimizer = of_class("Unheard")
-    with pytest.raises(RecordingError, match="is not known") as caught:
+    with pytest.raises(RecordingError, match="is unknown") as caught:
         refuse_optimizers([optimizer])
     (path,) = re.findall(r'UPDATES\["(.*)"\] = ', str(caught.value))
     monkeypatch.setitem(UPDATES, path, UPDATES["torch.optim.sgd.SGD"])

@@ -116,7 +116,7 @@ def test_an_earlier_step_is_that_of_the_training(fit, tmp_path, mode):
 
 def test_statistics_that_are_taken_anew_are_refused(fit, tmp_path):
     average = callbacks.StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1)
-    with pytest.raises(RecordingError, match=r"statistics of BatchNorm anew.*EMAWeightAveraging"):
+    with pytest.raises(RecordingError, match=r"recomputes the statistics of BatchNorm.*EMAWeightAveraging"):
         train(fit, sgd(), *weighted_data(), average, TrajectoryRecorder(tmp_path), network=with_batch_norm)
 
 

@@ -154,14 +154,14 @@ def test_of_data_that_are_slow_to_read_a_part_is_recorded_and_this_is_said(recor
     assert found.values[-1] == example_checksums(IndexedExamples()).values[(len(found) - 1) * found.stride % EXAMPLES]
     [message] = [message for message in caplog.messages if "checksum" in message]
     assert message == (
-        f"Of the 600 training examples, every {found.stride}th is recorded by a checksum, {len(found)} of them; "
-        "reading all takes too long. A change of the others will not be found by it."
+        f"Reading all 600 training examples would take too long: a checksum is recorded for every {found.stride}th "
+        f"example, {len(found)} in total. Changes to the others will not be detected."
     )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_example_that_cannot_be_read_is_named(record, workers):
-    wanted = r"^Failing\[37\] fails \(OSError: .*the file of example 37 is broken\). Let the data set take .* 0 to 99"
+    wanted = r"^Failing\[37\] fails \(OSError: .*the file of example 37 is broken\). Let the data set accept .* 0 to 99"
     with pytest.raises(RecordingError, match=wanted):
         record(Regressor(), loader(Failing(), num_workers=workers), max_epochs=1)
 
@@ -184,7 +184,7 @@ def test_data_that_are_loaded_anew_must_be_the_same_to_the_last_example(fit, roo
         def train_dataloader(self):
             return DataLoader(labelled(flipped=[21] if self.current_epoch == 2 else []), 64)
 
-    with pytest.raises(RecordingError, match="changed at epoch 2: example 21 is not that of the start"):
+    with pytest.raises(RecordingError, match="changed at epoch 2: example 21 is different"):
         fit(Reloading(), None, TrajectoryRecorder(root, "run"), max_epochs=4, reload_dataloaders_every_n_epochs=1)
     assert Run(root / "run").steps == 14
 

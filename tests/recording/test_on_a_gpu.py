@@ -111,7 +111,7 @@ def test_attention_that_drops_out_inside_a_kernel_is_refused_and_each_remedy_wor
     def make():
         return Attention(inside=0.2)
 
-    with pytest.raises(RecordingError, match="attention of this training drops out inside a fused kernel"):
+    with pytest.raises(RecordingError, match="attention layers apply dropout inside a fused kernel"):
         record(make, tmp_path / "fused", precision=precision)
     with sdpa_kernel(SDPBackend.MATH):
         record(make, tmp_path / "math", precision=precision)
@@ -124,7 +124,7 @@ def test_recurrent_layers_that_drop_out_inside_cudnn_are_refused_and_each_remedy
     def make():
         return Recurrent(dropout=0.2)
 
-    with pytest.raises(RecordingError, match="drops out inside cuDNN"):
+    with pytest.raises(RecordingError, match="applies dropout inside cuDNN"):
         record(make, tmp_path / "cudnn")
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.cudnn, "enabled", False)

@@ -58,7 +58,7 @@ def one_label_by_the_seed():
 def test_a_split_that_follows_the_seed_is_refused_before_the_second_seed_is_trained(train, root):
     train(0, split_by_the_seed)
     with pytest.raises(
-        RecordingError, match=r"(?s)seed-0001 is to be .*seed-0000, which was trained on other data"
+        RecordingError, match=r"(?s)seed-0001 cannot be recorded .*seed-0000, which was trained on other data"
     ) as told:
         train(1, split_by_the_seed)
     assert "example 0 (and 14 others: 1, 2, 3" in str(told.value)
@@ -82,7 +82,7 @@ def test_splits_of_another_length_are_refused_too(train):
 
 def test_a_single_example_that_follows_the_seed_is_named(train):
     train(0, one_label_by_the_seed)
-    with pytest.raises(RecordingError, match="on other data: example 9 is another one"):
+    with pytest.raises(RecordingError, match="on other data: example 9 is different"):
         train(1, one_label_by_the_seed)
     assert train.steps == [12, 0]
 
@@ -90,7 +90,7 @@ def test_a_single_example_that_follows_the_seed_is_named(train):
 def test_another_configuration_is_refused_with_what_differs(train):
     train(0, IndexedExamples)
     with pytest.raises(
-        RecordingError, match=r"(?s)with another configuration:\n  hyperparameters.lr: .*a root of its own"
+        RecordingError, match=r"(?s)with another configuration:\n  hyperparameters.lr: .*a separate root"
     ):
         train(1, IndexedExamples, optimizer=lambda module: torch.optim.SGD(module.parameters(), lr=0.2, momentum=0.9))
     assert train.steps == [12, 0]

@@ -197,7 +197,7 @@ def test_forward_and_reverse_mode_agree(tmp_path):
 
 
 def test_a_tracker_of_responses_refuses_several_processes():
-    with pytest.raises(Exception, match="2 processes, of which none sees all examples"):
+    with pytest.raises(Exception, match="2 processes, and none of them sees all examples"):
         train(ResponseTracker([[0]]))
 
 

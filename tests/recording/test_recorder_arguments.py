@@ -84,7 +84,7 @@ def test_a_directory_that_is_no_run_is_never_overwritten(record, root):
     (root / "run").mkdir(parents=True)
     (root / "run" / "thesis.tex").write_text("years of work")
 
-    with pytest.raises(RecordingError, match="is no recorded run"):
+    with pytest.raises(RecordingError, match="is not a recorded run"):
         record(Regressor(), loader(), max_epochs=1, recorder={"overwrite": True})
 
     assert (root / "run" / "thesis.tex").exists()

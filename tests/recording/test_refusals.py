@@ -220,13 +220,13 @@ REFUSED = {
         Regressor,
         shuffled,
         {"callbacks_before": [Finetuning()]},
-        "train each phase on its own",
+        "record each phase as a separate training",
     ),
     "an optimizer that has taken steps": (
         lambda: Regressor(used_optimizer),
         shuffled,
         {},
-        "Make a new one in configure_optimizers",
+        "Create a new one in configure_optimizers",
     ),
     "a hook that changes steps": (Stepping, shuffled, {}, "Remove it"),
     "manual optimization": (Manual, shuffled, {}, "Use automatic optimization"),
@@ -316,7 +316,7 @@ def test_a_strategy_of_ones_own_is_refused():
 
 STOPPED = {
     "parameters unfrozen in mid-training": (Unfreezing, "Train the same ones throughout"),
-    "momentum switched on in mid-training": (SwitchingMomentum, "momentum switched on or off.*Keep it on"),
+    "momentum switched on in mid-training": (SwitchingMomentum, "momentum switched on or off.*Keep momentum on"),
 }
 
 

@@ -211,7 +211,7 @@ def test_a_training_that_resumes_goes_on_with_its_responses(fit, tmp_path):
     whole, second = go(ResponseTracker(GROUPS), 4), go(ResponseTracker(GROUPS), 4, ckpt_path=checkpoint)
     assert_same(second.responses, whole.responses)
     assert not torch.equal(first.responses, whole.responses)
-    with pytest.raises(RecordingError, match="resumes at step 6; what these groups did"):
+    with pytest.raises(RecordingError, match="resumes at step 6, but the responses of these groups"):
         go(ResponseTracker([[2]]), 4, ckpt_path=checkpoint)
 
 
@@ -219,10 +219,10 @@ def test_a_training_that_resumes_goes_on_with_its_responses(fit, tmp_path):
     ("groups", "message"),
     [
         ([], "at least one"),
-        ([[]], "none of them empty"),
-        ([[12]], "not of the 12 training examples"),
-        ([[-1]], "not of the"),
-        ([[1.5]], "no list of data set indices"),
+        ([[]], "non-empty"),
+        ([[12]], "beyond the 12 training examples"),
+        ([[-1]], "beyond the"),
+        ([[1.5]], "not a list of data set indices"),
         ([[True, False, True]], "is a mask"),
         (torch.tensor([[True, False]]), "is a mask"),
         ([[3, 5, 3]], "an example twice"),

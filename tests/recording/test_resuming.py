@@ -176,12 +176,12 @@ def unchanged(root, tmp_path):
 
 
 REFUSED = {
-    "without the recorder's state": (forget, {}, r"resumes at step 4; .*in no record.*no ckpt_path"),
-    "without its record": (lose, {}, "4 recorded steps, of which there is no record.*does not exist"),
+    "without the recorder's state": (forget, {}, r"resumes at step 4, .*not recorded.*no ckpt_path"),
+    "without its record": (lose, {}, "4 recorded steps, but their record cannot be read.*does not exist"),
     "with other parameters": (spoil(4), {}, "parameters are not those of .*seed-0007 after 4 steps"),
     "with another batch size": (unchanged, {"data": shuffled(batch_size=5)}, "batch_size: 4 vs. 5"),
     "with another optimizer": (unchanged, {"optimizer": adamw}, None),
-    "with other gradients": (unchanged, {"recorder": {"gradients": "bfloat16"}}, "in one way throughout"),
+    "with other gradients": (unchanged, {"recorder": {"gradients": "bfloat16"}}, "same settings throughout"),
     "with stored batches": (unchanged, {"recorder": {"batches": "store"}}, None),
 }
 

@@ -229,7 +229,7 @@ def test_what_a_recording_needs_is_told_before_the_first_step(record, caplog, re
 
     assert (run.steps, run.layout.size) == (12, 36)
     [told] = [message for message in caplog.messages if message.startswith("Recording ")]
-    assert f"about {human_bytes(disk)} of disk, and at most {human_bytes(memory)} of memory" in told
+    assert f"about {human_bytes(disk)} of disk space and at most {human_bytes(memory)} of memory" in told
 
 
 def test_learning_rates_are_those_of_the_very_step(record):
