@@ -1,1 +1,1 @@
-"""The demo's module and data, ordinary Lightning classes that know nothing of attribution."""
+"""Module and data of the demo: ordinary Lightning classes without any code for attribution."""

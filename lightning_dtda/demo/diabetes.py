@@ -1,4 +1,4 @@
-"""Disease progression of 442 diabetes patients (Efron, Hastie, Johnstone and Tibshirani, 2004), by a small network."""
+"""A small network for the disease progression of 442 diabetes patients (Efron, Hastie, Johnstone, Tibshirani, 2004)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class DiabetesData(pl.LightningDataModule):
-    """Scikit-learn's bundled diabetes data, standardised; every fifth patient is for validation.
+    """The diabetes data bundled with scikit-learn, standardised, with every fifth patient used for validation.
 
     Args:
-        batch_size: Examples in a batch.
+        batch_size: Number of examples in a batch.
     """
 
     def __init__(self, batch_size: int = 32) -> None:
@@ -21,7 +21,7 @@ class DiabetesData(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        """Load and split the data; always alike, whatever the seed."""
+        """Load and split the data, in the same way for every seed."""
         from sklearn.datasets import load_diabetes
 
         inputs, targets = load_diabetes(return_X_y=True)
@@ -36,22 +36,22 @@ class DiabetesData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Shuffled batches."""
+        """Return shuffled batches of the training set."""
         return DataLoader(self.train, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """All of the validation set."""
+        """Return the validation set as one batch."""
         return DataLoader(self.validation, len(self.validation))
 
 
 class DiabetesRegressor(pl.LightningModule):
-    """A network with two hidden layers, squared error, SGD with momentum and a cosine schedule.
+    """A network with two hidden layers, trained on the squared error by SGD with momentum and a cosine schedule.
 
     Args:
-        width: Units in a hidden layer.
-        learning_rate: Of the first step.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        width: Number of units in a hidden layer.
+        learning_rate: Learning rate of the first step.
+        momentum: Momentum of SGD.
+        weight_decay: Weight decay of SGD.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class DiabetesRegressor(pl.LightningModule):
         return self.network(inputs).squeeze(-1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean squared error."""
+        """Return and log the mean squared error."""
         loss = nn.functional.mse_loss(self(batch[0]), batch[1])
         self.log("train_loss", loss)
         return loss
@@ -78,7 +78,7 @@ class DiabetesRegressor(pl.LightningModule):
         self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """SGD whose learning rate falls to zero over the training."""
+        """Return SGD with a learning rate that decreases to zero over the training."""
         optimizer = torch.optim.SGD(
             self.parameters(),
             lr=self.hparams["learning_rate"],

@@ -1,4 +1,4 @@
-"""What a recording and its attributions will take, measured on the first steps and a few examples."""
+"""Forecasts of the cost of recording and attributing, measured on the first steps and a few examples."""
 
 from lightning_dtda.planning.planning import Forecast, plan
 from lightning_dtda.planning.trials import Cost

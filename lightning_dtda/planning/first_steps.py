@@ -1,4 +1,4 @@
-"""The first steps of a training, recorded to see what all of it takes."""
+"""Recording the first steps of a training, to estimate the cost of the whole training."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from lightning_dtda.trajectory import Run
 from lightning_dtda.trajectory.prolonged import ProlongedRun
 
 _FEWEST_STEPS, _WARM_UP = 10, 2
-"""Steps that are taken at the least, if the training has so many, and those of them that are not timed."""
+"""Minimum number of steps to take (unless the training is shorter), and number of initial steps that are not timed."""
 
 
 @dataclass(frozen=True)
 class FirstSteps:
-    """What was recorded of a training, and what all of it is like.
+    """The recorded first steps of a training, and the length and cost of the whole training.
 
     Args:
-        run: The record.
-        steps: T, of all of the training.
-        interval: Steps between two checkpoints.
-        recording: What one run takes.
+        run: Record of the first steps.
+        steps: T, the number of steps of the whole training.
+        interval: Number of steps between checkpoints.
+        recording: Cost of recording one whole run.
     """
 
     run: Run
@@ -40,37 +40,37 @@ class FirstSteps:
     recording: Cost
 
     def of_length(self, steps: int) -> FirstSteps:
-        """Return the same of a training of so many steps."""
+        """Return the same for a training with another number of steps."""
         return replace(self, steps=steps, recording=self.recording.times(steps / self.steps))
 
     def prolonged(self, examples: int) -> ProlongedRun:
-        """Return a run of all steps, trained on so many examples."""
+        """Return a run with all steps, trained on the given number of examples."""
         return ProlongedRun(self.run, self.steps, min(self.interval, self.steps), examples)
 
 
 def record_first_steps(
     trainer: pl.Trainer, module: pl.LightningModule, data: Any, recorder: TrajectoryRecorder, seconds: float
 ) -> FirstSteps:
-    """Train for some seconds, record it, and say what the whole training takes.
+    """Train and record for a few seconds, and return the estimated cost of the whole training.
 
     Callbacks that write checkpoints are left out.
 
     Args:
-        trainer: The Trainer; it has taken these steps afterwards.
-        module: The module.
-        data: What is trained on.
-        recorder: Records the run.
-        seconds: For how long; at least ten steps are taken.
+        trainer: The Trainer, which is used up.
+        module: The module, which is trained.
+        data: Training data.
+        recorder: Recorder of the run.
+        seconds: Duration in seconds; at least ten steps are taken.
 
     Raises:
-        RecordingError: If the training cannot be recorded, is one of several processes, or has no known length.
+        RecordingError: If the training cannot be recorded, uses several processes, or has an unknown length.
     """
     if trainer.world_size > 1:
         raise RecordingError(
-            f"The Trainer has {trainer.world_size} processes; a plan is made in one. Set trainer.devices to 1: each "
-            "device takes about as long as that one with its share of the examples."
+            f"The Trainer has {trainer.world_size} processes, but planning needs one. Set trainer.devices to 1: each "
+            "of several devices takes about as long as this one does for its share of the examples."
         )
-    recorder.runs_to_fit = 0  # whether the disk holds them is for the plan to say
+    recorder.runs_to_fit = 0  # the plan, not the recorder, checks the disk space
     watch = _Stopwatch(seconds)
     kept = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
     trainer.callbacks = [*kept, recorder, watch]  # type: ignore[attr-defined]
@@ -86,7 +86,8 @@ def record_first_steps(
     steps = run.steps if watch.at_end else run.manifest.planned_steps
     if steps is None:
         raise RecordingError(
-            "How many steps the Trainer will take is not known. Give it max_steps, or max_epochs in place of max_time."
+            "The number of steps that the Trainer will take is unknown. Set max_steps, or max_epochs instead of "
+            "max_time."
         )
     assert recorder.needed is not None
     interval = checkpoint_interval(recorder.checkpoint_every, run.manifest.planned_steps)
@@ -95,23 +96,23 @@ def record_first_steps(
 
 
 class _Stopwatch(Callback):
-    """Times the steps of a training and its batches of validation, and ends it after some seconds.
+    """Times the training steps and validation batches of a training, and ends it after some seconds.
 
     Args:
-        seconds: How many.
+        seconds: Duration in seconds.
     """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._ends: list[float] = []  # of steps, less the time of validation before
+        self._ends: list[float] = []  # of steps, minus the time of validation before
         self._validation = 0.0
-        self._batches: list[float] = []  # seconds of batches of validation
+        self._batches: list[float] = []  # durations of validation batches in seconds
         self._began = 0.0
         self.at_end = True
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-        if trainer.global_step == len(self._ends):  # gradients are accumulated still
+        if trainer.global_step == len(self._ends):  # gradients are still being accumulated
             return
         if trainer.strategy.root_device.type == "cuda":
             torch.cuda.synchronize(trainer.strategy.root_device)
@@ -119,7 +120,7 @@ class _Stopwatch(Callback):
         timed = len(self._ends) - _WARM_UP
         if timed + _WARM_UP >= _FEWEST_STEPS and self._ends[-1] - self._ends[_WARM_UP - 1] >= self._seconds:
             self.at_end = False
-            # not should_stop, which would pass the whole validation set first
+            # not should_stop, which would first run the whole validation
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
     @override
@@ -139,11 +140,11 @@ class _Stopwatch(Callback):
         self._batches[-1] += time.perf_counter()
 
     def seconds(self, started: float, steps: int, trainer: pl.Trainer) -> float:
-        """Return what the whole training takes.
+        """Return the estimated duration of the whole training in seconds.
 
         Args:
-            started: When it did.
-            steps: T.
+            started: Time when the training started.
+            steps: T, the number of steps of the whole training.
             trainer: The Trainer.
         """
         warm = min(_WARM_UP, len(self._ends) - 1)
@@ -156,7 +157,7 @@ class _Stopwatch(Callback):
 
 
 def _validation_batches(trainer: pl.Trainer, steps: int) -> float:
-    """Return how many batches of validation a training of T steps passes."""
+    """Return the number of validation batches in a training of T steps."""
     batches = sum(trainer.num_val_batches)
     in_epoch = float(trainer.num_training_batches)
     trained = steps * trainer.accumulate_grad_batches

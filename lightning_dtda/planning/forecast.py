@@ -1,4 +1,4 @@
-"""What things take, and what to choose of them."""
+"""Costs of recording and attributing, and advice on which estimator to choose."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_dtda.execution.memory import available_memory
 from lightning_dtda.units import human_bytes, human_seconds
 
 _MUCH_FASTER = 5.0
-"""From which ratio of times on a less exact estimator is mentioned."""
+"""Ratio of times above which a faster but less exact estimator is mentioned."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What something takes.
+    """The cost of a task.
 
     Args:
-        seconds: Time; ``None`` where it is not known.
-        memory: Bytes beside libraries, module and data.
-        disk: Bytes.
+        seconds: Duration; ``None`` if it is unknown.
+        memory: Bytes of memory in addition to libraries, module and data.
+        disk: Bytes on disk.
     """
 
     seconds: float | None
@@ -31,29 +31,29 @@ class Cost:
     disk: float
 
     def times(self, factor: float) -> Cost:
-        """Return what so many of them take one after the other."""
+        """Return the cost of several such tasks, one after the other."""
         return Cost(None if self.seconds is None else factor * self.seconds, self.memory, factor * self.disk)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What recording and attributing take; memory is beside libraries, module and data.
+    """Costs of recording and attributing; memory is in addition to libraries, module and data.
 
     Args:
-        runs: S.
-        steps: T of each.
-        parameters: P.
-        examples: N.
-        queries: Q.
-        removals: K.
-        device: Where it is computed.
-        workers: Processes that share the runs out.
-        recorded_steps: Steps of a run that were there to measure, from which all T are extrapolated.
-        recorded_examples: The number of examples that the data have, from which N are extrapolated.
-        given_queries: The number of queries that were given, from which Q are extrapolated.
-        recording: Of all runs; its memory is beside the training's.
-        estimators: Of attributing all runs, by estimator; a text says why one cannot.
-        advice: What to choose.
+        runs: S, the number of runs.
+        steps: T, the number of steps of each run.
+        parameters: P, the number of parameters.
+        examples: N, the number of training examples.
+        queries: Q, the number of queries.
+        removals: K, the number of removals.
+        device: Device for attributing.
+        workers: Number of processes that the runs are distributed over.
+        recorded_steps: Number of steps that were measured, from which the cost of T steps is extrapolated.
+        recorded_examples: Number of examples in the data, from which the cost of N examples is extrapolated.
+        given_queries: Number of given queries, from which the cost of Q queries is extrapolated.
+        recording: Cost of recording all runs; its memory is in addition to that of the training.
+        estimators: Cost of attributing all runs by estimator, or the reason why it is not possible.
+        advice: Which estimator to choose.
     """
 
     runs: int
@@ -72,7 +72,7 @@ class Forecast:
     advice: str = ""
 
     def content(self) -> dict[str, Any]:
-        """Return all of it in JSON: seconds and bytes."""
+        """Return the forecast as JSON, in seconds and bytes."""
         return asdict(self)
 
 
@@ -80,9 +80,9 @@ def advice(found: Forecast, device: torch.device, hours: float | None) -> str:
     """Return which estimator to choose: the first that fits memory, disk and time.
 
     Args:
-        found: What everything takes.
-        device: Whose memory counts.
-        hours: The most that recording and attributing may take together.
+        found: Forecast of all costs.
+        device: Device for attributing, whose memory is checked.
+        hours: Maximum hours that recording and attributing may take together.
     """
     memory, disk = available_memory(device), shutil.disk_usage(Path.cwd()).free
     recorded = found.recording.seconds or 0.0
@@ -90,14 +90,14 @@ def advice(found: Forecast, device: torch.device, hours: float | None) -> str:
     fit: list[tuple[str, float]] = []
     for name, cost in found.estimators.items():
         if isinstance(cost, str):
-            reasons.append(f"{name} cannot: {cost.rstrip('.')}")
+            reasons.append(f"{name} is not possible: {cost.rstrip('.')}")
             continue
         seconds, on_disk = cost.seconds or 0.0, found.recording.disk + cost.disk
         if memory is not None and cost.memory > memory:
-            reasons.append(f"{name} needs {human_bytes(cost.memory)} of memory, {human_bytes(memory)} are free")
+            reasons.append(f"{name} needs {human_bytes(cost.memory)} of memory, but {human_bytes(memory)} are free")
         elif on_disk > disk:
             reasons.append(
-                f"{name} and the record need {human_bytes(on_disk)} of disk, {human_bytes(disk)} are free here"
+                f"{name} and the record need {human_bytes(on_disk)} of disk space, but {human_bytes(disk)} are free"
             )
         elif hours is not None and recorded + seconds > 3600 * hours:
             reasons.append(f"{name} and the recording take {human_seconds(recorded + seconds)}")
@@ -107,13 +107,13 @@ def advice(found: Forecast, device: torch.device, hours: float | None) -> str:
         return ""
     if not fit:
         return (
-            f"Nothing fits: {'; '.join(reasons)}. Ask fewer queries, record fewer runs or less of each "
-            '(gradients="none"), lower memory_budget, or share the runs out on a Ray cluster.'
+            f"Nothing fits: {'; '.join(reasons)}. Use fewer queries, record fewer runs or less of each "
+            '(gradients="none"), lower memory_budget, or distribute the runs over a Ray cluster.'
         )
     chosen, seconds = fit[0]
     said = f"Choose {chosen}: {human_seconds(seconds)}"
     if recorded:
-        said += f", {seconds / recorded:.2g} times the recording"
+        said += f", {seconds / recorded:.2g} times as long as the recording"
     fastest, least = min(fit, key=lambda one: one[1])
     if seconds > _MUCH_FASTER * least:
         reasons.insert(0, f"{fastest} takes {human_seconds(least)} and is less exact")

@@ -1,4 +1,4 @@
-"""What recording and attributing will take, before anything long is started."""
+"""Forecasts of the cost of recording and attributing, before anything long is started."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.trajectory.prolonged import ProlongedRun
 
 RUNS = 20
-"""Runs that are planned for where there are none: as many as ``lightning-dtda record`` makes."""
+"""Default number of runs if there is no ensemble, as in ``lightning-dtda record``."""
 
 _SECONDS = 5.0
-"""Of a training that is begun to be timed."""
+"""Duration of the trial training in seconds."""
 
 
 def plan(
@@ -67,39 +67,40 @@ def plan(
     hours: float | None = None,
     progress: bool = True,
 ) -> Forecast:
-    """Say what disk, memory and time recording and attributing will take, and what to choose.
+    """Forecast the disk space, memory and time that recording and attributing will take, and advise what to choose.
 
-    With a Trainer, the first seconds of a training are trained and recorded into a temporary directory (that of
-    ``TMPDIR``), ten steps at the least. With an ensemble nothing is trained. Then each estimator is asked for its plan
-    of runs as many and as long as will be; those that look at checkpoints only are tried on a few examples and queries
-    as well. Announced and measured costs are compared in ``docs/scale.md``.
+    With a Trainer, the first seconds of a training (at least ten steps) are run and recorded into a temporary directory
+    (in ``TMPDIR``). With an ensemble, nothing is trained. Then each estimator plans its work for the full number of
+    runs and steps; estimators that only use checkpoints are also tried on a few examples and queries.
+    ``docs/scale.md`` compares forecasts with measured costs.
 
     Args:
         module: The LightningModule, unchanged.
-        data: What is trained on, as for :func:`~lightning_dtda.attribute`.
+        data: Training data, as for :func:`~lightning_dtda.attribute`.
         queries: Inputs on which the measurement will be taken.
-        trainer: A Trainer as for the training, which is used up.
-        ensemble: Recorded runs, in its place.
-        estimators: Which ones, the one that would be liked best first; exact unrolling, and influence functions with
-            ever rougher curvatures, if not given.
-        runs: S; those of the ensemble, or 20, if not given.
-        steps: T; as the Trainer means to take, or as recorded, if not given.
-        epochs: In place of steps.
-        examples: N, if not those of the data; for as many epochs.
-        query_count: Q, if not those that are given.
-        measurement: As for :func:`~lightning_dtda.attribute`.
-        removals: As for :func:`~lightning_dtda.attribute`.
-        recorder: Arguments of the :class:`~lightning_dtda.TrajectoryRecorder`, for a training.
-        device: Where to attribute; that of the training, or the module's, if not given.
-        workers: Processes of this machine that will share the runs out.
-        hours: The most that recording and attributing may take together.
+        trainer: Trainer with the settings of the training; it is used up. Give either this or ``ensemble``.
+        ensemble: Recorded runs.
+        estimators: Estimators to plan for, in order of preference; by default exact unrolling, then influence functions
+            with increasingly rough curvatures and TracIn.
+        runs: S, the number of runs; by default those of the ensemble, or 20.
+        steps: T, the number of steps; by default as set in the Trainer, or as recorded.
+        epochs: Number of epochs, instead of ``steps``.
+        examples: N, the number of training examples; by default those of the data. Unless ``steps`` is given, the
+            number of epochs stays the same.
+        query_count: Q, the number of queries; by default the given ones.
+        measurement: Measurement as for :func:`~lightning_dtda.attribute`.
+        removals: Removals as for :func:`~lightning_dtda.attribute`.
+        recorder: Arguments of the :class:`~lightning_dtda.TrajectoryRecorder`, if a Trainer is given.
+        device: Device for attributing; by default that of the training, or that of the module.
+        workers: Number of processes on this machine that the runs will be distributed over.
+        hours: Maximum hours that recording and attributing may take together.
         progress: Whether to show a progress bar.
 
     Returns:
-        What it takes.
+        Forecast of the costs.
 
     Raises:
-        AttributionError: If an argument makes no sense, or the question cannot be asked.
+        AttributionError: If an argument is invalid, or the question cannot be answered.
         RecordingError: If the training cannot be recorded.
 
     Example:
@@ -119,12 +120,12 @@ def plan(
     counts = {"runs": runs, "steps": steps, "epochs": epochs, "examples": examples, "query_count": query_count}
     for name, value in (counts | {"workers": workers}).items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise AttributionError(f"{name}={value!r}; give a positive number.")
+            raise AttributionError(f"{name}={value!r} must be a positive integer.")
     if steps is not None and epochs is not None:
         raise AttributionError(f"steps={steps} and epochs={epochs} are both given. Leave one of them out.")
     if (trainer is None) == (ensemble is None):
         raise AttributionError(
-            "Give either a trainer, with which a few steps are recorded, or an ensemble of recorded runs."
+            "Pass either a trainer, to record the first steps with, or an ensemble of recorded runs, but not both."
         )
     estimators = _all_estimators() if estimators is None else list(estimators)
     available = training_examples(data)
@@ -146,7 +147,7 @@ def plan(
             available.refuse_changes(ensemble[0])
             first = _as_recorded(ensemble, steps, epochs)
         advance(1)
-        if examples is not None and steps is None:  # as many epochs
+        if examples is not None and steps is None:  # keep the number of epochs
             first = first.of_length(max(1, round(first.steps * examples / length)))
         asked = query_examples(queries, available)
         question = TrialQuestion(
@@ -182,7 +183,7 @@ def plan(
 
 
 def label(estimator: Estimator) -> str:
-    """Return what an estimator is called in a table.
+    """Return the name of an estimator for a table.
 
     Example:
         >>> label(UnrolledDifferentiation()), label(InfluenceFunctions(EKFAC()))
@@ -193,7 +194,7 @@ def label(estimator: Estimator) -> str:
 
 
 def _all_estimators() -> list[Estimator]:
-    """Return estimators in the order in which their predictions agree with retraining, see the README's figures."""
+    """Return the estimators in order of their agreement with retraining, best first; see the figures in the README."""
     return [
         UnrolledDifferentiation(),
         InfluenceFunctions(GaussNewton()),
@@ -204,7 +205,7 @@ def _all_estimators() -> list[Estimator]:
 
 
 def _unused(name: str, names: Container[str]) -> str:
-    """Return a name that there is not yet."""
+    """Return the name, with a number appended if it is already used."""
     others = (f"{name} {number}" for number in count(2))
     return next(one for one in chain([name], others) if one not in names)
 
@@ -217,13 +218,13 @@ def _cost(estimator: Estimator, runs: Sequence[ProlongedRun], question: TrialQue
 
 
 def _shared(cost: Cost, workers: int, runs: int) -> Cost:
-    """Return what each of some processes takes at the same time."""
+    """Return the cost if the runs are distributed over processes that run at the same time."""
     workers = min(workers, runs)
     return replace(cost, seconds=None if cost.seconds is None else cost.seconds / workers, memory=workers * cost.memory)
 
 
 def _set_length(trainer: pl.Trainer, steps: int | None, epochs: int | None) -> None:
-    """Let a Trainer mean to take other steps, before anything asks it."""
+    """Change the length of the training before the Trainer uses it."""
     if steps is not None:
         trainer.fit_loop.epoch_loop.max_steps = steps
         trainer.fit_loop.max_epochs = -1
@@ -233,7 +234,7 @@ def _set_length(trainer: pl.Trainer, steps: int | None, epochs: int | None) -> N
 
 
 def _as_recorded(ensemble: Ensemble, steps: int | None, epochs: int | None) -> FirstSteps:
-    """Return what a run of an ensemble takes if it goes on as it was recorded; how long, its record does not say."""
+    """Return the cost of a run that is recorded in the same way as the ensemble; its duration is not recorded."""
     run = ensemble[0]
     if epochs is not None:
         recorded = run.micro_batches(run.steps - 1)[-1].epoch + 1
@@ -248,7 +249,7 @@ def _as_recorded(ensemble: Ensemble, steps: int | None, epochs: int | None) -> F
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what trainings and estimators say: of trials it would be said many times."""
+    """Silence the messages of trainings and estimators, which the trials would repeat many times."""
     log = logging.getLogger("lightning_dtda")
     level = log.level
     log.setLevel(logging.WARNING)

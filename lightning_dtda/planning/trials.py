@@ -1,4 +1,4 @@
-"""What an estimator takes, found by trying it on a few examples and queries."""
+"""The cost of an estimator, found by trying it on a few examples and queries."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from lightning_dtda.trajectory import Run
 from lightning_dtda.trajectory.prolonged import ProlongedRun
 
 _FEWEST_EXAMPLES, _QUERIES = 64, 8
-"""Of the smallest trial, and the most queries of any."""
+"""Number of examples in the smallest trial, and the largest number of queries in any trial."""
 
 _GROWTH = 4
-"""Each trial has so many times the examples of the one before."""
+"""Ratio of the numbers of examples in successive trials."""
 
 _LONG_ENOUGH = 0.5
-"""Seconds of a trial after which no larger one is made: what a call costs whatever the examples is little of it."""
+"""Duration of a trial in seconds after which there is no larger one: the fixed cost of a call is then a small part."""
 
 _CALLS = 4
-"""Of a short trial, of which the fastest counts."""
+"""Maximum number of calls in a short trial, of which the fastest counts."""
 
 _CHECKPOINTS = 2
-"""Stretches between checkpoints in a trial, where an estimator passes the examples at each of them."""
+"""Number of intervals between checkpoints in a trial, if an estimator passes over the examples at each checkpoint."""
 
 _STEEPER = 1.05
-"""The power of the number of examples above which something is not linear in it; less is what timings vary by."""
+"""Exponent of the number of examples above which growth is not considered linear; timings vary by less than this."""
 
 _SATURATED = 1024
-"""Examples beyond which an estimator holds no more of them at once, where it holds what is linear in their number."""
+"""Number of examples beyond which an estimator does not hold more of them at once, if its memory is linear in them."""
 
 _ANYTHING = 1e30
-"""The tolerance of replays whose steps are no record of these examples."""
+"""Tolerance of replays whose steps need not agree with the record, because the examples are different."""
 
 
 class TrialQuestion(Question):
-    """A question to prolonged runs, whose replays need not agree with their record."""
+    """A question about prolonged runs, whose replays need not agree with their record."""
 
     def replay(self, runs: Sequence[Run], precision: Precision = "recorded", tolerance: float = _ANYTHING) -> Replay:
-        """Return the replay of some runs."""
+        """Return a replay of some runs that accepts any difference from the record."""
         return super().replay(runs, precision, _ANYTHING)
 
 
 def repeated(examples: Examples, count: int) -> Examples:
-    """Return so many examples: the first ones, or all of them over and over."""
+    """Return the given number of examples: the first ones, or all of them repeatedly."""
     if count == len(examples):
         return examples
     some = Subset(examples.dataset, [number % len(examples) for number in range(count)])
@@ -63,10 +63,10 @@ def repeated(examples: Examples, count: int) -> Examples:
 
 
 def cost_of(estimator: Estimator, runs: Sequence[ProlongedRun], question: Question) -> Cost:
-    """Return what answering for some runs takes: as the estimator plans, and for one at checkpoints as it is tried.
+    """Return the cost of an estimator for some runs: as planned, or from trials if the estimator uses checkpoints.
 
     Raises:
-        AttributionError: If it cannot be done within the estimator's memory budget.
+        AttributionError: If it does not fit in the estimator's memory budget.
     """
     started = time.perf_counter()
     plan = estimator.plan(runs, question)
@@ -82,18 +82,18 @@ def cost_of(estimator: Estimator, runs: Sequence[ProlongedRun], question: Questi
 
 
 def _shortened(estimator: CheckpointEstimator, run: ProlongedRun, question: Question) -> tuple[ProlongedRun, float]:
-    """Return a run of fewer checkpoints where each takes a pass, and the share of the passes that it takes."""
+    """Return a run with fewer checkpoints if each needs a pass over the data, and its fraction of the passes."""
     objective = estimator.objective(question.replay([run], estimator.precision), question, question.step)
     short = ProlongedRun(run, min(run.steps, _CHECKPOINTS * run.interval), run.interval, len(question.examples))
     try:
         passes = [estimator.passes([one], question, objective) for one in (short, run)]
-    except AttributionError:  # it asks for more checkpoints than there are
+    except AttributionError:  # it needs more checkpoints than the short run has
         return run, 1.0
     return (short, passes[0] / passes[1]) if passes[0] < passes[1] else (run, 1.0)
 
 
 def _for_trials(estimator: CheckpointEstimator, run: Run, question: Question) -> CheckpointEstimator:
-    """Return a copy that writes to no cache, and goes about fewer examples as about all of them."""
+    """Return a copy that writes to no cache, and uses the same solver for few examples as for all of them."""
     estimator = copy.deepcopy(estimator)
     curvature = getattr(estimator, "curvature", None)
     for part in (curvature, getattr(curvature, "preconditioner", None)):
@@ -107,7 +107,7 @@ def _for_trials(estimator: CheckpointEstimator, run: Run, question: Question) ->
 
 
 class Tried(NamedTuple):
-    """What answering for a run takes: seconds, bytes, and the seconds that the first run takes more than others."""
+    """Cost of one run: seconds, bytes, and the additional seconds of the first run."""
 
     seconds: float
     memory: float
@@ -115,7 +115,7 @@ class Tried(NamedTuple):
 
 
 def _tried(estimator: CheckpointEstimator, run: ProlongedRun, question: Question, plan: Plan) -> Tried:
-    """Return what a run takes, from trials on a few examples and queries."""
+    """Return the cost of a run, from trials on a few examples and queries."""
     examples, queries = len(question.examples), len(question.queries)
     few = min(queries, _QUERIES)
 
@@ -140,16 +140,16 @@ def _tried(estimator: CheckpointEstimator, run: ProlongedRun, question: Question
 
 
 def _growth(before: tuple[int, float], last: tuple[int, float], examples: int, linear_up_to: int) -> float:
-    """Return how many times its last value something comes to with all examples.
+    """Return the ratio of a value with all examples to the value in the last trial.
 
-    Along a straight line through two values, no further than ``linear_up_to``; along a power of the number of examples
-    where it grew faster than in proportion to it (a Gram matrix).
+    The value is extrapolated along a straight line through two trials, up to ``linear_up_to`` examples; or with a power
+    of the number of examples if it grows faster than linearly (a Gram matrix).
 
     Args:
-        before: A number of examples and the value.
-        last: A larger one.
-        examples: N.
-        linear_up_to: A number of examples.
+        before: Number of examples and value in the trial before the last one.
+        last: Number of examples and value in the last trial.
+        examples: N, the number of all examples.
+        linear_up_to: Number of examples where linear growth ends.
 
     Example:
         >>> _growth((10, 2.0), (20, 4.0), 40, 40), _growth((10, 1.0), (20, 4.0), 40, 40)
@@ -164,15 +164,15 @@ def _growth(before: tuple[int, float], last: tuple[int, float], examples: int, l
 
 
 class _Trial:
-    """Answers for one run with the first examples and queries.
+    """A trial of an estimator on one run with the first examples and queries.
 
     Args:
         estimator: The estimator.
         run: The run.
-        question: What will be asked.
-        plan: The plan for that.
-        examples: Number of examples.
-        queries: Number of queries.
+        question: The full question.
+        plan: Plan for the full question.
+        examples: Number of examples in the trial.
+        queries: Number of queries in the trial.
     """
 
     def __init__(
@@ -197,16 +197,16 @@ class _Trial:
         planned = replace(plan, batches=(), queries_per_chunk=min(queries, plan.queries_per_chunk))
         self._device = asked.device
         self._answer = lambda: estimator.estimate([some], asked, planned, lambda steps: None)
-        estimator.plan([some], asked)  # forgets what was found of other trials
+        estimator.plan([some], asked)  # resets the results of other trials
 
     def once(self) -> float:
-        """Return the seconds of a call."""
+        """Return the duration of a call in seconds."""
         started = time.perf_counter()
         self._answer()
         return time.perf_counter() - started
 
     def costs(self) -> Tried:
-        """Return what the fastest of a few calls takes, of which the first traces."""
+        """Return the cost of the fastest of a few calls; the first one also traces."""
         seconds = [self.once()]
         while sum(seconds) < _LONG_ENOUGH and len(seconds) < _CALLS:
             seconds.append(self.once())

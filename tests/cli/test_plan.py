@@ -142,7 +142,7 @@ def test_what_fits_neither_memory_nor_the_hours_is_not_chosen(runs, planned):
     found = planned("--runs", runs, too_small)
     assert "memory_budget is 1e-06 GiB. Raise it." in found["estimators"]["UnrolledDifferentiation"]
     assert found["advice"].startswith("Choose InfluenceFunctions(Identity)")
-    assert "UnrolledDifferentiation cannot: One query of one run needs about" in found["advice"]
+    assert "UnrolledDifferentiation is not possible: One query of one run needs about" in found["advice"]
     # with the budget raised, as the message says, it can
     assert planned("--runs", runs, BOTH)["advice"].startswith("Choose UnrolledDifferentiation")
     assert planned("--runs", runs, BOTH, "--hours", "1e-9")["advice"].startswith("Nothing fits: Unrolled")
@@ -184,7 +184,7 @@ def test_other_data_than_those_of_the_runs_are_refused(runs):
     [
         ([], "Give --config, the configuration that is to be trained, or --runs"),
         (["--steps", "5", "--epochs", "2"], "Leave one of them out"),
-        (["--seeds", "0"], "runs=0; give a positive number"),
+        (["--seeds", "0"], "runs=0 must be a positive integer"),
         (["--trainer.devices", "2"], "Set trainer.devices to 1"),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_training_of_unknown_length_needs_one(broken_off):
         asked = {"queries": Subset(data.validation, [0]), "estimators": [], "progress": False}
         return plan(Endless(), data, trainer=trainer, **asked, **length)
 
-    with pytest.raises(RecordingError, match="Give it max_steps, or max_epochs in place of max_time"):
+    with pytest.raises(RecordingError, match="Set max_steps, or max_epochs instead of max_time"):
         planned()
     found = planned(steps=200)
     assert (found.steps, found.recorded_steps) == (200, 10)
