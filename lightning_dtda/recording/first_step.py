@@ -1,4 +1,4 @@
-"""The first step of a training, to compare with the training of another seed."""
+"""The first step of a training, for comparison with the training of another seed."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from lightning_dtda.trajectory import Run
 _RUN = "first-step"
 
 Fit = Callable[[Callable[[pl.Trainer], pl.Trainer]], object]
-"""Trains, by a Trainer that it has prepared by its argument before."""
+"""Function that trains, with a Trainer that it first passes through its argument."""
 
 
 @contextmanager
 def first_step_of(seed: int, fit: Fit) -> Iterator[Run]:
-    """Let the Trainer take a training's first step.
+    """Let the Trainer take the first step of a training.
 
     Args:
-        seed: Of the training.
-        fit: Sets it and trains.
+        seed: Seed of the training.
+        fit: Function that sets the seed and trains.
 
     Returns:
-        The record of this step, for as long as the context lasts.
+        Record of this step, which exists as long as the context.
 
     Raises:
-        CannotStackError: If the training fails before.
+        CannotStackError: If the training fails before the end of the step.
     """
     with tempfile.TemporaryDirectory() as directory:
         recorder = TrajectoryRecorder(directory, run=_RUN, gradients="none")
-        recorder.runs_to_fit = 0  # nor does the disk have to hold all of it
+        recorder.runs_to_fit = 0  # the disk need not have space for the whole run
 
         def prepared(trainer: pl.Trainer) -> pl.Trainer:
-            trainer.loggers = [DummyLogger()]  # it is no training of which to keep a log
+            trainer.loggers = [DummyLogger()]  # do not log this training
             trainer.callbacks.extend([recorder, _OneStep()])  # type: ignore[attr-defined]
             return trainer
 
@@ -49,13 +49,13 @@ def first_step_of(seed: int, fit: Fit) -> Iterator[Run]:
             fit(prepared)
         except _OneStepTaken:
             pass
-        except Exception as error:  # whatever the user's code does
-            raise CannotStackError(f"the training of seed {seed} fails at its start ({error!r})") from error
+        except Exception as error:  # any error in the user's code
+            raise CannotStackError(f"the training with seed {seed} fails at the start ({error!r})") from error
         yield Run(Path(directory) / _RUN)
 
 
 class _OneStepTaken(Exception):  # noqa: N818 - nothing went wrong
-    """Ends a training of which only the first step was wanted."""
+    """Ends a training after its first step."""
 
 
 class _OneStep(pl.Callback):

@@ -1,4 +1,4 @@
-"""Ground truth by actual retraining: ``retrain``, subsets, and what trains."""
+"""Ground truth by actual retraining: ``retrain``, subsets to remove, and training engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["GroundTruth", "Task", "leave_one_out", "random_subsets", "retrain", 
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: it imports lightning, which takes seconds and which reading a stored ground truth does not need
+    # on first use: it imports lightning, which takes seconds and is not needed to read a stored ground truth
     if name == "retrain":
         from lightning_dtda.retraining import retraining
 

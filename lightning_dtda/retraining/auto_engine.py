@@ -1,4 +1,4 @@
-"""Stacked where trainings can be stacked, else by the Trainer."""
+"""An engine that stacks trainings if possible, and otherwise uses the Trainer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_dtda.retraining.trainer_engine import TrainerEngine
 _log = logging.getLogger(__name__)
 
 _FEWEST = 8
-"""Trainings from which stacking pays: one or two of them are the Trainer's anyway, and traces take a second."""
+"""Minimum number of trainings to stack: the Trainer runs one or two of them anyway, and tracing takes a second."""
 
 
 class AutoEngine(Engine):
-    """Stacks trainings; if that cannot be, says why and leaves the others to the Trainer.
+    """Stacks trainings; if this is not possible, logs the reason and leaves the remaining ones to the Trainer.
 
     Args:
         workers: Where the Trainer trains.
@@ -43,7 +43,7 @@ class AutoEngine(Engine):
                         remaining.remove(outcome.task)
                     yield outcomes
             except CannotStackError as error:
-                _log.info("Not stacked: %s. The Trainer trains one by one.", error.reason)
+                _log.info("Not stacked: %s. Training one by one with the Trainer.", error.reason)
         if remaining:
             self.name = TrainerEngine.name  # type: ignore[misc]
             yield from self._trainer.train(retraining, remaining)

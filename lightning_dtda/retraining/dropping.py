@@ -1,4 +1,4 @@
-"""A DataLoader as it would be if some of its examples had never been there."""
+"""DataLoaders without some of their examples, as if these had never existed."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 
 from lightning_dtda.errors import RetrainingError
 
-_REWEIGHT = 'or remove by removal="reweight", which keeps the recorded order'
+_REWEIGHT = 'or use removal="reweight", which keeps the recorded order'
 
 
 def without(loader: Any, removed: Collection[int]) -> DataLoader[Any]:
-    """Return a DataLoader over the examples that are left, otherwise the same.
+    """Return a DataLoader over the remaining examples that is otherwise the same.
 
-    Batch size, shuffling, ``drop_last``, ``collate_fn`` and workers are those of the original. A random generator of
-    its own is a copy, so that every training starts from the same state of it, as it would with a new loader.
+    Batch size, shuffling, ``drop_last``, ``collate_fn`` and workers are those of the original. If the loader has a
+    random generator, it is copied, so every training starts from the same state, as with a new loader.
 
     Args:
         loader: The training DataLoader; it is not changed.
-        removed: Indices of examples.
+        removed: Indices of the examples to remove.
 
     Raises:
-        RetrainingError: If it is not known what the loader does with fewer examples.
+        RetrainingError: If the behaviour of the loader with fewer examples is unknown.
     """
     if not isinstance(loader, DataLoader):
         raise RetrainingError(
-            f"The training data come from a {type(loader).__name__}, not from one torch DataLoader, so that no example "
-            "can be removed. Return a DataLoader from train_dataloader."
+            f"The training data come from a {type(loader).__name__}, not from one torch DataLoader, so no example can "
+            "be removed. Return a DataLoader from train_dataloader."
         )
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise RetrainingError(
-            f"{type(dataset).__name__} has no indices. Use a map-style data set (__getitem__ and __len__), since "
-            "removal is of examples by index."
+            f"{type(dataset).__name__} has no indices. Use a map-style data set (__getitem__ and __len__): examples "
+            "are removed by index."
         )
     left: DataLoader[Any] = copy.copy(loader)
-    # DataLoader forbids setting these attributes; its __dict__ does not. Not a new DataLoader: a subclass may have
-    # other arguments
+    # DataLoader forbids setting these attributes, but its __dict__ can be changed. Not a new DataLoader: a subclass may
+    # have other arguments
     entries = left.__dict__
     entries["_iterator"] = None
     if removed:
@@ -54,8 +54,8 @@ def without(loader: Any, removed: Collection[int]) -> DataLoader[Any]:
         if batch_sampler is not None:
             if type(batch_sampler) is not BatchSampler:
                 raise RetrainingError(
-                    f"The DataLoader has the batch_sampler {type(batch_sampler).__name__}, and what it does with fewer "
-                    f"examples is not known. Use batch_size, shuffle and drop_last, {_REWEIGHT}."
+                    f"The DataLoader has the batch_sampler {type(batch_sampler).__name__}, whose behaviour with fewer "
+                    f"examples is unknown. Use batch_size, shuffle and drop_last, {_REWEIGHT}."
                 )
             entries["batch_sampler"] = BatchSampler(left.sampler, batch_sampler.batch_size, batch_sampler.drop_last)
     return left
@@ -69,7 +69,7 @@ def _sampler(sampler: Any, left: DataLoader[Any], generator: torch.Generator | N
         own = left.generator if sampler.generator is generator else _copied(sampler.generator)
         return RandomSampler(dataset, sampler.replacement, sampler._num_samples, own)
     raise RetrainingError(
-        f"The DataLoader has the sampler {type(sampler).__name__}, and what it does with fewer examples is not known. "
+        f"The DataLoader has the sampler {type(sampler).__name__}, whose behaviour with fewer examples is unknown. "
         f"Use shuffle=True or shuffle=False, {_REWEIGHT}."
     )
 

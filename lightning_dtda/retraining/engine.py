@@ -1,4 +1,4 @@
-"""What trains: one protocol for the Trainer, for stacks, and for what is replayed."""
+"""Training engines: one interface for the Trainer, for stacked trainings, and for replayed ones."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_dtda.retraining.task import Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a training.
+    """The outcome of a training.
 
     Args:
-        task: Which.
-        measurements: m of each query ``(queries,)``; ``None`` where the training failed.
-        failure: Why it did.
+        task: The training.
+        measurements: Measurement m of each query ``(queries,)``; ``None`` if the training failed.
+        failure: Reason of the failure.
     """
 
     task: Task
@@ -33,7 +33,7 @@ class Outcome:
 
     @classmethod
     def measured(cls, task: Task, measurements: Tensor) -> Outcome:
-        """Return the outcome of a training that came to its end; it failed if it diverged."""
+        """Return the outcome of a training that ended; a training that diverged has failed."""
         if bool(measurements.isfinite().all()):
             return cls(task, measurements)
         return cls(task, None, "the measurement is not finite: the training diverged")
@@ -41,16 +41,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Retraining:
-    """What is trained and measured.
+    """What to train and measure.
 
     Args:
-        recipe: Makes the trainings; ``None`` where recorded runs are trained over again.
-        removed: The subsets that tasks refer to.
-        data: What the data set is, as :meth:`Recipe.describe` says it.
-        queries: What is measured on.
-        measurement: m.
-        device: Where stacked trainings are; ``None`` is the Trainer's own device.
-        draws: Taken where the measurement draws random numbers.
+        recipe: Recipe that makes the trainings; ``None`` if recorded runs are reweighted.
+        removed: Subsets that tasks refer to.
+        data: Description of the data set by :meth:`Recipe.describe`.
+        queries: Inputs to measure on.
+        measurement: Measurement m.
+        device: Device of stacked trainings; ``None`` for that of the Trainer.
+        draws: Draws to average over if the measurement draws random numbers.
     """
 
     recipe: Recipe | None
@@ -62,31 +62,32 @@ class Retraining:
     draws: Draws = field(default_factory=Draws)
 
     def removed_in(self, task: Task) -> tuple[int, ...]:
-        """Return the examples that a training is without."""
+        """Return the examples that are removed in a training."""
         return () if task.subset is None else self.removed[task.subset]
 
     def measure(self, eager: Eager, theta: Tensor, buffers: Mapping[str, Tensor], time: Time) -> Tensor:
         """Measure trained models ``(runs, queries)``; see :func:`~lightning_dtda.replay.measured.values`.
 
         Args:
-            eager: Runs the module.
+            eager: Runner of the module.
             theta: Trained parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters, each ``(runs, ...)``.
-            time: Where the trainings ended.
+            time: Time at the end of the trainings.
         """
         return values(eager, theta, buffers, self.queries, self.measurement, time, self.draws).cpu()
 
 
 class Engine(ABC):
-    """Trains what is asked for; every engine gives the same measurements, up to rounding."""
+    """Runs trainings; every engine gives the same measurements, up to rounding."""
 
     name: ClassVar[str]
-    """What the ground truth's ``about["engine"]`` calls it."""
+    """Name of the engine in the ground truth's ``about["engine"]``."""
 
     @abstractmethod
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
-        """Train, and yield what is finished as soon as it is, in any order; each task once.
+        """Train, and yield outcomes as soon as trainings finish, in any order; each task once.
 
         Raises:
-            RetrainingError: If the engine cannot do these trainings at all. One that fails is an outcome.
+            RetrainingError: If the engine cannot run these trainings at all. A single failure is an outcome, not an
+                error.
         """

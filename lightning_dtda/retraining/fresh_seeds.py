@@ -1,4 +1,4 @@
-"""Which seeds are trained: fresh ones, or those of recorded runs."""
+"""Choice of the seeds to train: new seeds, or those of recorded runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 from lightning_dtda.errors import RetrainingError
 
 FIRST_SEED = 10_000
-"""Where fresh seeds start: recordings count from 0, and truth and estimate are not to share their noise."""
+"""First of the new seeds: recordings count from 0, and ground truth and estimate must not share their noise."""
 
 
 def fresh_seeds(argument: str, seeds: int | Sequence[int], recorded: Collection[int | None] = ()) -> tuple[int, ...]:
-    """Return seeds that were not recorded; of those that are given and were, a warning tells.
+    """Return seeds that were not recorded; warn if given seeds were recorded.
 
     Args:
-        argument: What errors call it.
-        seeds: A number of seeds, or which.
-        recorded: Those of recorded runs.
+        argument: Name of the argument in errors.
+        seeds: Number of seeds, or a list of seeds.
+        recorded: Seeds of recorded runs.
 
     Raises:
-        RetrainingError: If it is no set of seeds.
+        RetrainingError: If the seeds are invalid.
 
     Example:
         >>> fresh_seeds("seeds", 3, recorded=[0, 10_001])
@@ -36,7 +36,7 @@ def fresh_seeds(argument: str, seeds: int | Sequence[int], recorded: Collection[
     if shared := [seed for seed in chosen if seed in recorded]:
         warnings.warn(
             f"{argument} has {len(shared)} seeds that were recorded ({shared[0]} ...): the ground truth then shares "
-            "noise with what is estimated from those runs, and looks better predicted than it is. Give others.",
+            "noise with estimates from those runs, and predictions look better than they are. Use other seeds.",
             stacklevel=4,
         )
     return chosen
@@ -46,20 +46,20 @@ def recorded_seeds(seeds: int | Sequence[int], recorded: Sequence[int], root: Pa
     """Return the seeds of some recorded runs.
 
     Args:
-        seeds: A number of them, or which.
-        recorded: Those of all runs.
-        root: What errors call the ensemble.
+        seeds: Number of seeds, or a list of seeds.
+        recorded: Seeds of all runs.
+        root: Directory of the ensemble, for errors.
 
     Raises:
-        RetrainingError: If there is no run with such a seed.
+        RetrainingError: If there is no run with one of the seeds.
     """
     if isinstance(seeds, int):
         if not 1 <= seeds <= len(recorded):
-            raise RetrainingError(f"seeds={seeds}; {root} has {len(recorded)} runs. Give 1 to {len(recorded)}.")
+            raise RetrainingError(f"seeds={seeds}, but {root} has {len(recorded)} runs. Use 1 to {len(recorded)}.")
         return tuple(recorded[:seeds])
     chosen = _checked("seeds", seeds, seeds)
     if missing := [seed for seed in chosen if seed not in recorded]:
-        raise RetrainingError(f"{root} has no run with seed {missing[0]}; it has {list(recorded)}.")
+        raise RetrainingError(f"{root} has no run with seed {missing[0]}; it has the seeds {list(recorded)}.")
     return chosen
 
 
@@ -67,7 +67,7 @@ def _checked(argument: str, given: object, seeds: Sequence[int]) -> tuple[int, .
     try:
         chosen = tuple(operator.index(seed) for seed in seeds)
     except TypeError as error:
-        raise RetrainingError(f"{argument}={given!r}. Give a number of seeds, or a list of different ones.") from error
+        raise RetrainingError(f"{argument}={given!r} must be a number of seeds, or a list of seeds.") from error
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0:
-        raise RetrainingError(f"{argument}={given!r} is no set of seeds. Give at least one, each once, from 0 on.")
+        raise RetrainingError(f"{argument}={given!r} must give at least one seed, each only once and none negative.")
     return chosen

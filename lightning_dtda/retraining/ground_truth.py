@@ -1,4 +1,4 @@
-"""What really happens without training examples: measurements of models that were trained without them."""
+"""Ground truth: measurements of models that were actually trained without some examples."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 class GroundTruth:
     r"""Measurements of models trained on all data, and of models trained without subsets of it.
 
-    ``about["removal"]`` says what removal means. ``"drop"``: the examples are gone, and order and batches are those of
-    the smaller data set; each seed is a new training. ``"reweight"``: the recorded trainings over again, the weights of
-    the examples zero; a seed's measurements with and without them are a pair.
+    ``about["removal"]`` says what removal means. With ``"drop"``, the examples are deleted, and order and batches are
+    those of the smaller data set; each seed is a new training. With ``"reweight"``, recorded trainings are repeated
+    with the weights of the examples set to zero; the measurements of a seed with and without the examples are a pair.
 
     Args:
-        measurements: m of the models trained without each subset ``(subsets, seeds, queries)``; NaN where a training
-            is missing, see :attr:`unfinished`.
-        baseline: m of the models trained on everything ``(baseline_seeds, queries)``.
-        removed: Indices of the training examples that each subset consists of.
-        queries: What the queries are called: their indices in the data set they came from.
-        seeds: The seeds of the trainings without examples.
-        baseline_seeds: Those of the trainings on everything.
-        about: What was trained and how, in JSON: removal, measurement, engine, module, data, versions.
+        measurements: Measurement m of the models trained without each subset ``(subsets, seeds, queries)``; NaN if a
+            training is missing, see :attr:`unfinished`.
+        baseline: Measurement m of the models trained on all examples ``(baseline_seeds, queries)``.
+        removed: Indices of the training examples in each subset.
+        queries: Names of the queries: their indices in the original data set.
+        seeds: Seeds of the trainings with removed subsets.
+        baseline_seeds: Seeds of the trainings on all examples.
+        about: What was trained and how, as JSON: removal, measurement, engine, module, data, versions.
 
     Raises:
-        RetrainingError: If the shapes do not fit.
+        RetrainingError: If the shapes do not match.
 
     Example:
         >>> measurements = torch.tensor([[[1.0], [3.0]], [[0.0], [8.0]]])
@@ -65,7 +65,7 @@ class GroundTruth:
         ):
             if tensor.shape != shape:
                 raise RetrainingError(
-                    f"{name} has shape {tuple(tensor.shape)}; the subsets, seeds and queries make {shape}."
+                    f"{name} has shape {tuple(tensor.shape)}, but the subsets, seeds and queries require {shape}."
                 )
 
     def __repr__(self) -> str:
@@ -74,30 +74,30 @@ class GroundTruth:
 
     @property
     def removal(self) -> str:
-        """``"drop"`` or ``"reweight"``: what it means that examples are removed."""
+        """How examples were removed: ``"drop"`` or ``"reweight"``."""
         return str(self.about.get("removal", "drop"))
 
     @property
     def measurement(self) -> str:
-        """The name of the measurement."""
+        """Name of the measurement."""
         return str(self.about.get("measurement", "measurement"))
 
     @property
     def unfinished(self) -> tuple[Task, ...]:
-        """The trainings that are missing: not done yet, failed, or diverged."""
+        """Missing trainings, which are not done yet, failed, or diverged."""
         of_all = [Task(None, self.baseline_seeds[s]) for s in self.baseline.isnan().any(1).nonzero()[:, 0].tolist()]
         missing = self.measurements.isnan().any(2).nonzero().tolist()
         return (*of_all, *(Task(subset, self.seeds[s]) for subset, s in missing))
 
     def finished(self) -> GroundTruth:
-        """Return a part of which nothing is missing: the subsets and seeds that keep the most trainings.
+        """Return the complete part of the ground truth: the subsets and seeds that keep the most trainings.
 
         Raises:
-            RetrainingError: If nothing is left.
+            RetrainingError: If no part is complete.
         """
         there = ~self.measurements.isnan().any(2)
         order = there.sum(1).argsort(descending=True, stable=True).tolist()
-        # of the subsets with the most trainings, as many as leave the most when they are cut to the seeds of all
+        # take subsets in order of their number of trainings, up to where the seeds they all have leave most trainings
         common = [there[order[: number + 1]].all(0) for number in range(len(order))]
         kept = [(number + 1) * int(seeds.sum()) for number, seeds in enumerate(common)]
         best = max(range(len(order)), key=lambda number: (kept[number], number))
@@ -108,8 +108,8 @@ class GroundTruth:
             seeds = baseline_seeds = sorted(set(seeds) & set(baseline_seeds))
         if not (subsets and seeds and baseline_seeds):
             raise RetrainingError(
-                f"{len(self.unfinished)} trainings are missing, and no part of the ground truth has all of its own. "
-                "Call retrain again with the same output to go on."
+                f"{len(self.unfinished)} trainings are missing, and no part of the ground truth is complete. "
+                "Call retrain again with the same output to continue."
             )
         return replace(
             self,
@@ -121,29 +121,30 @@ class GroundTruth:
         )
 
     def influence(self, difference: str | Difference) -> Tensor:
-        """Return the distributional influence that each subset really has ``(queries, subsets)``, float64.
+        """Return the actual distributional influence of each subset ``(queries, subsets)``, float64.
 
         Args:
-            difference: ``mean``, ``variance``, ``wasserstein``, a class's import path, or a
-                :class:`~lightning_dtda.attribution.differences.Difference`; X is measured with all data, Y without the
-                subset. For the sign see the difference.
+            difference: ``mean``, ``variance``, ``wasserstein``, the import path of a class, or a
+                :class:`~lightning_dtda.attribution.differences.Difference` between X, measured with all data, and Y,
+                measured without the subset. For the sign, see the difference.
 
         Raises:
-            RetrainingError: If trainings are missing or too few; or if the difference compares run by run, and there
-                are not as many baseline seeds as seeds.
+            RetrainingError: If trainings are missing or too few, or if the difference compares run by run and the
+                numbers of seeds and baseline seeds differ.
         """
         chosen = resolve_difference(difference)
         if self.unfinished:
             raise RetrainingError(
                 f"{len(self.unfinished)} trainings are missing ({some_tasks(self.unfinished)}). Call retrain again "
-                "with the same output to go on, or take what is there: truth.finished()."
+                "with the same output to continue, or use the complete part: truth.finished()."
             )
         if (seeds := min(len(self.seeds), len(self.baseline_seeds))) < chosen.least_runs:
             raise RetrainingError(
-                f"The {chosen.name} influence needs {chosen.least_runs} seeds; there are {seeds}. Retrain more."
+                f"The {chosen.name} influence needs at least {chosen.least_runs} seeds and baseline seeds, but there "
+                f"are only {seeds}. Retrain with more."
             )
         try:
-            # double: a change of the variance is a small difference of large squares
+            # in double precision: a change of the variance is a small difference of large squares
             of_queries = [
                 chosen(self.baseline[:, q, None].double(), self.measurements[:, :, q].T.double())
                 for q in range(len(self.queries))
@@ -152,8 +153,8 @@ class GroundTruth:
             if len(self.seeds) == len(self.baseline_seeds):
                 raise
             raise RetrainingError(
-                f"The {chosen.name} influence compares run by run, and there are {len(self.baseline_seeds)} baseline "
-                f"seeds for {len(self.seeds)} seeds ({error}). Retrain with as many of one as of the other."
+                f"The {chosen.name} influence compares run by run, but there are {len(self.baseline_seeds)} baseline "
+                f"seeds for {len(self.seeds)} seeds ({error}). Retrain with equal numbers of both."
             ) from error
         return torch.stack(of_queries)
 
@@ -161,11 +162,11 @@ class GroundTruth:
         """Write the ground truth to a directory.
 
         Args:
-            path: The directory; it is made if it does not exist.
-            overwrite: Whether a ground truth that is there is replaced.
+            path: Directory to write to, which is created if it does not exist.
+            overwrite: Whether to replace an existing ground truth.
 
         Raises:
-            RetrainingError: If the directory holds a ground truth that may not be replaced, or something else.
+            RetrainingError: If the directory holds a ground truth that may not be replaced, or anything else.
         """
         if not overwrite and TruthStore.is_at(path):
             raise RetrainingError(f"{path} holds a ground truth. Choose another path, or save with overwrite=True.")
@@ -183,7 +184,7 @@ class GroundTruth:
 
     @classmethod
     def load(cls, path: str | Path) -> GroundTruth:
-        """Read a ground truth; of one that was broken off, missing trainings are NaN, and a warning says so.
+        """Read a ground truth; if it is unfinished, missing trainings are NaN, with a warning.
 
         Raises:
             TrajectoryError: If files are missing or damaged.
@@ -200,7 +201,7 @@ class GroundTruth:
         if truth.unfinished:
             warnings.warn(
                 f"{path} is unfinished: {len(truth.unfinished)} trainings are missing "
-                f"({some_tasks(truth.unfinished)}). Call retrain again with this output to go on.",
+                f"({some_tasks(truth.unfinished)}). Call retrain again with this output to continue.",
                 stacklevel=2,
             )
         return truth
@@ -208,7 +209,7 @@ class GroundTruth:
     def to_xarray(self) -> xr.Dataset:
         """Return measurements and baseline with the dimensions ``subset``, ``seed``, ``baseline_seed`` and ``query``.
 
-        ``size`` is the number of examples of a subset.
+        ``size`` is the number of examples in each subset.
         """
         import xarray as xr
 
@@ -229,5 +230,5 @@ class GroundTruth:
 
 
 def some_tasks(tasks: Sequence[Task], most: int = 5) -> str:
-    """Name a few trainings in an error."""
+    """Name the first few trainings for an error message."""
     return ", ".join(map(str, tasks[:most])) + (f" and {len(tasks) - most} others" if len(tasks) > most else "")

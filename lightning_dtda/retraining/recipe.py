@@ -1,4 +1,4 @@
-"""How one training is made: module, data and Trainer, afresh for each seed."""
+"""How to make one training: new module, data and Trainer for each seed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Data = pl.LightningDataModule | pl.LightningModule | DataLoader[Any]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Makes trainings that differ in the seed and in the examples they are without.
+    """Makes trainings that differ in the seed and in the removed examples.
 
     Args:
-        make_module: Makes the module, called after the seed is set.
-        make_trainer: Makes the Trainer, called after that.
-        data: A data module or a DataLoader; or a module, for those that have a ``train_dataloader`` of their own.
+        make_module: Function that creates the module, called after the seed is set.
+        make_trainer: Function that creates the Trainer, called after ``make_module``.
+        data: A data module or a DataLoader, or a module that has a ``train_dataloader`` method.
     """
 
     make_module: Callable[[], pl.LightningModule]
@@ -38,15 +38,15 @@ class Recipe:
 
     @classmethod
     def of(cls, module: Any, data: Any, trainer: Any) -> Recipe:
-        """Make a recipe of what :func:`~lightning_dtda.retrain` is given.
+        """Create a recipe from the arguments of :func:`~lightning_dtda.retrain`.
 
         Raises:
-            RetrainingError: If there is no way to make the module again, or the others are of another kind.
+            RetrainingError: If the module cannot be created again, or data or trainer have the wrong type.
         """
         if not callable(trainer) or isinstance(trainer, pl.Trainer):
             raise RetrainingError(
-                f"trainer={trainer!r} is no function that makes a Trainer. A Trainer can fit once: give "
-                "trainer=lambda: Trainer(max_epochs=10, logger=False, enable_checkpointing=False), say."
+                f"trainer={trainer!r} is not a function that creates a Trainer. A Trainer can fit only once: pass for "
+                "example trainer=lambda: Trainer(max_epochs=10, logger=False, enable_checkpointing=False)."
             )
         make_module = _maker(module)
         if data is None:
@@ -54,49 +54,50 @@ class Recipe:
                 data = make_module()
         if not isinstance(data, (pl.LightningDataModule, pl.LightningModule, DataLoader)):
             raise RetrainingError(
-                f"data is a {type(data).__name__}. Give what is trained on with its batch size and order: a "
+                f"data is a {type(data).__name__}. Pass the training data with batch size and order: a "
                 "LightningDataModule, or DataLoader(dataset, batch_size=32, shuffle=True)."
             )
         return cls(make_module, trainer, data)
 
     def module(self) -> pl.LightningModule:
-        """Make the module.
+        """Create the module.
 
         Raises:
-            RetrainingError: If it is none.
+            RetrainingError: If the function does not return a LightningModule.
         """
         module = self.make_module()
         if not isinstance(module, pl.LightningModule):
             raise RetrainingError(
-                f"The function that makes the module returned {module!r}. Let it return a LightningModule."
+                f"The function that creates the module returned {module!r}. Let it return a LightningModule."
             )
         return module
 
     def trainer(self) -> pl.Trainer:
-        """Make the Trainer.
+        """Create the Trainer.
 
         Raises:
-            RetrainingError: If it is none, was used before, or trains in several processes.
+            RetrainingError: If the function does not return a Trainer, or the Trainer was used before or trains in
+                several processes.
         """
         trainer = self.make_trainer()
         if not isinstance(trainer, pl.Trainer):
-            raise RetrainingError(f"The function that makes the Trainer returned {trainer!r}. Let it return a Trainer.")
+            raise RetrainingError(f"The trainer function returned {trainer!r}. Let it return a Trainer.")
         if trainer.state.status != TrainerStatus.INITIALIZING:
             raise RetrainingError(
-                "The function that makes the Trainer returned one that has fit before. Let it make a new one each time."
+                "The trainer function returned a Trainer that was already used. Let it create a new one each time."
             )
         if trainer.world_size > 1:
             raise RetrainingError(
-                f"The Trainer spreads a training over {trainer.world_size} processes. Retraining does one training per "
-                "process: Trainer(devices=1), and several at a time with workers=..."
+                f"The Trainer spreads a training over {trainer.world_size} processes, but retraining runs each "
+                "training in one process. Set Trainer(devices=1), and run several trainings at a time with workers=..."
             )
         return trainer
 
     def loader(self) -> DataLoader[Any]:
-        """Return the training DataLoader with all examples; no random number is used up.
+        """Return the training DataLoader with all examples, without changing the random state.
 
         Raises:
-            RetrainingError: If there is not one map-style DataLoader.
+            RetrainingError: If there is not exactly one DataLoader with a map-style data set.
         """
         data = self.data
         with isolate_rng():
@@ -112,20 +113,20 @@ class Recipe:
         return Examples(loader.dataset, loader.collate_fn, datamodule=datamodule)
 
     def describe(self, loader: DataLoader[Any]) -> dict[str, Any]:
-        """Describe, in JSON, what is trained on what: what may not differ between the trainings of a ground truth.
+        """Describe, as JSON, module, data and training, which must be the same in all trainings of a ground truth.
 
         Args:
             loader: The training DataLoader with all examples.
 
         Raises:
-            RetrainingError: If trainings cannot be made, or examples not be dropped.
+            RetrainingError: If trainings cannot be created, or examples cannot be dropped.
         """
         with isolate_rng():
             module, trainer = self.module(), self.trainer()
             if self.make_trainer() is trainer:
                 raise RetrainingError(
-                    "The function that makes the Trainer returns the same one each time, and a Trainer can fit once. "
-                    "Let it make a new one."
+                    "The trainer function returns the same Trainer each time, but a Trainer can fit only once. Let it "
+                    "create a new one."
                 )
             without(loader, (0,))
             return {
@@ -141,19 +142,19 @@ class Recipe:
         data: dict[str, Any] | None = None,
         callbacks: Collection[pl.Callback] = (),
     ) -> tuple[pl.Trainer, pl.LightningModule]:
-        """Train once, as a script does that sets the seed, makes module and Trainer, and fits.
+        """Train once, like a script that sets the seed, creates module and Trainer, and fits.
 
         Args:
-            seed: For ``seed_everything``.
+            seed: Seed for ``seed_everything``.
             removed: Indices of the examples to train without.
-            data: What the data set should be, as :meth:`describe` says it.
-            callbacks: To add to the Trainer's.
+            data: Expected data set, as described by :meth:`describe`.
+            callbacks: Callbacks to add to those of the Trainer.
 
         Returns:
             The Trainer and the trained module.
 
         Raises:
-            RetrainingError: If the data set is another one.
+            RetrainingError: If the data set is not the expected one.
         """
         pl.seed_everything(seed, workers=True, verbose=False)
         module = self.module()
@@ -163,7 +164,7 @@ class Recipe:
         if isinstance(source, DataLoader):
             trainer.fit(module, train_dataloaders=without(source, removed))
         else:
-            # the loader is asked of a data module in mid-fit, after its set-up: its method is shadowed till then
+            # the Trainer asks the data module for its loader during fit, after its setup: shadow the method until then
             owner = module if isinstance(source, pl.LightningModule) else copy.copy(source)
             original = owner.train_dataloader
 
@@ -181,7 +182,7 @@ class Recipe:
 
 
 def describe_data(dataset: Any) -> dict[str, Any]:
-    """Return a data set's class, length and fingerprint; ``None`` for one whose examples differ at each call."""
+    """Return a data set's class, length and fingerprint, which is ``None`` if examples differ at each call."""
     fingerprint = dataset_fingerprint(dataset)
     return {
         "class": class_path(type(dataset)),
@@ -196,35 +197,35 @@ def _check_data(dataset: Any, expected: dict[str, Any] | None, seed: int) -> Non
     fingerprint = expected["fingerprint"] and dataset_fingerprint(dataset)
     if (len(dataset), fingerprint) != (expected["length"], expected["fingerprint"]):
         raise RetrainingError(
-            f"The training data of seed {seed} are another data set than at the start, or in another order, so that an "
-            "index does not mean the same example. Let setup and train_dataloader draw no random numbers, or from a "
-            "generator of their own: torch.Generator().manual_seed(0)."
+            f"The training data with seed {seed} differ from those at the start, or their order does, so an index does "
+            "not mean the same example. Let setup and train_dataloader draw no random numbers, or draw them from a "
+            "separate generator: torch.Generator().manual_seed(0)."
         )
 
 
 def _maker(module: Any) -> Callable[[], pl.LightningModule]:
     if not isinstance(module, pl.LightningModule):
         if not callable(module):
-            raise RetrainingError(f"module={module!r}. Give a LightningModule, or a function that makes one.")
+            raise RetrainingError(f"module={module!r} must be a LightningModule, or a function that creates one.")
         return module
     kind = type(module)
     # LightningCLI adds _class_path and _instantiator
     again = partial(kind, **{key: value for key, value in module.hparams.items() if not key.startswith("_")})
-    give = f"Give a function that makes it: module=lambda: {kind.__name__}(...)."
+    give = f"Pass a function that creates it: module=lambda: {kind.__name__}(...)."
     try:
         with isolate_rng():
             made = again()
-    except Exception as error:  # whatever the user's constructor does
+    except Exception as error:  # any error in the user's constructor
         arguments = ", ".join(list(inspect.signature(kind).parameters))
         raise RetrainingError(
-            f"{kind.__name__}({arguments}) cannot be made again from its saved hyperparameters "
+            f"{kind.__name__}({arguments}) cannot be created again from its saved hyperparameters "
             f"{sorted(again.keywords)} ({type(error).__name__}: {error}). {give}"
         ) from error
-    # the same layers with the same parameters; which values they have is up to the seed
+    # the same layers with the same parameters; their values depend on the seed
     if _form(made) != _form(module):
         raise RetrainingError(
-            f"A {kind.__name__} that is made from its saved hyperparameters {sorted(again.keywords)} is another "
-            f"one than this: call self.save_hyperparameters() in its constructor, or {give[0].lower()}{give[1:]}"
+            f"A {kind.__name__} that is created from the saved hyperparameters {sorted(again.keywords)} differs from "
+            f"this one: call self.save_hyperparameters() in its constructor, or {give[0].lower()}{give[1:]}"
         )
     return again
 

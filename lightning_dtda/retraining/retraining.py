@@ -1,4 +1,4 @@
-"""Ground truth: models are trained again without examples, and measured."""
+"""Ground truth: training models again without some examples, and measuring them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 Removal = Literal["drop", "reweight"]
 
 _REASONS = 3
-"""Reasons for failures that a warning gives; the truth and its store have all."""
+"""Number of reasons for failures in a warning; the ground truth and its store have all of them."""
 
 
 def retrain(
@@ -79,58 +79,56 @@ def retrain(
     .. math:: y_{k,s,q} = m_q(\theta_T^{(s)} \text{ trained without } S_k), \qquad
         x_{s,q} = m_q(\theta_T^{(s)} \text{ trained on everything})
 
-    What attribution predicts, by doing it (arXiv 2506.12965, section 5).
+    This is the ground truth for what attribution predicts (arXiv 2506.12965, section 5).
 
     Args:
-        module: What is trained: a function that makes it, called after the seed is set; or a LightningModule that can
-            be made again from the hyperparameters it saved. Its own weights do not count.
-        data: What is trained on: a data module or a DataLoader; ``None``, or a module, for modules with a
-            ``train_dataloader`` of their own. For ``"reweight"`` a Dataset will do.
-        subsets: Sets of indices of training examples, K of them; see :mod:`lightning_dtda.retraining.subsets`.
-        seeds: S of them: a number, which takes fresh ones; or a list.
-        queries: Inputs on which the measurement is taken, Q of them, as for :func:`~lightning_dtda.attribute`.
-        measurement: As for :func:`~lightning_dtda.attribute`.
-        removal: ``"drop"``: the examples are gone, and each seed is a new training on a smaller data set.
-            ``"reweight"``: the recorded runs of ``ensemble`` over again, in their own order, the examples' weights zero
-            and the loss's divisor kept.
-        baseline_seeds: For the trainings on everything; ``None`` takes those of ``seeds``. With the same seeds models
-            start from the same parameters, which takes some noise out of differences of means.
-        measurement_draws: As for :func:`~lightning_dtda.attribute`.
-        measurement_seed: As for :func:`~lightning_dtda.attribute`.
-        trainer: A function that makes a Trainer; not needed for ``"reweight"``.
-        ensemble: Recorded runs: those that are replayed by ``"reweight"``, else those whose seeds are not to be used
-            again.
-        output: A directory. Every finished training is stored there at once; the same call goes on where one was
-            broken off, more subsets or seeds are added, and several processes may work on it at the same time.
-        overwrite: Whether the answer to another question in ``output`` is replaced.
-        workers: Where the Trainer trains: a number of processes of this machine, or a
-            :class:`~lightning_dtda.execution.RayCluster`. A worker that is lost takes its own trainings along, no
-            others.
-        stacked: Whether many trainings are done at once on one device, after the Trainer has shown that they come out
-            the same; false leaves all to the Trainer. ``"auto"`` stacks where that can be.
-        compile: Whether ``torch.compile`` is used for stacks, which takes about half a minute; ``None`` compiles where
-            there is enough to do.
-        device: Where stacked trainings are done; ``None`` is the module's own device. The Trainer has its own.
+        module: Module to train: a function that creates it, called after the seed is set, or a LightningModule that can
+            be created again from its saved hyperparameters. The weights of the module are not used.
+        data: Training data: a data module or a DataLoader; ``None`` or a module for modules that have a
+            ``train_dataloader`` method. For ``"reweight"``, a Dataset is sufficient.
+        subsets: K sets of indices of training examples; see :mod:`lightning_dtda.retraining.subsets`.
+        seeds: S seeds: a number, for new seeds, or a list.
+        queries: Q inputs on which the measurement is taken, as for :func:`~lightning_dtda.attribute`.
+        measurement: Measurement as for :func:`~lightning_dtda.attribute`.
+        removal: ``"drop"`` to delete the examples, so that each seed is a new training on a smaller data set;
+            ``"reweight"`` to repeat the recorded runs of ``ensemble`` in their recorded order, with the weights of the
+            examples set to zero and the divisor of the loss unchanged.
+        baseline_seeds: Seeds of the trainings on all examples; by default ``seeds``. With the same seeds, models start
+            from the same parameters, which removes some noise from differences of means.
+        measurement_draws: Number of draws as for :func:`~lightning_dtda.attribute`.
+        measurement_seed: Seed of the draws as for :func:`~lightning_dtda.attribute`.
+        trainer: Function that creates a Trainer; not needed for ``"reweight"``.
+        ensemble: Recorded runs: for ``"reweight"`` the runs to repeat, otherwise runs whose seeds must not be reused.
+        output: Directory in which every finished training is stored at once. The same call continues an interrupted
+            one, other subsets or seeds are added, and several processes may work on it at the same time.
+        overwrite: Whether to replace the answer to another question in ``output``.
+        workers: Where the Trainer trains: a number of processes on this machine, or a
+            :class:`~lightning_dtda.execution.RayCluster`. If a worker is lost, only its own trainings are.
+        stacked: Whether to run many trainings at once on one device, after a comparison with the Trainer. ``"auto"``
+            stacks if possible and leaves the remaining trainings to the Trainer.
+        compile: Whether to compile stacks with ``torch.compile``, which takes about half a minute; ``None`` compiles
+            if there is enough work ahead.
+        device: Device of stacked trainings; ``None`` for that of the module. The Trainer chooses its own device.
         progress: Whether to show a progress bar.
 
     Returns:
-        Measurements ``(K, S, Q)`` and baseline ``(baseline seeds, Q)``. Trainings that failed are NaN, with a warning;
-        ``about["failures"]`` has the reasons.
+        Measurements ``(K, S, Q)`` and baseline ``(baseline seeds, Q)``. Failed trainings are NaN, with a warning;
+        ``about["failures"]`` lists the reasons.
 
     Raises:
         RetrainingError: If the question cannot be answered, or all trainings failed.
-        CannotStackError: If the trainings were to be stacked and cannot be.
-        ExecutionError: If there are no such workers or device, or trainings cannot be sent to them.
-        AttributionError: If queries or measurement are none.
-        ReplayError: If recorded runs are not those of module and data.
+        CannotStackError: If the trainings cannot be stacked although ``stacked=True``.
+        ExecutionError: If the workers or the device do not exist, or trainings cannot be sent to them.
+        AttributionError: If queries or measurement are invalid.
+        ReplayError: If recorded runs do not belong to module and data.
     """
     if removal not in get_args(Removal):
         raise RetrainingError(f"removal={removal!r}; choose from {', '.join(get_args(Removal))}.")
     name, function = resolve_measurement(measurement)
     if output is not None and "<" in name:
         raise RetrainingError(
-            f"The measurement {name} has no name of its own, so that its stored answers could be confused with those "
-            "to another. Define it as a function of a module, or give no output."
+            f"The measurement {name} has no unique name, so its stored answers could be confused with those for "
+            "another measurement. Define it as a function at the top level of a Python file, or leave out output."
         )
     draws = Draws(measurement_draws, measurement_seed)
     workers = workers_of(workers)
@@ -156,7 +154,7 @@ def retrain(
         store = TruthStore.create(output, about, names, removed, trained.seeds, trained.baseline_seeds, overwrite)
     positions = list(range(len(removed))) if store is None else store.positions(removed)
     tasks = [Task(None, seed) for seed in trained.baseline_seeds]
-    # all subsets with a seed before the next seed: what is broken off has some of each
+    # all subsets for a seed before the next seed: an interrupted call has some of each
     tasks += [Task(position, seed) for seed in trained.seeds for position in positions]
     retraining = Retraining(
         recipe=trained.recipe,
@@ -183,7 +181,7 @@ def retrain(
 
 @dataclass(frozen=True)
 class _Trained:
-    """What kind of trainings there are."""
+    """The kind of trainings: dropped or reweighted."""
 
     engine: Engine
     recipe: Recipe | None
@@ -212,8 +210,8 @@ def _dropped(
         trained_on = ensemble[0].manifest.configuration["dataset"]
         if any(trained_on[key] not in (None, about["data"][key]) for key in ("length", "fingerprint")):
             raise RetrainingError(
-                f"The training data are not those of {ensemble.root}: other examples, or another order. Give the data "
-                "that were recorded."
+                f"The training data are not those of {ensemble.root}: the examples or their order differ. Pass the "
+                "data that the runs were recorded with."
             )
         examples.refuse_changes(ensemble[0])
     own = fresh_seeds("seeds", seeds, recorded)
@@ -230,12 +228,10 @@ def _reweighted(
 ) -> _Trained:
     if not isinstance(ensemble, Ensemble):
         raise RetrainingError(
-            'removal="reweight" trains recorded runs over again. Give ensemble=Ensemble.open(...), or removal="drop".'
+            'removal="reweight" repeats recorded runs. Pass ensemble=Ensemble.open(...), or removal="drop".'
         )
     if baseline_seeds is not None:
-        raise RetrainingError(
-            "The baseline of reweighted runs is what was measured of these very runs. Leave baseline_seeds out."
-        )
+        raise RetrainingError("The baseline of reweighted runs is measured on the same runs. Leave out baseline_seeds.")
     made = module if isinstance(module, pl.LightningModule) else module()
     engine = Reweighting(ensemble, made, training_examples(made if data is None else data))
     own = recorded_seeds(seeds, sorted(engine.runs), ensemble.root)
@@ -257,14 +253,14 @@ def _engine(workers: Workers, stacked: Stacked, compile: bool | None) -> Engine:
 def _train(
     engine: Engine, retraining: Retraining, tasks: list[Task], store: TruthStore | None, progress: bool
 ) -> tuple[dict[Task, Tensor], dict[Task, str]]:
-    """Train what is not in the store yet; return all measurements by task, and what went wrong."""
+    """Train what is not in the store yet, and return all measurements and reasons of failures by task."""
     finished = {} if store is None else store.finished()
     remaining = [task for task in tasks if task not in finished]
     failures: dict[Task, str] = {}
     _log.info(
         "Retraining: %d trainings%s.",
         len(remaining),
-        f", {len(tasks) - len(remaining)} of {len(tasks)} are done already" if finished else "",
+        f", {len(tasks) - len(remaining)} of {len(tasks)} are already done" if finished else "",
     )
     try:
         with (
@@ -292,7 +288,7 @@ def _train(
 
 
 def _reasons(failures: Mapping[Task, str]) -> str:
-    """Say why trainings failed; each reason once, most have the same."""
+    """List the reasons why trainings failed, each one once, because most failures have the same reason."""
     tasks_of: dict[str, list[Task]] = {}
     for task, reason in failures.items():
         tasks_of.setdefault(reason, []).append(task)

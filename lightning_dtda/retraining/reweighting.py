@@ -1,4 +1,4 @@
-"""The recorded trainings over again, in their own order, with the weights of examples zero."""
+"""Repeating recorded trainings in their recorded order, with the weights of some examples set to zero."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from lightning_dtda.stacking.size import stack_size
 from lightning_dtda.trajectory import Ensemble, Run
 
 _STACKED_SECONDS = 5.0
-"""Time that the trainings would take one after the other from which they are stacked: traces take a second or two."""
+"""Seconds that trainings would take one by one, above which they are stacked: tracing takes a second or two."""
 
 
 class Reweighting(Engine):
-    r"""Replays recorded runs with weights, many at once.
+    r"""Replays recorded runs with weights, many runs at once.
 
     .. math:: g_t(\theta, w) = \sum_z J_z(\theta)^\top \left(w \odot \frac{\partial L_t}{\partial z}\right),
         \qquad w_n = 0 \text{ for } n \in S
 
-    Order, batch slots and the loss's divisor stay: what responses are the derivative of (arXiv 2506.12965, section 2).
+    Order, batch slots and the divisor of the loss stay the same: responses are the derivative of this function of the
+    weights (arXiv 2506.12965, section 2).
 
     Args:
-        ensemble: The recorded runs.
-        module: What was trained; its weights do not count.
-        examples: What it was trained on.
+        ensemble: Recorded runs.
+        module: Module that was trained; its weights are not used.
+        examples: Examples that it was trained on.
 
     Raises:
-        RetrainingError: If a run has no seed, or two have the same.
+        RetrainingError: If a run has no seed, or two runs have the same seed.
     """
 
     name: ClassVar[str] = "replay"
@@ -51,8 +52,8 @@ class Reweighting(Engine):
             if seed is None or seed in self.runs:
                 what = "no seed" if seed is None else f"the seed of {self.runs[seed].path}, {seed}"
                 raise RetrainingError(
-                    f"{run.path} has {what}; the trainings of a ground truth are told apart by theirs. Record "
-                    "runs with seed_everything(seed), each with another."
+                    f"{run.path} has {what}; the trainings of a ground truth are identified by their seeds. Record "
+                    "runs with seed_everything(seed) and a different seed for each run."
                 )
             self.runs[seed] = run
 
@@ -66,7 +67,7 @@ class Reweighting(Engine):
             runs = [self.runs[task.seed] for task in of_shape]
             first = Replay(runs[:1], self.module, self.examples, device=retraining.device)
             start, buffers = first.checkpoint(0)[0], first.buffers(0)
-            first.gradient(0, start, buffers)  # the first one finds out where weights act
+            first.gradient(0, start, buffers)  # the first call finds out where weights act
             started = perf_counter()
             first.gradient(0, start, buffers)
             if (perf_counter() - started) * first.steps * len(of_shape) > _STACKED_SECONDS:
@@ -80,13 +81,13 @@ class Reweighting(Engine):
     def _measured(self, replay: Replay, retraining: Retraining, tasks: Sequence[Task]) -> Tensor:
         """Return measurements ``(tasks, queries)``."""
         weights = torch.ones(len(tasks), len(replay.examples), dtype=replay.dtype, device=replay.device)
-        # with all weights one, a segment has to come out as recorded
+        # with all weights equal to one, a segment must agree with the record
         start, stop = replay.segments[0]
         replay.compare(start, stop, replay.checkpoint(start)[0], replay.retrain(weights, start, stop)[0])
         for row, task in enumerate(tasks):
             weights[row, list(retraining.removed_in(task))] = 0
         theta, buffers = replay.retrain(weights)
-        # what was recorded needs no replay
+        # recorded parameters need no replay
         as_recorded = torch.tensor([task.subset is None for task in tasks], device=replay.device)
         theta = torch.where(as_recorded[:, None], replay.checkpoint(replay.steps)[0], theta)
         recorded = replay.buffers(replay.steps)

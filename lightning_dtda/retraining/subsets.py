@@ -1,4 +1,4 @@
-"""Which training examples are removed: sets of their indices."""
+"""Sets of training examples to remove, given by their indices."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Sign = Literal["any", "positive", "negative"]
 
 
 def random_subsets(examples: int, count: int, fraction_kept: float, seed: int = 0) -> list[tuple[int, ...]]:
-    """Draw random sets of examples to remove, all of one size.
+    """Draw random sets of examples to remove, all of the same size.
 
-    The linear datamodeling score compares predictions with retrainings on such (Park et al., *TRAK*, arXiv 2303.14186,
-    section 2).
+    The linear datamodeling score compares predictions with retrainings without such sets (Park et al., *TRAK*, arXiv
+    2303.14186, section 2).
 
     Args:
         examples: N, the number of training examples.
         count: Number of sets.
-        fraction_kept: The share of the examples that is left, between 0 and 1.
-        seed: Of the draws, which depend on nothing else. The first sets are the same for any ``count``.
+        fraction_kept: Fraction of the examples to keep, between 0 and 1.
+        seed: Seed of the draws, which do not depend on the global seed. The first sets are the same for any ``count``.
 
     Returns:
-        Sets of ``N - round(fraction_kept * N)`` indices, ascending.
+        Sets of ``N - round(fraction_kept * N)`` indices in ascending order.
 
     Raises:
         RetrainingError: If nothing would be removed, or everything, or ``count`` is less than 1.
@@ -40,18 +40,18 @@ def random_subsets(examples: int, count: int, fraction_kept: float, seed: int = 
     """
     removed = examples - round(fraction_kept * examples)
     if count < 1:
-        raise RetrainingError(f"count={count}; give the number of subsets, at least 1.")
+        raise RetrainingError(f"count={count}, the number of subsets, must be at least 1.")
     if not 0 < removed < examples:
         raise RetrainingError(
-            f"fraction_kept={fraction_kept} of {examples} examples removes {removed}. Give a fraction between 0 and 1 "
-            "that leaves some and takes some."
+            f"fraction_kept={fraction_kept} of {examples} examples removes {removed}. Use a fraction between 0 and 1 "
+            "that keeps at least one example and removes at least one."
         )
     generator = torch.Generator().manual_seed(seed)
     return [tuple(sorted(torch.randperm(examples, generator=generator)[:removed].tolist())) for _ in range(count)]
 
 
 def leave_one_out(indices: Iterable[int]) -> list[tuple[int, ...]]:
-    """Return each of some examples as a set of its own.
+    """Return one set for each example.
 
     Example:
         >>> leave_one_out([4, 7])
@@ -67,20 +67,20 @@ def top_removals(
     query: int | None = None,
     sign: Sign = "any",
 ) -> list[tuple[int, ...]]:
-    """Return the examples whose removal is predicted to change a query most, to see whether it does.
+    """Return the examples whose removal is predicted to change a query most, to check the prediction by retraining.
 
     Args:
-        attribution: What predicts it.
-        difference: What to rank by.
-        k: Number of removals in a set; with groups, of groups.
-        query: Position of the query; ``None`` gives a set for each.
-        sign: Whether the influence may be of ``"any"`` sign, or only ``"positive"`` or ``"negative"``.
+        attribution: Attribution with the predictions.
+        difference: Difference to rank by.
+        k: Number of removals in a set; of groups, if the removals are groups.
+        query: Position of the query; ``None`` for one set per query.
+        sign: Sign of the influences to consider: ``"any"``, ``"positive"`` or ``"negative"``.
 
     Returns:
-        A set of training examples for each query, ascending.
+        One set of training examples for each query, in ascending order.
 
     Raises:
-        RetrainingError: If ``k`` or ``sign`` is none, or fewer than ``k`` removals have an influence of that sign.
+        RetrainingError: If ``k`` or ``sign`` is invalid, or fewer than ``k`` removals have an influence of that sign.
         AttributionError: If the difference needs more runs.
 
     Example:
@@ -96,9 +96,9 @@ def top_removals(
     influence = attribution.influence(difference)
     queries, removals = influence.shape
     if query is not None and not 0 <= query < queries:
-        raise RetrainingError(f"There is no query at position {query}; they are 0 to {queries - 1}.")
+        raise RetrainingError(f"There is no query at position {query}; the positions are 0 to {queries - 1}.")
     if not 1 <= k <= removals:
-        raise RetrainingError(f"k={k}; give the number of removals in a set, 1 to {removals}.")
+        raise RetrainingError(f"k={k}, the number of removals in a set, must be between 1 and {removals}.")
     size = {"any": influence.abs(), "positive": influence, "negative": -influence}[sign]
     members = attribution.members
     subsets = []
@@ -114,18 +114,18 @@ def top_removals(
 
 
 def check_subsets(subsets: Iterable[Sequence[int]], examples: int) -> tuple[tuple[int, ...], ...]:
-    """Return sets of examples as ascending tuples of indices.
+    """Return sets of examples as tuples of indices in ascending order.
 
     Args:
         subsets: Sequences of indices.
-        examples: N.
+        examples: N, the number of training examples.
 
     Raises:
-        RetrainingError: If there is none, one is empty, removes everything, has an example twice or one that there is
-            not, or is given twice.
+        RetrainingError: If there are no subsets, or a subset is empty, removes all examples, contains an example twice
+            or an index out of range, or is given twice.
     """
     if isinstance(subsets, (str, dict)) or not isinstance(subsets, Iterable):
-        raise RetrainingError(f"subsets={subsets!r}. Give a list of sets of training examples: [[3, 17], [4]].")
+        raise RetrainingError(f"subsets={subsets!r} must be a list of sets of training examples, like [[3, 17], [4]].")
     checked: list[tuple[int, ...]] = []
     for number, subset in enumerate(subsets):
         try:
@@ -134,12 +134,12 @@ def check_subsets(subsets: Iterable[Sequence[int]], examples: int) -> tuple[tupl
         except AttributionError as error:
             raise RetrainingError(f"Subset {number}: {error}") from error
         if not indices:
-            raise RetrainingError(f"Subset {number} is empty. Trainings on everything are the baseline's.")
+            raise RetrainingError(f"Subset {number} is empty. Leave it out: the baseline is trained on all examples.")
         if len(indices) == examples:
             raise RetrainingError(f"Subset {number} removes all {examples} training examples. Leave some to train on.")
         if indices in checked:
             raise RetrainingError(f"Subsets {checked.index(indices)} and {number} are the same. Leave one out.")
         checked.append(indices)
     if not checked:
-        raise RetrainingError("There are no subsets. Give at least one set of training examples to remove.")
+        raise RetrainingError("There are no subsets. Pass at least one set of training examples to remove.")
     return tuple(checked)

@@ -1,4 +1,4 @@
-"""One training of a ground truth: which subset is removed, and the seed."""
+"""One training of a ground truth: the removed subset and the seed."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class Task(NamedTuple):
     """One training.
 
     Args:
-        subset: Position of the subset that is removed; ``None`` for a training on everything.
-        seed: What ``seed_everything`` is called with.
+        subset: Position of the removed subset; ``None`` for a training on all examples.
+        seed: Argument of ``seed_everything``.
 
     Example:
         >>> str(Task(3, 17)), str(Task(None, 4))

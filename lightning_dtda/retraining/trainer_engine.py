@@ -1,4 +1,4 @@
-"""The user's own Trainer, once for each training, here or wherever there are workers."""
+"""The user's Trainer, once for each training, in this process or on workers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TrainerEngine(Engine):
     """Runs the Trainer once for each training.
 
     Args:
-        workers: Where. Each training is a piece of work of its own, so that nothing else is lost with its worker: on a
-            Ray cluster that costs 3 ms, and Lightning takes 50 ms for a fit of seven steps.
+        workers: Where to train. Each training is sent on its own, so nothing else is lost with a worker: on a Ray
+            cluster that costs 3 ms, and Lightning takes 50 ms for a fit of seven steps.
     """
 
     name: ClassVar[str] = "trainer"
@@ -49,7 +49,7 @@ class TrainerEngine(Engine):
             if number == 0 and len(tasks) > 1:
                 rounds = (len(tasks) - 1) / max(1, self.workers.places())
                 seconds = (time.perf_counter() - started) * rounds
-                _log.info("About %s for the other %d trainings.", human_seconds(seconds), len(tasks) - 1)
+                _log.info("About %s remaining for the other %d trainings.", human_seconds(seconds), len(tasks) - 1)
             yield [Outcome(task, None, outcome.reason) if isinstance(outcome, Lost) else outcome]
 
 
@@ -59,13 +59,13 @@ def train_one(
     callbacks: Sequence[pl.Callback] = (),
     reraised: tuple[type[Exception], ...] = (),
 ) -> Outcome:
-    """Train once and measure; whatever goes wrong becomes part of the outcome.
+    """Train once and measure; errors become part of the outcome.
 
     Args:
-        retraining: What is trained and measured.
-        task: Which training.
-        callbacks: To add to the Trainer's.
-        reraised: What the callbacks raise, which has nothing to do with the training.
+        retraining: What to train and measure.
+        task: The training.
+        callbacks: Callbacks to add to those of the Trainer.
+        reraised: Types of errors that the callbacks raise and that are not failures of the training.
     """
     assert retraining.recipe is not None
     try:
@@ -75,7 +75,7 @@ def train_one(
         return Outcome.measured(task, measure(retraining, trainer, module))
     except reraised:
         raise
-    except Exception as error:  # whatever the user's code does
+    except Exception as error:  # any error in the user's code
         if not isinstance(error, DTDAError):
             traceback.print_exc()
         return Outcome(task, None, f"{type(error).__name__}: {error}")
@@ -85,7 +85,7 @@ def measure(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningMod
     """Measure a trained module in evaluation mode ``(queries,)``.
 
     Raises:
-        AttributionError: If the measurement does not give one number for each query.
+        AttributionError: If the measurement does not return one number per query.
     """
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     like = next(iter(trained.values()))
@@ -94,7 +94,7 @@ def measure(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningMod
     layout = ParameterLayout(tuple(trained), shapes, (len(trained),))
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     replica = Replica(module, layout, circumstances(trainer, module), like.dtype, module.device, datamodule=datamodule)
-    # the Trainer has counted its last epoch already
+    # the Trainer has already counted its last epoch
     epoch, optimizers = max(trainer.current_epoch - 1, 0), trainer.optimizers[:1]
     settings = [group for optimizer in optimizers for group in current_hyperparameters(optimizer)]
     time = Time(epoch, trainer.global_step, 0, settings)

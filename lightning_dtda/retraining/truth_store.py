@@ -1,4 +1,4 @@
-"""A ground truth on disk, training by training, so that a crash loses none that was finished."""
+"""A ground truth on disk, stored training by training, so a crash loses no finished training."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from lightning_dtda.trajectory.storage import read_json, read_tensors, replace_f
 FORMAT_VERSION = 1
 _INDEX, _LOCK = "truth.json", ".truth.lock"
 _OWN = (_LOCK, f".{_INDEX}.partial")
-"""What is there before the first index is: of another process that is about to write it, or was killed then."""
+"""Files that may exist before the first index, from a process that is about to write it or was killed before."""
 
 _ANSWERS = Answers(_INDEX, "ground truth", "retrain", FORMAT_VERSION, RetrainingError, ignored=_OWN)
 _ALL_DATA = -1
-"""Stands for the subset of a training on everything."""
+"""Stored in place of the subset for a training on all examples."""
 
 _OF_CALLS = ("engine", "failures", "versions")
-"""What ``about`` says of the calls that were made, and which is no part of the question."""
+"""Entries of ``about`` that describe the calls and are not part of the question."""
 
 
 class TruthStore:
     """A directory with ``truth.json`` and a safetensors file for each batch of finished trainings.
 
-    Each file holds ``subsets`` ``(trainings,)``, positions in the index's list or -1 for a training on everything,
-    ``seeds`` ``(trainings,)`` and ``measurements`` ``(trainings, queries)``. Its name ends with its checksum, so that
-    processes that write at the same time need no list of files between them. The index says what is asked; it only
-    grows, and is changed under a lock.
+    Each file holds ``subsets`` ``(trainings,)`` (positions in the index's list, or -1 for a training on all examples),
+    ``seeds`` ``(trainings,)`` and ``measurements`` ``(trainings, queries)``. Its name ends with its checksum, so
+    processes that write at the same time need no shared list of files. The index says what was asked; it only grows,
+    and is changed under a lock.
 
     Args:
         path: The directory.
-        index: The content of ``truth.json``.
+        index: Content of ``truth.json``.
     """
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
@@ -60,19 +60,19 @@ class TruthStore:
         baseline_seeds: Sequence[int],
         overwrite: bool = False,
     ) -> TruthStore:
-        """Start a store, or go on with one of the same question; subsets and seeds may be other ones, which are added.
+        """Create a store, or continue one for the same question; new subsets and seeds are added.
 
         Args:
             path: The directory.
             about: What is trained and measured.
-            queries: What the queries are called.
-            removed: The subsets.
-            seeds: Their seeds.
-            baseline_seeds: Those of the trainings on everything.
-            overwrite: Whether the answer to another question is replaced.
+            queries: Names of the queries.
+            removed: Subsets to remove.
+            seeds: Seeds of the trainings with removed subsets.
+            baseline_seeds: Seeds of the trainings on all examples.
+            overwrite: Whether to replace the answer to another question.
 
         Raises:
-            RetrainingError: If the directory holds a ground truth of another question, or something else.
+            RetrainingError: If the directory holds a ground truth for another question, or anything else.
         """
         path = Path(path)
         index: dict[str, Any] = {
@@ -102,7 +102,7 @@ class TruthStore:
 
     @staticmethod
     def is_at(path: str | Path) -> bool:
-        """Say whether a directory holds a ground truth, finished or not."""
+        """Return whether a directory holds a ground truth, finished or not."""
         return _ANSWERS.is_at(path)
 
     @classmethod
@@ -110,14 +110,14 @@ class TruthStore:
         """Open a stored ground truth.
 
         Raises:
-            TrajectoryError: If there is none, or it is of an unknown format.
+            TrajectoryError: If there is none, or its format is unknown.
         """
         path = Path(path)
         return cls(path, _ANSWERS.read(path))
 
     @property
     def about(self) -> dict[str, Any]:
-        """What was trained and measured, by which engines, and which trainings failed why."""
+        """What was trained and measured, the engines that trained, and the trainings that failed, with reasons."""
         return {
             **self._index["about"],
             "engine": ", ".join(self._index["engine"]),
@@ -127,30 +127,30 @@ class TruthStore:
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """What the queries are called."""
+        """Names of the queries."""
         return tuple(self._index["queries"])
 
     @property
     def removed(self) -> tuple[tuple[int, ...], ...]:
-        """All subsets that were ever asked for."""
+        """All subsets that were ever requested."""
         return tuple(map(tuple, self._index["removed"]))
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """All seeds that were ever asked for."""
+        """All seeds that were ever requested for trainings with removed subsets."""
         return tuple(self._index["seeds"])
 
     @property
     def baseline_seeds(self) -> tuple[int, ...]:
-        """All seeds that were ever asked for on everything."""
+        """All seeds that were ever requested for trainings on all examples."""
         return tuple(self._index["baseline_seeds"])
 
     def add(self, tasks: Sequence[Task], measurements: Tensor) -> None:
         """Write finished trainings.
 
         Args:
-            tasks: Which; subsets by their positions in :attr:`removed`.
-            measurements: ``(trainings, queries)``.
+            tasks: The trainings, with subsets given by their positions in :attr:`removed`.
+            measurements: Measurements ``(trainings, queries)``.
 
         Raises:
             RetrainingError: If the file cannot be written.
@@ -161,17 +161,17 @@ class TruthStore:
             "measurements": measurements.detach().cpu().contiguous(),
         }
         content = safetensors.torch.save(tensors)
-        # two processes that train the same must not write into one another's file: hence a random part
+        # a random part, so two processes with the same training do not write to the same file
         name = f"trainings-{uuid.uuid4().hex[:12]}-{zlib.crc32(content):08x}.safetensors"
         try:
             replace_file(self.path / name, content)
         except OSError as error:
             raise RetrainingError(
-                f"{self.path} cannot be written ({error}). Free some disk, then call again: what is there counts."
+                f"{self.path} cannot be written to ({error}). Free some disk space, then call again to continue."
             ) from error
 
     def note(self, engine: str, failures: Mapping[Task, str]) -> None:
-        """Write down which engine trained, and what went wrong."""
+        """Store which engine trained, and which trainings failed."""
         with self._changed() as index:
             index["engine"] = list(dict.fromkeys([*index["engine"], engine]))
             finished = self.finished()
@@ -187,7 +187,7 @@ class TruthStore:
         """Read the measurements ``(queries,)`` of each finished training.
 
         Raises:
-            TrajectoryError: If a file is damaged, naming it.
+            TrajectoryError: If a file is damaged; the message names it.
         """
         found: dict[Task, Tensor] = {}
         for path in sorted(self.path.glob("trainings-*.safetensors")):
@@ -207,21 +207,20 @@ class TruthStore:
     def read(
         self, removed: Sequence[Sequence[int]], seeds: Sequence[int], baseline_seeds: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Read some trainings.
+        """Read the measurements of some trainings.
 
         Args:
-            removed: Some of :attr:`removed`.
-            seeds: Some of the seeds.
-            baseline_seeds: Some of the seeds on everything.
+            removed: Some of the subsets in :attr:`removed`.
+            seeds: Some of the seeds in :attr:`seeds`.
+            baseline_seeds: Some of the seeds in :attr:`baseline_seeds`.
 
         Returns:
-            Measurements ``(subsets, seeds, queries)`` and those on everything ``(baseline_seeds, queries)``, NaN where
-            there are none.
+            Measurements ``(subsets, seeds, queries)`` and baseline ``(baseline_seeds, queries)``, NaN if missing.
         """
         return gather(self.finished(), self.positions(removed), seeds, baseline_seeds, len(self.queries))
 
     def positions(self, removed: Sequence[Sequence[int]]) -> list[int]:
-        """Return where subsets stand in :attr:`removed`."""
+        """Return the positions of subsets in :attr:`removed`."""
         known = {subset: position for position, subset in enumerate(self.removed)}
         return [known[tuple(subset)] for subset in removed]
 
@@ -240,17 +239,17 @@ def gather(
     baseline_seeds: Sequence[int],
     queries: int,
 ) -> tuple[Tensor, Tensor]:
-    """Put measurements of single trainings together, NaN where one is missing.
+    """Combine the measurements of single trainings, with NaN for missing ones.
 
     Args:
-        finished: Measurements ``(queries,)``.
+        finished: Measurements ``(queries,)`` of finished trainings.
         subsets: Positions of the subsets.
-        seeds: Their seeds.
-        baseline_seeds: Those on everything.
-        queries: Q.
+        seeds: Seeds of the trainings with removed subsets.
+        baseline_seeds: Seeds of the trainings on all examples.
+        queries: Q, the number of queries.
 
     Returns:
-        ``(subsets, seeds, queries)`` and ``(baseline_seeds, queries)``.
+        Measurements ``(subsets, seeds, queries)`` and baseline ``(baseline_seeds, queries)``.
     """
     missing = torch.full((queries,), torch.nan, dtype=next(iter(finished.values())).dtype if finished else None)
     rows = [finished.get(Task(subset, seed), missing) for subset in subsets for seed in seeds]
@@ -265,7 +264,7 @@ def gather(
 def _changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     before, after = found.get("about", {}), wanted["about"]
     names = [key for key in {**before, **after} if before.get(key) != after.get(key) and key != "runs"]
-    # more recorded runs are more seeds; another run under the same name is another question
+    # additional recorded runs are additional seeds, but a different run with the same name is a different question
     if any(after.get("runs", {}).get(run, checksum) != checksum for run, checksum in before.get("runs", {}).items()):
         names.append("runs")
     return names + [key for key in ("format_version", "queries") if found.get(key) != wanted[key]]

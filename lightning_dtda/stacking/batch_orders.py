@@ -1,4 +1,4 @@
-"""The order of examples that a training with a seed would have, without the training."""
+"""The order of examples that a training with a given seed would have, without training."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning_dtda.errors import CannotStackError
 from lightning_dtda.trajectory import Run
 
 Begin: TypeAlias = Callable[[int], "tuple[pl.LightningModule, DataLoader[Any]]"]
-"""Does what a training with a seed does until its loader is asked: returns the module and that loader."""
+"""Function that runs a training with a seed up to its first batch, and returns the module and the loader."""
 
 _MOST_DRAWS = 16
-"""Draws before an epoch that are tried: the loader's iterator makes one, and each loop over validation data another."""
+"""Maximum number of draws before an epoch to try: the loader's iterator makes one, as does each validation loop."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the data takes.
+    """One pass over the data.
 
     Args:
         batches: Number of batches that were trained on.
-        examples: Number of examples in them.
-        draws: 64-bit random numbers that are drawn before the sampler begins.
+        examples: Number of examples in these batches.
+        draws: Number of 64-bit random numbers that are drawn before the sampler starts.
     """
 
     batches: int
@@ -39,17 +39,17 @@ class Epoch:
 
 
 class BatchOrders:
-    """Draws the orders of trainings that differ in the seed, as their DataLoaders would.
+    """Draws the orders of examples for trainings that differ in the seed, as their DataLoaders would.
 
-    How many numbers a Trainer draws between the seed and an epoch (for validation, say) is found out from a recorded
-    training: by trying, until its order comes out.
+    The number of random numbers that a Trainer draws between setting the seed and an epoch (for validation, for
+    example) is found by trial and error, by reproducing the order of a recorded training.
 
     Args:
-        begin: Begins a training; of the data set of its loader, only the number of examples counts.
-        run: A recorded training that began so.
+        begin: Function that starts a training; only the number of examples in its loader's data set matters.
+        run: Recorded training that was started in this way.
 
     Raises:
-        CannotStackError: If the recorded order does not come out.
+        CannotStackError: If the recorded order cannot be reproduced.
     """
 
     def __init__(self, begin: Begin, run: Run) -> None:
@@ -68,12 +68,12 @@ class BatchOrders:
                     break
             else:
                 raise CannotStackError(
-                    f"the order of examples in epoch {number} is not the one that the seed and the DataLoader give: "
+                    f"the order of examples in epoch {number} does not follow from the seed and the DataLoader: "
                     "other random numbers were drawn in between"
                 )
 
     def draw(self, seed: int) -> tuple[pl.LightningModule, Tensor]:
-        """Return the module of a seed as it is made, and the positions of examples in order ``(examples,)``."""
+        """Return the untrained module for a seed, and the positions of examples in order ``(examples,)``."""
         module, loader = self._begin(seed)
         generator = _generator(loader)
         return module, torch.cat([_order(loader, generator, epoch) for epoch in self._epochs])
@@ -91,12 +91,12 @@ def recorded_order(run: Run) -> Tensor:
 
 
 def _generator(loader: DataLoader[Any]) -> torch.Generator:
-    """Return what a loader draws from."""
+    """Return the generator that a loader draws from."""
     return torch.default_generator if loader.generator is None else loader.generator
 
 
 def _order(loader: DataLoader[Any], generator: torch.Generator, epoch: Epoch) -> Tensor:
-    """Go through an epoch as a DataLoader's iterator does, and return its order."""
+    """Run through an epoch like the iterator of a DataLoader, and return the order of examples."""
     for _ in range(epoch.draws):
         torch.empty((), dtype=torch.int64).random_(generator=generator)
     if (whole := _permutation(loader)) is not None:
@@ -106,13 +106,13 @@ def _order(loader: DataLoader[Any], generator: torch.Generator, epoch: Epoch) ->
 
 
 def _permutation(loader: DataLoader[Any]) -> Tensor | None:
-    """Return what ``RandomSampler`` goes through, in a fraction of the time that this takes; ``None`` for others."""
+    """Return the permutation of a ``RandomSampler``, much faster than by iteration; ``None`` for other samplers."""
     sampler: Any = loader.sampler
     plain = type(loader.batch_sampler) is BatchSampler and loader.batch_sampler.sampler is sampler
     if not plain or type(sampler) is not RandomSampler or sampler.replacement:
         return None
     length = len(sampler.data_source)
-    # a generator of its own goes on from epoch to epoch, by what the sampler draws at its end too
+    # a generator that belongs to the sampler advances between epochs, also by what the sampler draws at its end
     if sampler.generator is not None or sampler.num_samples != length:
         return None
     generator = torch.Generator()

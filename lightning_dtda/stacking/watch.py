@@ -1,4 +1,4 @@
-"""What makes trainings differ in their steps is refused before the first one is trained."""
+"""A check, before the first training, for settings that make trainings differ in their steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from lightning_dtda.errors import CannotStackError
 
 
 class Watch(pl.Callback):
-    """Looks at a Trainer that is about to train, and refuses what makes trainings differ in their steps."""
+    """Checks a Trainer that is about to train, and refuses settings that make trainings differ in their steps."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
-        """Where the Trainer trains."""
+        """Device of the Trainer."""
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -24,8 +24,8 @@ class Watch(pl.Callback):
             raise CannotStackError(f"the Trainer has precision={trainer.precision!r}")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EarlyStopping):
-                raise CannotStackError("EarlyStopping ends each training at another step")
+                raise CannotStackError("EarlyStopping ends each training at a different step")
             if isinstance(callback, Timer):
-                raise CannotStackError("a limit of time (max_time, Timer) ends each training at another step")
+                raise CannotStackError("a time limit (max_time, Timer) ends each training at a different step")
         if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
-            raise CannotStackError("ReduceLROnPlateau gives each training other learning rates")
+            raise CannotStackError("ReduceLROnPlateau gives each training different learning rates")

@@ -72,11 +72,11 @@ def test_more_runs_extend_what_is_stored_and_other_data_are_refused(ensemble, tm
 
 
 def test_what_reweighting_cannot_do_is_refused(ensemble):
-    with pytest.raises(RetrainingError, match="Leave baseline_seeds out"):
+    with pytest.raises(RetrainingError, match="Leave out baseline_seeds"):
         reweighted(ensemble, baseline_seeds=[2])
-    with pytest.raises(RetrainingError, match=r"has no run with seed 7; it has \[2, 5\]"):
+    with pytest.raises(RetrainingError, match=r"has no run with seed 7; it has the seeds \[2, 5\]"):
         reweighted(ensemble, seeds=[7])
-    with pytest.raises(RetrainingError, match=r"has 2 runs\. Give 1 to 2"):
+    with pytest.raises(RetrainingError, match=r"has 2 runs\. Use 1 to 2"):
         reweighted(ensemble, seeds=3)
 
 

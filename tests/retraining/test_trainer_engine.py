@@ -114,9 +114,9 @@ def test_a_module_that_cannot_be_made_again_is_refused():
             super().__init__()
             self.net = net
 
-    with pytest.raises(RetrainingError, match=r"another one than this.*save_hyperparameters.*give a function"):
+    with pytest.raises(RetrainingError, match=r"differs from this one.*save_hyperparameters.*pass a function"):
         retrained(Wide(5))
-    with pytest.raises(RetrainingError, match=r"Needy\(net\) cannot be made again.*module=lambda: Needy"):
+    with pytest.raises(RetrainingError, match=r"Needy\(net\) cannot be created again.*module=lambda: Needy"):
         retrained(Needy(torch.nn.Linear(3, 1)))
 
 
@@ -131,7 +131,8 @@ def test_a_data_module_is_set_up_by_the_trainer_and_its_loader_thinned():
 
 
 def test_data_that_depend_on_the_seed_are_refused():
-    with pytest.raises(RetrainingError, match=r"training data of seed \d are another data set.*generator of their own"):
+    wanted = r"training data with seed \d differ from those at the start.*separate generator"
+    with pytest.raises(RetrainingError, match=wanted):
         retrained(data=Data(split_seed=None))
 
 
@@ -153,16 +154,16 @@ def test_a_generator_of_the_loader_starts_alike_for_every_training():
         ({"subsets": [[1], [13]]}, r"Subset 1: There is no training example 13; they are 0 to 12"),
         ({"subsets": [[1, 1]]}, "Subset 0: Training example 1 is given twice"),
         ({"subsets": [[1, 2], [2, 1]]}, "Subsets 0 and 1 are the same"),
-        ({"seeds": []}, "no set of seeds"),
-        ({"seeds": 0}, "no set of seeds"),
-        ({"seeds": [1, 1]}, "no set of seeds"),
-        ({"seeds": [0.5]}, "Give a number of seeds"),
+        ({"seeds": []}, "must give at least one seed"),
+        ({"seeds": 0}, "must give at least one seed"),
+        ({"seeds": [1, 1]}, "must give at least one seed"),
+        ({"seeds": [0.5]}, "must be a number of seeds"),
         ({"removal": "forget"}, "choose from drop, reweight"),
-        ({"removal": "reweight"}, "Give ensemble="),
-        ({"trainer": pl.Trainer(**TRAINER)}, "A Trainer can fit once"),
-        ({"trainer": None}, "A Trainer can fit once"),
+        ({"removal": "reweight"}, "Pass ensemble="),
+        ({"trainer": pl.Trainer(**TRAINER)}, "A Trainer can fit only once"),
+        ({"trainer": None}, "A Trainer can fit only once"),
         ({"data": examples()}, r"data is a TensorDataset.*DataLoader\(dataset, batch_size=32"),
-        ({"module": "Regressor"}, "Give a LightningModule, or a function"),
+        ({"module": "Regressor"}, "must be a LightningModule, or a function"),
         ({"module": lambda: 3}, "Let it return a LightningModule"),
     ],
 )
@@ -193,7 +194,7 @@ def test_a_sampler_that_cannot_be_thinned_is_refused():
 
 def test_a_trainer_that_is_used_twice_is_refused():
     trainer = make_trainer()
-    with pytest.raises(RetrainingError, match="returns the same one each time"):
+    with pytest.raises(RetrainingError, match="returns the same Trainer each time"):
         retrained(trainer=lambda: trainer)
 
 

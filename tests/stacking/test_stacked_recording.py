@@ -392,9 +392,9 @@ def test_what_cannot_be_stacked_is_refused_by_name_and_the_trainers_run_kept(tmp
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (maker(Plateau), "ReduceLROnPlateau gives each training other learning rates"),
-        (maker(callbacks=[EarlyStopping("loss")]), "EarlyStopping ends each training at another step"),
-        (maker(max_time={"hours": 1}), "a limit of time .* ends each training at another step"),
+        (maker(Plateau), "ReduceLROnPlateau gives each training different learning rates"),
+        (maker(callbacks=[EarlyStopping("loss")]), "EarlyStopping ends each training at a different step"),
+        (maker(max_time={"hours": 1}), "a time limit .* ends each training at a different step"),
         (maker(precision="bf16-mixed"), "precision='bf16-mixed'"),
         (maker(devices=2, strategy="ddp_spawn"), "spreads a training over 2 processes"),
     ],

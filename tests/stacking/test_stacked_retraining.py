@@ -346,17 +346,17 @@ class Satisfied(pl.Callback):
     ("module", "trainer", "reason"),
     [
         (Dropping, {}, "draws random numbers"),
-        (Plateau, {}, "ReduceLROnPlateau gives each training other learning rates"),
+        (Plateau, {}, "ReduceLROnPlateau gives each training different learning rates"),
         (Lucky, {}, "what the optimizer is told, or the size of the batches, depends on the seed"),
         (Branching, {}, "cannot be differentiated for several trainings at once"),
         (Reset, {}, "initial parameters are not those that the module is made with"),
         (Counting, {}, "buffers change in training, which stacks do not follow: seen"),
         (Normalised, {}, "buffers change in training.*running_mean"),
         (Regressor, {"callbacks": [Noise()]}, r"not reproduced between step 0 and step \d"),
-        (Regressor, {"callbacks": [EarlyStopping("loss")]}, "EarlyStopping ends each training at another step"),
+        (Regressor, {"callbacks": [EarlyStopping("loss")]}, "EarlyStopping ends each training at a different step"),
         (Regressor, {"callbacks": [Satisfied()]}, "ended after 6 of 7 steps: what ended it may end each training"),
         (Regressor, {"precision": "bf16-mixed"}, "precision='bf16-mixed'"),
-        (Regressor, {"max_time": {"hours": 1}}, "a limit of time .* ends each training at another step"),
+        (Regressor, {"max_time": {"hours": 1}}, "a time limit .* ends each training at a different step"),
     ],
 )
 def test_what_cannot_be_stacked_is_refused_by_name(module, trainer, reason):
