@@ -40,7 +40,7 @@ class Descent(Update):
 
     @override
     def rate(self, hyperparameters: Hyperparameters, step: int) -> float:
-        r"""Return :math:`\eta`; this also holds for a mean of gradients, whose weights sum to one."""
+        r"""Return :math:`\eta`, also for a mean of gradients, whose weights sum to one."""
         return float(hyperparameters["lr"])
 
     @override

@@ -1,4 +1,4 @@
-"""Checks that refuse, before the first step, whatever cannot be recorded; the messages say what to do."""
+"""Checks that refuse what cannot be recorded before the first step; the messages say what to do."""
 
 from __future__ import annotations
 

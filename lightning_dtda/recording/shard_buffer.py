@@ -148,7 +148,7 @@ def step_records(
     Args:
         micro_batches: Micro-batches of each step.
         hyperparameters: Numeric hyperparameters of each parameter group at each step.
-        accumulations: ``accumulate_grad_batches`` of each step, by which Lightning divided the losses.
+        accumulations: ``accumulate_grad_batches`` of each step, the number that Lightning divided the losses by.
     """
     flat = [micro_batch for step in micro_batches for micro_batch in step]
     return {

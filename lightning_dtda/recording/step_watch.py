@@ -27,7 +27,7 @@ class TakenStep:
     Args:
         micro_batches: Micro-batches whose gradients the step applied.
         hyperparameters: Numeric hyperparameters of each parameter group at this step.
-        accumulate_grad_batches: Number by which Lightning divided the losses.
+        accumulate_grad_batches: Number that Lightning divided the losses by.
     """
 
     micro_batches: list[MicroBatch]

@@ -259,7 +259,7 @@ class Run:
         return (1 / (divisor * sizes.double())).repeat_interleave(sizes)
 
     def accumulation(self, step: int) -> int:
-        """Return ``accumulate_grad_batches``, by which Lightning divided the losses of the step's micro-batches."""
+        """Return ``accumulate_grad_batches``, the number that Lightning divided the step's losses by."""
         shard, row = self._locate(step)
         return int(shard.tensors["accumulate_grad_batches"][row])
 

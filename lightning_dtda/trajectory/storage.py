@@ -81,7 +81,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
-    """Write to disk bypassing the page cache, and through the cache whatever cannot bypass it."""
+    """Write to disk, bypassing the page cache where possible."""
     if sys.platform == "linux":
         file.flush()
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
