@@ -49,7 +49,7 @@ class Retraining:
         data: Description of the data set by :meth:`Recipe.describe`.
         queries: Inputs to measure on.
         measurement: Measurement m.
-        device: Device of stacked trainings; ``None`` for that of the Trainer.
+        device: Device of stacked and reweighted trainings; ``None`` for that of the Trainer, or of the module.
         draws: Draws to average over if the measurement draws random numbers.
     """
 

@@ -108,7 +108,8 @@ def retrain(
             stacks if possible and leaves the remaining trainings to the Trainer.
         compile: Whether to compile stacks with ``torch.compile``, which takes about half a minute; ``None`` compiles
             if there is enough work ahead.
-        device: Device of stacked trainings; ``None`` for that of the module. The Trainer chooses its own device.
+        device: Device of stacked and reweighted trainings; by default that of the Trainer, or of the module for
+            ``"reweight"``. Has no effect on trainings by the Trainer itself.
         progress: Whether to show a progress bar.
 
     Returns:
