@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.attribution.differences import Mean
+from lightning_dtda.statistics.differences import Mean
 
 EXAMPLES, QUERIES, RUNS, EPOCHS, BATCH = 2000, 20, 20, 20, 64
 REMOVALS, SHARE, RETRAININGS = 30, 0.2, 96

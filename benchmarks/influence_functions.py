@@ -37,7 +37,7 @@ from benchmarks.problems import tensors_of
 from benchmarks.side_by_side import PACKAGES, environment, measure
 from examples.concrete.concrete import ConcreteRegressor
 from lightning_dtda import Ensemble
-from lightning_dtda.attribution.differences import PAPERS
+from lightning_dtda.statistics.differences import PAPERS
 
 SLOW = {"bergson-unrolled": ["--runs", 1, "--queries", 3]}
 """Methods that are asked for a part of the scores."""

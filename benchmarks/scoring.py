@@ -1,6 +1,6 @@
 """How well responses predict what real retraining does to the distribution of a measurement.
 
-Linear datamodeling scores, as :func:`lightning_dtda.metrics.functional.linear_datamodeling_score` computes them, of
+Linear datamodeling scores, as :func:`lightning_dtda.evaluation.functional.linear_datamodeling_score` computes them, of
 responses as they are and of responses in the best scale.
 
 Shapes: K removals, S runs that were attributed, R retrainings, Q queries, N examples.
@@ -9,9 +9,9 @@ Shapes: K removals, S runs that were attributed, R retrainings, Q queries, N exa
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.differences import PAPERS
-from lightning_dtda.metrics.functional import linear_datamodeling_score
-from lightning_dtda.metrics.functional.correlation import correlations
+from lightning_dtda.evaluation.functional import linear_datamodeling_score
+from lightning_dtda.statistics.correlation import correlations
+from lightning_dtda.statistics.differences import PAPERS
 
 
 def predicted(responses: Tensor, baseline: Tensor, removed: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ from torch.utils.data import Subset
 from examples.concrete.concrete import ConcreteData, ConcreteRegressor
 from examples.concrete.evaluation import QUERIES, RUNS, SEEDS, answer, make_trainer, record
 from lightning_dtda import Attribution, GroundTruth, UnrolledDifferentiation, retrain
-from lightning_dtda.attribution.differences import Difference, Mean, Wasserstein
 from lightning_dtda.retraining import top_removals
+from lightning_dtda.statistics.differences import Difference, Mean, Wasserstein
 
 REMOVED, SHOWN = 10, 3
 COLOURS = {"all data": "#969696", "predicted": "#e6550d", "retrained": "#08519c"}

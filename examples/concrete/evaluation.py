@@ -35,12 +35,12 @@ from lightning_dtda import (
     attribute,
     retrain,
 )
-from lightning_dtda.attribution.differences import PAPERS, resolve_difference
 from lightning_dtda.estimators import EKFAC, TRAK, Estimator, GaussNewton, Source, TracIn
-from lightning_dtda.metrics import Evaluation, evaluate
-from lightning_dtda.metrics.functional.correlation import correlations
+from lightning_dtda.evaluation import Evaluation, evaluate
 from lightning_dtda.reporting.evaluations import print_evaluations
 from lightning_dtda.retraining import random_subsets
+from lightning_dtda.statistics.correlation import correlations
+from lightning_dtda.statistics.differences import PAPERS, resolve_difference
 
 STEPS, QUERIES = 1500, 20
 RUNS = (20, 64)

@@ -27,7 +27,7 @@ from torch.utils.data import Subset
 from examples.concrete.concrete import ConcreteData, ConcreteRegressor
 from examples.concrete.evaluation import QUERIES, RUNS, answer, make_trainer, record
 from lightning_dtda import Attribution, GroundTruth, UnrolledDifferentiation, retrain
-from lightning_dtda.metrics import LeaveOneOutCorrelation
+from lightning_dtda.evaluation import LeaveOneOutCorrelation
 
 ROWS, FIRST_SEED = 24, 2000
 BASELINE = 2

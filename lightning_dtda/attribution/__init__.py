@@ -1,22 +1,10 @@
-"""What the data did to the distribution of models: ``attribute``, ``Attribution``, differences, standard errors."""
+"""What the data did to the distribution of models: ``attribute``, ``Attribution``, ``suggest_removals``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import (
-    Difference,
-    Energy,
-    GaussianKL,
-    Mean,
-    Quantile,
-    SlicedWasserstein,
-    Tail,
-    Variance,
-    Wasserstein,
-    jackknife,
-)
 from lightning_dtda.attribution.exporting import export
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
@@ -26,21 +14,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attribution",
-    "Difference",
-    "Energy",
-    "GaussianKL",
-    "Mean",
-    "Quantile",
-    "SlicedWasserstein",
     "Suggestion",
-    "Tail",
-    "Variance",
-    "Wasserstein",
     "attribute",
     "attribute_dampings",
     "check",
     "export",
-    "jackknife",
     "suggest_removals",
 ]
 

@@ -13,14 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index
-from lightning_dtda.attribution.differences import (
-    Difference,
-    JointDifference,
-    SlicedWasserstein,
-    jackknife,
-    resolve_difference,
-    standard_error_of,
-)
 from lightning_dtda.attribution.inference import Inference, Runs
 from lightning_dtda.attribution.kept import KeptResponses, check_keep_top, joined, keep_top, moment_of
 from lightning_dtda.attribution.kept_store import KeptStore
@@ -28,6 +20,8 @@ from lightning_dtda.attribution.removed import positions_of_examples, positions_
 from lightning_dtda.attribution.tables import Tables
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.statistics.differences import Difference, JointDifference, SlicedWasserstein, resolve_difference
+from lightning_dtda.statistics.resampling import jackknife, standard_error_of
 
 ENOUGH_RUNS = 8
 """Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
@@ -189,7 +183,7 @@ class Attribution(Tables, Inference):
 
         Args:
             difference: ``mean``, ``variance``, ``wasserstein``, ``energy``, ``quantile``, ``tail``, ``gaussian_kl``, a
-                class's import path, or a :class:`~lightning_dtda.attribution.differences.Difference`, such as
+                class's import path, or a :class:`~lightning_dtda.statistics.differences.Difference`, such as
                 ``Mean("median")`` or ``Tail(0.8)``.
             removed: Training examples, or groups, as for :meth:`predict`; ``None`` is each on its own.
             runs: The ``"trusted"`` ones, without those that :attr:`chaotic` names; or ``"all"``.
@@ -229,7 +223,7 @@ class Attribution(Tables, Inference):
 
         Args:
             difference: Between joint distributions; ``None`` is
-                :class:`~lightning_dtda.attribution.differences.SlicedWasserstein`.
+                :class:`~lightning_dtda.statistics.differences.SlicedWasserstein`.
             queries: Positions of the queries; ``None`` is all of them.
             removed: As for :meth:`influence`.
             runs: As for :meth:`influence`.

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lightning_dtda.attribution import significance
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Difference
 from lightning_dtda.attribution.inference import Runs, check_share
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics import significance
+from lightning_dtda.statistics.differences import Difference
 
 Format = Literal["parquet", "zarr", "netcdf"]
 

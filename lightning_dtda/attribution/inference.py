@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution import significance
-from lightning_dtda.attribution.differences import Difference, resolve_difference
-from lightning_dtda.attribution.intervals import bootstrap_interval
 from lightning_dtda.attribution.kept import MOMENTS, Figures, KeptResponses, moment_of
-from lightning_dtda.attribution.power import runs_for_significance, seeds_needed
-from lightning_dtda.attribution.reliability import runs_for_agreement, split_half, top_agreement
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics import significance
+from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.intervals import bootstrap_interval
+from lightning_dtda.statistics.power import runs_for_significance, seeds_needed
+from lightning_dtda.statistics.reliability import runs_for_agreement, split_half, top_agreement
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -60,7 +60,7 @@ class Inference:
 
         With few runs it is too narrow: an interval of 0.95 holds the mean influence in 0.87 of cases with 8 runs, in
         0.93 with 20. For distances, which are never negative, it is no test against zero; :meth:`p_values` are. See
-        :func:`~lightning_dtda.attribution.intervals.bootstrap_interval`.
+        :func:`~lightning_dtda.statistics.intervals.bootstrap_interval`.
 
         Args:
             difference: As for :meth:`influence`.
@@ -96,7 +96,7 @@ class Inference:
     ) -> Tensor:
         """Return the probability, over seeds, of so clear an influence if removal had no effect.
 
-        What is tested, and how, depends on the difference; see :mod:`lightning_dtda.attribution.significance`. The
+        What is tested, and how, depends on the difference; see :mod:`lightning_dtda.statistics.significance`. The
         linear response is taken as given.
 
         Args:
@@ -140,7 +140,7 @@ class Inference:
 
         Even if it were the only one: its p-value would be below ``fdr`` over the number of removals. The largest of
         many influences are overestimated, so for these it is a lower bound. See
-        :func:`~lightning_dtda.attribution.power.runs_for_significance`.
+        :func:`~lightning_dtda.statistics.power.runs_for_significance`.
 
         Args:
             difference: As for :meth:`influence`.
@@ -171,7 +171,7 @@ class Inference:
         """Return how many real retrainings, with and without examples, would show the predicted effect.
 
         So many with them and as many without, of fresh seeds; see
-        :func:`~lightning_dtda.attribution.power.seeds_needed`. The effect is taken as it is predicted, so for the
+        :func:`~lightning_dtda.statistics.power.seeds_needed`. The effect is taken as it is predicted, so for the
         largest of many influences, which are overestimated, it is a lower bound.
 
         Args:
@@ -199,7 +199,7 @@ class Inference:
         """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
 
         1 where other seeds would rank them the same, 0 where the ranking is seed noise; where it is low, more runs
-        help. See :func:`~lightning_dtda.attribution.reliability.split_half`.
+        help. See :func:`~lightning_dtda.statistics.reliability.split_half`.
 
         Raises:
             AttributionError: If there are too few runs to be halved.
@@ -223,7 +223,7 @@ class Inference:
 
         They are stable when two ensembles of that many runs would have a share of ``agreement`` of their top k in
         common, on average. It is extrapolated from what halves of the runs have in common; see
-        :func:`~lightning_dtda.attribution.reliability.runs_for_agreement`.
+        :func:`~lightning_dtda.statistics.reliability.runs_for_agreement`.
 
         Args:
             difference: What to rank by, in absolute value.

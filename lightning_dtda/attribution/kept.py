@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dtda.attribution import significance
-from lightning_dtda.attribution.differences import DIFFERENCES, Difference, Mean, Variance
 from lightning_dtda.attribution.responses import StoredTable, of_each_dimension
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics import significance
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference, Mean, Variance
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.differences import DIFFERENCES, PAPERS, Difference, standard_error_of
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import MOMENTS, Figures, KeptResponses, moment_of
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences import DIFFERENCES, PAPERS, Difference
+from lightning_dtda.statistics.resampling import standard_error_of
 
 if TYPE_CHECKING:
     import pandas as pd

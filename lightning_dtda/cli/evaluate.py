@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.metrics import Evaluation, compare, evaluate
+from lightning_dtda.evaluation import Evaluation, compare, evaluate
 from lightning_dtda.reporting.evaluations import print_evaluations
 from lightning_dtda.retraining.ground_truth import GroundTruth
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 from lightning_dtda.cli.retrain import retrained
-from lightning_dtda.metrics import Verification, verify
-from lightning_dtda.metrics.evaluating import check_alignment
+from lightning_dtda.evaluation import Verification, verify
+from lightning_dtda.evaluation.evaluating import check_alignment
 from lightning_dtda.reporting.formatting import common_exponent, number, unit
 from lightning_dtda.retraining import GroundTruth
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution import significance
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Difference, resolve_difference
-from lightning_dtda.attribution.intervals import bootstrap_interval
-from lightning_dtda.attribution.power import runs_for_significance, seeds_needed
+from lightning_dtda.statistics import significance
+from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.intervals import bootstrap_interval
+from lightning_dtda.statistics.power import runs_for_significance, seeds_needed
 
 FDR = 0.05
 """Of the removals that a query's tables and figures call significant, this share has no effect, on average."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_dtda.attribution.differences import (
+from lightning_dtda.reporting.formatting import MINUS
+from lightning_dtda.statistics.differences import (
     Difference,
     Energy,
     GaussianKL,
@@ -17,7 +18,6 @@ from lightning_dtda.attribution.differences import (
     Wasserstein,
     resolve_difference,
 )
-from lightning_dtda.reporting.formatting import MINUS
 
 
 @dataclass(frozen=True)

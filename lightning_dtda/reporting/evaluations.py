@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_dtda.metrics.comparing import ScoreDifference, compare
-from lightning_dtda.metrics.evaluating import Evaluation, Score
+from lightning_dtda.evaluation.comparing import ScoreDifference, compare
+from lightning_dtda.evaluation.evaluating import Evaluation, Score
 from lightning_dtda.reporting.formatting import MINUS
 from lightning_dtda.reporting.wording import counted
 

@@ -12,13 +12,13 @@ import plotly.graph_objects as go
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Difference
 from lightning_dtda.reporting.certainty import FDR, LEVEL, tested
 from lightning_dtda.reporting.differences import describe
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
 from lightning_dtda.reporting.findings import TopExample, top_examples
 from lightning_dtda.reporting.formatting import MINUS
 from lightning_dtda.reporting.wording import counted, noun
+from lightning_dtda.statistics.differences import Difference
 
 MOST_POINTS = 20_000
 """Points drawn of one query's examples: about one megabyte, and as many as a browser moves smoothly."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.certainty import Tested, intervals, retrainings, tested
+from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 
 @dataclass(frozen=True)

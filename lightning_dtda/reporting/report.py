@@ -14,7 +14,6 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.certainty import FDR, LEVEL, Tested
@@ -37,6 +36,7 @@ from lightning_dtda.reporting.findings import (
 )
 from lightning_dtda.reporting.formatting import common_exponent, count, number, p_value, unit
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
+from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.version import __version__
 
 MOST_QUERIES = 50

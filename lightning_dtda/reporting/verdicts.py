@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.significance import fewest_runs
 from lightning_dtda.reporting.certainty import FDR, POWER, Tested
 from lightning_dtda.reporting.differences import describe
 from lightning_dtda.reporting.findings import TopExample
 from lightning_dtda.reporting.wording import counted, noun
+from lightning_dtda.statistics.significance import fewest_runs
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _RATE = f"false discovery rate {100 * FDR:g}{_SPACE}%"

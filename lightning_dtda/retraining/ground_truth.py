@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.differences import Difference, resolve_difference
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.truth_store import TruthStore
+from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -125,7 +125,7 @@ class GroundTruth:
 
         Args:
             difference: ``mean``, ``variance``, ``wasserstein``, the import path of a class, or a
-                :class:`~lightning_dtda.attribution.differences.Difference` between X, measured with all data, and Y,
+                :class:`~lightning_dtda.statistics.differences.Difference` between X, measured with all data, and Y,
                 measured without the subset. For the sign, see the difference.
 
         Raises:

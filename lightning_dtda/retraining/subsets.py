@@ -11,7 +11,8 @@ from lightning_dtda.attribution.removed import positions_of_examples
 from lightning_dtda.errors import AttributionError, RetrainingError
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution import Attribution, Difference
+    from lightning_dtda.attribution import Attribution
+    from lightning_dtda.statistics import Difference
 
 Sign = Literal["any", "positive", "negative"]
 

@@ -10,9 +10,9 @@ import torch
 import xarray as xr
 
 from lightning_dtda import Attribution, export
-from lightning_dtda.attribution.differences import Quantile
 from lightning_dtda.cli import main
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences import Quantile
 
 RUNS, QUERIES, EXAMPLES = 10, (4, 8, 15), 7
 KINDS = ("influence", "standard_error", "low", "high", "p", "q")

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from lightning_dtda import Attribution
-from lightning_dtda.attribution.differences import SlicedWasserstein, Wasserstein, jackknife
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences import SlicedWasserstein, Wasserstein
+from lightning_dtda.statistics.resampling import jackknife
 
 RUNS, QUERIES, EXAMPLES = 9, 4, 5
 

@@ -13,7 +13,7 @@ from lightning_dtda import Attribution, suggest_removals
 from lightning_dtda.attribution.kept import KeptResponses
 from lightning_dtda.attribution.trust import sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.metrics import evaluate
+from lightning_dtda.evaluation import evaluate
 from lightning_dtda.retraining.ground_truth import GroundTruth
 
 RUNS, QUERIES, EXAMPLES, K = 10, 4, 60, 3

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import DIFFERENCES, SlicedWasserstein
+from lightning_dtda.statistics.differences import DIFFERENCES, SlicedWasserstein
 
 torch.set_num_threads(1)
 runs, queries, examples = 50, 100, 50_000

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lightning_dtda import Attribution, suggest_removals
-from lightning_dtda.attribution.differences import Mean, Variance
 from lightning_dtda.errors import AttributionError
-from tests.attribution.seeds import attribution_of
+from lightning_dtda.statistics.differences import Mean, Variance
+from tests.simulated import attribution_of
 
 OPEN = {"held_out": 0.0, "caution": 0.0}
 """Choose by the effect on all runs alone, as one can check by trying out all sets."""

@@ -5,10 +5,11 @@ import torch
 from scipy.stats import spearmanr
 
 from lightning_dtda import Attribution
-from lightning_dtda.attribution.differences import Mean, Variance, bootstrap, jackknife
-from lightning_dtda.attribution.reliability import halves, split_half
 from lightning_dtda.attribution.trust import chaotic, response_norm
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences import Mean, Variance
+from lightning_dtda.statistics.reliability import halves, split_half
+from lightning_dtda.statistics.resampling import bootstrap, jackknife
 
 GENERATOR = torch.Generator().manual_seed(0)
 

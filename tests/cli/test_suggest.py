@@ -6,7 +6,7 @@ import yaml
 
 from lightning_dtda import Attribution, GroundTruth, suggest_removals
 from lightning_dtda.cli import main
-from lightning_dtda.metrics import verify
+from lightning_dtda.evaluation import verify
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_dtda.attribution.differences import DIFFERENCES, GaussianKL, Mean, Quantile, SlicedWasserstein, Tail
 from lightning_dtda.reporting.differences import describe
+from lightning_dtda.statistics.differences import DIFFERENCES, GaussianKL, Mean, Quantile, SlicedWasserstein, Tail
 
 
 @pytest.mark.parametrize("name", [*DIFFERENCES, "sliced_wasserstein"])

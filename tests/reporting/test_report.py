@@ -10,9 +10,9 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from lightning_dtda.attribution import Mean, Quantile
 from lightning_dtda.reporting import report
 from lightning_dtda.reporting.formatting import common_exponent, count, number, p_value
+from lightning_dtda.statistics import Mean, Quantile
 from tests.reporting.conftest import QUERIES, make_attribution
 
 _WIDTH = "return document.documentElement.scrollWidth"

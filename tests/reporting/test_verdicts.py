@@ -3,10 +3,10 @@
 import torch
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.differences import Quantile
 from lightning_dtda.reporting.certainty import POWER
 from lightning_dtda.reporting.findings import significance_on, top_examples
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
+from lightning_dtda.statistics.differences import Quantile
 from tests.reporting.conftest import make_attribution
 
 

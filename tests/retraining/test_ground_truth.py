@@ -9,10 +9,10 @@ import scipy.stats
 import torch
 
 from lightning_dtda import GroundTruth
-from lightning_dtda.attribution.differences import Mean, Wasserstein
 from lightning_dtda.errors import RetrainingError, TrajectoryError
 from lightning_dtda.retraining import Task
 from lightning_dtda.retraining.truth_store import TruthStore
+from lightning_dtda.statistics.differences import Mean, Wasserstein
 
 SUBSETS, SEEDS, BASELINE_SEEDS, QUERIES = 4, 6, 9, 3
 REMOVED = ((0, 5), (3,), (1, 2, 7), (6,))

@@ -1,0 +1,86 @@
+"""Is one attribution better than another? The difference of their scores against one ground truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.evaluation.evaluating import Evaluation
+from lightning_dtda.statistics.crossed_bootstrap import difference_interval
+
+
+@dataclass(frozen=True)
+class ScoreDifference:
+    """By how much one score is higher than another one.
+
+    Args:
+        difference: The first score less the second.
+        low: Lower limit of its interval.
+        high: Upper limit.
+    """
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+def compare(first: Evaluation, second: Evaluation) -> dict[str, ScoreDifference]:
+    """Return by how much an attribution scores higher than another one, with intervals.
+
+    Two attributions that are compared with the same truth share its luck: its seeds, subsets and queries, and the
+    recorded runs if they are of the same. All of these are drawn again for both alike, see
+    :func:`~lightning_dtda.statistics.crossed_bootstrap.difference_interval`, so that the difference is known better
+    than the intervals of the scores suggest. That two of these overlap does not show that the attributions are equally
+    good.
+
+    Args:
+        first: What :func:`~lightning_dtda.evaluation.evaluate` says of one attribution.
+        second: What it says of the other, with the same truth, ``replicates``, ``confidence`` and ``seed``.
+
+    Returns:
+        For each difference between distributions of which both have a score; NaN limits for those without draws.
+
+    Raises:
+        AttributionError: If the two are not of the same truth or draws.
+
+    Example:
+        >>> import torch
+        >>> from lightning_dtda import Attribution, GroundTruth
+        >>> from lightning_dtda.evaluation import evaluate
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> responses = torch.randn(3, 1, 6, generator=generator)
+        >>> good = Attribution(torch.zeros(3, 1), responses, ("a", "b", "c"), (0,))
+        >>> bad = Attribution(torch.zeros(3, 1), -responses, ("a", "b", "c"), (0,))
+        >>> removed = ((0, 1), (2, 3), (4, 5), (0, 5))
+        >>> real = torch.stack([good.predict(subset) for subset in removed])
+        >>> truth = GroundTruth(real, torch.zeros(3, 1), removed, (0,), (7, 8, 9), (7, 8, 9))
+        >>> compare(*(evaluate(each, truth, ["mean"]) for each in (good, bad)))["mean"].difference
+        2.0
+    """
+    for what, one, other in (
+        ("ground truth", first.truth_checksum, second.truth_checksum),
+        ("confidence", first.confidence, second.confidence),
+    ):
+        if one != other:
+            raise AttributionError(f"The evaluations differ in their {what}: {one} and {other}. Evaluate again.")
+    return {name: _difference(first, second, name) for name in first.scores if name in second.scores}
+
+
+def _difference(first: Evaluation, second: Evaluation, name: str) -> ScoreDifference:
+    one, other = first.scores[name], second.scores[name]
+    apart, (of_one, of_other) = one.score - other.score, (one.replicates, other.replicates)
+    if of_one is None or of_other is None:
+        return ScoreDifference(apart, float("nan"), float("nan"))
+    if not torch.equal(of_one.queries, of_other.queries):
+        raise AttributionError(
+            "The evaluations have other draws. Evaluate both with the same replicates and the same seed."
+        )
+    low, high = difference_interval(of_one, of_other, first.confidence)
+    return ScoreDifference(apart, float(low), float(high))

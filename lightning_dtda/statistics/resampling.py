@@ -1,0 +1,106 @@
+"""How far a difference would move with other seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from lightning_dtda.statistics.differences.difference import Difference
+from lightning_dtda.statistics.differences.mean import Mean
+
+
+def standard_error_of(difference: Difference) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return what gives the standard error of a difference, from samples ``(runs, ...)`` of both distributions."""
+    is_median = isinstance(difference, Mean) and difference.location == "median"
+    return partial(bootstrap if is_median else jackknife, difference)
+
+
+def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
+    r"""Standard error of a difference over runs, by leaving each run out once.
+
+    .. math::
+        \widehat{se}^2 = \frac{S - 1}{S} \sum_s \left(\Delta_{(s)} - \bar\Delta_{(\cdot)}\right)^2
+
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 11). X and Y of a run leave together:
+    they are of one seed. For the mean this is the usual standard error.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+
+    Returns:
+        ``(...)``; NaN where there is one run too few to leave one out.
+
+    Example:
+        >>> from lightning_dtda.statistics import Mean
+        >>> jackknife(Mean(), torch.zeros(4), torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        tensor(0.6455)
+    """
+    runs = len(predicted)
+    if runs <= max(difference.least_runs, 1):
+        return _unknown(difference, baseline, predicted)
+    replicates = iter(leave_one_out(difference, baseline, predicted))
+    first = next(replicates)
+    return ((runs - 1) / runs * _squares_around_mean(chain([first], replicates), first)).clamp_min(0).sqrt()
+
+
+def leave_one_out(difference: Difference, baseline: Tensor, predicted: Tensor) -> Iterable[Tensor]:
+    """Give the difference without each run ``(...)``, in order; by the difference's own formula, where it has one.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+    """
+    if own := getattr(difference, "leave_one_out", None):
+        return own(baseline, predicted)
+    keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
+    return (difference(baseline[rows], predicted[rows]) for rows in keep)
+
+
+def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:
+    """Standard error of a difference over runs, by drawing runs with replacement.
+
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.) For differences that hardly change when
+    one run is left out and much when several are, such as a median. The draws are always the same ones.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+        replicates: Number of draws.
+
+    Returns:
+        ``(...)``; NaN for a single run.
+    """
+    runs = len(predicted)
+    if runs <= max(difference.least_runs, 1):
+        return _unknown(difference, baseline, predicted)
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randint(runs, (runs,), generator=generator).to(predicted.device) for _ in range(replicates))
+    drawn = (difference(baseline[some], predicted[some]) for some in rows)
+    return (_squares_around_mean(drawn, difference(baseline, predicted)) / (replicates - 1)).clamp_min(0).sqrt()
+
+
+def _squares_around_mean(replicates: Iterable[Tensor], shift: Tensor) -> Tensor:
+    """Sum the squared distances of replicates from their mean, of which the shift is not far.
+
+    One by one: all at once would take as many times the memory of the responses.
+    """
+    number, total, squares = 0, torch.zeros_like(shift), torch.zeros_like(shift)
+    for replicate in replicates:
+        deviation = replicate - shift
+        number += 1
+        total += deviation
+        squares += deviation.square()
+    return squares - total.square() / number
+
+
+def _unknown(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
+    rows = [0] * difference.least_runs  # whatever its value, the difference has the shape that is wanted
+    return torch.full_like(difference(baseline[rows], predicted[rows]), torch.nan)

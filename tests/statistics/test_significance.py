@@ -1,0 +1,225 @@
+"""Tests of no effect: against SciPy, false discoveries and power on simulated seeds."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics import significance
+from lightning_dtda.statistics.differences import Energy, Mean, Tail, Variance, Wasserstein
+from tests.simulated import KINDS, attribution_of, without_effect
+
+ENSEMBLES, EXAMPLES = 400, 200
+"""Ensembles are the queries of one attribution: they are independent, and each is tested on its own."""
+
+
+@pytest.fixture
+def attribution():
+    return without_effect("gaussian", runs=12, queries=3, examples=5)
+
+
+def test_p_values_of_the_mean_are_those_of_the_t_test(attribution):
+    expected = stats.ttest_1samp(attribution.responses.numpy(), 0).pvalue
+    np.testing.assert_allclose(attribution.p_values("mean"), expected, rtol=1e-8)
+
+
+def of_all_signs(terms):
+    """Share of all choices of signs that make a sum as large, by counting."""
+    runs = len(terms)
+    signs = torch.tensor(list(product([-1.0, 1.0], repeat=runs)), dtype=torch.float64)
+    return ((signs @ terms).abs() >= terms.sum(0).abs() * (1 - 1e-9)).double().mean(0)
+
+
+def test_p_values_of_the_variance_are_those_of_exchanged_pairs():
+    attribution = without_effect("heteroscedastic", runs=8, queries=1, examples=50)
+    x, noise = attribution.baseline, attribution.responses[:, 0]
+    y = x + noise + 0.2 * x
+    # differences of variances themselves, of all exchanges, in place of the sums they come down to
+    counted = torch.zeros(50, dtype=torch.float64)
+    observed = Variance()(x, y).abs()
+    for pattern in product([False, True], repeat=8):
+        exchanged = torch.tensor(pattern)[:, None]
+        difference = Variance()(torch.where(exchanged, y, x), torch.where(exchanged, x, y))
+        counted += difference.abs() >= observed * (1 - 1e-9)
+    halfway = (x + y) / 2
+    torch.testing.assert_close(of_all_signs((y - x) * (halfway - halfway.mean(0))), counted / 2**8)
+    found = significance.p_values(Variance(), x, y)
+    # sums of 8 terms move in jumps: the smooth approximation is between the shares before and after one
+    assert ((found / (counted / 2**8)).log().abs() < 1).all()
+
+
+@pytest.mark.parametrize("runs", [12, 15])
+def test_shares_of_signs_are_those_that_one_counts(runs):
+    generator = torch.Generator().manual_seed(0)
+    x, e = torch.randn(2, runs, 400, generator=generator, dtype=torch.float64)
+    terms = x * (e + 0.7 * x)
+    ratio = significance.sign_test(terms) / of_all_signs(terms)
+    # down to the smallest that there are, 2^(1 - runs), where a jump of the count is a factor of two
+    assert of_all_signs(terms).amin() < 1e-3
+    assert ratio.median() == pytest.approx(1, abs=0.05)
+    assert ratio.amin() > 0.4
+    assert ratio.amax() < 2.5
+
+
+def test_a_sum_of_one_sign_has_the_smallest_share_there_is():
+    terms = torch.rand(30, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(significance.sign_test(-terms), torch.full((1000,), 2.0**-29, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["wasserstein", "energy", "gaussian_kl"])
+def test_distances_have_an_effect_if_mean_or_variance_has(attribution, name):
+    smaller = torch.minimum(attribution.p_values("mean"), attribution.p_values("variance"))
+    torch.testing.assert_close(attribution.p_values(name), (2 * smaller).clamp_max(1))
+
+
+def test_a_removal_without_any_response_is_sure_to_have_no_effect():
+    attribution = attribution_of(torch.randn(9, 1), torch.zeros(9, 1, 2))
+    for difference in ("mean", "variance", "wasserstein", Tail()):
+        assert attribution.p_values(difference).tolist() == [[1.0, 1.0]]
+        assert not attribution.significant(difference).any()
+
+
+def test_the_same_response_in_every_run_is_sure_to_have_one():
+    attribution = attribution_of(torch.arange(9.0)[:, None], torch.full((9, 1, 1), 0.5))
+    assert attribution.p_values("mean").item() == 0
+    assert attribution.p_values("wasserstein").item() == 0
+    assert attribution.p_values("variance").item() > 0.9
+
+
+def test_a_set_is_tested_together(attribution):
+    together = attribution.responses[..., [1, 3]].sum(-1).numpy()
+    expected = stats.ttest_1samp(together, 0).pvalue
+    np.testing.assert_allclose(attribution.p_values("mean", removed=[1, 3]), expected, rtol=1e-8)
+
+
+def test_exchange_is_that_of_scipy():
+    attribution = without_effect("gaussian", runs=7, queries=1, examples=1, seed=3)
+    x = attribution.baseline[:, 0].numpy()
+    y = x + attribution.responses[:, 0, 0].numpy()
+
+    def statistic(x, y, axis=-1):
+        return np.abs(np.sort(x)[..., -4:].mean(-1) - np.sort(y)[..., -4:].mean(-1))
+
+    expected = stats.permutation_test(
+        (x, y), statistic, permutation_type="samples", alternative="greater", n_resamples=np.inf
+    )
+    found = attribution.p_values(Tail(3 / 7)).item()  # the largest four of seven
+    assert found == pytest.approx(expected.pvalue, abs=1e-12)
+
+
+def test_the_trimmed_mean_is_tested_by_exchange_and_agrees_with_the_t_test_on_gaussians():
+    generator = torch.Generator().manual_seed(0)
+    responses = 0.6 + torch.randn(20, 1, 200, generator=generator, dtype=torch.float64)
+    attribution = attribution_of(torch.zeros(20, 1, dtype=torch.float64), responses)
+    exchanged, student = (attribution.p_values(difference) for difference in (Mean("trimmed"), Mean()))
+    assert stats.spearmanr(exchanged[0], student[0]).statistic > 0.9
+
+
+@pytest.mark.parametrize("runs", [8, 20, 64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("difference", ["mean", "variance", "wasserstein"])
+def test_false_discoveries_are_as_rare_as_promised_where_nothing_has_an_effect(difference, kind, runs):
+    attribution = without_effect(kind, runs, ENSEMBLES, EXAMPLES)
+    # all discoveries are false: their expected share is the probability of having one
+    rate = attribution.significant(difference, fdr=0.05).any(1).double().mean().item()
+    # three standard errors of a share of 0.05 in so many ensembles
+    assert rate <= 0.05 + 3 * (0.05 * 0.95 / ENSEMBLES) ** 0.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_false_discoveries_are_as_rare_as_promised_among_true_ones(kind):
+    attribution = without_effect(kind, 20, ENSEMBLES, EXAMPLES)
+    true = torch.arange(EXAMPLES) < 20
+    spread = attribution.responses.std(0)
+    attribution = attribution_of(attribution.baseline, attribution.responses + 2 * spread * true)
+    found = attribution.significant("mean", fdr=0.1)
+    share = (found & ~true).sum(1) / found.sum(1).clamp_min(1)
+    # three standard errors over ensembles
+    assert share.mean() <= 0.1 + 3 * share.std() / ENSEMBLES**0.5
+    assert found[:, true].double().mean() > 0.95
+
+
+def test_exchange_rejects_no_more_often_than_its_level():
+    attribution = without_effect("heteroscedastic", 8, 40, 50)
+    for difference in (Tail(0.5), Mean("median")):
+        p = attribution.p_values(difference)
+        for level in (0.05, 0.2):
+            rejected = (p <= level).double().mean(1)  # of independent ensembles
+            assert rejected.mean() <= level + 3 * rejected.std() / 40**0.5
+
+
+def test_power_for_the_mean_is_that_of_students_t():
+    generator = torch.Generator().manual_seed(0)
+    responses = 0.8 + torch.randn(12, 1, 20000, generator=generator, dtype=torch.float64)
+    attribution = attribution_of(torch.randn(12, 1, generator=generator, dtype=torch.float64), responses)
+    expected = stats.nct.sf(stats.t.isf(0.025, 11), 11, 0.8 * 12**0.5)
+    found = (attribution.p_values("mean") < 0.05).double().mean().item()
+    assert found == pytest.approx(expected, abs=0.01)  # three standard errors of 20,000, and the other tail
+
+
+@pytest.mark.parametrize(("runs", "slope"), [(20, 0.1), (64, 0.05)])
+def test_power_for_the_variance_is_near_that_of_the_best_test_of_gaussians(runs, slope):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(runs, 4000, generator=generator, dtype=torch.float64)
+    y = x + slope * x + 0.1 * torch.randn(runs, 4000, generator=generator, dtype=torch.float64)
+    attribution = attribution_of(x, (y - x)[..., None])
+    best = stats.pearsonr((y - x).numpy(), (x + y).numpy(), axis=0).pvalue  # Pitman's and Morgan's
+    found = (attribution.p_values("variance")[:, 0] < 0.05).double().mean()
+    assert (best < 0.05).mean() > 0.9
+    assert (best < 0.05).mean() - 0.05 < found < 1
+
+
+def test_the_classical_test_of_the_variance_would_not_do():
+    # the reason for the other one: many times the level, where responses grow with the distance from the centre
+    generator = torch.Generator().manual_seed(0)
+    v, e = torch.randn(2, 20, 20000, generator=generator, dtype=torch.float64)
+    x, y = v - 0.15 * v * e, v + 0.15 * v * e
+    classical = stats.pearsonr((y - x).numpy(), v.numpy(), axis=0).pvalue
+    assert (classical < 0.001).mean() > 0.02
+    # three standard errors of 20,000
+    assert (significance.p_values(Variance(), x, y) < 0.001).double().mean() < 0.0017
+
+
+def test_distances_find_a_shift_and_a_change_of_spread():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 200, generator=generator, dtype=torch.float64)
+    noise = 0.1 * torch.randn(30, 200, 3, generator=generator, dtype=torch.float64)
+    noise[..., 0] += 0.15
+    noise[..., 1] += 0.25 * x
+    attribution = attribution_of(x, noise)
+    for difference in (Wasserstein(), Energy()):
+        found = (attribution.p_values(difference) < 0.01).double().mean(0)
+        assert (found[:2] > 0.95).all()
+        # a response of random sign: Var Y = Var X + 0.01, far below what 30 runs show
+        assert found[2] < 0.05
+
+
+class Ratio:
+    """A difference of one's own that does not know what to say without a baseline."""
+
+    name, least_runs = "ratio", 1
+
+    def __call__(self, baseline, predicted):
+        return (predicted / baseline).mean(0).log()
+
+
+def test_an_effect_that_is_not_a_number_is_not_significant():
+    responses = torch.ones(9, 1, 3)
+    responses[..., 1] = -9.0  # no logarithm of a negative ratio
+    attribution = attribution_of(torch.ones(9, 1), responses)
+    p = attribution.p_values(Ratio())
+    assert p.isnan().tolist() == [[False, True, False]]
+    assert not attribution.significant(Ratio())[0, 1]
+
+
+def test_too_few_runs_and_senseless_rates_are_refused(attribution):
+    few = attribution_of(attribution.baseline[:3], attribution.responses[:3])
+    assert few.p_values("mean").isfinite().all()
+    with pytest.raises(AttributionError, match=r"variance influence needs 4 runs; there are 3"):
+        few.p_values("variance")
+    for rate in (0, 1, 5, float("nan")):
+        with pytest.raises(AttributionError, match="share between 0 and 1"):
+            attribution.significant("mean", fdr=rate)
