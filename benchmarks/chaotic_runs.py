@@ -164,8 +164,8 @@ def main():
         seconds = time.perf_counter() - started
 
         def predicted(difference, runs, attribution=attribution):
-            shifts = [attribution.influence(difference, removed=removal.tolist(), runs=runs) for removal in removals]
-            return -torch.stack(shifts)
+            changes = [attribution.influence(difference, removed=removal.tolist(), runs=runs) for removal in removals]
+            return torch.stack(changes)
 
         alone = [
             score(torch.stack([attribution.responses[run][:, r].sum(1) for r in removals]), real.mean(1))
@@ -177,7 +177,7 @@ def main():
         for runs in ("all", "trusted"):
             of_locations = (f"{name} {score(predicted(Mean(name), runs), real.mean(1)):.3f}" for name in LOCATIONS)
             print(f"  {runs} runs: {', '.join(of_locations)}")
-            variance = score(-predicted("variance", runs), real.var(1))
+            variance = score(predicted("variance", runs), real.var(1))
             print(f"  {runs} runs, variance: {variance:.3f}")
 
 

@@ -60,13 +60,13 @@ def evaluate(responses: Tensor, exact: Tensor, baseline: Tensor, truth: dict[str
     factor = float(by_query.sum() / responses.double().square().sum())
     raw = predicted(responses, baseline, truth["removed"])
     rescaled = predicted(factor * responses.double(), baseline, truth["removed"])
-    # of each run by itself, the influence on the mean is its fall
-    falls = (baseline.double() - raw).permute(1, 2, 0)
-    real = (truth["baseline"].double().mean(0) - truth["measurements"].double().mean(1)).T
+    # of each run by itself, the influence on the mean is its change
+    changes = (raw - baseline.double()).permute(1, 2, 0)
+    real = (truth["measurements"].double().mean(1) - truth["baseline"].double().mean(0)).T
     return {
         "score": scores(raw, baseline, truth),
         "score rescaled": scores(rescaled, baseline, truth, intervals=False),
-        "score of the mean, one run alone": float(correlations(falls, real).mean()),
+        "score of the mean, one run alone": float(correlations(changes, real).mean()),
         "scale": float((by_query / exact.double().square().sum((0, 2))).median()),
         "best factor": factor,
         "correlation with exact responses": float(

@@ -54,4 +54,4 @@ def experiment(generator, subsets=12, runs=6, seeds=8, baseline_seeds=10, querie
     baseline, real_baseline = normal(generator, runs, queries), normal(generator, baseline_seeds, queries)
     errors = wrong * (normal(generator, subsets, 1, queries) + normal(generator, subsets, runs, queries))
     real = effects + 3 * noise * normal(generator, subsets, seeds, queries)
-    return (baseline + effects + errors, baseline, real, real_baseline), -effects[:, 0]
+    return (baseline + effects + errors, baseline, real, real_baseline), effects[:, 0]

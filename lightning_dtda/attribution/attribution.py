@@ -189,8 +189,8 @@ class Attribution(Tables, Inference):
             runs: The ``"trusted"`` ones, without those that :attr:`chaotic` names; or ``"all"``.
 
         Returns:
-            ``(queries, removals)``, or ``(queries,)`` for those made together; float64. For the sign see the
-            difference.
+            ``(queries, removals)``, or ``(queries,)`` for those made together; float64: the change
+            if they are removed.
 
         Raises:
             AttributionError: If the difference needs more runs, or the removals cannot be made together.

@@ -41,8 +41,8 @@ def export(
     Of each difference there are ``influence``, ``standard_error``, ``low`` and ``high`` (ends of its interval), ``p``
     (of no effect, :meth:`Attribution.p_values`) and ``q`` (the least false discovery rate at which it is
     :meth:`Attribution.significant`), each with the difference's name in front: ``mean_influence``. Where there are too
-    few runs for one of them it is NaN. An influence is the change of the property when the examples are removed; for
-    the sign see the difference.
+    few runs for one of them it is NaN. An influence is the change of the property when the examples are
+    removed.
 
     Queries are computed and written one after another: memory does not grow with their number.
 

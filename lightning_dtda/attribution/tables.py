@@ -79,8 +79,8 @@ class Tables:
 
         Returns:
             One row for each of these, with ``query``, ``rank`` (1 first), ``example`` (with groups ``removal``, the
-            name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_shift`` (change of
-            the mean when removed, E Y - E X) and ``variance_change`` (Var Y - Var X; NaN with a single run).
+            name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_influence``
+            and ``variance_influence`` (NaN with a single run).
 
         Raises:
             AttributionError: If the difference needs more runs, there is no such query, or ``k`` is less than 1, or
@@ -109,8 +109,8 @@ class Tables:
             columns = {
                 "influence": influence,
                 "standard_error": standard_error_of(chosen)(*samples),
-                "mean_shift": -DIFFERENCES["mean"](*samples),
-                "variance_change": variance,
+                "mean_influence": DIFFERENCES["mean"](*samples),
+                "variance_influence": variance,
             }
             values = zip(*(column.tolist() for column in columns.values()), strict=True)
             for rank, (n, figures) in enumerate(zip(order.tolist(), values, strict=True), start=1):

@@ -52,7 +52,7 @@ def describe(difference: str | Difference | JointDifference, measurement: str, r
 
     Example:
         >>> describe("tail", "loss").meaning
-        'fall of the mean loss over the highest 10 % of the runs on this query if the example is removed'
+        'change of the mean loss over the highest 10 % of the runs on this query if the example is removed'
     """
     chosen = SlicedWasserstein() if difference == SlicedWasserstein.name else resolve_difference(difference)
     m, gone = measurement, f"on this query if the {removed} is removed"
@@ -91,9 +91,9 @@ def describe(difference: str | Difference | JointDifference, measurement: str, r
             return Wording(
                 f"Influence on the {_percent(chosen.p)} quantile",
                 f"Which {removed}s move the {below}?",
-                f"Q(X) {MINUS} Q(Y)",
-                f"fall of the {below}, {gone}",
-                f"fall of the {_percent(chosen.p)} quantile of the {m} when removed",
+                f"Q(Y) {MINUS} Q(X)",
+                f"change of the {below}, {gone}",
+                f"change of the {_percent(chosen.p)} quantile of the {m} when removed",
                 f"the {m}'s unit",
             )
         case Tail():
@@ -102,9 +102,9 @@ def describe(difference: str | Difference | JointDifference, measurement: str, r
             return Wording(
                 f"Influence on the {chosen.side} tail",
                 f"Which {removed}s move the {tail}?",
-                f"ES(X) {MINUS} ES(Y)",
-                f"fall of the {tail} {gone}",
-                f"fall of the {tail} when removed",
+                f"ES(Y) {MINUS} ES(X)",
+                f"change of the {tail} {gone}",
+                f"change of the {tail} when removed",
                 f"the {m}'s unit",
             )
         case GaussianKL():
@@ -141,13 +141,13 @@ def _mean(difference: Mean, m: str, removed: str, gone: str) -> Wording:
         "median": ("median", f"{m}, median over runs,"),
         "trimmed": ("trimmed mean", f"{m}, mean over runs without the fifths that change most and least,"),
     }[difference.location]
-    formula = f"E X {MINUS} E Y" if of == "mean" else f"{of} of X {MINUS} Y"
+    formula = f"E Y {MINUS} E X" if of == "mean" else f"{of} of Y {MINUS} X"
     return Wording(
         f"{of.capitalize()} influence",
         f"Which {removed}s move the {m}?",
         formula,
-        f"fall of the {over} {gone}",
-        f"fall of the {over.rstrip(',')} when removed",
+        f"change of the {over} {gone}",
+        f"change of the {over.rstrip(',')} when removed",
         f"the {m}'s unit",
     )
 

@@ -33,17 +33,17 @@ _LABELLED = 3  # removals named in the plot, for each of its two axes: more woul
 
 
 def influence_figure(attribution: Attribution, query: int, most_points: int = MOST_POINTS) -> go.Figure:
-    """Draw the mean shift of every example, or group, against its variance change, for one query.
+    """Draw the mean influence of every example, or group, against its variance influence, for one query.
 
     Colours tell which of the two are told from seed noise, among all removals at a false discovery rate of
-    :data:`~lightning_dtda.reporting.certainty.FDR`. With a single run there is no variance; the mean shift is then
-    drawn against the example's index or the group's position.
+    :data:`~lightning_dtda.reporting.certainty.FDR`. With a single run there is no variance; the mean influence is
+    then drawn against the example's index or the group's position.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
-        most_points: Examples, or groups, drawn at the most. Of more, those of the largest shift and the largest
-            variance change are drawn, half of the points, and every n-th of the rest; the title says so.
+        most_points: Examples, or groups, drawn at the most. Of more, those of the largest mean and the
+            largest variance influence are drawn, half of the points, and every n-th of the rest; the title says so.
     """
     selected, measurement = attribution.select([query]), escape(attribution.measurement)
     what = noun(attribution)
@@ -51,14 +51,14 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
     points = _points(selected)
     drawn, removals = _drawn(points, most_points), len(points.shift)
     thinned = f" ({len(drawn)} of {removals} {what}s)" if len(drawn) < removals else ""
-    change = f"variance change of the {measurement}<br>when removed (Var Y {MINUS} Var X)"
+    change = f"change of the {measurement}'s variance<br>when removed (Var Y {MINUS} Var X)"
     every, place = "training example", "training example (index)"
     if what == "group":
         every, place = "group of training examples", "group (position)"
     one_run = f"{place};<br>a single run has no variance"
     plot = figure(
         f"Every {every}, query {selected.queries[0]}{thinned}",
-        xaxis={"title": {"text": f"mean shift of the {measurement}<br>when removed (E Y {MINUS} E X)"}},
+        xaxis={"title": {"text": f"change of the mean {measurement}<br>when removed (E Y {MINUS} E X)"}},
         yaxis={"title": {"text": change if several else one_run}},
         legend={"title": {"text": f"told from seed noise (false discovery rate {100 * FDR:g} %):"}},
         showlegend=several,
@@ -168,13 +168,14 @@ def top_figure(
         x=[row.influence for row in top],
         y=names,
         customdata=[
-            [row.interval_low, row.interval_high, row.p_value, row.mean_shift, row.variance_change] for row in top
+            [row.interval_low, row.interval_high, row.p_value, row.mean_influence, row.variance_influence]
+            for row in top
         ],
         orientation="h",
         marker={"color": [BLUE if row.significant else MUTED for row in top]},
         hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}}, {100 * LEVEL:g} % interval "
         "%{customdata[0]:.3g} to %{customdata[1]:.3g}<br>p = %{customdata[2]:.2g}<br>"
-        "mean shift %{customdata[3]:.3g}<br>variance change %{customdata[4]:.3g}<extra></extra>",
+        "mean influence %{customdata[3]:.3g}<br>variance influence %{customdata[4]:.3g}<extra></extra>",
     )
     # lines of their own: an interval by the bootstrap need not hold the estimate, as error bars have to
     plot.add_scatter(
@@ -266,9 +267,9 @@ def adjoint_figure(attribution: Attribution) -> go.Figure:
 
 @dataclass(frozen=True)
 class _Points:
-    """Mean shift and variance change of every removal, with standard errors, each ``(removals,)``.
+    """Mean and variance influence of every removal, with standard errors, each ``(removals,)``.
 
-    With a single run, the removal's position stands in place of the variance change.
+    With a single run, the removal's position stands in place of the variance influence.
     """
 
     shift: np.ndarray
@@ -278,7 +279,7 @@ class _Points:
 
 
 def _points(selected: Attribution) -> _Points:
-    shift, shift_error = -_numpy(selected.influence("mean")[0]), _numpy(selected.standard_error("mean")[0])
+    shift, shift_error = _numpy(selected.influence("mean")[0]), _numpy(selected.standard_error("mean")[0])
     if len(selected.runs) == 1:
         return _Points(shift, shift_error, np.arange(len(shift), dtype=np.float64), np.full_like(shift, np.nan))
     change, change_error = selected.influence("variance")[0], selected.standard_error("variance")[0]
@@ -300,7 +301,7 @@ def _markers(
     points: _Points, chosen: np.ndarray, color: str, several: bool, attribution: Attribution
 ) -> dict[str, Any]:
     """Return the arguments of a scatter trace of some removals."""
-    change = "<br>variance change %{y:.3g} ± %{customdata[2]:.2g}" if several else ""
+    change = "<br>variance influence %{y:.3g} ± %{customdata[2]:.2g}" if several else ""
     errors = (_numbers(error[chosen], _ERROR_DIGITS) for error in (points.shift_error, points.change_error))
     return {
         "x": _numbers(points.shift[chosen], _POINT_DIGITS),
@@ -309,7 +310,7 @@ def _markers(
         "mode": "markers",
         "marker": {"color": color, "size": 7, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
         "hovertemplate": f"<b>{noun(attribution)} %{{customdata[0]}}</b><br>"
-        f"mean shift %{{x:.3g}} ± %{{customdata[1]:.2g}}{change}<extra></extra>",
+        f"mean influence %{{x:.3g}} ± %{{customdata[1]:.2g}}{change}<extra></extra>",
     }
 
 

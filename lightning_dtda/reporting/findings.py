@@ -26,8 +26,8 @@ class TopExample:
         size: Number of examples.
         influence: Of removing it.
         standard_error: Of the influence.
-        mean_shift: Change of the mean when removed.
-        variance_change: Change of the variance when removed.
+        mean_influence: Change of the mean when removed.
+        variance_influence: Change of the variance when removed.
         interval_low: Lower end of the influence's interval over seeds; NaN with too few runs.
         interval_high: Its upper end.
         p_value: Of no effect; NaN with too few runs.
@@ -42,8 +42,8 @@ class TopExample:
     size: int
     influence: float
     standard_error: float
-    mean_shift: float
-    variance_change: float
+    mean_influence: float
+    variance_influence: float
     interval_low: float
     interval_high: float
     p_value: float

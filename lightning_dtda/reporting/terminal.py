@@ -88,10 +88,8 @@ def _table(attribution: Attribution, query: int, top: Mapping[str, Sequence[TopE
     table = Table(title=f"Query {attribution.queries[query]}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     columns: list[list[str]] = []
     for difference, rows in top.items():
-        # as a change by removal both, which is what one asks at a terminal; the mean influence is its negative
-        changes = [_change(row, difference) for row in rows]
-        exponent = common_exponent(part for change in changes for part in change)
-        values = [_with_interval(change, exponent, separator) for change in changes]
+        exponent = common_exponent(end for row in rows for end in (row.influence, row.interval_low, row.interval_high))
+        values = [_with_interval(row, exponent, separator) for row in rows]
         head = f"{_HEADS[difference].format(attribution.measurement)} {unit(exponent)}"
         table.add_column("example" if attribution.removals is None else "group (examples)", justify="right")
         table.add_column(escape(head), justify="right")
@@ -102,16 +100,9 @@ def _table(attribution: Attribution, query: int, top: Mapping[str, Sequence[TopE
     return table
 
 
-def _with_interval(change: tuple[float, float, float], exponent: int, separator: str) -> str:
-    value, low, high = (number(part, exponent) for part in change)
+def _with_interval(row: TopExample, exponent: int, separator: str) -> str:
+    value, low, high = (number(part, exponent) for part in (row.influence, row.interval_low, row.interval_high))
     return escape(f"{value}{separator}[{low}, {high}]")
-
-
-def _change(row: TopExample, difference: str) -> tuple[float, float, float]:
-    """Return by how much removal raises the mean or the variance, and the ends of its interval."""
-    if difference == "mean":
-        return row.mean_shift, -row.interval_high, -row.interval_low
-    return row.variance_change, row.interval_low, row.interval_high
 
 
 def _label(attribution: Attribution, row: TopExample) -> str:

@@ -43,8 +43,8 @@ _NUMBERS = (
     "p_value",
     "significant",
     "retrainings",
-    "mean_shift",
-    "variance_change",
+    "mean_influence",
+    "variance_influence",
 )
 
 

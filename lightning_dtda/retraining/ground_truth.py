@@ -45,7 +45,7 @@ class GroundTruth:
         >>> measurements = torch.tensor([[[1.0], [3.0]], [[0.0], [8.0]]])
         >>> truth = GroundTruth(measurements, torch.tensor([[2.0], [4.0]]), ((0, 5), (3,)), (7,), (0, 1), (0, 1))
         >>> truth.influence("mean")
-        tensor([[ 1., -1.]], dtype=torch.float64)
+        tensor([[-1.,  1.]], dtype=torch.float64)
         >>> truth.influence("variance")
         tensor([[ 0., 30.]], dtype=torch.float64)
     """
@@ -126,7 +126,7 @@ class GroundTruth:
         Args:
             difference: ``mean``, ``variance``, ``wasserstein``, the import path of a class, or a
                 :class:`~lightning_dtda.statistics.differences.Difference` between X, measured with all data, and Y,
-                measured without the subset. For the sign, see the difference.
+                measured without the subset.
 
         Raises:
             RetrainingError: If trainings are missing or too few, or if the difference compares run by run and the

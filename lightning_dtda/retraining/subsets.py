@@ -75,7 +75,8 @@ def top_removals(
         difference: Difference to rank by.
         k: Number of removals in a set; of groups, if the removals are groups.
         query: Position of the query; ``None`` for one set per query.
-        sign: Sign of the influences to consider: ``"any"``, ``"positive"`` or ``"negative"``.
+        sign: Sign of the influences to consider: ``"any"``; ``"positive"``, whose removal raises the property that the
+            difference compares; or ``"negative"``, whose removal lowers it.
 
     Returns:
         One set of training examples for each query, in ascending order.
@@ -90,7 +91,7 @@ def top_removals(
         >>> responses = torch.tensor([[[1.0, 0.0, -3.0]], [[1.0, 0.0, -3.0]]])
         >>> attribution = Attribution(torch.zeros(2, 1), responses, ("seed-0000", "seed-0001"), (0,))
         >>> top_removals(attribution, k=1), top_removals(attribution, k=1, sign="negative")
-        ([(2,)], [(0,)])
+        ([(2,)], [(2,)])
     """
     if sign not in get_args(Sign):
         raise RetrainingError(f"sign={sign!r}; choose from {', '.join(get_args(Sign))}.")

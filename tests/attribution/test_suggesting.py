@@ -87,9 +87,9 @@ def test_effects_are_influences_of_the_sets_on_the_runs_held_out(goal):
     assert sorted((*suggestion.chosen_on, *suggestion.evaluated_on)) == sorted(attribution.runs)
     rows = [attribution.runs.index(run) for run in suggestion.evaluated_on]
     other = attribution_of(attribution.baseline[rows], attribution.responses[rows])
-    difference, sign = (Variance(), 1) if goal == "reduce_variance" else (Mean(), -1)
+    difference = Variance() if goal == "reduce_variance" else Mean()
     for step, removed in enumerate(suggestion.sets):
-        influence = sign * other.influence(difference, removed=list(removed)).mean()
+        influence = other.influence(difference, removed=list(removed)).mean()
         assert suggestion.effects[step].item() == pytest.approx(influence.item(), rel=1e-9)
     assert suggestion.before == pytest.approx(quantity(other, goal, ()), rel=1e-9)
     frame = suggestion.to_dataframe()

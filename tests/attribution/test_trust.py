@@ -47,8 +47,8 @@ def test_influences_are_of_the_trusted_runs_unless_all_are_asked_for(attribution
     rest = [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert attribution.chaotic == ("seed-0004",)
     assert attribution.trusted().runs == tuple(f"seed-{seed:04d}" for seed in rest)
-    torch.testing.assert_close(attribution.influence("mean"), -attribution.responses[rest].double().mean(0))
-    torch.testing.assert_close(attribution.influence("mean", runs="all"), -attribution.responses.double().mean(0))
+    torch.testing.assert_close(attribution.influence("mean"), attribution.responses[rest].double().mean(0))
+    torch.testing.assert_close(attribution.influence("mean", runs="all"), attribution.responses.double().mean(0))
     assert (attribution.standard_error("mean") < attribution.standard_error("mean", runs="all")).all()
     predicted = attribution.predict([3])[rest].double()
     expected = predicted.var(0) - attribution.baseline[rest].double().var(0)
@@ -80,10 +80,10 @@ def test_robust_locations_bear_with_a_run_that_is_far_off(attribution, location)
 
 
 def test_locations_are_what_they_are_called():
-    falls = torch.tensor([[1.0], [2.0], [3.0], [4.0], [90.0]])
-    assert Mean("median")(falls, torch.zeros(5, 1)).item() == 3
-    assert Mean("trimmed")(falls, torch.zeros(5, 1)).item() == 3  # of 2, 3 and 4
-    assert Mean()(falls, torch.zeros(5, 1)).item() == 20
+    changes = torch.tensor([[1.0], [2.0], [3.0], [4.0], [90.0]])
+    assert Mean("median")(torch.zeros(5, 1), changes).item() == 3
+    assert Mean("trimmed")(torch.zeros(5, 1), changes).item() == 3  # of 2, 3 and 4
+    assert Mean()(torch.zeros(5, 1), changes).item() == 20
     with pytest.raises(AttributionError, match="choose from mean, median, trimmed"):
         Mean("mode")
 

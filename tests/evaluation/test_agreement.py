@@ -24,7 +24,7 @@ def samples():
 def plainly(difference, before, after):
     """A difference of two samples in NumPy."""
     if difference == "mean":
-        return before.mean() - after.mean()
+        return after.mean() - before.mean()
     if difference == "variance":
         return after.var(ddof=1) - before.var(ddof=1)
     number = math.lcm(len(before), len(after))

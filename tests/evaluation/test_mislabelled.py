@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
+from lightning_dtda import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation import MislabelDetection
 from lightning_dtda.evaluation.functional import mislabel_detection
@@ -66,3 +67,11 @@ def test_batches_and_half_precision_give_the_same():
 def test_what_cannot_be_told_is_refused(suspicion, wrong, inspected, message):
     with pytest.raises(AttributionError, match=message):
         mislabel_detection(suspicion, wrong, inspected)
+
+
+def test_examples_whose_removal_lowers_the_loss_are_suspicious():
+    wrong = torch.arange(20) < 3
+    responses = torch.where(wrong, -0.5, 0.1).expand(8, 2, 20)  # the loss on two queries falls without the wrong ones
+    attribution = Attribution(torch.ones(8, 2), responses, tuple("abcdefgh"), (0, 1))
+    found = mislabel_detection(-attribution.influence("mean").mean(0), wrong, inspected=[0.15])
+    assert (found["auroc"], found["found"]) == (1, 1)

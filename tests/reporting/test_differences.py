@@ -26,11 +26,10 @@ def test_parameters_are_put_into_words():
 
 
 def test_the_sign_in_words_is_that_of_the_numbers():
-    # falls are positive where removal lowers the measurement
-    x, lower = torch.arange(10.0), torch.arange(10.0) - 1
+    x, higher = torch.arange(10.0), torch.arange(10.0) + 1
     for difference in (Mean(), Mean("median"), Mean("trimmed"), Quantile(0.3), Tail(0.5)):
-        assert describe(difference, "loss").meaning.startswith("fall of the")
-        assert difference(x, lower) > 0
+        assert describe(difference, "loss").meaning.startswith("change of the")
+        assert difference(x, higher) > 0
 
 
 def test_units_are_how_the_numbers_scale():

@@ -16,12 +16,12 @@ from lightning_dtda.reporting.figures import (
 from tests.reporting.conftest import EXAMPLES, GROUPS, make_attribution
 
 
-def test_every_example_is_a_point_at_its_mean_shift_and_variance_change(attribution):
+def test_every_example_is_a_point_at_its_mean_and_variance_influence(attribution):
     traces = [trace for trace in influence_figure(attribution, 1).data if trace.mode == "markers"]
     points = {int(row[0]): (x, y, *row[1:]) for t in traces for x, y, row in zip(t.x, t.y, t.customdata, strict=True)}
     expected = torch.stack(
         [
-            -attribution.influence("mean")[1],
+            attribution.influence("mean")[1],
             attribution.influence("variance")[1],
             attribution.standard_error("mean")[1],
             attribution.standard_error("variance")[1],
@@ -55,12 +55,12 @@ def test_groups_tell_what_is_clear_of_seed_noise(attribution):
 
 def test_axes_say_sign_and_unit_in_words(attribution):
     layout = influence_figure(attribution, 0).layout
-    assert layout.xaxis.title.text == "mean shift of the loss<br>when removed (E Y \N{MINUS SIGN} E X)"
-    assert layout.yaxis.title.text == "variance change of the loss<br>when removed (Var Y \N{MINUS SIGN} Var X)"
+    assert layout.xaxis.title.text == "change of the mean loss<br>when removed (E Y \N{MINUS SIGN} E X)"
+    assert layout.yaxis.title.text == "change of the loss's variance<br>when removed (Var Y \N{MINUS SIGN} Var X)"
 
 
 @pytest.mark.filterwarnings("ignore:Influences of")
-def test_a_single_run_has_a_mean_shift_and_no_variance():
+def test_a_single_run_has_a_mean_influence_and_no_variance():
     figure = influence_figure(make_attribution(runs=1), 0)
     assert "a single run has no variance" in figure.layout.yaxis.title.text
     [points] = [trace for trace in figure.data if trace.name == "neither"]

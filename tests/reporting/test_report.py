@@ -81,7 +81,7 @@ def _visible_rows(page):
 def _expected_rows(attribution, position, difference, k=5):
     top = attribution.top(k, difference, query=position)
     low, high = attribution.interval(difference)[:, position, top.example.tolist()]
-    exponents = {column: common_exponent(top[column]) for column in ("mean_shift", "variance_change")}
+    exponents = {column: common_exponent(top[column]) for column in ("mean_influence", "variance_influence")}
     exponent = common_exponent([*top.influence, *low.tolist()])
     p = attribution.p_values(difference)[position]
     needed = attribution.seeds_needed(difference=difference)[position] if difference != "wasserstein" else None
@@ -94,9 +94,9 @@ def _expected_rows(attribution, position, difference, k=5):
             cells += [count(float(needed[row.example]))]
         # what the influence is already is not said again
         if difference != "mean":
-            cells += [number(row.mean_shift, exponents["mean_shift"])]
+            cells += [number(row.mean_influence, exponents["mean_influence"])]
         if difference != "variance":
-            cells += [number(row.variance_change, exponents["variance_change"])]
+            cells += [number(row.variance_influence, exponents["variance_influence"])]
         rows.append(cells)
     return rows
 
@@ -228,11 +228,11 @@ def test_other_differences_are_shown_with_a_sentence_and_a_unit(attribution, tmp
     page = html.unescape(report(attribution, tmp_path / "report.html", k=2, differences=differences).read_text())
     for words in (
         "in the square root of the loss's unit",
-        "fall of the loss that 10 % of the runs do not exceed, on this query",
-        "fall of the loss that 90 % of the runs do not exceed, on this query",
-        "fall of the mean loss over the highest 10 % of the runs on this query",
+        "change of the loss that 10 % of the runs do not exceed, on this query",
+        "change of the loss that 90 % of the runs do not exceed, on this query",
+        "change of the mean loss over the highest 10 % of the runs on this query",
         "in nats; a shift by one standard deviation is 0.5",
-        "fall of the loss, median over runs, on this query",
+        "change of the loss, median over runs, on this query",
     ):
         assert words in page
     assert page.count('class="difference"') == len(QUERIES) * len(differences)

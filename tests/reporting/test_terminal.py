@@ -21,9 +21,7 @@ def test_the_summary_holds_the_top_examples_with_their_intervals(attribution):
         for query in range(3):
             top = attribution.top(4, difference, query=query)
             low, high = attribution.interval(difference)[:, query, top.example.tolist()].tolist()
-            values = top.variance_change.tolist()
-            if difference == "mean":  # as a change, the other way round than the influence
-                values, low, high = top.mean_shift.tolist(), [-end for end in high], [-end for end in low]
+            values = top.influence.tolist()
             exponent = common_exponent([*values, *low, *high])
             for row in zip(values, low, high, strict=True):
                 assert "{} [{}, {}]".format(*(number(part, exponent) for part in row)) in text
@@ -69,7 +67,9 @@ def test_runs_that_are_left_out_are_named_and_do_not_enter(attribution):
     text = " ".join(_printed(chaotic).split())
     assert "1 run is left out of 12 (seed-0002)" in text
     expected = chaotic.trusted().top(1, query=0)
-    mantissa = number(expected["mean_shift"][0], common_exponent(chaotic.trusted().top(5, query=0)["mean_shift"]))
+    mantissa = number(
+        expected["mean_influence"][0], common_exponent(chaotic.trusted().top(5, query=0)["mean_influence"])
+    )
     assert mantissa in text
 
 

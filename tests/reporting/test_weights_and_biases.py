@@ -1,6 +1,4 @@
 import json
-import socket
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,75 +7,13 @@ import wandb
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import log_to_wandb
 from tests.reporting.conftest import GROUPS, QUERIES, make_attribution
-from tests.reporting.wandb_log import read_records
+from tests.reporting.wandb_log import Logged
 
-HERE = ("127.0.0.1", "::1", "localhost")
-
-
-@pytest.fixture(autouse=True)
-def offline(tmp_path, monkeypatch):
-    """Keep W&B in a temporary directory, and fail on any name look-up or connection beyond this machine."""
-    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
-        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    connect, look_up = socket.socket.connect, socket.getaddrinfo
-
-    def local_connect(self, address):
-        assert self.family == socket.AF_UNIX or address[0] in HERE, f"connects to {address}"
-        return connect(self, address)
-
-    def local_look_up(host, *arguments, **keywords):
-        assert host in HERE, f"looks up {host}"
-        return look_up(host, *arguments, **keywords)
-
-    monkeypatch.setattr(socket.socket, "connect", local_connect)
-    monkeypatch.setattr(socket, "getaddrinfo", local_look_up)
-    wandb.teardown()  # W&B reads the environment once in a process
-    yield
-    wandb.teardown()
-
-
-@pytest.fixture
-def saved(attribution, tmp_path):
-    attribution.save(tmp_path / "attribution")
-    return tmp_path / "attribution"
-
-
-class _Logged:
-    """What a run's log holds."""
-
-    def __init__(self, directory, run):
-        [path] = Path(directory).glob(f"wandb/offline-run-*-{run}/run-{run}.wandb")
-        self.files = path.parent / "files"
-        records = {}
-        for record in read_records(path):
-            records.setdefault(record.WhichOneof("record_type"), []).append(record)
-        self.run = records["run"][0].run
-        self.exit_code = records["exit"][0].exit.exit_code
-        self.artifacts = [record.artifact for record in records.get("artifact", [])]
-        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
-        for record in records.get("config", []):
-            self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
-        self.history = self._items(entry.history.item for entry in records["history"])
-        self.summary = self._items(entry.summary.update for entry in records["summary"])
-
-    @staticmethod
-    def _items(groups):
-        items = {}
-        for item in (item for group in groups for item in group):
-            *outer, last = item.nested_key or [item.key]
-            place = items
-            for key in outer:
-                place = place.setdefault(key, {})
-            place[last] = json.loads(item.value_json)
-        return items
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_the_table_holds_the_top_examples_of_every_query_and_difference(attribution, saved, tmp_path):
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
     table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
     columns = table["columns"]
     assert columns[:2] == ["query", "difference"]
@@ -92,7 +28,7 @@ def test_the_table_holds_the_top_examples_of_every_query_and_difference(attribut
 def test_a_top_that_was_kept_is_logged(attribution, tmp_path):
     kept = attribution.keep_top(4)
     kept.save(tmp_path / "kept")
-    logged = _Logged(tmp_path, log_to_wandb(kept, tmp_path / "kept"))
+    logged = Logged(tmp_path, log_to_wandb(kept, tmp_path / "kept"))
     rows = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())["data"]
     assert [row[3] for row in rows if row[1] == "variance"] == attribution.top(4, "variance")["example"].tolist()
     assert logged.summary["reliability"] == pytest.approx(float(attribution.reliability().median()))
@@ -101,7 +37,7 @@ def test_a_top_that_was_kept_is_logged(attribution, tmp_path):
 
 
 def test_the_table_and_the_notes_say_how_sure_it_is(attribution, saved, tmp_path):
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
     table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
     columns = table["columns"]
     for difference in ("mean", "variance", "wasserstein"):
@@ -123,7 +59,7 @@ def test_the_table_and_the_notes_say_how_sure_it_is(attribution, saved, tmp_path
 
 
 def test_histograms_count_the_runs_as_trained_and_without_the_top_example(attribution, saved, tmp_path):
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved))
     for position, query in enumerate(QUERIES):
         example = attribution.top(1, "wasserstein", query=position).example[0]
         samples = {
@@ -141,21 +77,21 @@ def test_histograms_count_the_runs_as_trained_and_without_the_top_example(attrib
 
 
 def test_each_query_has_its_figure_with_every_example(attribution, saved, tmp_path):
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved))
     for position, query in enumerate(QUERIES):
         entry = logged.history[f"influence/query {query}"]
         assert entry["_type"] == "plotly-file"
         figure = json.loads((logged.files / entry["path"]).read_text())
         traces = [trace for trace in figure["data"] if trace.get("name")]
         points = [(x, y) for trace in traces for x, y in zip(trace["x"], trace["y"], strict=True)]
-        shift, change = -attribution.influence("mean")[position], attribution.influence("variance")[position]
+        shift, change = attribution.influence("mean")[position], attribution.influence("variance")[position]
         expected = sorted(zip(shift.tolist(), change.tolist(), strict=True))
         # half a unit of the last of the six digits that a figure holds
         np.testing.assert_allclose(sorted(points), expected, rtol=5e-6, atol=1e-12)
 
 
 def test_the_run_says_what_was_asked(attribution, saved, tmp_path):
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved))
     assert (logged.run.project, logged.run.run_group, logged.run.job_type) == (
         "lightning-dtda",
         "concrete",
@@ -172,7 +108,7 @@ def test_the_run_says_what_was_asked(attribution, saved, tmp_path):
 
 
 def test_the_attribution_itself_is_an_artifact(attribution, saved, tmp_path):
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved))
     [artifact] = [artifact for artifact in logged.artifacts if artifact.type == "attribution"]
     assert artifact.name == "attribution-concrete"
     assert {entry.path for entry in artifact.manifest.contents} == {path.name for path in saved.iterdir()}
@@ -180,9 +116,9 @@ def test_the_attribution_itself_is_an_artifact(attribution, saved, tmp_path):
 
 def test_project_and_group_can_be_chosen(attribution, saved, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "from-the-environment")
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, group="mine"))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved, group="mine"))
     assert (logged.run.project, logged.run.run_group) == ("from-the-environment", "mine")
-    logged = _Logged(tmp_path, log_to_wandb(attribution, saved, project="given"))
+    logged = Logged(tmp_path, log_to_wandb(attribution, saved, project="given"))
     assert logged.run.project == "given"
 
 
@@ -193,7 +129,7 @@ def test_a_run_that_is_active_goes_on_untouched(attribution, saved, tmp_path):
     active.log({"loss": 1.0})
     active.finish()
     assert summary != active.id
-    history = _Logged(tmp_path, active.id).history
+    history = Logged(tmp_path, active.id).history
     assert history["loss"] == 1.0
     assert "top_examples" not in history
 
@@ -201,7 +137,7 @@ def test_a_run_that_is_active_goes_on_untouched(attribution, saved, tmp_path):
 def test_a_single_run_is_logged_without_variance(tmp_path, recwarn):
     attribution = make_attribution(runs=1, ensemble="odd name / 1")
     attribution.save(tmp_path / "attribution")
-    logged = _Logged(tmp_path, log_to_wandb(attribution, tmp_path / "attribution", k=2))
+    logged = Logged(tmp_path, log_to_wandb(attribution, tmp_path / "attribution", k=2))
     table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
     assert {row[1] for row in table["data"]} == {"mean", "wasserstein"}
     assert [artifact.name for artifact in logged.artifacts if artifact.type == "attribution"] == [
@@ -223,7 +159,7 @@ def test_an_attribution_that_is_not_saved_is_refused(attribution, tmp_path):
 
 def test_groups_are_logged_by_name_and_size(grouped, tmp_path):
     grouped.save(tmp_path / "attribution")
-    logged = _Logged(tmp_path, log_to_wandb(grouped, tmp_path / "attribution", k=2))
+    logged = Logged(tmp_path, log_to_wandb(grouped, tmp_path / "attribution", k=2))
     table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
     assert table["columns"][2:5] == ["rank", "removal", "size"]
     top = grouped.top(2, "mean", query=0)

@@ -1,11 +1,43 @@
 """Reads what an offline W&B run wrote, without W&B's own reader."""
 
+import json
 import struct
 import time
+from pathlib import Path
 
 from wandb.proto.wandb_internal_pb2 import Record
 
 _BLOCK, _HEADER = 32 * 1024, 7
+
+
+class Logged:
+    """What a run's log holds."""
+
+    def __init__(self, directory, run):
+        [path] = Path(directory).glob(f"wandb/offline-run-*-{run}/run-{run}.wandb")
+        self.files = path.parent / "files"
+        records = {}
+        for record in read_records(path):
+            records.setdefault(record.WhichOneof("record_type"), []).append(record)
+        self.run = records["run"][0].run
+        self.exit_code = records["exit"][0].exit.exit_code
+        self.artifacts = [record.artifact for record in records.get("artifact", [])]
+        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
+        for record in records.get("config", []):
+            self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
+        self.history = self._items(entry.history.item for entry in records["history"])
+        self.summary = self._items(entry.summary.update for entry in records["summary"])
+
+    @staticmethod
+    def _items(groups):
+        items = {}
+        for item in (item for group in groups for item in group):
+            *outer, last = item.nested_key or [item.key]
+            place = items
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = json.loads(item.value_json)
+        return items
 
 
 def read_records(path, seconds=20.0):

@@ -33,7 +33,7 @@ def test_influences_are_those_of_samples_of_different_sizes(truth):
     for q in range(QUERIES):
         for k in range(SUBSETS):
             of_x, of_y = x[:, q], y[k, :, q]
-            assert mean[q, k] == pytest.approx(of_x.mean() - of_y.mean(), abs=1e-12)
+            assert mean[q, k] == pytest.approx(of_y.mean() - of_x.mean(), abs=1e-12)
             assert variance[q, k] == pytest.approx(of_y.var(ddof=1) - of_x.var(ddof=1), abs=1e-12)
             # every sample as often as it takes for both to have the same number
             each = np.sort(np.repeat(of_x, SEEDS)), np.sort(np.repeat(of_y, BASELINE_SEEDS))

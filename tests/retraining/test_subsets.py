@@ -38,13 +38,12 @@ def attribution():
 
 
 def test_the_largest_removals_of_each_query(attribution):
-    # the influence is E X - E Y, the response with its sign turned
     assert top_removals(attribution, "mean", k=2) == [(0, 1), (2, 3)]
     assert top_removals(attribution, "mean", k=1, query=1) == [(3,)]
-    assert top_removals(attribution, "mean", k=1, sign="positive") == [(1,), (3,)]
-    assert top_removals(attribution, "mean", k=2, sign="negative") == [(0, 3), (1, 2)]
-    with pytest.raises(RetrainingError, match="Fewer than k=2 removals have positive influence on query 4"):
-        top_removals(attribution, "mean", k=2, sign="positive")
+    assert top_removals(attribution, "mean", k=1, sign="negative") == [(1,), (3,)]
+    assert top_removals(attribution, "mean", k=2, sign="positive") == [(0, 3), (1, 2)]
+    with pytest.raises(RetrainingError, match="Fewer than k=2 removals have negative influence on query 4"):
+        top_removals(attribution, "mean", k=2, sign="negative")
 
 
 def test_groups_are_removed_with_all_their_members(attribution):

@@ -25,7 +25,7 @@ PREDICTED = BASELINE + 0.3 * torch.randn(12, 5, generator=GENERATOR, dtype=torch
 
 def test_mean_and_variance_are_those_of_numpy():
     x, y = BASELINE.numpy(), PREDICTED.numpy()
-    np.testing.assert_allclose(Mean()(BASELINE, PREDICTED), x.mean(0) - y.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(Mean()(BASELINE, PREDICTED), y.mean(0) - x.mean(0), rtol=1e-12)
     np.testing.assert_allclose(Variance()(BASELINE, PREDICTED), y.var(0, ddof=1) - x.var(0, ddof=1), rtol=1e-12)
 
 
@@ -61,10 +61,10 @@ def test_samples_may_be_of_different_sizes():
     a, b = x.numpy(), y.numpy()
     ratio = b.var(0, ddof=1) / a.var(0, ddof=1)
     divergence = (ratio - 1 - np.log(ratio) + (b.mean(0) - a.mean(0)) ** 2 / a.var(0, ddof=1)) / 2
-    np.testing.assert_allclose(Mean()(x, y), a.mean(0) - b.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(Mean()(x, y), b.mean(0) - a.mean(0), rtol=1e-12)
     np.testing.assert_allclose(Variance()(x, y), b.var(0, ddof=1) - a.var(0, ddof=1), rtol=1e-12)
     np.testing.assert_allclose(GaussianKL()(x, y), divergence, rtol=1e-12)
-    np.testing.assert_allclose(Quantile(0.3)(x, y), np.quantile(a, 0.3, 0) - np.quantile(b, 0.3, 0), rtol=1e-12)
+    np.testing.assert_allclose(Quantile(0.3)(x, y), np.quantile(b, 0.3, 0) - np.quantile(a, 0.3, 0), rtol=1e-12)
     # a sample twice over has the same tail
     np.testing.assert_allclose(Tail(0.6)(x, y), Tail(0.6)(x.repeat(2, 1), y.repeat(3, 1)), rtol=1e-12)
 
@@ -88,7 +88,7 @@ def test_energy_of_equal_samples_is_zero_and_ties_do_no_harm():
 
 @pytest.mark.parametrize("p", [0.0, 0.25, 0.9, 1.0])
 def test_quantile_is_that_of_numpy(p):
-    expected = np.quantile(BASELINE.numpy(), p, axis=0) - np.quantile(PREDICTED.numpy(), p, axis=0)
+    expected = np.quantile(PREDICTED.numpy(), p, axis=0) - np.quantile(BASELINE.numpy(), p, axis=0)
     np.testing.assert_allclose(Quantile(p)(BASELINE, PREDICTED), expected, rtol=1e-12)
 
 
@@ -103,7 +103,7 @@ def test_tail_is_the_integral_of_the_quantile_function(level, side):
     def shortfall(samples):
         return np.quantile(samples, points, axis=0, method="inverted_cdf").mean(0)
 
-    expected = shortfall(BASELINE.numpy()) - shortfall(PREDICTED.numpy())
+    expected = shortfall(PREDICTED.numpy()) - shortfall(BASELINE.numpy())
     # a border that is not on the grid for 0.77 costs at most one point's share
     np.testing.assert_allclose(Tail(level, side)(BASELINE, PREDICTED), expected, atol=1e-4)
 
@@ -171,7 +171,7 @@ class Median:
     least_runs = 1
 
     def __call__(self, baseline, predicted):
-        return baseline.median(0).values - predicted.median(0).values
+        return predicted.median(0).values - baseline.median(0).values
 
 
 def test_a_new_difference_is_found_by_its_import_path():

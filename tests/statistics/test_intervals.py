@@ -25,7 +25,7 @@ def test_the_interval_is_scipys_accelerated_one(attribution, name):
 
     def statistic(x, y, axis):
         if name == "mean":
-            return x.mean(axis) - y.mean(axis)
+            return y.mean(axis) - x.mean(axis)
         return y.var(axis, ddof=1) - x.var(axis, ddof=1)
 
     expected = stats.bootstrap(
@@ -44,7 +44,7 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say(runs, least):
     responses = 0.5 + torch.randn(runs, 1, 2000, generator=generator, dtype=torch.float64)
     attribution = attribution_of(torch.randn(runs, 1, generator=generator, dtype=torch.float64), responses)
     lower, upper = attribution.interval("mean")
-    held = ((lower <= -0.5) & (upper >= -0.5)).double().mean()
+    held = ((lower <= 0.5) & (upper >= 0.5)).double().mean()
     assert least <= held <= 0.97
 
 

@@ -36,7 +36,7 @@ class Brittleness:
 def brittleness(
     influence: Tensor, retrain: Retraining, sizes: Sequence[int] = (1, 2, 5, 10, 20, 50, 100), threshold: float = 0.0
 ) -> Brittleness:
-    r"""Remove each query's most influential examples, more and more of them, until retrained models change their mind.
+    r"""Remove the examples that hold a prediction up most, more and more of them, until retrained models change it.
 
     A prediction flips when the mean over seeds of the measurement falls below the threshold: with the margin, the
     log-odds of the right class, and 0, when models are on average for another class. The fewer removals an
@@ -44,8 +44,8 @@ def brittleness(
     section 4.1; Singla et al., arXiv 2303.12233). Compare with a random ``influence``.
 
     Args:
-        influence: Of each example on each query ``(queries, examples)``; the largest are removed first. The mean
-            influence on the margin is the fall of the margin, so it is ranked as it is.
+        influence: Of each example on each query ``(queries, examples)``, the change of the measurement without it:
+            ``influence("mean")`` of the margin. The most negative are removed first, which hold the prediction up.
         retrain: From the indices of removed examples, none at first, to measurements of models trained without them
             ``(seeds, queries)``. It is called once for all queries with none, and then for each query and size until
             that query flips.
@@ -59,8 +59,8 @@ def brittleness(
         AttributionError: If the sizes are not ascending and at most the number of examples, or measurements do not fit.
 
     Example:
-        >>> gain = torch.tensor([0.5, 0.1, 0.9, 0.1])
-        >>> result = brittleness(gain[None], lambda removed: 1.0 - gain[list(removed)].sum().reshape(1, 1), [1, 2, 3])
+        >>> change = torch.tensor([-0.5, -0.1, -0.9, -0.1])
+        >>> result = brittleness(change[None], lambda removed: 1 + change[list(removed)].sum().reshape(1, 1), [1, 2, 3])
         >>> result.removals, result.flipped
         (tensor([2.], dtype=torch.float64), tensor([0., 1., 1.], dtype=torch.float64))
     """
@@ -70,7 +70,7 @@ def brittleness(
         raise AttributionError(
             f"sizes={list(sizes)}; give ascending numbers of removals from 1 to {examples}, the number of examples."
         )
-    order = influence.argsort(dim=1, descending=True, stable=True)
+    order = influence.argsort(dim=1, stable=True)
     measured = torch.full((1 + len(wanted), queries), torch.nan, dtype=torch.float64)
     measured[0] = _mean_over_seeds(retrain, (), queries)
     removals = torch.full((queries,), torch.inf, dtype=torch.float64)

@@ -27,8 +27,8 @@ def mislabel_detection(
     Args:
         suspicion: The more, the more likely wrong ``(examples,)``. From an attribution of the loss: the
             *self-influence*, the response of an example's own loss to its removal, which is large for examples that
-            were memorised; or the mean over validation queries of ``influence("mean")``, the fall of their loss if the
-            example is removed.
+            were memorised; or the mean over validation queries of ``-influence("mean")``: their loss falls without the
+            example.
         mislabelled: Whether the label is wrong ``(examples,)``, bool.
         inspected: Shares p of the examples that are looked at, each above 0 and at most 1.
 

@@ -13,9 +13,11 @@ Location = Literal["mean", "median", "trimmed"]
 
 
 class Mean:
-    r"""Difference of the means, :math:`E X - E Y` (arXiv 2506.12965, definition 1).
+    r"""Change of the mean, :math:`E Y - E X`.
 
-    In the measurement's unit. Positive: the examples raise the measurement, and removing them lowers it.
+    In the measurement's unit. Positive: removing the examples raises the measurement. (The paper, arXiv 2506.12965,
+    definition 1, writes the mean alone the other way round, :math:`E X - E Y`; here every influence is a change by
+    removal.)
 
     Args:
         location: How the shifts of the runs are summed up: their ``"mean"``; their ``"median"``; or the mean without
@@ -28,9 +30,9 @@ class Mean:
     Example:
         >>> import torch
         >>> Mean()(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]))
-        tensor(1.)
+        tensor(-1.)
         >>> Mean("median")(torch.zeros(3), torch.tensor([-1.0, -2.0, 90.0]))
-        tensor(1.)
+        tensor(-1.)
     """
 
     name = "mean"
@@ -43,11 +45,11 @@ class Mean:
         self.moments: tuple[Moment, ...] = ("mean",) if location == "mean" else ()
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Return ``E X - E Y``, or the location of ``X - Y`` over runs."""
+        """Return ``E Y - E X``, or the location of ``Y - X`` over runs."""
         if self.location == "mean":
-            return baseline.mean(0) - predicted.mean(0)
-        falls = baseline - predicted
+            return predicted.mean(0) - baseline.mean(0)
+        changes = predicted - baseline
         if self.location == "median":
-            return falls.quantile(0.5, dim=0)
-        cut = len(falls) // 5
-        return falls.sort(0).values[cut : len(falls) - cut].mean(0)
+            return changes.quantile(0.5, dim=0)
+        cut = len(changes) // 5
+        return changes.sort(0).values[cut : len(changes) - cut].mean(0)

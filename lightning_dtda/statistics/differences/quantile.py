@@ -8,10 +8,10 @@ from lightning_dtda.errors import AttributionError
 
 
 class Quantile:
-    r"""Difference of a quantile, :math:`Q_p(X) - Q_p(Y)`.
+    r"""Change of a quantile, :math:`Q_p(Y) - Q_p(X)`.
 
     Between order statistics the quantile is linear (type 7 of Hyndman and Fan, *The American Statistician* 50, 1996).
-    In the measurement's unit. Positive, as for the mean: the examples raise the quantile, and removing them lowers it.
+    In the measurement's unit. Positive: removing the examples raises the quantile.
     A quantile rests on the two runs next to it; :class:`Tail` rests on more.
 
     Args:
@@ -23,7 +23,7 @@ class Quantile:
     Example:
         >>> import torch
         >>> Quantile(0.5)(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1.0, 1.5, 30.0]))
-        tensor(0.5000)
+        tensor(-0.5000)
     """
 
     name = "quantile"
@@ -35,5 +35,5 @@ class Quantile:
         self.p = p
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Return ``Q_p(X) - Q_p(Y)``."""
-        return baseline.quantile(self.p, dim=0) - predicted.quantile(self.p, dim=0)
+        """Return ``Q_p(Y) - Q_p(X)``."""
+        return predicted.quantile(self.p, dim=0) - baseline.quantile(self.p, dim=0)

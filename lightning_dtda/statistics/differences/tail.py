@@ -13,14 +13,14 @@ Side = Literal["upper", "lower"]
 
 
 class Tail:
-    r"""Difference of the expected shortfall, :math:`ES_a(X) - ES_a(Y)`: of the mean over a tail.
+    r"""Change of the expected shortfall, :math:`ES_a(Y) - ES_a(X)`: of the mean over a tail.
 
     .. math::
         ES_a(X) = \frac{1}{1 - a} \int_a^1 Q_u(X)\, du
 
     of the empirical distribution, a run on the border counting with its share (Acerbi and Tasche, *Journal of Banking &
-    Finance* 26, 2002; also called conditional value at risk). In the measurement's unit. Positive, as for the mean: the
-    examples raise the tail's mean, and removing them lowers it. With S runs the tail holds (1 - a) S of them.
+    Finance* 26, 2002; also called conditional value at risk). In the measurement's unit. Positive: removing the
+    examples raises the tail's mean. With S runs the tail holds (1 - a) S of them.
 
     Args:
         level: a, where the tail begins; 0.9 is the mean over the most extreme tenth.
@@ -31,7 +31,7 @@ class Tail:
 
     Example:
         >>> Tail(0.5)(torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([0.0, 0.0, 4.0, 6.0]))
-        tensor(-1.)
+        tensor(1.)
     """
 
     name = "tail"
@@ -45,8 +45,8 @@ class Tail:
         self.level, self.side = level, side
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Return ``ES(X) - ES(Y)``."""
-        return self._shortfall(baseline) - self._shortfall(predicted)
+        """Return ``ES(Y) - ES(X)``."""
+        return self._shortfall(predicted) - self._shortfall(baseline)
 
     def _shortfall(self, samples: Tensor) -> Tensor:
         runs = len(samples)
