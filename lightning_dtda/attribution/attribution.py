@@ -20,7 +20,7 @@ from lightning_dtda.attribution.removed import positions_of_examples, positions_
 from lightning_dtda.attribution.tables import Tables
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.statistics.differences import Difference, JointDifference, SlicedWasserstein, resolve_difference
+from lightning_dtda.statistics.differences import Difference, SlicedWasserstein, resolve_difference
 from lightning_dtda.statistics.resampling import jackknife, standard_error_of
 
 ENOUGH_RUNS = 8
@@ -211,7 +211,7 @@ class Attribution(Tables, Inference):
 
     def joint_influence(
         self,
-        difference: JointDifference | None = None,
+        difference: Difference | None = None,
         queries: Sequence[int] | None = None,
         removed: Sequence[int | str] | None = None,
         runs: Runs = "trusted",
@@ -232,20 +232,20 @@ class Attribution(Tables, Inference):
             ``(removals,)``, or ``()`` for those made together; float64.
 
         Raises:
-            AttributionError: If there is no such query, or the removals cannot be made together.
+            AttributionError: If the difference is not joint, there is no such query, or the removals cannot be made
+                together.
         """
-        return self._selected(runs)._jointly(difference or SlicedWasserstein(), queries, removed)
+        return self._selected(runs)._jointly(_joint(difference), queries, removed)
 
     def joint_standard_error(
         self,
-        difference: JointDifference | None = None,
+        difference: Difference | None = None,
         queries: Sequence[int] | None = None,
         removed: Sequence[int | str] | None = None,
         runs: Runs = "trusted",
     ) -> Tensor:
         """Return the jackknife's standard error of :meth:`joint_influence`; same arguments and shape."""
-        error = partial(jackknife, difference or SlicedWasserstein())
-        return self._selected(runs)._jointly(error, queries, removed)
+        return self._selected(runs)._jointly(partial(jackknife, _joint(difference)), queries, removed)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
@@ -375,6 +375,15 @@ class Attribution(Tables, Inference):
         at_once = max(1, _AT_ONCE // max(1, len(self.runs) * len(chosen)))
         queries = range(0, len(self.queries), at_once)
         return torch.cat([self.responses[:, start : start + at_once, chosen].sum(-1) for start in queries], 1)
+
+
+def _joint(difference: Difference | None) -> Difference:
+    chosen = difference or SlicedWasserstein()
+    if not chosen.joint:
+        raise AttributionError(
+            f"{chosen.name} is of one measurement: ask for influence. A joint difference is SlicedWasserstein()."
+        )
+    return chosen
 
 
 def _warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> None:

@@ -112,9 +112,9 @@ class Inference:
         """
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, significance.least_runs(chosen), "test")
-        moments, figures = getattr(chosen, "moments", ()), selected._figures
-        if removed is None and moments and figures is not None:
-            return significance.of_any([figures.p_values(moment) for moment in moments])
+        figures = selected._figures
+        if removed is None and chosen.moments and figures is not None:
+            return significance.of_any([figures.p_values(moment) for moment in chosen.moments])
         return selected._each_query(partial(significance.p_values, chosen), removed)
 
     def significant(self, difference: str | Difference, fdr: float = 0.05, runs: Runs = "trusted") -> Tensor:

@@ -6,9 +6,13 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_dtda.errors import DTDAError
 from lightning_dtda.version import __version__
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 COMMANDS = {
     "plan": "say what disk, memory and time recording and attributing will take, and what to choose",
@@ -69,3 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except DTDAError as error:
         print(f"lightning-dtda {command}: error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def add_differences(parser: ArgumentParser) -> None:
+    """Add the option that says by which differences between distributions influences are shown."""
+    parser.add_argument(
+        "--differences",
+        type=str,
+        nargs="+",
+        default=None,
+        help="mean, variance, wasserstein (the paper's, if not given), energy, quantile, tail, gaussian_kl, or import "
+        "paths of your own.",
+    )

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
 from lightning_dtda.attribution.attribution_store import AttributionStore
+from lightning_dtda.cli import add_differences
 from lightning_dtda.cli.configuration_cli import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
@@ -63,6 +64,7 @@ class AttributeCLI(QuestionCLI):
             "writes the attributions OUTPUT/damping-0.01 and so on.",
         )
         self.add_workers_to_parser(parser)
+        add_differences(parser)
         parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
 
 
@@ -81,10 +83,12 @@ def run(arguments: Sequence[str]) -> None:
     from lightning_dtda.reporting import log_to_wandb, print_summary  # here, so that --help is quick
 
     for path, attribution in _attributions(cli):
-        print_summary(attribution)
+        print_summary(attribution, differences=cli.config.differences)
         print(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if cli.config.wandb:
-            log_to_wandb(attribution, path, project=_project(Path(cli.config.ensemble)))
+            log_to_wandb(
+                attribution, path, project=_project(Path(cli.config.ensemble)), differences=cli.config.differences
+            )
 
 
 def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.cli import add_differences
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation import Evaluation, compare, evaluate
 from lightning_dtda.reporting.evaluations import print_evaluations
@@ -24,16 +25,17 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = ArgumentParser(
         prog="lightning-dtda evaluate",
-        description="Compare what attributions predict with what retraining shows: linear datamodeling scores of mean, "
-        "variance and Wasserstein distance, with intervals and the noise ceiling; of several attributions, the "
+        description="Compare what attributions predict with what retraining shows: linear datamodeling scores, with "
+        "intervals and the noise ceiling; of several attributions, the "
         "differences to the first with intervals of their own.",
     )
     parser.add_argument("--attribution", type=str, nargs="+", required=True, help="Directories of attributions.")
     parser.add_argument("--truth", type=str, required=True, help="Directory of the ground truth.")
     parser.add_argument("--output", type=str | None, default=None, help="A JSON file for all figures.")
+    add_differences(parser)
     options = parser.parse_args(list(arguments))
     truth = GroundTruth.load(options.truth)
-    evaluations = {path: evaluate(Attribution.load(path), truth) for path in options.attribution}
+    evaluations = {path: evaluate(Attribution.load(path), truth, options.differences) for path in options.attribution}
     print_evaluations(_by_short_name(evaluations))
     if options.output is not None:
         first = evaluations[options.attribution[0]]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from lightning_dtda.attribution.exporting import Format, export
+from lightning_dtda.cli import add_differences
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -24,14 +25,7 @@ def run(arguments: Sequence[str]) -> None:
         default="parquet",
         help="parquet, one row for each query and example; zarr or netcdf, a data set for xarray.",
     )
-    parser.add_argument(
-        "--differences",
-        type=str,
-        nargs="+",
-        default=None,
-        help="mean, variance, wasserstein (these three if not given), energy, quantile, tail, gaussian_kl, or import "
-        "paths of your own.",
-    )
+    add_differences(parser)
     parser.add_argument("--level", type=float, default=0.95, help="Confidence of the intervals.")
     parser.add_argument(
         "--replicates",

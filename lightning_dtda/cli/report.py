@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.cli import add_differences
 from lightning_dtda.reporting import report
 
 
@@ -18,14 +19,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
     parser.add_argument("--output", type=str, default="report.html", help="The file to write.")
     parser.add_argument("--k", type=int, default=10, help="Examples shown for each query and difference.")
-    parser.add_argument(
-        "--differences",
-        type=str,
-        nargs="+",
-        default=None,
-        help="mean, variance, wasserstein (these three if not given), energy, quantile, tail, gaussian_kl, or import "
-        "paths of your own.",
-    )
+    add_differences(parser)
     options = parser.parse_args(list(arguments))
     attribution = Attribution.load(options.attribution)
     path = report(attribution, options.output, k=options.k, differences=options.differences)

@@ -100,7 +100,7 @@ def retrainings(selected: Attribution, difference: Difference, positions: list[i
     Only of the mean and the variance, which have a formula; a simulation of the others takes seconds each, and what
     changes them shows in one of these. ``None`` for the others, or with a run too few.
     """
-    if len(getattr(difference, "moments", ())) != 1 or len(selected.runs) < 2:
+    if len(difference.moments) != 1 or len(selected.runs) < 2:
         return None
     return seeds_needed(difference, *_samples(selected, positions), power=POWER, alpha=1 - LEVEL).cpu()
 

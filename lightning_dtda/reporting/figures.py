@@ -13,12 +13,11 @@ from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting.certainty import FDR, LEVEL, tested
-from lightning_dtda.reporting.differences import describe
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
 from lightning_dtda.reporting.findings import TopExample, top_examples
-from lightning_dtda.reporting.formatting import MINUS
-from lightning_dtda.reporting.wording import counted, noun
-from lightning_dtda.statistics.differences import Difference
+from lightning_dtda.reporting.formatting import MINUS, capital
+from lightning_dtda.reporting.wording import counted, describe, noun
+from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 MOST_POINTS = 20_000
 """Points drawn of one query's examples: about one megabyte, and as many as a browser moves smoothly."""
@@ -154,12 +153,12 @@ def top_figure(
             :func:`~lightning_dtda.reporting.findings.top_examples` returns them.
     """
     what = noun(attribution)
-    words = describe(difference, escape(attribution.measurement), what)
+    words = describe(resolve_difference(difference), escape(attribution.measurement), what)
     title = "training example" if what == "example" else "group of training examples"
     top = top_examples(attribution, query, difference, k) if rows is None else rows
     names = [escape(row.name) for row in top]
     plot = figure(
-        f"{words.title}, query {attribution.queries[query]}",
+        f"{capital(words.title)}, query {attribution.queries[query]}",
         xaxis={"title": {"text": f"{words.formula}: {words.short}"}},
         yaxis={"title": {"text": title}, "type": "category", "autorange": "reversed", "showgrid": False},
         showlegend=False,

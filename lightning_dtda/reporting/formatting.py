@@ -48,6 +48,16 @@ def unit(exponent: int) -> str:
     return f"10{str(exponent).translate(_SUPERSCRIPT)}" if exponent else ""
 
 
+def capital(text: str) -> str:
+    """Return a text as at the start of a line.
+
+    Example:
+        >>> capital("mean influence")
+        'Mean influence'
+    """
+    return text[:1].upper() + text[1:]
+
+
 def p_value(value: float) -> str:
     """Return a p-value with what matters of it; a dash if it is unknown.
 

@@ -17,7 +17,6 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.certainty import FDR, LEVEL, Tested
-from lightning_dtda.reporting.differences import Wording, describe
 from lightning_dtda.reporting.figure_style import TEMPLATE
 from lightning_dtda.reporting.figures import (
     adjoint_figure,
@@ -34,7 +33,7 @@ from lightning_dtda.reporting.findings import (
     top_examples,
     without_repeated_warnings,
 )
-from lightning_dtda.reporting.formatting import common_exponent, count, number, p_value, unit
+from lightning_dtda.reporting.formatting import capital, common_exponent, count, number, p_value, unit
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.version import __version__
@@ -52,7 +51,7 @@ class _Table:
 
     key: str
     difference: Difference
-    words: Wording
+    words: wording.Wording
     tests: Tested
     rows: list[TopExample]
     verdicts: list[str]
@@ -103,7 +102,9 @@ def report(
     environment = Environment(
         loader=PackageLoader("lightning_dtda.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(number=number, unit=unit, p_value=p_value, count=count, exponent=_exponent)
+    environment.filters.update(
+        capital=capital, number=number, unit=unit, p_value=p_value, count=count, exponent=_exponent
+    )
     with without_repeated_warnings():
         page = environment.get_template("report.html.jinja").render(_content(attribution, trusted, k, chosen))
     try:
@@ -163,9 +164,9 @@ def _table(attribution: Attribution, position: int, k: int, number: int, differe
     tests = significance_on(attribution, position, difference)
     rows = top_examples(attribution, position, difference, k, tests)
     verdicts = [verdict(attribution, tests), retraining_verdict(attribution, rows[0])]
-    words = describe(difference, attribution.measurement, wording.noun(attribution))
-    # two quantiles have one name
-    return _Table(f"{difference.name}-{number}", difference, words, tests, rows, [text for text in verdicts if text])
+    words = wording.describe(difference, attribution.measurement, wording.noun(attribution))
+    # a name may hold anything, and stand for two settings of a class
+    return _Table(f"difference-{number}", difference, words, tests, rows, [text for text in verdicts if text])
 
 
 def _exponent(rows: list[TopExample], *fields: str) -> int:

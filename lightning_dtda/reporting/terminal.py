@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from rich.box import SIMPLE_HEAD
@@ -22,16 +22,25 @@ from lightning_dtda.reporting.findings import (
 )
 from lightning_dtda.reporting.formatting import common_exponent, number, unit
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict
+from lightning_dtda.reporting.wording import describe
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
 
 MOST_QUERIES = 3
 """Queries in a summary: what fits one screen. The report shows more."""
 
 _COLUMNS = 100
 
-_HEADS = {"mean": "change of the mean {} if removed", "variance": "change of the {}'s variance if removed"}
+_ABREAST = 2
+"""Differences that stand side by side; more of them make more tables."""
 
 
-def print_summary(attribution: Attribution, k: int = 5, *, console: Console | None = None) -> None:
+def print_summary(
+    attribution: Attribution,
+    k: int = 5,
+    differences: Sequence[str | Difference] | None = None,
+    *,
+    console: Console | None = None,
+) -> None:
     """Print what was asked, how sure the answer is, and the top examples, or groups, of a few queries.
 
     Of more than :data:`MOST_QUERIES` queries those are printed on which one removal changes the variance most.
@@ -39,10 +48,12 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     Args:
         attribution: The attribution.
         k: Examples, or groups, for each query.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`; ``None`` is mean and
+            variance: of the paper's, those that say which way.
         console: Where to print; the standard output if not given.
 
     Raises:
-        AttributionError: If ``k`` is less than one.
+        AttributionError: If ``k`` is less than one, or there is no such difference or too few runs for it.
     """
     console = console or Console()
     width = min(console.width, _COLUMNS)
@@ -52,8 +63,8 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     say(f"Largest replay drift of a run: {wording.drift(attribution)} (relative).")
     cautions = wording.cautions(attribution)
     attribution = attribution.trusted()
-    # mean and variance say which way, the distance does not
-    differences = [name for name in attribution.available_differences if name in _HEADS]
+    paper = [DIFFERENCES[name] for name in attribution.available_differences]
+    chosen = [resolve_difference(each) for each in differences or []] or [each for each in paper if each.signed]
     say(f"Largest error of responses, on a sample of steps: {wording.diagnosis(attribution)} (relative).")
     with without_repeated_warnings():
         agreement = wording.reliability(attribution)
@@ -63,12 +74,14 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
         shown = most_interesting(attribution, MOST_QUERIES)
         for query in shown:
             console.print()
-            tests = {name: significance_on(attribution, query, name) for name in differences}
-            top = {name: top_examples(attribution, query, name, k, tests[name]) for name in tests}
-            console.print(_table(attribution, query, top, beside=width >= _COLUMNS), width=width)
-            for name in tests:
-                verdicts = verdict(attribution, tests[name]), retraining_verdict(attribution, top[name][0])
-                say(escape(" ".join(verdicts).strip()))
+            tests = [significance_on(attribution, query, difference) for difference in chosen]
+            tops = [top_examples(attribution, query, each.difference, k, each) for each in tests]
+            for start in range(0, len(chosen), _ABREAST):
+                part = slice(start, start + _ABREAST)
+                table = _table(attribution, query, chosen[part], tops[part], beside=width >= _COLUMNS)
+                console.print(table, width=width)
+            for each, top in zip(tests, tops, strict=True):
+                say(escape(f"{verdict(attribution, each)} {retraining_verdict(attribution, top[0])}".strip()))
     console.print()
     notes = (
         f"In brackets: {100 * LEVEL:g} % interval over seeds (bootstrap). Dim, with a dot: not told from seed noise "
@@ -79,18 +92,25 @@ def print_summary(attribution: Attribution, k: int = 5, *, console: Console | No
     say(notes, style="dim")
 
 
-def _table(attribution: Attribution, query: int, top: Mapping[str, Sequence[TopExample]], beside: bool) -> Table:
-    """Return one query's top removals, by mean and by variance side by side.
+def _table(
+    attribution: Attribution,
+    query: int,
+    differences: Sequence[Difference],
+    tops: Sequence[Sequence[TopExample]],
+    beside: bool,
+) -> Table:
+    """Return one query's top removals by some differences, side by side.
 
     Intervals stand beside influences or, where that is too wide, beneath them.
     """
     separator = " " if beside else "\n"
     table = Table(title=f"Query {attribution.queries[query]}", title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     columns: list[list[str]] = []
-    for difference, rows in top.items():
+    for difference, rows in zip(differences, tops, strict=True):
         exponent = common_exponent(end for row in rows for end in (row.influence, row.interval_low, row.interval_high))
         values = [_with_interval(row, exponent, separator) for row in rows]
-        head = f"{_HEADS[difference].format(attribution.measurement)} {unit(exponent)}"
+        words = describe(difference, attribution.measurement, wording.noun(attribution))
+        head = f"{words.short} {unit(exponent)}"
         table.add_column("example" if attribution.removals is None else "group (examples)", justify="right")
         table.add_column(escape(head), justify="right")
         columns.append([_shade(_label(attribution, row), row.significant) for row in rows])

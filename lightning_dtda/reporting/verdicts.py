@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting.certainty import FDR, POWER, Tested
-from lightning_dtda.reporting.differences import describe
 from lightning_dtda.reporting.findings import TopExample
-from lightning_dtda.reporting.wording import counted, noun
+from lightning_dtda.reporting.wording import counted, describe, noun
 from lightning_dtda.statistics.significance import fewest_runs
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _RATE = f"false discovery rate {100 * FDR:g}{_SPACE}%"
 _POWER = f"power {100 * POWER:g}{_SPACE}%"
-_NAMES = ("Wasserstein", "Gaussian")  # of people: they keep their capital inside a sentence
 
 
 def verdict(attribution: Attribution, tests: Tested) -> str:
@@ -82,5 +80,4 @@ def _what_would(attribution: Attribution, tests: Tested) -> str:
 
 
 def _name(attribution: Attribution, tests: Tested) -> str:
-    title = describe(tests.difference, attribution.measurement, noun(attribution)).title
-    return title if title.startswith(_NAMES) else title[0].lower() + title[1:]
+    return describe(tests.difference, attribution.measurement, noun(attribution)).title

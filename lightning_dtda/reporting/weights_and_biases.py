@@ -6,7 +6,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from lightning_dtda.reporting.findings import (
 )
 from lightning_dtda.reporting.verdicts import verdict_on_all
 from lightning_dtda.reporting.wording import noun
+from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 MOST_QUERIES = 20
 """Queries with a figure and histograms of their own: as many panels as a W&B page shows at once."""
@@ -55,6 +56,7 @@ def log_to_wandb(
     project: str | None = None,
     group: str | None = None,
     k: int = 10,
+    differences: Sequence[str | Difference] | None = None,
 ) -> str:
     """Log an attribution as one summary run of Weights & Biases.
 
@@ -70,12 +72,15 @@ def log_to_wandb(
         project: The project; without it, ``WANDB_PROJECT`` or ``lightning-dtda``.
         group: The run's group; without it, the ensemble's name.
         k: Examples, or groups, for each query and difference.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`; ``None`` is the
+            paper's. By the last of them the histograms' example is chosen.
 
     Returns:
         The run's id.
 
     Raises:
-        AttributionError: If there is no such directory, or ``k`` is less than one.
+        AttributionError: If there is no such directory, ``k`` is less than one, or there is no such difference or too
+            few runs for it.
     """
     import wandb  # takes a second, which the report and the terminal should not cost
 
@@ -83,17 +88,15 @@ def log_to_wandb(
     facts = _facts(attribution)
     attribution = attribution.trusted()
     queries = most_interesting(attribution, MOST_QUERIES)
-    tests = {
-        name: [significance_on(attribution, query, name) for query in queries]
-        for name in attribution.available_differences
-    }
-    for name, of_queries in tests.items():
-        facts[f"significant/{name}"] = statistics.median(each.discoveries for each in of_queries)
+    chosen = [resolve_difference(each) for each in differences or attribution.available_differences]
+    tests = [[significance_on(attribution, query, difference) for query in queries] for difference in chosen]
+    for difference, of_queries in zip(chosen, tests, strict=True):
+        facts[f"significant/{difference.name}"] = statistics.median(each.discoveries for each in of_queries)
     if not directory.is_dir():
         raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
     with without_repeated_warnings():
-        table = wandb.Table(columns=[*_columns(attribution)], data=list(_rows(attribution, k)))
-        panels = dict(_panels(attribution, queries))
+        table = wandb.Table(columns=[*_columns(attribution)], data=list(_rows(attribution, chosen, k)))
+        panels = dict(_panels(attribution, queries, chosen[-1]))
     artifact = wandb.Artifact(_artifact_name(attribution), type="attribution", metadata=facts)
     artifact.add_dir(str(directory))
     with wandb.init(
@@ -101,7 +104,7 @@ def log_to_wandb(
         group=group or attribution.about.get("ensemble"),
         job_type="attribution",
         config=about_in_brief(attribution),
-        notes="\n".join(verdict_on_all(attribution, of_queries) for of_queries in tests.values()),
+        notes="\n".join(verdict_on_all(attribution, of_queries) for of_queries in tests),
         reinit="create_new",
     ) as run:
         run.log({"top_examples": table, **panels})
@@ -115,27 +118,26 @@ def _columns(attribution: Attribution) -> list[str]:
     return ["query", "difference", "rank", *removed, *_NUMBERS]
 
 
-def _rows(attribution: Attribution, k: int) -> Iterator[list[Any]]:
-    differences = attribution.available_differences
+def _rows(attribution: Attribution, differences: Sequence[Difference], k: int) -> Iterator[list[Any]]:
     rows_of_a_query = max(k * len(differences), 1)
     for query in most_interesting(attribution, max(MOST_ROWS // rows_of_a_query, 1)):
         for difference in differences:
             for row in top_examples(attribution, query, difference, k):
-                fields = {"query": attribution.queries[query], "difference": difference, **vars(row)}
+                fields = {"query": attribution.queries[query], "difference": difference.name, **vars(row)}
                 fields |= {"example": row.position, "removal": row.name}
                 if row.retrainings is not None and not math.isfinite(row.retrainings):
                     fields["retrainings"] = None  # JSON has no infinity
                 yield [fields[column] for column in _columns(attribution)]
 
 
-def _panels(attribution: Attribution, queries: list[int]) -> Iterator[tuple[str, Any]]:
+def _panels(attribution: Attribution, queries: list[int], difference: Difference) -> Iterator[tuple[str, Any]]:
     """Yield each query's figure and histograms, those of a query on the same bins."""
     import wandb
 
     for query in queries:
         name = f"query {attribution.queries[query]}"
         yield f"influence/{name}", wandb.Plotly(influence_figure(attribution, query))
-        [largest] = top_examples(attribution, query, attribution.available_differences[-1], 1)
+        [largest] = top_examples(attribution, query, difference, 1)
         selected = attribution.select([query])
         trained = selected.baseline[:, 0].cpu().numpy()
         predicted = selected.predict([largest.position])[:, 0].cpu().numpy()

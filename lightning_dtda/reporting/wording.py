@@ -1,7 +1,8 @@
-"""The sentences and table heads that reports share: what was asked, how sure it is, which sign means what."""
+"""The sentences and table heads that reports share: what was asked, what was found, which sign means what."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +10,64 @@ import torch
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.findings import largest_drift, worst_diagnosis
+from lightning_dtda.statistics.differences import Difference
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a difference between distributions of a measurement is introduced.
+
+    Args:
+        title: Its name, as inside a sentence.
+        question: What it answers.
+        formula: Its definition; X is the measurement as trained, Y with the example removed.
+        meaning: The influence in words.
+        short: The same for an axis or the head of a column.
+        unit: What the influence is measured in.
+        reading: What its sign says.
+    """
+
+    title: str
+    question: str
+    formula: str
+    meaning: str
+    short: str
+    unit: str
+    reading: str
+
+
+def describe(difference: Difference, measurement: str, removed: str = "example") -> Wording:
+    """Put into words what a difference says of itself.
+
+    Args:
+        difference: The difference.
+        measurement: The measurement's name.
+        removed: What a removal takes away, an ``"example"`` or a ``"group"``.
+
+    Example:
+        >>> from lightning_dtda.statistics import Tail
+        >>> describe(Tail(), "loss").meaning
+        'change of the mean loss over the highest 10 % of the runs on this query if the example is removed'
+    """
+    meaning, unit, reading = (
+        text.format(measurement=measurement, removed=removed)
+        for text in (difference.meaning, difference.unit, difference.reading)
+    )
+    sign = (
+        f"Positive: removing the {removed} raises it. Negative: it lowers it."
+        if difference.signed
+        else "Never negative, and so too large where the effect is smaller than seed noise."
+    )
+    plain = meaning.rstrip(",")
+    return Wording(
+        title=difference.title or f"{difference.name} influence",
+        question=f"Which {removed}s make the largest {plain}?",
+        formula=difference.formula,
+        meaning=f"{meaning} on this query if the {removed} is removed",
+        short=f"{plain} when removed",
+        unit=unit,
+        reading=reading or sign,
+    )
 
 
 def noun(attribution: Attribution) -> str:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.statistics.differences import Difference
-from lightning_dtda.statistics.resampling import leave_one_out
 
 
 def bootstrap_interval(
@@ -56,6 +55,6 @@ def bootstrap_interval(
 
 
 def _acceleration(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
-    without = torch.stack(list(leave_one_out(difference, baseline, predicted)))
+    without = torch.stack(list(difference.leave_one_out(baseline, predicted)))
     falls = without.mean(0) - without
     return (falls.pow(3).sum(0) / (6 * falls.square().sum(0).pow(1.5))).nan_to_num(0)

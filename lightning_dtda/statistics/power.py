@@ -47,15 +47,14 @@ def seeds_needed(difference: Difference, baseline: Tensor, predicted: Tensor, po
         >>> seeds_needed(Mean(), x, x + 1, power=0.8, alpha=0.05)  # effect of one standard deviation
         tensor(17., dtype=torch.float64)
     """
-    moments = getattr(difference, "moments", ())
     z = torch.special.ndtri(torch.tensor([1 - alpha / 2, power], dtype=torch.float64))
     squared = float(z.sum().square())
-    if moments == ("mean",):
+    if difference.moments == ("mean",):
         of_x, of_y, shift = baseline.var(0), predicted.var(0), predicted.mean(0) - baseline.mean(0)
         both = of_x + of_y
         estimated = float(z[0].square()) / 2 * (of_x.square() + of_y.square()) / both.square()
         needed = squared * both / shift.square() + estimated.nan_to_num(0)
-    elif moments == ("variance",):
+    elif difference.moments == ("variance",):
         needed = 1 + 4 * squared / (predicted.var(0) / baseline.var(0)).log().square()
     else:
         return _simulated(difference, baseline.expand_as(predicted), predicted, power, alpha)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.statistics.differences.difference import Difference
-from lightning_dtda.statistics.differences.mean import Mean
 
 
 def standard_error_of(difference: Difference) -> Callable[[Tensor, Tensor], Tensor]:
     """Return what gives the standard error of a difference, from samples ``(runs, ...)`` of both distributions."""
-    is_median = isinstance(difference, Mean) and difference.location == "median"
-    return partial(bootstrap if is_median else jackknife, difference)
+    return partial(jackknife if difference.smooth else bootstrap, difference)
 
 
 def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
@@ -44,23 +42,9 @@ def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Te
     runs = len(predicted)
     if runs <= max(difference.least_runs, 1):
         return _unknown(difference, baseline, predicted)
-    replicates = iter(leave_one_out(difference, baseline, predicted))
+    replicates = iter(difference.leave_one_out(baseline, predicted))
     first = next(replicates)
     return ((runs - 1) / runs * _squares_around_mean(chain([first], replicates), first)).clamp_min(0).sqrt()
-
-
-def leave_one_out(difference: Difference, baseline: Tensor, predicted: Tensor) -> Iterable[Tensor]:
-    """Give the difference without each run ``(...)``, in order; by the difference's own formula, where it has one.
-
-    Args:
-        difference: The difference.
-        baseline: Samples of X ``(runs, ...)``.
-        predicted: Samples of Y ``(runs, ...)``.
-    """
-    if own := getattr(difference, "leave_one_out", None):
-        return own(baseline, predicted)
-    keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
-    return (difference(baseline[rows], predicted[rows]) for rows in keep)
 
 
 def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:

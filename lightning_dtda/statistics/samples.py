@@ -59,15 +59,7 @@ class Samples:
         baseline, real = self.real_baseline, self.real
         if seeds is not None:
             baseline, real = baseline[seeds if self.paired else baseline_seeds], real[seeds]
-        try:
-            return difference(baseline, real)
-        except RuntimeError as error:
-            if len(baseline) == len(real):
-                raise
-            raise AttributionError(
-                f"The {difference.name} difference compares run by run, and there are {len(baseline)} samples of the "
-                f"baseline for {len(real)} with removals ({error}). Retrain with as many of one as of the other."
-            ) from error
+        return difference(baseline, real)
 
 
 def arrange(predicted: Tensor, baseline: Tensor, real: Tensor, real_baseline: Tensor) -> tuple[Tensor, ...]:
@@ -139,11 +131,17 @@ def collect(arranged: tuple[Tensor, ...], paired: bool = False) -> Samples:
 
 
 def check_samples(samples: Samples, difference: Difference) -> None:
-    """Refuse fewer samples than a difference needs.
+    """Refuse fewer samples than a difference needs, or other numbers.
 
     Raises:
         AttributionError: Naming what there is too little of.
     """
+    seeds, baseline_seeds = len(samples.real), len(samples.real_baseline)
+    if difference.paired and seeds != baseline_seeds:
+        raise AttributionError(
+            f"The {difference.name} influence compares run by run, and there are {baseline_seeds} baseline seeds for "
+            f"{seeds} seeds. Retrain with as many of one as of the other."
+        )
     for what, tensor, more in (
         ("runs", samples.baseline, "Record more seeds"),
         ("seeds", samples.real, "Retrain with more seeds"),

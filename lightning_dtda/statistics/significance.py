@@ -63,8 +63,7 @@ _TIES = 1e-9
 
 def least_runs(difference: Difference) -> int:
     """Return how many runs the test of a difference needs: for the variance, those whose halfway points can vary."""
-    moments = getattr(difference, "moments", ())
-    return max(difference.least_runs, 4 if "variance" in moments else 2)
+    return max(difference.least_runs, 4 if "variance" in difference.moments else 2)
 
 
 def fewest_runs(difference: Difference, level: float) -> float:
@@ -75,10 +74,9 @@ def fewest_runs(difference: Difference, level: float) -> float:
         >>> fewest_runs(Variance(), level=0.05 / 1000)  # 2 ** -15 is below it
         16
     """
-    moments = getattr(difference, "moments", ())
-    if "mean" in moments:
+    if "mean" in difference.moments:
         return least_runs(difference)
-    if moments:
+    if difference.moments:
         return max(least_runs(difference), 1 + math.ceil(-math.log2(level)))
     return max(least_runs(difference), math.ceil(-math.log2(level))) if level * _EXCHANGES >= 1 else math.inf
 
@@ -99,11 +97,10 @@ def p_values(difference: Difference, baseline: Tensor, predicted: Tensor) -> Ten
         >>> p_values(Mean(), torch.zeros(5), torch.tensor([1.0, 2.0, 1.5, 1.0, 2.0])).round(decimals=4)
         tensor(0.0026, dtype=torch.float64)
     """
-    moments: Sequence[str] = getattr(difference, "moments", ())
-    if not moments:
+    if not difference.moments:
         return exchange_test(difference, baseline, predicted)
     tests = {"mean": mean_test, "variance": variance_test}
-    return of_any([tests[moment](baseline, predicted) for moment in moments])
+    return of_any([tests[moment](baseline, predicted) for moment in difference.moments])
 
 
 def of_any(p: Sequence[Tensor]) -> Tensor:

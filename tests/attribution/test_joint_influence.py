@@ -6,7 +6,7 @@ import torch
 
 from lightning_dtda import Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences import SlicedWasserstein, Wasserstein
+from lightning_dtda.statistics.differences import Mean, SlicedWasserstein, Wasserstein
 from lightning_dtda.statistics.resampling import jackknife
 
 RUNS, QUERIES, EXAMPLES = 9, 4, 5
@@ -87,3 +87,12 @@ def test_a_single_run_has_no_joint_standard_error(attribution):
 def test_queries_that_are_not_there_are_refused(attribution, queries):
     with pytest.raises(AttributionError, match="quer"):
         attribution.joint_influence(queries=queries)
+
+
+def test_a_difference_of_one_measurement_is_refused_and_influence_takes_it(attribution):
+    with pytest.raises(AttributionError, match="mean is of one measurement: ask for influence"):
+        attribution.joint_influence(Mean())
+    assert attribution.influence(Mean()).shape == (QUERIES, EXAMPLES)
+    with pytest.raises(AttributionError, match="ask for Attribution.joint_influence"):
+        attribution.influence(SlicedWasserstein())
+    assert attribution.joint_influence(SlicedWasserstein()).shape == (EXAMPLES,)

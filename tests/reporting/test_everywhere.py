@@ -1,5 +1,6 @@
 """One attribution, shown everywhere: the numbers are the same, and so is their sign."""
 
+import html
 import io
 import json
 import re
@@ -8,9 +9,12 @@ from itertools import product
 import pytest
 from rich.console import Console
 
+from lightning_dtda.cli import main
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import log_to_wandb, print_summary, report
 from lightning_dtda.reporting.figures import influence_figure, top_figure
 from lightning_dtda.reporting.formatting import common_exponent, number
+from lightning_dtda.statistics import Difference, SlicedWasserstein, resolve_difference
 from tests.reporting.conftest import QUERIES
 from tests.reporting.wandb_log import Logged
 
@@ -18,15 +22,28 @@ pytestmark = pytest.mark.usefixtures("offline")
 K = 3
 
 
-@pytest.fixture
-def shown(attribution, saved, tmp_path):
-    """What the terminal, the page and the table of W&B say."""
+class Range(Difference):
+    """A difference that the package knows nothing of."""
+
+    name, formula = "range", "range Y less range X"
+    meaning = "change of the distance between the best and the worst {measurement}"
+    unit = "the {measurement}'s unit"
+
+    def __call__(self, baseline, predicted):
+        return (predicted.amax(0) - predicted.amin(0)) - (baseline.amax(0) - baseline.amin(0))
+
+
+def printed(attribution, differences=None):
     console = Console(file=io.StringIO(), width=140, record=True)
-    print_summary(attribution, k=K, console=console)
-    page = report(attribution, tmp_path / "report.html", k=K).read_text()
-    logged = Logged(tmp_path, log_to_wandb(attribution, saved, k=K))
-    table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
-    return console.export_text(), page, [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    print_summary(attribution, K, differences, console=console)
+    return console.export_text()
+
+
+def logged(attribution, saved, tmp_path, differences=None):
+    """Return the rows of the table in W&B, and what was logged."""
+    found = Logged(tmp_path, log_to_wandb(attribution, saved, k=K, differences=differences))
+    table = json.loads((found.files / found.history["top_examples"]["path"]).read_text())
+    return [dict(zip(table["columns"], row, strict=True)) for row in table["data"]], found
 
 
 def change(attribution, difference, query, example):
@@ -36,8 +53,9 @@ def change(attribution, difference, query, example):
     return float(y.mean() - x.mean() if difference == "mean" else y.var() - x.var())
 
 
-def test_the_change_by_removal_is_the_same_number_everywhere(attribution, shown):
-    printed, page, rows = shown
+def test_the_change_by_removal_is_the_same_number_everywhere(attribution, saved, tmp_path):
+    text, (rows, _) = printed(attribution), logged(attribution, saved, tmp_path)
+    page = report(attribution, tmp_path / "report.html", k=K).read_text()
     frame = attribution.to_dataframe().set_index(["query", "example"])
     for query, difference in product(range(len(QUERIES)), ("mean", "variance")):
         top = attribution.top(K, difference, query=query)
@@ -51,11 +69,54 @@ def test_the_change_by_removal_is_the_same_number_everywhere(attribution, shown)
         [row] = [r for r in rows if (r["query"], r["difference"], r["rank"]) == (QUERIES[query], difference, 1)]
         assert (row["example"], row["influence"], row[f"{difference}_influence"]) == (example, close, close)
         [article] = re.findall(rf'<article class="figures" data-query="{query}".*?</article>', page, re.DOTALL)
-        [table] = re.findall(rf'data-difference="{difference}-.*?</table>', article, re.DOTALL)
+        [table] = re.findall(
+            rf'data-difference="difference-{difference == "variance":d}".*?</table>', article, re.DOTALL
+        )
         assert float(re.search(r'title="(\S+) ± ', table)[1]) == close
         low, high = attribution.interval(difference)[:, query, top["example"].tolist()].tolist()
-        assert f"{number(expected, common_exponent([*top['influence'], *low, *high]))} [" in printed
+        assert f"{number(expected, common_exponent([*top['influence'], *low, *high]))} [" in text
         assert top_figure(attribution, query, difference, K).data[0].x[0] == close
         points = [trace for trace in influence_figure(attribution, query).data if trace.mode == "markers"]
         drawn = {n: (x, y) for t in points for x, y, (n, *_) in zip(t.x, t.y, t.customdata, strict=True)}
         assert drawn[example][difference == "variance"] == close
+
+
+def test_a_new_difference_is_one_class_and_is_shown_everywhere(attribution, saved, tmp_path):
+    path = f"{__name__}.Range"
+    top = attribution.top(K, path, query=0)
+    largest = top["influence"][0]
+    # of float64 samples, by hand
+    x = attribution.baseline[:, 0].double()
+    y = x + attribution.responses[:, 0, int(top["example"][0])].double()
+    assert largest == pytest.approx(float(y.max() - y.min() - x.max() + x.min()), rel=1e-12)
+    head = "change of the distance between the best and the worst loss"
+
+    text = " ".join(printed(attribution, [path]).split())
+    ends = attribution.interval(path)[:, 0, top["example"].tolist()].flatten().tolist()
+    assert f"{number(largest, common_exponent([*top['influence'], *ends]))} [" in text
+    assert "range influence" in text  # what is told from seed noise
+    rows, found = logged(attribution, saved, tmp_path, [path])
+    assert [row["influence"] for row in rows[:K]] == pytest.approx(top["influence"].tolist())
+    assert {row["difference"] for row in rows} == {"range"}
+    assert "significant/range" in found.summary
+
+    main(["report", "--attribution", str(saved), "--output", str(tmp_path / "new.html"), "--differences", path, "mean"])
+    page = html.unescape((tmp_path / "new.html").read_text())
+    for words in (
+        f"Range influence, <i>range Y less range X</i>: {head} on this query if the example is removed;",
+        "in the loss's unit.",
+        f"Which examples make the largest {head}?",
+        "Positive: removing the example raises it.",
+        f'title="{largest} ± ',
+        ">Mean influence</button>",
+    ):
+        assert words in page
+
+
+def test_a_class_that_does_not_say_what_it_is_is_refused():
+    with pytest.raises(TypeError, match=r"Silent is a Difference without formula, meaning, unit"):
+        type("Silent", (Difference,), {"name": "silent"})
+    with pytest.raises(AttributionError, match=r"'tests.reporting.conftest.make_attribution' is no Difference"):
+        resolve_difference("tests.reporting.conftest.make_attribution")
+    with pytest.raises(AttributionError, match=r"joint distributions of several queries: ask for .*joint_influence"):
+        resolve_difference(SlicedWasserstein())

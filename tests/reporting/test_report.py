@@ -63,7 +63,7 @@ def _figures(page):
 
 
 def _key(difference):
-    return f"{difference}-{DIFFERENCES.index(difference)}"
+    return f"difference-{DIFFERENCES.index(difference)}"
 
 
 def _choose(page, query=None, difference=None):
@@ -313,7 +313,7 @@ def test_groups_are_named_with_their_sizes(grouped, tmp_path):
         "measured after step 40 of 12 seeded runs",
         "Groups of training examples",
         "change of the mean loss on this query if the group is removed",
-        "Which groups move the loss?",
+        "Which groups make the largest change of the mean loss?",
     ):
         assert words in page
     assert "<i>source" not in page

@@ -7,6 +7,7 @@ from scipy.stats import energy_distance, wasserstein_distance
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import (
+    Difference,
     Energy,
     GaussianKL,
     Mean,
@@ -166,9 +167,9 @@ def test_too_few_runs_have_no_standard_error():
     assert jackknife(Variance(), BASELINE[:3], PREDICTED[:3]).isfinite().all()
 
 
-class Median:
-    name = "median"
-    least_runs = 1
+class Median(Difference):
+    name, formula, unit = "median", "median Y - median X", "the {measurement}'s unit"
+    meaning = "change of the median {measurement}"
 
     def __call__(self, baseline, predicted):
         return predicted.median(0).values - baseline.median(0).values

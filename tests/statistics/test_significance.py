@@ -9,7 +9,7 @@ from scipy import stats
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import Energy, Mean, Tail, Variance, Wasserstein
+from lightning_dtda.statistics.differences import Difference, Energy, Mean, Tail, Variance, Wasserstein
 from tests.simulated import KINDS, attribution_of, without_effect
 
 ENSEMBLES, EXAMPLES = 400, 200
@@ -197,10 +197,10 @@ def test_distances_find_a_shift_and_a_change_of_spread():
         assert found[2] < 0.05
 
 
-class Ratio:
+class Ratio(Difference):
     """A difference of one's own that does not know what to say without a baseline."""
 
-    name, least_runs = "ratio", 1
+    name, formula, meaning, unit = "ratio", "log E Y / X", "change of the logarithm of the {measurement}", "nats"
 
     def __call__(self, baseline, predicted):
         return (predicted / baseline).mean(0).log()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dtda.statistics.differences.difference import Difference
 
-class Energy:
+
+class Energy(Difference):
     r"""Energy distance between the distributions of a one-dimensional measurement.
 
     .. math::
@@ -22,7 +24,10 @@ class Energy:
     """
 
     name = "energy"
-    least_runs = 1
+    formula = "D(X, Y)"
+    meaning = "energy distance by which the {measurement}'s distribution moves"
+    unit = "the square root of the {measurement}'s unit"
+    signed = False
     moments = ("mean", "variance")
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:

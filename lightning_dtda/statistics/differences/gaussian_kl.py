@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dtda.statistics.differences.difference import Difference
 from lightning_dtda.statistics.differences.variance import variance
 
 
-class GaussianKL:
+class GaussianKL(Difference):
     r"""Kullback-Leibler divergence of Gaussians with the samples' moments, of Y from X.
 
     .. math::
@@ -26,6 +27,11 @@ class GaussianKL:
     """
 
     name = "gaussian_kl"
+    title = "Gaussian divergence"
+    formula = "KL(Y ‖ X)"
+    meaning = "divergence of the {measurement}'s distribution from what it is, both taken as Gaussian,"
+    unit = "nats; a shift by one standard deviation is 0.5"
+    signed = False
     least_runs = 2
     moments = ("mean", "variance")
 

@@ -7,12 +7,12 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences.difference import Moment
+from lightning_dtda.statistics.differences.difference import Difference, Moment
 
 Location = Literal["mean", "median", "trimmed"]
 
 
-class Mean:
+class Mean(Difference):
     r"""Change of the mean, :math:`E Y - E X`.
 
     In the measurement's unit. Positive: removing the examples raises the measurement. (The paper, arXiv 2506.12965,
@@ -36,13 +36,23 @@ class Mean:
     """
 
     name = "mean"
-    least_runs = 1
+    formula = "E Y \N{MINUS SIGN} E X"
+    meaning = "change of the mean {measurement}"
+    unit = "the {measurement}'s unit"
 
     def __init__(self, location: Location = "mean") -> None:
         if location not in get_args(Location):
             raise AttributionError(f"location={location!r}; choose from {', '.join(get_args(Location))}.")
         self.location = location
         self.moments: tuple[Moment, ...] = ("mean",) if location == "mean" else ()
+        self.smooth, self.paired = location != "median", location != "mean"
+        if location == "median":
+            self.name, self.formula = "median", "median of Y \N{MINUS SIGN} X"
+            self.meaning = "change of the {measurement}, median over runs,"
+        if location == "trimmed":
+            self.name, self.title = "trimmed_mean", "trimmed mean influence"
+            self.formula = "trimmed mean of Y \N{MINUS SIGN} X"
+            self.meaning = "change of the {measurement}, mean over runs without the fifths that change most and least,"
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``E Y - E X``, or the location of ``Y - X`` over runs."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences.difference import Difference, percent
+
+DEFAULT = 0.9
+"""The quantile of the name ``quantile``: seeds that are bad, and not so rare that few runs know nothing of them."""
 
 
-class Quantile:
+class Quantile(Difference):
     r"""Change of a quantile, :math:`Q_p(Y) - Q_p(X)`.
 
     Between order statistics the quantile is linear (type 7 of Hyndman and Fan, *The American Statistician* 50, 1996).
@@ -27,12 +31,19 @@ class Quantile:
     """
 
     name = "quantile"
-    least_runs = 1
+    formula = "Q(Y) \N{MINUS SIGN} Q(X)"
+    meaning = "change of a quantile of the {measurement}"
+    unit = "the {measurement}'s unit"
 
-    def __init__(self, p: float = 0.9) -> None:
+    def __init__(self, p: float = DEFAULT) -> None:
         if not 0 <= p <= 1:
             raise AttributionError(f"p={p}; give a quantile between 0 and 1.")
         self.p = p
+        share = percent(p)
+        if p != DEFAULT:
+            self.name = f"quantile({p:g})"
+        self.title = f"influence on the {share} quantile"
+        self.meaning = f"change of the {{measurement}} that {share} of the runs do not exceed,"
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``Q_p(Y) - Q_p(X)``."""

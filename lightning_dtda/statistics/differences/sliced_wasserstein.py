@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences.difference import Difference
 from lightning_dtda.statistics.differences.wasserstein import Wasserstein
 
 
-class JointDifference(Protocol):
-    """A difference between joint distributions of several measurements; see :meth:`Attribution.joint_influence`.
-
-    As a :class:`Difference`, with the measurements along the second dimension.
-    """
-
-    name: str
-    least_runs: int
-
-    def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Compute the difference along the first two dimensions.
-
-        Args:
-            baseline: Samples of X, broadcastable against ``predicted`` ``(runs, measurements, ...)``.
-            predicted: Samples of Y, from the same runs in the same order ``(runs, measurements, ...)``.
-
-        Returns:
-            ``(...)``.
-        """
-        ...
-
-
-class SlicedWasserstein:
+class SlicedWasserstein(Difference):
     r"""Sliced 2-Wasserstein distance between joint distributions.
 
     .. math::
@@ -58,7 +35,12 @@ class SlicedWasserstein:
     """
 
     name = "sliced_wasserstein"
-    least_runs = 1
+    title = "sliced Wasserstein influence"
+    formula = "SW₂(X, Y)"
+    meaning = "distance by which the joint distribution of the {measurement} over queries moves"
+    unit = "the {measurement}'s unit"
+    signed = False
+    joint = True
 
     def __init__(self, projections: int = 64) -> None:
         if projections < 1:

@@ -8,11 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences.difference import Difference, percent
 
 Side = Literal["upper", "lower"]
 
+DEFAULT = 0.9
+"""Where the tail of the name ``tail`` begins."""
 
-class Tail:
+
+class Tail(Difference):
     r"""Change of the expected shortfall, :math:`ES_a(Y) - ES_a(X)`: of the mean over a tail.
 
     .. math::
@@ -35,14 +39,21 @@ class Tail:
     """
 
     name = "tail"
-    least_runs = 1
+    formula = "ES(Y) \N{MINUS SIGN} ES(X)"
+    meaning = "change of the mean {measurement} over a tail of the runs"
+    unit = "the {measurement}'s unit"
 
-    def __init__(self, level: float = 0.9, side: Side = "upper") -> None:
+    def __init__(self, level: float = DEFAULT, side: Side = "upper") -> None:
         if not 0 <= level < 1:
             raise AttributionError(f"level={level}; give where the tail begins, from 0 to less than 1.")
         if side not in get_args(Side):
             raise AttributionError(f"side={side!r}; choose from {', '.join(get_args(Side))}.")
         self.level, self.side = level, side
+        end, share = "highest" if side == "upper" else "lowest", percent(1 - level)
+        if (level, side) != (DEFAULT, "upper"):
+            self.name = f"tail({level:g}, {side})"
+        self.title = f"influence on the {side} tail, {share}"
+        self.meaning = f"change of the mean {{measurement}} over the {end} {share} of the runs"
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``ES(Y) - ES(X)``."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lightning_dtda.statistics.differences.difference import Difference
 
-class Variance:
+
+class Variance(Difference):
     r"""Change of the variance, :math:`\mathrm{Var}\, Y - \mathrm{Var}\, X`, unbiased (arXiv 2506.12965, section 3).
 
     In the square of the measurement's unit. Positive: removing the examples makes training less reproducible.
@@ -17,6 +19,13 @@ class Variance:
     """
 
     name = "variance"
+    formula = "Var Y \N{MINUS SIGN} Var X"
+    meaning = "change of the {measurement}'s variance over runs"
+    unit = "the square of the {measurement}'s unit"
+    reading = (
+        "Positive: without the {removed}, training depends more on the seed; the {removed} makes it reproducible. "
+        "Negative: the {removed} is one of those that make seeds disagree."
+    )
     least_runs = 2
     moments = ("variance",)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_dtda.statistics.differences.difference import Difference
 
-class Wasserstein:
+
+class Wasserstein(Difference):
     r"""2-Wasserstein distance between the empirical distributions of a one-dimensional measurement.
 
     :math:`W_2^2 = \frac1S \sum_i (x_{(i)} - y_{(i)})^2` with both samples sorted; where they are not of one size,
@@ -20,7 +22,11 @@ class Wasserstein:
     """
 
     name = "wasserstein"
-    least_runs = 1
+    title = "Wasserstein influence"
+    formula = "W₂(X, Y)"
+    meaning = "Wasserstein distance by which the {measurement}'s distribution moves"
+    unit = "the {measurement}'s unit"
+    signed = False
     moments = ("mean", "variance")
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
