@@ -93,6 +93,6 @@ def test_a_difference_of_one_measurement_is_refused_and_influence_takes_it(attri
     with pytest.raises(AttributionError, match="mean is of one measurement: ask for influence"):
         attribution.joint_influence(Mean())
     assert attribution.influence(Mean()).shape == (QUERIES, EXAMPLES)
-    with pytest.raises(AttributionError, match="ask for Attribution.joint_influence"):
+    with pytest.raises(AttributionError, match=r"ask for Attribution\.joint_influence"):
         attribution.influence(SlicedWasserstein())
     assert attribution.joint_influence(SlicedWasserstein()).shape == (EXAMPLES,)
