@@ -153,7 +153,7 @@ class Attribution(Tables, Inference):
         their standard errors and p-values, in the precision of the responses. So :meth:`influence`,
         :meth:`standard_error`, :meth:`p_values`, :meth:`significant` and :meth:`reliability` of ``"mean"`` and
         ``"variance"`` are those of all responses, and so is :meth:`top` up to k; :meth:`interval` and
-        :meth:`seeds_needed` are known of what is kept. What needs other responses is an error.
+        :meth:`retrainings_needed` are known of what is kept. What needs other responses is an error.
 
         Args:
             k: How many.

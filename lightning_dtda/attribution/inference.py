@@ -14,8 +14,8 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.intervals import bootstrap_interval
-from lightning_dtda.statistics.power import runs_for_significance, seeds_needed
-from lightning_dtda.statistics.reliability import runs_for_agreement, split_half, top_agreement
+from lightning_dtda.statistics.power import retrainings_needed, runs_for_significance
+from lightning_dtda.statistics.reliability import reliability, runs_for_stable_top, top_agreement
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -160,7 +160,7 @@ class Inference:
         level = fdr / self.responses.shape[2]
         return runs_for_significance(chosen, selected.p_values(chosen), len(selected.runs), level, power)
 
-    def seeds_needed(
+    def retrainings_needed(
         self,
         removed: Sequence[int | str] | None = None,
         difference: str | Difference = "mean",
@@ -171,7 +171,7 @@ class Inference:
         """Return how many real retrainings, with and without examples, would show the predicted effect.
 
         So many with them and as many without, of fresh seeds; see
-        :func:`~lightning_dtda.statistics.power.seeds_needed`. The effect is taken as it is predicted, so for the
+        :func:`~lightning_dtda.statistics.power.retrainings_needed`. The effect is taken as it is predicted, so for the
         largest of many influences, which are overestimated, it is a lower bound.
 
         Args:
@@ -193,13 +193,13 @@ class Inference:
         check_share(alpha, "alpha")
         selected, chosen = self._selected(runs), resolve_difference(difference)
         selected._enough(chosen, max(2, chosen.least_runs), "number of seeds")
-        return selected._each_query(partial(seeds_needed, chosen, power=power, alpha=alpha), removed, kept=True)
+        return selected._each_query(partial(retrainings_needed, chosen, power=power, alpha=alpha), removed, kept=True)
 
     def reliability(self, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
         """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
 
         1 where other seeds would rank them the same, 0 where the ranking is seed noise; where it is low, more runs
-        help. See :func:`~lightning_dtda.statistics.reliability.split_half`.
+        help. See :func:`~lightning_dtda.statistics.reliability.reliability`.
 
         Raises:
             AttributionError: If there are too few runs to be halved.
@@ -211,19 +211,19 @@ class Inference:
             return figures.reliability[:, MOMENTS.index(moment)]
         # query by query: the influences of all, of each half of the runs, take as much memory as the responses
         found = [
-            split_half(partial(_of_runs, selected.select([query]), chosen), len(selected.runs))
+            reliability(partial(_of_runs, selected.select([query]), chosen), len(selected.runs))
             for query in range(len(selected.queries))
         ]
         return torch.cat(found)
 
-    def runs_needed(
+    def runs_for_stable_top(
         self, difference: str | Difference = "mean", k: int = 10, agreement: float = 0.9, runs: Runs = "trusted"
     ) -> Tensor:
         """Return with how many runs in all the top k removals of each query would be stable.
 
         They are stable when two ensembles of that many runs would have a share of ``agreement`` of their top k in
         common, on average. It is extrapolated from what halves of the runs have in common; see
-        :func:`~lightning_dtda.statistics.reliability.runs_for_agreement`.
+        :func:`~lightning_dtda.statistics.reliability.runs_for_stable_top`.
 
         Args:
             difference: What to rank by, in absolute value.
@@ -248,7 +248,7 @@ class Inference:
             top_agreement(partial(_of_runs, selected.select([query]), chosen), len(selected.runs), k)
             for query in range(len(selected.queries))
         ]
-        return runs_for_agreement(torch.cat(found), half, k, removals, agreement).clamp_min(chosen.least_runs)
+        return runs_for_stable_top(torch.cat(found), half, k, removals, agreement).clamp_min(chosen.least_runs)
 
     @property
     def _figures(self) -> Figures | None:

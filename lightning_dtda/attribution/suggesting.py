@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
-from scipy import special
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.inference import Runs, check_share
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences.variance import variance
+from lightning_dtda.statistics.intervals import student_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -204,8 +205,6 @@ def suggest_removals(
         samples = samples + selected.responses[:, positions, n][evaluating].double()
         changes[:, step] = contributions(samples) - before
     effects = changes.mean(0)
-    errors = ((changes - effects).square().sum(0) / (len(changes) * (len(changes) - 1))).sqrt()
-    width = float(special.stdtrit(len(evaluating) - 1, (1 + level) / 2)) * errors
     names = selected.removals
     return Suggestion(
         goal=goal,
@@ -214,8 +213,8 @@ def suggest_removals(
         sets=tuple(tuple(e for n in chosen[: step + 1] for e in members[n]) for step in range(len(chosen))),
         before=float(before.mean()),
         effects=effects,
-        standard_errors=errors,
-        intervals=torch.stack([effects - width, effects + width]),
+        standard_errors=(variance(changes) / len(changes)).sqrt(),
+        intervals=student_interval(changes, level=level),
         level=level,
         chosen_on=tuple(selected.runs[s] for s in choosing),
         evaluated_on=tuple(selected.runs[s] for s in evaluating),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from scipy import special
-
 from lightning_dtda.attribution.suggesting import GOALS, Suggestion
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.retraining.ground_truth import GroundTruth
+from lightning_dtda.statistics.intervals import student_interval
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
 
     With the goal's quantity as a mean over trainings of what each adds, :math:`f(y) = \frac1S \sum_s c_s(y)` (see
     :func:`~lightning_dtda.suggest_removals`), the effect is :math:`f(y) - f(x)`. Its error is that of the difference
-    of two means (Welch, *Biometrika* 34, 1947); of the mean of differences, where both have the same seeds and hence
-    the same initial parameters.
+    of two means (:func:`~lightning_dtda.statistics.intervals.student_interval`); of the mean of differences, where both
+    have the same seeds and hence the same initial parameters.
 
     Args:
         suggestion: What was suggested; its queries are those positions of the truth's.
@@ -52,6 +50,7 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
         AttributionError: If the truth lacks the set, or trainings of it; or there are fewer than two of either kind.
 
     Example:
+        >>> import torch
         >>> from lightning_dtda import Attribution, suggest_removals
         >>> x = torch.linspace(-1, 1, 8)[:, None]
         >>> attribution = Attribution(x, -0.5 * x[..., None], tuple(f"seed-{s:04d}" for s in range(8)), (0,))
@@ -77,12 +76,6 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
                 "needed, and at least two. Retrain what is missing."
             )
     after, before = contributions(real[:, columns]), contributions(baseline[:, columns])
+    low, high = student_interval(*([after - before] if paired else [after, before]), level=level).tolist()
     effect = float(after.mean() - before.mean())
-    parts = [after - before] if paired else [after, before]
-    errors = torch.stack([part.var() / len(part) for part in parts])
-    freedom = errors.sum().square() / sum(
-        error.square() / (len(part) - 1) for error, part in zip(errors, parts, strict=True)
-    )
-    # without any spread there is no error, and no degree of freedom to be told
-    width = float(special.stdtrit(float(freedom.nan_to_num(1)), (1 + level) / 2)) * float(errors.sum().sqrt())
-    return Verification(float(before.mean()), effect, effect - width, effect + width, level, len(real), len(baseline))
+    return Verification(float(before.mean()), effect, low, high, level, len(real), len(baseline))

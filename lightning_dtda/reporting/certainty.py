@@ -11,7 +11,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.intervals import bootstrap_interval
-from lightning_dtda.statistics.power import runs_for_significance, seeds_needed
+from lightning_dtda.statistics.power import retrainings_needed, runs_for_significance
 
 FDR = 0.05
 """Of the removals that a query's tables and figures call significant, this share has no effect, on average."""
@@ -60,7 +60,7 @@ class Tested:
         return int(self.p_values.nan_to_num(1.0).argmin())
 
     @property
-    def runs_needed(self) -> float:
+    def runs_for_clearest(self) -> float:
         """With how many runs in all the clearest would be significant, if its effect is as large as it seems."""
         level = FDR / len(self.p_values)
         clearest = self.p_values[self.clearest]
@@ -102,7 +102,7 @@ def retrainings(selected: Attribution, difference: Difference, positions: list[i
     """
     if len(difference.moments) != 1 or len(selected.runs) < 2:
         return None
-    return seeds_needed(difference, *_samples(selected, positions), power=POWER, alpha=1 - LEVEL).cpu()
+    return retrainings_needed(difference, *_samples(selected, positions), power=POWER, alpha=1 - LEVEL).cpu()
 
 
 def _samples(selected: Attribution, positions: list[int]) -> tuple[Tensor, Tensor]:

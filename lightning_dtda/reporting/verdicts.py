@@ -64,7 +64,7 @@ def retraining_verdict(attribution: Attribution, row: TopExample) -> str:
 
 def _what_would(attribution: Attribution, tests: Tested) -> str:
     """Return with how many runs the clearest removal of a query would be told."""
-    number, needed = len(tests.p_values), tests.runs_needed
+    number, needed = len(tests.p_values), tests.runs_for_clearest
     fewest = fewest_runs(tests.difference, FDR / number)
     if math.isinf(fewest):
         return f"Among {number}, none can be: its test has no p-value that is small enough. Groups of examples may be."

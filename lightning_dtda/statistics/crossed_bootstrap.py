@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dtda.statistics.correlation import Correlation, correlations
 from lightning_dtda.statistics.differences import Difference
+from lightning_dtda.statistics.resampling import positions
 from lightning_dtda.statistics.samples import Samples
 
 _AT_ONCE = 2**20
@@ -55,7 +56,7 @@ class Draws:
         of_runs.manual_seed(seed + 1 + zlib.crc32("\n".join(runs or ()).encode()))
 
         def drawn(of: int, generator: torch.Generator = of_truth) -> Tensor:
-            return torch.randint(of, (of, number), generator=generator).to(samples.real.device)
+            return positions(of, number, generator).T.contiguous().to(samples.real.device)
 
         queries, removals = samples.real.shape[1:]
         return cls(
@@ -95,7 +96,20 @@ class Replicates:
         return Replicates(self.correlations - other.correlations, self.of_queries - other.of_queries, self.queries)
 
     def scores(self) -> Tensor:
-        """Return the score in each draw, of queries too ``(number,)``."""
+        r"""Return the score in each draw, of queries too ``(number,)``.
+
+        Drawn are the removals, the recorded runs (X and Y of a run together), and the seeds of the truth, those of all
+        removals together: what removals have in common, of one seed or of one query, stays in common. Then queries are
+        drawn. A query's correlation :math:`\rho_q` is uncertain by its removals, runs and seeds, and drawing it would
+        count that a second time; so its distance from the mean is shrunk to what lies between queries. With the
+        variance :math:`\hat\tau^2` between the :math:`\rho_q`, of which :math:`\hat\sigma^2` is by their own
+        uncertainty,
+
+        .. math:: \mathrm{score}^*_b = \frac1Q \sum_q \rho^*_{b,q} + \frac{f}{Q} \sum_q (\rho_{q_b} - \bar\rho),
+            \qquad f^2 = \max(0, 1 - \hat\sigma^2 / \hat\tau^2)\, \frac{Q}{Q - 1}
+
+        (the moment estimator of DerSimonian and Laird, *Meta-analysis in Clinical Trials*, 1986, for equal weights).
+        """
         return self.means() + self.deviations()
 
     def deviations(self) -> Tensor:
@@ -135,39 +149,6 @@ def replicate(
         real = samples.real_influence(difference, draws.seeds[:, part], draws.baseline_seeds[:, part]).gather(-1, rows)
         drawn.append(correlations(predicted, real, correlation))
     return Replicates(torch.cat(drawn), of_queries, draws.queries)
-
-
-def replicated_scores(
-    samples: Samples,
-    difference: Difference,
-    of_queries: Tensor,
-    correlation: Correlation = "spearman",
-    number: int = 500,
-    seed: int = 0,
-) -> Tensor:
-    r"""Return the score in samples that are drawn again, with replacement ``(number,)``.
-
-    Drawn are the removals, the recorded runs (X and Y of a run together), and the seeds of the truth, those of all
-    removals together: what removals have in common, of one seed or of one query, stays in common. Then queries are
-    drawn. A query's correlation :math:`\rho_q` is uncertain by its removals, runs and seeds, and drawing it would count
-    that a second time; so its distance from the mean is shrunk to what lies between queries. With the variance
-    :math:`\hat\tau^2` between the :math:`\rho_q`, of which :math:`\hat\sigma^2` is by their own uncertainty,
-
-    .. math:: \mathrm{score}^*_b = \frac1Q \sum_q \rho^*_{b,q} + \frac{f}{Q} \sum_q (\rho_{q_b} - \bar\rho),
-        \qquad f^2 = \max(0, 1 - \hat\sigma^2 / \hat\tau^2)\, \frac{Q}{Q - 1}
-
-    (the moment estimator of DerSimonian and Laird, *Meta-analysis in Clinical Trials*, 1986, for equal weights).
-
-    Args:
-        samples: The samples.
-        difference: The difference.
-        of_queries: Correlation of each query in the samples ``(queries,)``; those that are NaN do not count.
-        correlation: ``"spearman"`` or ``"pearson"``.
-        number: How many times everything is drawn.
-        seed: Of the draws.
-    """
-    replicates = replicate(samples, difference, of_queries, correlation, Draws.of(samples, number, seed))
-    return replicates.scores()
 
 
 def confidence_interval(score: Tensor, replicates: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:

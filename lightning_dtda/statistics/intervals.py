@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
+from scipy import special
 from torch import Tensor
 
 from lightning_dtda.statistics.differences import Difference
+from lightning_dtda.statistics.differences.variance import variance
+from lightning_dtda.statistics.resampling import drawn_again
 
 
 def bootstrap_interval(
@@ -32,12 +35,10 @@ def bootstrap_interval(
     Returns:
         ``(2, ...)``, lower and upper end.
     """
-    runs, generator = len(predicted), torch.Generator().manual_seed(0)
     observed = difference(baseline, predicted)
     draws = torch.empty(replicates, *observed.shape, dtype=observed.dtype, device=observed.device)
-    for draw in draws:
-        rows = torch.randint(runs, (runs,), generator=generator).to(predicted.device)
-        draw.copy_(difference(baseline[rows], predicted[rows]))
+    for draw, replicate in zip(draws, drawn_again(difference, baseline, predicted, replicates), strict=True):
+        draw.copy_(replicate)
     # half of the ties; never a share of 0 or 1, whose quantile is infinite
     below = (draws < observed).sum(0) + 0.5 * (draws == observed).sum(0)
     bias = torch.special.ndtri((below.to(observed.dtype) + 0.5) / (replicates + 1))
@@ -56,5 +57,34 @@ def bootstrap_interval(
 
 def _acceleration(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
     without = torch.stack(list(difference.leave_one_out(baseline, predicted)))
-    falls = without.mean(0) - without
-    return (falls.pow(3).sum(0) / (6 * falls.square().sum(0).pow(1.5))).nan_to_num(0)
+    below = without.mean(0) - without
+    return (below.pow(3).sum(0) / (6 * below.square().sum(0).pow(1.5))).nan_to_num(0)
+
+
+def student_interval(*samples: Tensor, level: float) -> Tensor:
+    r"""Return the interval of a mean, or of the difference of two, by Student's t.
+
+    .. math:: \bar y - \bar x \pm t_{\nu}\, \sqrt{\tfrac{s_y^2}{n_y} + \tfrac{s_x^2}{n_x}}, \qquad
+        \nu = \frac{(s_y^2 / n_y + s_x^2 / n_x)^2}{(s_y^2 / n_y)^2 / (n_y - 1) + (s_x^2 / n_x)^2 / (n_x - 1)}
+
+    (Welch, *Biometrika* 34, 1947); of one sample :math:`\nu = n_y - 1`.
+
+    Args:
+        samples: One ``(n_y, ...)``, or two, of which the mean of the second is taken from that of the first.
+        level: Its confidence.
+
+    Returns:
+        ``(2, ...)``, lower and upper end; where nothing has any spread they are one.
+
+    Example:
+        >>> student_interval(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), level=0.5)
+        tensor([0.5286, 1.4714], dtype=torch.float64)
+    """
+    means = [sample.mean(0) for sample in samples]
+    center = means[0] - means[1] if len(samples) == 2 else means[0]
+    errors = torch.stack([variance(sample) / len(sample) for sample in samples])
+    apart = torch.stack([error.square() / (len(s) - 1) for error, s in zip(errors, samples, strict=True)])
+    freedom = (errors.sum(0).square() / apart.sum(0)).nan_to_num(1)
+    quantile = torch.as_tensor(special.stdtrit(freedom.cpu().numpy(), (1 + level) / 2), device=center.device)
+    width = quantile * errors.sum(0).sqrt()
+    return torch.stack([center - width, center + width])

@@ -9,11 +9,8 @@ from torch import Tensor
 
 from lightning_dtda.statistics.correlation import Correlation, correlations
 from lightning_dtda.statistics.differences import Difference
-from lightning_dtda.statistics.reliability import halves
+from lightning_dtda.statistics.reliability import spearman_brown, split_half
 from lightning_dtda.statistics.samples import Samples
-
-SPLITS = 20
-"""Random halvings that are averaged: the spread between them is then small next to that between truths."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,16 +63,10 @@ def noise_ceiling(samples: Samples, difference: Difference, correlation: Correla
     if min(seeds, baseline_seeds) < 2 * max(difference.least_runs, 2):
         unknown = torch.full((), torch.nan, dtype=torch.float64)
         return NoiseCeiling(unknown, unknown, unknown)
-    generator = torch.Generator().manual_seed(0)
-    of_splits = []
-    for _ in range(SPLITS):
-        first, second = halves(seeds, generator)
-        first_baseline, second_baseline = halves(baseline_seeds, generator)
-        one = samples.real_influence(difference, first, first_baseline)
-        other = samples.real_influence(difference, second, second_baseline)
-        of_splits.append(correlations(one, other, correlation).nanmean())
-    split_half = torch.stack(of_splits).nanmean()
-    longer = seeds / (seeds // 2)
-    known = split_half.clamp_min(0)
-    reliability = longer * known / (1 + (longer - 1) * known)
-    return NoiseCeiling(split_half, reliability, reliability.sqrt())
+    agreement = split_half(
+        lambda some, of_baseline: samples.real_influence(difference, some, of_baseline),
+        (seeds, baseline_seeds),
+        lambda one, other: correlations(one, other, correlation).nanmean(),
+    )
+    reliability = spearman_brown(agreement, seeds / (seeds // 2))
+    return NoiseCeiling(agreement, reliability, reliability.sqrt())

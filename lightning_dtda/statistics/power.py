@@ -17,7 +17,9 @@ _MOST = 4096
 """Seeds beyond which a simulated search gives up; no one retrains that often."""
 
 
-def seeds_needed(difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float) -> Tensor:
+def retrainings_needed(
+    difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float
+) -> Tensor:
     r"""Return how many retrainings with, and how many without the examples show the difference between them.
 
     Both samples are of fresh seeds, independent of each other, and have n retrainings each. What a two-sided test at
@@ -44,7 +46,7 @@ def seeds_needed(difference: Difference, baseline: Tensor, predicted: Tensor, po
     Example:
         >>> from lightning_dtda.statistics import Mean
         >>> x = torch.tensor([-1.0, 0.0, 1.0])
-        >>> seeds_needed(Mean(), x, x + 1, power=0.8, alpha=0.05)  # effect of one standard deviation
+        >>> retrainings_needed(Mean(), x, x + 1, power=0.8, alpha=0.05)  # effect of one standard deviation
         tensor(17., dtype=torch.float64)
     """
     z = torch.special.ndtri(torch.tensor([1 - alpha / 2, power], dtype=torch.float64))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,13 @@ import torch
 from scipy import special
 from torch import Tensor
 
-_SPLITS = 10
-"""Random halvings that are averaged: their spread is then small next to what more runs would change."""
+from lightning_dtda.statistics.correlation import correlations
+
+Influence = Callable[..., Tensor]
+"""From positions of some runs, or seeds, to the influences of these ``(..., removals)``."""
+
+SPLITS = 10
+"""Random halvings that are averaged: they then spread by less than a third of what other runs would change."""
 
 
 def halves(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -21,12 +26,55 @@ def halves(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return order[:half], order[half : 2 * half]
 
 
-def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
-    r"""Return the reliability of a ranking of removals from how well halves of the runs agree about it.
+def split_half(
+    influence: Influence,
+    numbers: Sequence[int],
+    agreement: Callable[[Tensor, Tensor], Tensor] = correlations,
+    splits: int = SPLITS,
+) -> Tensor:
+    """Return how well the influences from two halves of the runs agree, on average over random halvings.
 
-    Spearman's correlation :math:`\rho` between the influences from two halves of the runs, averaged over random
-    halvings, and carried to all runs by Spearman and Brown's formula :math:`2\rho / (1 + \rho)` (Brown, *British
-    Journal of Psychology* 3, 1910). 1: other seeds would give the same ranking. 0: the ranking is seed noise. It says
+    Args:
+        influence: From one tensor of positions for each of ``numbers`` to the influences ``(..., removals)``.
+        numbers: How many runs there are, at least 2; or how many seeds and how many baseline seeds, each halved.
+        agreement: Of two influences ``(..., removals)``: Spearman's correlation, if not given.
+        splits: Number of halvings, always the same ones.
+
+    Returns:
+        ``(...)``, float64; NaN where no halving has an agreement.
+    """
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(splits):
+        positions = [halves(number, generator) for number in numbers]
+        first, second = (influence(*half) for half in zip(*positions, strict=True))
+        found.append(agreement(first, second))
+    return torch.stack(found).nanmean(0)
+
+
+def spearman_brown(correlation: Tensor, longer: float) -> Tensor:
+    r"""Return the correlation that measurements by more runs would have, from that by few.
+
+    With a factor m of runs, :math:`\rho(mS) = m\rho / (1 + (m - 1)\rho)` (Spearman, and Brown, *British Journal of
+    Psychology* 3, 1910): noise shrinks, and what is measured stays.
+
+    Args:
+        correlation: With few; negative agreement counts as 0.
+        longer: m.
+
+    Example:
+        >>> spearman_brown(torch.tensor(0.5), 2)
+        tensor(0.6667)
+    """
+    known = correlation.clamp_min(0)
+    return longer * known / (1 + (longer - 1) * known)
+
+
+def reliability(influence: Influence, runs: int) -> Tensor:
+    r"""Return how reliable a ranking of removals is, from how well halves of the runs agree about it.
+
+    Spearman's correlation between the influences from two halves of the runs (:func:`split_half`), carried to all
+    of them (:func:`spearman_brown`); with an odd number S of runs, halves have :math:`h = (S - 1) / 2` and the factor
+    is :math:`S / h`. 1: other seeds would give the same ranking. 0: the ranking is seed noise. It says
     nothing about a bias that all runs share, of the linear prediction for example.
 
     Args:
@@ -34,34 +82,13 @@ def split_half(influence: Callable[[Tensor], Tensor], runs: int) -> Tensor:
         runs: Number of runs, at least 4.
 
     Returns:
-        ``(queries,)``, float64; negative agreement counts as 0.
+        ``(queries,)``, float64; 0 where all influences are equal.
     """
-    generator = torch.Generator().manual_seed(0)
-    agreements = []
-    for _ in range(_SPLITS):
-        first, second = (_standard_ranks(influence(half)) for half in halves(runs, generator))
-        agreements.append((first * second).sum(-1))
-    agreement = torch.stack(agreements).mean(0).clamp_min(0)
-    return 2 * agreement / (1 + agreement)
+    # influences that are all the same rank nothing
+    return spearman_brown(split_half(influence, (runs,)).nan_to_num(0), runs / (runs // 2))
 
 
-def _standard_ranks(values: Tensor) -> Tensor:
-    """Return ranks along the last dimension, ties by their mean rank, less their mean and divided by their norm.
-
-    Zero where all are equal, which agrees with nothing; float64.
-    """
-    ascending, order = values.sort(-1)
-    places = torch.arange(values.shape[-1], dtype=torch.float64, device=values.device).expand_as(ascending)
-    if (ascending.diff(dim=-1) == 0).any():
-        ascending = ascending.contiguous()
-        last = torch.searchsorted(ascending, ascending, right=True) - 1
-        places = (torch.searchsorted(ascending, ascending) + last).double() / 2
-    ranks = torch.empty_like(places).scatter_(-1, order, places)
-    ranks -= ranks.mean(-1, keepdim=True)
-    return ranks / ranks.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-
-
-def top_agreement(influence: Callable[[Tensor], Tensor], runs: int, k: int) -> Tensor:
+def top_agreement(influence: Influence, runs: int, k: int) -> Tensor:
     """Return which share of the k removals of largest absolute influence two halves of the runs have in common.
 
     Args:
@@ -72,19 +99,19 @@ def top_agreement(influence: Callable[[Tensor], Tensor], runs: int, k: int) -> T
     Returns:
         ``(queries,)``, float64: mean over random halvings.
     """
-    generator = torch.Generator().manual_seed(0)
-    shares = []
-    for _ in range(2 * _SPLITS):  # of k alone: a rank correlation averages over all removals
-        first, second = (influence(half).abs().topk(k).indices for half in halves(runs, generator))
-        shares.append((first[..., :, None] == second[..., None, :]).sum((-1, -2)) / k)
-    return torch.stack(shares).double().mean(0)
+
+    def shared(first: Tensor, second: Tensor) -> Tensor:
+        one, other = (each.abs().topk(k).indices for each in (first, second))
+        return (one[..., :, None] == other[..., None, :]).sum((-1, -2)).double() / k
+
+    return split_half(influence, (runs,), shared, 2 * SPLITS)  # of k alone: a correlation averages over all removals
 
 
-def runs_for_agreement(share: Tensor, runs: int, k: int, removals: int, agreement: float) -> Tensor:
+def runs_for_stable_top(share: Tensor, runs: int, k: int, removals: int, agreement: float) -> Tensor:
     r"""Return with how many runs the top k would be stable, from how stable they are with few.
 
     Influences from two ensembles are taken as bivariate Gaussian over the removals, with a correlation :math:`\rho`
-    that more runs raise by Spearman and Brown's formula, :math:`\rho(mS) = m\rho / (1 + (m - 1)\rho)`. The share of the
+    that more runs raise by Spearman and Brown's formula (:func:`spearman_brown`). The share of the
     top k that they have in common is a function of :math:`\rho` and :math:`k / N`; so the observed share gives
     :math:`\rho(S)`, and the wanted one the factor m. Where influences have heavier tails than a Gaussian, the top
     stands out and the answer, by the observed share, is about those removals that decide it.
@@ -101,7 +128,7 @@ def runs_for_agreement(share: Tensor, runs: int, k: int, removals: int, agreemen
 
     Example:
         >>> shares = torch.tensor([0.5, 0.9], dtype=torch.float64)
-        >>> runs_for_agreement(shares, runs=10, k=10, removals=1000, agreement=0.9)
+        >>> runs_for_stable_top(shares, runs=10, k=10, removals=1000, agreement=0.9)
         tensor([306.,  10.], dtype=torch.float64)
     """
     correlations = 1 - np.logspace(0, -8, 801)  # fine near 1, where a stable top is

@@ -1,8 +1,8 @@
-"""How far a difference would move with other seeds."""
+"""How far a difference would move with other seeds: leaving runs out, and drawing them again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 
@@ -65,10 +65,26 @@ def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, repli
     runs = len(predicted)
     if runs <= max(difference.least_runs, 1):
         return _unknown(difference, baseline, predicted)
-    generator = torch.Generator().manual_seed(0)
-    rows = (torch.randint(runs, (runs,), generator=generator).to(predicted.device) for _ in range(replicates))
-    drawn = (difference(baseline[some], predicted[some]) for some in rows)
+    drawn = drawn_again(difference, baseline, predicted, replicates)
     return (_squares_around_mean(drawn, difference(baseline, predicted)) / (replicates - 1)).clamp_min(0).sqrt()
+
+
+def drawn_again(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int) -> Iterator[Tensor]:
+    """Give the difference of runs that are drawn with replacement, X and Y of a run together, each time anew.
+
+    Args:
+        difference: The difference.
+        baseline: Samples of X ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+        replicates: Number of draws, always the same ones.
+    """
+    rows = positions(len(predicted), replicates, torch.Generator().manual_seed(0)).to(predicted.device)
+    return (difference(baseline[some], predicted[some]) for some in rows)
+
+
+def positions(number: int, replicates: int, generator: torch.Generator) -> Tensor:
+    """Draw as many positions as there are things, with replacement, many times ``(replicates, number)``."""
+    return torch.randint(number, (replicates, number), generator=generator)
 
 
 def _squares_around_mean(replicates: Iterable[Tensor], shift: Tensor) -> Tensor:

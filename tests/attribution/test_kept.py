@@ -134,7 +134,7 @@ def test_what_needs_responses_that_were_not_kept_is_refused(both):
         lambda: kept.predict(range(EXAMPLES)),
         lambda: kept.joint_influence(),
         lambda: kept.reliability("energy"),
-        lambda: kept.runs_needed("mean", k=2),
+        lambda: kept.runs_for_stable_top("mean", k=2),
         lambda: suggest_removals(kept, k=2),
         lambda: kept.select([1]).influence("mean", removed=list(range(EXAMPLES))),
     ):
@@ -156,7 +156,7 @@ def test_what_is_asked_of_kept_responses_is_what_all_of_them_say(both):
         torch.testing.assert_close(kept.select([2]).influence(difference, removed=removed)[0], expected)
     for name, ends in (
         ("interval", lambda attribution: attribution.interval("mean", replicates=20)),
-        ("seeds", lambda attribution: attribution.seeds_needed()),
+        ("seeds", lambda attribution: attribution.retrainings_needed()),
     ):
         found, expected = ends(kept), ends(full)
         for query, positions in enumerate(kept.responses.kept):

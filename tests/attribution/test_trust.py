@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from lightning_dtda import Attribution
 from lightning_dtda.attribution.trust import chaotic, response_norm
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences import Mean, Variance
-from lightning_dtda.statistics.reliability import halves, split_half
-from lightning_dtda.statistics.resampling import bootstrap, jackknife
+from lightning_dtda.statistics.differences import Mean
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -86,52 +83,3 @@ def test_locations_are_what_they_are_called():
     assert Mean()(torch.zeros(5, 1), changes).item() == 20
     with pytest.raises(AttributionError, match="choose from mean, median, trimmed"):
         Mean("mode")
-
-
-def test_the_bootstrap_agrees_with_the_jackknife_where_both_hold():
-    samples = torch.randn(60, 50, generator=GENERATOR, dtype=torch.float64)
-    for difference in (Mean(), Variance()):
-        by_draws = bootstrap(difference, torch.zeros_like(samples), samples, replicates=2000)
-        ratio = (by_draws / jackknife(difference, torch.zeros_like(samples), samples)).mean()
-        assert 0.9 < ratio < 1.1
-
-
-def test_the_error_of_a_median_is_that_of_a_median(attribution):
-    # of normal samples, the square root of pi / 2 times that of the mean
-    samples = torch.randn(200, 1, 300, generator=GENERATOR)
-    large = Attribution(torch.zeros(200, 1), samples, tuple(map(str, range(200))), (0,))
-    ratio = (large.standard_error(Mean("median")) / large.standard_error("mean")).mean().item()
-    assert ratio == pytest.approx((torch.pi / 2) ** 0.5, rel=0.1)
-
-
-@pytest.mark.parametrize("values", [50, 5], ids=["few ties", "ties"])
-def test_reliability_is_spearmans_correlation_of_halves(values):
-    influences = torch.randint(values, (6, 2, 40), generator=torch.Generator().manual_seed(0)).double()
-    generator, expected = torch.Generator().manual_seed(0), []
-    for _ in range(10):
-        halved = [influences[half].mean(0) for half in halves(6, generator)]
-        expected.append([spearmanr(*pair).statistic for pair in zip(*halved, strict=True)])
-    rho = torch.tensor(expected, dtype=torch.float64).mean(0).clamp_min(0)
-    found = split_half(lambda half: influences[half].mean(0), 6)
-    torch.testing.assert_close(found, 2 * rho / (1 + rho), rtol=1e-12, atol=1e-12)
-
-
-def test_reliability_is_that_of_spearman_and_brown(attribution):
-    signal, noise = 1.0, 0.5
-    runs = 9
-    # correlation of two means of half the runs, carried to all of them
-    expected = signal**2 / (signal**2 + noise**2 / runs)
-    assert attribution.reliability().mean().item() == pytest.approx(expected, abs=0.03)
-    assert (attribution.reliability() > attribution.reliability(runs="all")).all()
-
-
-def test_noise_is_not_reliable():
-    responses = torch.randn(12, 2, 400, generator=GENERATOR)
-    pure = Attribution(torch.zeros(12, 2), responses, tuple(map(str, range(12))), (0, 1))
-    assert (pure.reliability() < 0.15).all()
-
-
-def test_three_runs_have_no_halves(attribution):
-    few = Attribution(attribution.baseline[:3], attribution.responses[:3], attribution.runs[:3], attribution.queries)
-    with pytest.raises(AttributionError, match="needs 4 runs; there are 3"):
-        few.reliability()

@@ -84,7 +84,7 @@ def _expected_rows(attribution, position, difference, k=5):
     exponents = {column: common_exponent(top[column]) for column in ("mean_influence", "variance_influence")}
     exponent = common_exponent([*top.influence, *low.tolist()])
     p = attribution.p_values(difference)[position]
-    needed = attribution.seeds_needed(difference=difference)[position] if difference != "wasserstein" else None
+    needed = attribution.retrainings_needed(difference=difference)[position] if difference != "wasserstein" else None
     rows = []
     for at, row in enumerate(top.itertuples()):
         cells = [str(row.rank), str(row.example), number(row.influence, exponent)]
@@ -199,7 +199,7 @@ def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribu
     assert set(numbers["mean"]) == {1}
     assert "On 3 of 3 queries, the mean influence of 1 of 40 examples is told from seed noise at 12 runs" in found
     assert set(numbers["variance"]) == {1}
-    needed = attribution.seeds_needed([23], "variance").tolist()
+    needed = attribution.retrainings_needed([23], "variance").tolist()
     for query in needed:
         assert f"What removing example 23 does would show in {query:.0f} trainings without it and as many on" in page
 

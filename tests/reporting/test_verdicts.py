@@ -78,7 +78,7 @@ def test_without_any_effect_nothing_is_promised():
 
 def test_retrainings_are_those_of_the_attribution(attribution):
     [row] = top_examples(attribution, 1, "variance", 1)
-    needed = attribution.seeds_needed([row.position], "variance")[1].item()
+    needed = attribution.retrainings_needed([row.position], "variance")[1].item()
     assert f"removing example 23 does would show in {needed:,.0f} trainings" in retraining_verdict(attribution, row)
     [distance] = top_examples(attribution, 1, "wasserstein", 1)
     assert distance.retrainings is None

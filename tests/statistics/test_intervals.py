@@ -7,6 +7,7 @@ from scipy import stats
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import Tail
+from lightning_dtda.statistics.intervals import student_interval
 from tests.simulated import attribution_of
 
 
@@ -75,3 +76,13 @@ def test_two_runs_give_no_interval_for_the_variance(attribution):
     few = attribution_of(attribution.baseline[:2], attribution.responses[:2])
     with pytest.raises(AttributionError, match="needs 3 runs; there are 2"):
         few.interval("variance")
+
+
+def test_students_interval_is_scipys_of_one_sample_and_of_two():
+    generator = torch.Generator().manual_seed(0)
+    y, x = (scale * torch.randn(n, 3, generator=generator, dtype=torch.float64) for n, scale in ((9, 1.0), (15, 2.0)))
+    two, one = stats.ttest_ind(y, x, equal_var=False), stats.ttest_1samp(y, 0)
+    for found, expected in ((student_interval(y, x, level=0.9), two), (student_interval(y, level=0.9), one)):
+        low, high = expected.confidence_interval(0.9)
+        np.testing.assert_allclose(found, np.stack([low, high]), rtol=1e-10)
+    assert student_interval(torch.ones(4), torch.zeros(4), level=0.9).tolist() == [1, 1]

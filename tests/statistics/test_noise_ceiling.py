@@ -7,7 +7,7 @@ from scipy.stats import bootstrap, pearsonr
 
 from lightning_dtda.evaluation.functional import leave_one_out_correlation, linear_datamodeling_score
 from lightning_dtda.statistics.correlation import correlations
-from lightning_dtda.statistics.crossed_bootstrap import confidence_interval, replicated_scores
+from lightning_dtda.statistics.crossed_bootstrap import Draws, confidence_interval, replicate
 from lightning_dtda.statistics.differences import Mean
 from lightning_dtda.statistics.noise_ceiling import noise_ceiling
 from lightning_dtda.statistics.samples import arrange, collect
@@ -21,7 +21,8 @@ def of_queries(samples, correlation="spearman"):
 
 
 def replicated(samples, correlation="spearman", number=200):
-    return replicated_scores(samples, Mean(), of_queries(samples, correlation), correlation, number)
+    draws = Draws.of(samples, number, seed=0)
+    return replicate(samples, Mean(), of_queries(samples, correlation), correlation, draws).scores()
 
 
 @pytest.mark.parametrize("correlation", ["pearson", "spearman"])

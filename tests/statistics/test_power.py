@@ -7,7 +7,7 @@ from scipy import stats
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import Energy
-from lightning_dtda.statistics.reliability import split_half, top_agreement
+from lightning_dtda.statistics.reliability import reliability, top_agreement
 from tests.simulated import attribution_of
 
 SCORES = torch.special.ndtri((torch.arange(400, dtype=torch.float64) + 0.5) / 400)[:, None]
@@ -24,7 +24,7 @@ def samples(runs, shift=0.0, scale=1.0, seed=0):
 def test_as_many_seeds_as_needed_show_a_shift_as_often_as_asked(shift):
     # half as wide without the example: the variances need not be equal
     attribution = attribution_of(SCORES, (shift - 0.5 * SCORES)[..., None])
-    seeds = int(attribution.seeds_needed([0], "mean", power=0.8).item())
+    seeds = int(attribution.retrainings_needed([0], "mean", power=0.8).item())
 
     def power(seeds):
         y = samples(seeds, shift, 0.5, seed=1)
@@ -37,7 +37,7 @@ def test_as_many_seeds_as_needed_show_a_shift_as_often_as_asked(shift):
 
 def test_as_many_seeds_as_needed_show_a_change_of_the_variance_as_often_as_asked():
     attribution = attribution_of(SCORES, (0.6 * SCORES)[..., None])
-    seeds = int(attribution.seeds_needed([0], "variance", power=0.8).item())
+    seeds = int(attribution.retrainings_needed([0], "variance", power=0.8).item())
     ratio = samples(seeds, scale=1.6).var(1, ddof=1) / samples(seeds, seed=1).var(1, ddof=1)
     p = 2 * np.minimum(stats.f.sf(ratio, seeds - 1, seeds - 1), stats.f.cdf(ratio, seeds - 1, seeds - 1))
     # the logarithm of a sample variance is Gaussian nearly
@@ -46,7 +46,7 @@ def test_as_many_seeds_as_needed_show_a_change_of_the_variance_as_often_as_asked
 
 def test_as_many_seeds_as_needed_show_an_energy_distance_as_often_as_asked():
     attribution = attribution_of(SCORES, (0.9 + 0.0 * SCORES)[..., None])
-    seeds = int(attribution.seeds_needed([0], "energy", power=0.8).item())
+    seeds = int(attribution.retrainings_needed([0], "energy", power=0.8).item())
     x, y = (torch.from_numpy(each[:300].T.copy()) for each in (samples(seeds), samples(seeds, 0.9, seed=1)))
     observed, both = Energy()(x, y), torch.cat([x, y])
     # the permutation test that one would do
@@ -61,15 +61,15 @@ def test_all_removals_at_once_are_each_on_its_own():
     generator = torch.Generator().manual_seed(0)
     attribution = attribution_of(torch.randn(20, 2, generator=generator), torch.randn(20, 2, 3, generator=generator))
     for difference in ("mean", "variance", "wasserstein"):
-        found = attribution.seeds_needed(difference=difference)
+        found = attribution.retrainings_needed(difference=difference)
         assert found.shape == (2, 3)
-        torch.testing.assert_close(attribution.seeds_needed([2], difference), found[:, 2])
+        torch.testing.assert_close(attribution.retrainings_needed([2], difference), found[:, 2])
 
 
 def test_what_has_no_effect_is_never_shown():
     attribution = attribution_of(SCORES, torch.zeros(400, 1, 1, dtype=torch.float64))
     for difference in ("mean", "variance", "energy"):
-        assert attribution.seeds_needed([0], difference).item() == torch.inf
+        assert attribution.retrainings_needed([0], difference).item() == torch.inf
 
 
 def test_with_as_many_runs_as_needed_a_shift_is_significant_as_often_as_asked():
@@ -127,7 +127,7 @@ def simulated_runs(runs, examples, noise, seed):
 @pytest.mark.parametrize("noise", [2.0, 6.0])
 def test_with_as_many_runs_as_needed_the_top_is_as_stable_as_asked(noise):
     # from 16 runs; 12 ensembles, for what one estimates depends on its runs
-    few = [simulated_runs(16, 2000, noise, seed).runs_needed(k=40, agreement=0.8).item() for seed in range(12)]
+    few = [simulated_runs(16, 2000, noise, seed).runs_for_stable_top(k=40, agreement=0.8).item() for seed in range(12)]
     needed = round(float(np.median(few)))
     two = [simulated_runs(needed, 2000, noise, seed).influence("mean")[0].abs().topk(40).indices for seed in (50, 51)]
     shared = len(set(two[0].tolist()) & set(two[1].tolist())) / 40
@@ -138,7 +138,12 @@ def test_with_as_many_runs_as_needed_the_top_is_as_stable_as_asked(noise):
 def test_the_number_of_runs_is_that_of_the_noise():
     # four times the variance of the noise takes four times the runs
     quiet, loud = (
-        np.median([simulated_runs(24, 2000, noise, seed).runs_needed(k=40, agreement=0.8).item() for seed in range(12)])
+        np.median(
+            [
+                simulated_runs(24, 2000, noise, seed).runs_for_stable_top(k=40, agreement=0.8).item()
+                for seed in range(12)
+            ]
+        )
         for noise in (2.0, 4.0)
     )
     assert loud / quiet == pytest.approx(4, rel=0.3)
@@ -146,10 +151,10 @@ def test_the_number_of_runs_is_that_of_the_noise():
 
 def test_stable_tops_need_no_more_runs_and_noise_never_enough():
     attribution = simulated_runs(16, 100, 1e-6, 0)
-    assert attribution.runs_needed(k=5).item() <= 8
+    assert attribution.runs_for_stable_top(k=5).item() <= 8
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(16, 1, 2000, generator=generator, dtype=torch.float64)
-    assert attribution_of(torch.zeros(16, 1), noise).runs_needed(k=5).item() > 1000
+    assert attribution_of(torch.zeros(16, 1), noise).runs_for_stable_top(k=5).item() > 1000
 
 
 def test_agreement_of_the_top_and_reliability_go_together():
@@ -158,17 +163,17 @@ def test_agreement_of_the_top_and_reliability_go_together():
     def influence(half):
         return attribution.responses[half].mean(0)
 
-    assert 0 < top_agreement(influence, 16, 20).item() < split_half(influence, 16).item()
+    assert 0 < top_agreement(influence, 16, 20).item() < reliability(influence, 16).item()
 
 
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda a: a.runs_needed(k=100), "k=100; give a number of removals from 1 to 99"),
-        (lambda a: a.runs_needed(k=0), "k=0"),
-        (lambda a: a.runs_needed(agreement=1.0), "agreement=1.0"),
-        (lambda a: a.seeds_needed([0], power=0.0), "power=0.0"),
-        (lambda a: a.seeds_needed([0], alpha=2.0), "alpha=2.0"),
+        (lambda a: a.runs_for_stable_top(k=100), "k=100; give a number of removals from 1 to 99"),
+        (lambda a: a.runs_for_stable_top(k=0), "k=0"),
+        (lambda a: a.runs_for_stable_top(agreement=1.0), "agreement=1.0"),
+        (lambda a: a.retrainings_needed([0], power=0.0), "power=0.0"),
+        (lambda a: a.retrainings_needed([0], alpha=2.0), "alpha=2.0"),
         (lambda a: a.runs_for_significance("mean", fdr=0.0), "fdr=0.0"),
         (lambda a: a.runs_for_significance("mean", power=1.0), "power=1.0"),
     ],

@@ -34,6 +34,7 @@ class Quantile(Difference):
     formula = "Q(Y) \N{MINUS SIGN} Q(X)"
     meaning = "change of a quantile of the {measurement}"
     unit = "the {measurement}'s unit"
+    smooth = False
 
     def __init__(self, p: float = DEFAULT) -> None:
         if not 0 <= p <= 1:
