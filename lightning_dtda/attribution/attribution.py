@@ -12,27 +12,26 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index
-from lightning_dtda.attribution.inference import Inference, Runs
-from lightning_dtda.attribution.kept import KeptResponses, check_keep_top, joined, keep_top, moment_of
+from lightning_dtda.attribution import inference
+from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
+from lightning_dtda.attribution.inference import Runs
+from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, moment_of
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
+from lightning_dtda.attribution.responses import AT_ONCE, in_parts
 from lightning_dtda.attribution.tables import Tables
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.statistics.differences import Difference, SlicedWasserstein, resolve_difference
+from lightning_dtda.statistics.differences import Difference, resolve_difference, resolve_joint
 from lightning_dtda.statistics.resampling import jackknife, standard_error_of
 
 ENOUGH_RUNS = 8
 """Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
 influence and its error cannot be told apart reliably; a warning says so."""
 
-_AT_ONCE = 2**20
-"""Samples of removals that are compared at once: 8 MiB in double precision, a few times that while they are sorted."""
-
 
 @dataclass(frozen=True, eq=False)
-class Attribution(Tables, Inference):
+class Attribution(Tables):
     r"""Measurements of an ensemble and their predicted changes under removal.
 
     Removal means weight zero: the example keeps its slot in the batches and the loss's divisor stays
@@ -209,6 +208,14 @@ class Attribution(Tables, Inference):
         selected = self._selected(runs)
         return selected._standard_error(selected._difference(difference), removed)
 
+    interval = inference.interval
+    p_values = inference.p_values
+    significant = inference.significant
+    runs_for_significance = inference.runs_for_significance
+    retrainings_needed = inference.retrainings_needed
+    reliability = inference.reliability
+    runs_for_stable_top = inference.runs_for_stable_top
+
     def joint_influence(
         self,
         difference: Difference | None = None,
@@ -235,7 +242,7 @@ class Attribution(Tables, Inference):
             AttributionError: If the difference is not joint, there is no such query, or the removals cannot be made
                 together.
         """
-        return self._selected(runs)._jointly(_joint(difference), queries, removed)
+        return self._selected(runs)._jointly(resolve_joint(difference), queries, removed)
 
     def joint_standard_error(
         self,
@@ -245,7 +252,7 @@ class Attribution(Tables, Inference):
         runs: Runs = "trusted",
     ) -> Tensor:
         """Return the jackknife's standard error of :meth:`joint_influence`; same arguments and shape."""
-        return self._selected(runs)._jointly(partial(jackknife, _joint(difference)), queries, removed)
+        return self._selected(runs)._jointly(partial(jackknife, resolve_joint(difference)), queries, removed)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
@@ -262,7 +269,7 @@ class Attribution(Tables, Inference):
         wanted = dict.fromkeys(self.runs)
         if isinstance(self.responses, KeptResponses):
             kept = KeptStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
-            for start in range(0, len(self.queries), size := max(1, _AT_ONCE // self.responses.shape[2])):
+            for start in range(0, len(self.queries), size := max(1, AT_ONCE // self.responses.shape[2])):
                 numbers = range(start, min(start + size, len(self.queries)))
                 kept.add(numbers.start, self.select(numbers))
             return
@@ -285,12 +292,12 @@ class Attribution(Tables, Inference):
         if "blocks" in index:
             kept = KeptStore(Path(path), index)
             missing = [str(kept.queries[n]) for stretch in kept.missing(kept.current) for n in stretch]
-            _warn_unfinished(path, "queries", missing)
+            warn_unfinished(path, "queries", missing)
             if not kept.current:
                 raise TrajectoryError(f"{path} holds no finished query. Call attribute again with this output.")
             return joined([cls(*kept.block(first)) for first in kept.current])
         store = AttributionStore(Path(path), index)
-        _warn_unfinished(path, "runs", store.unfinished)
+        warn_unfinished(path, "runs", store.unfinished)
         return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
 
     def _selected(self, runs: Runs) -> Attribution:
@@ -311,6 +318,21 @@ class Attribution(Tables, Inference):
         if removed is None and (moment := moment_of(difference)) and self._figures is not None:
             return self._figures.of(f"{moment}_standard_error")
         return self._each_query(standard_error_of(difference), removed)
+
+    @property
+    def _figures(self) -> Figures | None:
+        """What is known of every removal over these runs where not all responses were kept."""
+        responses = self.responses
+        return (
+            responses.figures if isinstance(responses, KeptResponses) and responses.figures.runs == self.runs else None
+        )
+
+    def _enough(self, difference: Difference, least: int, what: str = "") -> None:
+        subject = f"{what} of the {difference.name}" if what else difference.name
+        if len(self.runs) < least:
+            raise AttributionError(
+                f"The {subject} influence needs {least} runs; there are {len(self.runs)}. Record more seeds."
+            )
 
     def _difference(self, difference: str | Difference) -> Difference:
         chosen, runs = resolve_difference(difference), len(self.runs)
@@ -342,17 +364,17 @@ class Attribution(Tables, Inference):
         for query, into in enumerate(found):
             if kept and isinstance(responses, KeptResponses):
                 known = into[..., responses.kept[query]]
-                _in_parts(function, self.baseline, responses.table, query, known, copies)
+                in_parts(function, self.baseline, responses.table, query, known, copies)
                 into[..., responses.kept[query]] = known
             else:
-                _in_parts(function, self.baseline, responses, query, into, copies)
+                in_parts(function, self.baseline, responses, query, into, copies)
         return found if removed is None else found.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:
         responses = self.responses if removed is None else self._response(removed)[..., None]
         positions = slice(None) if queries is None else self._positions(queries)
         found = torch.empty(responses.shape[2], dtype=torch.float64, device=responses.device)
-        _in_parts(function, self.baseline, responses, positions, found)
+        in_parts(function, self.baseline, responses, positions, found)
         return found if removed is None else found.squeeze(-1)
 
     def _positions(self, queries: Sequence[int]) -> list[int]:
@@ -372,37 +394,6 @@ class Attribution(Tables, Inference):
             chosen = positions_of_examples(removed, self.responses.shape[2])
         else:
             chosen = positions_of_groups(removed, names, members)
-        at_once = max(1, _AT_ONCE // max(1, len(self.runs) * len(chosen)))
+        at_once = max(1, AT_ONCE // max(1, len(self.runs) * len(chosen)))
         queries = range(0, len(self.queries), at_once)
         return torch.cat([self.responses[:, start : start + at_once, chosen].sum(-1) for start in queries], 1)
-
-
-def _joint(difference: Difference | None) -> Difference:
-    chosen = difference or SlicedWasserstein()
-    if not chosen.joint:
-        raise AttributionError(
-            f"{chosen.name} is of one measurement: ask for influence. A joint difference is SlicedWasserstein()."
-        )
-    return chosen
-
-
-def _warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> None:
-    if missing:
-        warnings.warn(
-            f"{path} is unfinished: {len(missing)} {what} are missing ({', '.join(missing)}). Call attribute "
-            "again with this output to go on.",
-            stacklevel=3,
-        )
-
-
-def _in_parts(
-    function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int], into: Tensor, copies: int = 1
-) -> None:
-    """Apply a function to some queries of samples ``(runs, queries)`` and their changes; write ``(..., removals)``."""
-    # double: a change of the variance is a small difference of large squares. In parts: its memory
-    samples = baseline[:, queries, None].double()
-    size = max(1, _AT_ONCE // (samples.numel() * copies))
-    # written in place: a list of small results between large intermediate ones breaks up the heap
-    for start in range(0, responses.shape[2], size):
-        part = responses[:, queries, start : start + size].double()
-        into[..., start : start + size] = function(samples, samples + part)

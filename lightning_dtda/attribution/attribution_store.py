@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -182,3 +183,13 @@ def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) 
     """Return what is said of an answer, with the facts of each run, and which runs are chaotic."""
     of_runs = {key: {run: facts[run][key] for run in sorted(facts)} for key in OF_RUNS}
     return {**about, **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
+
+
+def warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> None:
+    """Warn about what an interrupted attribution lacks, if anything."""
+    if missing:
+        warnings.warn(
+            f"{path} is unfinished: {len(missing)} {what} are missing ({', '.join(missing)}). Call attribute "
+            "again with the same output to continue.",
+            stacklevel=3,
+        )

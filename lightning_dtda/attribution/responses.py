@@ -20,6 +20,9 @@ from lightning_dtda.trajectory.storage import check_size, entry_path, write_tens
 
 _READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clone()."
 
+AT_ONCE = 2**20
+"""Samples of removals that are compared at once: 8 MiB in double precision, a few times that while they are sorted."""
+
 
 @dataclass(frozen=True, eq=False)
 class StoredTable:
@@ -204,3 +207,16 @@ def _checksum_of_all(tensors: Sequence[Tensor]) -> int:
 
 def _damaged(path: Path) -> TrajectoryError:
     return TrajectoryError(f"{path} is not what was written (its checksum differs). Attribute the run again.")
+
+
+def in_parts(
+    function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int], into: Tensor, copies: int = 1
+) -> None:
+    """Apply a function to some queries of samples ``(runs, queries)`` and their changes; write ``(..., removals)``."""
+    # double: a change of the variance is a small difference of large squares. In parts: its memory
+    samples = baseline[:, queries, None].double()
+    size = max(1, AT_ONCE // (samples.numel() * copies))
+    # written in place: a list of small results between large intermediate ones breaks up the heap
+    for start in range(0, responses.shape[2], size):
+        part = responses[:, queries, start : start + size].double()
+        into[..., start : start + size] = function(samples, samples + part)

@@ -148,8 +148,8 @@ def test_what_makes_no_sense_is_refused(attribution, tmp_path):
     for arguments, message in (
         ({"format": "csv"}, "format='csv'; choose from parquet, zarr, netcdf"),
         (
-            {"differences": [Quantile(0.1), Quantile(0.9)]},
-            "Two differences are called quantile. Export them one at a time",
+            {"differences": [Quantile(0.1), Quantile(0.1)]},
+            r"Two differences are called quantile\(0.1\). Export them one at a time",
         ),
         ({"level": 1.0}, "level=1.0; give a share between 0 and 1"),
         ({"output": tmp_path / "a-file" / "table"}, "cannot be written .*Choose another output"),
@@ -175,3 +175,11 @@ def test_of_a_top_that_was_kept_every_column_is_there_and_intervals_of_what_was_
             )
             np.testing.assert_allclose(values, wanted, rtol=1e-4, err_msg=name)
         assert np.isnan(column).sum() == (len(QUERIES) * (EXAMPLES - 4) if is_end else 0), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_settings_of_a_difference_have_columns_of_their_own(attribution, tmp_path, format):
+    low, high = Quantile(0.1), Quantile(0.9)
+    found = read(export(attribution, tmp_path / "table", format, [low, high], replicates=0), format)
+    for name, difference in (("quantile(0.1)", low), ("quantile", high)):
+        np.testing.assert_allclose(found[f"{name}_influence"].values, attribution.influence(difference), rtol=1e-12)

@@ -72,7 +72,7 @@ def test_a_set_is_removed_together_and_a_part_of_the_queries_taken(attribution):
 def test_parts_of_the_removals_give_what_all_give_at_once(attribution, monkeypatch):
     whole = attribution.joint_influence(), attribution.influence(Wasserstein())
     # one removal at a time
-    monkeypatch.setattr("lightning_dtda.attribution.attribution._AT_ONCE", 1)
+    monkeypatch.setattr("lightning_dtda.attribution.responses.AT_ONCE", 1)
     assert torch.equal(whole[0], attribution.joint_influence())
     assert torch.equal(whole[1], attribution.influence(Wasserstein()))
 

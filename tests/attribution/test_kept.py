@@ -42,7 +42,7 @@ def both(request, tmp_path, monkeypatch):
     kept = full.keep_top(K)
     if request.param == "disk":
         with monkeypatch.context() as patched:
-            patched.setattr("lightning_dtda.attribution.attribution._AT_ONCE", 3 * EXAMPLES)
+            patched.setattr("lightning_dtda.attribution.attribution.AT_ONCE", 3 * EXAMPLES)
             kept.save(tmp_path / "kept")
         assert len(list((tmp_path / "kept").glob("queries-*.safetensors"))) == 2
         kept = Attribution.load(tmp_path / "kept")

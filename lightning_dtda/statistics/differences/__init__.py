@@ -30,6 +30,7 @@ __all__ = [
     "Variance",
     "Wasserstein",
     "resolve_difference",
+    "resolve_joint",
 ]
 
 PAPERS = ("mean", "variance", "wasserstein")
@@ -63,6 +64,20 @@ def resolve_difference(difference: str | Difference) -> Difference:
             f"{found.name} is between joint distributions of several queries: ask for Attribution.joint_influence."
         )
     return found
+
+
+def resolve_joint(difference: Difference | None) -> Difference:
+    """Return a difference between joint distributions of several measurements; the sliced Wasserstein distance of none.
+
+    Raises:
+        AttributionError: If it is of one measurement.
+    """
+    chosen = difference or SlicedWasserstein()
+    if not chosen.joint:
+        raise AttributionError(
+            f"{chosen.name} is of one measurement: ask for influence. A joint difference is SlicedWasserstein()."
+        )
+    return chosen
 
 
 def _imported(name: str) -> object:
