@@ -12,16 +12,16 @@ from lightning_dtda.statistics.crossed_bootstrap import difference_interval
 
 
 @dataclass(frozen=True)
-class ScoreDifference:
+class Comparison:
     """By how much one score is higher than another one.
 
     Args:
-        difference: The first score less the second.
+        gain: The first score less the second.
         low: Lower limit of its interval.
         high: Upper limit.
     """
 
-    difference: float
+    gain: float
     low: float
     high: float
 
@@ -31,7 +31,7 @@ class ScoreDifference:
         return self.low > 0 or self.high < 0
 
 
-def compare(first: Evaluation, second: Evaluation) -> dict[str, ScoreDifference]:
+def compare(first: Evaluation, second: Evaluation) -> dict[str, Comparison]:
     """Return by how much an attribution scores higher than another one, with intervals.
 
     Two attributions that are compared with the same truth share its luck: its seeds, subsets and queries, and the
@@ -61,7 +61,7 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, ScoreDifference]
         >>> removed = ((0, 1), (2, 3), (4, 5), (0, 5))
         >>> real = torch.stack([good.predict(subset) for subset in removed])
         >>> truth = GroundTruth(real, torch.zeros(3, 1), removed, (0,), (7, 8, 9), (7, 8, 9))
-        >>> compare(*(evaluate(each, truth, ["mean"]) for each in (good, bad)))["mean"].difference
+        >>> compare(*(evaluate(each, truth, ["mean"]) for each in (good, bad)))["mean"].gain
         2.0
     """
     for what, one, other in (
@@ -70,17 +70,17 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, ScoreDifference]
     ):
         if one != other:
             raise AttributionError(f"The evaluations differ in their {what}: {one} and {other}. Evaluate again.")
-    return {name: _difference(first, second, name) for name in first.scores if name in second.scores}
+    return {name: _compared(first, second, name) for name in first.scores if name in second.scores}
 
 
-def _difference(first: Evaluation, second: Evaluation, name: str) -> ScoreDifference:
+def _compared(first: Evaluation, second: Evaluation, name: str) -> Comparison:
     one, other = first.scores[name], second.scores[name]
     apart, (of_one, of_other) = one.score - other.score, (one.replicates, other.replicates)
     if of_one is None or of_other is None:
-        return ScoreDifference(apart, float("nan"), float("nan"))
+        return Comparison(apart, float("nan"), float("nan"))
     if not torch.equal(of_one.queries, of_other.queries):
         raise AttributionError(
             "The evaluations have other draws. Evaluate both with the same replicates and the same seed."
         )
     low, high = difference_interval(of_one, of_other, first.confidence)
-    return ScoreDifference(apart, float(low), float(high))
+    return Comparison(apart, float(low), float(high))

@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning_dtda.errors import RecordingError, TrajectoryError
 from lightning_dtda.trajectory import Manifest, Run
 from lightning_dtda.trajectory.example_checksums import ExampleChecksums, list_examples
-from lightning_dtda.trajectory.manifest import MANIFEST, differences
+from lightning_dtda.trajectory.manifest import MANIFEST, mismatch
 
 _SAME_DATA = (
     "All runs of an ensemble must be trained on the same data, in the same order. If the data are split, drawn or "
@@ -32,7 +32,7 @@ def refuse_other_configuration(directory: Path, manifest: Manifest, checksums: E
     if other is None:
         return
     begin = f"{directory} cannot be recorded in the same root as {other.path}, which was trained"
-    found = differences(other.manifest.comparable, manifest.comparable)
+    found = mismatch(other.manifest.comparable, manifest.comparable)
     recorded = other.example_checksums
     if recorded is None or checksums is None or recorded.length != checksums.length:
         changed = []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import RecordingError, TrajectoryError
 from lightning_dtda.trajectory import Manifest, Run, is_being_written
-from lightning_dtda.trajectory.manifest import differences
+from lightning_dtda.trajectory.manifest import mismatch
 
 _SAME = 1e-4
 """Relative distance up to which parameters are considered the recorded ones. A trajectory that is rebuilt on another
@@ -45,7 +45,7 @@ def resume(directory: Path, new: Manifest, steps: int, theta: Tensor, gradients_
             f"The training resumes after {steps} recorded steps, but their record cannot be read: {error} {remedy}"
         ) from error
     old = run.manifest
-    if found := differences(_fixed(old.comparable), _fixed(new.comparable)):
+    if found := mismatch(_fixed(old.comparable), _fixed(new.comparable)):
         raise RecordingError(
             f"The training resumes with a configuration that differs from that of {directory}:\n{found}\nResume "
             "with the same configuration; only the length of the training may change."

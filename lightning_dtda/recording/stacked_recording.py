@@ -27,7 +27,7 @@ from lightning_dtda.stacking.stacks import Stacks, Training
 from lightning_dtda.stacking.training import Schedule, Start, Taken
 from lightning_dtda.stacking.watch import Watch
 from lightning_dtda.trajectory import Run, RunWriter
-from lightning_dtda.trajectory.manifest import differences
+from lightning_dtda.trajectory.manifest import mismatch
 
 _log = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class _Stacking:
         if self._made is None:
             # as made: a fit fills in some settings, and what it trained on is to be what is made
             self._made = found | {"dataset": self._reference.manifest.configuration["dataset"]}
-        if changes := differences(self._made, found):
+        if changes := mismatch(self._made, found):
             raise CannotStackError(
                 f"what is made for seed {seed} is not what was trained for seed {self._reference.manifest.seed}:\n"
                 f"{changes}"
@@ -195,7 +195,7 @@ class _Stacking:
                 raise KeyboardInterrupt
 
         with first_step_of(seed, fit) as run:
-            if changes := differences(self._reference.manifest.comparable, run.manifest.comparable):
+            if changes := mismatch(self._reference.manifest.comparable, run.manifest.comparable):
                 raise CannotStackError(f"what is trained depends on the seed:\n{changes}")
             stacks.check_another(run)
 

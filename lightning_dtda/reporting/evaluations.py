@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lightning_dtda.evaluation.comparing import ScoreDifference, compare
+from lightning_dtda.evaluation.comparing import Comparison, compare
 from lightning_dtda.evaluation.evaluating import Evaluation, Score
 from lightning_dtda.reporting.formatting import MINUS
 from lightning_dtda.reporting.wording import counted
@@ -49,7 +49,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | 
     say(_table(evaluations, separator))
     say()
     if len(evaluations) > 1:
-        say(_differences(evaluations, separator))
+        say(_comparisons(evaluations, separator))
         say()
     for note in _notes(evaluations):
         say(escape(note), style="dim")
@@ -75,7 +75,7 @@ def _table(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
     return table
 
 
-def _differences(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
+def _comparisons(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
     """Return the table of how much higher the others score than the first; dim where it may be none."""
     (name, first), *others = evaluations.items()
     table = Table(box=SIMPLE_HEAD, show_edge=False)
@@ -93,10 +93,10 @@ def _cell(score: Score | None, separator: str) -> str:
     return _UNKNOWN if score is None else _with_interval(score.score, score.low, score.high, separator)
 
 
-def _apart(apart: ScoreDifference | None, separator: str) -> str:
+def _apart(apart: Comparison | None, separator: str) -> str:
     if apart is None:
         return _UNKNOWN
-    text = _with_interval(apart.difference, apart.low, apart.high, separator, sign="+")
+    text = _with_interval(apart.gain, apart.low, apart.high, separator, sign="+")
     return text if apart.clear else f"[dim]{text}[/]"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.trajectory.example_checksums import list_examples
-from lightning_dtda.trajectory.manifest import MANIFEST, differences
+from lightning_dtda.trajectory.manifest import MANIFEST, mismatch
 from lightning_dtda.trajectory.run import Run, changed_examples
 
 
@@ -34,7 +34,7 @@ class Ensemble(Sequence[Run]):
         self.runs = tuple(runs)
         first = self.runs[0].manifest.comparable
         for run in self.runs[1:]:
-            if found := differences(first, run.manifest.comparable):
+            if found := mismatch(first, run.manifest.comparable):
                 raise TrajectoryError(
                     f"{self.runs[0].path} and {run.path} have different configurations, so they are not samples of "
                     f"one distribution:\n{found}\nKeep each configuration in a separate directory."

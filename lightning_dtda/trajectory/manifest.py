@@ -168,7 +168,7 @@ def changed_leaves(first: Any, second: Any, absent: Any = None, where: str = "")
         yield where, first, second
 
 
-def differences(first: Any, second: Any) -> str:
+def mismatch(first: Any, second: Any) -> str:
     """List the leaves in which two JSON values differ, one per line."""
     found = changed_leaves(first, second, absent="absent")
     return "\n".join(f"  {where}: {one!r} vs. {other!r}" for where, one, other in found)

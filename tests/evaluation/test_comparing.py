@@ -110,18 +110,18 @@ def test_differences_are_those_of_the_scores(evaluated):
     found = compare(first, second)
     assert list(found) == ["mean", "variance", "wasserstein"]
     for name, each in found.items():
-        assert each.difference == first.scores[name].score - second.scores[name].score
+        assert each.gain == first.scores[name].score - second.scores[name].score
         assert each.low < each.high
         back = compare(second, first)[name]
         assert (back.low, back.high) == (pytest.approx(-each.high), pytest.approx(-each.low))
     assert found["mean"].clear
-    assert found["mean"].low < found["mean"].difference < found["mean"].high
+    assert found["mean"].low < found["mean"].gain < found["mean"].high
 
 
 def test_without_draws_there_is_no_interval(evaluated):
     good, noisy, truth = evaluated
     found = compare(*(evaluate(each, truth, ["mean"], replicates=0) for each in (good, noisy)))["mean"]
-    assert found.difference > 0
+    assert found.gain > 0
     assert np.isnan([found.low, found.high]).all()
     assert not found.clear
 

@@ -192,7 +192,7 @@ def test_a_second_table_says_how_far_the_others_are_from_the_first(attribution, 
     assert "score less that of [one]" in text
     for each in compare(second, first).values():
         low, high = (f"{end:+.2f}" for end in (each.low, each.high))
-        shown = f"{each.difference:+.3f} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
+        shown = f"{each.gain:+.3f} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
         assert shown.replace("\N{MINUS SIGN}0.00", "0.00").replace("+0.00]", "0.00]") in text
     assert "Less the first: intervals of the difference itself" in text
     assert "less that of" not in printed({"one": first}).lower()
@@ -227,9 +227,9 @@ def test_the_command_prints_a_line_for_each_attribution_and_writes_the_figures(a
     assert content[paths[0]]["scores"]["mean"]["score"] == expected.scores["mean"].score
     assert content[paths[1]]["scores"]["mean"]["score"] == pytest.approx(-expected.scores["mean"].score)
     apart = content[paths[1]]["less_first"]["mean"]
-    assert apart["difference"] == pytest.approx(-2 * expected.scores["mean"].score)
-    assert apart["low"] < apart["difference"] < apart["high"] < 0
-    assert content[paths[0]]["less_first"]["mean"] == {"difference": 0, "low": 0, "high": 0}
+    assert apart["gain"] == pytest.approx(-2 * expected.scores["mean"].score)
+    assert apart["low"] < apart["gain"] < apart["high"] < 0
+    assert content[paths[0]]["less_first"]["mean"] == {"gain": 0, "low": 0, "high": 0}
 
 
 def test_the_command_says_what_is_wrong(attribution, truth, tmp_path, capsys):
