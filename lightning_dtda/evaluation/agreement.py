@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from torch import Tensor
@@ -14,6 +15,10 @@ from lightning_dtda.evaluation.functional.agreement import REPLICATES, agreement
 from lightning_dtda.statistics.correlation import Correlation
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.samples import arrange, collect
+
+_PLOTTED = ("score", "low", "high", "ceiling")
+
+Result = dict[str, Tensor]
 
 _STATES = ("predicted", "baseline", "real", "real_baseline")
 
@@ -90,6 +95,24 @@ class InfluenceAgreement(Metric):
         samples = collect(arranged, self.paired)
         found, _ = agreement(samples, self.difference, self.correlation, self.replicates, self.confidence, self.seed)
         return found
+
+    @override
+    def plot(self, val: Result | Sequence[Result] | None = None, ax: Any = None) -> Any:
+        """Plot the score with its interval and the noise ceiling; of several results, over their number.
+
+        Args:
+            val: What :meth:`compute` or ``forward`` returned, or a list of such; ``None`` computes it.
+            ax: Axes of matplotlib to draw on, if not new ones.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        results = [self.compute() if val is None else val] if val is None or isinstance(val, dict) else val
+        shown = [{name: result[name] for name in _PLOTTED} for result in results]
+        return self._plot(shown[0] if len(shown) == 1 else shown, ax)
 
 
 class LinearDatamodelingScore(InfluenceAgreement):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.plot import plot_curve
 from typing_extensions import override
 
 from lightning_dtda.evaluation.functional.mislabelled import INSPECTED, mislabel_detection
@@ -58,3 +60,22 @@ class MislabelDetection(Metric):
             AttributionError: If the shapes differ, or all labels or none are wrong.
         """
         return mislabel_detection(dim_zero_cat(self.suspicion), dim_zero_cat(self.mislabelled), self.inspected)
+
+    @override
+    def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
+        """Plot which share of the wrong labels is among the most suspicious examples, by the share that is inspected.
+
+        Args:
+            val: What :meth:`compute` or ``forward`` returned; ``None`` computes it.
+            ax: Axes of matplotlib to draw on, if not new ones.
+
+        Returns:
+            Figure and axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        curve = (self.compute() if val is None else val)["curve"]
+        found = torch.cat([curve.new_zeros(1), curve])
+        names = "share of the examples inspected", "share of the wrong labels found"
+        return plot_curve((torch.linspace(0, 1, len(found)), found), ax=ax, label_names=names, name=type(self).__name__)  # type: ignore[arg-type]  # two of three

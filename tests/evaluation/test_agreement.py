@@ -191,3 +191,20 @@ def test_settings_that_do_not_exist_are_refused():
         LeaveOneOutCorrelation(correlation="kendall")
     with pytest.raises(AttributionError, match="is no difference"):
         LinearDatamodelingScore("median")
+
+
+def test_scores_plot_themselves_with_interval_and_ceiling_as_torchmetrics_do(samples):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    metric = LinearDatamodelingScore(replicates=50)
+    metric.update(*samples)
+    found = metric.compute()
+    shown = ("score", "low", "high", "ceiling")
+    _, axes = metric.plot()
+    drawn = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    assert {name: drawn[name] for name in shown} == {name: pytest.approx(float(found[name])) for name in shown}
+    # several results over their number, on axes that are given
+    given = pyplot.subplots()[1]
+    metric.plot([found, {**found, "score": found["score"] / 2}], ax=given)
+    [line] = [line for line in given.lines if line.get_label() == "score"]
+    np.testing.assert_allclose(line.get_ydata(), [found["score"], found["score"] / 2])
+    pyplot.close("all")

@@ -75,3 +75,15 @@ def test_examples_whose_removal_lowers_the_loss_are_suspicious():
     attribution = Attribution(torch.ones(8, 2), responses, tuple("abcdefgh"), (0, 1))
     found = mislabel_detection(-attribution.influence("mean").mean(0), wrong, inspected=[0.15])
     assert (found["auroc"], found["found"]) == (1, 1)
+
+
+def test_the_curve_of_inspection_is_plotted():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    metric = MislabelDetection()
+    metric.update(*suspicions(1.0))
+    _, axes = metric.plot()
+    inspected, found = axes.lines[0].get_xdata(), axes.lines[0].get_ydata()
+    np.testing.assert_allclose(found[1:], metric.compute()["curve"])
+    np.testing.assert_allclose(inspected, np.arange(201) / 200, atol=1e-6)
+    assert (found[0], axes.get_ylabel()) == (0, "share of the wrong labels found")
+    pyplot.close("all")
