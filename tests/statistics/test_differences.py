@@ -1,10 +1,14 @@
 """Differences against SciPy and NumPy, standard errors against simulation."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import energy_distance, wasserstein_distance
 
+from lightning_dtda import statistics
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import (
     Difference,
@@ -190,3 +194,13 @@ def test_leaving_runs_out_by_the_formula_is_leaving_them_out():
     rows = [[row for row in range(9) if row != left_out] for left_out in range(9)]
     expected = torch.stack([y[some].var(0) - x[some].var(0) for some in rows])
     torch.testing.assert_close(Variance().leave_one_out(x, y), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_room_of_samples_needs_nothing_of_the_package_but_errors():
+    root = Path(statistics.__file__).parent
+    found = {
+        name
+        for path in root.rglob("*.py")
+        for name in re.findall(r"^\s*(?:from|import) (lightning\S*)", path.read_text(), re.MULTILINE)
+    }
+    assert {name for name in found if not name.startswith("lightning_dtda.statistics")} == {"lightning_dtda.errors"}

@@ -6,14 +6,12 @@ import importlib
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference, Moment
-from lightning_dtda.statistics.differences.energy import Energy
-from lightning_dtda.statistics.differences.gaussian_kl import GaussianKL
+from lightning_dtda.statistics.differences.distances import Energy, GaussianKL, Wasserstein
 from lightning_dtda.statistics.differences.mean import Location, Mean
 from lightning_dtda.statistics.differences.quantile import Quantile
 from lightning_dtda.statistics.differences.sliced_wasserstein import SlicedWasserstein
 from lightning_dtda.statistics.differences.tail import Tail
 from lightning_dtda.statistics.differences.variance import Variance
-from lightning_dtda.statistics.differences.wasserstein import Wasserstein
 
 __all__ = [
     "DIFFERENCES",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference
-from lightning_dtda.statistics.differences.wasserstein import Wasserstein
+from lightning_dtda.statistics.differences.distances import Wasserstein
 
 
 class SlicedWasserstein(Difference):
