@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 from lightning_dtda.version import __version__
@@ -10,8 +11,17 @@ project = "lightning-dtda"
 author = "the authors of lightning-dtda"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-exclude_patterns = ["_build"]
+sys.path.insert(0, str(Path(__file__).parent))
+extensions = [
+    "reference",  # reference.py, beside this file
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+]
+exclude_patterns = ["_build", "commands.md"]  # commands.md is included in cli.md
+templates_path = ["_templates"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
@@ -26,7 +36,9 @@ napoleon_use_rtype = False
 
 html_theme = "furo"
 html_title = f"lightning-dtda {version}"
-html_static_path = []
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 # MathJax comes from a CDN. Where sphinx-mathjax-offline is installed, its copy goes into the built pages instead.
 mathjax_package = importlib.util.find_spec("sphinx-mathjax-offline")
