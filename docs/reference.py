@@ -17,19 +17,21 @@ from sphinx.config import Config
 
 ROOMS = {
     "lightning_dtda": "The main names",
+    "lightning_dtda.recording": "Recording",
     "lightning_dtda.attribution": "Attribution",
     "lightning_dtda.statistics": "Statistics",
     "lightning_dtda.estimators": "Estimators",
     "lightning_dtda.retraining": "Retraining",
     "lightning_dtda.evaluation": "Evaluation",
     "lightning_dtda.reporting": "Reporting",
+    "lightning_dtda.execution": "Where work runs",
     "lightning_dtda.trajectory": "Recorded runs",
     "lightning_dtda.optimizers": "Optimizers",
     "lightning_dtda.errors": "Errors",
 }
 """Packages whose exports are documented, and the title of each one's page."""
 
-INTERNAL = {"is_being_written", "RunWriter"}
+INTERNAL = {"is_being_written", "run_name", "RunWriter", "ThisProcess", "workers_of"}
 """What packages export for each other only."""
 
 EXTENDING = (
