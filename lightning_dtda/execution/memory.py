@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from lightning_dtda.compatibility import allocations
 
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -39,7 +45,8 @@ def available_memory(device: torch.device) -> int | None:
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
     """Run a function and return the most bytes that its tensors took at once, beyond those alive before.
 
-    From the allocator on CUDA devices, elsewhere from the profiler's record of allocations.
+    From the allocator on CUDA devices, elsewhere from the profiler's record of allocations; or, where a profiler runs
+    already, from the tensors that operations return, without what they take for themselves.
 
     Example:
         >>> peak_memory(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu"))
@@ -50,21 +57,46 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         function()
         return torch.cuda.max_memory_allocated(device) - before
-    # the profiler otherwise says on the terminal that it starts and stops; it reads this when it is first used
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     was_enabled = gc.isenabled()
     gc.disable()  # what garbage there is would be counted as if it came from the function when it is freed
     try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        if not torch.autograd._profiler_enabled():
+            return max(accumulate(allocations(function), initial=0))
+        with _Storages() as storages:  # a second profiler would end the first
             function()
+        return storages.peak
     finally:
         if was_enabled:
             gc.enable()
-    alive = peak = 0
-    for event in sorted(record.events() or [], key=lambda event: event.time_range.start):
-        alive += event.self_cpu_memory_usage
-        peak = max(peak, alive)
-    return peak
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of what operations return, as long as it is alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._alive = 0
+        self._known: set[int] = set()
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._count((args, kwargs), is_new=False)
+        result = func(*args, **(kwargs or {}))
+        self._count(result, is_new=True)
+        self.peak = max(self.peak, self._alive)
+        return result
+
+    def _count(self, tensors: Any, is_new: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._known:
+                size = storage.nbytes() if is_new else 0
+                self._known.add(key)
+                self._alive += size
+                weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._alive -= size
 
 
 def resident_memory(of_tensors: float, device: torch.device) -> float:

@@ -1,0 +1,50 @@
+"""How much memory a computation takes."""
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.memory import peak_memory
+
+CPU = torch.device("cpu")
+MIB = 2**18
+"""Numbers in single precision that make a MiB."""
+
+
+def test_what_is_alive_at_once_counts():
+    def chain():
+        for _ in range(5):
+            torch.ones(MIB)
+        return torch.ones(MIB) + torch.ones(MIB)  # the sum beside both
+
+    assert peak_memory(chain, CPU) == 3 * 2**20
+
+
+def test_what_an_operation_takes_for_itself_counts():
+    values = torch.rand(MIB)
+    returned = 4 * MIB + 8 * MIB  # numbers and places
+    assert peak_memory(lambda: values.sort(), CPU) > returned
+
+
+def test_a_profiler_that_runs_goes_on():
+    layers = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    inputs = torch.rand(32, 64)
+    layers(inputs).sum().backward()  # gradients are there from now on
+
+    def step():
+        layers(inputs).sum().backward()
+
+    wanted = peak_memory(step, CPU)
+    with profile(activities=[ProfilerActivity.CPU]) as record:
+        assert wanted / 2 < peak_memory(step, CPU) <= wanted  # what operations take for themselves is not seen
+        torch.zeros(3).cumsum(0)
+    assert any(event.name == "aten::cumsum" for event in record.events())
+
+
+def test_a_torch_without_the_record_of_allocations_is_named(monkeypatch):
+    monkeypatch.setattr(torch.autograd.profiler.profile, "__exit__", lambda self, *error: None)
+    with pytest.raises(AttributionError, match=r"record of allocations is not where it was.*Install versions"):
+        peak_memory(lambda: torch.ones(3), CPU)
+    torch.autograd.profiler._disable_profiler()
