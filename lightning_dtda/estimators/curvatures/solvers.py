@@ -131,24 +131,26 @@ def root_times(products: Products, vectors: Tensor, steps: int) -> tuple[Tensor,
     """
     tiny = torch.finfo(vectors.dtype).tiny
     size = vectors.norm(dim=1, keepdim=True)
-    basis = [vectors / size.clamp_min(tiny)]
+    basis = vectors.new_zeros(len(vectors), steps, vectors.shape[1])
+    basis[:, 0] = vectors / size.clamp_min(tiny)
     inner = vectors.new_zeros(len(vectors), steps, steps)
     for step in range(steps):
-        along = products(basis[-1])
-        inner[:, step, step] = (along * basis[-1]).sum(1)
+        along = products(basis[:, step])
+        inner[:, step, step] = (along * basis[:, step]).sum(1)
         if step == steps - 1:
             break
-        known = torch.stack(basis, 1)
-        for _ in range(2):  # rounding leaves some of what is taken away the first time
-            along = along - torch.einsum("bj,bjc->bc", torch.einsum("bjc,bc->bj", known, along), known)
+        # the last two first: rounding leaves some of what is taken away, and of all others there is next to nothing
+        recent = basis[:, max(step - 1, 0) : step + 1]
+        for known in (recent, basis[:, : step + 1]):
+            along = torch.baddbmm(along[:, None], (known @ along[..., None]).mT, known, alpha=-1)[:, 0]
         length = along.norm(dim=1)
         # nothing but rounding is left where the space is whole
         length = torch.where(length > _WHOLE * torch.finfo(length.dtype).eps * inner[:, 0, 0], length, 0)
         inner[:, step, step + 1] = inner[:, step + 1, step] = length
-        basis.append(torch.where(length[:, None] > 0, along / length[:, None].clamp_min(tiny), 0))
+        basis[:, step + 1] = torch.where(length[:, None] > 0, along / length[:, None].clamp_min(tiny), 0)
     values, turns = torch.linalg.eigh(inner)
     weights = torch.einsum("bij,bj,bj->bi", turns, values.clamp_min(0).sqrt(), turns[:, 0])
-    return size * torch.einsum("bi,bic->bc", weights, torch.stack(basis, 1)), values
+    return size * torch.einsum("bi,bic->bc", weights, basis), values
 
 
 def lissa(
