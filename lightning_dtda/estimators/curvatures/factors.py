@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -25,9 +26,8 @@ from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay.cut import edges_of
 from lightning_dtda.replay.outputs import Outputs
 
-_VECTORS = 6
-"""Vectors of P numbers that an example takes at most while eigenvalues are corrected: its gradient by one layer at a
-time, in two bases. What the passes take is measured; the same again is left for rotating it."""
+_KEPT = 1 / 8
+"""Share of the memory for columns of the root, of which there are three passes."""
 
 _STEPS = 24
 """Products with the Hessian by the outputs, from which its root times a random combination of them is computed. For a
@@ -72,10 +72,12 @@ class LayerFactors:
         self._inputs, self._right = eigen(self._of_inputs)
         self._derivatives, self._left = eigen(self._of_derivatives)
 
-    def correct(self, inputs: Tensor, derivatives: Tensor) -> None:
-        """Add a batch to the corrected eigenvalues."""
+    def correct(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
+        """Add a batch to the corrected eigenvalues; ``is_first`` as for :meth:`add`."""
         entering, leaving = self._matrices(inputs, derivatives)
-        entering, leaving = self._right.mT @ entering, self._left.mT @ leaving
+        if is_first:
+            self._entering = self._right.mT @ entering
+        entering, leaving = self._entering, self._left.mT @ leaving
         if entering.shape[3] == 1:
             found = torch.einsum("bgo,bgi->goi", leaving[..., 0].square(), entering[..., 0].square())
         else:
@@ -120,8 +122,8 @@ class EmbeddingFactors:
         """Find the eigenvectors of the derivatives' factor."""
         self._derivatives, self._right = eigen(self._of_derivatives)
 
-    def correct(self, inputs: Tensor, derivatives: Tensor) -> None:
-        """Add a batch to the corrected eigenvalues."""
+    def correct(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
+        """Add a batch to the corrected eigenvalues; ``is_first`` as for :meth:`add`."""
         of_rows = without_padding(self._module, inputs, derivatives).flatten(1, -2) @ self._right
         total = of_rows.new_zeros(len(inputs), *self._module.weight.shape)
         total.scatter_add_(1, inputs.flatten(1)[..., None].expand(-1, -1, total.shape[2]), of_rows)
@@ -147,23 +149,18 @@ def with_factors(known: LayerGradients) -> list[int]:
     return [number for number, layer in enumerate(known.layers) if has_factors(number, layer)]
 
 
-def fit_factors(
-    objective: Objective, known: LayerGradients, samples: Samples, seed: int, is_corrected: bool
-) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
+def fit_factors(root: SampledRoot, is_corrected: bool) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
     """Compute the factors of all layers that have some, and the diagonal of the matrix for other known parameters.
 
     Args:
-        objective: The objective.
-        known: Its layers.
-        samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all,
-            ``"auto"`` as many as the number of examples asks for.
-        seed: Of the samples.
+        root: Of the matrix.
         is_corrected: Whether the eigenvalues are those that fit the matrix best with these eigenvectors.
 
     Returns:
         By number of the layer, eigenvectors and eigenvalues; and the diagonal without the penalty ``(P,)``, zero in
         layers that have factors.
     """
+    objective, known = root.objective, root.known
     factors: dict[int, Any] = {
         number: (EmbeddingFactors if isinstance(known.layers[number].module, nn.Embedding) else LayerFactors)(
             known.layers[number]
@@ -171,7 +168,7 @@ def fit_factors(
         for number in with_factors(known)
     }
     diagonal = torch.zeros_like(objective.theta)
-    for part in _parts(objective, known, samples, seed):
+    for part in root.parts():
         others: dict[int, Tensor] = {}
         for call, derivatives in part.pairs:
             if call.layer in factors:
@@ -184,17 +181,15 @@ def fit_factors(
     for of_layer in factors.values():
         of_layer.decompose()
     if is_corrected:
-        for part in _parts(objective, known, samples, seed):
+        for part in root.parts():
             for call, derivatives in part.pairs:
                 if call.layer in factors:
-                    factors[call.layer].correct(call.inputs, derivatives)
+                    factors[call.layer].correct(call.inputs, derivatives, part.is_first)
     found = {number: of_layer.tensors(objective.examples, is_corrected) for number, of_layer in factors.items()}
     return found, diagonal / objective.examples
 
 
-def quadratic_forms(
-    objective: Objective, known: LayerGradients, vectors: Tensor, samples: Samples, seed: int
-) -> Tensor:
+def quadratic_forms(root: SampledRoot, vectors: Tensor) -> Tensor:
     r"""Return :math:`\langle v, G v \rangle` without the penalty for each of ``vectors`` ``(Q, P)``, as ``(Q,)``.
 
     .. math:: \langle v, G v \rangle = \frac1N \sum_{nc} \langle A_{nc}, v \rangle^2
@@ -202,17 +197,14 @@ def quadratic_forms(
     One backward pass for each column of the root does for all vectors, where a product with G takes several for each.
 
     Args:
-        objective: The objective, whose matrix has a root of single examples.
-        known: Its layers, which make up all of its parameters.
+        root: Of a matrix that has one of single examples, by layers that make up all parameters.
         vectors: v.
-        samples: As for :func:`fit_factors`.
-        seed: Of the samples.
     """
     total = vectors.new_zeros(len(vectors))
-    for part in _parts(objective, known, samples, seed):
-        products = sum(known.products_of(call, derivatives, vectors) for call, derivatives in part.pairs)
+    for part in root.parts():
+        products = sum(root.known.products_of(call, derivatives, vectors) for call, derivatives in part.pairs)
         total += torch.as_tensor(products).square().sum(1)
-    return total / objective.examples
+    return total / root.objective.examples
 
 
 class _Part(NamedTuple):
@@ -222,57 +214,94 @@ class _Part(NamedTuple):
     is_first: bool
 
 
-def _parts(objective: Objective, known: LayerGradients, samples: Samples, seed: int) -> Iterator[_Part]:
-    """Go over the training examples, batch by batch, and column by column of the root of each.
+class SampledRoot:
+    """The root of the Gauss-Newton matrix, or random combinations of its columns, by what comes out of the layers.
 
     Where the matrix has no root of single examples, the gradients of the losses stand for its only column, and what
     comes out is the Fisher matrix of the training labels.
+
+    Args:
+        objective: The objective.
+        known: Its layers.
+        samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all,
+            ``"auto"`` as many as the number of examples asks for.
+        seed: Of the samples.
     """
-    generator = torch.Generator().manual_seed(seed)
 
-    def measured(indices: Tensor) -> None:
-        for _ in _of_batch(objective, known, indices, None, 1.0, samples, torch.Generator()):
-            pass
+    def __init__(self, objective: Objective, known: LayerGradients, samples: Samples, seed: int) -> None:
+        self.objective = objective
+        self.known = known
+        self._samples = samples
+        self._seed = seed
+        self._kept: list[list[list[Tensor]]] = []
+        """Columns of the first batches, by the outputs, of which further passes are made."""
+        self._room = objective.memory * _KEPT
 
-    size = int(objective.memory / (_VECTORS * objective.size * objective.theta.itemsize))
-    if objective.has_root:  # else batches are as large as those of the training
-        size = min(size, objective.examples_at_once("Kronecker factors", measured) // 2)
-    for indices, draw, factor in objective.parts(max(1, size)):
-        yield from _of_batch(objective, known, indices, draw, factor, samples, generator)
+    def parts(self) -> Iterator[_Part]:
+        """Go over the training examples, batch by batch, and column by column of the root of each."""
+        size = self.objective.examples
+        if self.objective.has_root:  # else batches are as large as those of the training
+            size = self.objective.examples_at_once("Kronecker factors", self._measured) // 2
+        for number, (indices, draw, factor) in enumerate(self.objective.parts(max(1, size))):
+            yield from self._of_batch(indices, draw, factor, partial(self._columns, number))
 
+    def _measured(self, indices: Tensor) -> None:
+        """Compute what is measured: each layer's gradients of the examples too, one layer at a time."""
+        for part in self._of_batch(
+            indices, None, 1.0, partial(_columns, self.objective, self._samples, self._generator(0))
+        ):
+            for call, derivatives in part.pairs:
+                for _ in gradients(self.known.layers[call.layer], call.inputs, derivatives):
+                    pass
 
-def _of_batch(
-    objective: Objective,
-    known: LayerGradients,
-    indices: Tensor,
-    draw: int | None,
-    factor: float,
-    samples: Samples,
-    generator: torch.Generator,
-) -> Iterator[_Part]:
-    """Go over the columns of a batch."""
-    with (
-        known.watched(len(indices)) as noted,
-        objective.undifferentiated(indices, draw, nullcontext()) as (loss, outputs),
-    ):
-        calls = known.checked(noted)
-        edges = [call.result for call in calls]
-        if not objective.has_root:
-            found = torch.autograd.grad(factor * loss, edges, allow_unused=True)
-            yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], True)
+    def _of_batch(
+        self,
+        indices: Tensor,
+        draw: int | None,
+        factor: float,
+        columns: Callable[[Outputs, float, int], Iterator[list[Tensor]]],
+    ) -> Iterator[_Part]:
+        """Go over the columns of a batch."""
+        with (
+            self.known.watched(len(indices)) as noted,
+            self.objective.undifferentiated(indices, draw, nullcontext()) as (loss, outputs),
+        ):
+            calls = self.known.checked(noted)
+            edges = [call.result for call in calls]
+            if not self.objective.has_root:
+                found = torch.autograd.grad(factor * loss, edges, allow_unused=True)
+                yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], True)
+                return
+            leaving = edges_of(outputs.tensors)
+            for number, column in enumerate(columns(outputs, factor, len(indices))):
+                found = torch.autograd.grad(leaving, edges, column, retain_graph=True, allow_unused=True)
+                yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], number == 0)
+
+    def _columns(self, batch: int, outputs: Outputs, factor: float, examples: int) -> Iterator[list[Tensor]]:
+        """Yield a batch's columns, as they were made in the first pass where they are kept."""
+        if batch < len(self._kept):
+            yield from self._kept[batch]
             return
-        for number, column in enumerate(_columns(objective, outputs, factor, len(indices), samples, generator)):
-            found = torch.autograd.grad(edges_of(outputs.tensors), edges, column, retain_graph=True, allow_unused=True)
-            yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], number == 0)
+        made = []
+        for column in _columns(self.objective, self._samples, self._generator(batch), outputs, factor, examples):
+            if self._room > 0:
+                self._room -= sum(part.nbytes for part in column)
+                made.append(column)
+            yield column
+        if self._room > 0:
+            self._kept.append(made)
+
+    def _generator(self, batch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(hash((self._seed, batch)) % 2**63)
 
 
 def _columns(
     objective: Objective,
+    samples: Samples,
+    generator: torch.Generator,
     outputs: Outputs,
     factor: float,
     examples: int,
-    samples: Samples,
-    generator: torch.Generator,
 ) -> Iterator[list[Tensor]]:
     """Yield columns of the examples' roots, or random combinations of them, one tensor for each of outputs."""
     like = outputs.gradient()

@@ -18,9 +18,15 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, Solution, check_damping
 from lightning_dtda.estimators.curvatures.diagonal import gauss_newton_diagonal
-from lightning_dtda.estimators.curvatures.factors import Samples, fit_factors, quadratic_forms, with_factors
+from lightning_dtda.estimators.curvatures.factors import (
+    SampledRoot,
+    Samples,
+    fit_factors,
+    quadratic_forms,
+    with_factors,
+)
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
-from lightning_dtda.estimators.layer_gradients import LayerGradients, WatchedLayer
+from lightning_dtda.estimators.layer_gradients import WatchedLayer
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
 
@@ -104,15 +110,16 @@ class KFAC(Curvature):
         others = [name for name, start in zip(objective.layout.names, starts, strict=False) if start not in in_layers]
         if others:
             _log.info("The diagonal of the Gauss-Newton matrix stands for the curvature of %s.", ", ".join(others))
+        root = None if known is None else SampledRoot(objective, known, self.samples, self.seed)
         path = None if self.cache is None else _cache_file(objective, self)
         tensors = None if path is None else _read(path)
         if tensors is None:
-            tensors = _fitted(objective, known, self)
+            tensors = _fitted(objective, root, self.is_corrected)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
         blocks = [block for number, layer in layers.items() for block in _blocks(number, layer, tensors, objective)]
-        lengths = _lengths(objective, known, self) if self.rescale else None
+        lengths = _lengths(objective, root) if self.rescale else None
         return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, lengths)
 
     @override
@@ -203,19 +210,18 @@ class KroneckerSpectrum(Spectrum):
         return result
 
 
-def _lengths(objective: Objective, known: LayerGradients | None, curvature: KFAC) -> Lengths:
+def _lengths(objective: Objective, root: SampledRoot | None) -> Lengths:
     """Return what computes quadratic forms with the Gauss-Newton matrix."""
-    if known is None or known.others or not objective.has_root:
+    if root is None or root.known.others or not objective.has_root:
         return lambda vectors: (objective.gauss_newton_products(vectors) * vectors).sum(1)
 
     def lengths(vectors: Tensor) -> Tensor:
-        found = quadratic_forms(objective, known, vectors, curvature.samples, curvature.seed)
-        return found + (objective.penalty * vectors.square()).sum(1)
+        return quadratic_forms(root, vectors) + (objective.penalty * vectors.square()).sum(1)
 
     return lengths
 
 
-def _fitted(objective: Objective, known: LayerGradients | None, curvature: KFAC) -> dict[str, Tensor]:
+def _fitted(objective: Objective, root: SampledRoot | None, is_corrected: bool) -> dict[str, Tensor]:
     """Compute eigenvectors and eigenvalues of the layers' blocks, and the diagonal of everything else."""
     if not objective.has_root:
         _log.info(
@@ -223,11 +229,11 @@ def _fitted(objective: Objective, known: LayerGradients | None, curvature: KFAC)
         )
     tensors: dict[str, Tensor] = {}
     diagonal, unknown = torch.zeros_like(objective.theta), torch.ones_like(objective.theta, dtype=torch.bool)
-    if known is not None:
+    if root is not None:
         unknown[:] = False
-        for place in known.places_of_others:
+        for place in root.known.places_of_others:
             unknown[place] = True
-        found, diagonal = fit_factors(objective, known, curvature.samples, curvature.seed, curvature.is_corrected)
+        found, diagonal = fit_factors(root, is_corrected)
         tensors = {f"{number}.{name}": one for number, of_layer in found.items() for name, one in of_layer.items()}
     columns = unknown.nonzero()[:, 0]
     if len(columns):

@@ -364,10 +364,25 @@ def test_quadratic_forms_are_those_of_the_matrix(trained, vectors):
     run = trained(Classifier(network=lambda: torch.nn.Linear(4, 30)), examples=200)
     objective, v = run.objective(), vectors(len(run.theta))
     wanted = ((objective.gauss_newton_products(v) - objective.penalty * v) * v).sum(1)
-    close(factors.quadratic_forms(objective, objective.layers, v, None, 0), wanted)
+    close(factors.quadratic_forms(factors.SampledRoot(objective, objective.layers, None, 0), v), wanted)
     # each of 200 examples' squared products has a spread of about twice its mean
-    sampled = factors.quadratic_forms(objective, objective.layers, v, 20, 0)
+    sampled = factors.quadratic_forms(factors.SampledRoot(objective, objective.layers, 20, 0), v)
     torch.testing.assert_close(sampled, wanted, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("kept", [0, 0.5, 1])
+def test_passes_have_the_same_columns_however_many_of_them_are_kept(trained, vectors, monkeypatch, kept):
+    run = trained(Classifier(network=lambda: torch.nn.Linear(4, 30)), examples=200)
+    objective, v = run.objective(), vectors(len(run.theta))
+    monkeypatch.setattr(objective, "examples_at_once", lambda *_: 100)  # 4 batches of 50
+    of_all = 200 * 30 * 2 * objective.theta.itemsize
+    monkeypatch.setattr(factors, "_KEPT", kept * of_all / objective.memory)
+    root = factors.SampledRoot(objective, objective.layers, 2, 0)
+    first, again = factors.quadratic_forms(root, v), factors.quadratic_forms(root, v)
+    torch.testing.assert_close(again, first, rtol=0, atol=0)
+    monkeypatch.setattr(factors, "_KEPT", 1)
+    all_kept = factors.SampledRoot(objective, objective.layers, 2, 0)
+    torch.testing.assert_close(factors.quadratic_forms(all_kept, v), first, rtol=0, atol=0)
 
 
 def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch):
