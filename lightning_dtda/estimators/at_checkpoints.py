@@ -61,6 +61,7 @@ class CheckpointEstimator(Estimator):
         self.memory_budget = memory_budget
         self._chunks: dict[str, int] = {}
         self._kept: dict[Any, Any] = {}
+        self._planned: Objective | None = None
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -81,6 +82,7 @@ class CheckpointEstimator(Estimator):
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         self._chunks.clear()
         self._kept.clear()
+        self._planned = None
         budget = self.memory_budget * GIB
         objective = self.objective(question.replay(runs[:1], self.precision), question, question.step)
         passes = self.passes(runs, question, objective)
@@ -93,6 +95,7 @@ class CheckpointEstimator(Estimator):
             )
         vectors = objective.theta.new_ones(chunk, objective.size)
         seconds = _seconds_of_slopes(objective, vectors) * passes
+        self._planned = objective
         return Plan(
             batches=batches_of_equal_shape(runs, _TOGETHER),
             queries_per_chunk=chunk,
@@ -140,12 +143,16 @@ class CheckpointEstimator(Estimator):
     ) -> Objective:
         """Return the training objective of a run at a step, whose work gets a share of the memory."""
         memory, draws = self.memory_budget * GIB * share, question.draws
+        # the first answer goes on with what its plan has learned, of which nothing is held any longer
+        planned, self._planned = self._planned, None
+        if planned is not None and scale is None and decay is None and planned.is_of(replay, step, memory):
+            return planned
         return Objective(
             replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay, draws=draws, kept=self._kept
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_chunks": {}, "_kept": {}}  # those are of this process
+        return vars(self) | {"_chunks": {}, "_kept": {}, "_planned": None}  # those are of this process
 
 
 def answer_in_chunks(

@@ -138,6 +138,11 @@ class Objective:
         """The module that examples pass through; it holds the run's parameters within :meth:`passes`."""
         return self._replay.eager.replica.module
 
+    def is_of(self, replay: Replay, step: int | None, memory: float) -> bool:
+        """Whether this is the objective of a replay's run at a step, in the parameters themselves."""
+        mine = self.run, self.step, self.memory, self._replay.eager
+        return mine == (replay.runs[0], replay.steps if step is None else step, memory, replay.eager)
+
     # -- passes of examples
 
     @contextmanager

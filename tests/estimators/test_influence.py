@@ -8,8 +8,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.attribution import attribute_dampings
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators import Curvature, ExactHessian, GaussNewton, Hessian
+from lightning_dtda.estimators import Curvature, ExactHessian, GaussNewton, Hessian, Identity
 from lightning_dtda.estimators.curvatures.identity import DiagonalSpectrum
+from lightning_dtda.estimators.layer_gradients import LayerGradients
 
 DECAY = 0.3
 
@@ -122,6 +123,19 @@ def test_answers_are_stored_and_told_from_others(converged, tmp_path):
     assert found.about["estimator"]["curvature"]["damping"] == 0.1
     with pytest.raises(AttributionError, match="another question"):
         ask(converged, InfluenceFunctions(GaussNewton(damping=0.2)), output=output)
+
+
+def test_what_a_plan_learns_of_the_first_run_serves_its_answer(converged, monkeypatch):
+    learned = []
+    learn = LayerGradients.learn
+    monkeypatch.setattr(LayerGradients, "learn", lambda self, *args: learned.append(self) or learn(self, *args))
+    estimator = InfluenceFunctions(curvature=Identity())
+    first, again = ask(converged, estimator), ask(converged, estimator)
+    assert len(learned) == 2 * len(converged[0])  # once for each run, in either call
+    torch.testing.assert_close(again.responses, first.responses, rtol=0, atol=0)
+    for number in range(len(converged[0])):
+        alone = ask((converged[0][number : number + 1], *converged[1:]), InfluenceFunctions(curvature=Identity()))
+        torch.testing.assert_close(alone.responses[0], first.responses[number])
 
 
 def test_one_fit_serves_many_dampings(converged, tmp_path, monkeypatch):
