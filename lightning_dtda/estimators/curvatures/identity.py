@@ -46,4 +46,6 @@ class DiagonalSpectrum(Spectrum):
 
     @override
     def apply(self, function: Function, vectors: Tensor) -> Tensor:
-        return vectors * function(self.values)
+        factors = function(self.values)
+        # fresh memory for many long vectors takes longer than all else that an identity is asked for
+        return vectors if bool((factors == 1).all()) else vectors * factors
