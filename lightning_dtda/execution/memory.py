@@ -22,8 +22,10 @@ from lightning_dtda.compatibility import allocations
 
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_DEFAULT_THRESHOLD = 128 * 2**10
 _LARGEST_THRESHOLD = 32 * 2**20
+"""Bytes that glibc raises the threshold of mmap to by itself as large blocks are freed, and that of trimming to twice
+as many. Once either was set, it leaves both as they are."""
+
 _OBJECTS = 16 * 2**20
 """Bytes of traces, autograd graphs and the like, which are no tensors."""
 
@@ -117,7 +119,9 @@ def kept_pages(device: torch.device) -> Iterator[None]:
     """Let glibc's allocator keep freed memory while a sweep runs on the CPU, and give it back afterwards.
 
     A sweep frees and allocates the same megabytes thousands of times; by default the allocator returns them to the
-    system each time, and fresh pages cost as much as the arithmetic. Elsewhere than on glibc this does nothing.
+    system each time, and fresh pages cost as much as the arithmetic. Afterwards the thresholds are those that glibc
+    comes to by itself once a tensor of 32 MiB was freed; there is no way back to lower ones that it raises by itself.
+    Elsewhere than on glibc this does nothing.
     """
     libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
@@ -129,6 +133,6 @@ def kept_pages(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
-        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
         libc.malloc_trim(0)

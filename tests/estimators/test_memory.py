@@ -1,5 +1,8 @@
 """How much memory a computation takes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -48,3 +51,29 @@ def test_a_torch_without_the_record_of_allocations_is_named(monkeypatch):
     with pytest.raises(AttributionError, match=r"record of allocations is not where it was.*Install versions"):
         peak_memory(lambda: torch.ones(3), CPU)
     torch.autograd.profiler._disable_profiler()
+
+
+FAULTS = """
+import resource, torch
+from lightning_dtda.estimators.memory import kept_pages
+
+torch.set_num_threads(1)
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        [torch.ones(2**21) for _ in range(4)]  # at once, else a hole in the heap may do for all
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with kept_pages(torch.device("cpu")):
+    torch.ones(2**24)
+faults()  # the first tensors' pages are fresh in any case
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_ordinary_tensors_reuse_their_memory_afterwards():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    # a tensor of 8 MiB has 2,048 pages of 4 KiB, which each of the 20 would take anew
+    assert int(done.stdout) <= 2048
