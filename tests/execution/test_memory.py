@@ -9,7 +9,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.memory import peak_memory
+from lightning_dtda.execution.memory import peak_memory
 
 CPU = torch.device("cpu")
 MIB = 2**18
@@ -55,7 +55,7 @@ def test_a_torch_without_the_record_of_allocations_is_named(monkeypatch):
 
 FAULTS = """
 import resource, torch
-from lightning_dtda.estimators.memory import kept_pages
+from lightning_dtda.execution.memory import kept_pages
 
 torch.set_num_threads(1)
 
