@@ -5,42 +5,143 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.profiler import profile
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm as InstanceNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from lightning_dtda.errors import AttributionError, ReplayError
+from lightning_dtda.errors import CompatibilityError
+
+__all__ = [
+    "BatchNorm",
+    "InstanceNorm",
+    "TorchDispatchMode",
+    "TreeSpec",
+    "address",
+    "allocations",
+    "average_function",
+    "averaged_model",
+    "averages_buffers",
+    "changes_gradients",
+    "dropout_rate",
+    "fetched",
+    "give_trainer",
+    "is_a",
+    "is_compiled",
+    "is_in_place",
+    "is_profiled",
+    "is_traced",
+    "is_transformed",
+    "keep_index_sampler",
+    "kinds",
+    "onednn_linear",
+    "overrides",
+    "padding_of",
+    "plain_results",
+    "prelu_backward",
+    "replaced_recurrence",
+    "sample_count",
+    "shaped",
+    "shapes_out_of",
+    "training_loaders",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_map_only",
+    "tree_unflatten",
+    "twice_differentiable_weight_norm",
+    "unscales_gradients",
+]
 
 _KNOWN = "torch 2.6 to 2.13 and lightning 2.5 to 2.6"
 """Versions in which these names are known to exist."""
 
 
-def missing(what: str, error: BaseException) -> str:
-    """Return the message of an error about a private name that no longer exists."""
-    return (
-        f"{what} cannot be found in torch {torch.__version__} and lightning {pl.__version__} ({error!r}). Install "
-        f"versions that lightning-dtda supports: {_KNOWN}."
+def missing(what: str, error: BaseException) -> CompatibilityError:
+    """Return the error for a private name that no longer exists."""
+    versions = [
+        f"{name} {version(name)}" for name in ("torch", "lightning", "pytorch-lightning") if _is_installed(name)
+    ]
+    return CompatibilityError(
+        f"{what} cannot be found in {' and '.join(versions)} ({error!r}). Install versions that lightning-dtda "
+        f"supports: {_KNOWN}."
     )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _private(owner: Any, name: str, what: str) -> Any:
+    """Return an attribute that is private to torch or Lightning.
+
+    Args:
+        owner: Object that has the attribute.
+        name: Name of the attribute.
+        what: What the attribute holds, for the error.
+
+    Raises:
+        CompatibilityError: If there is no such attribute.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError as error:
+        raise missing(what, error) from error
+
+
+# -- torch: graphs, kernels, tensors
 
 
 def shapes_out_of(node: Any) -> list[tuple[int, ...]]:
     """Return the shapes of the output tensors of a node in the autograd graph.
 
     Raises:
-        ReplayError: If this version of torch does not store them there.
+        CompatibilityError: If this version of torch does not store them there.
     """
-    try:
-        return [tuple(metadata.shape) for metadata in node._input_metadata]
-    except AttributeError as error:
-        raise ReplayError(missing("The shape of a tensor in the autograd graph", error)) from error
+    metadata = _private(node, "_input_metadata", "The shape of a tensor in the autograd graph")
+    return [tuple(of_output.shape) for of_output in metadata]
+
+
+def dropout_rate(node: Any) -> float:
+    """Return the rate of the dropout inside the kernel of a node in the autograd graph; zero if it has none."""
+    return float(getattr(node, "_saved_dropout_p", getattr(node, "_saved_dropout", 0.0)))
+
+
+def padding_of(convolution: nn.Module) -> Any:
+    """Return the padding of a convolution as :func:`torch.nn.functional.pad` takes it."""
+    return _private(convolution, "_reversed_padding_repeated_twice", "The padding of a convolution")
+
+
+def shaped(cls: type[Any], shape: Sequence[int], like: Tensor) -> Any:
+    """Return a tensor of a subclass with a shape but without memory, of the type and device of another one."""
+    make = _private(Tensor, "_make_wrapper_subclass", "The function that makes tensors without memory")
+    return make(cls, shape, dtype=like.dtype, device=like.device)
+
+
+def plain_results() -> AbstractContextManager[Any]:
+    """Return a context in which functions of tensors of a subclass return plain tensors."""
+    context: AbstractContextManager[Any] = torch._C.DisableTorchFunctionSubclass()
+    return context
+
+
+def is_in_place(operation: Any) -> bool:
+    """Return whether an operation of torch changes one of its arguments."""
+    return bool(_private(operation, "_schema", "The signature of an operation").is_mutable)
 
 
 def allocations(function: Callable[[], object]) -> list[int]:
@@ -49,7 +150,7 @@ def allocations(function: Callable[[], object]) -> list[int]:
     The profiler's own tables of the same events take a hundred times as long to make as the events to be read.
 
     Raises:
-        AttributionError: If this version of torch keeps them elsewhere.
+        CompatibilityError: If this version of torch stores them elsewhere.
     """
     # the profiler otherwise says on the terminal that it starts and stops; it reads this when it is first used
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -59,8 +160,18 @@ def allocations(function: Callable[[], object]) -> list[int]:
         events = record.kineto_results.events()
         changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
     except AttributeError as error:
-        raise AttributionError(missing("The profiler's record of allocations", error)) from error
+        raise missing("The profiler's record of allocations", error) from error
     return [change for _, change in sorted(changes, key=lambda change: change[0])]
+
+
+def is_profiled() -> bool:
+    """Return whether one of torch's profilers is running."""
+    return bool(_private(torch.autograd, "_profiler_enabled", "Whether a profiler is running")())
+
+
+def address(storage: torch.UntypedStorage) -> int:
+    """Return a number that identifies a tensor's storage as long as it is alive."""
+    return int(_private(storage, "_cdata", "The address of a storage"))
 
 
 def prelu_backward() -> Any:
@@ -143,14 +254,14 @@ def replaced_recurrence(functions: Mapping[str, Callable[..., Any]]) -> Iterator
         functions: Replacements by name of the original (``"lstm"``), which each of them receives as its first argument.
 
     Raises:
-        ReplayError: If this version of torch does not have the original functions there.
+        CompatibilityError: If this version of torch does not have the original functions there.
     """
     place: Any = getattr(torch, "_VF", None)
     try:
         for name in functions:
             getattr(place, name)
     except AttributeError as error:
-        raise ReplayError(missing("A function that recurrent layers call", error)) from error
+        raise missing("A function that recurrent layers call", error) from error
     with _substituted_in(place, functions):
         yield
 
@@ -171,6 +282,86 @@ def is_traced() -> bool:
 def is_transformed() -> bool:
     """Return whether the current computation is transformed by ``torch.func``."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+# -- Lightning: the Trainer, its loops and callbacks
+
+
+def give_trainer(module: nn.Module, trainer: Any) -> None:
+    """Set the Trainer of a LightningModule to something that is not a Trainer."""
+    module._trainer = trainer
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile`` replaced methods of a LightningModule by compiled ones."""
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def training_loaders(trainer: Any) -> Any:
+    """Return the collection of a Trainer's training DataLoaders; ``None`` before they are loaded.
+
+    Raises:
+        CompatibilityError: If this version of Lightning stores it elsewhere.
+    """
+    return _private(trainer.fit_loop, "_combined_loader", "The Trainer's collection of DataLoaders")
+
+
+def fetched(trainer: Any) -> tuple[Any, int]:
+    """Return the sampler's iterator, and the number of the batch that a Trainer with one DataLoader just fetched.
+
+    Raises:
+        CompatibilityError: If this version of Lightning or torch stores them elsewhere.
+    """
+    try:
+        fetcher = trainer.fit_loop._data_fetcher
+        iterator = fetcher.combined_loader._iterator.iterators[0]
+        ahead = len(getattr(fetcher, "batches", ()))
+        return iterator._sampler_iter, iterator._num_yielded - 1 - ahead
+    except AttributeError as error:
+        raise missing("The iterator of the training DataLoader", error) from error
+
+
+def keep_index_sampler(loader: Any, sampler: Any) -> None:
+    """Set the sampler of a DataLoader's iterator, if it has one that outlives the epoch (persistent workers)."""
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._index_sampler = sampler
+
+
+def sample_count(sampler: Any) -> int | None:
+    """Return the number of samples that a random sampler was told to draw; ``None`` for one of each example."""
+    count: int | None = _private(sampler, "_num_samples", "The number of samples of a RandomSampler")
+    return count
+
+
+def changes_gradients(strategy: Any) -> bool:
+    """Return whether a DDP strategy applies anything other than the mean of the processes' gradients.
+
+    Raises:
+        CompatibilityError: If this version of Lightning stores its settings elsewhere.
+    """
+    names = ("_ddp_comm_hook", "_model_averaging_period")
+    return any(_private(strategy, name, "A setting of the DDPStrategy") is not None for name in names)
+
+
+def unscales_gradients(optimizer: Any) -> bool:
+    """Return whether an optimizer unscales the gradients of a gradient scaler inside its step."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def averaged_model(callback: Any) -> Any:
+    """Return the model in which a callback of Lightning averages weights."""
+    return _private(callback, "_average_model", "The model with averaged weights")
+
+
+def averages_buffers(callback: Any) -> bool:
+    """Return whether a callback of Lightning averages buffers as well as weights."""
+    return bool(_private(callback, "_use_buffers", "The setting whether buffers are averaged"))
+
+
+def average_function(callback: Any) -> Any:
+    """Return the function by which StochasticWeightAveraging averages weights."""
+    return _private(callback, "_avg_fn", "The function that averages weights")
 
 
 def is_a(value: object, name: str) -> bool:

@@ -17,6 +17,10 @@ class UnknownFormatError(TrajectoryError):
     """A file has a format that this version does not know. It was written by another version and may be intact."""
 
 
+class CompatibilityError(DTDAError):
+    """A private name of torch or Lightning that lightning-dtda depends on does not exist in the installed versions."""
+
+
 class ReplayError(DTDAError):
     """A recorded run cannot be reproduced, e.g. with other data, another module or randomness that was not recorded."""
 

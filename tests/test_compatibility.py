@@ -1,15 +1,51 @@
-"""What stands in for functions of torch's: in the thread that asked for it, and nowhere else."""
+"""Private names of torch and Lightning: used in one module, and substituted for one thread only."""
 
 from __future__ import annotations
 
+import ast
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import lightning_dtda
 from lightning_dtda.compatibility import replaced_recurrence, twice_differentiable_weight_norm
-from lightning_dtda.errors import ReplayError
+from lightning_dtda.errors import CompatibilityError
+
+_PACKAGE = Path(lightning_dtda.__file__).parent
+_DOCUMENTED = {"_replace", "_fields", "_plot"}
+"""Names with an underscore that are documented: of named tuples, and of torchmetrics for metrics of one's own."""
+
+
+def _private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Attribute):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("lightning_dtda"):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        yield from ((node.lineno, name) for name in names if name.startswith("_") and not name.startswith("__"))
+
+
+def test_private_names_of_others_are_used_in_one_module():
+    files = {file: ast.parse(file.read_text()) for file in _PACKAGE.rglob("*.py")}
+    own = {
+        node.attr if isinstance(node, ast.Attribute) else node.name if hasattr(node, "name") else node.id
+        for tree in files.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        or (isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store))
+    }
+    found = [
+        f"{file.relative_to(_PACKAGE)}:{line}: {name}"
+        for file, tree in files.items()
+        for line, name in _private_names(tree)
+        if file.name != "compatibility.py" and name not in own | _DOCUMENTED
+    ]
+    assert not found
 
 
 def _lstm(layer: nn.LSTM) -> torch.Tensor:
@@ -88,7 +124,7 @@ def test_weight_normalisation_is_torchs_own_again_afterwards():
 def test_a_version_that_lacks_a_name_is_named(monkeypatch):
     monkeypatch.delattr(torch, "_VF")
     with (
-        pytest.raises(ReplayError, match=r"A function that recurrent layers call .* torch 2\.6 to"),
+        pytest.raises(CompatibilityError, match=r"A function that recurrent layers call .* torch 2\.6 to"),
         replaced_recurrence({"lstm": len}),
     ):
         pass

@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.attribution.responses import StoredTable, of_each_dimension
+from lightning_dtda.compatibility import plain_results, shaped
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import DIFFERENCES, Difference, Mean, Variance
@@ -89,7 +90,7 @@ class KeptResponses(Tensor):
     def __new__(cls, kept: Tensor, table: Tensor, figures: Figures, removals: int, k: int) -> KeptResponses:
         """Make a tensor that has the shape of all responses, and the memory of a few."""
         shape = (*table.shape[:2], removals)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=table.dtype, device=table.device)
+        made = shaped(cls, shape, table)
         made.kept, made.table, made.figures, made.k = kept, table, figures, k
         return made
 
@@ -130,7 +131,7 @@ class KeptResponses(Tensor):
     @classmethod
     @override
     def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():  # its shape and the like are those of a tensor
+        with plain_results():  # its shape and the like are those of a tensor
             return function(*arguments, **(keywords or {}))
 
     @classmethod

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 from typing_extensions import override
 
+from lightning_dtda.compatibility import is_in_place, plain_results, shaped, tree_map_only
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.storage import check_size, entry_path, write_tensors
 
@@ -99,7 +99,7 @@ class StoredResponses(Tensor):
         """Make a tensor that has a shape and a type, and no memory."""
         table = runs[0].table
         shape = (len(runs), *table.shape)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=table.dtype, device=table.device)
+        made = shaped(cls, shape, table)
         made.runs = tuple(runs)
         return made
 
@@ -129,7 +129,7 @@ class StoredResponses(Tensor):
     @classmethod
     @override
     def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():  # results are tensors, not of this class
+        with plain_results():  # results are tensors, not of this class
             return function(*arguments, **(keywords or {}))
 
     @classmethod
@@ -137,7 +137,7 @@ class StoredResponses(Tensor):
         cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
         """Apply a function to what is read."""
-        if function._schema.is_mutable:
+        if is_in_place(function):
             raise AttributionError(_READ_ONLY)
         arguments, keywords = tree_map_only(cls, cls.read, (arguments, keywords or {}))
         return function(*arguments, **keywords)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
+from lightning_dtda.compatibility import padding_of
 from lightning_dtda.trajectory import ParameterLayout
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -278,7 +279,7 @@ def positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor,
             derivatives.reshape(len(inputs), 1, -1, derivatives.shape[-1]).mT,
         )
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    windows = functional.pad(inputs, module._reversed_padding_repeated_twice, mode)
+    windows = functional.pad(inputs, padding_of(module), mode)
     for axis, (size, stride, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):

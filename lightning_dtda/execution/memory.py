@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_dtda.compatibility import allocations
+from lightning_dtda.compatibility import TorchDispatchMode, address, allocations, is_profiled, tree_leaves
 
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -62,7 +60,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
     was_enabled = gc.isenabled()
     gc.disable()  # what garbage there is would be counted as if it came from the function when it is freed
     try:
-        if not torch.autograd._profiler_enabled():
+        if not is_profiled():
             return max(accumulate(allocations(function), initial=0))
         with _Storages() as storages:  # a second profiler would end the first
             function()
@@ -90,7 +88,7 @@ class _Storages(TorchDispatchMode):
 
     def _count(self, tensors: Any, is_new: bool) -> None:
         for tensor in tree_leaves(tensors):
-            if isinstance(tensor, Tensor) and (key := (storage := tensor.untyped_storage())._cdata) not in self._known:
+            if isinstance(tensor, Tensor) and (key := address(storage := tensor.untyped_storage())) not in self._known:
                 size = storage.nbytes() if is_new else 0
                 self._known.add(key)
                 self._alive += size

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from lightning_dtda.compatibility import tree_map
 from lightning_dtda.errors import AttributionError
 
 State: TypeAlias = dict[str, Tensor]

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_dtda.compatibility import is_a
+from lightning_dtda.compatibility import average_function, averaged_model, averages_buffers, is_a
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.replay.running_statistics import batch_norm_layers
 from lightning_dtda.trajectory import ParameterLayout
@@ -75,7 +75,7 @@ class AveragingTap:
                 "StochasticWeightAveraging recomputes the statistics of BatchNorm in an extra epoch, which cannot be "
                 "replayed. Use Lightning's EMAWeightAveraging or WeightAveraging, which average them too, or GroupNorm."
             )
-        self._model = callback._average_model
+        self._model = averaged_model(callback)
         # instance attributes shadow the methods; `remove` deletes them again
         self._owner = callback if self._is_swa else self._model
         original = self._owner.update_parameters
@@ -115,7 +115,7 @@ class AveragingTap:
             "steps": [step for step, _ in reversed(coefficients)],
             "coefficients": [coefficient for _, coefficient in reversed(coefficients)],
             # "last": the module keeps its own buffers; "updated": they are copied at each update of the average
-            "buffers": "last" if self._is_swa else ("averaged" if self._callback._use_buffers else "updated"),
+            "buffers": "last" if self._is_swa else ("averaged" if averages_buffers(self._callback) else "updated"),
         }
         return Average(facts, {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()})
 
@@ -136,7 +136,7 @@ class AveragingTap:
     def _averaged(self, old: float, new: float, count: Tensor) -> float:
         one, other = torch.tensor(old, dtype=torch.float64), torch.tensor(new, dtype=torch.float64)
         if self._is_swa:
-            return float(self._callback._avg_fn(one, other, count))
+            return float(average_function(self._callback)(one, other, count))
         if self._model.multi_avg_fn is not None:
             self._model.multi_avg_fn([one], [other], count)
             return float(one)

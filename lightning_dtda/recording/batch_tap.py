@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_dtda.compatibility import fetched, keep_index_sampler, missing, training_loaders
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.replay.random_states import Generators
 
@@ -60,7 +61,7 @@ class BatchTap:
         Raises:
             RecordingError: If there is not exactly one.
         """
-        combined = self._trainer.fit_loop._combined_loader
+        combined = training_loaders(self._trainer)
         # a collection of one loader is refused too: its batches come wrapped in a dict or a list
         # the loader may have been tapped by another callback
         if (
@@ -80,22 +81,15 @@ class BatchTap:
         """Return the data set indices of the batch that the Trainer just fetched, in order.
 
         Raises:
-            RecordingError: If this version of Lightning or torch stores its iterators elsewhere, or the sampler yields
-                anything other than integers.
+            CompatibilityError: If this version of Lightning or torch stores its iterators elsewhere.
+            RecordingError: If the sampler yields anything other than integers.
         """
+        iterator, number = fetched(self._trainer)
         try:
-            fetcher = self._trainer.fit_loop._data_fetcher
-            iterator: Any = fetcher.combined_loader._iterator.iterators[0]  # type: ignore[union-attr]
-            drawn: dict[int, Any] = iterator._sampler_iter.drawn
-            ahead = len(getattr(fetcher, "batches", ()))
-            number = iterator._num_yielded - 1 - ahead
+            drawn: dict[int, Any] = iterator.drawn
             indices = drawn[number]
         except (AttributeError, KeyError) as error:
-            raise RecordingError(
-                f"Cannot determine which examples are in the batch: lightning {pl.__version__} with torch "
-                f"{torch.__version__} stores its iterators in an unknown way ({error!r}). Use versions that "
-                "lightning-dtda is tested with."
-            ) from error
+            raise missing("The number of the batch in training", error) from error
         # keep the current batch: another callback may be using the same tap
         for earlier in [key for key in drawn if key < number]:
             del drawn[earlier]
@@ -143,9 +137,7 @@ def _set_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> None:
     # DataLoader forbids setting the attribute, but its __dict__ can be changed
     loader.__dict__["sampler" if loader.batch_sampler is None else "batch_sampler"] = batch_sampler
     # an iterator with persistent workers outlives the epoch, perhaps the training, and has a reference to the sampler
-    iterator: Any = getattr(loader, "_iterator", None)
-    if iterator is not None:
-        iterator._index_sampler = batch_sampler
+    keep_index_sampler(loader, batch_sampler)
 
 
 class _TappedBatchSampler:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,14 +11,12 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_dtda.compatibility import is_a, kinds, overrides
+from lightning_dtda.compatibility import InstanceNorm, changes_gradients, is_a, kinds, overrides, unscales_gradients
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.optimizers import NO_DERIVATIVE, UPDATES
 from lightning_dtda.recording.configuration import class_path, current_hyperparameters
 from lightning_dtda.trajectory import ParameterLayout, is_being_written
 from lightning_dtda.trajectory.manifest import MANIFEST
-
-_InstanceNorm = nn.modules.instancenorm._InstanceNorm
 
 _PRECISIONS = ("plugins.precision.Precision", "plugins.precision.DoublePrecision", "plugins.precision.MixedPrecision")
 _SHARDED = ("strategies.ModelParallelStrategy", "strategies.FSDPStrategy", "strategies.DeepSpeedStrategy")
@@ -78,8 +75,7 @@ def refuse_strategy(strategy: Strategy) -> None:
             f'The strategy {type(strategy).__name__} {why}. Train with strategy="ddp", or on one device: '
             'Trainer(devices=1, strategy="auto").'
         )
-    of_ddp: Any = strategy
-    if of_ddp._ddp_comm_hook is not None or of_ddp._model_averaging_period is not None:
+    if changes_gradients(strategy):
         raise RecordingError(
             "The DDPStrategy has a communication hook or averages models, so the applied gradient is not the mean of "
             "the processes' gradients. Leave out ddp_comm_hook and model_averaging_period."
@@ -100,7 +96,7 @@ def refuse_layers(module: nn.Module) -> None:
                 f"Layer {name} computes its statistics over all processes, which a replay cannot reproduce. Use the "
                 "statistics of each process: Trainer(sync_batchnorm=False)."
             )
-        if isinstance(layer, _InstanceNorm) and layer.training and layer.track_running_stats:
+        if isinstance(layer, InstanceNorm) and layer.training and layer.track_running_stats:
             raise RecordingError(
                 f"Layer {name} keeps running statistics, which a replay cannot follow. Set track_running_stats=False."
             )
@@ -134,7 +130,7 @@ def refuse_optimizers(optimizers: list[Optimizer], scaled: bool = False, resumed
             f"The optimizer {path} is unknown, so its steps cannot be differentiated. {remedy}; or define its update: "
             f'lightning_dtda.optimizers.UPDATES["{path}"] = ... (see "Other optimizers" in the documentation).'
         )
-    if getattr(optimizer, "_step_supports_amp_scaling", False) and scaled:
+    if scaled and unscales_gradients(optimizer):
         raise RecordingError(
             f"The fused {type(optimizer).__name__} unscales gradients internally, so they cannot be recorded. Create "
             "it with fused=False."

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader
 
+from lightning_dtda.compatibility import tree_flatten
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording.configuration import class_path
 from lightning_dtda.replay.fingerprint import (

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from lightning_dtda.compatibility import tree_leaves
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.shard_buffer import SHARD_BYTES, shard_steps

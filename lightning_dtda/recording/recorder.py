@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_dtda.compatibility import tree_leaves
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import AveragingTap, averaging_callback

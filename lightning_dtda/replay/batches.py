@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_flatten, tree_map
+
+from lightning_dtda.compatibility import tree_flatten, tree_map
 
 
 def converted(batch: Any, dtype: torch.dtype) -> Any:

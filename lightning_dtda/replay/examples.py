@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from lightning_dtda.compatibility import is_a, kinds
+from lightning_dtda.compatibility import TreeSpec, is_a, kinds, tree_flatten, tree_unflatten
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.replay.batches import example_shapes
 from lightning_dtda.replay.fingerprint import reader, refuse_changed_data

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lightning_dtda.compatibility import dropout_rate
 from lightning_dtda.replay.cut import nodes_behind
 
 _cuda = torch.backends.cuda
@@ -32,12 +33,12 @@ _SWITCHES: dict[str, tuple[Callable[[], bool], Callable[[bool], None]]] = {
 """Kernels that can be switched on and off in torch, each with functions that query and set the switch."""
 
 _DROPOUT_INSIDE = {
-    "CudnnRnnBackward0": ("_saved_dropout", "recurrent layer"),
-    "ScaledDotProductFlashAttentionBackward0": ("_saved_dropout_p", "attention"),
-    "ScaledDotProductEfficientAttentionBackward0": ("_saved_dropout_p", "attention"),
-    "ScaledDotProductCudnnAttentionBackward0": ("_saved_dropout_p", "attention"),
+    "CudnnRnnBackward0": "recurrent layer",
+    "ScaledDotProductFlashAttentionBackward0": "attention",
+    "ScaledDotProductEfficientAttentionBackward0": "attention",
+    "ScaledDotProductCudnnAttentionBackward0": "attention",
 }
-"""Autograd nodes whose kernels may apply dropout: the attribute that holds the rate, and what the kernel computes."""
+"""Autograd nodes whose kernels may apply dropout, and what the kernel computes."""
 
 WITH_SECOND_DERIVATIVES = frozenset({"cudnn", "mkldnn"})
 """Switchable kernels that can be differentiated twice, except in recurrent layers."""
@@ -91,7 +92,7 @@ def drops_out_inside(loss: Tensor) -> str | None:
     No other kernel draws the same random numbers.
     """
     for node in nodes_behind([loss]):
-        rate, what = _DROPOUT_INSIDE.get(node.name(), ("", ""))
-        if getattr(node, rate, 0.0) > 0:
+        what = _DROPOUT_INSIDE.get(node.name())
+        if what is not None and dropout_rate(node) > 0:
             return what
     return None

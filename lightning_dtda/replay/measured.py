@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.func import vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_dtda.compatibility import tree_flatten, tree_unflatten
 from lightning_dtda.errors import AttributionError, DTDAError
 from lightning_dtda.replay.cut import zeros
 from lightning_dtda.replay.eager import Eager
@@ -240,7 +240,8 @@ def _value(
                 )
         total += float(value.detach())
         if inputs:
-            torch._foreach_add_(sums, gradients)
+            for summed, part in zip(sums, gradients, strict=True):
+                summed.add_(part)
         if number == 0 and not drawn_from(before, replica.generators.states()):
             return total, sums
     return total / len(seeds), [one / len(seeds) for one in sums]

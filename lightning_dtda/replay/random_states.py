@@ -13,10 +13,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from typing_extensions import override
 
+from lightning_dtda.compatibility import TorchDispatchMode, tree_map
 from lightning_dtda.errors import ReplayError
 
 _OWN = "own."

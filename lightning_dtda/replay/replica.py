@@ -11,10 +11,15 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric
 
-from lightning_dtda.compatibility import overrides, twice_differentiable_weight_norm
+from lightning_dtda.compatibility import (
+    give_trainer,
+    is_compiled,
+    overrides,
+    tree_leaves,
+    twice_differentiable_weight_norm,
+)
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.replay.batches import converted
 from lightning_dtda.replay.kernels import WITH_SECOND_DERIVATIVES, enabled_kernels, using_kernels
@@ -80,7 +85,7 @@ class Replica:
             self.module.get_submodule(name).eval()
         self.trainer = ReplayTrainer(circumstances.trainer)
         self.trainer.datamodule, self.trainer.lightning_module = datamodule, self.module
-        self.module._trainer = self.trainer  # type: ignore[assignment]
+        give_trainer(self.module, self.trainer)
         for name in ("log", "log_dict", "print"):
             setattr(self.module, name, _nothing)
         self.module.optimizers = self._optimizers  # type: ignore[method-assign,assignment]
@@ -302,7 +307,7 @@ def _copy(module: LightningModule) -> LightningModule:
             "files) out of the module, or define __deepcopy__."
         ) from error
     for name in ("training_step", "forward"):  # compiled by torch.compile(module); the class has the originals
-        if getattr(copied, "_compiler_ctx", None) is not None:
+        if is_compiled(copied):
             vars(copied).pop(name, None)
     return copied
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_BatchNorm = torch.nn.modules.batchnorm._BatchNorm
+from lightning_dtda.compatibility import BatchNorm
 
 
-def batch_norm_layers(module: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+def batch_norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
     """Return the BatchNorm layers of a module by name."""
-    return {name: layer for name, layer in module.named_modules() if isinstance(layer, _BatchNorm)}
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, BatchNorm)}
 
 
 class RunningStatistics:

@@ -18,10 +18,9 @@ from torch import Tensor
 from torch.func import functionalize, vmap
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from typing_extensions import override
 
-from lightning_dtda.compatibility import prelu_backward
+from lightning_dtda.compatibility import TreeSpec, prelu_backward, tree_flatten, tree_map, tree_unflatten
 from lightning_dtda.replay.eager import Eager, Products, parts_of
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import tolerated

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 
+from lightning_dtda.compatibility import sample_count
 from lightning_dtda.errors import RetrainingError
 
 _REWEIGHT = 'or use removal="reweight", which keeps the recorded order'
@@ -67,7 +68,7 @@ def _sampler(sampler: Any, left: DataLoader[Any], generator: torch.Generator | N
         return SequentialSampler(dataset)
     if type(sampler) is RandomSampler:
         own = left.generator if sampler.generator is generator else _copied(sampler.generator)
-        return RandomSampler(dataset, sampler.replacement, sampler._num_samples, own)
+        return RandomSampler(dataset, sampler.replacement, sample_count(sampler), own)
     raise RetrainingError(
         f"The DataLoader has the sampler {type(sampler).__name__}, whose behaviour with fewer examples is unknown. "
         f"Use shuffle=True or shuffle=False, {_REWEIGHT}."

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.func import grad, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from lightning_dtda.compatibility import TreeSpec, tree_unflatten
 from lightning_dtda.errors import CannotStackError, ReplayError
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.stacked import same_trace

@@ -13,8 +13,8 @@ from typing import TypeAlias
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
+from lightning_dtda.compatibility import tree_flatten
 from lightning_dtda.errors import CannotStackError
 from lightning_dtda.execution.memory import kept_pages, peak_memory
 from lightning_dtda.replay import Eager, Examples

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_dtda.errors import AttributionError
+from lightning_dtda.errors import CompatibilityError
 from lightning_dtda.execution.memory import peak_memory
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def test_a_profiler_that_runs_goes_on():
 
 def test_a_torch_without_the_record_of_allocations_is_named(monkeypatch):
     monkeypatch.setattr(torch.autograd.profiler.profile, "__exit__", lambda self, *error: None)
-    with pytest.raises(AttributionError, match=r"record of allocations cannot be found in torch.*Install versions"):
+    with pytest.raises(CompatibilityError, match=r"record of allocations cannot be found in torch.*Install versions"):
         peak_memory(lambda: torch.ones(3), CPU)
     torch.autograd.profiler._disable_profiler()
 
