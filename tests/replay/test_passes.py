@@ -7,6 +7,8 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_dtda.replay import passes
+from lightning_dtda.replay.cut import nodes_behind
 from lightning_dtda.replay.steps import StepBatch
 from tests.replay.steps import Step, Stepping, normal
 
@@ -193,6 +195,46 @@ def test_a_pass_may_be_asked_again(case):
         answers = [one.products(case.step.split(case.v)) for _ in range(2)]
     for first, second in zip(answers[0][0], answers[1][0], strict=True):
         assert torch.equal(first, second)
+
+
+PIECEWISE_LINEAR = {
+    "Threshold": nn.ReLU(),
+    "LeakyRelu": nn.LeakyReLU(),
+    "Hardtanh": nn.ReLU6(),
+    "Hardshrink": nn.Hardshrink(),
+    "Softshrink": nn.Softshrink(),
+    "MaxPool2DWithIndices": nn.MaxPool2d(2),
+    "MaxPool3DWithIndices": nn.MaxPool3d((1, 2, 2)),
+    "AdaptiveMaxPool2D": nn.AdaptiveMaxPool2d(2),
+    "AdaptiveMaxPool3D": nn.AdaptiveMaxPool3d(2),
+    "AvgPool2D": nn.AvgPool2d(2),
+    "AvgPool3D": nn.AvgPool3d((1, 2, 2)),
+    "AdaptiveAvgPool2D": nn.AdaptiveAvgPool2d(2),
+    "AdaptiveAvgPool3D": nn.AdaptiveAvgPool3d(2),
+}
+
+
+@pytest.mark.parametrize("name", PIECEWISE_LINEAR)
+def test_values_of_piecewise_linear_layers_get_no_zeros_and_derivatives_are_the_same(name, monkeypatch):
+    monkeypatch.setattr(passes, "_LARGE", 1)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), PIECEWISE_LINEAR[name], nn.Flatten(), nn.LazyLinear(3)).double()
+    images = normal(B, 1, 4, 4)
+    net(images)
+    step = Step(Stepping(lambda module, batch: module.net(batch).sin().square().sum(), net=net), images)
+    v, arrived = normal(len(step.theta), seed=5), []
+    with step.passed() as one:
+        for node in nodes_behind(one.gradient):
+            if node.name() == f"{name}BackwardBackward0":
+                node.register_hook(lambda found, _: arrived.append(found[1]))
+        curved, _, _ = one.products(step.split(v))
+    assert arrived == [None]
+
+    def loss(theta):
+        parameters = {key.removeprefix("net."): part for key, part in step.layout.unflatten(theta).items()}
+        return functional_call(net, parameters, (images,)).sin().square().sum()
+
+    close(step.layout.flatten(curved), torch.func.hessian(loss)(step.theta) @ v)
 
 
 def test_a_parameter_that_the_loss_does_not_use_gets_zeros():
