@@ -48,6 +48,8 @@ _DRAWS = (FILLING - {"bernoulli_"}) | {
 
 _ZEROS = (torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default)
 
+_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+
 _TIMELY = "the loss depends on the epoch, the step or the learning rate"
 
 
@@ -361,6 +363,7 @@ def _graph(
     with eager.replica.generators.kept():
         graph: GraphModule = make_fx(run, decomposition_table=_DECOMPOSED)(*arguments)
     _leave_zeros_out(graph)
+    _let_layouts_differ(graph)
     return graph
 
 
@@ -373,6 +376,14 @@ def _leave_zeros_out(graph: GraphModule) -> None:
             if isinstance(zeros, Node) and zeros.target in _ZEROS and _described(other) == _described(node):
                 node.replace_all_uses_with(other)
                 break
+
+
+def _let_layouts_differ(graph: GraphModule) -> None:
+    """Have views be copies where they must: mapped over runs, tensors lie otherwise in memory than those of one run."""
+    for node in graph.graph.nodes:
+        if node.target in _VIEWS:
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
 
 
 def _described(node: Any) -> object:

@@ -52,6 +52,22 @@ class Recurrent(nn.Module):
         return self.last(self.cells(inputs.unsqueeze(-1))[0][:, -1])
 
 
+class GPT(nn.Module):
+    """Attention between tokens at places, as nanoGPT has it."""
+
+    def __init__(self, is_causal):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(2, 4), nn.Embedding(F, 4)
+        self.before, self.widen, self.last = nn.LayerNorm(4), nn.Linear(4, 12), nn.Linear(4, 2)
+        self.is_causal = is_causal
+
+    def forward(self, inputs):
+        hidden = self.before(self.tokens((inputs > 0).long()) + self.places(torch.arange(F)))
+        parts = (part.unflatten(2, (2, -1)).transpose(1, 2) for part in self.widen(hidden).chunk(3, 2))
+        attended = functional.scaled_dot_product_attention(*parts, is_causal=self.is_causal)
+        return self.last((hidden + attended.transpose(1, 2).flatten(2)).mean(1))
+
+
 CASES = {
     "MLP": (cross_entropy, lambda: mlp(nn.Tanh())),
     "dropout": (cross_entropy, lambda: mlp(nn.Tanh(), nn.Dropout(0.4))),
@@ -63,6 +79,8 @@ CASES = {
     "GroupNorm": (cross_entropy, lambda: convolutional(nn.GroupNorm(2, 4))),
     "PReLU": (cross_entropy, lambda: mlp(nn.PReLU(5))),
     "LSTM": (cross_entropy, Recurrent),
+    "embeddings and attention": (cross_entropy, lambda: GPT(is_causal=False)),
+    "embeddings and causal attention": (cross_entropy, lambda: GPT(is_causal=True)),
 }
 
 
