@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
@@ -30,6 +31,8 @@ from lightning_dtda.replay.stand_ins import Circumstances, Time
 from lightning_dtda.replay.steps import MicroBatchInputs, Point, StepBatch
 from lightning_dtda.replay.tangents import Position, gradient_tangents, push
 from lightning_dtda.trajectory import MicroBatch, Run
+
+_log = logging.getLogger(__name__)
 
 Precision = Literal["recorded", "float64"]
 
@@ -157,10 +160,19 @@ class Replay:
     def compile(self, compiled: bool = True) -> Replay:
         """Return a copy of this replay that compiles the products of steps, for one run and direction or stacked.
 
-        The first step then takes 15 seconds or more. Steps that cannot be compiled run uncompiled.
+        The first step then takes 15 seconds or more. Steps that cannot be compiled run uncompiled, and so do those of
+        recurrent layers, whose operations grow with the number of time steps.
         """
+        module = self.eager.replica.module
+        is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
+        if compiled and is_recurrent:
+            _log.info(
+                "Steps of %s are not compiled: each time step of its recurrent layers would be compiled by itself, "
+                "which takes longer than it saves.",
+                type(module).__name__,
+            )
         other = copy.copy(self)
-        other._is_compiled = compiled
+        other._is_compiled = compiled and not is_recurrent
         return other
 
     @property

@@ -5,7 +5,8 @@ import logging
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
@@ -114,6 +115,44 @@ def test_compiled_steps_that_are_slower_are_not_used(root, plans, times, caplog,
         attribution(root, compile=True)
     assert not plans[0].compiled
     assert "Compiled steps take 1.20 of the time and are not used." in caplog.text
+
+
+class Recurrent(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.GRU(1, 2, batch_first=True), nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.last(self.layer(batch[0])[0][:, -1]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_steps_of_recurrent_layers_are_not_compiled_and_that_is_said(tmp_path, plans, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: compiled.append(graph) or graph)
+    series = TensorDataset(torch.randn(4, 3, 1))
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_epochs=2, callbacks=[TrajectoryRecorder(tmp_path)], enable_progress_bar=False, **options)
+    trainer.fit(Recurrent(), DataLoader(series, 2))
+    with caplog.at_level(logging.INFO, logger="lightning_dtda"):
+        plain, asked = (
+            attribute(
+                Ensemble.open(tmp_path),
+                Recurrent(),
+                series,
+                queries=series,
+                estimator=UnrolledDifferentiation(compile=compile),
+                progress=False,
+            )
+            for compile in (False, True)
+        )
+    assert not compiled
+    assert not plans[1].compiled
+    assert "Steps of Recurrent are not compiled: each time step of its recurrent layers" in caplog.text
+    assert torch.equal(plain.responses, asked.responses)
 
 
 def test_chunks_of_queries_are_alike(root, plans, take_100_mib):
