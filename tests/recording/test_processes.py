@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import (
     Ensemble,
-    ResponseTracker,
     Run,
     TrajectoryRecorder,
     UnrolledDifferentiation,
     attribute,
 )
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.recording import ResponseTracker
 from lightning_dtda.trajectory import RunWriter
 from tests.recording.test_endings import Stop, fail
 from tests.regression import Augmented, WeightedRegressor, loader, weighted_data
