@@ -1,4 +1,4 @@
-"""Is an attribution right? Scores against retraining, with what noise allows and how sure they are."""
+"""Is an attribution right? Scores against retraining, with noise ceilings and confidence intervals."""
 
 from lightning_dtda.evaluation.agreement import LeaveOneOutCorrelation, LinearDatamodelingScore
 from lightning_dtda.evaluation.comparing import Comparison, compare

@@ -1,4 +1,4 @@
-"""Linear datamodeling score and leave-one-out correlation as torchmetrics."""
+"""Linear datamodeling score and leave-one-out correlation as torchmetrics metrics."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _STATES = ("predicted", "baseline", "real", "real_baseline")
 
 
 class InfluenceAgreement(Metric):
-    """What both metrics share: samples of all queries as state, and their correlation.
+    """Base class of both metrics: keeps the samples of all queries as state, and computes their correlation.
 
-    The states have the queries in front, so that batches, and processes, add up to all queries.
+    The states have the queries first, so batches and processes can be concatenated.
     """
 
     is_differentiable = False
@@ -60,7 +60,7 @@ class InfluenceAgreement(Metric):
 
     @override
     def update(self, predicted: Tensor, baseline: Tensor, real: Tensor, real_baseline: Tensor) -> None:
-        """Add some queries.
+        """Add queries.
 
         Args:
             predicted: Predicted samples without each removal ``(removals, runs, queries)``.
@@ -69,27 +69,27 @@ class InfluenceAgreement(Metric):
             real_baseline: Samples of models trained on everything ``(baseline seeds, queries)``.
 
         Raises:
-            AttributionError: If shapes do not fit each other or the queries before, or values are not finite.
+            AttributionError: If shapes do not match each other or those of earlier queries, or values are not finite.
         """
         arranged = arrange(predicted, baseline, real, real_baseline)
         for name, tensor in zip(_STATES, arranged, strict=True):
             state = getattr(self, name)
             if state and state[0].shape[1:] != tensor.shape[1:]:
                 raise AttributionError(
-                    f"{name} has {tuple(tensor.shape[1:])} samples and removals of each query; of the queries before, "
-                    f"there were {tuple(state[0].shape[1:])}. Give all queries of the same models."
+                    f"{name} has {tuple(tensor.shape[1:])} samples and removals per query, but earlier queries had "
+                    f"{tuple(state[0].shape[1:])}. Use the same models for all queries."
                 )
             state.append(tensor)
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Return the score with interval and ceiling.
+        """Return the score with its interval and ceiling.
 
         Returns:
-            As :func:`~lightning_dtda.evaluation.functional.linear_datamodeling_score`.
+            The same as :func:`~lightning_dtda.evaluation.functional.linear_datamodeling_score`.
 
         Raises:
-            AttributionError: If there are too few samples, or there is no order to predict.
+            AttributionError: If there are too few samples, or the real influences have no order to predict.
         """
         arranged = tuple(dim_zero_cat(getattr(self, name)) for name in _STATES)
         samples = collect(arranged, self.paired)
@@ -98,11 +98,11 @@ class InfluenceAgreement(Metric):
 
     @override
     def plot(self, val: Result | Sequence[Result] | None = None, ax: Any = None) -> Any:
-        """Plot the score with its interval and the noise ceiling; of several results, over their number.
+        """Plot the score with its interval and the noise ceiling; several results are plotted over their index.
 
         Args:
-            val: What :meth:`compute` or ``forward`` returned, or a list of such; ``None`` computes it.
-            ax: Axes of matplotlib to draw on, if not new ones.
+            val: Result of :meth:`compute` or ``forward``, or a list of results; ``None`` computes one.
+            ax: Matplotlib axes to draw on; new ones by default.
 
         Returns:
             Figure and axes.
@@ -122,20 +122,20 @@ class LinearDatamodelingScore(InfluenceAgreement):
         \mathrm{LDS} = \frac1Q \sum_q \rho\left(
             \bigl(\Delta(X_q, \hat Y_{k,q})\bigr)_k,\; \bigl(\Delta(X'_q, Y'_{k,q})\bigr)_k \right)
 
-    See :func:`~lightning_dtda.evaluation.functional.linear_datamodeling_score` for terms and sources. Different
-    differences of one evaluation go into a ``MetricCollection``, which keeps their samples once.
+    See :func:`~lightning_dtda.evaluation.functional.linear_datamodeling_score` for terms and sources. To compute
+    several differences, use a ``MetricCollection``, which stores the samples once.
 
     Args:
-        difference: ``mean`` for the usual score; ``variance``, ``wasserstein``, a class's import path or a
+        difference: ``mean`` for the usual score; ``variance``, ``wasserstein``, the import path of a class, or a
             :class:`~lightning_dtda.statistics.differences.Difference`.
-        paired: Whether seed i of the real baseline is seed i of the others.
-        replicates: Number of draws of the bootstrap; 0 leaves the interval out.
-        confidence: Of the interval.
-        seed: Of the bootstrap's draws.
-        kwargs: For :class:`torchmetrics.Metric`.
+        paired: Whether seed i of the real baseline is the same as seed i of the models trained without examples.
+        replicates: Number of bootstrap draws; 0 skips the interval.
+        confidence: Confidence level of the interval.
+        seed: Seed of the bootstrap draws.
+        kwargs: Keyword arguments for :class:`torchmetrics.Metric`.
 
     Raises:
-        AttributionError: If the difference is none.
+        AttributionError: If the difference is unknown.
 
     Example:
         >>> import torch
@@ -166,7 +166,7 @@ class LinearDatamodelingScore(InfluenceAgreement):
 
 
 class LeaveOneOutCorrelation(InfluenceAgreement):
-    """Correlation of predicted with real influences of single examples, averaged over queries.
+    """Correlation between predicted and real influences of single examples, averaged over queries.
 
     See :func:`~lightning_dtda.evaluation.functional.leave_one_out_correlation`.
 
@@ -174,13 +174,13 @@ class LeaveOneOutCorrelation(InfluenceAgreement):
         difference: As for :class:`LinearDatamodelingScore`.
         correlation: ``"pearson"`` or ``"spearman"``.
         paired: As for :class:`LinearDatamodelingScore`.
-        replicates: As there.
-        confidence: As there.
-        seed: As there.
-        kwargs: For :class:`torchmetrics.Metric`.
+        replicates: As for :class:`LinearDatamodelingScore`.
+        confidence: As for :class:`LinearDatamodelingScore`.
+        seed: As for :class:`LinearDatamodelingScore`.
+        kwargs: Keyword arguments for :class:`torchmetrics.Metric`.
 
     Raises:
-        AttributionError: If difference or correlation is none.
+        AttributionError: If the difference or the correlation is unknown.
 
     Example:
         >>> import torch

@@ -13,12 +13,12 @@ from lightning_dtda.statistics.crossed_bootstrap import difference_interval
 
 @dataclass(frozen=True)
 class Comparison:
-    """By how much one score is higher than another one.
+    """Difference between two scores.
 
     Args:
-        gain: The first score less the second.
+        gain: First score minus the second.
         low: Lower limit of its interval.
-        high: Upper limit.
+        high: Upper limit of its interval.
     """
 
     gain: float
@@ -27,28 +27,28 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
 
 def compare(first: Evaluation, second: Evaluation) -> dict[str, Comparison]:
-    """Return by how much an attribution scores higher than another one, with intervals.
+    """Return how much higher the first attribution scores than the second, with intervals.
 
-    Two attributions that are compared with the same truth share its luck: its seeds, subsets and queries, and the
-    recorded runs if they are of the same. All of these are drawn again for both alike, see
-    :func:`~lightning_dtda.statistics.crossed_bootstrap.difference_interval`, so that the difference is known better
-    than the intervals of the scores suggest. That two of these overlap does not show that the attributions are equally
-    good.
+    Two attributions compared with the same truth share its randomness: its seeds, subsets and queries, and the recorded
+    runs if both use the same ones. All of these are resampled jointly, see
+    :func:`~lightning_dtda.statistics.crossed_bootstrap.difference_interval`, so the difference is known more precisely
+    than the intervals of the scores suggest. Overlapping intervals do not show that two attributions are equally good.
 
     Args:
-        first: What :func:`~lightning_dtda.evaluation.evaluate` says of one attribution.
-        second: What it says of the other, with the same truth, ``replicates``, ``confidence`` and ``seed``.
+        first: Result of :func:`~lightning_dtda.evaluation.evaluate` for one attribution.
+        second: Result for the other, with the same truth, ``replicates``, ``confidence`` and ``seed``.
 
     Returns:
-        For each difference between distributions of which both have a score; NaN limits for those without draws.
+        Comparison for each difference between distributions that both have a score for, by name; limits are NaN if an
+        evaluation has no draws.
 
     Raises:
-        AttributionError: If the two are not of the same truth or draws.
+        AttributionError: If the two evaluations use different truths, confidence levels or draws.
 
     Example:
         >>> import torch
@@ -69,7 +69,9 @@ def compare(first: Evaluation, second: Evaluation) -> dict[str, Comparison]:
         ("confidence", first.confidence, second.confidence),
     ):
         if one != other:
-            raise AttributionError(f"The evaluations differ in their {what}: {one} and {other}. Evaluate again.")
+            raise AttributionError(
+                f"The evaluations differ in their {what}: {one} and {other}. Evaluate both with the same {what}."
+            )
     return {name: _compared(first, second, name) for name in first.scores if name in second.scores}
 
 
@@ -80,7 +82,7 @@ def _compared(first: Evaluation, second: Evaluation, name: str) -> Comparison:
         return Comparison(apart, float("nan"), float("nan"))
     if not torch.equal(of_one.queries, of_other.queries):
         raise AttributionError(
-            "The evaluations have other draws. Evaluate both with the same replicates and the same seed."
+            "The evaluations have different draws. Evaluate both with the same replicates and the same seed."
         )
     low, high = difference_interval(of_one, of_other, first.confidence)
     return Comparison(apart, float(low), float(high))

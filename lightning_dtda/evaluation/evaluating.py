@@ -1,4 +1,4 @@
-"""An attribution against ground truth: do its predictions agree with retraining?"""
+"""Evaluation of an attribution against ground truth: do its predictions agree with retraining?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_dtda.statistics.differences import DIFFERENCES, PAPERS, Differenc
 from lightning_dtda.statistics.samples import arrange, collect
 
 _SEED = re.compile(r"seed-(\d+)$")
-"""What runs are called that were recorded after ``seed_everything``."""
+"""Names of runs that were recorded after ``seed_everything``."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Score:
     Args:
         score: The score.
         low: Lower limit of its interval.
-        high: Upper limit.
-        ceiling: The best score that the noise of the truth allows; ``None`` with too few seeds to tell.
-        reliability: Its square: what an equal truth with other seeds would score.
-        per_query: Of each query; ``None`` where its real influence is the same for all subsets.
-        constant_predictions: How many queries have a correlation of 0 since all predictions are the same.
-        replicates: What the interval is from; ``None`` without one.
+        high: Upper limit of its interval.
+        ceiling: Best score that the noise of the truth allows; ``None`` if there are too few seeds to estimate it.
+        reliability: Square of the ceiling: the score that an equally large truth with other seeds would get.
+        per_query: Score of each query; ``None`` where its real influence is the same for all subsets.
+        constant_predictions: Number of queries whose correlation is 0 because all predictions are the same.
+        replicates: Resampled correlations behind the interval; ``None`` if there is no interval.
     """
 
     score: float
@@ -53,7 +53,7 @@ class Score:
 
     @property
     def constant_queries(self) -> int:
-        """How many queries do not count."""
+        """Number of queries that do not count."""
         return self.per_query.count(None)
 
 
@@ -62,19 +62,19 @@ class Evaluation:
     """How well an attribution predicts retraining.
 
     Args:
-        scores: By difference.
-        measurement: Its name.
-        removal: What removal means in the truth, ``"drop"`` or ``"reweight"``; predictions are of ``"reweight"``.
-        runs: Number of recorded runs that were taken.
-        left_out: Names of the chaotic ones that were not.
+        scores: Scores by name of the difference.
+        measurement: Name of the measurement.
+        removal: Meaning of removal in the truth, ``"drop"`` or ``"reweight"``; predictions are for ``"reweight"``.
+        runs: Number of recorded runs used.
+        left_out: Names of the chaotic runs that were left out.
         subsets: Number of removals that were retrained.
         seeds: Number of trainings without each subset.
         baseline_seeds: Number of trainings on everything.
         queries: Number of queries.
         shared_seeds: Seeds that were both recorded and retrained.
-        confidence: Of the intervals.
-        run_names: The recorded runs that were taken.
-        truth_checksum: Of the truth: evaluations that differ in it are of different truths.
+        confidence: Confidence level of the intervals.
+        run_names: Names of the recorded runs used.
+        truth_checksum: Checksum of the truth; it differs between different truths.
     """
 
     scores: dict[str, Score]
@@ -92,7 +92,7 @@ class Evaluation:
     truth_checksum: int
 
     def content(self) -> dict[str, Any]:
-        """Return it in what JSON can hold."""
+        """Return the evaluation as plain data for JSON."""
         scores = {name: {**vars(score)} for name, score in self.scores.items()}
         for score in scores.values():
             del score["replicates"]
@@ -111,26 +111,26 @@ def evaluate(
 ) -> Evaluation:
     """Compute an attribution's distributional linear datamodeling scores.
 
-    The samples that :meth:`~lightning_dtda.Attribution.predict` gives for each of the truth's subsets are compared with
-    those of the retrained models (arXiv 2506.12965, section 5). If trainings are missing, the part of the truth is
-    taken of which none is.
+    The samples that :meth:`~lightning_dtda.Attribution.predict` gives for each subset of the truth are compared with
+    those of the retrained models (arXiv 2506.12965, section 5). If trainings are missing, only the complete part of the
+    truth is used.
 
     Args:
-        attribution: What predicts. With groups as removals, each subset must be made up of groups.
-        truth: What retraining measured, of the same data, queries and measurement.
-        differences: As for :class:`~lightning_dtda.evaluation.LinearDatamodelingScore`; ``None`` takes the
-            paper's for which there are enough runs and seeds.
-        runs: The ``"trusted"`` ones, without those that the attribution calls chaotic; or ``"all"``.
-        replicates: Number of draws for the intervals; 0 leaves them out.
-        confidence: Of the intervals.
-        seed: Of the draws.
+        attribution: Attribution to evaluate. If its removals are groups, each subset must consist of whole groups.
+        truth: Ground truth from retraining, for the same data, queries and measurement.
+        differences: As for :class:`~lightning_dtda.evaluation.LinearDatamodelingScore`; ``None`` for those of the paper
+            that there are enough runs and seeds for.
+        runs: ``"trusted"`` to leave out the runs that the attribution reports as chaotic, or ``"all"``.
+        replicates: Number of bootstrap draws for the intervals; 0 skips them.
+        confidence: Confidence level of the intervals.
+        seed: Seed of the draws.
 
     Returns:
-        Scores with interval and noise ceiling, and what they are of.
+        Scores with intervals and noise ceilings, and what they were computed from.
 
     Raises:
-        AttributionError: If the truth is about something else; if there is nothing to compare; or if there are too few
-            runs or seeds for a difference that was asked for.
+        AttributionError: If the attribution and the truth do not match; if there is nothing to compare; or if there are
+            too few runs or seeds for a requested difference.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -145,8 +145,8 @@ def evaluate(
     if truth.unfinished:
         missing, truth = len(truth.unfinished), truth.finished()
         warnings.warn(
-            f"{missing} trainings of the ground truth are missing. {len(truth.removed)} subsets with "
-            f"{len(truth.seeds)} seeds are complete and compared.",
+            f"{missing} trainings of the ground truth are missing. The {len(truth.removed)} subsets with "
+            f"{len(truth.seeds)} seeds that are complete are compared.",
             stacklevel=2,
         )
     check_alignment(attribution, truth)
@@ -156,9 +156,9 @@ def evaluate(
     if shared:
         other = "removal='drop'" if truth.removal == "reweight" else "other seeds"
         warnings.warn(
-            f"{len(shared)} seeds were both recorded and retrained ({shared[0]}, ...): truth and prediction share "
-            f"noise, so that scores hold for these runs and may exceed the noise ceiling. Retrain with {other} to "
-            "learn about the distribution.",
+            f"{len(shared)} seeds were both recorded and retrained ({shared[0]}, ...), so truth and prediction share "
+            f"noise: the scores hold for these runs only and may exceed the noise ceiling. To learn about the "
+            f"distribution, retrain with {other}.",
             stacklevel=2,
         )
     samples = collect(
@@ -190,12 +190,12 @@ def evaluate(
 
 
 def check_alignment(attribution: Attribution, truth: GroundTruth) -> None:
-    """Refuse a ground truth that is about something else.
+    """Check that an attribution and a ground truth are about the same thing.
 
-    What neither says, as of one that was made by hand, is not compared.
+    Properties that either does not record, for example because it was made by hand, are not compared.
 
     Raises:
-        AttributionError: Naming what differs.
+        AttributionError: If they differ. The message names the property.
     """
     of_data, trained_on = attribution.about.get("configuration", {}).get("dataset", {}), truth.about.get("data", {})
     compared: dict[str, tuple[Any, Any]] = {
@@ -213,20 +213,20 @@ def check_alignment(attribution: Attribution, truth: GroundTruth) -> None:
         if None not in (predicted, retrained) and predicted != retrained:
             raise AttributionError(
                 f"Attribution and ground truth differ in their {what}: {_short(predicted)} and {_short(retrained)}. "
-                "Attribute or retrain with those of the other."
+                "Attribute or retrain again so that they agree."
             )
     if attribution.step is not None:
         raise AttributionError(
-            f"The attribution is of the models after step {attribution.step}, the ground truth of trained ones. "
-            "Attribute again without step."
+            f"The attribution is for the models after step {attribution.step}, but the ground truth is for fully "
+            "trained models. Attribute again without step."
         )
 
 
 def predicted_samples(attribution: Attribution, truth: GroundTruth) -> Tensor:
-    """Return the samples that are predicted without each of the truth's subsets ``(subsets, runs, queries)``, float64.
+    """Return the predicted samples without each subset of the truth ``(subsets, runs, queries)``, float64.
 
     Raises:
-        AttributionError: If the attribution does not know the removal of a subset.
+        AttributionError: If the attribution cannot predict the removal of a subset.
     """
     # in double precision: a change of the variance is a small difference of large squares
     precise = replace(attribution, baseline=attribution.baseline.double())
@@ -240,7 +240,7 @@ def predicted_samples(attribution: Attribution, truth: GroundTruth) -> Tensor:
 
 
 def _groups_of(subset: Sequence[int], members: Sequence[Sequence[int]], number: int) -> list[int]:
-    """Return the positions of the groups that a subset is made up of, the largest first."""
+    """Return the positions of the groups that a subset consists of, the largest first."""
     left, found = set(subset), []
     for position in sorted(range(len(members)), key=lambda group: -len(members[group])):
         if members[position] and left.issuperset(members[position]):
@@ -248,9 +248,9 @@ def _groups_of(subset: Sequence[int], members: Sequence[Sequence[int]], number: 
             found.append(position)
     if left:
         raise AttributionError(
-            f"Subset {number} of the ground truth removes training example {min(left)}, which is in no group of the "
-            "attribution that the subset has whole. Attribute every example (removals='leave-one-out'), or retrain "
-            "without groups."
+            f"Subset {number} of the ground truth removes training example {min(left)}, but contains no whole group of "
+            "the attribution with this example. Attribute every example (removals='leave-one-out'), or retrain without "
+            "whole groups."
         )
     return found
 

@@ -1,4 +1,4 @@
-"""Detection of wrong labels as a torchmetric."""
+"""Detection of wrong labels as a torchmetrics metric."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_dtda.evaluation.functional.mislabelled import INSPECTED, mislabel
 class MislabelDetection(Metric):
     """How well influences find training examples with wrong labels.
 
-    See :func:`~lightning_dtda.evaluation.functional.mislabel_detection`, and there for what to take as suspicion.
+    See :func:`~lightning_dtda.evaluation.functional.mislabel_detection`, also for what to use as suspicion.
 
     Args:
-        inspected: Shares of the examples that are looked at.
-        kwargs: For :class:`torchmetrics.Metric`.
+        inspected: Shares of the examples that are inspected.
+        kwargs: Keyword arguments for :class:`torchmetrics.Metric`.
 
     Example:
         >>> import torch
@@ -48,26 +48,31 @@ class MislabelDetection(Metric):
 
     @override
     def update(self, suspicion: Tensor, mislabelled: Tensor) -> None:
-        """Add some training examples: suspicion and mask ``(examples,)``."""
+        """Add training examples.
+
+        Args:
+            suspicion: Suspicion of each example ``(examples,)``.
+            mislabelled: Whether each label is wrong ``(examples,)``, bool.
+        """
         self.suspicion.append(suspicion)  # type: ignore[union-attr]
         self.mislabelled.append(mislabelled)  # type: ignore[union-attr]
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        """Return area under the curve and shares found, as ``mislabel_detection`` does.
+        """Return the area under the ROC curve and the shares found, as ``mislabel_detection`` does.
 
         Raises:
-            AttributionError: If the shapes differ, or all labels or none are wrong.
+            AttributionError: If the shapes differ, or either all or none of the labels are wrong.
         """
         return mislabel_detection(dim_zero_cat(self.suspicion), dim_zero_cat(self.mislabelled), self.inspected)
 
     @override
     def plot(self, val: dict[str, Tensor] | None = None, ax: Any = None) -> Any:
-        """Plot which share of the wrong labels is among the most suspicious examples, by the share that is inspected.
+        """Plot the share of wrong labels found among the most suspicious examples over the share inspected.
 
         Args:
-            val: What :meth:`compute` or ``forward`` returned; ``None`` computes it.
-            ax: Axes of matplotlib to draw on, if not new ones.
+            val: Result of :meth:`compute` or ``forward``; ``None`` computes it.
+            ax: Matplotlib axes to draw on; new ones by default.
 
         Returns:
             Figure and axes.

@@ -1,4 +1,4 @@
-"""What a suggestion of removals really does, by retraining without them."""
+"""Real effect of suggested removals, by retraining without them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_dtda.statistics.intervals import student_interval
 
 @dataclass(frozen=True)
 class Verification:
-    """The real change of the quantity that a suggestion was to change, averaged over its queries.
+    """Real change of the quantity that a suggestion was meant to change, averaged over its queries.
 
     Args:
-        before: The quantity, of models trained on everything.
-        effect: Its change, of models trained without all suggested examples.
+        before: The quantity for models trained on everything.
+        effect: Its change for models trained without all suggested examples.
         low: Lower limit of the effect's interval, by Student's t.
-        high: Upper limit.
-        level: Of the interval.
+        high: Upper limit of the effect's interval.
+        level: Confidence level of the interval.
         seeds: Number of trainings without the examples.
         baseline_seeds: Number of trainings on everything.
     """
@@ -34,20 +34,21 @@ class Verification:
 
 
 def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> Verification:
-    r"""Compare models that were really trained without the suggested examples with those trained on everything.
+    r"""Compare models retrained without the suggested examples with models trained on everything.
 
-    With the goal's quantity as a mean over trainings of what each adds, :math:`f(y) = \frac1S \sum_s c_s(y)` (see
-    :func:`~lightning_dtda.suggest_removals`), the effect is :math:`f(y) - f(x)`. Its error is that of the difference
-    of two means (:func:`~lightning_dtda.statistics.intervals.student_interval`); of the mean of differences, where both
-    have the same seeds and hence the same initial parameters.
+    The goal's quantity is a mean of contributions of the trainings, :math:`f(y) = \frac1S \sum_s c_s(y)` (see
+    :func:`~lightning_dtda.suggest_removals`), and the effect is :math:`f(y) - f(x)`. Its error is that of the
+    difference of two means (:func:`~lightning_dtda.statistics.intervals.student_interval`), or that of the mean of
+    differences if both have the same seeds and therefore the same initial parameters.
 
     Args:
-        suggestion: What was suggested; its queries are those positions of the truth's.
-        truth: Has the set of all suggested examples among its subsets.
-        level: Of the interval.
+        suggestion: The suggestion; its queries are positions among the queries of the truth.
+        truth: Ground truth whose subsets include the set of all suggested examples.
+        level: Confidence level of the interval.
 
     Raises:
-        AttributionError: If the truth lacks the set, or trainings of it; or there are fewer than two of either kind.
+        AttributionError: If the truth lacks the set or some of its trainings, or there are fewer than two trainings
+            with or without the examples.
 
     Example:
         >>> import torch
@@ -62,7 +63,7 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
     wanted = tuple(sorted(suggestion.removed))
     if wanted not in truth.removed:
         raise AttributionError(
-            f"The ground truth has no subset of the {len(wanted)} suggested examples. Retrain with "
+            f"None of the ground truth's subsets is the set of the {len(wanted)} suggested examples. Retrain with "
             "subsets=[suggestion.removed]."
         )
     contributions = GOALS[suggestion.goal].contributions
@@ -72,8 +73,8 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
     for what, samples in (("without the suggested examples", real), ("on everything", baseline)):
         if len(samples) < 2 or not bool(samples.isfinite().all()):
             raise AttributionError(
-                f"Of the trainings {what}, {int(samples.isfinite().all(1).sum())} of {len(samples)} are there; all are "
-                "needed, and at least two. Retrain what is missing."
+                f"{int(samples.isfinite().all(1).sum())} of the {len(samples)} trainings {what} are available; all are "
+                "needed, and at least two. Retrain the missing ones, with at least two seeds."
             )
     after, before = contributions(real[:, columns]), contributions(baseline[:, columns])
     low, high = student_interval(*([after - before] if paired else [after, before]), level=level).tolist()

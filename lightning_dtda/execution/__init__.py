@@ -1,7 +1,7 @@
-"""Where work runs: this process, several of this machine, a Ray cluster; memory, devices, progress.
+"""Where work runs: in this process, in several local processes, or on a Ray cluster; memory, devices, progress.
 
-``record``, ``attribute`` and ``retrain`` all take ``workers``: a number of processes of this machine, or a
-:class:`Workers`, of which each kind is one class in one file.
+``record``, ``attribute`` and ``retrain`` all take ``workers``: a number of local processes, or a :class:`Workers`.
+Each kind of workers is one class in one file.
 """
 
 from lightning_dtda.execution.processes import Processes, workers_of

@@ -1,4 +1,4 @@
-"""The memory of tensor computations: what there is, what they need, and how to keep what they will need again."""
+"""Memory of tensor computations: how much is available, how much they need, and how to keep freed memory for reuse."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from lightning_dtda.compatibility import TorchDispatchMode, address, allocations
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_THRESHOLD = 32 * 2**20
-"""Bytes that glibc raises the threshold of mmap to by itself as large blocks are freed, and that of trimming to twice
-as many. Once either was set, it leaves both as they are."""
+"""Bytes to which glibc raises the threshold of mmap as large blocks are freed; it raises that of trimming to twice this.
+Once either was set by hand, glibc leaves both unchanged."""
 
 _OBJECTS = 16 * 2**20
-"""Bytes of traces, autograd graphs and the like, which are no tensors."""
+"""Bytes of traces, autograd graphs and other objects that are not tensors."""
 
 _KEEP_BYTES = 2**30
-"""Freed memory that is kept, and the largest block that is taken from it: more than a sweep's temporaries."""
+"""Bytes of freed memory to keep, and of the largest block taken from it: more than a sweep's temporaries."""
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Return the bytes that can still be allocated on a device, ``None`` where the system does not say."""
+    """Return the number of bytes that can still be allocated on a device; ``None`` if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     meminfo = Path("/proc/meminfo")
@@ -43,10 +43,10 @@ def available_memory(device: torch.device) -> int | None:
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """Run a function and return the most bytes that its tensors took at once, beyond those alive before.
+    """Run a function and return the peak number of bytes of its tensors, not counting those alive before.
 
-    From the allocator on CUDA devices, elsewhere from the profiler's record of allocations; or, where a profiler runs
-    already, from the tensors that operations return, without what they take for themselves.
+    The peak comes from the allocator on CUDA devices, and from the profiler's record of allocations elsewhere. If a
+    profiler is already running, only the tensors that operations return are counted, not their temporary memory.
 
     Example:
         >>> peak_memory(lambda: torch.ones(1000) + torch.ones(1000), torch.device("cpu"))
@@ -58,7 +58,7 @@ def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
         function()
         return torch.cuda.max_memory_allocated(device) - before
     was_enabled = gc.isenabled()
-    gc.disable()  # what garbage there is would be counted as if it came from the function when it is freed
+    gc.disable()  # older garbage, freed meanwhile, would be counted as the function's
     try:
         if not is_profiled():
             return max(accumulate(allocations(function), initial=0))
@@ -100,33 +100,33 @@ class _Storages(TorchDispatchMode):
 
 
 def resident_memory(of_tensors: float, device: torch.device) -> float:
-    """Return the bytes by which a process grows that runs something within :func:`kept_pages`.
+    """Return the number of bytes by which a process grows when it runs something within :func:`kept_pages`.
 
-    On the CPU, freed memory is kept beside what is in use: on a CNN and a GPT of 0.1 and 0.8 million parameters about
-    as much again (``benchmarks/announced.py``), and no more than is allowed. Python's own objects come on top.
+    On the CPU, freed memory is kept in addition to memory in use: about the same amount again for a CNN and a GPT with
+    0.1 and 0.8 million parameters (``benchmarks/announced.py``), up to the limit. Python objects come on top.
 
     Args:
-        of_tensors: The most bytes that tensors take at once.
-        device: Where they are.
+        of_tensors: Peak number of bytes of the tensors.
+        device: Device of the tensors.
     """
     return of_tensors + min(of_tensors, _KEEP_BYTES) + _OBJECTS if device.type == "cpu" else of_tensors
 
 
 @contextmanager
 def kept_pages(device: torch.device) -> Iterator[None]:
-    """Let glibc's allocator keep freed memory while a sweep runs on the CPU, and give it back afterwards.
+    """Let glibc's allocator keep freed memory while a sweep runs on the CPU, and release it afterwards.
 
-    A sweep frees and allocates the same megabytes thousands of times; by default the allocator returns them to the
-    system each time, and fresh pages cost as much as the arithmetic. Afterwards the thresholds are those that glibc
-    comes to by itself once a tensor of 32 MiB was freed; there is no way back to lower ones that it raises by itself.
-    Elsewhere than on glibc this does nothing.
+    A sweep frees and allocates the same megabytes thousands of times. By default, the allocator returns them to the
+    system each time, and fresh pages cost as much as the arithmetic. Afterwards, the thresholds are those that glibc
+    itself reaches once a tensor of 32 MiB was freed; lower ones, which glibc would raise dynamically, cannot be
+    restored. Without glibc, this does nothing.
     """
     libc = ctypes.CDLL(None) if device.type == "cpu" and sys.platform == "linux" else None
     if libc is None or not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         yield
         return
     libc.mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
-    # older versions of glibc refuse more than the largest threshold that they would choose themselves
+    # older versions of glibc reject values above the largest threshold that they would choose themselves
     libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BYTES) or libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
     try:
         yield

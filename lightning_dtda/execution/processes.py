@@ -1,4 +1,4 @@
-"""Several processes of this machine."""
+"""Several processes on this machine."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lightning_dtda.execution.workers import Item, Lost, Result, ThisProcess, Wo
 
 @dataclass(frozen=True)
 class Processes(Workers):
-    """Processes of this machine; what work raises in one of them is raised here.
+    """Processes on this machine. An exception raised in one of them is raised here.
 
-    They share the CPUs evenly, unless ``OMP_NUM_THREADS`` says how many threads each has.
+    They share the CPUs evenly unless ``OMP_NUM_THREADS`` sets the number of threads of each.
 
     Args:
-        number: How many.
+        number: Number of processes.
 
     Raises:
-        ExecutionError: If it is no number of processes.
+        ExecutionError: If the number is not a positive integer.
     """
 
     number: int
@@ -41,8 +41,8 @@ class Processes(Workers):
     def __post_init__(self) -> None:
         if isinstance(self.number, bool) or not isinstance(self.number, int) or self.number < 1:
             raise ExecutionError(
-                f"workers={self.number!r}; give a number of processes of this machine, at least 1, or what else works: "
-                "RayCluster(cpus=1), say."
+                f"workers={self.number!r}; give a number of processes on this machine, at least 1, or a Workers object "
+                "such as RayCluster(cpus=1)."
             )
 
     @override
@@ -62,14 +62,14 @@ class Processes(Workers):
         # two thread pools on the same cores are many times slower than one thread each
         threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // len(first))))
         with tempfile.TemporaryDirectory() as directory, _ended_by_sigterm():
-            # in a file, not with every item: it holds the data
+            # in a file rather than with every item, as it contains the data
             path = Path(directory) / "work.pickle"
             try:
                 path.write_bytes(cloudpickle.dumps(work))
-            except Exception as reason:  # whatever cannot be pickled
+            except Exception as reason:  # pickling may raise anything
                 raise ExecutionError(
-                    f"What is to be done cannot be sent to other processes ({type(reason).__name__}: {reason}). Let "
-                    "functions make what has no pickle (open files, locks, loggers), inside of them, or set workers=1."
+                    f"The work cannot be pickled for other processes ({type(reason).__name__}: {reason}). Create "
+                    "objects that cannot be pickled (open files, locks, loggers) inside functions, or set workers=1."
                 ) from reason
             finished = 0
             with joblib.parallel_config("loky", n_jobs=len(first), inner_max_num_threads=threads):
@@ -82,16 +82,17 @@ class Processes(Workers):
                         yield result
                 except BrokenProcessPool as reason:
                     raise ExecutionError(
-                        f"A process was killed (out of memory?); {finished} pieces of work were done before. They are "
-                        "on disk if they are stored there: call again, perhaps with fewer workers, to go on."
+                        f"A process was killed, perhaps because memory ran out, after {finished} tasks were finished. "
+                        "If their results are stored on disk, run the call again to continue from there, perhaps with "
+                        "fewer workers."
                     ) from reason
 
 
 def workers_of(workers: int | Workers) -> Workers:
-    """Return what ``record``, ``attribute`` and ``retrain`` call ``workers``: a number of processes, or who works.
+    """Return the workers for the ``workers`` argument of ``record``, ``attribute`` and ``retrain``.
 
     Raises:
-        ExecutionError: If it is neither.
+        ExecutionError: If it is neither a number of processes nor a :class:`Workers`.
 
     Example:
         >>> workers_of(2)
@@ -105,8 +106,8 @@ def workers_of(workers: int | Workers) -> Workers:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl+C does: at once, it would leave the others at work."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say so
+    """Let SIGTERM end this process as Ctrl+C does; an immediate end would leave the other processes running."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
 

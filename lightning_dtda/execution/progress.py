@@ -1,4 +1,4 @@
-"""The one look of all progress bars."""
+"""Progress bars, with one look everywhere."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress_bar(description: str, unit: str, total: int, show: bool = True) -> Iterator[Callable[[float], None]]:
-    """Show a progress bar, and yield what has to be told how much more is done.
+    """Show a progress bar, and yield a function that advances it by an amount.
 
     Args:
-        description: What is done.
-        unit: What is counted.
-        total: How many there are.
-        show: Whether there is a bar at all.
+        description: Description of the work.
+        unit: Unit of the count.
+        total: Total number of units.
+        show: Whether to show the bar.
     """
     columns = (
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""Silences the messages of trainings, or writes them to a file."""
+"""Silencing the output of trainings, or writing it to a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's messages at the start and end of every fit, which hide everything else with twenty seeds."""
+    """Silence Lightning's messages at the start and end of every fit, which drown out all others with many seeds."""
     names = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -21,7 +21,7 @@ def quiet_lightning() -> Iterator[None]:
         logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # about code inside Lightning, the number of workers and the logging interval: nothing the user did wrong
+            # about Lightning's code, the number of workers and the logging interval: not the user's mistakes
             warnings.filterwarnings("ignore", module="lightning.pytorch.utilities._pytree")
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
@@ -33,7 +33,7 @@ def quiet_lightning() -> Iterator[None]:
 
 @contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """Write to a file what this process, and what it starts, prints: of several at once, a terminal shows a jumble."""
+    """Write the output of this process and its children to a file; in a terminal, several at once get mixed up."""
     path.parent.mkdir(parents=True, exist_ok=True)
     streams = [(1, sys.stdout), (2, sys.stderr)]
     before = [os.dup(number) for number, _ in streams]

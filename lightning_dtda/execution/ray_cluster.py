@@ -1,4 +1,4 @@
-"""A Ray cluster; what is lost with a worker or a node is done again."""
+"""A Ray cluster; work lost with a worker or a node is repeated."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from lightning_dtda.execution.workers import Item, Lost, Result, Workers
 _log = logging.getLogger(__name__)
 
 _IN_FLIGHT = 2
-"""Items handed out for each place on the cluster: one at work and one that is there when it is done."""
+"""Number of items submitted per place on the cluster: one running and one ready to follow."""
 
 
 @dataclass(frozen=True)
 class RayCluster(Workers):
-    """The nodes of a Ray cluster, and what each piece of work gets there.
+    """The nodes of a Ray cluster, and the resources of each task there.
 
-    A cluster that this process is connected to is used. Else one is connected to, at ``address``, at ``RAY_ADDRESS``
-    or on this machine if ``ray start`` was called there; if there is none, Ray is started on this machine and stopped
-    when the work is done.
+    If this process is connected to a cluster, that cluster is used. Otherwise it connects to the one at ``address``, at
+    ``RAY_ADDRESS``, or on this machine if ``ray start`` was called there. If there is none, Ray is started on this
+    machine and stopped when the work is done.
 
     Args:
-        cpus: CPUs, and threads, for each piece of work.
-        gpus: GPUs for each; a fraction shares one.
-        address: Of a running cluster; ``"local"`` starts one on this machine in any case.
-        retries: How often an item is done again whose worker was lost. 3 is what Ray does with its own tasks; unlike
-            those, workers that were killed for their memory count.
+        cpus: Number of CPUs, and threads, for each task.
+        gpus: Number of GPUs for each task; tasks with a fraction share one.
+        address: Address of a running cluster; ``"local"`` always starts one on this machine.
+        retries: Number of times an item is repeated after its worker was lost. The default of 3 is that of Ray's own
+            tasks; unlike there, workers killed for their memory use count.
 
     Raises:
-        ExecutionError: If Ray is not installed, or a number makes no sense.
+        ExecutionError: If Ray is not installed, or a number is invalid.
     """
 
     cpus: float = 1.0
@@ -53,24 +53,24 @@ class RayCluster(Workers):
             if number < 0 or (number > 1 and number != int(number)):
                 raise ExecutionError(f"{name}={number}; give a fraction up to 1, or a whole number.")
         if self.cpus == self.gpus == 0:
-            raise ExecutionError("cpus=0, gpus=0; what needs nothing would all be done at once. Give one of them.")
+            raise ExecutionError("cpus=0, gpus=0; all tasks would run at once. Set at least one of them above 0.")
         if self.retries < 0:
-            raise ExecutionError(f"retries={self.retries}; give how often lost work is done again, from 0 on.")
+            raise ExecutionError(f"retries={self.retries}; give how often to repeat lost work, 0 or more.")
         _ray()
 
     @override
     def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
-        """Do work for each item, and yield what is finished as soon as it is, in any order; each item once.
+        """Do the work for each item, and yield each item with its result as soon as it is finished, in any order.
 
-        Items are asked for as places become free, so that there may be any number of them. When the iterator is
-        closed, what is under way is stopped.
+        Items are taken as places become free, so there may be any number of them. Closing the iterator stops the tasks
+        that are running.
 
         Args:
-            work: Sent once to each worker, with all that it holds. It should not raise; if it does, that is the end.
+            work: Function to run, sent once to each worker with everything it references. If it raises, all work ends.
             items: Arguments of ``work``, hashable.
 
         Raises:
-            ExecutionError: If there is no cluster; if ``work`` cannot be sent or raises; or inside a Ray task.
+            ExecutionError: If there is no cluster, ``work`` cannot be pickled or raises, or this is inside a Ray task.
         """
         content = _pickled(work)
         ray = _ray()
@@ -84,24 +84,24 @@ class RayCluster(Workers):
         return sum(min(int(node.get(kind, 0) / number) for kind, number in needs.items() if number) for node in nodes)
 
     def _run(self, ray: Any, content: bytes, items: Iterator[Any]) -> Iterator[tuple[Any, Any]]:
-        # not Ray's own max_retries: those do not count workers killed for their memory, which it tries again for ever
+        # not Ray's max_retries, which does not count workers killed for their memory use: it would retry them forever
         do = ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)(_do)
-        # in the object store, not with every task: it holds the data
+        # in the object store rather than with every task, as it contains the data
         reference = ray.put(content)
         lost: deque[Any] = deque()
         losses: Counter[Any] = Counter()
         running: dict[Any, Any] = {}
         end = object()
         if not self.places():
-            # no error: there are clusters that start a node when something waits for one
+            # not an error: some clusters start a node when a task waits for one
             _log.warning(
-                "No node of the Ray cluster has %g CPUs and %g GPUs, which each piece of work needs: waiting for one.",
+                "No node of the Ray cluster has the %g CPUs and %g GPUs that each task needs; waiting for one.",
                 self.cpus,
                 self.gpus,
             )
         try:
             while True:
-                # nodes come and go, and a cluster that grows by itself does so for what waits
+                # nodes come and go, and an autoscaling cluster grows for waiting tasks
                 for _ in range(_IN_FLIGHT * max(1, self.places()) - len(running)):
                     # in a list: a bare reference would be fetched for every task
                     item = lost.popleft() if lost else next(items, end)
@@ -132,8 +132,8 @@ class RayCluster(Workers):
         if ray.is_initialized():
             if ray.get_runtime_context().worker.mode == ray.WORKER_MODE:
                 raise ExecutionError(
-                    "This is a task or an actor of Ray, which would hold its CPUs and wait for others. Call from the "
-                    "program that connects to the cluster; in here, train without Ray."
+                    "RayCluster cannot be used inside a Ray task or actor, which would hold its CPUs while waiting for "
+                    "others. Call this from the program that connects to the cluster, or use no RayCluster here."
                 )
             yield
             return
@@ -142,9 +142,9 @@ class RayCluster(Workers):
             ray.init(address=self.address, include_dashboard=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ExecutionError(
-                f"Ray cannot be connected to or started (address={self.address!r}, RAY_ADDRESS="
+                f"Cannot connect to Ray or start it (address={self.address!r}, RAY_ADDRESS="
                 f"{os.environ.get('RAY_ADDRESS')!r}; {type(error).__name__}: {error}). Start a cluster with ray start "
-                '--head, or give address="local".'
+                '--head, or set address="local".'
             ) from error
         try:
             yield
@@ -156,33 +156,35 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise ExecutionError(f'This needs Ray ({error}). pip install "lightning-dtda[ray]"') from error
+        raise ExecutionError(
+            f'RayCluster needs Ray ({error}). Install it with: pip install "lightning-dtda[ray]"'
+        ) from error
     return ray
 
 
 def _pickled(work: Any) -> bytes:
-    # functions can be sent no other way, and Ray itself sends them so; it stays within the cluster that is called,
-    # which runs what it is sent in any case, and none of it gets into a file of ours
+    # functions cannot be sent any other way, and Ray sends them like this too. The pickle stays within the cluster,
+    # which runs whatever it is sent anyway, and none of it gets into our files
     try:
         return bytes(cloudpickle.dumps(work))
-    except Exception as error:  # whatever cannot be pickled
+    except Exception as error:  # pickling may raise anything
         raise ExecutionError(
-            f"What is to be done cannot be sent to the workers of Ray ({type(error).__name__}: {error}). Let functions "
-            "make what has no pickle (open files, locks, loggers), inside of them."
+            f"The work cannot be pickled for the Ray workers ({type(error).__name__}: {error}). Create objects that "
+            "cannot be pickled (open files, locks, loggers) inside functions."
         ) from error
 
 
 def _result(ray: Any, task: Any) -> Any:
     try:
         return ray.get(task)
-    except ray.exceptions.RayTaskError as error:  # what was raised in the worker
+    except ray.exceptions.RayTaskError as error:  # raised by the work
         cause = error.cause or error
         raise ExecutionError(
-            f"A worker of Ray cannot do this ({type(cause).__name__}: {cause}). Its node must have the packages, "
-            'modules and files that are needed; ray.init(runtime_env={"working_dir": "."}) beforehand sends it those '
-            "next to a script."
+            f"The work failed on a Ray worker ({type(cause).__name__}: {cause}). Its node must have all the packages, "
+            'modules and files needed; call ray.init(runtime_env={"working_dir": "."}) first to send it those next to '
+            "your script."
         ) from error
-    except ray.exceptions.RayError as error:  # what became of the worker itself
+    except ray.exceptions.RayError as error:  # the worker itself was lost
         return Lost(f"{type(error).__name__}: {str(error).strip()}")
 
 

@@ -1,4 +1,4 @@
-"""What does many independent pieces of work: one interface for this process, for several, and for clusters."""
+"""Workers for many independent tasks: one interface for this process, several processes, and clusters."""
 
 from __future__ import annotations
 
@@ -15,46 +15,48 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Lost:
-    """Stands for the result of an item whose worker was lost each time.
+    """Result of an item whose worker was lost on every attempt.
 
     Args:
-        reason: How often, and what is known of the last time.
+        reason: Number of attempts, and what is known about the last one.
     """
 
     reason: str
 
 
 class Workers(ABC):
-    """Where work is done.
+    """Where work runs.
 
-    A new kind is a subclass: pass an instance, or on the command line ``--workers my.package.Slurm --workers.nodes 3``.
+    To add a kind, write a subclass and pass an instance, or on the command line
+    ``--workers my.package.Slurm --workers.nodes 3``.
     """
 
     @abstractmethod
     def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
-        """Do work for each item, and yield what is finished as soon as it is, in any order; each item once.
+        """Do the work for each item, and yield each item with its result as soon as it is finished, in any order.
 
-        When the iterator is closed, what is under way is stopped.
+        Closing the iterator stops the tasks that are running.
 
         Args:
-            work: Sent once to each worker, with all that it holds, unless that is this process.
-            items: Arguments of ``work``, hashable; the first is asked for when :meth:`places` is known.
+            work: Function to run, sent once to each worker with everything it references unless it runs in this
+                process.
+            items: Arguments of ``work``, hashable; none is taken before :meth:`places` is known.
 
         Raises:
-            ExecutionError: If there are no such workers, ``work`` cannot be sent to them, or they were lost.
+            ExecutionError: If the workers are not available, ``work`` cannot be sent to them, or they were lost.
         """
 
     @abstractmethod
     def places(self) -> int:
-        """Return how many pieces of work are done at a time; of a cluster, while work is done there."""
+        """Return the number of tasks that run at once; for a cluster, only while it is in use."""
 
     def processes_here(self) -> int:
-        """Return how many processes of this machine, at least, share its memory."""
+        """Return the minimum number of processes on this machine that share its memory."""
         return 1
 
 
 class ThisProcess(Workers):
-    """One piece of work after the other, in this process; what it raises is raised here."""
+    """This process, one task after the other. Exceptions are raised here."""
 
     @override
     def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:

@@ -1,6 +1,6 @@
-"""Samples of distributions: differences and their errors, intervals, tests, power, reliability, correlations, ceilings.
+"""Statistics on samples: differences and their errors, intervals, tests, power, reliability, correlations, ceilings.
 
-Pure functions of tensors, the samples along the first dimension; nothing here knows runs, models or files.
+All are pure functions of tensors with samples along the first dimension. Nothing here depends on runs, models or files.
 """
 
 from lightning_dtda.statistics.differences import (

@@ -1,4 +1,4 @@
-"""Correlations over removals, of many queries at a time."""
+"""Correlations over removals, for many queries at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Correlation = Literal["spearman", "pearson"]
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Rank along the last dimension from 1 up, ties by their mean rank; float64, in which ranks and halves are exact.
+    """Rank along the last dimension, from 1; ties share their mean rank. In float64, where ranks and halves are exact.
 
     Example:
         >>> ranks(torch.tensor([0.5, 2.0, 0.5, -1.0]))
@@ -19,7 +19,7 @@ def ranks(values: Tensor) -> Tensor:
     """
     ascending, order = values.sort(-1)
     places = torch.arange(1, values.shape[-1] + 1, dtype=torch.float64, device=values.device).expand_as(ascending)
-    if (ascending.diff(dim=-1) == 0).any():  # two searches take longer than all the rest
+    if (ascending.diff(dim=-1) == 0).any():  # skipped without ties: the two searches take longer than the rest
         ascending = ascending.contiguous()
         not_above = torch.searchsorted(ascending, ascending, right=True)
         places = (torch.searchsorted(ascending, ascending) + not_above + 1).double() / 2
@@ -27,21 +27,22 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def correlations(predicted: Tensor, real: Tensor, correlation: Correlation = "spearman") -> Tensor:
-    r"""Correlate over the last dimension, for each of the other positions.
+    r"""Compute the correlation along the last dimension.
 
     .. math:: \rho = \frac{\sum_k (a_k - \bar a)(b_k - \bar b)}{\lVert a - \bar a \rVert\, \lVert b - \bar b \rVert}
 
-    with a and b the influences, or their ranks for Spearman's. Not by torchmetrics' functions, which rank in single
-    precision, add a constant to the denominator, give 0 for truth that is constant, and take one column at a time.
+    where a and b are the influences, or their ranks for Spearman. The torchmetrics functions are not used because they
+    rank in single precision, add a constant to the denominator, return 0 for constant truth, and take one column at a
+    time.
 
     Args:
-        predicted: ``(..., removals)``.
-        real: ``(..., removals)``.
+        predicted: Predicted influences ``(..., removals)``.
+        real: Real influences ``(..., removals)``.
         correlation: ``"spearman"`` or ``"pearson"``.
 
     Returns:
-        ``(...)``, float64. Where the real influence is the same for all removals there is nothing to predict: NaN.
-        Where only the predicted one is, it predicts nothing: 0.
+        Correlations ``(...)``, float64. NaN where the real influence is the same for all removals, because there is
+        nothing to predict; 0 where only the predicted influence is constant, because it predicts nothing.
 
     Example:
         >>> correlations(torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]]), torch.tensor([0.0, 5.0, 1.0]))
@@ -54,7 +55,7 @@ def correlations(predicted: Tensor, real: Tensor, correlation: Correlation = "sp
 
 
 def is_constant(values: Tensor) -> Tensor:
-    """Say where all values along the last dimension are equal ``(...)``."""
+    """Return whether all values along the last dimension are equal ``(...)``."""
     return values.amax(-1) == values.amin(-1)
 
 

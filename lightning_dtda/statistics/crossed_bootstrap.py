@@ -1,4 +1,4 @@
-"""Confidence intervals of a score, by drawing again everything that it depends on by chance."""
+"""Confidence intervals of a score, by resampling every source of randomness that it depends on."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from lightning_dtda.statistics.resampling import positions
 from lightning_dtda.statistics.samples import Samples
 
 _AT_ONCE = 2**20
-"""Numbers that are drawn at a time: 8 MiB in double precision, which a cache holds; more at a time is slower."""
+"""Number of values drawn at a time: 8 MiB in double precision, which fits in a cache; larger chunks are slower."""
 
 _SHORT_OF_ONE = 1e-9
-"""Fisher's z of a perfect correlation is infinite; this far from it, z is 10.7, beyond what samples can tell apart."""
+"""Distance from a perfect correlation, where Fisher's z is infinite; z is 10.7 here, more than samples can resolve."""
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """What is drawn again, with replacement, each time in one column.
+    """Draws with replacement, one per column.
 
     Args:
         removals: Positions ``(removals, number)``.
         runs: Positions ``(runs, number)``.
         seeds: Positions ``(seeds, number)``.
         baseline_seeds: Positions ``(baseline seeds, number)``.
-        queries: From these, uniform between 0 and 1, queries are drawn ``(queries, number)``.
+        queries: Uniform numbers between 0 and 1 that select the queries ``(queries, number)``.
     """
 
     removals: Tensor
@@ -43,14 +43,14 @@ class Draws:
     def of(cls, samples: Samples, number: int, seed: int, runs: Sequence[str] | None = None) -> Draws:
         """Draw from samples.
 
-        Two predictions that are compared with the same truth have the same draws of it, and of the runs where these are
-        the same; of other runs, draws that are independent.
+        Two predictions compared with the same truth get the same draws of the truth. They also get the same draws of
+        the runs if the runs are the same, and independent ones otherwise.
 
         Args:
             samples: The samples.
-            number: How many times.
-            seed: Of the draws.
-            runs: What the runs are called; ``None`` if all predictions are of the same.
+            number: Number of draws.
+            seed: Seed of the draws.
+            runs: Names of the runs; ``None`` if all predictions use the same runs.
         """
         of_truth, of_runs = torch.Generator().manual_seed(seed), torch.Generator()
         of_runs.manual_seed(seed + 1 + zlib.crc32("\n".join(runs or ()).encode()))
@@ -70,11 +70,11 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class Replicates:
-    """A score's correlations in samples that are drawn again, and from which queries they are.
+    """Correlations behind a score in resampled data, and the draws of the queries.
 
     Args:
-        correlations: Of each query ``(number, queries)``.
-        of_queries: The same in the samples themselves ``(queries,)``; those that are NaN do not count.
+        correlations: Correlation of each query in each draw ``(number, queries)``.
+        of_queries: Correlation of each query in the samples themselves ``(queries,)``; NaN does not count.
         queries: As in :class:`Draws` ``(queries, number)``.
     """
 
@@ -84,26 +84,26 @@ class Replicates:
 
     @property
     def score(self) -> Tensor:
-        """The score in the samples ``()``."""
+        """Score in the samples ``()``."""
         return self.of_queries.nanmean()
 
     def means(self) -> Tensor:
-        """Return the score in each draw of removals, runs and seeds, of the queries as they are ``(number,)``."""
+        """Return the score in each draw of removals, runs and seeds, with the queries unchanged ``(number,)``."""
         return self.correlations.nanmean(1)
 
     def less(self, other: Replicates) -> Replicates:
-        """Return the difference, query by query, to another prediction of the same truth."""
+        """Return the difference from another prediction of the same truth, query by query."""
         return Replicates(self.correlations - other.correlations, self.of_queries - other.of_queries, self.queries)
 
     def scores(self) -> Tensor:
-        r"""Return the score in each draw, of queries too ``(number,)``.
+        r"""Return the score in each draw, with the queries drawn as well ``(number,)``.
 
-        Drawn are the removals, the recorded runs (X and Y of a run together), and the seeds of the truth, those of all
-        removals together: what removals have in common, of one seed or of one query, stays in common. Then queries are
-        drawn. A query's correlation :math:`\rho_q` is uncertain by its removals, runs and seeds, and drawing it would
-        count that a second time; so its distance from the mean is shrunk to what lies between queries. With the
-        variance :math:`\hat\tau^2` between the :math:`\rho_q`, of which :math:`\hat\sigma^2` is by their own
-        uncertainty,
+        Each draw resamples the removals, the recorded runs (X and Y of a run together), and the seeds of the truth,
+        jointly for all removals, so whatever removals share through a seed or a query stays shared. Queries are drawn
+        on top. A query's correlation :math:`\rho_q` is already uncertain through its removals, runs and seeds, and
+        drawing it directly would count that twice, so its distance from the mean is shrunk to the variation between
+        queries. With the variance :math:`\hat\tau^2` between the :math:`\rho_q`, of which their own uncertainty
+        accounts for :math:`\hat\sigma^2`,
 
         .. math:: \mathrm{score}^*_b = \frac1Q \sum_q \rho^*_{b,q} + \frac{f}{Q} \sum_q (\rho_{q_b} - \bar\rho),
             \qquad f^2 = \max(0, 1 - \hat\sigma^2 / \hat\tau^2)\, \frac{Q}{Q - 1}
@@ -113,7 +113,7 @@ class Replicates:
         return self.means() + self.deviations()
 
     def deviations(self) -> Tensor:
-        """Return by how much drawn queries change the score, beyond what is drawn in each of them ``(number,)``."""
+        """Return how much drawing queries changes the score, beyond the draws within each query ``(number,)``."""
         known = ~self.of_queries.isnan()
         queries = int(known.sum())
         if queries < 2:
@@ -122,7 +122,7 @@ class Replicates:
         between = apart.square().sum() / (queries - 1)
         own = (self.correlations - self.means()[:, None])[:, known]
         within = (own - own.nanmean(0)).square().nanmean() * queries / (queries - 1)
-        # where all queries are alike, 0 / 0 is no variance between them
+        # 0 / 0 where all queries are alike: no variance between them
         shrunk = (1 - within / between).nan_to_num(0).clamp_min(0) * queries / (queries - 1)
         chosen = (self.queries[:queries] * queries).long().T
         return shrunk.sqrt() * apart[chosen].mean(1)
@@ -131,14 +131,14 @@ class Replicates:
 def replicate(
     samples: Samples, difference: Difference, of_queries: Tensor, correlation: Correlation, draws: Draws
 ) -> Replicates:
-    """Return the correlations of each query in samples that are drawn again.
+    """Return the correlations of each query in resampled data.
 
     Args:
         samples: The samples.
         difference: The difference.
-        of_queries: Correlation of each query in the samples ``(queries,)``; those that are NaN do not count.
+        of_queries: Correlation of each query in the samples ``(queries,)``; NaN does not count.
         correlation: ``"spearman"`` or ``"pearson"``.
-        draws: What is drawn.
+        draws: The draws.
     """
     drawn = []
     size = max(1, _AT_ONCE // max(samples.real.numel(), samples.predicted.numel()))
@@ -152,28 +152,28 @@ def replicate(
 
 
 def confidence_interval(score: Tensor, replicates: Tensor, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-    r"""Return the limits of the interval for the score that equal experiments have on average.
+    r"""Return the confidence limits for the expected score over repetitions of the experiment.
 
-    With Fisher's :math:`\zeta = \operatorname{artanh}` of the score and :math:`\zeta^*_b` of its replicates, the
-    distribution of :math:`\zeta` around its expectation is taken to be that of :math:`\zeta^*_b` around their mean:
+    Let :math:`\zeta = \operatorname{artanh}` of the score (Fisher's z), and :math:`\zeta^*_b` that of its replicates.
+    The distribution of :math:`\zeta` around its expectation is taken to be that of :math:`\zeta^*_b` around their mean:
 
     .. math:: \left[\tanh\left(\zeta - q_{1 - \alpha/2}\right),\; \tanh\left(\zeta - q_{\alpha/2}\right)\right],
         \qquad q \text{ the quantiles of } \zeta^*_b - \overline{\zeta^*} .
 
-    Plain percentiles of the replicates would not do: what is drawn with replacement has the noise of the experiment and
-    that of the draws, and noise lowers a correlation, so that replicates lie below the score as a whole. Around their
-    mean they are right; on the scale of Fisher's z their spread hardly depends on where they are, and the limits stay
-    between -1 and 1 (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 5.2). Since
-    removals and seeds are crossed, what belongs to single cells of them is counted more than once, which makes the
-    interval somewhat too wide (Owen, *The pigeonhole bootstrap*, Annals of Applied Statistics 1, 2007).
+    Plain percentiles of the replicates would be wrong. Data drawn with replacement carry the noise of the experiment
+    plus that of the draws, and noise lowers a correlation, so the replicates lie below the score as a whole. Around
+    their mean, their spread is right. On the scale of Fisher's z it hardly depends on their location, and the limits
+    stay between -1 and 1 (Davison and Hinkley, *Bootstrap Methods and their Application*, 1997, section 5.2). Because
+    removals and seeds are crossed, the variation of single cells is counted more than once, which makes the interval
+    somewhat too wide (Owen, *The pigeonhole bootstrap*, Annals of Applied Statistics 1, 2007).
 
     Args:
         score: The score ``()``.
-        replicates: Scores of samples that were drawn again ``(number,)``; NaN, where a draw had no score, is left out.
-        confidence: How often the interval covers the expected score.
+        replicates: Scores of the resampled data ``(number,)``; NaN, from draws without a score, is ignored.
+        confidence: Probability that the interval covers the expected score.
 
     Returns:
-        Lower and upper limit; NaN where there is no replicate.
+        Lower and upper limit; NaN if there are no replicates.
     """
     of_replicates = _fisher(replicates[~replicates.isnan()])
     below, above = _middle(of_replicates - of_replicates.mean(), confidence)
@@ -181,24 +181,24 @@ def confidence_interval(score: Tensor, replicates: Tensor, confidence: float = 0
 
 
 def difference_interval(first: Replicates, second: Replicates, confidence: float = 0.95) -> tuple[Tensor, Tensor]:
-    r"""Return the limits of the interval for how much higher the first score is than the second, on average.
+    r"""Return the confidence limits for the expected difference between two scores, first minus second.
 
-    Both are compared with one truth, and drawn again together; what they share cancels. With the :math:`\zeta^*_b` of
-    each score, in draws of removals, runs and seeds, around their mean as for :func:`confidence_interval`, and the part
-    :math:`\kappa_b` of the drawn queries that belongs to the difference, the difference is taken to lie where
+    Both scores are compared with one truth and resampled together, so whatever they share cancels. The limits are the
+    quantiles of
 
     .. math:: \tanh\left(\zeta_1 - \zeta^*_{1b} + \overline{\zeta^*_1}\right)
         - \tanh\left(\zeta_2 - \zeta^*_{2b} + \overline{\zeta^*_2}\right) - \kappa_b
 
-    does, between its quantiles.
+    with the :math:`\zeta^*_b` of each score in draws of removals, runs and seeds, as in :func:`confidence_interval`,
+    and :math:`\kappa_b` the contribution of the drawn queries to the difference.
 
     Args:
-        first: Of one prediction.
-        second: Of another one, with the same draws of the truth.
-        confidence: How often the interval covers the expected difference.
+        first: Replicates of one prediction.
+        second: Replicates of another, with the same draws of the truth.
+        confidence: Probability that the interval covers the expected difference.
 
     Returns:
-        Lower and upper limit; NaN where there is no replicate.
+        Lower and upper limit; NaN if there are no replicates.
     """
     means = [each.means() for each in (first, second)]
     known = ~(means[0].isnan() | means[1].isnan())
@@ -210,7 +210,7 @@ def difference_interval(first: Replicates, second: Replicates, confidence: float
 
 
 def _middle(values: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return the limits between which a share of values lies, with as many below as above; NaN without any."""
+    """Return the limits of the central share of the values; NaN if there are no values."""
     if not len(values):
         return values.new_full((), torch.nan), values.new_full((), torch.nan)
     low, high = values.quantile(values.new_tensor([(1 - share) / 2, (1 + share) / 2]))

@@ -1,4 +1,4 @@
-"""Between which values an influence lies, over seeds."""
+"""Confidence intervals of an influence over seeds."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ def bootstrap_interval(
 ) -> Tensor:
     r"""Return the bias-corrected and accelerated bootstrap interval of a difference over runs.
 
-    Runs are drawn with replacement, X and Y of a run together. The ends are quantiles of the replicates, at
+    Runs are drawn with replacement, X and Y of a run together. The ends are the quantiles of the replicates at
 
     .. math::
         \Phi\left(z_0 + \frac{z_0 + z}{1 - a (z_0 + z)}\right),
 
-    z being the normal quantiles of :math:`(1 \mp level) / 2`, where :math:`z_0` is the normal quantile of the share of
-    replicates below the difference, and a the skewness of the leave-one-out differences divided by 6 (Efron, *Journal
-    of the American Statistical Association* 82, 1987).
+    where z are the normal quantiles of :math:`(1 \mp level) / 2`, :math:`z_0` is the normal quantile of the share of
+    replicates below the difference, and a is the skewness of the leave-one-out differences divided by 6 (Efron,
+    *Journal of the American Statistical Association* 82, 1987).
 
     Args:
         difference: The difference.
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
-        level: Its confidence.
-        replicates: Number of draws, always the same ones.
+        level: Confidence level.
+        replicates: Number of bootstrap draws, which are the same in every call.
 
     Returns:
-        ``(2, ...)``, lower and upper end.
+        Lower and upper end ``(2, ...)``.
     """
     observed = difference(baseline, predicted)
     draws = torch.empty(replicates, *observed.shape, dtype=observed.dtype, device=observed.device)
     for draw, replicate in zip(draws, drawn_again(difference, baseline, predicted, replicates), strict=True):
         draw.copy_(replicate)
-    # half of the ties; never a share of 0 or 1, whose quantile is infinite
+    # ties count half; the share is never 0 or 1, whose quantile is infinite
     below = (draws < observed).sum(0) + 0.5 * (draws == observed).sum(0)
     bias = torch.special.ndtri((below.to(observed.dtype) + 0.5) / (replicates + 1))
     acceleration = _acceleration(difference, baseline, predicted)
@@ -62,19 +62,19 @@ def _acceleration(difference: Difference, baseline: Tensor, predicted: Tensor) -
 
 
 def student_interval(*samples: Tensor, level: float) -> Tensor:
-    r"""Return the interval of a mean, or of the difference of two, by Student's t.
+    r"""Return the confidence interval of a mean, or of the difference of two means, by Student's t.
 
     .. math:: \bar y - \bar x \pm t_{\nu}\, \sqrt{\tfrac{s_y^2}{n_y} + \tfrac{s_x^2}{n_x}}, \qquad
         \nu = \frac{(s_y^2 / n_y + s_x^2 / n_x)^2}{(s_y^2 / n_y)^2 / (n_y - 1) + (s_x^2 / n_x)^2 / (n_x - 1)}
 
-    (Welch, *Biometrika* 34, 1947); of one sample :math:`\nu = n_y - 1`.
+    (Welch, *Biometrika* 34, 1947); for one sample, :math:`\nu = n_y - 1`.
 
     Args:
-        samples: One ``(n_y, ...)``, or two, of which the mean of the second is taken from that of the first.
-        level: Its confidence.
+        samples: One sample ``(n_y, ...)``, or two for the mean of the first minus that of the second.
+        level: Confidence level.
 
     Returns:
-        ``(2, ...)``, lower and upper end; where nothing has any spread they are one.
+        Lower and upper end ``(2, ...)``; equal where the samples have no spread.
 
     Example:
         >>> student_interval(torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), level=0.5)

@@ -1,4 +1,4 @@
-"""How many real retrainings, or how many recorded runs, would show an effect."""
+"""Number of retrainings, or of recorded runs, needed to show an effect."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ from lightning_dtda.statistics.differences import Difference
 from lightning_dtda.statistics.significance import fewest_runs
 
 _DRAWS = 400
-"""Simulated pairs of samples for each number of seeds: their power is then known to 0.02."""
+"""Number of simulated pairs of samples per number of seeds: the power is then known to 0.02."""
 
 _MOST = 4096
-"""Seeds beyond which a simulated search gives up; no one retrains that often."""
+"""Number of seeds beyond which the simulated search gives up; nobody retrains that often."""
 
 
 def retrainings_needed(
     difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float
 ) -> Tensor:
-    r"""Return how many retrainings with, and how many without the examples show the difference between them.
+    r"""Return the number of retrainings with, and equally without, the examples that would show the difference.
 
-    Both samples are of fresh seeds, independent of each other, and have n retrainings each. What a two-sided test at
-    :math:`\alpha` needs to find the predicted effect with the given power is
+    Both samples come from fresh seeds, independent of each other, with n retrainings each. To find the predicted effect
+    with the given power, a two-sided test at :math:`\alpha` needs
 
     - for the mean, by Welch's t-test, :math:`n = (z_{1-\alpha/2} + z_{power})^2 (\sigma_X^2 + \sigma_Y^2) / \delta^2 +
-      z_{1-\alpha/2}^2 (\sigma_X^4 + \sigma_Y^4) / 2 (\sigma_X^2 + \sigma_Y^2)^2`, the last for that the variances are
-      estimated (Schouten, *Statistics in Medicine* 18, 1999);
+      z_{1-\alpha/2}^2 (\sigma_X^4 + \sigma_Y^4) / 2 (\sigma_X^2 + \sigma_Y^2)^2`, where the last term accounts for
+      estimating the variances (Schouten, *Statistics in Medicine* 18, 1999);
     - for the variance, by the F-test on Gaussian samples, :math:`n = 1 + 4 (z_{1-\alpha/2} + z_{power})^2 /
       \log^2(\sigma_Y^2 / \sigma_X^2)`, since the logarithm of a sample variance has variance :math:`2 / (n - 1)`;
-    - for others, the smallest n at which enough pairs of samples, drawn from the predicted ones, differ by more than
-      all but a share of :math:`\alpha` of pairs drawn from X and Y put together; it is simulated.
+    - for others, the smallest n at which enough pairs of samples drawn from X and from Y differ by more than a share of
+      :math:`1 - \alpha` of the pairs drawn from X and Y pooled; this is simulated.
 
     Args:
         difference: The difference.
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
         power: Probability of finding the effect.
-        alpha: Probability of finding one that is not there.
+        alpha: Probability of finding an effect that does not exist.
 
     Returns:
-        ``(...)``, float64; infinite where there is no effect, or a simulated search went beyond 4096.
+        Number of retrainings ``(...)``, float64; infinite where there is no effect, or where the simulated search
+        exceeds 4096.
 
     Example:
         >>> from lightning_dtda.statistics import Mean
@@ -64,25 +65,25 @@ def retrainings_needed(
 
 
 def runs_for_significance(difference: Difference, p: Tensor, runs: int, level: float, power: float) -> Tensor:
-    r"""Return with how many runs in all the test of an effect would have a p-value below a level.
+    r"""Return the total number of runs with which the test of an effect would give a p-value below a level.
 
-    A test statistic grows with the square root of the number of runs S, and on the scale of a standard Gaussian it is
-    :math:`z_{1-p/2}` now. If the effect is as large as it seems,
+    A test statistic grows with the square root of the number of runs S. On the scale of a standard Gaussian, it is now
+    :math:`z_{1-p/2}`. If the effect is as large as it seems,
 
     .. math:: n = S \left(\frac{z_{1-level/2} + z_{power}}{z_{1-p/2}}\right)^2
 
-    runs give a p-value below the level with the given power, but not fewer than those of which the test can give one so
-    small, see :func:`~lightning_dtda.statistics.significance.fewest_runs`.
+    runs give a p-value below the level with the given power. The result is at least the number of runs with which the
+    test can reach the level at all, see :func:`~lightning_dtda.statistics.significance.fewest_runs`.
 
     Args:
         difference: The difference.
         p: p-values of its test ``(...)``.
         runs: Number of runs that gave them, S.
-        level: What a p-value has to be below.
+        level: Level that the p-value must be below.
         power: Probability that it is.
 
     Returns:
-        ``(...)``, float64; infinite where there is no effect, or no number of runs is enough for the test.
+        Number of runs ``(...)``, float64; infinite where there is no effect, or where no number of runs is enough.
 
     Example:
         >>> from lightning_dtda.statistics import Mean

@@ -1,4 +1,4 @@
-"""How far a difference would move with other seeds: leaving runs out, and drawing them again."""
+"""Standard errors of a difference over seeds, by leaving runs out or resampling them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_dtda.statistics.differences.difference import Difference
 
 
 def standard_error_of(difference: Difference) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return what gives the standard error of a difference, from samples ``(runs, ...)`` of both distributions."""
+    """Return a function that computes the standard error of a difference from samples ``(runs, ...)`` of X and Y."""
     return partial(jackknife if difference.smooth else bootstrap, difference)
 
 
 def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
-    r"""Standard error of a difference over runs, by leaving each run out once.
+    r"""Return the standard error of a difference over runs, by leaving each run out once.
 
     .. math::
         \widehat{se}^2 = \frac{S - 1}{S} \sum_s \left(\Delta_{(s)} - \bar\Delta_{(\cdot)}\right)^2
 
-    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 11). X and Y of a run leave together:
-    they are of one seed. For the mean this is the usual standard error.
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 11). X and Y of a run are left out together
+    because they share a seed. For the mean, this is the usual standard error.
 
     Args:
         difference: The difference.
@@ -32,7 +32,7 @@ def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Te
         predicted: Samples of Y ``(runs, ...)``.
 
     Returns:
-        ``(...)``; NaN where there is one run too few to leave one out.
+        Standard error ``(...)``; NaN if there are too few runs to leave one out.
 
     Example:
         >>> from lightning_dtda.statistics import Mean
@@ -48,10 +48,10 @@ def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Te
 
 
 def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int = 200) -> Tensor:
-    """Standard error of a difference over runs, by drawing runs with replacement.
+    """Return the standard error of a difference over runs, by drawing runs with replacement.
 
-    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.) For differences that hardly change when
-    one run is left out and much when several are, such as a median. The draws are always the same ones.
+    (Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.) Used for differences that hardly change
+    when one run is left out but change much when several are, such as a median. The draws are the same in every call.
 
     Args:
         difference: The difference.
@@ -60,7 +60,7 @@ def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, repli
         replicates: Number of draws.
 
     Returns:
-        ``(...)``; NaN for a single run.
+        Standard error ``(...)``; NaN if there are too few runs.
     """
     runs = len(predicted)
     if runs <= max(difference.least_runs, 1):
@@ -70,27 +70,27 @@ def bootstrap(difference: Difference, baseline: Tensor, predicted: Tensor, repli
 
 
 def drawn_again(difference: Difference, baseline: Tensor, predicted: Tensor, replicates: int) -> Iterator[Tensor]:
-    """Give the difference of runs that are drawn with replacement, X and Y of a run together, each time anew.
+    """Yield the difference of runs drawn with replacement, X and Y of a run together.
 
     Args:
         difference: The difference.
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
-        replicates: Number of draws, always the same ones.
+        replicates: Number of draws, which are the same in every call.
     """
     rows = positions(len(predicted), replicates, torch.Generator().manual_seed(0)).to(predicted.device)
     return (difference(baseline[some], predicted[some]) for some in rows)
 
 
 def positions(number: int, replicates: int, generator: torch.Generator) -> Tensor:
-    """Draw as many positions as there are things, with replacement, many times ``(replicates, number)``."""
+    """Draw positions below ``number`` with replacement, ``number`` for each replicate ``(replicates, number)``."""
     return torch.randint(number, (replicates, number), generator=generator)
 
 
 def _squares_around_mean(replicates: Iterable[Tensor], shift: Tensor) -> Tensor:
-    """Sum the squared distances of replicates from their mean, of which the shift is not far.
+    """Sum the squared distances of replicates from their mean; ``shift``, near the mean, avoids cancellation.
 
-    One by one: all at once would take as many times the memory of the responses.
+    One replicate at a time, since each takes the memory of the responses.
     """
     number, total, squares = 0, torch.zeros_like(shift), torch.zeros_like(shift)
     for replicate in replicates:
@@ -102,5 +102,5 @@ def _squares_around_mean(replicates: Iterable[Tensor], shift: Tensor) -> Tensor:
 
 
 def _unknown(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
-    rows = [0] * difference.least_runs  # whatever its value, the difference has the shape that is wanted
+    rows = [0] * difference.least_runs  # its value does not matter, only its shape
     return torch.full_like(difference(baseline[rows], predicted[rows]), torch.nan)

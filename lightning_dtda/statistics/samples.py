@@ -1,4 +1,4 @@
-"""Measured and predicted samples with and without removals, and the influences that follow from them."""
+"""Measured and predicted samples with and without removals, and the influences computed from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_dtda.statistics.differences import Difference
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What a prediction is compared with: samples along the first dimension, float64.
+    """Predicted and real samples, along the first dimension, in float64.
 
     Args:
         predicted: m of each run with the predicted change ``(runs, queries, removals)``.
@@ -29,11 +29,11 @@ class Samples:
     paired: bool = False
 
     def predicted_influence(self, difference: Difference, runs: Tensor | None = None) -> Tensor:
-        """Return the difference that is predicted.
+        """Return the predicted difference.
 
         Args:
             difference: The difference.
-            runs: Positions of the runs that are taken ``(taken, ...)``; ``None`` is each once.
+            runs: Positions of the runs to use ``(taken, ...)``; ``None`` for each run once.
 
         Returns:
             ``(..., queries, removals)``.
@@ -45,13 +45,13 @@ class Samples:
     def real_influence(
         self, difference: Difference, seeds: Tensor | None = None, baseline_seeds: Tensor | None = None
     ) -> Tensor:
-        """Return the difference that retraining shows.
+        """Return the difference found by retraining.
 
         Args:
             difference: The difference.
-            seeds: Positions of the seeds that are taken ``(taken, ...)``, of all removals alike: seeds may be shared by
-                the removals, and noise in common leaves their order as it is.
-            baseline_seeds: The same of the baseline; not looked at if the seeds are paired.
+            seeds: Positions of the seeds to use ``(taken, ...)``, the same for all removals: removals may share seeds,
+                and shared noise leaves their order unchanged.
+            baseline_seeds: Positions of the baseline seeds; ignored if the seeds are paired.
 
         Returns:
             ``(..., queries, removals)``.
@@ -66,40 +66,43 @@ def arrange(predicted: Tensor, baseline: Tensor, real: Tensor, real_baseline: Te
     """Check samples, and put the queries first.
 
     Args:
-        predicted: ``(removals, runs, queries)``.
-        baseline: ``(runs, queries)``.
-        real: ``(removals, seeds, queries)``.
-        real_baseline: ``(baseline seeds, queries)``.
+        predicted: Predicted samples without each removal ``(removals, runs, queries)``.
+        baseline: Samples of the same runs ``(runs, queries)``.
+        real: Samples of models trained without each removal ``(removals, seeds, queries)``.
+        real_baseline: Samples of models trained on everything ``(baseline seeds, queries)``.
 
     Returns:
-        The same, as ``(queries, runs, removals)``, ``(queries, runs)``, ``(queries, seeds, removals)`` and
+        The same tensors, as ``(queries, runs, removals)``, ``(queries, runs)``, ``(queries, seeds, removals)`` and
         ``(queries, baseline seeds)``.
 
     Raises:
-        AttributionError: If shapes do not fit, or a value is not finite.
+        AttributionError: If shapes do not match, or a value is not finite.
     """
     named = {"predicted": predicted, "baseline": baseline, "real": real, "real_baseline": real_baseline}
     for (name, tensor), dimensions in zip(named.items(), (3, 2, 3, 2), strict=True):
         if tensor.ndim != dimensions:
             shape = "(removals, samples, queries)" if dimensions == 3 else "(samples, queries)"
-            raise AttributionError(f"{name} has shape {tuple(tensor.shape)}; give {shape}.")
+            raise AttributionError(f"{name} has shape {tuple(tensor.shape)}; it must have shape {shape}.")
         if not tensor.is_floating_point():
-            raise AttributionError(f"{name} is {tensor.dtype}; give measurements in floating point.")
+            raise AttributionError(f"{name} is {tensor.dtype}; measurements must be floating-point.")
         if not tensor.isfinite().all():
             raise AttributionError(
-                f"{name} holds values that are not finite: trainings that diverged, or are missing. Leave them out "
-                "(of a GroundTruth: truth.finished())."
+                f"{name} contains values that are not finite: some trainings diverged or are missing. Leave them out "
+                "(for a GroundTruth, use truth.finished())."
             )
     if predicted.shape[1:] != baseline.shape:
         raise AttributionError(
-            f"predicted {tuple(predicted.shape)} and baseline {tuple(baseline.shape)} must be of the same runs and "
-            "queries, (removals, runs, queries) and (runs, queries)."
+            f"predicted has shape {tuple(predicted.shape)} and baseline {tuple(baseline.shape)}. They must have the "
+            "same runs and queries: (removals, runs, queries) and (runs, queries)."
         )
     if len(predicted) != len(real):
-        raise AttributionError(f"{len(predicted)} removals are predicted, and {len(real)} were retrained.")
+        raise AttributionError(
+            f"There are predictions for {len(predicted)} removals, but {len(real)} were retrained. Give both for the "
+            "same removals."
+        )
     if len({tensor.shape[-1] for tensor in named.values()}) != 1:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
-        raise AttributionError(f"The last dimension is that of the queries, the same in all: {shapes}.")
+        raise AttributionError(f"The last dimension, the queries, must be the same in all: {shapes}.")
     return predicted.permute(2, 1, 0), baseline.T, real.permute(2, 1, 0), real_baseline.T
 
 
@@ -107,18 +110,18 @@ def collect(arranged: tuple[Tensor, ...], paired: bool = False) -> Samples:
     """Return the samples of all queries, from what :func:`arrange` returned.
 
     Raises:
-        AttributionError: If there are fewer than two removals or no query, or the seeds cannot be pairs.
+        AttributionError: If there are fewer than two removals or no queries, or the seeds cannot be paired.
     """
     predicted, baseline, real, real_baseline = arranged
     queries, seeds, removals = real.shape
     if removals < 2 or queries < 1:
         raise AttributionError(
-            f"There are {removals} removals and {queries} queries. A correlation over removals needs two of them, and "
-            "tens to mean much."
+            f"There are {removals} removals and {queries} queries. A correlation over removals needs at least two "
+            "removals (tens to be meaningful) and one query."
         )
     if paired and real_baseline.shape[1] != seeds:
         raise AttributionError(
-            f"paired=True, and there are {real_baseline.shape[1]} baseline seeds for {seeds} seeds. Give the baseline "
+            f"paired=True, but there are {real_baseline.shape[1]} baseline seeds for {seeds} seeds. Give the baseline "
             "of the same seeds, or paired=False."
         )
     return Samples(
@@ -131,16 +134,16 @@ def collect(arranged: tuple[Tensor, ...], paired: bool = False) -> Samples:
 
 
 def check_samples(samples: Samples, difference: Difference) -> None:
-    """Refuse fewer samples than a difference needs, or other numbers.
+    """Check that there are enough samples for a difference, and that the seeds match if it is paired.
 
     Raises:
-        AttributionError: Naming what there is too little of.
+        AttributionError: If there are too few samples, or the numbers of seeds differ. The message names them.
     """
     seeds, baseline_seeds = len(samples.real), len(samples.real_baseline)
     if difference.paired and seeds != baseline_seeds:
         raise AttributionError(
-            f"The {difference.name} influence compares run by run, and there are {baseline_seeds} baseline seeds for "
-            f"{seeds} seeds. Retrain with as many of one as of the other."
+            f"The {difference.name} influence compares run by run, but there are {baseline_seeds} baseline seeds for "
+            f"{seeds} seeds. Retrain with the same number of both."
         )
     for what, tensor, more in (
         ("runs", samples.baseline, "Record more seeds"),
@@ -149,6 +152,6 @@ def check_samples(samples: Samples, difference: Difference) -> None:
     ):
         if len(tensor) < difference.least_runs:
             raise AttributionError(
-                f"The {difference.name} influence needs {difference.least_runs} {what}; there are {len(tensor)}. "
-                f"{more}."
+                f"The {difference.name} influence needs at least {difference.least_runs} {what}; there are "
+                f"{len(tensor)}. {more}."
             )

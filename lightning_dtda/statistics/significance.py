@@ -1,33 +1,34 @@
 r"""Is an influence more than seed noise? Tests of no effect, over runs.
 
-The data of a removal and a query are S independent pairs, one of each seed: the measurement as trained :math:`x_s` and
-as predicted without the examples :math:`y_s = x_s + r_s`. A p-value is the probability, over the seeds, of an effect at
-least as clear as that of these runs if the removal leaves the distribution of the measurement as it is. It takes the
+For each removal and query, the data are S independent pairs, one per seed: the measurement as trained, :math:`x_s`, and
+as predicted without the examples, :math:`y_s = x_s + r_s`. A p-value is the probability, over seeds, of an effect at
+least as clear as that in these runs if the removal does not change the distribution of the measurement. It takes the
 linear response as given: it says nothing about how well :math:`r_s` predicts a retraining.
 
-**The mean** changes by the average of the responses :math:`r_s`; that it is zero is tested by Student's t. Responses of
-any symmetric distribution are rejected too rarely rather than too often; skewed ones are rejected too often, with 8
-runs 16 times at p-values of 0.001 where they are exponential.
+**The mean** changes by the average of the responses :math:`r_s`; Student's t tests whether it is zero. For responses
+with a symmetric distribution, the test rejects too rarely rather than too often. For skewed ones it rejects too often:
+with 8 runs and exponential responses, 16 times too often at p-values of 0.001.
 
-**The variance** changes by the covariance of :math:`r_s` with :math:`v_s = (x_s + y_s) / 2`, but for a factor. If the
-removal does nothing, x and y of a run can be exchanged, which turns the sign of :math:`r_s` and leaves :math:`v_s`. So
+**The variance** changes by the covariance of :math:`r_s` with :math:`v_s = (x_s + y_s) / 2`, up to a factor. If the
+removal does nothing, x and y of a run can be exchanged, which flips the sign of :math:`r_s` and keeps :math:`v_s`. So
 
 .. math:: T = \sum_s r_s (v_s - \bar v)
 
-is compared with the sums of all :math:`2^S` choices of signs: an exact test, whatever the distribution and whether or
-not responses are larger in runs that are farther out. The classical one, Pitman's and Morgan's correlation of
-:math:`r_s` and :math:`v_s`, rejects Gaussian pairs as it should, those a hundred times too often at p-values of 0.001.
-The share of the choices beyond T is not counted but computed by a saddlepoint approximation (Robinson, *Journal of the
-Royal Statistical Society B* 44, 1982), so that it can be as small as :math:`2^{1-S}`, the least there is. A shift far
-larger than its spread over runs hides a change of the variance.
+is compared with the sums over all :math:`2^S` choices of signs. The test is exact for any distribution, whether or not
+responses are larger in outlying runs. The classical test, the Pitman-Morgan correlation of :math:`r_s` and :math:`v_s`,
+has the right level for Gaussian pairs but, where responses are larger in outlying runs, rejects a hundred times too
+often at p-values of 0.001. The share of choices beyond T is not counted but computed by a saddlepoint approximation
+(Robinson, *Journal of the Royal Statistical Society B* 44, 1982), so it can be as small as :math:`2^{1-S}`, the
+smallest possible. A shift far larger than its spread over runs hides a change of the variance.
 
 **Distances** that are zero only if nothing changes, such as the Wasserstein and the energy distance, have an effect if
-the mean or the variance has: twice the smaller p-value (Bonferroni). Their own size is no test: a small response of
-random sign leaves the distribution nearly as it is, and yet moves each sample and so the distance between the samples.
-A change of shape that leaves mean and variance alone is not found.
+the mean or the variance has one: the p-value is twice the smaller of the two (Bonferroni). Their size alone is no
+evidence: a small response of random sign hardly changes the distribution, yet moves each sample and so increases the
+distance between the samples. A change of shape that leaves mean and variance the same is not found.
 
-**Others** are tested by exchange of x and y in random runs and comparing the differences (Pesarin, *Multivariate
-Permutation Tests*, 2001). This is exact for any difference, but no p-value is below one over the number of exchanges.
+**Other differences** are tested by exchanging x and y in random runs and comparing the differences (Pesarin,
+*Multivariate Permutation Tests*, 2001). This is exact for any difference, but no p-value is below one over the number
+of exchanges.
 """
 
 from __future__ import annotations
@@ -45,29 +46,28 @@ from torch import Tensor
 from lightning_dtda.statistics.differences import Difference
 
 _EXCHANGES = 2000
-"""Exchanges of pairs that are tried where there are more: p-values of 0.05 are then known to a tenth."""
+"""Maximum number of exchange patterns tried: p-values of 0.05 are then known to a tenth."""
 
 _NEWTON = 40
-"""Steps after which the saddlepoint is far enough out: what is left then lies at Chernoff's bound."""
+"""Maximum number of Newton steps; columns that have not converged by then are at the Chernoff bound."""
 
 _FLAT = 1e-12
-"""Least curvature of K that a step divides by; flatter than this the sum is as large as any choice of signs makes
-it."""
+"""Smallest curvature of K that a step divides by; below it, the sum is the largest that any choice of signs gives."""
 
 _CENTRE = 1e-3
-"""Below this r the correction is 0 / 0, and the p-value one, both up to rounding."""
+"""Value of r below which, up to rounding, the correction is 0 / 0 and the p-value is 1."""
 
 _TIES = 1e-9
-"""Relative distance within which differences of exchanged pairs count as equal: they are sums in another order."""
+"""Relative tolerance for equal differences of exchanged pairs, which are summed in different orders."""
 
 
 def least_runs(difference: Difference) -> int:
-    """Return how many runs the test of a difference needs: for the variance, those whose halfway points can vary."""
+    """Return the minimum number of runs for the test of a difference; for the variance, halfway points must vary."""
     return max(difference.least_runs, 4 if "variance" in difference.moments else 2)
 
 
 def fewest_runs(difference: Difference, level: float) -> float:
-    """Return with how many runs the test of a difference can have a p-value as small as a level; infinite if with none.
+    """Return the minimum number of runs with which the test can give a p-value as small as a level, or infinity.
 
     Example:
         >>> from lightning_dtda.statistics import Variance
@@ -82,15 +82,15 @@ def fewest_runs(difference: Difference, level: float) -> float:
 
 
 def p_values(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:
-    """Return the probability of so clear an effect if there is none.
+    """Return the probability of an effect at least this clear if there is none.
 
     Args:
-        difference: What is tested.
+        difference: The difference to test.
         baseline: Samples of X, broadcastable against ``predicted`` ``(runs, ...)``.
         predicted: Samples of Y, from the same runs in the same order ``(runs, ...)``.
 
     Returns:
-        ``(...)``, float64; 1 where no run's measurement changes, NaN where the effect is not a number.
+        p-values ``(...)``, float64; 1 where no run's measurement changes, NaN where the effect is NaN.
 
     Example:
         >>> from lightning_dtda.statistics import Mean
@@ -104,47 +104,47 @@ def p_values(difference: Difference, baseline: Tensor, predicted: Tensor) -> Ten
 
 
 def of_any(p: Sequence[Tensor]) -> Tensor:
-    """Return p-values of no effect by any of some tests, from those of each ``(...)``, by Bonferroni."""
+    """Combine the p-values of several tests ``(...)`` into one for an effect in any of them, by Bonferroni."""
     return (len(p) * torch.stack(list(p)).amin(0)).clamp_max(1)
 
 
 def mean_test(baseline: Tensor, predicted: Tensor) -> Tensor:
-    """Return p-values of E X = E Y, of two sides, by Student's t of the responses.
+    """Return two-sided p-values of E X = E Y, by Student's t of the responses.
 
     Args:
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
 
     Returns:
-        ``(...)``, float64.
+        p-values ``(...)``, float64.
     """
     responses = (predicted - baseline).double()
     return student(responses.mean(0), responses.std(0) / len(responses) ** 0.5, len(responses))
 
 
 def student(mean: Tensor, standard_error: Tensor, runs: int) -> Tensor:
-    """Return p-values of a mean of zero, of two sides, from the mean over runs and its standard error ``(...)``."""
-    # 0 / 0 is no effect, anything else / 0 one without noise
+    """Return two-sided p-values of a mean of zero, from the mean over runs and its standard error ``(...)``."""
+    # 0 / 0 is no effect; anything else / 0 is an effect without noise
     t = torch.where(mean == 0, 0.0, mean / standard_error)
     return torch.as_tensor(2 * special.stdtr(runs - 1, -t.abs().cpu().numpy()), device=t.device)
 
 
 def variance_test(baseline: Tensor, predicted: Tensor) -> Tensor:
-    """Return p-values of Var X = Var Y, of two sides, by exchange of X and Y.
+    """Return two-sided p-values of Var X = Var Y, by exchanging X and Y.
 
     Args:
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
 
     Returns:
-        ``(...)``, float64.
+        p-values ``(...)``, float64.
     """
     halfway = (baseline + predicted).double() / 2
     return sign_test((predicted - baseline) * (halfway - halfway.mean(0)))
 
 
 def sign_test(terms: Tensor) -> Tensor:
-    r"""Return which share of all choices of signs makes a sum as large, in absolute value, as the sum is.
+    r"""Return the share of all choices of signs whose sum is at least as large, in absolute value, as the sum itself.
 
     With :math:`K(t) = \sum_s \log\cosh(t w_s)`, the logarithm of the moment generating function of the sum under random
     signs, and :math:`K'(t) = T` at its absolute value,
@@ -152,14 +152,14 @@ def sign_test(terms: Tensor) -> Tensor:
     .. math:: p = 2\, \Phi\left(-r - \tfrac1r \log \tfrac ur\right), \quad
         r = \sqrt{2 (tT - K(t))}, \quad u = t \sqrt{K''(t)}
 
-    (Barndorff-Nielsen, *Biometrika* 73, 1986), never more than Chernoff's bound :math:`2 e^{K(t) - tT}`, which is exact
-    where all terms have one sign, and never less than :math:`2^{1-S}`.
+    (Barndorff-Nielsen, *Biometrika* 73, 1986), at most the Chernoff bound :math:`2 e^{K(t) - tT}`, which is exact where
+    all terms have the same sign, and at least :math:`2^{1-S}`.
 
     Args:
-        terms: :math:`w_s` ``(runs, ...)``.
+        terms: Terms :math:`w_s` of the sum ``(runs, ...)``.
 
     Returns:
-        ``(...)``, float64.
+        p-values ``(...)``, float64.
 
     Example:
         >>> sign_test(torch.tensor([1.0, 2.0, 4.0, 8.0]))  # of 16 choices, two reach 15 or -15
@@ -179,18 +179,18 @@ def sign_test(terms: Tensor) -> Tensor:
 
 
 def _saddlepoint(w: Tensor, total: Tensor) -> Tensor:
-    r"""Return :math:`t \ge 0` with :math:`\sum_s w_s \tanh(t w_s)` a total, for each column ``(columns,)``.
+    r"""Return :math:`t \ge 0` where :math:`\sum_s w_s \tanh(t w_s)` is the total, for each column ``(columns,)``.
 
     Args:
-        w: ``(runs, columns)``, no larger than 1.
-        total: ``(columns,)``.
+        w: Terms, at most 1 in absolute value ``(runs, columns)``.
+        total: Totals ``(columns,)``.
     """
     t = total / w.square().sum(0).clamp_min(torch.finfo(w.dtype).tiny)
     columns = torch.arange(len(total), device=w.device)
-    for _ in range(_NEWTON):  # K' is concave for t > 0 and the start is to the left of the root: it only grows
+    for _ in range(_NEWTON):  # K' is concave for t > 0 and the start is left of the root, so t only grows
         slopes = (t[columns] * w).tanh_()
         missing = (total[columns] - (w * slopes).sum(0)).clamp_min(0)
-        # most are found in a few steps, those with nearly all terms of one sign in many: these alone go on
+        # most columns converge in a few steps; only those with nearly all terms of one sign, which need many, go on
         unfound = (missing > _TIES * total[columns]).nonzero()[:, 0]
         if not len(unfound):
             break
@@ -203,37 +203,38 @@ def exchange_test(difference: Difference, baseline: Tensor, predicted: Tensor, e
     """Return p-values of the hypothesis that X and Y of a run can be exchanged, by exchanging them.
 
     Args:
-        difference: The difference, of any sign.
+        difference: The difference, signed or not.
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
-        exchanges: Number of exchanges tried; all of them where there are no more, else random ones, always the same.
+        exchanges: Number of exchange patterns to try. If no more exist, all are tried; otherwise random ones, the same
+            in every call.
 
     Returns:
-        ``(...)``, float64.
+        p-values ``(...)``, float64.
     """
     runs = len(predicted)
     if 2**runs <= exchanges:
         patterns = torch.tensor(list(product([False, True], repeat=runs)))
     else:
         patterns = torch.rand(exchanges, runs, generator=torch.Generator().manual_seed(0)) < 0.5
-        patterns[0] = False  # the runs as they are: no p-value is zero (Phipson and Smyth, 2010)
+        patterns[0] = False  # the unexchanged runs, so no p-value is zero (Phipson and Smyth, 2010)
     observed = difference(baseline, predicted).abs()
     reached = torch.zeros_like(observed, dtype=torch.float64)
     for pattern in patterns.to(predicted.device):
         exchanged = pattern.reshape(-1, *[1] * (predicted.ndim - 1))
         x, y = torch.where(exchanged, predicted, baseline), torch.where(exchanged, baseline, predicted)
         reached += difference(x, y).abs() >= observed * (1 - _TIES)
-    # nothing reaches what is not a number: a p-value of zero, were it not told
+    # no difference reaches NaN, so the p-value would be zero
     return (reached / len(patterns)).where(~observed.isnan(), torch.nan)
 
 
 def q_values(p: Tensor) -> Tensor:
-    """Return the least false discovery rate at which each p-value along the last dimension is a discovery.
+    """Return the smallest false discovery rate at which each p-value along the last dimension is a discovery.
 
-    By Benjamini's and Hochberg's procedure (*Journal of the Royal Statistical Society B* 57, 1995).
+    By the Benjamini-Hochberg procedure (*Journal of the Royal Statistical Society B* 57, 1995).
 
     Args:
-        p: ``(..., tests)``; NaN, which is taken as 1, is no discovery at any rate below 1.
+        p: p-values ``(..., tests)``; NaN counts as 1, so it is not a discovery at any rate below 1.
 
     Example:
         >>> q_values(torch.tensor([0.001, 0.04, 0.9], dtype=torch.float64))
@@ -244,13 +245,13 @@ def q_values(p: Tensor) -> Tensor:
 
 
 def discoveries(p: Tensor, fdr: float) -> Tensor:
-    """Return which p-values along the last dimension are discoveries: those whose q-value is not above ``fdr``.
+    """Return which p-values along the last dimension are discoveries: those whose q-value is at most ``fdr``.
 
-    Of the discoveries, a share of ``fdr`` is false on average.
+    On average, a share of ``fdr`` of the discoveries is false.
 
     Args:
-        p: ``(..., tests)``; NaN is none.
-        fdr: The share.
+        p: p-values ``(..., tests)``; NaN is never a discovery.
+        fdr: False discovery rate.
 
     Example:
         >>> discoveries(torch.tensor([0.001, 0.04, 0.9]), fdr=0.05)

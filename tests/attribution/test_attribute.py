@@ -193,7 +193,7 @@ def test_nonsense_is_refused_in_words(ensemble, call, message):
 
 
 def test_an_unknown_device_is_refused_in_words(ensemble):
-    with pytest.raises(ExecutionError, match=r"no device 'gpu'.*Give cpu, cuda"):
+    with pytest.raises(ExecutionError, match=r"no device 'gpu'.*such as cpu, cuda"):
         ask(ensemble, device="gpu")
 
 

@@ -112,7 +112,7 @@ def test_runs_that_kill_every_worker_are_named(ray_cluster, ensemble, tmp_path):
 
 def test_a_process_that_is_killed_is_told(ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
-    with pytest.raises(ExecutionError, match=r"A process was killed.*\d pieces of work were done.*call again"):
+    with pytest.raises(ExecutionError, match=r"A process was killed.*\d tasks were finished.*run the call again"):
         ask(ensemble, workers=2, measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
@@ -134,7 +134,7 @@ def test_what_has_no_pickle_is_told(ensemble):
     def measurement(module, batch):
         return (module(batch[0]) - batch[1]).abs() if lock else None
 
-    with pytest.raises(ExecutionError, match=r"cannot be sent to other processes .*lock.*set workers=1"):
+    with pytest.raises(ExecutionError, match=r"cannot be pickled for other processes .*lock.*set workers=1"):
         ask(ensemble, workers=2, measurement=measurement)
 
 

@@ -111,9 +111,9 @@ def test_one_subset_is_refused(samples):
 def test_too_few_samples_for_the_difference_are_named(samples):
     predicted, baseline, real, real_baseline = samples
     for replaced, message in (
-        ((predicted[:, :1], baseline[:1], real, real_baseline), "needs 2 runs; there are 1"),
-        ((predicted, baseline, real[:, :1], real_baseline), "needs 2 seeds; there are 1"),
-        ((predicted, baseline, real, real_baseline[:1]), "needs 2 baseline seeds; there are 1"),
+        ((predicted[:, :1], baseline[:1], real, real_baseline), "needs at least 2 runs; there are 1"),
+        ((predicted, baseline, real[:, :1], real_baseline), "needs at least 2 seeds; there are 1"),
+        ((predicted, baseline, real, real_baseline[:1]), "needs at least 2 baseline seeds; there are 1"),
     ):
         with pytest.raises(AttributionError, match=message):
             linear_datamodeling_score(*replaced, "variance")
@@ -122,12 +122,12 @@ def test_too_few_samples_for_the_difference_are_named(samples):
 @pytest.mark.parametrize(
     ("position", "change", "message"),
     [
-        (0, lambda each: each[0], "give \\(removals, samples, queries\\)"),
+        (0, lambda each: each[0], "must have shape \\(removals, samples, queries\\)"),
         (0, lambda each: each[:, :4], "same runs and queries"),
-        (2, lambda each: each[:5], "12 removals are predicted, and 5"),
-        (3, lambda each: each[:, :2], "that of the queries"),
+        (2, lambda each: each[:5], "predictions for 12 removals, but 5"),
+        (3, lambda each: each[:, :2], "the queries, must be the same"),
         (2, lambda each: each.masked_fill(each == each.max(), torch.nan), "not finite"),
-        (3, lambda each: each.long(), "floating point"),
+        (3, lambda each: each.long(), "floating-point"),
     ],
 )
 def test_samples_that_do_not_fit_are_refused(samples, position, change, message):
@@ -189,7 +189,7 @@ def test_half_precision_measurements_are_compared_in_double(samples):
 def test_settings_that_do_not_exist_are_refused():
     with pytest.raises(AttributionError, match="choose from spearman, pearson"):
         LeaveOneOutCorrelation(correlation="kendall")
-    with pytest.raises(AttributionError, match="is no difference"):
+    with pytest.raises(AttributionError, match="Unknown difference"):
         LinearDatamodelingScore("median")
 
 

@@ -135,7 +135,7 @@ def test_evaluations_of_another_truth_or_other_draws_are_refused(evaluated):
     with pytest.raises(AttributionError, match="differ in their confidence"):
         compare(first, evaluate(noisy, truth, ["mean"], replicates=20, confidence=0.9))
     for settings in ({"replicates": 30}, {"replicates": 20, "seed": 1}):
-        with pytest.raises(AttributionError, match="have other draws"):
+        with pytest.raises(AttributionError, match="have different draws"):
             compare(first, evaluate(noisy, truth, ["mean"], **settings))
 
 

@@ -59,8 +59,8 @@ def test_batches_and_half_precision_give_the_same():
     [
         (torch.ones(3), torch.tensor([True, False]), [0.1], "a number and a bool"),
         (torch.ones(2), torch.tensor([1, 0]), [0.1], "a number and a bool"),
-        (torch.tensor([torch.nan, 1]), torch.tensor([True, False]), [0.1], "holds NaN"),
-        (torch.ones(2), torch.tensor([True, True]), [0.1], "both wrong and right"),
+        (torch.tensor([torch.nan, 1]), torch.tensor([True, False]), [0.1], "contains NaN"),
+        (torch.ones(2), torch.tensor([True, True]), [0.1], "both wrong and correct"),
         (torch.ones(2), torch.tensor([True, False]), [10], "above 0 and at most 1"),
     ],
 )

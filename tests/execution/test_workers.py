@@ -41,13 +41,13 @@ def test_what_is_raised_in_a_process_is_raised_here():
 
 def test_what_has_no_pickle_is_sent_to_no_process_and_works_in_this_one():
     lock = threading.Lock()
-    with pytest.raises(ExecutionError, match=r"cannot be sent to other processes .*lock.*inside of them.*workers=1"):
+    with pytest.raises(ExecutionError, match=r"cannot be pickled for other .*lock.*inside functions.*workers=1"):
         list(Processes(2).run(lambda item: lock and item, [1, 2]))
     assert list(workers_of(1).run(lambda item: lock and item, [1])) == [(1, 1)]
 
 
 def test_a_process_that_dies_is_told_with_the_way_out():
-    with pytest.raises(ExecutionError, match=r"A process was killed.*pieces of work were done.*fewer workers"):
+    with pytest.raises(ExecutionError, match=r"A process was killed.*tasks were finished.*fewer workers"):
         list(Processes(2).run(lambda item: os._exit(1), [1, 2]))
 
 

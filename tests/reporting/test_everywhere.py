@@ -116,7 +116,7 @@ def test_a_new_difference_is_one_class_and_is_shown_everywhere(attribution, save
 def test_a_class_that_does_not_say_what_it_is_is_refused():
     with pytest.raises(TypeError, match=r"Silent is a Difference without formula, meaning, unit"):
         type("Silent", (Difference,), {"name": "silent"})
-    with pytest.raises(AttributionError, match=r"'tests.reporting.conftest.make_attribution' is no Difference"):
+    with pytest.raises(AttributionError, match=r"'tests.reporting.conftest.make_attribution' is not a Difference"):
         resolve_difference("tests.reporting.conftest.make_attribution")
-    with pytest.raises(AttributionError, match=r"joint distributions of several queries: ask for .*joint_influence"):
+    with pytest.raises(AttributionError, match=r"joint distributions over several queries\. Call .*joint_influence"):
         resolve_difference(SlicedWasserstein())

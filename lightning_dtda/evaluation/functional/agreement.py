@@ -1,4 +1,4 @@
-"""How well predicted influences of removals agree with those that retraining shows."""
+"""Agreement between predicted influences of removals and those found by retraining."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_dtda.statistics.noise_ceiling import noise_ceiling
 from lightning_dtda.statistics.samples import Samples, arrange, check_samples, collect
 
 REPLICATES = 500
-"""Draws of the bootstrap: 12 of them are beyond each limit of an interval of 95 %."""
+"""Number of bootstrap draws: 12 of them lie beyond each limit of a 95 % interval."""
 
 
 def linear_datamodeling_score(
@@ -36,40 +36,41 @@ def linear_datamodeling_score(
         \mathrm{LDS} = \frac1Q \sum_q \rho\left(
             \bigl(\Delta(X_q, \hat Y_{k,q})\bigr)_k,\; \bigl(\Delta(X'_q, Y'_{k,q})\bigr)_k \right)
 
-    :math:`\rho` is Spearman's correlation over subsets k of removed examples, X and :math:`\hat Y` are measurements of
-    recorded runs and their predictions without subset k, X' and Y' those of models that were really trained with and
-    without it. With the mean difference it is the usual LDS (Park et al., *TRAK*, arXiv 2303.14186, section 2), with
-    others its distributional form (Mlodozeniec et al., arXiv 2506.12965, section 5).
+    :math:`\rho` is Spearman's correlation over subsets k of removed examples. X and :math:`\hat Y` are the measurements
+    of recorded runs and their predictions without subset k; X' and Y' are the measurements of models retrained with and
+    without it. With the mean difference, this is the usual LDS (Park et al., *TRAK*, arXiv 2303.14186, section 2); with
+    others, it is the distributional LDS (Mlodozeniec et al., arXiv 2506.12965, section 5).
 
     Args:
         predicted: Samples of :math:`\hat Y` ``(subsets, runs, queries)``.
-        baseline: Samples of X, of the same runs ``(runs, queries)``.
+        baseline: Samples of X from the same runs ``(runs, queries)``.
         real: Samples of Y' ``(subsets, seeds, queries)``.
-        real_baseline: Samples of X' ``(baseline seeds, queries)``; their number need not be that of the seeds.
-        difference: ``mean``, ``variance``, ``wasserstein``, a class's import path or a
+        real_baseline: Samples of X' ``(baseline seeds, queries)``; their number may differ from that of the seeds.
+        difference: ``mean``, ``variance``, ``wasserstein``, the import path of a class, or a
             :class:`~lightning_dtda.statistics.differences.Difference`.
-        paired: Whether seed i of the baseline is seed i of the others: they are then halved and drawn together.
-        replicates: Number of draws of the bootstrap; 0 leaves the interval out.
-        confidence: Of the interval.
-        seed: Of the bootstrap's draws.
+        paired: Whether seed i of ``real_baseline`` is the same as seed i of ``real``. If so, they are halved and drawn
+            together.
+        replicates: Number of bootstrap draws; 0 skips the interval.
+        confidence: Confidence level of the interval.
+        seed: Seed of the bootstrap draws.
 
     Returns:
-        float64, numbers of things int64:
+        Tensors by name, float64, or int64 for counts:
 
         - ``score``: the LDS;
         - ``low``, ``high``: its interval over queries, subsets, runs and seeds,
           see :func:`~lightning_dtda.statistics.crossed_bootstrap.confidence_interval`;
-        - ``per_query``: the correlation of each query ``(queries,)``, NaN where the real influence is the same for all
-          subsets; such queries do not count. Where only the predicted one is, the correlation is 0;
-        - ``split_half``, ``reliability``, ``ceiling``: what the noise of the truth allows,
+        - ``per_query``: the correlation of each query ``(queries,)``. It is NaN where the real influence is the same
+          for all subsets, and such queries do not count; it is 0 where only the predicted influence is constant;
+        - ``split_half``, ``reliability``, ``ceiling``: limits set by the noise of the truth,
           see :func:`~lightning_dtda.statistics.noise_ceiling.noise_ceiling`; NaN with fewer than 4 seeds or
           baseline seeds;
-        - ``subsets``, ``runs``, ``seeds``, ``baseline_seeds``, ``queries``: how many there are; ``constant_queries``:
-          how many of the queries do not count, ``constant_predictions``: of how many others the correlation is 0
-          because all predictions are the same.
+        - ``subsets``, ``runs``, ``seeds``, ``baseline_seeds``, ``queries``: their numbers; ``constant_queries``: number
+          of queries that do not count; ``constant_predictions``: number of other queries whose correlation is 0 because
+          all predictions are the same.
 
     Raises:
-        AttributionError: If shapes do not fit, values are not finite, there are too few samples for the difference or
+        AttributionError: If shapes do not match, values are not finite, there are too few samples for the difference or
             fewer than two subsets, or no query has an influence that differs between subsets.
 
     Example:
@@ -99,28 +100,28 @@ def leave_one_out_correlation(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Correlate predicted with real influences of single examples that were left out (Koh and Liang, arXiv 1703.04730).
+    """Correlate predicted with real leave-one-out influences (Koh and Liang, arXiv 1703.04730).
 
-    As :func:`linear_datamodeling_score`, with one example for each subset. A single example moves a measurement by
-    little next to the noise between seeds; look at the ceiling before the score.
+    Like :func:`linear_datamodeling_score`, with one example in each subset. A single example moves a measurement by
+    little compared with the noise between seeds, so look at the ceiling before the score.
 
     Args:
-        predicted: Samples without each example ``(examples, runs, queries)``.
+        predicted: Predicted samples without each example ``(examples, runs, queries)``.
         baseline: Samples of the same runs ``(runs, queries)``.
         real: Samples of models trained without each example ``(examples, seeds, queries)``.
         real_baseline: Samples of models trained on everything ``(baseline seeds, queries)``.
         difference: As for :func:`linear_datamodeling_score`.
-        correlation: ``"pearson"``, by which large influences count most, or ``"spearman"``.
+        correlation: ``"pearson"``, in which large influences count most, or ``"spearman"``.
         paired: As for :func:`linear_datamodeling_score`.
-        replicates: As there.
-        confidence: As there.
-        seed: As there.
+        replicates: As for :func:`linear_datamodeling_score`.
+        confidence: As for :func:`linear_datamodeling_score`.
+        seed: As for :func:`linear_datamodeling_score`.
 
     Returns:
-        As :func:`linear_datamodeling_score`; ``subsets`` is the number of examples.
+        The same as :func:`linear_datamodeling_score`; ``subsets`` is the number of examples.
 
     Raises:
-        AttributionError: As :func:`linear_datamodeling_score`; or if the correlation is neither of the two.
+        AttributionError: As for :func:`linear_datamodeling_score`.
 
     Example:
         >>> changes = torch.tensor([1.0, 2.0, 4.0])[:, None, None]
@@ -142,16 +143,16 @@ def agreement(
     seed: int,
     runs: Sequence[str] | None = None,
 ) -> tuple[dict[str, Tensor], Replicates | None]:
-    """Return what :func:`linear_datamodeling_score` does, and the draws of its interval, to compare with another's.
+    """Return the result of :func:`linear_datamodeling_score`, and the draws of its interval for comparisons.
 
     Args:
-        samples: What a prediction is compared with.
+        samples: Predicted and real samples.
         difference: The difference.
         correlation: The correlation.
-        replicates: Number of draws; without any, there are none to return.
-        confidence: Of the interval.
-        seed: Of the draws.
-        runs: What the recorded runs are called, see
+        replicates: Number of draws; with 0, the returned draws are ``None``.
+        confidence: Confidence level of the interval.
+        seed: Seed of the draws.
+        runs: Names of the recorded runs, see
             :class:`~lightning_dtda.statistics.crossed_bootstrap.Draws`.
     """
     chosen = resolve_difference(difference)
@@ -161,8 +162,8 @@ def agreement(
     nothing_to_predict = of_queries.isnan()
     if nothing_to_predict.all():
         raise AttributionError(
-            f"The real {chosen.name} influence is the same for all {real.shape[-1]} removals on every query, so that "
-            "there is no order to predict. Were the models trained without them?"
+            f"The real {chosen.name} influence is the same for all {real.shape[-1]} removals on every query, so there "
+            "is no order to predict. Check that the models were retrained without the removed examples."
         )
     score = of_queries.nanmean()
     low = high = torch.full_like(score, torch.nan)

@@ -1,4 +1,4 @@
-"""How few removals flip a prediction."""
+"""Brittleness: the number of removals that flips a prediction."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Retraining = Callable[[tuple[int, ...]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Brittleness:
-    """What it took to flip each query's prediction.
+    """Number of removals that flips each query's prediction.
 
     Args:
-        sizes: The numbers of removals that were tried, ascending.
-        removals: The smallest of them that flips each query's prediction ``(queries,)``, float64; 0 where it was
-            beyond the threshold from the start, infinite where none did.
-        measured: Mean measurement over seeds after each number of removals ``(1 + sizes, queries)``, the first with
-            none; NaN where a query had flipped before.
-        flipped: Share of the queries that have flipped with at most that many removals ``(sizes,)``, of those that
-            had not from the start; NaN if all had.
+        sizes: Numbers of removals tried, ascending.
+        removals: Smallest of them that flips each query's prediction ``(queries,)``, float64; 0 where the measurement
+            was below the threshold from the start, infinite where no number flips it.
+        measured: Mean measurement over seeds after each number of removals ``(1 + sizes, queries)``, starting with no
+            removals; NaN where a query had already flipped.
+        flipped: Share of the queries flipped by at most each number of removals ``(sizes,)``, among those not below the
+            threshold from the start; NaN if there are none.
     """
 
     sizes: tuple[int, ...]
@@ -36,27 +36,29 @@ class Brittleness:
 def brittleness(
     influence: Tensor, retrain: Retraining, sizes: Sequence[int] = (1, 2, 5, 10, 20, 50, 100), threshold: float = 0.0
 ) -> Brittleness:
-    r"""Remove the examples that hold a prediction up most, more and more of them, until retrained models change it.
+    r"""Remove the examples that support a prediction most, in growing numbers, until retrained models change it.
 
-    A prediction flips when the mean over seeds of the measurement falls below the threshold: with the margin, the
-    log-odds of the right class, and 0, when models are on average for another class. The fewer removals an
-    attribution needs, the better it knows what a prediction rests on (Ilyas et al., *Datamodels*, arXiv 2202.00622,
-    section 4.1; Singla et al., arXiv 2303.12233). Compare with a random ``influence``.
+    A prediction flips when the mean of the measurement over seeds falls below the threshold. With the margin, the
+    log-odds of the correct class, and a threshold of 0, this means that models favour another class on average. The
+    fewer removals an attribution needs, the better it identifies what a prediction depends on (Ilyas et al.,
+    *Datamodels*, arXiv 2202.00622, section 4.1; Singla et al., arXiv 2303.12233). Compare with a random ``influence``.
 
     Args:
-        influence: Of each example on each query ``(queries, examples)``, the change of the measurement without it:
-            ``influence("mean")`` of the margin. The most negative are removed first, which hold the prediction up.
-        retrain: From the indices of removed examples, none at first, to measurements of models trained without them
-            ``(seeds, queries)``. It is called once for all queries with none, and then for each query and size until
-            that query flips.
-        sizes: Numbers of removals that are tried, in ascending order.
-        threshold: What the measurement falls below.
+        influence: Change of the measurement on each query without each example ``(queries, examples)``, for example
+            ``influence("mean")`` of the margin. Examples with the most negative values, which support the prediction
+            most, are removed first.
+        retrain: Function from the indices of removed examples to measurements of models trained without them
+            ``(seeds, queries)``. It is called once without removals for all queries, and then for each query and size
+            until that query flips.
+        sizes: Numbers of removals to try, in ascending order.
+        threshold: Value below which the mean measurement counts as flipped.
 
     Returns:
-        Per query the smallest size that flips it, and the share of flipped queries by size.
+        Smallest size that flips each query, and the share of flipped queries by size.
 
     Raises:
-        AttributionError: If the sizes are not ascending and at most the number of examples, or measurements do not fit.
+        AttributionError: If the sizes are not ascending or out of range, or measurements have the wrong shape or are
+            not finite.
 
     Example:
         >>> change = torch.tensor([-0.5, -0.1, -0.9, -0.1])
@@ -68,7 +70,8 @@ def brittleness(
     wanted = tuple(sizes)
     if not wanted or list(wanted) != sorted(set(wanted)) or not 1 <= wanted[0] <= wanted[-1] <= examples:
         raise AttributionError(
-            f"sizes={list(sizes)}; give ascending numbers of removals from 1 to {examples}, the number of examples."
+            f"sizes={list(sizes)}; give numbers of removals in ascending order, from 1 to {examples}, the number of "
+            "examples."
         )
     order = influence.argsort(dim=1, stable=True)
     measured = torch.full((1 + len(wanted), queries), torch.nan, dtype=torch.float64)
@@ -91,13 +94,13 @@ def _mean_over_seeds(retrain: Retraining, removed: tuple[int, ...], queries: int
     measurements = retrain(removed)
     if measurements.ndim != 2 or measurements.shape[1] != queries or not len(measurements):
         raise AttributionError(
-            f"retrain returned measurements of shape {tuple(measurements.shape)}; the influence has {queries} queries. "
-            "Return (seeds, queries)."
+            f"retrain returned measurements of shape {tuple(measurements.shape)}, but the influence has {queries} "
+            f"queries. Return the shape (seeds, {queries})."
         )
     mean = measurements.double().mean(0).cpu()
     if not mean.isfinite().all():
         raise AttributionError(
-            f"Models retrained without {len(removed)} examples have measurements that are not finite. Leave out the "
-            "seeds that diverged."
+            f"Measurements of the models retrained without {len(removed)} examples are not finite. Leave out the seeds "
+            "that diverged."
         )
     return mean

@@ -1,4 +1,4 @@
-"""Do influences find wrongly labelled training examples?"""
+"""Detection of wrongly labelled training examples."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.correlation import ranks
 
 INSPECTED = (0.05, 0.1, 0.2, 0.3)
-"""Shares of the training set that someone may be ready to look through."""
+"""Shares of the training set that a person may be willing to inspect."""
 
 
 def mislabel_detection(
     suspicion: Tensor, mislabelled: Tensor, inspected: Sequence[float] = INSPECTED
 ) -> dict[str, Tensor]:
-    r"""Say how well a ranking of the training examples finds those whose labels are wrong.
+    r"""Measure how well a ranking of the training examples finds those whose labels are wrong.
 
-    The area under the ROC curve is the probability that a wrongly labelled example ranks above a rightly labelled one;
-    the curve of inspection is the share of the wrong ones among the most suspicious p (Koh and Liang, *Understanding
-    Black-box Predictions via Influence Functions*, arXiv 1703.04730, section 5.4).
+    The area under the ROC curve is the probability that a wrongly labelled example ranks above a correctly labelled
+    one. The inspection curve is the share of all wrong labels found among the most suspicious p of the examples (Koh
+    and Liang, *Understanding Black-box Predictions via Influence Functions*, arXiv 1703.04730, section 5.4).
 
     Args:
-        suspicion: The more, the more likely wrong ``(examples,)``. From an attribution of the loss: the
-            *self-influence*, the response of an example's own loss to its removal, which is large for examples that
-            were memorised; or the mean over validation queries of ``-influence("mean")``: their loss falls without the
-            example.
-        mislabelled: Whether the label is wrong ``(examples,)``, bool.
-        inspected: Shares p of the examples that are looked at, each above 0 and at most 1.
+        suspicion: Suspicion of each example, higher for labels more likely to be wrong ``(examples,)``. From an
+            attribution of the loss, use the *self-influence*, the response of an example's own loss to its removal,
+            which is large for memorised examples; or the mean over validation queries of ``-influence("mean")``, which
+            is large for examples whose removal lowers the loss.
+        mislabelled: Whether each label is wrong ``(examples,)``, bool.
+        inspected: Shares p of the examples to inspect, each above 0 and at most 1.
 
     Returns:
-        ``auroc``; ``found``, the share of the wrong ones in each of the shares ``inspected``; ``curve``, the same after
-        each number of examples ``(examples,)``; ``mislabelled``, how many there are, and ``examples``. Of examples with
-        equal suspicion, at any place where the number inspected parts them, the expected share is found.
+        Tensors by name: ``auroc``; ``found``, the share of wrong labels found for each of ``inspected``; ``curve``, the
+        same after each number of examples ``(examples,)``; ``mislabelled``, the number of wrong labels; and
+        ``examples``, the number of examples. Where the inspected share cuts through examples of equal suspicion, the
+        expected share is returned.
 
     Raises:
-        AttributionError: If the shapes differ, all labels or none are wrong, or a share is out of range.
+        AttributionError: If the shapes differ, either all or none of the labels are wrong, a suspicion is NaN, or a
+            share is out of range.
 
     Example:
         >>> wrong = torch.tensor([True, False, False, True])
@@ -48,7 +50,7 @@ def mislabel_detection(
     """
     _check(suspicion, mislabelled, inspected)
     number = len(suspicion)
-    # ranks between 0 and 1, since torchmetrics takes anything else for logits, whose sigmoids of large values are equal
+    # ranks between 0 and 1: torchmetrics takes other values for logits, and the sigmoids of large ones are equal
     auroc = binary_auroc(ranks(suspicion.double()) / (number + 1), mislabelled.long())
     curve = _inspection_curve(suspicion, mislabelled)
     looked_at = torch.tensor([max(1, round(share * number)) for share in inspected], device=curve.device)
@@ -65,20 +67,20 @@ def _check(suspicion: Tensor, mislabelled: Tensor, inspected: Sequence[float]) -
     if suspicion.ndim != 1 or suspicion.shape != mislabelled.shape or mislabelled.dtype != torch.bool:
         raise AttributionError(
             f"suspicion {tuple(suspicion.shape)} and mislabelled {tuple(mislabelled.shape)} ({mislabelled.dtype}) must "
-            "have a number and a bool for each training example, (examples,)."
+            "both have shape (examples,), with a number and a bool for each training example."
         )
     if suspicion.isnan().any():
-        raise AttributionError("suspicion holds NaN. Leave out the runs that diverged.")
+        raise AttributionError("suspicion contains NaN. Leave out the runs that diverged.")
     if mislabelled.all() or not mislabelled.any():
-        raise AttributionError("mislabelled must have both wrong and right labels, to tell them apart.")
+        raise AttributionError("mislabelled must contain both wrong and correct labels (True and False).")
     if outside := [share for share in inspected if not 0 < share <= 1]:
-        raise AttributionError(f"inspected has {outside[0]}; give shares above 0 and at most 1.")
+        raise AttributionError(f"inspected contains {outside[0]}; give shares above 0 and at most 1.")
 
 
 def _inspection_curve(suspicion: Tensor, mislabelled: Tensor) -> Tensor:
     order = suspicion.argsort(descending=True, stable=True)
     _, group, sizes = suspicion[order].unique_consecutive(return_inverse=True, return_counts=True)
     wrong = mislabelled[order].double()
-    # the wrong ones of a tie are spread over it evenly: the expectation over orders of the tie
+    # wrong labels within a tie are spread over it evenly: the expectation over orders of the tie
     in_group = torch.zeros(len(sizes), dtype=torch.float64, device=wrong.device).index_add(0, group, wrong)
     return (in_group / sizes)[group].cumsum(0) / wrong.sum()

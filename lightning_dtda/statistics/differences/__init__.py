@@ -1,4 +1,4 @@
-"""Differences between two distributions of a measurement, each given by samples; by name or by import path."""
+"""Differences between two distributions of a measurement, computed from samples; found by name or import path."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 PAPERS = ("mean", "variance", "wasserstein")
-"""Names of the paper's differences: those that tables and reports have without being asked."""
+"""Names of the differences in the paper: those that tables and reports show by default."""
 
 DIFFERENCES: dict[str, Difference] = {
     difference.name: difference
@@ -41,11 +41,10 @@ DIFFERENCES: dict[str, Difference] = {
 
 
 def resolve_difference(difference: str | Difference) -> Difference:
-    """Return the difference of a name or of a class's import path, between distributions of one measurement.
+    """Return the difference with a given name or import path, between distributions of one measurement.
 
     Raises:
-        AttributionError: If the name stands for nothing, or for a class that is no :class:`Difference`, or the
-            difference is joint.
+        AttributionError: If the name is unknown, its class is not a :class:`Difference`, or the difference is joint.
 
     Example:
         >>> resolve_difference("variance").name
@@ -54,26 +53,27 @@ def resolve_difference(difference: str | Difference) -> Difference:
     found = _imported(difference) if isinstance(difference, str) else difference
     if not isinstance(found, Difference):
         raise AttributionError(
-            f"{difference!r} is no Difference. Derive its class from lightning_dtda.statistics.Difference, which says "
-            "what it needs."
+            f"{difference!r} is not a Difference. Derive its class from lightning_dtda.statistics.Difference, whose "
+            "documentation says what a difference needs."
         )
     if found.joint:
         raise AttributionError(
-            f"{found.name} is between joint distributions of several queries: ask for Attribution.joint_influence."
+            f"{found.name} compares joint distributions over several queries. Call Attribution.joint_influence instead."
         )
     return found
 
 
 def resolve_joint(difference: Difference | None) -> Difference:
-    """Return a difference between joint distributions of several measurements; the sliced Wasserstein distance of none.
+    """Return a difference between joint distributions of several measurements; ``None`` gives sliced Wasserstein.
 
     Raises:
-        AttributionError: If it is of one measurement.
+        AttributionError: If the difference compares a single measurement.
     """
     chosen = difference or SlicedWasserstein()
     if not chosen.joint:
         raise AttributionError(
-            f"{chosen.name} is of one measurement: ask for influence. A joint difference is SlicedWasserstein()."
+            f"{chosen.name} compares a single measurement. Call Attribution.influence instead, or give a joint "
+            "difference such as SlicedWasserstein()."
         )
     return chosen
 
@@ -86,6 +86,6 @@ def _imported(name: str) -> object:
         return getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise AttributionError(
-            f"{name!r} is no difference ({error}). Choose from {', '.join(DIFFERENCES)}, or give the import path of a "
-            "class like lightning_dtda.statistics.Mean."
+            f"Unknown difference {name!r} ({error}). Choose from {', '.join(DIFFERENCES)}, or give the import path of "
+            "a class such as lightning_dtda.statistics.Mean."
         ) from error

@@ -1,4 +1,4 @@
-"""What a difference between two distributions of a measurement is."""
+"""Base class of the differences between two distributions of a measurement."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ from torch import Tensor
 Moment = Literal["mean", "variance"]
 
 _SAID = ("name", "formula", "meaning", "unit")
-"""What every difference says of itself: tables, pages and W&B show it."""
+"""Attributes with which every difference describes itself in tables, pages and W&B."""
 
 
 class Difference(ABC):
     """A difference between the distributions of X, as trained, and Y, with examples removed.
 
-    A new one is a class of its own with a formula; whatever takes the name of a difference takes its import path too,
-    and shows what it says of itself. In what it says, ``{measurement}`` stands for the measurement's name.
+    To add one, write a subclass. Its import path works wherever the name of a difference does, and its description is
+    shown in results. In the description, ``{measurement}`` stands for the measurement's name.
 
     Attributes:
-        name: What columns and options call it.
-        title: What a page calls it, as inside a sentence; without it the name.
-        formula: Its definition by X and Y.
-        meaning: What it is, such as ``"change of the mean {measurement}"``; "on this query if the example is removed"
-            may follow, after a comma where it ends in one.
-        unit: What it is measured in.
-        reading: What its sign says, where that is more than up or down; here ``{removed}`` stands for what is removed.
-        signed: Whether it is a change, :math:`p(Y) - p(X)` of a property, positive if removal raises it. Others are
-            distances, which are never negative.
-        least_runs: How many runs it needs.
-        moments: Those whose change shows in it, ``"mean"``, ``"variance"`` or both: their test then is its test, see
-            :mod:`~lightning_dtda.statistics.significance`. Without any it is tested by exchange.
-        smooth: Whether it changes a little when one run is left out. If not, as a median does, its standard error is by
+        name: Name in columns and options.
+        title: Name within a sentence on a page; ``name`` if empty.
+        formula: Definition in terms of X and Y.
+        meaning: Meaning, such as ``"change of the mean {measurement}"``. "on this query if the example is removed" may
+            follow it, after a comma if ``meaning`` ends in one.
+        unit: Unit of the difference.
+        reading: Meaning of the sign, where that is more than up or down; ``{removed}`` stands for what is removed.
+        signed: Whether it is a change :math:`p(Y) - p(X)` of a property, positive if removal raises it. Other
+            differences are distances, which are never negative.
+        least_runs: Minimum number of runs.
+        moments: Moments whose change it reflects: ``"mean"``, ``"variance"`` or both. Their tests are then its test,
+            see :mod:`~lightning_dtda.statistics.significance`. Without any, it is tested by exchange.
+        smooth: Whether leaving one run out changes it little. If not, as for a median, its standard error comes from
             the bootstrap.
-        paired: Whether it compares run by run, so that X and Y must be of the same seeds.
-        joint: Whether it is between joint distributions of several measurements, which lie along the second dimension
+        paired: Whether it compares run by run, in which case X and Y must come from the same seeds.
+        joint: Whether it compares joint distributions of several measurements, which lie along the second dimension
             ``(runs, measurements, ...)``; see :meth:`Attribution.joint_influence
             <lightning_dtda.Attribution.joint_influence>`.
 
     Raises:
-        TypeError: If a class lacks name, formula, meaning or unit.
+        TypeError: If a subclass lacks a name, formula, meaning or unit.
 
     Example:
         >>> class Range(Difference):
@@ -79,15 +79,15 @@ class Difference(ABC):
 
         Args:
             baseline: Samples of X, broadcastable against ``predicted`` ``(runs, ...)``.
-            predicted: Samples of Y, from the same runs in the same order ``(runs, ...)``. Ground truth may have other
-                numbers of X and Y, but for differences that are ``paired``.
+            predicted: Samples of Y, from the same runs in the same order ``(runs, ...)``. In ground truth, the numbers
+                of samples of X and Y may differ unless the difference is ``paired``.
 
         Returns:
-            ``(...)``.
+            Difference ``(...)``.
         """
 
     def leave_one_out(self, baseline: Tensor, predicted: Tensor) -> Iterable[Tensor]:
-        """Give the difference without each run ``(...)``, in order; a class may have a formula that is faster.
+        """Yield the difference without each run ``(...)``, in order; subclasses may override it with a faster formula.
 
         Args:
             baseline: Samples of X ``(runs, ...)``.
@@ -98,7 +98,7 @@ class Difference(ABC):
 
 
 def percent(share: float) -> str:
-    """Return a share in words.
+    """Format a share as a percentage.
 
     Example:
         >>> percent(0.1), percent(1 - 0.9)

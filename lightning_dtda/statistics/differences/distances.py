@@ -1,4 +1,4 @@
-"""Whether the measurement's distribution changes in any way: distances, which are never negative."""
+"""Distances, which are never negative: does the measurement's distribution change in any way?"""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_dtda.statistics.differences.variance import variance
 class Wasserstein(Difference):
     r"""2-Wasserstein distance between the empirical distributions of a one-dimensional measurement.
 
-    :math:`W_2^2 = \frac1S \sum_i (x_{(i)} - y_{(i)})^2` with both samples sorted; where they are not of one size,
-    :math:`W_2^2 = \int_0^1 (F_X^{-1}(u) - F_Y^{-1}(u))^2\,du`, which is the same (Villani, *Topics in Optimal
-    Transportation*, 2003, theorem 2.18). In the measurement's unit, never negative, and zero only if nothing moved; so
+    :math:`W_2^2 = \frac1S \sum_i (x_{(i)} - y_{(i)})^2` with both samples sorted. For samples of different sizes, the
+    equivalent :math:`W_2^2 = \int_0^1 (F_X^{-1}(u) - F_Y^{-1}(u))^2\,du` is used (Villani, *Topics in Optimal
+    Transportation*, 2003, theorem 2.18). In the measurement's unit, never negative, and zero only if nothing moved, so
     it is biased upwards where the effect is smaller than its standard error.
 
     Example:
@@ -35,7 +35,7 @@ class Wasserstein(Difference):
         x, y = baseline.sort(0).values, predicted.sort(0).values
         if len(x) == len(y):
             return (x - y).square().mean(0).sqrt()
-        # where one of the quantile functions steps; counted in parts of 1 / (len(x) len(y)), which are exact
+        # where either quantile function steps, in units of 1 / (len(x) len(y)), which are exact
         steps = torch.cat([torch.arange(len(x)) * len(y), torch.arange(len(y)) * len(x)]).unique()
         lengths = steps.diff(append=torch.tensor([len(x) * len(y)])).to(x)
         x, y = x[(steps // len(y)).to(x.device)], y[(steps // len(x)).to(y.device)]
@@ -48,9 +48,9 @@ class Energy(Difference):
     .. math::
         D^2 = 2\, E|X - Y| - E|X - X'| - E|Y - Y'| = 2 \int (F_X - F_Y)^2
 
-    of the empirical distributions (Székely and Rizzo, *Journal of Statistical Planning and Inference* 143, 2013). In
-    the square root of the measurement's unit, never negative. Far values count less than in the Wasserstein distance;
-    like it, D is biased upwards where the effect is small.
+    for the empirical distributions (Székely and Rizzo, *Journal of Statistical Planning and Inference* 143, 2013). In
+    the square root of the measurement's unit, never negative. Outlying values count less than in the Wasserstein
+    distance; like it, D is biased upwards where the effect is small.
 
     Example:
         >>> Energy()(torch.tensor([0.0, 0.0]), torch.tensor([2.0, 2.0]))
@@ -69,22 +69,22 @@ class Energy(Difference):
         x, y = len(baseline), len(predicted)
         shape = torch.broadcast_shapes(baseline.shape[1:], predicted.shape[1:])
         values, order = torch.cat([baseline.expand(x, *shape), predicted.expand(y, *shape)]).sort(0)
-        # F_X - F_Y is constant between neighbouring values; x y times it is counted exactly
+        # F_X - F_Y is constant between neighbouring values; multiplied by x y it is an exact integer
         heights = torch.where(order < x, y, -x).cumsum(0)[:-1].to(values.dtype) / (x * y)
         return (2 * heights.square_().mul_(values.diff(dim=0)).sum(0)).sqrt()
 
 
 class GaussianKL(Difference):
-    r"""Kullback-Leibler divergence of Gaussians with the samples' moments, of Y from X.
+    r"""Kullback-Leibler divergence of Y from X, both taken as Gaussians with the samples' moments.
 
     .. math::
         D(\mathcal N_Y \Vert \mathcal N_X) = \tfrac12 \left(
         \frac{\mathrm{Var}\, Y}{\mathrm{Var}\, X} - 1 - \log \frac{\mathrm{Var}\, Y}{\mathrm{Var}\, X}
         + \frac{(E Y - E X)^2}{\mathrm{Var}\, X} \right)
 
-    The distribution as trained is the reference, so that all removals are measured in the same spread. In nats, without
-    the measurement's unit: queries of any scale can be compared. Never negative. Infinite where a variance is zero and
-    something changes.
+    The distribution as trained is the reference, so all removals are measured relative to the same spread. In nats,
+    independent of the measurement's unit, so queries of any scale can be compared. Never negative. Infinite where a
+    variance is zero and something changes.
 
     Example:
         >>> GaussianKL()(torch.tensor([-1.0, 1.0]), torch.tensor([0.0, 2.0]))
@@ -103,9 +103,9 @@ class GaussianKL(Difference):
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``D(N_Y || N_X)``."""
         of_baseline, shift = variance(baseline), predicted.mean(0) - baseline.mean(0)
-        # Var Y / Var X - 1, for log1p: the divergence is of second order in it
+        # Var Y / Var X - 1, for log1p: the divergence is second order in it
         excess = (variance(predicted) - of_baseline) / of_baseline
         divergence = (excess - excess.log1p() + shift.square() / of_baseline) / 2
-        # of samples of any two sizes that have no spread
+        # also for samples of different sizes that have no spread
         unmoved = (baseline == baseline[0]).all(0) & (predicted == baseline[0]).all(0)
         return torch.where(unmoved, 0.0, divergence.nan_to_num(torch.inf, torch.inf))

@@ -1,4 +1,4 @@
-"""Whether the measurement moves."""
+"""Change of the mean: does the measurement move?"""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ Location = Literal["mean", "median", "trimmed"]
 class Mean(Difference):
     r"""Change of the mean, :math:`E Y - E X`.
 
-    In the measurement's unit. Positive: removing the examples raises the measurement. (The paper, arXiv 2506.12965,
-    definition 1, writes the mean alone the other way round, :math:`E X - E Y`; here every influence is a change by
-    removal.)
+    In the measurement's unit. Positive: removing the examples raises the measurement. (In the paper, arXiv 2506.12965,
+    definition 1, the mean alone has the opposite sign, :math:`E X - E Y`; here every influence is a change by removal.)
 
     Args:
-        location: How the shifts of the runs are summed up: their ``"mean"``; their ``"median"``; or the mean without
+        location: How to summarize the shifts of the runs: by their ``"mean"``, their ``"median"``, or the mean without
             the largest and the smallest fifth, ``"trimmed"`` (Wilcox, *Introduction to Robust Estimation and Hypothesis
-            Testing*, 2012, section 3.3). The last two bear with a few runs that are far off.
+            Testing*, 2012, section 3.3). The last two are robust to a few outlying runs.
 
     Raises:
-        AttributionError: If the location is none of these.
+        AttributionError: If the location is unknown.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Whether good or bad seeds move."""
+"""Change of a quantile: do good or bad seeds move?"""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference, percent
 
 DEFAULT = 0.9
-"""The quantile of the name ``quantile``: seeds that are bad, and not so rare that few runs know nothing of them."""
+"""Quantile that the name ``quantile`` stands for: bad seeds, but not so rare that few runs contain none."""
 
 
 class Quantile(Difference):
     r"""Change of a quantile, :math:`Q_p(Y) - Q_p(X)`.
 
-    Between order statistics the quantile is linear (type 7 of Hyndman and Fan, *The American Statistician* 50, 1996).
-    In the measurement's unit. Positive: removing the examples raises the quantile.
-    A quantile rests on the two runs next to it; :class:`Tail` rests on more.
+    The quantile is interpolated linearly between order statistics (type 7 of Hyndman and Fan, *The American
+    Statistician* 50, 1996). In the measurement's unit. Positive: removing the examples raises the quantile.
+    A quantile depends only on the two runs next to it; :class:`Tail` uses more runs.
 
     Args:
-        p: Which quantile, between 0 and 1.
+        p: Probability of the quantile, between 0 and 1.
 
     Raises:
         AttributionError: If p is not between 0 and 1.

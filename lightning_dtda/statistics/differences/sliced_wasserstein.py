@@ -1,4 +1,4 @@
-"""How far the joint distribution of several measurements has to be carried."""
+"""Distance between joint distributions of several measurements."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ class SlicedWasserstein(Difference):
     .. math::
         SW_2^2 = \frac1P \sum_p W_2^2(\langle u_p, X \rangle, \langle u_p, Y \rangle)
 
-    over P directions that are uniform on the sphere (Bonneel et al., *Journal of Mathematical Imaging and Vision* 51,
-    2015), always the same ones. It sees what no measurement shows alone: two that get tied together. In the
-    measurement's unit, never negative; of a single measurement it is the Wasserstein distance.
+    over P directions drawn uniformly on the sphere (Bonneel et al., *Journal of Mathematical Imaging and Vision* 51,
+    2015), the same in every call. It detects what no single measurement shows: two measurements becoming dependent. In
+    the measurement's unit, never negative; for a single measurement it is the Wasserstein distance.
 
     Args:
-        projections: P. The distance is known up to about ``1 / sqrt(2 P)`` of itself, alike for all removals.
+        projections: Number of directions P. The relative error of the distance is about ``1 / sqrt(2 P)``, the same for
+            all removals.
 
     Raises:
-        AttributionError: If there is no direction.
+        AttributionError: If ``projections`` is less than 1.
 
     Example:
         >>> import torch

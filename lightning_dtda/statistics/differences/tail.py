@@ -1,4 +1,4 @@
-"""Whether the worst seeds get better or worse."""
+"""Change of the mean over a tail: do the worst seeds get better or worse?"""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lightning_dtda.statistics.differences.difference import Difference, percent
 Side = Literal["upper", "lower"]
 
 DEFAULT = 0.9
-"""Where the tail of the name ``tail`` begins."""
+"""Level at which the tail begins that the name ``tail`` stands for."""
 
 
 class Tail(Difference):
-    r"""Change of the expected shortfall, :math:`ES_a(Y) - ES_a(X)`: of the mean over a tail.
+    r"""Change of the expected shortfall, the mean over a tail: :math:`ES_a(Y) - ES_a(X)`.
 
     .. math::
         ES_a(X) = \frac{1}{1 - a} \int_a^1 Q_u(X)\, du
 
-    of the empirical distribution, a run on the border counting with its share (Acerbi and Tasche, *Journal of Banking &
+    for the empirical distribution, where a run on the border counts in part (Acerbi and Tasche, *Journal of Banking &
     Finance* 26, 2002; also called conditional value at risk). In the measurement's unit. Positive: removing the
-    examples raises the tail's mean. With S runs the tail holds (1 - a) S of them.
+    examples raises the tail's mean. With S runs, the tail contains (1 - a) S of them.
 
     Args:
-        level: a, where the tail begins; 0.9 is the mean over the most extreme tenth.
-        side: The ``"upper"`` tail, of large values, or the ``"lower"`` one.
+        level: Level a at which the tail begins; 0.9 is the mean over the most extreme tenth.
+        side: ``"upper"`` for the tail of large values, ``"lower"`` for that of small ones.
 
     Raises:
-        AttributionError: If the level or the side is none.
+        AttributionError: If the level or the side is invalid.
 
     Example:
         >>> Tail(0.5)(torch.tensor([1.0, 2.0, 3.0, 5.0]), torch.tensor([0.0, 0.0, 4.0, 6.0]))
@@ -45,7 +45,7 @@ class Tail(Difference):
 
     def __init__(self, level: float = DEFAULT, side: Side = "upper") -> None:
         if not 0 <= level < 1:
-            raise AttributionError(f"level={level}; give where the tail begins, from 0 to less than 1.")
+            raise AttributionError(f"level={level}; it must be at least 0 and less than 1.")
         if side not in get_args(Side):
             raise AttributionError(f"side={side!r}; choose from {', '.join(get_args(Side))}.")
         self.level, self.side = level, side
@@ -63,6 +63,6 @@ class Tail(Difference):
         runs = len(samples)
         above = torch.linspace(0, 1, runs + 1, dtype=samples.dtype, device=samples.device).clamp_min(self.level)
         weights = above.diff() / (1 - self.level)
-        # the lower tail begins at the largest value that belongs to it
+        # in descending order, the lower tail comes last
         ordered = samples.sort(0, descending=self.side == "lower").values
         return torch.tensordot(weights, ordered, 1)

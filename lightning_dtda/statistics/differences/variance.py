@@ -1,4 +1,4 @@
-"""Whether the measurement depends more, or less, on the seed."""
+"""Change of the variance: does the measurement depend more, or less, on the seed?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Variance(Difference):
     meaning = "change of the {measurement}'s variance over runs"
     unit = "the square of the {measurement}'s unit"
     reading = (
-        "Positive: without the {removed}, training depends more on the seed; the {removed} makes it reproducible. "
+        "Positive: without the {removed}, training depends more on the seed; the {removed} makes it more reproducible. "
         "Negative: the {removed} is one of those that make seeds disagree."
     )
     least_runs = 2
@@ -34,10 +34,11 @@ class Variance(Difference):
         return variance(predicted) - variance(baseline)
 
     def leave_one_out(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        r"""Return the difference without each run ``(runs, ...)``, in the time of one.
+        r"""Return the difference without each run ``(runs, ...)``, in the time of a single difference.
 
-        Of S runs, the variance without run s is :math:`\frac{(S - 1) \mathrm{Var}\, Y - \frac{S}{S - 1} d_s^2}{S - 2}`
-        with :math:`d_s` the run's distance from the mean.
+        With S runs, the variance without run s is
+        :math:`\frac{(S - 1) \mathrm{Var}\, Y - \frac{S}{S - 1} d_s^2}{S - 2}`, where :math:`d_s` is the run's distance
+        from the mean.
         """
         runs = len(predicted)
         squares = (predicted - predicted.mean(0)).square_() - (baseline - baseline.mean(0)).square()
@@ -45,7 +46,7 @@ class Variance(Difference):
 
 
 def variance(samples: Tensor) -> Tensor:
-    """Return the unbiased variance along the first dimension: as ``Tensor.var``, which takes eight times as long there.
+    """Return the unbiased variance along the first dimension, eight times faster than ``Tensor.var`` does.
 
     Args:
         samples: ``(runs, ...)``.
