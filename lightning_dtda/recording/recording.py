@@ -38,33 +38,32 @@ def record(
 
     .. math:: (\theta_0^{(s)}, \dots, \theta_T^{(s)}), \quad s \in \text{seeds}, \qquad \theta_T^{(s)} \sim \mu_D
 
-    Runs that are complete are skipped, incomplete ones are recorded again; a seed that fails does not stop the others.
-    The runs then are in ``Ensemble.open(recorder.root)``.
+    Complete runs are skipped and incomplete ones are recorded again; a seed that fails does not stop the others.
+    Open the runs with ``Ensemble.open(recorder.root)``.
 
     Args:
-        make: Makes Trainer, module and data afresh: ``(trainer, module, data)``, called after each seed is set. Data
-            are a data module, a DataLoader, or ``None`` for modules with a ``train_dataloader`` of their own.
-        recorder: How to record, and where: each run is a sub-directory of its root.
+        make: Function that creates Trainer, module and data: ``(trainer, module, data)``, called after each seed is
+            set. ``data`` is a data module, a DataLoader, or ``None`` for modules with a ``train_dataloader`` method.
+        recorder: How and where to record: each run is a sub-directory of its root.
         seeds: A number S for the seeds 0 to S - 1, or a list.
-        workers: Where the Trainer trains: a number of processes of this machine, or a
-            :class:`~lightning_dtda.execution.RayCluster`, whose nodes write to a disk that all of them share. What
-            trainings in other processes print goes to ``logs/seed-0000.log`` and so on.
-        stacked: Whether many seeds are trained at once on one device, after the Trainer has recorded the first: the
-            same runs, up to rounding, of small networks many times faster. Loggers, callbacks and validation are then
-            for the seeds that the Trainer trains. ``"auto"`` stacks where that can be.
-        compile: Whether ``torch.compile`` is used for stacks; ``None`` compiles where there is enough to do.
-        device: Where stacks are trained; ``None`` is the Trainer's own device.
+        workers: Where the Trainer trains: a number of processes on this machine, or a
+            :class:`~lightning_dtda.execution.RayCluster`, whose nodes must write to a shared disk. The output of
+            trainings in other processes goes to ``logs/seed-0000.log`` and so on.
+        stacked: Whether to train many seeds at once on one device, after the Trainer has recorded the first. The runs
+            are the same up to rounding; small networks train many times faster. Loggers, callbacks and validation then
+            run only for the seeds that the Trainer trains. ``"auto"`` stacks if possible.
+        compile: Whether to compile stacks with ``torch.compile``; ``None`` compiles if there is enough work.
+        device: Device of stacked trainings; by default that of the Trainer.
         progress: Whether to show a progress bar.
 
     Returns:
-        What went wrong, by seed; empty where all runs are complete.
+        Reasons of failures, by seed; empty if all runs are complete.
 
     Raises:
-        RecordingError: If there is no such seed; if the recorder asks for what cannot be; or, of stacks, if another
-            process records one of these runs or a file cannot be written.
-        CannotStackError: If the trainings were to be stacked and cannot be. Nothing is lost: runs that are complete
-            count.
-        ExecutionError: If there are no such workers or device, or a process was lost.
+        RecordingError: If the seeds or the recorder's settings are invalid; or, for stacks, if another process records
+            one of these runs or a file cannot be written.
+        CannotStackError: If the trainings cannot be stacked although ``stacked=True``. Complete runs are kept.
+        ExecutionError: If the workers or the device do not exist, or a process was lost.
 
     Example:
         >>> import tempfile, torch, lightning.pytorch as pl
@@ -89,7 +88,7 @@ def record(
     missing = [seed for seed in wanted if not is_complete(recorder.root / run_name(seed))]
     if not missing:
         return {}
-    # in a training of several processes, the others come by here too
+    # if a training uses several processes, the others get here too
     show = progress and getattr(rank_zero_only, "rank", 0) == 0
     with quiet_lightning(), progress_bar("recording", "runs", len(missing), show) as advance:
 
@@ -102,8 +101,8 @@ def record(
             except CannotStackError as error:
                 if stacked is True:
                     raise
-                _log.info("Not stacked: %s. The Trainer trains one by one.", error.reason)
-                # one that failed by the Trainer is told again by it
+                _log.info("Not stacked: %s. Training one by one with the Trainer.", error.reason)
+                # a seed that failed with the Trainer is trained again, and reported again
                 missing = [seed for seed in missing if not is_complete(recorder.root / run_name(seed))]
         if isinstance(workers, ThisProcess):
             return record_seeds(make, recorder, missing, finished)
@@ -112,8 +111,7 @@ def record(
             reason = result.reason if isinstance(result, Lost) else result
             if reason is None and not is_complete(recorder.root / run_name(seed)):
                 reason = (
-                    f"its run is not in {recorder.root} on this machine. Let the ensemble be on a disk that all nodes "
-                    "share."
+                    f"its run is not in {recorder.root} on this machine. Use a root on a disk that all nodes share."
                 )
             if reason is not None:
                 failures[seed] = reason
@@ -123,12 +121,12 @@ def record(
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """What is sent to other processes: records the run of a seed, and returns what went wrong.
+    """Function for other processes: records the run of a seed, and returns the reason if that fails.
 
     Args:
         make: As for :func:`record`.
-        recorder: The same.
-        seeds: All seeds; the first looks whether their runs fit on the disk.
+        recorder: As for :func:`record`.
+        seeds: All seeds; the first one checks whether all runs fit on the disk.
     """
 
     make: MakeTraining
@@ -146,8 +144,8 @@ class _Elsewhere:
         training = self.make()
         if (processes := training[0].world_size) > 1:
             raise RecordingError(
-                f"The Trainer spreads a training over {processes} processes; each worker does one by itself. Set the "
-                "Trainer's devices to 1, or workers to 1."
+                f"The Trainer spreads a training over {processes} processes, but each worker runs a training in one "
+                "process. Set Trainer(devices=1, num_nodes=1), or workers=1."
             )
         return training
 
@@ -156,7 +154,7 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
     """Return seeds as a list.
 
     Raises:
-        RecordingError: If there are none, or one is given twice or is negative.
+        RecordingError: If there are no seeds, or one is given twice or is negative.
     """
     try:
         chosen = list(range(seeds)) if isinstance(seeds, int) else [operator.index(seed) for seed in seeds]
@@ -164,24 +162,25 @@ def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
         chosen = []
     if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0:
         raise RecordingError(
-            f"seeds={seeds!r} is no set of seeds. Give a positive number, or a list of different numbers from 0 on."
+            f"seeds={seeds!r} must give at least one seed, each only once and none negative: a number of seeds, or a "
+            "list of seeds."
         )
     return chosen
 
 
 def _refuse_recorder(recorder: TrajectoryRecorder) -> None:
-    """Refuse what the recorder of a single training can do.
+    """Refuse settings of the recorder that only make sense for a single training.
 
     Raises:
-        RecordingError: Naming the argument.
+        RecordingError: If there are any. The message names the argument.
     """
     if recorder.run is not None:
         raise RecordingError(
-            f"The recorder has run={recorder.run!r}; there is a run for each seed, which takes its name from it. Leave "
-            "run out."
+            f"The recorder has run={recorder.run!r}, but record names the run of each seed after the seed. Leave out "
+            "run."
         )
     if recorder.overwrite:
         raise RecordingError(
-            "The recorder has overwrite=True. Runs that are complete are skipped, incomplete ones are replaced. Leave "
-            "it out, and delete what is to be recorded again."
+            "The recorder has overwrite=True, but record skips complete runs and replaces incomplete ones. Leave out "
+            "overwrite, and delete the runs to record again."
         )

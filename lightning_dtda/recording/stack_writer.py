@@ -1,4 +1,4 @@
-"""The runs of a stack under way: their steps, gathered and handed to their writers."""
+"""Recording of a stack of runs: their steps are collected and handed to the writers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lightning_dtda.trajectory.writer import FILES_IN_MEMORY
 
 
 class StackWriter:
-    """Writes, for each training of a stack, the files that a recorder in its Trainer would have written.
+    """Writes, for each training of a stack, the same files as a recorder in its Trainer.
 
     Args:
-        writers: Of the runs.
-        rows: Their rows in the stack, which may have more.
-        reference: A run of the same ensemble that a recorder wrote: it has the same shape.
-        schedule: Of the steps.
-        interval: Steps between checkpoints.
-        start: What the stack begins with.
+        writers: Writers of the runs.
+        rows: Rows of the runs in the stack, which may have other rows.
+        reference: A recorded run of the same ensemble, which has the same shape.
+        schedule: Schedule of the steps.
+        interval: Number of steps between checkpoints.
+        start: Initial state of the stack.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class StackWriter:
         self._capacity = shard_steps(self._layout, self._gradient_dtype)
         self._orders = start.orders[rows]
         self._buffers = {name: buffer[rows].cpu() for name, buffer in start.buffers.items()}
-        # frozen parameters stand in the first checkpoint only
+        # frozen parameters are only in the first checkpoint
         self._repeated = reference.checkpoint(reference.steps).buffers.keys()
         self._first, self._steps, self._examples_before = 0, 0, 0
         self._gradients: Tensor | None = None
@@ -59,17 +59,17 @@ class StackWriter:
         self._checkpoint(start.theta[rows], [], self._buffers.keys())
 
     def after_step(self, taken: Taken) -> None:
-        """Gather a step; write what is full or due."""
+        """Add a step; write shards that are full and checkpoints that are due."""
         if self._gradient_dtype is not None:
             gradient = taken.gradient[self._rows]
             if self._gradients is None:
-                # run by run: what one writer gets is in one piece
+                # run by run, so the part of each writer is contiguous
                 shape = len(gradient), self._capacity, self._layout.size
                 self._gradients = torch.empty(shape, dtype=self._gradient_dtype, device=gradient.device)
             self._gradients[:, taken.steps - 1 - self._first] = gradient
         if self._has_norms:
             parts = taken.unclipped[self._rows].split(self._layout.sizes, -1)
-            # of the norms of the tensors, as torch does it
+            # norm of the tensors' norms, as in torch
             norms = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts], -1)
             self._norms.append(torch.linalg.vector_norm(norms, dim=-1))
         self._steps = taken.steps
@@ -85,7 +85,7 @@ class StackWriter:
             self._flush()
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None = None) -> None:
-        """Write what is left and the end of the runs; those that stop before their first step leave nothing.
+        """Write the remaining records and close the runs; runs that stop before their first step are deleted.
 
         Raises:
             RecordingError: If a file could not be written.
@@ -101,7 +101,7 @@ class StackWriter:
             for writer in self._writers:
                 try:
                     writer.close(status, reason)
-                except RecordingError as error:  # the others are to come to their end too
+                except RecordingError as error:  # close the others first
                     failures.append(error)
         if failures:
             raise failures[0]
@@ -137,7 +137,7 @@ class StackWriter:
                 tensors["gradient_norms"] = norms[row]
             writer.add_shard(first, last, tensors)
         self._first, self._examples_before = last, self._examples_before + length
-        self._gradients, self._norms = None, []  # anew: the writers have not read them yet
+        self._gradients, self._norms = None, []  # new memory: the writers have not read the old one yet
 
     def _checkpoint(self, theta: Tensor, states: list[State], names: Collection[str]) -> None:
         parameters = self._layout.unflatten(theta.cpu())
@@ -146,18 +146,18 @@ class StackWriter:
             tensors = {f"parameters.{name}": part[row] for name, part in parameters.items()} | {
                 name: part[row] for name, part in of_state.items()
             }
-            # copies: these are parts of one tensor or another, and the tensors of a file are not to share memory
+            # copy: these are views of shared tensors, and the tensors of a file must not share memory
             tensors = {name: tensor.clone() for name, tensor in tensors.items()}
             tensors |= {f"buffers.{name}": self._buffers[name][row] for name in names}
             writer.add_checkpoint(self._steps, tensors)
 
 
 def footprint(reference: Run, interval: int) -> Footprint:
-    """Return the memory that the record of a run takes while it is gathered and written.
+    """Return the memory that the record of a run takes while it is collected and written.
 
     Args:
         reference: A run of the same shape.
-        interval: Steps between its checkpoints.
+        interval: Number of steps between its checkpoints.
     """
     gradients = _gradient_dtype(reference)
     steps = min(shard_steps(reference.layout, gradients), interval, reference.steps)

@@ -32,8 +32,8 @@ from lightning_dtda.trajectory.manifest import mismatch
 _log = logging.getLogger(__name__)
 
 _LARGEST = 128
-"""Runs that are recorded at once, at most: each has a thread and a locked file, of which a process may have only so
-many (256 on macOS), and by then most of the time goes into writing."""
+"""Maximum number of runs recorded at once. Each has a thread and an open, locked file, whose number per process is
+limited (256 on macOS), and with more runs most of the time goes into writing anyway."""
 
 
 def record_stacked(
@@ -51,32 +51,32 @@ def record_stacked(
         U_t\big(\theta_t^{(s)}, \sigma_t^{(s)}, \nabla L_{b_t^{(s)}}(\theta_t^{(s)})\big)
         \quad \text{for all seeds } s \text{ together}
 
-    The first seed is trained by its Trainer, and is one of the runs. Its record gives the steps: sizes of the batches,
-    learning rates, and how many random numbers are drawn between the epochs. Of a second seed, its Trainer takes one
-    step, to see that all this does not depend on the seed. The others start from the parameters, and go through the
-    batches, that their seeds give. The first one is in every stack once more, and has to come out as the Trainer had
-    it, at each checkpoint. Nothing is kept of stacks in which it does not.
+    The Trainer trains the first seed, which becomes one of the runs. Its record gives the steps: batch sizes, learning
+    rates, and the number of random numbers drawn between epochs. For a second seed, the Trainer takes one step, to
+    check that all this does not depend on the seed. The others start from the initial parameters and go through the
+    batches of their seeds. The first training is repeated in every stack and must reproduce the Trainer's result at
+    each checkpoint; otherwise the stack is discarded.
 
     Args:
-        make: As for :func:`~lightning_dtda.record`, as all arguments.
-        recorder: How to record, and where.
-        seeds: Those that are missing.
-        device: Where stacks are trained.
-        compile: Whether ``torch.compile`` is used.
-        finished: Called after each seed that was trained or failed.
+        make: As for :func:`~lightning_dtda.record`.
+        recorder: How and where to record.
+        seeds: Seeds whose runs are missing.
+        device: Device of stacked trainings.
+        compile: Whether to use ``torch.compile``.
+        finished: Function called after each seed that was trained or failed.
 
     Returns:
-        What went wrong, by seed: those whose Trainer failed. Where the first fails, the next takes its place.
+        Reasons of failures with the Trainer, by seed. If the first seed fails, the next one takes its place.
 
     Raises:
-        CannotStackError: If these trainings cannot be stacked; what the Trainer has recorded counts.
+        CannotStackError: If these trainings cannot be stacked. Runs that the Trainer has recorded are kept.
         RecordingError: If another process records one of these runs, or a file cannot be written.
-        ExecutionError: If there is no such device.
+        ExecutionError: If the device does not exist.
     """
     if recorder.batches == "store":
         raise CannotStackError(
-            'the recorder has batches="store", for data that differ each time they are asked for; of a stack, only the '
-            "indices of the examples are known"
+            'the recorder has batches="store", for data that differ each time they are read, but stacks record only '
+            "the indices of the examples"
         )
     device = None if device is None else usable_device(device)
     watch, missing = Watch(), list(seeds)
@@ -87,14 +87,14 @@ def record_stacked(
         stacking = _Stacking(make, recorder, reference, watch.device if device is None else device)
         stacking.record(missing, compile, finished)
         return failures
-    # a single one is no stack
+    # one training needs no stack
     return failures | record_seeds(make, recorder, missing, finished, to_fit=0)
 
 
 def _record_reference(
     make: MakeTraining, recorder: TrajectoryRecorder, missing: list[int], watch: Watch, finished: Callable[[int], None]
 ) -> tuple[dict[int, str], Run | None]:
-    """Record seeds by the Trainer, and take them from the missing, until one is complete."""
+    """Record seeds with the Trainer, removing them from the missing ones, until one is complete."""
 
     def watched() -> Any:
         trainer, module, data = make()
@@ -113,13 +113,13 @@ def _record_reference(
 
 
 class _Stacking:
-    """Records in stacks what the Trainer has recorded one of.
+    """Records, in stacks, trainings like one that the Trainer has recorded.
 
     Args:
-        make: Makes Trainer, module and data.
+        make: Function that creates Trainer, module and data.
         recorder: How to record.
-        reference: The run.
-        device: Where to train.
+        reference: Run recorded with the Trainer.
+        device: Device to train on.
     """
 
     def __init__(self, make: MakeTraining, recorder: TrajectoryRecorder, reference: Run, device: torch.device) -> None:
@@ -151,7 +151,7 @@ class _Stacking:
             try:
                 yield writer.after_step
             except CannotStackError:
-                writer.discard()  # what was not shown to be right is not kept
+                writer.discard()  # keep only runs that were verified
                 raise
             except BaseException as error:
                 _stop(writer, error)
@@ -165,7 +165,7 @@ class _Stacking:
                 finished(seeds[number])
 
     def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any], pl.LightningDataModule | None]:
-        """Do what a training does from its seed until its loader is asked."""
+        """Run a training from setting the seed up to the creation of its loader."""
         pl.seed_everything(seed, workers=True, verbose=False)
         trainer, module, data = self._make()
         loader = _loader(trainer, module, data, seed)
@@ -175,17 +175,17 @@ class _Stacking:
             "training": training_configuration(trainer, loader),
         }
         if self._made is None:
-            # as made: a fit fills in some settings, and what it trained on is to be what is made
+            # the configuration before a fit, which fills in some settings; the data must be those of the reference
             self._made = found | {"dataset": self._reference.manifest.configuration["dataset"]}
         if changes := mismatch(self._made, found):
             raise CannotStackError(
-                f"what is made for seed {seed} is not what was trained for seed {self._reference.manifest.seed}:\n"
+                f"the training created for seed {seed} differs from that of seed {self._reference.manifest.seed}:\n"
                 f"{changes}"
             )
         return module, loader, data if isinstance(data, pl.LightningDataModule) else None
 
     def _check_another(self, stacks: Stacks, seed: int) -> None:
-        """Let the Trainer begin another seed: what was read off the reference may have been its seed's own."""
+        """Take a step of another seed with the Trainer, as properties of the reference may be specific to its seed."""
 
         def fit(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
             pl.seed_everything(seed, workers=True, verbose=False)
@@ -196,11 +196,11 @@ class _Stacking:
 
         with first_step_of(seed, fit) as run:
             if changes := mismatch(self._reference.manifest.comparable, run.manifest.comparable):
-                raise CannotStackError(f"what is trained depends on the seed:\n{changes}")
+                raise CannotStackError(f"the configuration depends on the seed:\n{changes}")
             stacks.check_another(run)
 
     def _writer(self, seeds: Sequence[int], rows: slice, schedule: Schedule, start: Start) -> StackWriter:
-        """Make the run directories."""
+        """Create the run directories and return their writer."""
         checksums = self._reference.example_checksums
         manifest = replace(self._reference.manifest, status="recording", reason=None, steps=0, examples=None)
         writers: list[RunWriter] = []
@@ -208,11 +208,11 @@ class _Stacking:
             for seed in seeds:
                 directory = self._recorder.root / run_name(seed)
                 make_directory(directory, overwrite=directory.exists())
-                # lists of its own: the writer appends to them
+                # new lists, because the writer appends to them
                 writers.append(RunWriter(directory, replace(manifest, seed=seed, shards=[], checkpoints=[])))
                 if checksums is not None:
                     writers[-1].add_examples(checksums)
-        except BaseException:  # another process may have started one of them meanwhile
+        except BaseException:  # another process may have started one of the runs
             for writer in writers:
                 writer.discard()
             raise
@@ -229,20 +229,20 @@ class _Stacking:
 def _stop(writer: StackWriter, error: BaseException) -> None:
     try:
         writer.close("incomplete", f"{type(error).__name__}: {error}".rstrip(": "))
-    except RecordingError as failure:  # what stopped the training is to be seen
+    except RecordingError as failure:  # only logged: raise the error that stopped the training
         _log.error("%s", failure)
 
 
 def _loader(trainer: pl.Trainer, module: pl.LightningModule, data: Any, seed: int) -> DataLoader[Any]:
-    """Return the training DataLoader as the Trainer gets it."""
+    """Return the training DataLoader that the Trainer would get."""
     if isinstance(data, DataLoader):
         return data
     owner = module if data is None else data
     try:
         if data is not None:
-            data.trainer = trainer  # set-ups may ask it
+            data.trainer = trainer  # setup may use it
         prepare_fit(owner)
         loader: DataLoader[Any] = owner.train_dataloader()
-    except Exception as error:  # whatever the user's code does
-        raise CannotStackError(f"the data of seed {seed} cannot be had without a training ({error!r})") from error
+    except Exception as error:  # any error in the user's code
+        raise CannotStackError(f"the data of seed {seed} cannot be loaded outside a training ({error!r})") from error
     return loader

@@ -1,4 +1,4 @@
-"""Many seeds and subsets of one model trained at once, on one device."""
+"""An engine that trains many seeds and subsets of one model at once on one device."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from lightning_dtda.trajectory import Run
 
 
 class StackedEngine(Engine):
-    """Trains stacks of parameters, by the operations of the module's own ``training_step``.
+    """Trains stacks of parameters with the operations of the module's ``training_step``.
 
-    Each training starts from the parameters that its seed gives, and goes through the batches that its DataLoader would
-    give. The learning rates, and what else belongs to a step, are those of a training by the Trainer, one for each
-    number of examples that is left. It is recorded, counts as a training of its own, and is trained again in every
-    stack: where it comes out otherwise, stacking is refused. Of another seed the Trainer takes one step, to see
-    that what was read off the first does not depend on the seed.
+    Each training starts from the initial parameters of its seed and goes through the batches that its DataLoader would
+    give. Learning rates and everything else that belongs to a step come from a training by the Trainer, one for each
+    number of remaining examples. This training is recorded, is part of the result, and is repeated in every stack; if
+    it is not reproduced, stacking is refused. For another seed, the Trainer takes one step, to check that these
+    properties do not depend on the seed.
 
     Args:
-        compile: Whether ``torch.compile`` is used; ``None`` compiles where there is enough to do.
+        compile: Whether to use ``torch.compile``; ``None`` compiles if there is enough work.
     """
 
     name: ClassVar[str] = "stacked"
@@ -58,13 +58,13 @@ class StackedEngine(Engine):
     def _train_alike(
         self, retraining: Retraining, loader: DataLoader[Any], tasks: list[Task]
     ) -> Iterator[list[Outcome]]:
-        """Train what leaves the same number of examples: by the Trainer until one comes to its end, then in stacks."""
+        """Train tasks with the same number of remaining examples: with the Trainer until one succeeds, then stacked."""
         remaining, watch = list(tasks), Watch()
         with tempfile.TemporaryDirectory() as directory:
             while remaining:
                 task = remaining.pop(0)
                 recorder = TrajectoryRecorder(directory, run=str(task), gradients="none")
-                recorder.runs_to_fit = 0  # the disk is for one of them only
+                recorder.runs_to_fit = 0  # only one of them is on the disk at a time
                 try:
                     outcome = train_one(retraining, task, [watch, recorder], (RecordingError, CannotStackError))
                 except RecordingError as error:
@@ -84,12 +84,12 @@ class StackedEngine(Engine):
         tasks: Sequence[Task],
         device: torch.device | str,
     ) -> Iterator[list[Outcome]]:
-        """Train and measure tasks at once; the reference is one that the Trainer did, and its record."""
+        """Train and measure tasks at once; the reference is a task that the Trainer has done, and its record."""
         recipe, length = retraining.recipe, len(loader.dataset)  # type: ignore[arg-type]
         assert recipe is not None
         done, run = reference
         thinned = without(loader, retraining.removed_in(done))
-        # of another seed, if there is one: what was read off the reference may have been its seed's own
+        # with another seed if there is one, as properties of the reference may be specific to its seed
         another = next((task for task in tasks if task.seed != done.seed), tasks[0])
 
         def training(task: Task) -> Training:

@@ -39,7 +39,7 @@ class Epoch:
 
 
 class BatchOrders:
-    """Draws the orders of examples for trainings that differ in the seed, as their DataLoaders would.
+    """Draws the orders of examples that DataLoaders would give trainings with other seeds.
 
     The number of random numbers that a Trainer draws between setting the seed and an epoch (for validation, for
     example) is found by trial and error, by reproducing the order of a recorded training.
@@ -60,7 +60,7 @@ class BatchOrders:
         for number, batches in enumerate(_recorded(run)):
             order = torch.cat(batches)
             before = generator.get_state()
-            for draws in (1, *range(_MOST_DRAWS + 1)):  # the usual first
+            for draws in (1, *range(_MOST_DRAWS + 1)):  # the usual number first
                 generator.set_state(before)
                 epoch = Epoch(len(batches), len(order), draws)
                 if torch.equal(_order(loader, generator, epoch), order):
@@ -112,7 +112,7 @@ def _permutation(loader: DataLoader[Any]) -> Tensor | None:
     if not plain or type(sampler) is not RandomSampler or sampler.replacement:
         return None
     length = len(sampler.data_source)
-    # a generator that belongs to the sampler advances between epochs, also by what the sampler draws at its end
+    # a generator that belongs to the sampler also advances by what the sampler draws at the end of an epoch
     if sampler.generator is not None or sampler.num_samples != length:
         return None
     generator = torch.Generator()

@@ -1,4 +1,4 @@
-"""Whether trainings are stacked: what ``record`` and ``retrain`` call ``stacked``."""
+"""Whether to stack trainings: the ``stacked`` argument of ``record`` and ``retrain``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from lightning_dtda.errors import ExecutionError
 from lightning_dtda.execution import ThisProcess, Workers
 
 Stacked: TypeAlias = bool | Literal["auto"]
-"""Whether many trainings are done at once on one device; ``"auto"`` does so where that can be."""
+"""Whether to run many trainings at once on one device; ``"auto"`` does so where possible."""
 
 
 def check_stacked(stacked: Stacked, workers: Workers) -> None:
-    """Refuse what is no choice, and stacks that are to be shared out.
+    """Check the choice, and that stacks are not combined with workers.
 
     Args:
         stacked: The choice.
         workers: Where the Trainer trains.
 
     Raises:
-        ExecutionError: Naming what to give.
+        ExecutionError: If the choice is unknown, or stacks would have to be distributed.
     """
     if stacked not in (True, False, "auto"):
         raise ExecutionError(f'stacked={stacked!r}; choose True, False or "auto".')
     if stacked is True and not isinstance(workers, ThisProcess):
         raise ExecutionError(
-            f"workers={workers} are for trainings one by one; those of a stack are done together, in this process. "
+            f"workers={workers} cannot be combined with stacked=True: stacked trainings run together in this process. "
             "Leave out workers or stacked."
         )

@@ -1,4 +1,4 @@
-"""The gradient of a batch's loss for many trainings at once, as one list of tensor operations."""
+"""Gradient of a batch's loss for many trainings at once, as one list of tensor operations."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ Gradient = Callable[..., Tensor]
 class StackedGradient:
     r"""Computes :math:`\nabla L_b(\theta)` of stacked trainings.
 
-    The transformed function is traced once for each shape of batch: what is left are the tensor operations, without
-    what Python does on the way, which takes longer than they do. Numbers of the Trainer's clock become constants of
-    the trace. So it is traced at several times, and where the operations differ, no trace is used; what happens
-    at other times only, the user has to find out.
+    The transformed function is traced once per batch shape, which leaves the tensor operations without the Python
+    overhead, which takes longer. The epoch, step and learning rates become constants of the trace. Therefore it is
+    traced at several times of the training, and if the operations differ, no trace is used. Operations that change
+    only at other times are not noticed here; the caller has to check for them.
 
     Args:
         replica: The module.
-        structure: Of a batch.
-        times: Of the training, at which to trace.
+        structure: Structure of a batch.
+        times: Times of the training at which to trace.
     """
 
     def __init__(self, replica: Replica, structure: TreeSpec, times: Sequence[Time]) -> None:
         self._replica = replica
-        replica.metrics_count = False  # they look at values, which a stack has many of
+        replica.metrics_count = False  # metrics read values, of which a stack has many
         self._structure = structure
         self._times = times
         self._graphs: dict[Any, GraphModule] = {}
         self._compilations: dict[Any, Gradient] = {}
         self.traced = True
-        """Whether to trace; otherwise each call is the function itself. Set to false where the traces differ."""
+        """Whether to trace; otherwise each call runs the function itself. Set to false if the traces differ."""
         self.compiled = False
-        """Whether what is traced is compiled."""
+        """Whether to compile the traces."""
 
     def __call__(self, theta: Tensor, buffers: dict[str, Tensor], leaves: Sequence[Tensor], time: Time) -> Tensor:
         """Return the gradient of ``training_step``'s loss.
@@ -56,18 +56,18 @@ class StackedGradient:
         Args:
             theta: Parameters ``(runs, P)``.
             buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
-            leaves: The tensors of a batch, each ``(runs, B, ...)``.
-            time: Where the training stands.
+            leaves: Tensors of a batch, each ``(runs, B, ...)``.
+            time: Epoch, step and learning rates at this point of the training.
 
         Returns:
-            ``(runs, P)``.
+            Gradient ``(runs, P)``.
 
         Raises:
             CannotStackError: If ``training_step`` cannot be differentiated for several trainings at once.
         """
         key = tuple(leaf.shape for leaf in leaves)
         if self.traced and key not in self._graphs:
-            # what depends on the clock does so whatever the shape of the batch
+            # a dependence on the time does not depend on the shape of the batch
             times = [time] if self._graphs else [time, *(other for other in self._times if other != time)]
             graphs = [self._trace(each, theta, buffers, leaves) for each in times]
             if all(same_trace(graphs[0], graph) for graph in graphs[1:]):
@@ -94,8 +94,8 @@ class StackedGradient:
         compiled = torch.compile(graph)
         try:
             compiled(theta, buffers, list(leaves))
-        except Exception as error:  # whatever compilers on this machine do
-            _log.warning("torch.compile fails (%s); going on without.", str(error).strip().splitlines()[0])
+        except Exception as error:  # compilers may raise anything
+            _log.warning("torch.compile failed (%s); continuing without.", str(error).strip().splitlines()[0])
             return graph
         _log.info("Compiled in %.0f s.", perf_counter() - started)
         return compiled
@@ -117,8 +117,8 @@ class StackedGradient:
             return function(theta, buffers, list(leaves))
         except ReplayError as error:
             raise CannotStackError(str(error)) from error
-        except Exception as error:  # whatever the user's code does
+        except Exception as error:  # the user's code may raise anything
             raise CannotStackError(
-                f"training_step cannot be differentiated for several trainings at once ({error!r}): it must do without "
-                "numbers in place of tensors (.item(), float(), print, a branch on a value)"
+                f"training_step cannot be differentiated for several trainings at once ({error!r}): it must not use "
+                "values of tensors in Python (.item(), float(), print, a branch on a value)"
             ) from error

@@ -1,4 +1,4 @@
-"""How many trainings are stacked: as many as fit memory."""
+"""Size of a stack: the number of trainings that fit in memory."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch import Tensor
 from lightning_dtda.execution.memory import available_memory, peak_memory
 
 _SHARE = 0.5
-"""Share of the memory that is free now: the allocator and the measurement take some, and others may want some too."""
+"""Share of the free memory to use: the allocator and the measurement take some, and other programs may need some."""
 
 _COPIES = 8
-"""Copies of the parameters beside a step's own memory: the optimizer's states, old and new."""
+"""Number of copies of the parameters in addition to a step's memory: the optimizer's states, old and new."""
 
 LARGEST = 512
-"""More trainings at once are no faster: their arithmetic hides all that is done once a step long before."""
+"""Maximum number of trainings at once: well below it, their arithmetic already outweighs the fixed cost of a step."""
 
 
 def stack_size(step: Callable[[], Any], theta: Tensor, trainings: int, device: torch.device) -> int:
-    """Return how many trainings are done at once, so that all stacks are about of one size.
+    """Return the number of trainings to run at once, chosen so that all stacks have about the same size.
 
     Args:
-        step: Computes the gradient of one training.
-        theta: Its parameters ``(1, P)``.
-        trainings: How many there are.
-        device: Where.
+        step: Function that computes the gradient of one training.
+        theta: Parameters of one training ``(1, P)``.
+        trainings: Total number of trainings.
+        device: Device to train on.
     """
-    step()  # what is made once, and kept, does not count
-    # one at a time where memory is short: there is no other way to do it
+    step()  # one-time allocations do not count
+    # at least one, even if memory is short: there is no alternative
     most = max(fitting(peak_memory(step, device), theta, device), 1)
     return math.ceil(trainings / math.ceil(trainings / most))
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a training takes beside its steps.
+    """Bytes that a training takes in addition to its steps.
 
     Args:
-        device: Where it trains.
-        host: In the machine's own memory.
+        device: Bytes on the device it trains on.
+        host: Bytes in host memory.
     """
 
     device: int = 0
@@ -54,13 +54,13 @@ NOTHING = Footprint()
 
 
 def fitting(of_step: int, theta: Tensor, device: torch.device, beside: Footprint = NOTHING) -> int:
-    """Return how many trainings fit at once.
+    """Return the number of trainings that fit in memory at once.
 
     Args:
-        of_step: Bytes that the gradient of one takes.
-        theta: Its parameters ``(1, P)``.
-        device: Where.
-        beside: What one takes beside that.
+        of_step: Bytes that the gradient of one training takes.
+        theta: Parameters of one training ``(1, P)``.
+        device: Device to train on.
+        beside: Additional memory of each training.
     """
     needed = {device: of_step + _COPIES * theta.numel() * theta.element_size() + beside.device}
     if beside.host:

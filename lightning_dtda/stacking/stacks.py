@@ -1,4 +1,4 @@
-"""Stacks of trainings that differ in the seed, and in which examples they are without, but not in how many."""
+"""Stacks of trainings that differ in the seed and in which examples are left out, but not in how many."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ from lightning_dtda.units import human_seconds
 _log = logging.getLogger(__name__)
 
 _FIRST_SIZE, _GROWTH = 32, 4
-"""Trainings at once with which the search for the fastest number begins, and how many times as many it tries next.
+"""Stack size at which the search for the fastest one starts, and the factor by which it grows.
 
 Each size is traced, which takes as long as dozens of steps. On the CPU, a training's share of a step took 0.028 ms at
-32 and 0.021 ms at 128 for a network of 5,000 parameters; for one of 200,000, which leaves the caches, 0.44 ms and
-0.71 ms."""
+32 and 0.021 ms at 128 for a network of 5,000 parameters; for one of 200,000, which no longer fits in the caches,
+0.44 ms and 0.71 ms."""
 
 _GAIN = 0.95
-"""That many more at once are worth the memory if all together then take less than this share of the time."""
+"""Share of the time below which a larger stack is worth its memory."""
 
 _TIMED = 5
-"""Steps that are timed, of which the fastest counts."""
+"""Number of steps to time; the fastest counts."""
 
 _COMPILED_SHARE, _COMPILE_SECONDS = 0.15, 60.0
-"""What compiling saves of the time (a small MLP on the CPU), and what it costs, with some to spare."""
+"""Share of the time that compiling saves (a small MLP on the CPU), and seconds it costs, with a margin."""
+
+_WORTH_ANNOUNCING = 5.0
+"""Seconds from which on the expected time is logged."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Training:
     """One training.
 
     Args:
-        seed: What ``seed_everything`` is called with.
-        kept: Data set indices of the examples that it is trained on ``(examples,)``.
+        seed: Argument of ``seed_everything``.
+        kept: Data set indices of the examples to train on ``(examples,)``.
     """
 
     seed: int
@@ -61,12 +64,12 @@ class Training:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a seed gives.
+    """Initial state and order of examples for a seed.
 
     Args:
         theta: Initial parameters ``(P,)``.
         buffers: Buffers and frozen parameters by name.
-        positions: Of examples in order, among those that are kept ``(examples,)``.
+        positions: Positions of the examples, in training order, among those kept ``(examples,)``.
     """
 
     theta: Tensor
@@ -75,19 +78,19 @@ class Drawn:
 
 
 Watched: TypeAlias = Callable[[range, Start], AbstractContextManager[Callable[[Taken], None]]]
-"""Given which trainings are in a stack and what it begins with (its last rows are for the same training where there are
-more than trainings), a context in which it trains; called with each step."""
+"""Function from the trainings in a stack and its initial state to a context manager to train in, whose value is called
+with each step. If the stack has more rows than trainings, its last rows repeat the last training."""
 
 
 class Stacks:
     """Makes, checks and sizes stacks.
 
     Args:
-        reference: The record of a training by the Trainer; it is in every stack.
-        kept: Data set indices of the examples that it was trained on.
-        begin: Begins a training, without as many examples as the reference.
-        examples: The training examples, all of them.
-        device: Where to train.
+        reference: Record of a training by the Trainer; it is part of every stack.
+        kept: Data set indices of the examples that the reference was trained on.
+        begin: Function that starts a training, with the same number of examples as the reference.
+        examples: All training examples.
+        device: Device to train on.
 
     Raises:
         CannotStackError: If the reference shows that these trainings cannot be stacked.
@@ -106,39 +109,39 @@ class Stacks:
         self._orders = BatchOrders(begin, reference)
         self._module, self._drawn = self._check(reference)
         self.eager = Eager(self._replica())
-        """For measurements of what was trained."""
+        """Replay for measuring the trained models."""
 
     def _replica(self) -> Replica:
         dtype, datamodule = self._reference.manifest.torch_dtype, self._examples.datamodule
         return Replica(self._module, self._layout, self._circumstances, dtype, self.device, datamodule=datamodule)
 
     def check_another(self, other: Run) -> None:
-        """Make sure that another training is as the reference says: what was read off that may be its seed's own.
+        """Check a training with another seed, as some properties of the reference may be specific to its seed.
 
         Args:
-            other: The record of its first steps by the Trainer.
+            other: Record of the first steps of the other training by the Trainer.
 
         Raises:
-            CannotStackError: If it is not.
+            CannotStackError: If it does not follow from the reference.
         """
         first = vars(Schedule.of(other))
         if any(getattr(self.schedule, part)[: other.steps] != values for part, values in first.items()):
-            raise CannotStackError("what the optimizer is told, or the size of the batches, depends on the seed")
+            raise CannotStackError("the optimizer's hyperparameters or the batch sizes depend on the seed")
         self._check(other)
 
     def _check(self, run: Run) -> tuple[pl.LightningModule, Drawn]:
-        """Make sure that a training by the Trainer began, and went on, as its seed alone says; return with what.
+        """Check that the initial state and the order of examples of a training follow from its seed, and return both.
 
         Raises:
-            CannotStackError: If it did not.
+            CannotStackError: If they do not.
         """
         module, drawn = self._draw(seed_of(run))
         initial, order = run.checkpoint(0), recorded_order(run)
         if not torch.equal(drawn.positions[: len(order)], order):
-            raise CannotStackError("the order of examples is not the one that the seed and the DataLoader give")
+            raise CannotStackError("the order of examples does not follow from the seed and the DataLoader")
         if not torch.equal(drawn.theta, initial.theta) or not _same(drawn.buffers, initial.buffers):
             raise CannotStackError(
-                "the initial parameters are not those that the module is made with: hooks or callbacks change them"
+                "the initial parameters are not those of the newly created module: hooks or callbacks change them"
             )
         return module, drawn
 
@@ -150,20 +153,20 @@ class Stacks:
         beside: Footprint = NOTHING,
         largest: int = LARGEST,
     ) -> Iterator[tuple[range, Tensor, dict[str, Tensor]]]:
-        """Train, as many at once as is fastest.
+        """Train in stacks of the fastest size.
 
         Args:
-            trainings: Which.
+            trainings: The trainings.
             compile: As for :func:`~lightning_dtda.retrain`.
-            watched: Gets to see every step.
-            beside: Memory that each training takes beside its own steps.
-            largest: Number of trainings at once, at most.
+            watched: Observer of every step.
+            beside: Additional memory of each training, besides its steps.
+            largest: Maximum number of trainings at once.
 
-        Returns:
+        Yields:
             For each stack, the positions of its trainings, their trained parameters ``(trainings, P)`` and buffers.
 
         Raises:
-            CannotStackError: If the reference does not come out as the Trainer had it.
+            CannotStackError: If the reference does not reproduce the Trainer's result.
         """
         with kept_pages(self.device), torch.no_grad():
             gradient = self._gradient()
@@ -173,18 +176,19 @@ class Stacks:
             size = math.ceil(len(trainings) / stacks)
             ahead = stacks * len(self.schedule.sizes) * seconds
             compiles = ahead * _COMPILED_SHARE > _COMPILE_SECONDS if compile is None else compile
-            _log.info(
-                "Stacking %d more, %d at a time: about %s%s.",
-                len(trainings),
-                size,
-                human_seconds(ahead),
-                ", less what compiling will save" if compiles else "",
-            )
+            if ahead >= _WORTH_ANNOUNCING:
+                _log.info(
+                    "Stacking %d more trainings, %d at a time: about %s%s.",
+                    len(trainings),
+                    size,
+                    human_seconds(ahead),
+                    ", less the time that compiling saves" if compiles else "",
+                )
             gradient.compiled = compiles
             for begin in range(0, len(trainings), size):
                 stack = list(trainings[begin : begin + size])
                 numbers = range(begin, begin + len(stack))
-                # the last one as large as the others: another shape would be traced, and compiled, anew
+                # pad the last stack to the size of the others: another shape would have to be traced and compiled
                 filled = stack + [stack[-1]] * (size - len(stack))
                 start = self._start([self._of_reference, *filled])
                 try:
@@ -193,7 +197,7 @@ class Stacks:
                 except CannotStackError as error:
                     if not gradient.traced:
                         raise
-                    # constants of the trace may be what differs: what depends on the clock at some times only
+                    # constants of the trace may be the cause: something that depends on the time only at some times
                     _log.info("Stacking without a trace: %s", error.reason)
                     gradient.traced = False
                     with watched(numbers, start) as taken:
@@ -206,8 +210,8 @@ class Stacks:
         return StackedGradient(self._replica(), structure, self.schedule.times)
 
     def _start(self, trainings: Sequence[Training]) -> Start:
-        """Return what a stack of trainings begins with."""
-        drawn = {self._of_reference.seed: self._drawn}  # one seed is there for several subsets
+        """Return the initial state of a stack of trainings."""
+        drawn = {self._of_reference.seed: self._drawn}  # several subsets may share a seed
         for training in trainings:
             if training.seed not in drawn:
                 drawn[training.seed] = self._draw(training.seed)[1]
@@ -221,15 +225,15 @@ class Stacks:
     def _fastest(
         self, training: StackedTraining, gradient: StackedGradient, trainings: int, largest: int, beside: Footprint
     ) -> tuple[int, float]:
-        """Return how many at once, with the reference, are fastest for all, of those that fit, and a step's seconds."""
+        """Return the fastest stack size that fits in memory, including the reference, and the seconds per step."""
         one = self._start([self._of_reference])
         batches = next(training.batches(one.orders, 0, 1))
 
         def step() -> Tensor:
             return training.gradient(0, one.theta, one.buffers, batches)
 
-        gradient.traced = False  # it takes no less memory, and a trace is for one number of trainings
-        step()  # what is made once, and kept, does not count
+        gradient.traced = False  # takes at least as much memory, and a trace is for one stack size only
+        step()  # one-time allocations do not count
         most = min(1 + min(trainings, largest), fitting(peak_memory(step, self.device), one.theta, self.device, beside))
         gradient.traced = True
         if most <= 1:
@@ -249,9 +253,9 @@ class Stacks:
         return size, seconds
 
     def _timed(self, training: StackedTraining, one: Start, size: int) -> tuple[float, float]:
-        """Time the first step of a training, so many times over: by what it costs, and by the clock on the wall.
+        """Time the first step of a stack of ``size`` copies of a training: return its cost, and the wall-clock time.
 
-        What it costs on the CPU is the time that this process had of it, whatever else the machine does.
+        On the CPU, the cost is the CPU time of this process, which does not depend on the load of the machine.
         """
         theta = one.theta.expand(size, -1).clone()
         held = {name: buffer.expand(size, *buffer.shape[1:]).clone() for name, buffer in one.buffers.items()}
@@ -265,40 +269,40 @@ class Stacks:
                 torch.cuda.synchronize(self.device)
             seconds = time.perf_counter() - wall
             times.append((seconds if on_cuda else time.process_time() - cpu, seconds))
-        # the first one traces
+        # the first step traces
         cost, wall = (min(column) for column in zip(*times[1:], strict=True))
         return cost, wall
 
     def _draw(self, seed: int) -> tuple[pl.LightningModule, Drawn]:
-        """Return what a training with a seed begins with, and its module."""
+        """Return the module of a training with a seed, its initial state and its order of examples."""
         module, positions = self._orders.draw(seed)
         if self._circumstances.precision == "64-true":
             module.double()  # as the Trainer's precision does
         try:
             theta = self._layout.flatten([module.get_parameter(name) for name in self._layout.names])
         except AttributeError as error:
-            raise CannotStackError(f"the module has no parameters before it is trained ({error})") from error
+            raise CannotStackError(f"the module creates its parameters only in training ({error})") from error
         held = {name: tensor.detach() for name, tensor in buffers(module, self._layout, 0).items()}
         return module, Drawn(theta, held, positions)
 
 
 def _refuse(run: Run) -> None:
-    """Refuse what a stack does not follow.
+    """Check that a run does nothing that stacks do not support.
 
     Raises:
-        CannotStackError: Naming it.
+        CannotStackError: If it does. The reason names it.
     """
     planned = run.manifest.planned_steps
     if planned is not None and run.steps < planned:
         raise CannotStackError(
-            f"the training of seed {seed_of(run)} ended after {run.steps} of {planned} steps: what ended it may end "
-            "each training at another step"
+            f"the training of seed {seed_of(run)} ended after {run.steps} of {planned} steps, so others may end at "
+            "different steps"
         )
     if any(part.rng_states for step in range(run.steps) for part in run.micro_batches(step)):
-        raise CannotStackError("training_step draws random numbers (dropout?), which differ for each training")
+        raise CannotStackError("training_step draws random numbers (dropout?), which differ between trainings")
     before, after = run.checkpoint(0).buffers, run.checkpoint(run.steps).buffers
     if changing := sorted(name for name, buffer in after.items() if not torch.equal(buffer, before[name])):
-        raise CannotStackError(f"buffers change in training, which stacks do not follow: {', '.join(changing)}")
+        raise CannotStackError(f"buffers change during training, which stacks do not support: {', '.join(changing)}")
 
 
 def _same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""Many trainings of one module at once: parameters with one more dimension, each training with its own batches."""
+"""Many trainings of one module at once: parameters have an extra dimension, and each training has its own batches."""
 
 from __future__ import annotations
 
@@ -19,30 +19,29 @@ from lightning_dtda.stacking.gradient import StackedGradient
 from lightning_dtda.trajectory import Run
 
 _CHUNK_BYTES = 64 * 2**20
-"""Examples that are fetched together, for as many steps as they make."""
+"""Bytes of examples to fetch together, for one or more steps."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-"""Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled: in
-single precision that of replays. Rounding stays far below, unless an input comes to lie on the other side of a kink."""
+"""Largest deviation from the Trainer's parameters between two checkpoints, relative to the distance travelled; in
+single precision the same as for replays. Rounding stays far below, unless it puts an input on the other side of a
+kink."""
 
 _NEARBY = 32
-"""Trainings that begin within rounding of the reference, at least, of which one has to come out as recorded. At a kink
-each goes one way or the other by about even odds: one of as many goes the right way at five of them."""
+"""Minimum number of trainings started within rounding of the reference, of which one has to come out as recorded. At a
+kink, each goes either way with about even odds, so one of 32 goes the right way at five kinks."""
 
-_REASONS = (
-    "training_step depends on something that stacked trainings do not have, or hooks and callbacks change the training."
-)
+_REASONS = "training_step depends on something that stacked trainings lack, or hooks or callbacks change the training."
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the trainings of a stack share: their steps, as a recorded training took them.
+    """Steps of a recorded training, which all trainings of a stack share.
 
     Args:
         sizes: Number of examples in each micro-batch of each step.
         clocks: ``(epoch, batch_idx)`` of each micro-batch.
-        divisors: What each step's losses are divided by, for accumulated gradients.
-        hyperparameters: Of each parameter group at each step.
+        divisors: Divisor of each step's losses, for accumulated gradients.
+        hyperparameters: Hyperparameters of each parameter group at each step.
     """
 
     sizes: list[tuple[int, ...]]
@@ -52,7 +51,7 @@ class Schedule:
 
     @classmethod
     def of(cls, run: Run) -> Schedule:
-        """Read it from a recorded training."""
+        """Read the schedule from a recorded training."""
         sizes, clocks, divisors = [], [], []
         for step in range(run.steps):
             parts = run.micro_batches(step)
@@ -63,30 +62,30 @@ class Schedule:
 
     @property
     def times(self) -> list[Time]:
-        """Some times of the training: the first two, the middle, the last."""
+        """Times of the first two micro-batches, the middle one and the last."""
         flat = [self.time(step, part) for step, parts in enumerate(self.clocks) for part in range(len(parts))]
         numbers = {n for n in (0, 1, len(flat) // 2, len(flat) - 1) if n < len(flat)}
         return [flat[n] for n in sorted(numbers)]
 
     @property
     def end(self) -> Time:
-        """Where the trainings stand after their last step."""
+        """Time after the last step."""
         return self.time(len(self.clocks) - 1, -1)._replace(step=len(self.clocks), batch_idx=0)
 
     def time(self, step: int, part: int) -> Time:
-        """Return where the trainings stand in a micro-batch of a step."""
+        """Return the time of a micro-batch of a step."""
         epoch, batch_idx = self.clocks[step][part]
         return Time(epoch, step, batch_idx, self.hyperparameters[step])
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a stack begins with.
+    """Initial state of a stack.
 
     Args:
         theta: Initial parameters ``(runs, P)``.
         buffers: Buffers and frozen parameters by name, each ``(runs, ...)``.
-        orders: Data set indices of examples in order ``(runs, examples)``.
+        orders: Data set indices of the examples in training order ``(runs, examples)``.
     """
 
     theta: Tensor
@@ -100,10 +99,10 @@ class Taken:
 
     Args:
         steps: Number of steps taken so far.
-        theta: Parameters after it ``(runs, P)``.
-        states: The optimizer's state of each parameter group after it, each ``(runs, ...)``.
-        gradient: As the optimizer applied it ``(runs, P)``.
-        unclipped: The same before it was clipped.
+        theta: Parameters after the step ``(runs, P)``.
+        states: Optimizer state of each parameter group after the step, each ``(runs, ...)``.
+        gradient: Gradient as applied by the optimizer ``(runs, P)``.
+        unclipped: Gradient before clipping ``(runs, P)``.
     """
 
     steps: int
@@ -116,16 +115,16 @@ class Taken:
 class StackedTraining:
     """Trains stacks on one device.
 
-    The first row of each stack is a training that the Trainer did as well, and recorded. At each of its checkpoints it
-    is compared, and put back to what was recorded: so every stack is checked from its first step to its last, by the
-    very operations that train it, and rounding does not pile up.
+    The first row of each stack is a training that the Trainer has also run and recorded. At each recorded checkpoint it
+    is compared with the record and reset to it. Every stack is thus checked from its first step to its last, by the
+    same operations that train it, and rounding does not accumulate.
 
     Args:
-        examples: The training examples, all of them.
+        examples: All training examples.
         reference: The recorded training.
-        schedule: Of its steps.
-        gradient: Computes gradients.
-        device: Where.
+        schedule: Schedule of its steps.
+        gradient: Function that computes gradients.
+        device: Device to train on.
     """
 
     def __init__(
@@ -146,14 +145,14 @@ class StackedTraining:
         """Train a stack whose first row is the reference.
 
         Args:
-            start: What it begins with.
-            taken: Called after each step, and after the comparison if there is one.
+            start: Initial state of the stack.
+            taken: Function called after each step, and after the comparison if there is one.
 
         Returns:
             Trained parameters ``(runs, P)`` and buffers.
 
         Raises:
-            CannotStackError: If the reference does not come out as the Trainer had it.
+            CannotStackError: If the reference does not reproduce the Trainer's result.
         """
         theta, buffers = start.theta, start.buffers
         states = self._update.initial_states(theta, self._schedule.hyperparameters[0])
@@ -171,7 +170,7 @@ class StackedTraining:
     def _steps(
         self, begin: int, end: int, orders: Tensor, theta: Tensor, states: list[State], buffers: dict[str, Tensor]
     ) -> Iterator[Taken]:
-        """Take steps; what comes out of one may be changed in place before the next."""
+        """Take steps and yield them; the caller may change the tensors of a step in place before the next one."""
         for step, batches in enumerate(self.batches(orders, begin, end), begin):
             gradient = self.gradient(step, theta, buffers, batches)
             applied = self._clipping.apply(gradient)
@@ -190,7 +189,7 @@ class StackedTraining:
         return total if divisor == 1 else total / divisor
 
     def batches(self, orders: Tensor, begin: int, end: int) -> Iterator[list[list[Tensor]]]:
-        """Yield the micro-batches of each step from one to another, as their tensors, each ``(runs, B, ...)``."""
+        """Yield the micro-batches of each step from ``begin`` to ``end`` as tensors, each ``(runs, B, ...)``."""
         bytes_of = sum(leaf[0].nbytes for leaf in self._table or ()) * len(orders)
         chunk: list[tuple[int, ...]] = []
         start = sum(map(sum, self._schedule.sizes[:begin]))
@@ -208,15 +207,15 @@ class StackedTraining:
             chunk = []
 
     def _fetched(self, parts: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Yield micro-batches as their tensors, from the indices of their examples, each ``(runs, B)``."""
+        """Yield micro-batches as tensors, from the indices of their examples, each ``(runs, B)``."""
         if self._table is None:
             for part in parts:
                 leaves = stack_leaves([self._examples.collated(indices) for indices in part.tolist()])
                 if leaves is None:
-                    raise CannotStackError("batches do not hold tensors of the same shapes in all trainings")
+                    raise CannotStackError("batches do not contain tensors of the same shapes in all trainings")
                 yield leaves
             return
-        # one batch after the other, each of them without gaps in memory
+        # one batch after the other, each contiguous in memory
         where = torch.cat([part.flatten() for part in parts]).to(self._device)
         split = [leaf[where].split([part.numel() for part in parts]) for leaf in self._table]
         for part, of_part in zip(parts, zip(*split, strict=True), strict=True):
@@ -229,7 +228,7 @@ class StackedTraining:
         return Comparison([self._reference.name], precision, dtype, None, tolerance, dtype, self._device, _REASONS)
 
     def _check(self, comparison: Comparison, begin: int, before: Tensor, step: Taken, start: Start) -> Tensor:
-        """Compare the reference with its record at a checkpoint, and put it back to that."""
+        """Compare the reference with its record at a checkpoint, and reset it to the record."""
         checkpoint = self._reference.checkpoint(step.steps)
         theta = checkpoint.theta.to(self._device)[None]
         of_record = [{key: part[None].to(self._device) for key, part in state.items()} for state in checkpoint.states]
@@ -248,11 +247,11 @@ class StackedTraining:
         return theta
 
     def _is_rounding(self, comparison: Comparison, recorded: Recorded, start: Start) -> bool:
-        """Whether the reference comes out as recorded from a checkpoint whose last digits are others.
+        """Return whether the reference comes out as recorded when the last digits of the checkpoint are changed.
 
-        Rounding may put an input on the other side of a kink, from where on two trainings differ by more than rounding.
-        Of trainings that begin within rounding of the record, some then go the way that the Trainer went. Of a training
-        that is another one, for whatever reason, none does.
+        Rounding may put an input on the other side of a kink, after which two trainings differ by more than rounding.
+        Of trainings that start within rounding of the record, some then take the Trainer's side. If the trainings
+        really differ, for whatever reason, none does.
         """
         checkpoint, runs = self._reference.checkpoint(recorded.first), len(start.theta)
         exact = checkpoint.theta.to(self._device)
@@ -260,7 +259,7 @@ class StackedTraining:
         orders = start.orders[:1].expand_as(start.orders)
         generator = torch.Generator().manual_seed(0)
         for _ in range(math.ceil(_NEARBY / runs)):
-            # as many as are in a stack: another shape would be traced, and compiled, anew
+            # the size of a stack: another shape would have to be traced and compiled
             digits = torch.rand(runs, len(exact), generator=generator, dtype=exact.dtype).to(self._device)
             theta = exact * (1 + torch.finfo(exact.dtype).eps * (2 * digits - 1))
             states = self._update.initial_states(theta, self._schedule.hyperparameters[0])

@@ -371,15 +371,15 @@ def data_with_noise():
     ("make", "reason"),
     [
         (maker(Dropping), "draws random numbers"),
-        (maker(Lucky), r"what is trained depends on the seed:\n  hyperparameters.lr: \["),
+        (maker(Lucky), r"the configuration depends on the seed:\n  hyperparameters.lr: \["),
         (maker(Branching), "cannot be differentiated for several trainings at once"),
-        (maker(Reset), "initial parameters are not those that the module is made with"),
-        (maker(Counting), "buffers change in training, which stacks do not follow: seen"),
-        (maker(Normalised, lambda: training_loader(drop_last=True)), "buffers change in training.*running_mean"),
+        (maker(Reset), "initial parameters are not those of the newly created module"),
+        (maker(Counting), "buffers change during training, which stacks do not support: seen"),
+        (maker(Normalised, lambda: training_loader(drop_last=True)), "buffers change during training.*running_mean"),
         (maker(callbacks=[Noise()]), r"not reproduced between step 0 and step \d"),
-        (maker(Told), "what is trained depends on the seed:\n  module.hyperparameters.number"),
-        (maker(data=data_of_the_seed), "what is trained depends on the seed:\n  dataset.fingerprint"),
-        (maker(data=data_of_one_seed), "made for seed 4 is not what was trained for seed 3:\n  dataset.fingerprint"),
+        (maker(Told), "the configuration depends on the seed:\n  module.hyperparameters.number"),
+        (maker(data=data_of_the_seed), "the configuration depends on the seed:\n  dataset.fingerprint"),
+        (maker(data=data_of_one_seed), "created for seed 4 differs from that of seed 3:\n  dataset.fingerprint"),
     ],
 )
 def test_what_cannot_be_stacked_is_refused_by_name_and_the_trainers_run_kept(tmp_path, make, reason):
@@ -426,8 +426,8 @@ def test_random_data_fail_as_they_do_by_the_trainer(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"run": "mine"}, "run='mine'; there is a run for each seed"),
-        ({"overwrite": True}, "overwrite=True.*delete what is to be recorded again"),
+        ({"run": "mine"}, "run='mine', but record names the run of each seed"),
+        ({"overwrite": True}, "overwrite=True.*delete the runs to record again"),
     ],
 )
 def test_what_the_recorder_of_one_run_can_do_is_refused_for_several(tmp_path, arguments, reason):
@@ -437,7 +437,7 @@ def test_what_the_recorder_of_one_run_can_do_is_refused_for_several(tmp_path, ar
 
 @pytest.mark.parametrize("seeds", [0, [], [1, 1], [-1, 2], "ab", 1.5])
 def test_what_is_no_set_of_seeds_is_refused(tmp_path, seeds):
-    with pytest.raises(RecordingError, match="no set of seeds"):
+    with pytest.raises(RecordingError, match="must give at least one seed"):
         stacked(tmp_path, seeds=seeds)
 
 

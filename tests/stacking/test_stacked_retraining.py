@@ -189,7 +189,7 @@ def test_batches_of_other_shapes_in_other_trainings_are_refused():
         inputs, targets = reversed_examples(items)
         return torch.nn.functional.pad(inputs, (0, int(targets[0] > 0))), targets
 
-    with pytest.raises(CannotStackError, match="batches do not hold tensors of the same shapes in all trainings"):
+    with pytest.raises(CannotStackError, match="batches do not contain tensors of the same shapes in all trainings"):
         retrained(Cutting, data=training_loader(collate_fn=padded))
 
 
@@ -347,14 +347,14 @@ class Satisfied(pl.Callback):
     [
         (Dropping, {}, "draws random numbers"),
         (Plateau, {}, "ReduceLROnPlateau gives each training different learning rates"),
-        (Lucky, {}, "what the optimizer is told, or the size of the batches, depends on the seed"),
+        (Lucky, {}, "the optimizer's hyperparameters or the batch sizes depend on the seed"),
         (Branching, {}, "cannot be differentiated for several trainings at once"),
-        (Reset, {}, "initial parameters are not those that the module is made with"),
-        (Counting, {}, "buffers change in training, which stacks do not follow: seen"),
-        (Normalised, {}, "buffers change in training.*running_mean"),
+        (Reset, {}, "initial parameters are not those of the newly created module"),
+        (Counting, {}, "buffers change during training, which stacks do not support: seen"),
+        (Normalised, {}, "buffers change during training.*running_mean"),
         (Regressor, {"callbacks": [Noise()]}, r"not reproduced between step 0 and step \d"),
         (Regressor, {"callbacks": [EarlyStopping("loss")]}, "EarlyStopping ends each training at a different step"),
-        (Regressor, {"callbacks": [Satisfied()]}, "ended after 6 of 7 steps: what ended it may end each training"),
+        (Regressor, {"callbacks": [Satisfied()]}, "ended after 6 of 7 steps, so others may end at different steps"),
         (Regressor, {"precision": "bf16-mixed"}, "precision='bf16-mixed'"),
         (Regressor, {"max_time": {"hours": 1}}, "a time limit .* ends each training at a different step"),
     ],
