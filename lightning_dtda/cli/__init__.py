@@ -1,4 +1,4 @@
-"""The command line: ``lightning-dtda plan | record | attribute | ...``, each a call of one function."""
+"""Command line: ``lightning-dtda plan | record | attribute | ...``, where each command calls one public function."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 COMMANDS = {
-    "plan": "say what disk, memory and time recording and attributing will take, and what to choose",
+    "plan": "estimate the disk space, memory and time for recording and attributing, and recommend settings",
     "record": "train a LightningCLI configuration over many seeds and record every step",
-    "attribute": "predict what removing each training example does to the measurements of an ensemble",
+    "attribute": "predict how removing each training example changes the measurements of an ensemble",
     "retrain": "train without subsets of the examples, as ground truth for attributions",
-    "evaluate": "compare what attributions predict with what retraining shows",
-    "check": "see whether attributions of an ensemble can be trusted",
-    "suggest": "suggest examples whose removal together makes a measurement better or less dependent on the seed",
+    "evaluate": "compare the predictions of attributions with retraining",
+    "check": "check whether attributions of an ensemble can be trusted",
+    "suggest": "suggest examples whose removal improves a measurement or makes it depend less on the seed",
     "report": "write an attribution as one HTML file",
-    "export": "write influences, and how sure they are, to a Parquet, Zarr or netCDF file",
+    "export": "write influences and their uncertainty to a Parquet, Zarr or netCDF file",
     "demo": "record, attribute and report 20 seeds on scikit-learn's diabetes data",
 }
 
@@ -44,11 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: As on the command line, without the program's name; ``None`` takes ``sys.argv``.
+        arguments: Command line arguments without the program's name; ``None`` for those of ``sys.argv``.
 
     Raises:
-        SystemExit: With code 0 where only help or the version was asked for, 1 where the command failed, 2 where the
-            arguments are wrong.
+        SystemExit: With code 0 after printing help or the version, 1 if the command failed, 2 if the arguments are
+            wrong.
     """
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     rest = rest[:-1]
@@ -61,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         print(f"{_USAGE}\n\nlightning-dtda: error: there is no command {command!r}", file=sys.stderr)
         raise SystemExit(2)
-    # a console script, unlike python -m, leaves the working directory out of sys.path, where class_paths are looked up
+    # unlike python -m, a console script does not put the working directory, where class_paths may be, on sys.path
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        # each command's module on its own: reading a report's options need not import lightning
+        # import only the command's module: parsing the options of report does not need lightning
         importlib.import_module(f"lightning_dtda.cli.{command}").run(rest)
     except KeyboardInterrupt:
         print(f"lightning-dtda {command}: interrupted", file=sys.stderr)
@@ -76,12 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def add_differences(parser: ArgumentParser) -> None:
-    """Add the option that says by which differences between distributions influences are shown."""
+    """Add the option for the differences between distributions to show."""
     parser.add_argument(
         "--differences",
         type=str,
         nargs="+",
         default=None,
-        help="mean, variance, wasserstein (the paper's, if not given), energy, quantile, tail, gaussian_kl, or import "
-        "paths of your own.",
+        help="Differences to show: mean, variance, wasserstein (these three by default), energy, quantile, tail, "
+        "gaussian_kl, or import paths of your own classes.",
     )

@@ -1,4 +1,4 @@
-"""``lightning-dtda attribute``: what the training examples of an ensemble do to measurements."""
+"""``lightning-dtda attribute``: influence of the training examples of an ensemble on measurements."""
 
 from __future__ import annotations
 
@@ -21,66 +21,69 @@ from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 
 
 class AttributeCLI(QuestionCLI):
-    """The ensemble's configuration and what is asked of it."""
+    """Parser for the ensemble's configuration and the options of ``attribute``."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
         self.add_draws_to_parser(parser)
         parser.add_argument("--output", type=str, required=True, help="Directory for the attribution.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace an existing attribution with other settings."
+        )
         parser.add_argument(
             "--removals",
             type=str,
             default=LEAVE_ONE_OUT,
-            help="leave-one-out; column:KEY for one group a label, found at a position or key of the data set's items; "
-            "or a JSON file with lists of indices, names and their lists of indices, or a label for each example.",
+            help="What to remove: leave-one-out; column:KEY for one group per label, where KEY is the position or key "
+            "of the label in the data set's items; or a JSON file with lists of indices, an object with lists of "
+            "indices by name, or a list with a label for each example.",
         )
         parser.add_argument(
-            "--step", type=int | None, default=None, help="The step that is measured; the end of training if not given."
+            "--step", type=int | None, default=None, help="Step to measure at; the end of training by default."
         )
         parser.add_argument(
             "--keep_top",
             type=int | None,
             default=None,
-            help="For each query, keep the responses to this many examples of the largest and smallest mean and "
-            "variance influence, and of every example both influences with their errors: for more "
-            "responses than can be stored.",
+            help="For more responses than can be stored: for each query, keep the responses to this many examples with "
+            "the largest and smallest mean and variance influence, and both influences of every example with their "
+            "standard errors.",
         )
         parser.add_argument(
             "--scratch_budget",
             type=float,
             default=2.0,
-            help="Of --keep_top, in GiB: the disk that a block of queries may take until its top is known.",
+            help="For --keep_top: disk space in GiB for a block of queries until its top examples are known.",
         )
-        parser.add_subclass_arguments(Estimator, "estimator", help="How responses are computed.")
+        parser.add_subclass_arguments(Estimator, "estimator", help="Estimator of the responses.")
         exact = f"{UnrolledDifferentiation.__module__}.{UnrolledDifferentiation.__qualname__}"
         parser.set_defaults({"estimator": {"class_path": exact}})
         parser.add_argument(
             "--dampings",
             type=list[float | Literal["auto"]] | None,
             default=None,
-            help="Several dampings of influence functions, from one fit of the curvature: --dampings=[0.01,0.1,auto] "
+            help="Dampings of influence functions to compute from one fit of the curvature: --dampings=[0.01,0.1,auto] "
             "writes the attributions OUTPUT/damping-0.01 and so on.",
         )
         self.add_workers_to_parser(parser)
         add_differences(parser)
-        parser.add_argument("--wandb", action="store_true", help="Log the result as one summary run to W&B.")
+        parser.add_argument("--wandb", action="store_true", help="Log the result to W&B as one summary run.")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Attribute an ensemble, print a summary, and log it to W&B if asked.
+    """Attribute an ensemble, print a summary, and log it to W&B if requested.
 
     Raises:
-        AttributionError: If the ensemble has no configuration of its own and none is given.
+        AttributionError: If neither the ensemble nor ``--config`` provides a configuration.
     """
     cli = AttributeCLI(
         "attribute",
-        "Predict what removing each training example does to the measurements of an ensemble. The configuration is "
-        "the one that the ensemble was recorded with.",
+        "Predict how removing each training example changes the measurements of an ensemble. The configuration is "
+        "that of the recording unless --config is given.",
         arguments,
     )
-    from lightning_dtda.reporting import log_to_wandb, print_summary  # here, so that --help is quick
+    from lightning_dtda.reporting import log_to_wandb, print_summary  # imported here to keep --help fast
 
     for path, attribution in _attributions(cli):
         print_summary(attribution, differences=cli.config.differences)
@@ -92,17 +95,20 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
-    """Return what was asked for, and where it is: one attribution, or one for each damping."""
+    """Return the attribution and its path, or those for each damping."""
     config, output = cli.config, Path(cli.config.output)
     paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
     if paths and config.workers != 1:
-        raise AttributionError("--dampings are worked on in this process. Leave out --workers.")
+        raise AttributionError("--dampings cannot be combined with --workers. Leave out --workers.")
     if paths and config.keep_top is not None:
-        raise AttributionError("--dampings answer all queries at once. Leave out --keep_top, or give one damping.")
+        raise AttributionError(
+            "--dampings cannot be combined with --keep_top. Leave out --keep_top, or set a single damping in the "
+            "estimator's curvature instead of --dampings."
+        )
     for path in paths.values():
-        # before the work, not after it
+        # check before the work, not after it
         if AttributionStore.is_at(path) and not config.overwrite:
-            raise AttributionError(f"{path} holds an attribution. Choose another --output, or set --overwrite.")
+            raise AttributionError(f"{path} already holds an attribution. Choose another --output, or set --overwrite.")
     question = cli.question() | {
         "removals": read_removals(config.removals),
         "step": config.step,
@@ -121,24 +127,24 @@ def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
 
 
 def read_removals(removals: str) -> Any:
-    """Return what :func:`lightning_dtda.attribute` is given: the content of a JSON file, or the text itself.
+    """Return the ``removals`` argument of :func:`lightning_dtda.attribute`: the content of a JSON file, or the text.
 
     Raises:
-        AttributionError: If the file cannot be read, or holds nothing of the kind.
+        AttributionError: If the file cannot be read, or its content is invalid.
     """
     if not removals.endswith(".json"):
         return removals
     content = read_json_option("--removals", removals, AttributionError)
     if not isinstance(content, (dict, list)):
         raise AttributionError(
-            f"--removals {removals} holds {content!r}. Write a list of lists of indices, an object with lists of "
-            "indices by name, or a list with a label for each example."
+            f"--removals {removals} contains {content!r}. It must be a list of lists of indices, an object with lists "
+            "of indices by name, or a list with a label for each example."
         )
     return content
 
 
 def _project(root: Path) -> str | None:
-    """Return the W&B project that the runs were logged to, so that the summary stands beside them."""
+    """Return the W&B project that the runs were logged to, for the summary to appear next to them."""
     path = root / CONFIG
     loggers = yaml.safe_load(path.read_text())["trainer"].get("logger") if path.exists() else None
     for logger in loggers if isinstance(loggers, list) else [loggers]:

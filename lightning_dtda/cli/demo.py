@@ -1,4 +1,4 @@
-"""``lightning-dtda demo``: the whole way on a real data set that needs no download."""
+"""``lightning-dtda demo``: all steps on a real data set that needs no download."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from jsonargparse import ArgumentParser
 from lightning_dtda.errors import DTDAError
 
 QUERIES = 20
-"""The first examples of the validation set: enough to see that queries differ, few enough for a minute."""
+"""Number of queries, from the start of the validation set: enough to see differences, few enough for a minute."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Record, attribute and report; a second call goes on where the first one stopped.
+    """Record, attribute and report; another call continues where the first one stopped.
 
     Raises:
-        DTDAError: If scikit-learn, which brings the data, is not installed.
+        DTDAError: If scikit-learn, which provides the data, is not installed.
     """
     parser = ArgumentParser(
         prog="lightning-dtda demo",
-        description="Record 20 seeds of a small network on scikit-learn's diabetes data (442 patients), predict what "
-        "removing each patient does to the loss on 20 others, and write the report.",
+        description="Record 20 seeds of a small network on scikit-learn's diabetes data (442 patients), predict how "
+        "removing each patient changes the loss on 20 others, and write the report.",
     )
-    parser.add_argument("--directory", type=str, default="lightning-dtda-demo", help="Where everything is written.")
+    parser.add_argument("--directory", type=str, default="lightning-dtda-demo", help="Directory for all output.")
     parser.add_argument("--seeds", type=int, default=20, help="Number of runs.")
     parser.add_argument("--workers", type=int, default=1, help="Number of processes that train at the same time.")
     options = parser.parse_args(list(arguments))
     if importlib.util.find_spec("sklearn") is None:
-        raise DTDAError('The diabetes data come with scikit-learn: pip install "lightning-dtda[examples]".')
-    # here, so that --help is quick
+        raise DTDAError(
+            'The demo needs scikit-learn for its data. Install it with: pip install "lightning-dtda[examples]"'
+        )
+    # imported here to keep --help fast
     from lightning_dtda.cli import attribute, record, report
 
     directory = Path(options.directory)

@@ -1,4 +1,4 @@
-"""``lightning-dtda evaluate``: attributions against ground truth."""
+"""``lightning-dtda evaluate``: compare attributions with ground truth."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lightning_dtda.retraining.ground_truth import GroundTruth
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Print the scores of attributions and how far they are from the first's, and write them to a file if asked.
+    """Print the scores of attributions and their differences from the first, and write them to a file if requested.
 
     Raises:
-        AttributionError: If attribution and truth are not about the same, or the file cannot be written.
+        AttributionError: If an attribution and the truth do not match, or the file cannot be written.
     """
     parser = ArgumentParser(
         prog="lightning-dtda evaluate",
-        description="Compare what attributions predict with what retraining shows: linear datamodeling scores, with "
-        "intervals and the noise ceiling; of several attributions, the "
-        "differences to the first with intervals of their own.",
+        description="Compare the predictions of attributions with retraining: linear datamodeling scores with "
+        "intervals and the noise ceiling; for several attributions, also the differences from the first, with "
+        "intervals.",
     )
     parser.add_argument("--attribution", type=str, nargs="+", required=True, help="Directories of attributions.")
     parser.add_argument("--truth", type=str, required=True, help="Directory of the ground truth.")
-    parser.add_argument("--output", type=str | None, default=None, help="A JSON file for all figures.")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file to write all figures to.")
     add_differences(parser)
     options = parser.parse_args(list(arguments))
     truth = GroundTruth.load(options.truth)
@@ -47,11 +47,13 @@ def run(arguments: Sequence[str]) -> None:
         try:
             Path(options.output).write_text(json.dumps(content, indent=1), encoding="utf-8")
         except OSError as error:
-            raise AttributionError(f"{options.output} cannot be written ({error}). Choose another output.") from error
+            raise AttributionError(
+                f"{options.output} cannot be written to ({error}). Choose another --output."
+            ) from error
         print(f"All figures are in {options.output}.")
 
 
 def _by_short_name(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
-    """Call attributions by the last part of their path where that tells them apart: a table has few columns."""
+    """Shorten the names of attributions to the last part of their path if that is unique, as table columns are few."""
     short = {Path(path).name: evaluation for path, evaluation in evaluations.items()}
     return short if len(short) == len(evaluations) else dict(evaluations)

@@ -1,4 +1,4 @@
-"""``lightning-dtda plan``: what recording and attributing will take, before anything long is started."""
+"""``lightning-dtda plan``: cost of recording and attributing, before starting anything long."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_dtda.units import human_bytes, human_seconds
 
 
 class PlanCLI(QuestionCLI):
-    """The configuration or the recorded runs, and what is to become of them."""
+    """Parser for the configuration or the recorded runs, and the options of ``plan``."""
 
     usage = "--config FILE | --runs DIR"
 
@@ -40,15 +40,16 @@ class PlanCLI(QuestionCLI):
             "--runs",
             type=str | None,
             default=None,
-            help="Directory of recorded runs. Without it, a few steps of --config are trained and recorded elsewhere.",
+            help="Directory of recorded runs. Without it, a few steps of --config are trained and recorded in a "
+            "temporary directory.",
         )
         self.add_question_to_parser(parser)
         for option, meaning in {
-            "--seeds": "Number of runs; 20, or those that are recorded, if not given.",
-            "--steps": "Steps of a run, if not as configured or recorded.",
-            "--epochs": "In place of --steps.",
-            "--examples": "Training examples, if not those of the data.",
-            "--queries.count": "Number of queries, if not those of --queries.split and --queries.indices.",
+            "--seeds": "Number of runs; by default, 20 or the number of recorded runs.",
+            "--steps": "Number of steps in a run; by default, as configured or recorded.",
+            "--epochs": "Number of epochs in a run, instead of --steps.",
+            "--examples": "Number of training examples; by default, as in the data.",
+            "--queries.count": "Number of queries; by default, those of --queries.split and --queries.indices.",
         }.items():
             parser.add_argument(option, type=int | None, default=None, help=meaning)
         parser.add_argument("--removals", type=str, default=LEAVE_ONE_OUT, help="As for attribute.")
@@ -56,27 +57,27 @@ class PlanCLI(QuestionCLI):
             "--estimators",
             type=list[Estimator] | None,
             default=None,
-            help="Which ones, the one you would like best first; exact unrolling, influence functions and TracIn if "
-            "not given.",
+            help="Estimators to consider, the preferred one first; by default, exact unrolling, influence functions "
+            "and TracIn.",
         )
-        parser.add_argument("--workers", type=int, default=1, help="Number of processes that will share the runs out.")
+        parser.add_argument("--workers", type=int, default=1, help="Number of processes that will share the runs.")
         parser.add_argument(
-            "--hours", type=float | None, default=None, help="The most that recording and attributing may take."
+            "--hours", type=float | None, default=None, help="Maximum hours for recording and attributing."
         )
-        parser.add_argument("--json", action="store_true", help="Print all figures in JSON: seconds and bytes.")
+        parser.add_argument("--json", action="store_true", help="Print all figures as JSON, in seconds and bytes.")
         parser.add_class_arguments(TrajectoryRecorder, "recorder", skip={"root", "run", "overwrite"}, instantiate=False)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer | None:  # type: ignore[override]
-        """Make a Trainer that logs nothing; none where the runs are recorded."""
+        """Create a Trainer that logs nothing; none if the runs are already recorded."""
         if self.config.ensemble is not None:
             return None
         return super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Plan and print what was found."""
-    with tempfile.TemporaryDirectory() as directory:  # for what callbacks write
+    """Plan and print the forecast."""
+    with tempfile.TemporaryDirectory() as directory:  # for files that callbacks write
         found = plan(**_question(arguments, directory))
     if "--json" in arguments:
         print(json.dumps(found.content(), indent=1))
@@ -90,19 +91,17 @@ def _question(arguments: Sequence[str], directory: str) -> dict[str, Any]:
     Raises:
         AttributionError: If there is neither a configuration nor an ensemble.
     """
-    # by the name that the configuration of an ensemble is found by
+    # the configuration of an ensemble is found through --ensemble
     arguments = [
         "--ensemble" + one.removeprefix("--runs") if one.split("=")[0] == "--runs" else one for one in arguments
     ]
     given = {argument.split("=")[0] for argument in arguments}
     if not given & {"--config", "-c", "--ensemble", "-h", "--help"}:
-        raise AttributionError(
-            "Give --config, the configuration that is to be trained, or --runs, the directory of recorded runs."
-        )
+        raise AttributionError("Give --config, the configuration to train, or --runs, the directory of recorded runs.")
     cli = PlanCLI(
         "plan",
-        "Say what disk, memory and time recording and attributing will take, and what to choose. A few steps are "
-        "trained and recorded in a temporary directory, or recorded runs are looked at.",
+        "Estimate the disk space, memory and time for recording and attributing, and recommend settings. To measure, "
+        "a few steps are trained and recorded in a temporary directory, or recorded runs are used.",
         arguments,
         trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
     )
@@ -136,11 +135,11 @@ def _question(arguments: Sequence[str], directory: str) -> dict[str, Any]:
 
 
 def print_forecast(found: Forecast, *, console: Console | None = None) -> None:
-    """Print a table of what everything takes, what of it is extrapolated, and what to choose.
+    """Print a table of all costs, what was extrapolated, and the recommended settings.
 
     Args:
-        found: What was found.
-        console: Where to print; the standard output if not given.
+        found: The forecast.
+        console: Console to print to; standard output by default.
     """
     console = console or Console(highlight=False)
     table = Table(box=SIMPLE_HEAD, show_edge=False)
@@ -157,7 +156,8 @@ def print_forecast(found: Forecast, *, console: Console | None = None) -> None:
     )
     console.print(table)
     console.print(
-        f"Memory is beside libraries, module and data; that of recording, beside the training's. {_basis(found)}"
+        "Memory comes on top of libraries, module and data; for recording, also on top of the training. "
+        f"{_basis(found)}"
     )
     console.print(escape(found.advice), style="bold")
 
@@ -169,7 +169,7 @@ def _figures(cost: Cost) -> tuple[str, str, str]:
 
 
 def _basis(found: Forecast) -> str:
-    """Say from what the figures are extrapolated."""
+    """Describe what the figures are extrapolated from."""
     extrapolated = ", ".join(
         f"{wanted:,} {what} from {there:,}"
         for what, wanted, there in (

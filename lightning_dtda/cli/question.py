@@ -1,4 +1,4 @@
-"""What is asked of an ensemble on the command line: its configuration, queries and measurement."""
+"""Options of all commands that measure an ensemble: its configuration, queries and measurement."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Split = Literal["train", "validation", "test"]
 
 
 class QuestionCLI(ConfigurationCLI):
-    """The ensemble's own configuration, unless another is given, and what every question has.
+    """Parser for the ensemble's saved configuration, unless another is given, and the options for measuring.
 
     Args:
-        command: The command's name.
-        description: For ``--help``.
+        command: Name of the command.
+        description: Description for ``--help``.
         arguments: Command line arguments.
-        **kwargs: To ``LightningCLI``.
+        **kwargs: Keyword arguments for ``LightningCLI``.
     """
 
     def __init__(self, command: str, description: str, arguments: Sequence[str], **kwargs: Any) -> None:
@@ -41,37 +41,40 @@ class QuestionCLI(ConfigurationCLI):
         self.add_question_to_parser(parser)
 
     def add_question_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is measured where."""
+        """Add the options for measurement, queries and device."""
         parser.add_argument(
-            "--measurement", type=str, default="loss", help="loss, margin, prediction, or a callable's import path."
+            "--measurement",
+            type=str,
+            default="loss",
+            help="Quantity to measure: loss, margin, prediction, or the import path of a callable.",
         )
         parser.add_argument(
-            "--queries.split", type=Split, default="validation", help="The data set that queries are taken from."
+            "--queries.split", type=Split, default="validation", help="Data set to take the queries from."
         )
         parser.add_argument(
             "--queries.indices",
             type=int | list[int] | None,
             default=None,
-            help="Which of its examples; all if not given.",
+            help="Indices of the queries in this data set; all by default.",
         )
-        parser.add_argument("--device", type=str | None, default=None, help="Where to compute, e.g. cuda.")
+        parser.add_argument("--device", type=str | None, default=None, help="Device to compute on, such as cuda.")
 
     def add_draws_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add how a measurement is taken that draws random numbers."""
+        """Add the options for measurements that draw random numbers."""
         parser.add_argument(
             "--measurement_draws",
             type=int,
             default=Draws.number,
-            help="Where the measurement draws random numbers: how many draws it is the mean of.",
+            help="Number of draws to average over if the measurement draws random numbers.",
         )
-        parser.add_argument("--measurement_seed", type=int, default=Draws.seed, help="Of these draws.")
+        parser.add_argument("--measurement_seed", type=int, default=Draws.seed, help="Seed of these draws.")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
-        """Make no Trainer: nothing is trained."""
+        """Create no Trainer, because nothing is trained."""
 
     def question(self) -> dict[str, Any]:
-        """Return the arguments of :func:`lightning_dtda.attribute` that say what is asked."""
+        """Return the arguments that :func:`lightning_dtda.attribute` and ``check`` have in common."""
         ensemble = Ensemble.open(self.config.ensemble)
         with quiet_lightning():
             self.build()
@@ -87,7 +90,7 @@ class QuestionCLI(ConfigurationCLI):
 
 
 def query_loader(data: LightningDataModule | LightningModule, split: Split, indices: int | list[int] | None) -> Any:
-    """Return a DataLoader over the queries: examples of one of the data module's own data sets.
+    """Return a DataLoader over the queries, which are examples of one of the data module's data sets.
 
     Raises:
         AttributionError: If the split has no single DataLoader, or an index is out of range.
@@ -108,15 +111,15 @@ def query_loader(data: LightningDataModule | LightningModule, split: Split, indi
     chosen = list(range(length)) if indices is None else [indices] if isinstance(indices, int) else indices
     if outside := [index for index in chosen if not 0 <= index < length]:
         raise AttributionError(
-            f"--queries.indices has {outside[0]}; the {split} split has the examples 0 to {length - 1}."
+            f"--queries.indices contains {outside[0]}, but the {split} split has the examples 0 to {length - 1}."
         )
     if len(set(chosen)) != len(chosen):
-        raise AttributionError(f"--queries.indices={chosen} has a query twice.")
+        raise AttributionError(f"--queries.indices={chosen} contains an index twice. Give each index once.")
     return DataLoader(Subset(dataset, chosen), collate_fn=loader.collate_fn)
 
 
 def _with_configuration(arguments: list[str]) -> list[str]:
-    """Put the ensemble's own saved configuration in front, unless one is given."""
+    """Prepend the ensemble's saved configuration, unless one is given."""
     given = any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in arguments)
     if given:
         return arguments
@@ -129,16 +132,16 @@ def _with_configuration(arguments: list[str]) -> list[str]:
     if not path.exists():
         is_run = (Path(root) / MANIFEST).exists()
         raise AttributionError(
-            f"{root} is a single run. Give its parent, the ensemble."
+            f"{root} is a single run. Give its parent directory, that of the ensemble."
             if is_run
-            else f"{root} has no {CONFIG}: it was not recorded by lightning-dtda record. Give --config, or call "
-            "lightning_dtda.attribute from Python."
+            else f"{root} has no {CONFIG}, so it was not recorded by lightning-dtda record. Give --config, or use "
+            "lightning_dtda from Python."
         )
     return ["--config", str(path), *arguments]
 
 
 def option_value(arguments: Sequence[str], option: str) -> str | None:
-    """Return what an option is given on a command line; ``None`` without it."""
+    """Return the value of an option on a command line; ``None`` if it is not given."""
     for number, argument in enumerate(arguments):
         if argument == option and number + 1 < len(arguments):
             return arguments[number + 1]

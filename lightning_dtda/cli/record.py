@@ -1,4 +1,4 @@
-"""``lightning-dtda record``: many seeded, recorded trainings of one LightningCLI configuration."""
+"""``lightning-dtda record``: train one LightningCLI configuration over many seeds, and record the runs."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from lightning_dtda.recording.seeds import is_complete
 _log = logging.getLogger(__name__)
 
 _OWN_OPTIONS = ("ensemble", "seeds", "workers", "stacked", "compile", "recorder")
-"""Options of the command that are no part of the configuration."""
+"""Options of the command that are not part of the configuration."""
 
 
 class RecordCLI(ConfigurationCLI):
-    """The user's configuration and which seeds of it to record where."""
+    """Parser for the user's configuration and the options of ``record``."""
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--ensemble", type=str, required=True, help="Directory of the runs, one sub-directory a seed."
+            "--ensemble", type=str, required=True, help="Directory for the runs, with one sub-directory per seed."
         )
         parser.add_argument(
             "--seeds",
             type=int | list[int],
             default=20,
-            help="A number S for the seeds 0 to S-1, or a list: --seeds=[3,7].",
+            help="Seeds to record: a number S for the seeds 0 to S-1, or a list: --seeds=[3,7].",
         )
         self.add_workers_to_parser(parser)
         self.add_stacked_to_parser(parser, default=False)
@@ -57,17 +57,17 @@ class RecordCLI(ConfigurationCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if any(isinstance(callback, TrajectoryRecorder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             raise RecordingError(
-                "The configuration's trainer.callbacks have a TrajectoryRecorder; record adds one for each seed. "
-                "Remove it, and give its arguments as --recorder.gradients and so on."
+                "trainer.callbacks in the configuration contains a TrajectoryRecorder, but record adds one for each "
+                "seed. Remove it, and give its arguments as --recorder.gradients and so on."
             )
         return trainer
 
 
 class ConfiguredTraining:
-    """Makes Trainer, module and data of a configuration; other processes read it anew, from the ensemble.
+    """Creates Trainer, module and data of a configuration; other processes read it from the ensemble's directory.
 
     Args:
-        cli: The configuration.
+        cli: The parsed configuration.
     """
 
     def __init__(self, cli: RecordCLI) -> None:
@@ -80,20 +80,21 @@ class ConfiguredTraining:
 
     @cached_property
     def cli(self) -> RecordCLI:
-        """The configuration.
+        """The parsed configuration.
 
         Raises:
-            RecordingError: If it cannot be read.
+            RecordingError: If the configuration cannot be read.
         """
         try:
             return _cli(self._arguments)
         except SystemExit as error:
             raise RecordingError(
-                "The configuration cannot be read by a worker, which has written why: is a package missing there?"
+                "A worker cannot read the configuration; its log has the reason. Check that all packages and files "
+                "of the configuration are available there."
             ) from error
 
     def __call__(self) -> tuple[pl.Trainer, pl.LightningModule, pl.LightningDataModule | None]:
-        """Make them afresh."""
+        """Create a new Trainer, module and data module."""
         self.cli.build()
         return self.cli.trainer, self.cli.model, self.cli.datamodule
 
@@ -102,16 +103,16 @@ def run(arguments: Sequence[str]) -> None:
     """Record an ensemble.
 
     Raises:
-        SystemExit: With code 1 if a seed could not be recorded; the others are.
+        SystemExit: With code 1 if a seed could not be recorded; the others are recorded.
     """
     cli = _cli(arguments)
     config, root = cli.config, cli.root
     seeds = checked_seeds(config.seeds)
-    # in a training of several processes, the others run this command too
+    # if a training uses several processes, the others run this command too
     say = print if getattr(rank_zero_only, "rank", 0) == 0 else _log.debug
     save_configuration(root, cli.dump(without=_OWN_OPTIONS))
     if skipped := sum(is_complete(root / run_name(seed)) for seed in seeds):
-        say(f"{skipped} of {len(seeds)} runs are complete already in {root}.")
+        say(f"{skipped} of {len(seeds)} runs are already complete in {root}.")
     failures = record(
         ConfiguredTraining(cli),
         TrajectoryRecorder(root.resolve(), **config.recorder.as_dict()),
@@ -133,6 +134,6 @@ def _cli(arguments: Sequence[str]) -> RecordCLI:
         "record",
         "Train a LightningCLI configuration (model, data, trainer) once for each seed and record every step.",
         arguments,
-        # twenty bars and summaries of the same model hide the one bar that matters; a configuration may ask for them
+        # the bars and summaries of twenty trainings hide the bar that matters; a configuration may enable them
         trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
     )

@@ -12,13 +12,13 @@ from lightning_dtda.reporting import report
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     parser = ArgumentParser(
         prog="lightning-dtda report", description="Write an attribution as one HTML file that opens without a network."
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
-    parser.add_argument("--output", type=str, default="report.html", help="The file to write.")
-    parser.add_argument("--k", type=int, default=10, help="Examples shown for each query and difference.")
+    parser.add_argument("--output", type=str, default="report.html", help="File to write.")
+    parser.add_argument("--k", type=int, default=10, help="Number of examples to show for each query and difference.")
     add_differences(parser)
     options = parser.parse_args(list(arguments))
     attribution = Attribution.load(options.attribution)

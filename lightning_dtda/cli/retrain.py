@@ -25,7 +25,7 @@ from lightning_dtda.trajectory import Ensemble
 
 
 class RetrainCLI(QuestionCLI):
-    """The user's configuration, what is removed, and what is measured."""
+    """Parser for the user's configuration and the options of ``retrain``."""
 
     usage = "--config FILE --output DIR"
 
@@ -41,38 +41,42 @@ class RetrainCLI(QuestionCLI):
             "--ensemble",
             type=str | None,
             default=None,
-            help="Directory of recorded runs: for their configuration, if there is no --config; or to reweight.",
+            help="Directory of recorded runs, for --removal reweight or for their configuration if there is no "
+            "--config. Their seeds are not reused for new trainings.",
         )
         self.add_question_to_parser(parser)
         self.add_draws_to_parser(parser)
         parser.add_argument("--output", type=str, required=True, help="Directory for the ground truth.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace the answer to another question.")
-        parser.add_argument("--subsets", type=int, default=40, help="Number of random subsets that are removed.")
-        parser.add_argument("--fraction", type=float, default=0.9, help="Share of the training examples that is left.")
-        parser.add_argument("--subsets_seed", type=int, default=0, help="Of the random subsets.")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="Replace an existing ground truth with other settings."
+        )
+        parser.add_argument("--subsets", type=int, default=40, help="Number of random subsets to remove.")
+        parser.add_argument("--fraction", type=float, default=0.9, help="Fraction of the training examples to keep.")
+        parser.add_argument("--subsets_seed", type=int, default=0, help="Seed of the random subsets.")
         parser.add_argument(
             "--removed",
             type=str | None,
             default=None,
-            help="In place of random subsets: a JSON file with a list of lists of training examples.",
+            help="JSON file with a list of lists of training example indices, instead of random subsets.",
         )
         parser.add_argument(
             "--seeds",
             type=int | list[int],
             default=32,
-            help="Trainings for each subset: a number of fresh seeds, or a list: --seeds=[103,107].",
+            help="Seeds of the trainings for each subset: a number of new seeds, or a list: --seeds=[103,107].",
         )
         parser.add_argument(
             "--baseline_seeds",
             type=int | list[int] | None,
             default=None,
-            help="Trainings on everything; the seeds of --seeds if not given.",
+            help="Seeds of the trainings on all examples; by default, those of --seeds.",
         )
         parser.add_argument(
             "--removal",
             type=Removal,
             default="drop",
-            help="drop: train without the examples. reweight: replay recorded runs, the examples' weights zero.",
+            help="How to remove: drop, train without the examples; reweight, replay recorded runs with the weights of "
+            "the examples set to zero.",
         )
         self.add_workers_to_parser(parser)
         self.add_stacked_to_parser(parser, default="auto")
@@ -80,24 +84,24 @@ class RetrainCLI(QuestionCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # type: ignore[override]
-        """Make a Trainer that leaves nothing behind: thousands of trainings would fill any log."""
+        """Create a Trainer that leaves nothing behind, as thousands of trainings would fill any log."""
         options = self.config.trainer
         callbacks = options.callbacks if isinstance(options.callbacks, list) else [options.callbacks]
         if not any("Checkpoint" in str(getattr(callback, "class_path", "")) for callback in callbacks):
             kwargs.setdefault("enable_checkpointing", False)
         if options.default_root_dir is None:
-            # callbacks may write all the same: each training has a place of its own for that
+            # callbacks may still write files: each training has its own directory for them
             name = run_name(int(os.environ.get("PL_GLOBAL_SEED", 0)))
             kwargs["default_root_dir"] = str(Path(self.config.output) / "logs" / f"{name}-{os.getpid()}")
         return super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
 
 
 class ConfiguredTraining:
-    """Makes module and Trainer of a configuration; other processes read it anew.
+    """Creates module and Trainer of a configuration; other processes read the configuration again.
 
     Args:
-        arguments: Of the command.
-        defaults: Of its options, where they are not the usual ones.
+        arguments: Arguments of the command.
+        defaults: Defaults of options that differ from the usual ones.
     """
 
     def __init__(self, arguments: Sequence[str], defaults: Mapping[str, Any]) -> None:
@@ -110,24 +114,24 @@ class ConfiguredTraining:
 
     @cached_property
     def cli(self) -> RetrainCLI:
-        """The configuration."""
+        """The parsed configuration."""
         return RetrainCLI(
             "retrain",
-            "Train a configuration without random subsets of its training examples, over many seeds, and measure: "
-            "ground truth for attributions. A second call does only what is missing.",
+            "Train a configuration without random subsets of its training examples, over many seeds, and measure the "
+            "models: ground truth for attributions. Another call runs only the missing trainings.",
             self._arguments,
             self._defaults,
             trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
         )
 
     def module(self) -> pl.LightningModule:
-        """Make the module, and everything else in the order of record, which draws the same random numbers."""
+        """Create the module, and everything else in the same order as ``record``, to draw the same random numbers."""
         self.cli.build()
         self._trainer = self.cli.trainer
         return self.cli.model
 
     def trainer(self) -> pl.Trainer:
-        """Return the Trainer that was made with the module."""
+        """Return the Trainer that was created with the module."""
         if self._trainer is None:
             self.module()
         trainer, self._trainer = self._trainer, None
@@ -136,7 +140,7 @@ class ConfiguredTraining:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Retrain and say what came of it.
+    """Retrain and print the result.
 
     Raises:
         SystemExit: With code 1 if trainings failed; the others are stored.
@@ -147,12 +151,12 @@ def run(arguments: Sequence[str]) -> None:
 def retrained(
     arguments: Sequence[str], subsets: Sequence[Sequence[int]] | None = None, defaults: Mapping[str, Any] | None = None
 ) -> GroundTruth:
-    """Retrain, say what came of it, and return it.
+    """Retrain, print the result and return it.
 
     Args:
-        arguments: Of the command.
-        subsets: In place of those that the arguments say.
-        defaults: Of options, where they are not the usual ones.
+        arguments: Arguments of the command.
+        subsets: Subsets to remove instead of those that the arguments specify.
+        defaults: Defaults of options that differ from the usual ones.
 
     Raises:
         SystemExit: With code 1 if trainings failed; the others are stored.
@@ -189,18 +193,20 @@ def retrained(
 
 
 def read_subsets(config: Any, examples: int) -> list[Any]:
-    """Return the subsets that are asked for.
+    """Return the subsets that the options specify.
 
     Args:
-        config: The command's options.
-        examples: N.
+        config: Options of the command.
+        examples: Number of training examples N.
 
     Raises:
-        RetrainingError: If the file cannot be read, or holds nothing of the kind.
+        RetrainingError: If the file cannot be read, or is not a list of lists.
     """
     if config.removed is None:
         return list(random_subsets(examples, config.subsets, config.fraction, config.subsets_seed))
     content = read_json_option("--removed", config.removed, RetrainingError)
     if not isinstance(content, list) or not all(isinstance(subset, list) for subset in content):
-        raise RetrainingError(f"--removed {config.removed} holds no list of lists of training examples.")
+        raise RetrainingError(
+            f"--removed {config.removed} is not a list of lists of training example indices, like [[3, 17], [4]]."
+        )
     return content

@@ -1,4 +1,4 @@
-"""``lightning-dtda suggest``: which examples to leave out."""
+"""``lightning-dtda suggest``: suggest examples to leave out."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_dtda.retraining import GroundTruth
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Suggest removals and print them; with ``--verify``, retrain without them and print what really changes.
+    """Suggest removals and print them; with ``--verify``, retrain without them and print the real change.
 
     Raises:
-        SystemExit: With code 1 if trainings failed, 2 if there are options that belong to ``--verify``.
+        SystemExit: With code 1 if trainings failed, 2 if an option is unknown or needs ``--verify``.
     """
     parser = ArgumentParser(
         prog="lightning-dtda suggest",
-        description="Suggest examples whose removal together serves a goal. With --verify, all other options are those "
-        "of lightning-dtda retrain.",
+        description="Suggest examples whose joint removal serves a goal. With --verify, all other options are those of "
+        "lightning-dtda retrain.",
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
     settings = parser.add_function_arguments(suggest_removals, as_group=False, skip={"attribution", "level", "runs"})
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> None:
     own, others = _split(arguments, ("attribution", "verify", "h", "help", *settings))
     options = parser.parse_args(own)
     if others and not options.verify:
-        parser.error(f"unrecognized: {' '.join(others)}. With --verify, these would be options of retrain")
+        parser.error(f"unrecognized: {' '.join(others)}. Options of retrain need --verify")
     attribution = Attribution.load(options.attribution)
     suggestion = suggest_removals(attribution, **{name: options[name] for name in settings})
     print_suggestion(suggestion)
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _split(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into this command's own options and those that retrain gets."""
+    """Split arguments into this command's own options and those for retrain."""
     own: list[str] = []
     others: list[str] = []
     into = own
@@ -61,7 +61,7 @@ def _split(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str],
 
 
 def _retrained(attribution: Attribution, suggestion: Suggestion, arguments: Sequence[str]) -> GroundTruth:
-    """Retrain without the suggested examples, and return what was measured of the attribution's queries."""
+    """Retrain without the suggested examples, and measure the attribution's queries."""
     question = {"queries.indices": list(attribution.queries), "measurement": attribution.measurement}
     truth = retrained(arguments, [sorted(suggestion.removed)], question)
     check_alignment(attribution, truth)
@@ -69,7 +69,7 @@ def _retrained(attribution: Attribution, suggestion: Suggestion, arguments: Sequ
 
 
 def print_verification(suggestion: Suggestion, found: Verification) -> None:
-    """Print what retraining shows beside what was predicted."""
+    """Print the change found by retraining next to the predicted change."""
     predicted = [float(each) for each in (suggestion.effects[-1], *suggestion.intervals[:, -1])]
     exponent = common_exponent([found.before, found.effect, found.low, found.high, *predicted])
 
@@ -79,26 +79,26 @@ def print_verification(suggestion: Suggestion, found: Verification) -> None:
 
     before = f"{number(found.before, exponent)} {unit(exponent)}".rstrip()
     Console(highlight=False).print(
-        f"Retrained {found.seeds} times without the {len(suggestion.removed)} examples, {found.baseline_seeds} times "
-        f"with them. The {escape(suggestion.quantity)} was {before} and changed by "
-        f"{interval(found.effect, found.low, found.high)}, {found.level:.0%} interval; predicted was "
+        f"Retrained {found.seeds} times without the {len(suggestion.removed)} examples and {found.baseline_seeds} "
+        f"times with them. The {escape(suggestion.quantity)} was {before} and changed by "
+        f"{interval(found.effect, found.low, found.high)}, {found.level:.0%} interval; the prediction was "
         f"{interval(*predicted)}."
     )
 
 
 def print_suggestion(suggestion: Suggestion) -> None:
-    """Print the removals in order, each with the effect of the set that it completes."""
+    """Print the removals in order, each with the effect of all removals up to it."""
     console = Console(highlight=False)
     if not suggestion.removals:
         console.print(
-            f"No removal is predicted to change the {escape(suggestion.quantity)} for the better, by more than its "
-            "uncertainty over runs. More runs, or less caution, may find some."
+            f"No removal is predicted to improve the {escape(suggestion.quantity)} by more than its uncertainty over "
+            "runs. More runs, or a lower --caution, may find some."
         )
         return
     ends = suggestion.intervals.flatten().tolist()
     exponent = common_exponent([suggestion.before, *suggestion.effects.tolist(), *ends])
     runs = f"{len(suggestion.evaluated_on)} runs " + (
-        "that had no say in the choice" if suggestion.held_out else "that the choice was made with: it is too good"
+        "not used for the choice" if suggestion.held_out else "also used for the choice, so the effects are optimistic"
     )
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     table.add_column("remove", justify="right")
@@ -110,8 +110,8 @@ def print_suggestion(suggestion: Suggestion) -> None:
         table.add_row(escape(str(row.removal)), str(row.examples), number(row.effect, exponent), interval)
     before = f"{number(suggestion.before, exponent)} {unit(exponent)}".rstrip()
     console.print(
-        f"Change of the {escape(suggestion.quantity)}, averaged over {len(suggestion.queries)} queries. As trained it "
-        f"is {before}. On {runs}."
+        f"Change of the {escape(suggestion.quantity)}, averaged over {len(suggestion.queries)} queries. As trained, it "
+        f"is {before}. Evaluated on {runs}."
     )
     console.print(table)
     console.print("These are predictions: retrain without the examples before you rely on them.", style="dim")

@@ -44,7 +44,7 @@ def test_seeds_are_recorded_skipped_when_complete_and_redone_when_not(record, ca
     write_json(manifest, read_json(manifest) | {"status": "recording"})
     before = (root / "seed-0000" / "manifest.json").stat().st_mtime_ns
     record("--seeds", "3")
-    assert "1 of 3 runs are complete already" in capsys.readouterr().out
+    assert "1 of 3 runs are already complete" in capsys.readouterr().out
     assert [run.name for run in Ensemble.open(root)] == ["seed-0000", "seed-0001", "seed-0002"]
     assert (root / "seed-0000" / "manifest.json").stat().st_mtime_ns == before
 
@@ -80,7 +80,7 @@ def test_stacked_seeds_are_the_same_runs(record, config, tmp_path, capsys):
     root = record("--seeds", "2")
     record("--seeds", "5", "--stacked", "true")
     output = capsys.readouterr().out
-    assert "2 of 5 runs are complete already" in output
+    assert "2 of 5 runs are already complete" in output
     assert "5 of 5 runs are complete in" in output
     trained = tmp_path / "trained"
     main(["record", "--config", str(config), "--ensemble", str(trained), "--seeds", "5"])
@@ -272,7 +272,7 @@ def test_several_dampings_are_answered_from_one_fit(record, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main([*arguments, *influence, "--dampings=[0.2,0.1]"])
-    assert "damping-0.1 holds an attribution" in " ".join(capsys.readouterr().err.split())
+    assert "damping-0.1 already holds an attribution" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "grid" / "damping-0.2").exists()
     with pytest.raises(SystemExit):
         main([*arguments, "--overwrite", "--dampings=[0.2]"])
@@ -367,11 +367,11 @@ def test_a_configuration_printed_can_be_used_again(config, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds=[1,1]"], "no set of seeds"),
+        (["--seeds=[1,1]"], "must give at least one seed"),
         (["--ckpt_path", "last"], "ckpt_path is set"),
         (
             ["--trainer.callbacks+=lightning_dtda.TrajectoryRecorder", "--trainer.callbacks.root=x", "--seeds", "1"],
-            "have a TrajectoryRecorder",
+            "contains a TrajectoryRecorder",
         ),
     ],
     ids=["seeds", "ckpt_path", "recorder"],

@@ -182,7 +182,7 @@ def test_other_data_than_those_of_the_runs_are_refused(runs):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Give --config, the configuration that is to be trained, or --runs"),
+        ([], "Give --config, the configuration to train, or --runs"),
         (["--steps", "5", "--epochs", "2"], "Leave one of them out"),
         (["--seeds", "0"], "runs=0 must be a positive integer"),
         (["--trainer.devices", "2"], "Set trainer.devices to 1"),

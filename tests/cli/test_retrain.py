@@ -81,7 +81,7 @@ def test_recorded_runs_are_trained_again_and_reweighted(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[3, 4]", "holds no list of lists"), ("nonsense", "cannot be read"), ("[[1], []]", "Subset 1 is empty")],
+    [("[3, 4]", "is not a list of lists"), ("nonsense", "cannot be read"), ("[[1], []]", "Subset 1 is empty")],
 )
 def test_subsets_that_cannot_be_removed_are_refused_in_words(config, tmp_path, capsys, content, message):
     removed = tmp_path / "removed.json"
