@@ -11,8 +11,8 @@ class ConcreteData(pl.LightningDataModule):
     """The table's eight inputs and the strength, standardised; a tenth of the rows is for validation.
 
     Args:
-        path: The table as text: 1,030 rows, nine columns, the last one the strength in MPa.
-        batch_size: Examples in a batch.
+        path: Path of the table as text: 1,030 rows and nine columns, the last of which is the strength in MPa.
+        batch_size: Number of examples in a batch.
     """
 
     def __init__(self, path: str, batch_size: int = 32) -> None:
@@ -21,7 +21,7 @@ class ConcreteData(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        """Load, shuffle and split the rows; always alike, whatever the seed."""
+        """Load, shuffle and split the rows, in the same way for every seed."""
         rows = torch.as_tensor(np.loadtxt(self.path), dtype=torch.float32)
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
         train, validation = rows[: len(rows) * 9 // 10], rows[len(rows) * 9 // 10 :]
@@ -31,11 +31,11 @@ class ConcreteData(pl.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches of equal size."""
+        """Return shuffled batches of equal size."""
         return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        """All of the validation set."""
+        """Return the whole validation set as one batch."""
         return DataLoader(self.validation, len(self.validation))
 
 
@@ -43,8 +43,8 @@ class ConcreteRegressor(pl.LightningModule):
     """An 8-64-64-1 ReLU network, squared error, SGD with a cosine schedule.
 
     Args:
-        width: Units in a hidden layer.
-        learning_rate: Of the first step.
+        width: Number of units in a hidden layer.
+        learning_rate: Learning rate of the first step.
     """
 
     def __init__(self, width: int = 64, learning_rate: float = 0.05) -> None:
@@ -59,7 +59,7 @@ class ConcreteRegressor(pl.LightningModule):
         return self.network(inputs).squeeze(-1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Mean squared error."""
+        """Return the mean squared error."""
         loss = nn.functional.mse_loss(self(batch[0]), batch[1])
         self.log("train_loss", loss)
         return loss
@@ -69,7 +69,7 @@ class ConcreteRegressor(pl.LightningModule):
         self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]))
 
     def configure_optimizers(self):
-        """SGD whose learning rate falls to zero over the training."""
+        """Return SGD with a learning rate that falls to zero over the training."""
         optimizer = torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,14 +1,14 @@
-"""Are predicted distributions like those of retraining? Looked at, and counted.
+"""Do predicted distributions resemble those of retraining? A figure, and counts.
 
     python -m examples.concrete.distributions --data concrete.txt --output evaluation
 
-For each of 20 queries, the ten training rows are removed together that are predicted to change its distribution most,
-and 192 seeds are trained without them. Writes ``distributions.html``: measured on all data, predicted and retrained
-distributions of the queries that change most, and whether retrained ones are closer to the prediction than to what was
-measured on all data (paper, figure 2). Prints for how many queries they are, also for the random removals of
-``examples.concrete.evaluation``, if their truth is in the output directory.
+For each of 20 queries, the ten training rows that are predicted to change its distribution most are removed together,
+and 192 seeds are trained without them. Writes ``distributions.html``: distributions measured on all data, predicted and
+retrained, for the queries that change most, and whether the retrained ones are closer to the prediction than to those
+measured on all data (paper, figure 2). Prints for how many queries they are closer, also for the random removals of
+``examples.concrete.evaluation`` if their truth is in the output directory.
 
-Runs, predictions and trainings stay in the output directory; a second call goes on where the first stopped.
+Runs, predictions and trainings are kept in the output directory; another call continues where the first one stopped.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COLOURS = {"all data": "#969696", "predicted": "#e6550d", "retrained": "#08519c"
 
 
 class Distances(NamedTuple):
-    """How far retrained distributions are from two others ``(removals, queries)``."""
+    """Distances of retrained distributions from two others ``(removals, queries)``."""
 
     from_baseline: Tensor
     from_prediction: Tensor
@@ -60,10 +60,10 @@ def print_counts(what: str, attribution: Attribution, truth: GroundTruth, own: b
     """Print for how many queries the prediction is closer.
 
     Args:
-        what: The removals.
-        attribution: What predicts.
-        truth: What retraining measured.
-        own: Whether removal k was chosen for query k, and counts only there.
+        what: Description of the removals.
+        attribution: Attribution with the predictions.
+        truth: Ground truth from retraining.
+        own: Whether removal k was chosen for query k and counts only there.
     """
     for difference in (Mean(), Wasserstein()):
         closer = distances(attribution, truth, difference).closer
@@ -75,7 +75,7 @@ def print_counts(what: str, attribution: Attribution, truth: GroundTruth, own: b
 
 
 def draw(attribution: Attribution, truth: GroundTruth) -> go.Figure:
-    """Draw the distributions of the queries that are predicted to change most, and all queries' distances."""
+    """Draw the distributions of the queries that are predicted to change most, and the distances of all queries."""
     deviation = truth.baseline.double().std(0)
     predicted = torch.stack([attribution.predict(list(removed)) for removed in truth.removed])
     of_own = distances(attribution, truth, Wasserstein())
@@ -122,7 +122,7 @@ def draw(attribution: Attribution, truth: GroundTruth) -> go.Figure:
 
 
 def main() -> None:
-    """Record, attribute, remove what matters, retrain, compare."""
+    """Record, attribute, remove the most influential rows, retrain, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the table as text")
     parser.add_argument("--output", required=True, type=Path, help="a directory for runs, truth and attributions")
@@ -137,7 +137,7 @@ def main() -> None:
         answer(ensemble[:runs], data, UnrolledDifferentiation(), options.output / "attributions" / f"unrolled-{runs}")
         for runs in RUNS
     ]
-    # by the most runs, whose prediction is then drawn; the other's is counted on the same removals
+    # chosen by the attribution with the most runs, which is also drawn; the other is counted on the same removals
     truth = retrain(
         ConcreteRegressor,
         data,

@@ -1,13 +1,13 @@
-"""Predictions against thousands of retrainings: which estimator orders removals as retraining does, and how surely?
+"""Predictions against thousands of retrainings: which estimators order removals like retraining, with what certainty?
 
     python -m examples.concrete.evaluation --data concrete.txt --output evaluation
 
-The paper's regression task. 40 random tenths of the training rows are removed, 192 seeds are trained without each and
-256 on everything ("drop": the rows are gone, seeds and orders are new). Each estimator predicts the same from 20 and
-from 64 recorded runs. Writes ``scores.json`` and ``scores.html``, and prints the table, and whether 20 runs predict
-retraining better than half of the retrainings do.
+The regression task of the paper. For each of 40 random tenths of the training rows, 192 seeds are trained without it,
+and 256 seeds are trained on everything ("drop": the rows are deleted, seeds and orders are new). Each estimator
+predicts these retrainings from 20 and from 64 recorded runs. Writes ``scores.json`` and ``scores.html``, and prints the
+scores and whether recorded runs predict retraining better than half of the retrainings do.
 
-A second call goes on where the first stopped. The retrainings take some twenty minutes on one core.
+Another call continues where the first one stopped. The retrainings take about twenty minutes on one core.
 """
 
 import argparse
@@ -60,7 +60,7 @@ COLOURS = ("#9ecae1", "#08519c")
 
 
 def make_trainer(**settings) -> pl.Trainer:
-    """Make a Trainer that trains and does nothing else."""
+    """Create a Trainer that only trains."""
     return pl.Trainer(
         max_steps=STEPS,
         accelerator="cpu",
@@ -74,7 +74,7 @@ def make_trainer(**settings) -> pl.Trainer:
 
 
 def record(data: ConcreteData, root: Path, runs: int) -> Ensemble:
-    """Record the runs that are not recorded yet, with the seeds from 0 on."""
+    """Record the missing runs, with seeds starting from 0."""
     for seed in range(runs):
         path = root / f"seed-{seed:04d}"
         if not (path / "manifest.json").exists() or not Run(path).complete:
@@ -84,7 +84,7 @@ def record(data: ConcreteData, root: Path, runs: int) -> Ensemble:
 
 
 def answer(ensemble: Ensemble, data: ConcreteData, estimator: Estimator | None, output: Path) -> Attribution:
-    """Attribute the predictions at the first validation rows; without an estimator, by chance."""
+    """Attribute the predictions on the first validation rows; without an estimator, return random responses."""
     if estimator is None:
         known = Attribution.load(output)
         generator = torch.Generator().manual_seed(0)
@@ -110,9 +110,9 @@ def against_retraining(attribution: Attribution, truth: GroundTruth, difference:
     """Compare recorded runs with half of the retrainings as predictors of the other half.
 
     Returns:
-        The score of the runs less that of a half, and the limits of its interval of 95 %: removals, queries and runs
-        are drawn again, and the retrainings are halved again; the deviations of these differences from their mean are
-        taken for those of the difference from what it is on average.
+        The score of the runs minus that of half of the retrainings, and the limits of its 95 % interval. Removals,
+        queries and runs are resampled, and the retrainings are halved again; the deviations of these differences from
+        their mean are taken for the deviation of the difference from its expectation.
     """
     generator = torch.Generator().manual_seed(0)
     taken = resolve_difference(difference)
@@ -145,7 +145,7 @@ def against_retraining(attribution: Attribution, truth: GroundTruth, difference:
 
 
 def draw(evaluations: dict[str, dict[int, Evaluation]]) -> go.Figure:
-    """Draw the scores with their intervals, a panel for each difference, and the noise ceiling as a line."""
+    """Draw the scores with their intervals, one panel per difference, and the noise ceiling as a line."""
     names = list(evaluations)[::-1]
     differences = PAPERS
     figure = make_subplots(1, 3, subplot_titles=differences, shared_yaxes=True, horizontal_spacing=0.03)
@@ -194,7 +194,7 @@ def main() -> None:
         data,
         trainer=make_trainer,
         subsets=random_subsets(len(data.train), SUBSETS, KEPT),
-        # the recorded seeds' noise would be in both truth and prediction
+        # not the recorded seeds, whose noise would be in both truth and prediction
         seeds=range(1000, 1000 + SEEDS),
         baseline_seeds=range(1000, 1000 + BASELINE_SEEDS),
         queries=Subset(data.validation, range(QUERIES)),
@@ -212,7 +212,7 @@ def main() -> None:
                 for difference in PAPERS:
                     gain, low, high = against_retraining(attribution, truth, difference)
                     print(
-                        f"{runs} runs less {SEEDS // 2} retrainings of each subset, as predictors of the others: "
+                        f"{runs} runs minus {SEEDS // 2} retrainings of each subset, as predictors of the others: "
                         f"{difference} {gain:+.3f} [{low:+.3f}, {high:+.3f}]"
                     )
     for runs in RUNS:

@@ -1,15 +1,15 @@
-"""Leave one out, many times: is it broken, or just noisy?
+"""Leave one out, many times: is leave-one-out broken, or just noisy?
 
     python -m examples.concrete.leave_one_out --data concrete.txt --output evaluation
 
-Single examples move a prediction by little next to what a new seed does, so that one retraining, or ten, show nothing.
-24 training rows, from the most to the least influential, are each left out; the power analysis says how many
-retrainings would show what is predicted for them, and as many are trained as ``--most`` allows. Writes
-``leave_one_out.json`` and ``leave_one_out.html``: predicted against real shifts of the mean, and their correlation
-against the number of retrainings, with the best that this number allows (paper, figure 8).
+A single example moves a prediction by little compared with a new seed, so one retraining, or ten, show nothing. Each of
+24 training rows, from the most to the least influential, is left out. A power analysis gives the number of retrainings
+that would show the predicted effects, and that number is trained, up to ``--most``. Writes ``leave_one_out.json`` and
+``leave_one_out.html``: predicted and real shifts of the mean, and their correlation against the number of retrainings,
+with the best correlation that this number allows (paper, figure 8).
 
-Runs, predictions and trainings stay in the output directory, which may be that of ``examples.concrete.evaluation``; a
-second call goes on where the first stopped.
+Runs, predictions and trainings are kept in the output directory, which may be that of ``examples.concrete.evaluation``;
+another call continues where the first one stopped.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from lightning_dtda.evaluation import LeaveOneOutCorrelation
 
 ROWS, FIRST_SEED = 24, 2000
 BASELINE = 2
-"""Trainings on everything for each training without a row: their noise is in the shifts of all rows."""
+"""Number of trainings on everything per training without a row: their noise is in the shifts of all rows."""
 
 
 class Shifts(NamedTuple):
@@ -40,25 +40,25 @@ class Shifts(NamedTuple):
     predicted: Tensor
     real: Tensor
     error: Tensor
-    """Standard error of the real ones."""
+    """Standard error of the real shifts."""
 
 
 def over_the_range(attribution: Attribution, rows: int) -> list[int]:
-    """Choose training rows from the most influential to the least, evenly on the logarithm of their rank.
+    """Choose training rows from the most to the least influential, evenly spaced on the logarithm of their rank.
 
-    What is ranked is the root mean square over queries of the influence on the mean, each query in standard deviations.
+    Rows are ranked by the root mean square, over queries, of their influence on the mean in standard deviations.
     """
     of_queries = attribution.influence("mean") / attribution.baseline.double().std(0)[:, None]
     order = of_queries.square().mean(0).argsort(descending=True)
     ranks = (
         torch.logspace(0, torch.tensor(len(order)).log10(), 4 * rows, dtype=torch.float64).round().long().unique() - 1
     )
-    # unique ranks thin out the strong end: take evenly of what is left
+    # unique ranks thin out the strong end: take the remaining ones evenly
     return order[ranks[torch.linspace(0, len(ranks) - 1, rows).round().long()]].tolist()
 
 
 def shifts(attribution: Attribution, truth: GroundTruth) -> Shifts:
-    """Return predicted and real shifts of the mean, and how well the real ones are known."""
+    """Return predicted and real shifts of the mean, with the standard error of the real ones."""
     deviation = truth.baseline.double().std(0)[:, None]
     rows = [row for (row,) in truth.removed]
     of_rows = truth.measurements.double().var(1).T / len(truth.seeds)
@@ -71,7 +71,7 @@ def shifts(attribution: Attribution, truth: GroundTruth) -> Shifts:
 
 
 def correlation(attribution: Attribution, truth: GroundTruth, seeds: int, kind: str, replicates: int = 0) -> dict:
-    """Correlate predicted and real shifts, from the first of the seeds only."""
+    """Correlate predicted and real shifts, using only the first seeds."""
     metric = LeaveOneOutCorrelation("mean", kind, replicates=replicates)
     predicted = torch.stack([attribution.predict(list(rows)) for rows in truth.removed])
     metric.update(predicted, attribution.baseline, truth.measurements[:, :seeds], truth.baseline[: BASELINE * seeds])
@@ -79,7 +79,7 @@ def correlation(attribution: Attribution, truth: GroundTruth, seeds: int, kind: 
 
 
 def scaled(shift: Tensor) -> Tensor:
-    """Return where a shift is drawn: at its square root, with its sign."""
+    """Return the position at which a shift is drawn: its square root, with its sign."""
     return shift.sign() * shift.abs().sqrt()
 
 
@@ -87,7 +87,7 @@ def draw(found: Shifts, seeds: int, curves: dict[str, list[dict]], numbers: list
     """Draw predicted against real shifts, and the correlation against the number of retrainings."""
     titles = (f"{seeds} retrainings without each row", "fewer retrainings")
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.11)
-    # small shifts are most of them, and lie at the origin on a linear scale
+    # most shifts are small and would lie at the origin on a linear scale
     ticks = [sign * size for size in (2, 1, 0.5, 0.1) for sign in (-1, 1)] + [0]
     scale = {"tickvals": scaled(torch.tensor(ticks)).tolist(), "ticktext": [f"{tick:g}" for tick in ticks]}
     limit = 1.05 * float(scaled(torch.stack([found.predicted, found.real])).abs().max())
@@ -95,7 +95,7 @@ def draw(found: Shifts, seeds: int, curves: dict[str, list[dict]], numbers: list
     figure.add_scatter(x=[-limit, limit], y=[-limit, limit], mode="lines", line=line, showlegend=False, row=1, col=1)
     shown = found.real.abs() > 1.96 * found.error
     below, above = found.real - 1.96 * found.error, found.real + 1.96 * found.error
-    for which, name, colour in ((~shown, "not told from zero", "#bdbdbd"), (shown, "told from zero", "#08519c")):
+    for which, name, colour in ((~shown, "not significant", "#bdbdbd"), (shown, "significant", "#08519c")):
         figure.add_scatter(
             x=scaled(found.predicted[which]).tolist(),
             y=scaled(found.real[which]).tolist(),
@@ -104,7 +104,7 @@ def draw(found: Shifts, seeds: int, curves: dict[str, list[dict]], numbers: list
                 "arrayminus": (scaled(found.real) - scaled(below))[which].tolist(),
                 "thickness": 0.7,
                 "width": 0,
-                "visible": name == "told from zero",
+                "visible": name == "significant",
             },
             mode="markers",
             marker={"color": colour, "size": 5},
@@ -136,11 +136,11 @@ def draw(found: Shifts, seeds: int, curves: dict[str, list[dict]], numbers: list
 
 
 def main() -> None:
-    """Record, attribute, ask how many retrainings it takes, retrain, compare."""
+    """Record, attribute, compute the number of retrainings needed, retrain, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the table as text")
     parser.add_argument("--output", required=True, type=Path, help="a directory for runs, truth and attributions")
-    parser.add_argument("--most", type=int, default=3200, help="retrainings without a row that there is time for")
+    parser.add_argument("--most", type=int, default=3200, help="maximum number of retrainings without each row")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -152,10 +152,10 @@ def main() -> None:
     attribution = answer(ensemble, data, UnrolledDifferentiation(), path)
     rows = over_the_range(attribution, ROWS)
     needed = attribution.retrainings_needed()[:, rows]
-    # of each row, to show its effect on the query that shows it best
+    # for each row, to show its effect on the query that shows it best
     asked = needed.amin(0)
     seeds = int(asked.max().clamp(max=options.most))
-    print(f"Retrainings that the power analysis asks for, by row: {asked.long().tolist()}; {seeds} are made of each.")
+    print(f"Retrainings needed for each row, by power analysis: {asked.long().tolist()}; running {seeds} for each.")
     truth = retrain(
         ConcreteRegressor,
         data,

@@ -1,7 +1,7 @@
-"""Unrolled differentiation comes to influence functions as training goes on, the closer the smaller the steps.
+"""Unrolled differentiation converges to influence functions as training goes on, more closely with smaller steps.
 
-Theorem 2 of Mlodozeniec et al. (arXiv 2506.12965), on UCI Concrete: trainings of equal length in training time, which
-is the sum of the learning rates, with large, middling and small steps.
+Theorem 2 of Mlodozeniec et al. (arXiv 2506.12965), on UCI Concrete: trainings with large, medium and small steps, of
+equal training time (the sum of the learning rates).
 
     python -m examples.convergence_to_influence_functions.convergence --data concrete.txt --output convergence
 """
@@ -24,13 +24,13 @@ from lightning_dtda.estimators import GaussNewton
 from lightning_dtda.estimators.null_space import range_share
 
 TIME = 37.5
-"""The sum of the learning rates of each training."""
+"""Sum of the learning rates of each training."""
 
 RATES = (0.05, 0.02, 0.01)
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 MOMENTS = (0.1, 0.25, 0.5, 1.0)
-"""When to compare, as shares of the steps. What is unrolled costs as many steps as lie before."""
+"""Points at which to compare, as shares of the steps. Unrolling costs one backward step per step before the point."""
 
 COLOURS = ("#d62728", "#ff7f0e", "#1f77b4")
 
@@ -39,16 +39,16 @@ class ConstantRate(ConcreteRegressor):
     """The same network without a schedule."""
 
     def configure_optimizers(self):
-        """SGD whose learning rate stays what it is."""
+        """Return SGD with a constant learning rate."""
         return torch.optim.SGD(self.parameters(), lr=self.hparams.learning_rate)
 
 
-# with the mean of the learning rate over a training, as a share of the first
+# module, and mean learning rate over a training as a share of the first
 SCHEDULES = {"cosine": (ConcreteRegressor, 0.5), "constant": (ConstantRate, 1.0)}
 
 
 def record(root, data, module, steps, seeds):
-    """Record the runs that are not recorded yet."""
+    """Record the missing runs."""
     for seed in range(seeds):
         path = root / f"seed-{seed:04d}"
         if (path / "manifest.json").exists() and Run(path).complete:
@@ -70,12 +70,12 @@ def record(root, data, module, steps, seeds):
 
 
 def correlation(a, b):
-    """Pearson's, over queries and examples."""
+    """Return Pearson's correlation over queries and examples."""
     return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]).double())[0, 1].item()
 
 
 def compare(ensemble, data, queries, step, output):
-    """Return a row for each damping: how influence functions at a step correlate with unrolled differentiation."""
+    """Yield a row for each damping: correlations of influence functions with unrolled differentiation at a step."""
 
     def responses(estimator, name):
         return attribute(
@@ -109,12 +109,12 @@ def compare(ensemble, data, queries, step, output):
 
 
 def draw(rows):
-    """Draw the correlations at the damping that is best for each rate and moment, and the range share."""
+    """Draw the correlations at the best damping for each learning rate and point in time, and the range share."""
     titles = ("seed averages", "single runs", "range share of the measurement's gradient")
     figure = make_subplots(1, 3, subplot_titles=titles)
     for rate, colour in zip(RATES, COLOURS, strict=True):
         if not any(row["learning rate"] == rate for row in rows):
-            continue  # not there yet
+            continue  # not measured yet
         for column, name in enumerate(("seed averages", "single runs", "range share"), 1):
             best = {}
             for row in rows:
@@ -156,7 +156,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="the table as text: 1,030 rows, nine columns")
     parser.add_argument("--output", type=Path, default=Path("convergence"))
-    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="of the learning rate")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="schedule of the learning rate")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--queries", type=int, default=10)
     options = parser.parse_args()
