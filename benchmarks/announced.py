@@ -1,10 +1,10 @@
-"""What ``plan`` announces against what recording and attributing really take.
+"""Costs announced by ``plan`` against the real costs of recording and attributing.
 
     OMP_NUM_THREADS=1 python -m benchmarks.announced --nets demo cnn gpt
 
-The network of ``lightning-dtda demo``, and the CNN and the GPT of ``influence_of_nets.py``. ``plan`` trains ten steps
-at the least; then the runs are recorded, and each estimator answers in a process of its own. Times are CPU seconds on
-one thread, on both sides. Memory is the peak of the process's own (``RssAnon``) over what it was before the call.
+Uses the network of ``lightning-dtda demo``, and the CNN and the GPT of ``influence_of_nets.py``. ``plan`` trains at
+least ten steps; then the runs are recorded, and each estimator runs in a separate process. Times are CPU seconds on one
+thread in both cases. Memory is the peak of the process's private memory (``RssAnon``) above its value before the call.
 """
 
 import argparse
@@ -31,7 +31,7 @@ EPOCHS = {"demo": 50, **nets.EPOCHS}
 
 
 def estimators(net: str) -> list[Estimator]:
-    """Return what is measured of a net: solutions by conjugate gradients take too long for the larger ones."""
+    """Return the estimators to measure for a net; conjugate gradients take too long for the larger nets."""
     some: list[Estimator] = [UnrolledDifferentiation(), InfluenceFunctions(EKFAC()), InfluenceFunctions(Identity())]
     return [*some, TracIn(), InfluenceFunctions(GaussNewton())] if net == "demo" else some
 
@@ -54,7 +54,7 @@ def trainer(net: str, *callbacks: pl.Callback) -> pl.Trainer:
 
 
 def quiet() -> None:
-    """Count CPU seconds, on one thread, and say nothing."""
+    """Use one thread, count CPU seconds, and silence logs."""
     time.perf_counter = time.process_time
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -98,7 +98,7 @@ def attributed(net: str, number: int, queries: int, root: Path, results: Any) ->
 
 
 def alone(function: Any, *arguments: Any) -> Any:
-    """Call a function in a process of its own."""
+    """Call a function in a separate process."""
     context = get_context("spawn")
     results = context.Queue()
     process = context.Process(target=function, args=(*arguments, results))

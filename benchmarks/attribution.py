@@ -1,10 +1,10 @@
-"""What attribution costs, next to the recording it explains: UCI Concrete, 20 runs x 20 queries x 927 examples.
+"""Cost of attribution compared with that of recording: UCI Concrete, 20 runs x 20 queries x 927 examples.
 
     python benchmarks/attribution.py --data concrete.txt
 
-Records the runs of ``examples/concrete``, then attributes them, in one process and with the same number of threads;
-prints both wall and CPU times and their ratios. Both include everything but the imports: making modules and data,
-writing files, planning, reading files.
+Records the runs of ``examples/concrete``, then attributes them, in one process and with the same number of threads.
+Prints wall and CPU times of both, and their ratios. The times include everything except imports: creating modules and
+data, writing files, planning, reading files.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     ensemble, output = str(root / "concrete"), str(root / "attribution")
 
     record = ["record", "--config", str(EXAMPLE / "config.yaml"), "--data.path", options.data]
-    # imports and caches, so that neither side pays for them
+    # imports and caches, so neither side pays for them
     run_command([*record, "--ensemble", str(root / "warm-up"), "--seeds", "1", "--trainer.max_steps", "20"])
     recording = clocked(lambda: run_command([*record, "--ensemble", ensemble, "--seeds", str(options.seeds)]))
     question = ["--measurement", "prediction", f"--queries.indices={list(range(options.queries))}"]

@@ -1,14 +1,14 @@
-"""How well do predictions rank removals where some trainings are chaotic? MNIST, a small network, AdamW.
+"""How well do predictions rank removals if some trainings are chaotic? MNIST, a small network, AdamW.
 
     python benchmarks/chaotic_runs.py --data mnist10k --directory runs/mnist
 
-The data directory has MNIST's test images and labels in gzipped idx files. On the first 2,000 of them, 20 runs are
-recorded and attributed, exactly and with a horizon, for the margin on 20 others; and networks are retrained without
-each of 30 random fifths of the data, 96 times each, from other seeds and in other orders. The figure is the linear
-datamodeling score (Park et al., arXiv 2303.14186): Spearman's correlation over removals of predicted and real mean,
-averaged over queries. Everything is kept in the directory; a second call goes on.
+The data directory contains MNIST's test images and labels as gzipped idx files. On the first 2,000 of them, 20 runs are
+recorded and attributed, exactly and with a horizon, for the margin on 20 others. Networks are retrained without each of
+30 random fifths of the data, 96 times each, with other seeds and orders. The figure is the linear datamodeling score
+(Park et al., arXiv 2303.14186): Spearman's correlation over removals between predicted and real mean, averaged over
+queries. Everything is kept in the directory; another call continues.
 
-Retraining is in plain PyTorch, many seeds at a time, and knows nothing of lightning_dtda.
+Retraining is in plain PyTorch, many seeds at a time, and does not use lightning_dtda.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def retrain(images, labels, kept, queries, first_seed):
 
 
 def truth(images, labels, removals, queries, directory):
-    """Margins after retraining without each removal ``(removals, retrainings, queries)``, kept as they come."""
+    """Return margins after retraining without each removal ``(removals, retrainings, queries)``, stored one by one."""
     path = directory / "retrained.pt"
     done = torch.load(path, weights_only=True) if path.exists() else []
     for number in range(len(done), len(removals)):
@@ -110,7 +110,7 @@ def truth(images, labels, removals, queries, directory):
 
 
 def record(data, directory):
-    """Record the runs that are not there yet."""
+    """Record the missing runs."""
     for seed in range(RUNS):
         if not (directory / "runs" / f"seed-{seed:04d}").exists():
             pl.seed_everything(seed, verbose=False)

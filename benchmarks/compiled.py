@@ -1,12 +1,12 @@
-"""What compiling saves: the derivatives of one step, next to the step itself, as they are and compiled.
+"""Savings by compiling: cost of the derivatives of one step relative to the step itself, plain and compiled.
 
     python -m benchmarks.compiled --nets vit gpt
     python -m benchmarks.compiled --nets vit --device cuda
 
-For the networks of ``modules.py``, batches of 64: one run with one and with several queries, one after another, and a
-few runs and queries stacked. In units of a bare training step (forward and backward, no optimizer), the fastest of some
-calls; CPU seconds on one thread, or on a GPU those of the wall with its work waited for. Compiling is timed by the
-wall, from an empty cache.
+For the networks of ``modules.py`` with batches of 64: one run with one query and with several, one after another, and a
+few runs and queries stacked. Figures are in units of a bare training step (forward and backward, no optimizer), for the
+fastest of several calls, in CPU seconds on one thread, or on a GPU in wall-clock seconds after synchronization.
+Compiling is timed by the wall clock, from an empty cache.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BATCH, STEPS, CALLS = 64, 4, 5
 
 
 def fastest(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of some calls, after a first one."""
+    """Return the seconds of the fastest of several calls, after a first one."""
     function()
     times = []
     for _ in range(CALLS):
@@ -50,7 +50,7 @@ def fastest(function: Callable[[], object], device: torch.device) -> float:
 
 
 def step_of(replay: Replay, queries: int) -> Callable[[], object]:
-    """Return what computes the derivatives of the first step for some queries."""
+    """Return a function that computes the derivatives of the first step for some queries."""
     point, buffers = replay.point(0), replay.buffers(0)
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(len(replay.runs), queries, replay.layout.size, generator=generator).to(point.theta)

@@ -2,14 +2,14 @@
 
     python -m benchmarks.concrete_truth --data concrete.txt --runs runs/concrete --truth concrete_truth.safetensors
 
-Records the runs that are not there yet, with the Trainer; then trains networks without each of 40 random tenths of the
-training rows (removal by "drop": the rows are gone, seeds and orders are new), 192 times each, and 256 times with all
-rows, and keeps the predictions at 20 validation rows. Seven minutes on one core; the file is written after every
-removal, and a second call goes on.
+Records the missing runs with the Trainer. Then trains networks without each of 40 random tenths of the training rows
+(removal by "drop": the rows are deleted, seeds and orders are new), 192 times each, and 256 times with all rows, and
+stores the predictions on 20 validation rows. This takes seven minutes on one core; the file is written after every
+removal, and another call continues.
 
-Retraining is in plain PyTorch, many seeds at a time by batched matrix products with a backward pass written out, and
-knows nothing of lightning_dtda. Before it is used, it trains the recorded runs again, from their initial parameters and
-batch orders, and must arrive at the Trainer's parameters.
+Retraining is in plain PyTorch, many seeds at a time by batched matrix products with a hand-written backward pass, and
+does not use lightning_dtda. Before it is used, it trains the recorded runs again from their initial parameters and
+batch orders, and must reproduce the Trainer's parameters.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def concrete(path: str) -> ConcreteData:
 
 
 def record(data: str, directory: Path) -> Ensemble:
-    """Record the runs that are not there yet."""
+    """Record the missing runs."""
     for seed in range(RUNS):
         if not (directory / f"seed-{seed:04d}").exists():
             pl.seed_everything(seed, verbose=False)
@@ -62,7 +62,7 @@ def record(data: str, directory: Path) -> Ensemble:
 
 
 def removals(rows: int) -> list[Tensor]:
-    """Return the random tenths, each ``(round(0.1 rows),)``, always the same ones."""
+    """Return the random tenths, each ``(round(0.1 rows),)``, which are the same in every call."""
     generator = torch.Generator().manual_seed(123)
     return [torch.randperm(rows, generator=generator)[: round(SHARE * rows)] for _ in range(REMOVALS)]
 
@@ -71,9 +71,9 @@ def train(parameters: list[Tensor], inputs: Tensor, targets: Tensor, batches: Te
     """Train S networks in place, by SGD on the mean squared error.
 
     Args:
-        parameters: Weights ``(S, in, out)`` and biases ``(S, 1, out)``, by turns.
-        inputs: ``(N, 8)``.
-        targets: ``(N,)``.
+        parameters: Weights ``(S, in, out)`` and biases ``(S, 1, out)``, alternating.
+        inputs: Inputs ``(N, 8)``.
+        targets: Targets ``(N,)``.
         batches: Rows of each network and step ``(S, T, B)``.
         rates: Learning rates of the T steps.
     """
@@ -83,7 +83,7 @@ def train(parameters: list[Tensor], inputs: Tensor, targets: Tensor, batches: Te
         x, y = inputs[rows], targets[rows][..., None]
         one = torch.baddbmm(first_bias, x, first).relu_()
         two = torch.baddbmm(second_bias, one, second).relu_()
-        # the gradients of the loss by the outputs of the layers, from the last to the first
+        # gradients of the loss with respect to the layers' outputs, from the last layer to the first
         of_three = torch.baddbmm(third_bias, two, third).sub_(y).mul_(2 / y.shape[1])
         of_two = torch.bmm(of_three, third.mT).mul_(two > 0)
         of_one = torch.bmm(of_two, second.mT).mul_(one > 0)
@@ -110,11 +110,11 @@ def cosine() -> list[float]:
 
 
 def check(ensemble: Ensemble, data: ConcreteData) -> str:
-    """Train the recorded runs again and compare with the Trainer's parameters; return the deviations in words.
+    """Train the recorded runs again and compare with the Trainer's parameters; return the deviations as text.
 
-    Rounding may put an input on the other side of a ReLU's kink. From there on two trainings differ by more than
-    rounding, so that not every run can be held to TOLERANCE: all of them are over the first steps, and half of them
-    to the end.
+    Rounding may put an input on the other side of a ReLU's kink. From there on, two trainings differ by more than
+    rounding, so not every run can meet TOLERANCE to the end: all of them must over the first steps, and half of them to
+    the end.
     """
 
     def stacked(step: int) -> list[Tensor]:
@@ -153,7 +153,7 @@ def retrain(data: ConcreteData, kept: Tensor, networks: int, seed: int) -> Tenso
         ]
     per_epoch = len(kept) // BATCH
     epochs = [
-        # as a DataLoader with drop_last shuffles, for each network on its own
+        # shuffled separately for each network, like a DataLoader with drop_last
         kept[torch.rand(networks, len(kept), generator=generator).argsort(1)[:, : per_epoch * BATCH]]
         for _ in range(-(-STEPS // per_epoch))
     ]
@@ -163,7 +163,7 @@ def retrain(data: ConcreteData, kept: Tensor, networks: int, seed: int) -> Tenso
 
 
 def load(path: Path) -> dict[str, Tensor]:
-    """Return what is in a truth file: ``baseline``, ``removed`` and ``measurements``; nothing if there is no file."""
+    """Return the content of a truth file, ``baseline``, ``removed`` and ``measurements``; empty if there is no file."""
     if not path.exists():
         return {}
     with safe_open(path, "pt") as file:
@@ -172,13 +172,13 @@ def load(path: Path) -> dict[str, Tensor]:
 
 
 def metadata() -> dict[str, str]:
-    """Return what the retrained measurements depend on."""
+    """Return the settings that the retrained measurements depend on."""
     names = ("STEPS", "BATCH", "RATE", "WIDTH", "QUERIES", "REMOVALS", "SHARE", "RETRAININGS", "BASELINE")
     return {name.lower(): str(globals()[name]) for name in names} | {"removal": "drop"}
 
 
 def truth(data: ConcreteData, path: Path) -> dict[str, Tensor]:
-    """Retrain what is not in the file yet.
+    """Run the retrainings that are not in the file yet.
 
     Returns:
         ``baseline`` ``(seeds, queries)``, ``removed`` ``(subsets, rows)`` and ``measurements``

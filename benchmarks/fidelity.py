@@ -1,9 +1,9 @@
-"""Do predicted shifts rank removals as real retraining does? UCI Concrete, as ``examples/concrete`` records it.
+"""Do predicted shifts rank removals like real retraining? UCI Concrete, as recorded by ``examples/concrete``.
 
-Ground truth is retrained here in plain PyTorch, without lightning_dtda's replay: from each run's recorded initial
-parameters, batch order and learning rates, with the removed examples' weights set to zero (removal by "reweight",
-conditional on the run). Without a removal the retraining must measure what the Trainer's model does, up to what
-rounding grows to over the training; the first figure says how far that is from the shifts that removals make.
+The ground truth is retrained in plain PyTorch, without lightning_dtda's replay: from each run's recorded initial
+parameters, batch order and learning rates, with the weights of removed examples set to zero (removal by "reweight",
+conditional on the run). Without a removal, retraining must give the same measurements as the Trainer's model, up to
+rounding that grows over the training; the first figure relates this deviation to the shifts caused by removals.
 
     python benchmarks/fidelity.py --ensemble runs/concrete --attribution attribution/concrete --data concrete.txt
 """
@@ -53,7 +53,7 @@ def retrain(ensemble, inputs, targets, weights, queries):
 
 
 def rank_correlations(predicted, actual):
-    """Spearman over removals ``(K, ...)``, for each of the other positions."""
+    """Return Spearman's correlation over removals ``(K, ...)`` for each of the other positions."""
     predicted, actual = predicted.flatten(1).T.numpy(), actual.flatten(1).T.numpy()
     return torch.tensor([spearmanr(p, a).statistic for p, a in zip(predicted, actual, strict=True)])
 
@@ -61,7 +61,7 @@ def rank_correlations(predicted, actual):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ensemble", required=True)
-    parser.add_argument("--attribution", required=True, help="of the measurement prediction")
+    parser.add_argument("--attribution", required=True, help="attribution of the measurement 'prediction'")
     parser.add_argument("--data", required=True)
     parser.add_argument("--removals", type=int, default=24)
     parser.add_argument("--fraction", type=float, default=0.05)

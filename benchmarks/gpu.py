@@ -1,16 +1,16 @@
-"""What recording and attribution cost on a GPU, next to training there; and whether they are right there.
+"""Cost of recording and attribution on a GPU relative to training there, and checks of their correctness.
 
     python -m benchmarks.gpu --json gpu.json
     python -m benchmarks.gpu --device cpu --small
 
-First the checks, each with a figure and its limit; then four networks (a CNN, a ResNet with GroupNorm, a ViT and a
-GPT, 0.1 to 0.9 million parameters, batches of 64). Times are those of the wall clock with the device's work waited
-for, after a warm-up. "In trainings" means: over the time that the Trainer takes for the same steps and runs, without
-a recorder. Variants of a training follow each other in turn, and their ratio is taken within a repeat. Memory is the
-allocator's peak beyond what was there before, beside what the estimator's plan announces.
+First come the checks, each with a figure and its limit; then four networks (a CNN, a ResNet with GroupNorm, a ViT and a
+GPT, 0.1 to 0.9 million parameters, batches of 64). Times are wall-clock times after synchronization and a warm-up. "In
+trainings" means relative to the time that the Trainer takes for the same steps and runs without a recorder. Variants of
+a training alternate, and their ratio is taken within a repeat. Memory is the allocator's peak above its value before,
+next to the memory that the estimator's plan announces.
 
-A part that fails prints its traceback and the next one starts; none starts after ``--minutes``. Without a CUDA device
-nothing is measured. The second command runs everything in small on the CPU, to see that it runs.
+If a part fails, its traceback is printed and the next one starts; none starts after ``--minutes``. Without a CUDA
+device, nothing is measured. The second command runs a small version of everything on the CPU, as a test.
 """
 
 import argparse
@@ -52,24 +52,24 @@ NETS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], TensorDataset]]] 
 }
 
 CHANGE = 1e-4
-"""Of weights, for finite differences: truncation is of the order of its square, rounding 1e-16 over it."""
+"""Step of the weights for finite differences: truncation is of the order of its square, rounding 1e-16 over it."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where, and how much.
+    """Device and sizes of the benchmark.
 
     Args:
-        device: Where.
-        batch: Size of the batches.
-        repeats: Of the trainings that are timed.
-        warm_up: Steps before their clock starts.
-        steps: That are timed.
-        swept: Steps of the trainings that are attributed.
-        runs: That are swept together.
-        queries: Of a sweep of several.
-        examples: Of the training data.
-        asked: Queries of influence functions.
+        device: Device to run on.
+        batch: Batch size.
+        repeats: Number of repeats of the timed trainings.
+        warm_up: Number of steps before the clock starts.
+        steps: Number of steps that are timed.
+        swept: Number of steps of the trainings that are attributed.
+        runs: Number of runs swept together.
+        queries: Number of queries in a sweep with several.
+        examples: Number of training examples.
+        asked: Number of queries for influence functions.
     """
 
     device: torch.device
@@ -88,7 +88,7 @@ class Setting:
         return modules.trainer(steps, *callbacks, accelerator=self.device.type, **arguments)
 
     def clocked(self, function: Callable[[], object]) -> float:
-        """Run a function and return the seconds until the device has done its work."""
+        """Run a function and return the seconds until the device has finished."""
         self.wait()
         started = time.perf_counter()
         function()
@@ -111,10 +111,10 @@ SMALL |= {"examples": 16, "asked": 2}
 
 
 Found = tuple[str, float, float]
-"""What was checked, the figure and its limit."""
+"""Name of a check, its figure and its limit."""
 
 ROUNDED = 1e-6
-"""Relative deviation of gradients that were recorded in single precision."""
+"""Limit for the relative deviation of gradients recorded in single precision."""
 
 
 class Weighted(pl.LightningModule):
@@ -252,7 +252,7 @@ def responses(setting: Setting, root: Path, module: pl.LightningModule, loader: 
     return attribute(Ensemble.open(root), module, loader, queries=queries, device=setting.device, progress=False)
 
 
-# -- figures: each returns them by name, and is given those that the network has already
+# -- figures: each function returns figures by name, and gets those of the network so far
 
 
 STEP = "training, ms a step"
@@ -272,7 +272,7 @@ class Clock(pl.Callback):
 
 
 def training(setting: Setting, net: str, before: dict[str, float]) -> dict[str, float]:
-    """Time a step, and with it what recording adds; waiting for the files in the end is counted."""
+    """Time a step, without and with recording; waiting for the files at the end is included."""
     make, data = NETS[net]
     loader = DataLoader(data(setting.examples), setting.batch, shuffle=True)
 
@@ -300,7 +300,7 @@ def training(setting: Setting, net: str, before: dict[str, float]) -> dict[str, 
 
 
 def sweeps(setting: Setting, net: str, before: dict[str, float]) -> dict[str, float]:
-    """Time reverse sweeps of recorded runs, and measure the memory of what the estimator plans."""
+    """Time reverse sweeps of recorded runs, and measure the memory of the estimator's plan."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         module, loader = record(setting, root, net, setting.runs)
@@ -334,7 +334,7 @@ def sweeps(setting: Setting, net: str, before: dict[str, float]) -> dict[str, fl
 def memory(setting: Setting, label: str, estimator: Any, question: Question, plan: Any) -> dict[str, float]:
     """Measure the peak of a planned answer for the first batch of runs."""
     call = partial(estimator.estimate, plan.batches[0], question, plan, lambda steps: None)
-    call()  # finds the sizes of chunks, measuring memory by itself
+    call()  # chooses the chunk sizes, which measures memory as well
     peak = peak_memory(call, setting.device)
     return {f"{label}, announced MiB": plan.memory / 2**20, f"{label}, peak MiB": peak / 2**20}
 
@@ -362,12 +362,12 @@ def influence(setting: Setting, net: str, before: dict[str, float]) -> dict[str,
 
 
 class Account:
-    """Runs one part after the other, and keeps what they found.
+    """Runs one part after the other, and keeps the results.
 
     Args:
-        deadline: By ``time.perf_counter``; later no part starts.
-        path: Of the JSON file, which is written anew after every part.
-        facts: What the figures depend on.
+        deadline: Value of ``time.perf_counter`` after which no part starts.
+        path: Path of the JSON file, which is rewritten after every part.
+        facts: Circumstances that the figures depend on.
     """
 
     def __init__(self, deadline: float, path: Path | None, facts: dict[str, Any]) -> None:
@@ -376,7 +376,7 @@ class Account:
 
     @contextmanager
     def part(self, name: str) -> Iterator[bool]:
-        """Yield whether there is time for a part; print how it failed, and go on."""
+        """Yield whether there is time for a part; if the part fails, print the traceback and continue."""
         started = time.perf_counter()
         if started > self.deadline:
             print(f"{name}: left out, no time", flush=True)
@@ -385,7 +385,7 @@ class Account:
             return
         try:
             yield True
-        except Exception as error:  # whatever happens on the device, the other parts are worth their figures
+        except Exception as error:  # the figures of the other parts are still useful
             print(f"{name} FAILED\n{traceback.format_exc()}", flush=True)
             self.found["failed"].append(f"{name}: {type(error).__name__}: {error}")
         self.found["seconds"][name] = round(time.perf_counter() - started, 1)
@@ -393,7 +393,7 @@ class Account:
             self.path.write_text(json.dumps(self.found, indent=1))
 
     def check(self, what: str, figure: float, limit: float) -> None:
-        """Print a check, and keep it."""
+        """Print a check and keep it."""
         passed = figure <= limit
         print(f"{'PASS' if passed else 'FAIL'}  {what}: {figure:.2g} (at most {limit:g})", flush=True)
         self.found["checks"].append({"what": what, "figure": figure, "limit": limit, "passed": passed})
@@ -413,7 +413,7 @@ class Account:
 
 
 def facts(setting: Setting) -> dict[str, Any]:
-    """Return what the figures depend on."""
+    """Return the circumstances that the figures depend on."""
     is_cuda = setting.device.type == "cuda"
     sizes = {net: sum(parameter.numel() for parameter in make().parameters()) for net, (make, _) in NETS.items()}
     return {
@@ -430,10 +430,10 @@ def main() -> None:
     """Check, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--small", action="store_true", help="a few steps and examples, to see that it runs")
+    parser.add_argument("--small", action="store_true", help="use a few steps and examples, as a test")
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
     parser.add_argument("--checks", nargs="*", default=list(CHECKS), choices=list(CHECKS))
-    parser.add_argument("--minutes", type=float, default=5.5, help="after which no part starts")
+    parser.add_argument("--minutes", type=float, default=5.5, help="minutes after which no part starts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -1,24 +1,24 @@
-r"""Influence functions beside those of other packages (``peers.py``): time, memory and fidelity. UCI Concrete.
+r"""Influence functions compared with those of other packages (``peers.py``): time, memory and fidelity. UCI Concrete.
 
     python -m benchmarks.influence_functions --data concrete.txt --runs runs/concrete --environments peers \
         --truth concrete_truth.safetensors --exact exact.safetensors --json result.json
 
-20 runs x 20 queries x 927 examples, as ``examples/concrete`` trains them; the measurement is the prediction. The runs,
+20 runs x 20 queries x 927 examples, as trained by ``examples/concrete``; the measurement is the prediction. The runs,
 the ground truth (``concrete_truth.py``: 40 removals of a tenth of the rows, 192 retrainings each) and the exact
-responses (``UnrolledDifferentiation``) are made if they are not there. So is an environment for each of the other
-packages, from PyPI. bergson's unroller takes minutes for each run, and is asked about one run and three queries: of it
-stands only how far it agrees with the exact responses, and how long it takes for each.
+responses (``UnrolledDifferentiation``) are created if they do not exist, and so is an environment for each of the other
+packages, from PyPI. bergson's unroller takes minutes for each run, so it is used for one run and three queries only,
+and only its agreement with the exact responses and its time for each are reported.
 
-Every method runs in a process of its own with the same number of threads, and is timed inside: all runs, reading
-included, imports not. In each repeat the reference, the first of ``--ours``, runs directly before every other method,
-and the first table's ratios are taken between the two; the second table has those of each package to each of ours,
-within a repeat. Seconds, memory and ratios are medians over repeats; CPU time stands beside wall time in brackets,
-for machines that others use too.
+Every method runs in a separate process with the same number of threads, and is timed inside: all runs, including
+reading, excluding imports. In each repeat, the reference, the first of ``--ours``, runs directly before every other
+method, and the ratios of the first table are between the two; the second table has the ratios of each package to each
+of ours, within a repeat. Seconds, memory and ratios are medians over repeats; CPU time is in brackets next to wall
+time, for shared machines.
 
 The scores (see ``scoring.py``) are Spearman's correlations over removals with real retraining. Variance and Wasserstein
-distance need responses in the measurement's unit: in brackets stands what a method would reach with the single factor
-for all its scores that fits the exact responses best. Scale is the slope of the scores over the exact responses, in the
-median of the queries.
+distance need responses in the measurement's unit: brackets contain the score that a method would reach if all its
+scores were multiplied by the single factor that fits the exact responses best. Scale is the slope of the scores over
+the exact responses, as the median over queries.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from lightning_dtda import Ensemble
 from lightning_dtda.statistics.differences import PAPERS
 
 SLOW = {"bergson-unrolled": ["--runs", 1, "--queries", 3]}
-"""Methods that are asked for a part of the scores."""
+"""Methods that compute only a part of the scores."""
 PEERS = [
     *("dattri-cg-10", "dattri-cg-50", "dattri-ekfac", "dattri-trak", "trak", "dattri-llm-ekfac", "kronfluence-ekfac"),
     *("kronfluence-ekfac-heuristic", "curvlinops-ekfac", "curvlinops-cg", "bergson-unrolled"),
@@ -48,14 +48,14 @@ PEERS = [
 
 
 def hand_over(ensemble: Ensemble, data, path: Path) -> None:
-    """Write what the other packages need: runs, rows and queries."""
+    """Write the input of the other packages: runs, rows and queries."""
     rows = dict(zip(("inputs", "targets"), data.train.tensors, strict=True))
     tensors = tensors_of(ensemble) | rows | {"queries": data.validation.tensors[0][:QUERIES]}
     save_file({name: each.contiguous() for name, each in tensors.items()}, path)
 
 
 def check_exact(exact: dict[str, torch.Tensor], ensemble: Ensemble, data) -> None:
-    """Refuse the exact responses of other runs, by what the networks predict."""
+    """Refuse exact responses of other runs, by comparing the networks' predictions."""
     module = ConcreteRegressor(WIDTH, RATE)
     for run, measured in zip(ensemble, exact["baseline"], strict=True):
         module.load_state_dict(run.theta(run.steps))
@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=peers.METHODS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--scores", type=Path, help="keep the scores of all methods in this directory")
+    parser.add_argument("--scores", type=Path, help="directory to keep the scores of all methods in")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     if not options.ours:

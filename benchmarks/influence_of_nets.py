@@ -1,20 +1,20 @@
-r"""Influence functions and unrolling of a CNN and a GPT, beside those of other packages: time, memory, agreement.
+r"""Influence functions and unrolling of a CNN and a GPT, compared with other packages: time, memory, agreement.
 
     python -m benchmarks.influence_of_nets --nets cnn gpt --environments peers --json result.json
 
-The networks and their data are those of ``problems.py``, trained for some epochs; the measurement is the loss on 20
-queries. An environment for each of the packages is made if it is not there, from PyPI.
+The networks and their data are those of ``problems.py``, trained for a few epochs; the measurement is the loss on 20
+queries. Missing environments of the packages are created from PyPI.
 
-A method's seconds are those of the CPU, on one thread, of its whole call: ``attribute(...)`` on our side; fitting the
-factors and scores, files included, on the others'. Imports, and a first call for one run, are not counted. Every method
-runs in a process of its own; in each repeat ours and the one it is set beside follow each other, and their ratio is
-taken within it. Memory is the resident peak of the process. Agreement is Spearman's correlation of two methods' scores,
-of each query and run over the examples, in the mean: of ours with the one it is set beside, and, with ``--exact``, of
-both with the exact responses (``UnrolledDifferentiation``).
+A method's time is the CPU seconds, on one thread, of its whole call: ``attribute(...)`` for ours; fitting factors and
+computing scores, including files, for the others. Imports and a first call for one run are not counted. Every method
+runs in a separate process. In each repeat, our method and the one it is compared with run one after the other, and
+their ratio is taken within the repeat. Memory is the peak resident memory of the process. Agreement is Spearman's
+correlation over examples between the scores of two methods, averaged over queries and runs: of ours with the one it is
+compared with, and, with ``--exact``, of both with the exact responses (``UnrolledDifferentiation``).
 
-kronfluence and curvlinops leave all layers but linear and two-dimensional convolutional ones out of EK-FAC, dattri all
-but linear ones. kronfluence and curvlinops draw one label for each output, their default; EK-FAC here takes one random
-combination of the outputs (``samples=1``), or its default, which sets the scale too.
+kronfluence and curvlinops leave all layers except linear and two-dimensional convolutional ones out of EK-FAC; dattri
+leaves out all except linear ones. kronfluence and curvlinops draw one label for each output, which is their default;
+EK-FAC here takes one random combination of the outputs (``samples=1``), or its default, which also sets the scale.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from benchmarks.side_by_side import environment, measure
 from lightning_dtda import Ensemble, TrajectoryRecorder
 
 FEW = 2
-"""Queries of the first run, for bergson's unroller, which takes a sweep for each."""
+"""Number of queries of the first run for bergson's unroller, which takes a sweep for each."""
 
 PAIRS = {
     "cnn": [
@@ -61,7 +61,7 @@ PAIRS = {
         ("ekfac-one-sample", "dattri-llm-ekfac"),
     ],
 }
-"""Our methods, and the others' that each is set beside."""
+"""Our methods, and the methods of other packages that each is compared with."""
 
 
 def record(net: str, runs: int, root: Path) -> None:
@@ -81,9 +81,9 @@ def record(net: str, runs: int, root: Path) -> None:
 
 
 def agreement(first: Tensor, second: Tensor) -> float:
-    """Return the mean rank correlation over the examples of scores ``(runs, queries, examples)``, where both are.
+    """Return the mean rank correlation over examples between scores ``(runs, queries, examples)``.
 
-    Packages return NaN of a run in which they fail; such queries are left out.
+    Packages return NaN for a run in which they fail; such queries are left out.
     """
     runs, queries = (min(sizes) for sizes in zip(first.shape[:2], second.shape[:2], strict=True))
     pair = [scores[:runs, :queries].flatten(0, 1) for scores in (first, second)]
@@ -97,9 +97,9 @@ class Comparison:
     """The methods on one net.
 
     Args:
-        net: Its name.
-        options: What was asked for.
-        workspace: Where runs and scores are.
+        net: Name of the net.
+        options: Command line options.
+        workspace: Directory of runs and scores.
     """
 
     def __init__(self, net: str, options: argparse.Namespace, workspace: Path) -> None:
@@ -112,7 +112,7 @@ class Comparison:
             self.of_ours("unrolled")
 
     def path(self, method: str) -> Path:
-        """Return where a method's scores are."""
+        """Return the path of a method's scores."""
         return self.workspace / f"{self.net}-{method}.safetensors"
 
     def scores(self, method: str) -> Tensor:
@@ -180,7 +180,7 @@ def main() -> None:
                 continue
             try:
                 found.append(comparison.line(ours, theirs))
-            except RuntimeError as error:  # of one package; the others are worth their figures
+            except RuntimeError as error:  # in one package; the figures of the others are still useful
                 found.append({"net": net, "theirs": theirs, "failed": str(error)})
             print(json.dumps(found[-1]), flush=True)
     if options.json:

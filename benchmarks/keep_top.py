@@ -1,12 +1,12 @@
-"""What keep_top saves and costs: disk, memory and CPU seconds of attributing with and without it.
+"""Savings and cost of keep_top: disk space, memory and CPU seconds of attributing with and without it.
 
     python benchmarks/keep_top.py --runs 20 --queries 200 --examples 20000 --keep_top 10
 
-Records runs of a small network on random data, and attributes them to disk: all responses; the top of each query, with
-the scratch of all queries at once, and in blocks of a quarter of them. Each is a process of its own, with one thread.
-Disk is the size of the directory at its largest and at the end; memory is the peak of what the process allocates on top
-of what it has when it starts to attribute. The estimator's seconds are given separately: it chooses its method from
-timed steps, and on a busy machine not always the same one.
+Records runs of a small network on random data, and attributes them to disk: all responses; the top examples of each
+query, with scratch space for all queries at once; and in blocks of a quarter of the queries. Each is a separate process
+with one thread. Disk is the size of the directory at its largest and at the end; memory is the peak that the process
+allocates beyond what it has at the start of attribution. The estimator's seconds are given separately, because it
+chooses its method from timed steps, and on a busy machine not always the same one.
 """
 
 import argparse
@@ -42,7 +42,7 @@ FEATURES, WIDTH, BATCH = 16, 32, 250
 
 
 class Regressor(pl.LightningModule):
-    """A network of one hidden layer, and the squared error."""
+    """A network with one hidden layer and the squared error."""
 
     def __init__(self):
         super().__init__()
@@ -55,7 +55,7 @@ class Regressor(pl.LightningModule):
         return (self.net(batch[0]) - batch[1]).square().mean()
 
     def configure_optimizers(self):
-        """Descend."""
+        """Return the optimizer."""
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
@@ -75,13 +75,13 @@ def record(root: Path, runs: int, examples: int) -> None:
 
 
 class Disk:
-    """The size of a directory at its largest."""
+    """Measures the largest size of a directory."""
 
     def __init__(self, path: Path):
         self.path, self.most, self.done = path, 0, Event()
 
     def now(self) -> int:
-        """Return its size, of what is not removed meanwhile."""
+        """Return the current size, ignoring files that are removed meanwhile."""
         total = 0
         for file in self.path.rglob("*"):
             try:
@@ -96,7 +96,7 @@ class Disk:
         return self
 
     def watch(self):
-        """Look ten times a second until told to stop."""
+        """Measure ten times a second until stopped."""
         while not self.done.wait(0.1):
             self.most = max(self.most, self.now())
 

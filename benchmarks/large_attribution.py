@@ -1,11 +1,11 @@
-"""What a large stored attribution costs: CPU seconds and peak memory of loading it and of each thing asked of it.
+"""Cost of a large stored attribution: CPU seconds and peak memory of loading it and of each operation on it.
 
     pip install -e ".[export]"
     python benchmarks/large_attribution.py --runs 20 --queries 200 --examples 50000
 
-Baseline and responses are random: what they are changes nothing here. Each line is a process of its own, with one
-thread. Its memory is what its peak adds to that of a process that has only imported: ``own`` is what it allocates,
-``all`` has the mapped pages of the files, which the system takes back when it needs them.
+Baseline and responses are random, as their values do not matter here. Each line is a separate process with one thread.
+Its memory is its peak beyond that of a process that has only imported the package: ``own`` is what it allocates;
+``all`` includes mapped pages of files, which the system reclaims when needed.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def memory(field: str) -> int:
 
 
 class Peak:
-    """Own memory (``RssAnon``) has no high-water mark in the kernel: a thread looks every two milliseconds."""
+    """Measures the peak of private memory (``RssAnon``) every two milliseconds, as the kernel does not record it."""
 
     def __enter__(self):
         self.start, self.before, self.own, self.done = memory("RssAnon"), memory("VmRSS"), 0, Event()
@@ -89,7 +89,7 @@ class Peak:
         return self
 
     def watch(self):
-        """Look until told to stop."""
+        """Measure until stopped."""
         while not self.done.wait(0.002):
             self.own = max(self.own, memory("RssAnon") - self.start)
 

@@ -1,12 +1,12 @@
-"""How the time and the memory of attributing grow: exponents in T, N, Q, S, P and B.
+"""Growth of the time and memory of attribution: exponents in T, N, Q, S, P and B.
 
     OMP_NUM_THREADS=1 python benchmarks/laws.py --json laws.json
 
-An MLP of two hidden layers with ReLU on random inputs, 10 classes, SGD with momentum. One variable is changed at a
-time, the others are those of ``MIDDLE``; P is changed by the width. Each case is a process of its own, on one thread:
-it trains and records, answers once for one run and one query, then counts the CPU seconds of a whole ``attribute``
-call. Memory is the peak of the process's own (``RssAnon``) over what it was before that call. An exponent is the slope
-of a straight line through the logarithms, over all cases of a variable and over the two largest ones.
+An MLP with two hidden ReLU layers on random inputs, 10 classes, SGD with momentum. One variable is changed at a time,
+the others are those of ``MIDDLE``; P is changed through the width. Each case is a separate process on one thread: it
+trains and records, attributes once for one run and one query, then counts the CPU seconds of a whole ``attribute``
+call. Memory is the peak of the process's private memory (``RssAnon``) above its value before that call. An exponent is
+the slope of a straight line through the logarithms, over all cases of a variable and over the two largest ones.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity
 CLASSES, INPUTS = 10, 64
 
 MIDDLE = {"T": 64, "N": 1024, "Q": 8, "S": 2, "width": 256, "B": 32}
-"""Steps, examples, queries, runs, units in a hidden layer, examples in a batch."""
+"""Numbers of steps, examples, queries, runs, units in a hidden layer, and examples in a batch."""
 
 VALUES = {
     "T": (16, 64, 256),
@@ -48,7 +48,7 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "UnrolledDifferentiation": lambda: UnrolledDifferentiation(runs_per_batch=1, mode="reverse"),
     "Identity": lambda: InfluenceFunctions(Identity()),
     "EKFAC": lambda: InfluenceFunctions(EKFAC()),
-    # as many iterations in each case: how many there would be is a matter of the spectrum
+    # the same number of iterations in each case, as the real number depends on the spectrum
     "GaussNewton cg": lambda: InfluenceFunctions(GaussNewton("cg", iterations=10, tolerance=1e-9)),
 }
 
@@ -113,7 +113,7 @@ def measure(name: str, size: dict[str, int], results: Any) -> None:
 
 
 def case(name: str, size: dict[str, int]) -> dict[str, Any]:
-    """Measure in a process of its own."""
+    """Measure in a separate process."""
     context = get_context("spawn")
     results = context.Queue()
     process = context.Process(target=measure, args=(name, size, results))
@@ -129,7 +129,7 @@ def exponent(values: list[float], costs: list[float]) -> float:
 
 
 def exponents(values: list[float], costs: list[float]) -> tuple[float, float]:
-    """Return the exponent over all cases, and over the two largest, where what is fixed counts least."""
+    """Return the exponent over all cases, and over the two largest, where fixed costs matter least."""
     return exponent(values, costs), exponent(values[-2:], costs[-2:])
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py
 
-Each estimator answers for one run in a process of its own, with its default memory budget. Solvers do one iteration,
-the first of many that hold the same. The images are random: what they show changes nothing about memory.
+Each estimator attributes one run in a separate process, with its default memory budget. Solvers do a single iteration,
+as all iterations need the same memory. The images are random, as their content does not affect memory.
 """
 
 import argparse
@@ -49,7 +49,7 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
     "GradientCosine": GradientCosine,
     "TracIn": TracIn,
     "TRAK": TRAK,
-    # its Gauss-Newton by the Gram matrix is for tens of thousands of outputs; here are a hundred thousand
+    # Gauss-Newton with the Gram matrix is for tens of thousands of outputs; here there are a hundred thousand
     "Source(EKFAC)": lambda: Source(curvature=EKFAC(samples=1)),
 }
 

@@ -1,11 +1,11 @@
-"""What a sweep costs on networks of a hundred thousand to two million parameters, next to their training.
+"""Cost of a sweep relative to training, for networks with a hundred thousand to two million parameters.
 
     OMP_NUM_THREADS=1 python benchmarks/modules.py --modules resnet_group_norm vit
 
-Trains each network by a plain Trainer, records the same training, and sweeps it back for one query and for three, all
-in one process and on one thread. Prints CPU seconds relative to the plain training; and the memory of a sweep for one
-query at its peak beyond that of the training, in units of the graph that a training step keeps for its backward pass,
-for two lengths of the training. The training's memory is that of a step, and of the parameters and their momentum.
+Trains each network with a plain Trainer, records the same training, and sweeps it backwards for one query and for
+three, all in one process on one thread. Prints CPU seconds relative to the plain training, and the peak memory of a
+sweep for one query beyond that of the training, in units of the graph that a training step keeps for its backward pass,
+for two lengths of the training. The training's memory is that of a step, the parameters and their momentum.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from lightning_dtda.replay import query_examples, resolve_measurement, training_
 BATCH, CPU = 64, torch.device("cpu")
 
 SHORT = 8
-"""Steps of the shorter training whose memory is measured."""
+"""Number of steps in the shorter training whose memory is measured."""
 
 
 class Task(pl.LightningModule):
@@ -57,7 +57,7 @@ class Task(pl.LightningModule):
 
 
 class Block(nn.Module):
-    """Two convolutions with a norm each, and the way past them."""
+    """A residual block of two convolutions with norms."""
 
     def __init__(self, channels: int, norm: type[nn.Module]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Block(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Add what the layers make of the images."""
+        """Return the images plus the output of the layers."""
         return torch.relu(images + self.layers(images))
 
 
@@ -176,7 +176,7 @@ def trainer(steps: int, *callbacks: pl.Callback, accelerator: str = "cpu", **arg
 
 
 def ask(module: pl.LightningModule, loader: DataLoader, queries: int, device: torch.device = CPU) -> Question:
-    """Ask for the loss on the first training examples."""
+    """Return queries for the loss on the first training examples."""
     training = training_examples(loader)
     asked = query_examples(Subset(loader.dataset, range(queries)), training)
     measurement = resolve_measurement("loss")[1]
@@ -240,7 +240,7 @@ def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
 
 
 def kept_memory(function: Callable[[], object]) -> int:
-    """Return the bytes that what a function returns holds."""
+    """Return the number of bytes held by a function's result."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         kept = function()
     del kept
@@ -248,7 +248,7 @@ def kept_memory(function: Callable[[], object]) -> int:
 
 
 def sweep_only(estimator: UnrolledDifferentiation, ensemble: Ensemble, question: Question, plan) -> None:
-    """Sweep without the diagnosis, whose part falls with the length of the training."""
+    """Sweep without the diagnosis, whose share of the cost falls with the length of the training."""
     from lightning_dtda.estimators.measuring import measure as measured
     from lightning_dtda.estimators.sweep import Adjoints, sweep
 

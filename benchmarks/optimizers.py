@@ -1,9 +1,9 @@
-"""What the reverse sweep costs through each optimizer, next to plain SGD: an 8-64-64-1 network, 20 runs, 20 queries.
+"""Cost of the reverse sweep for each optimizer relative to plain SGD: an 8-64-64-1 network, 20 runs, 20 queries.
 
     python benchmarks/optimizers.py
 
-The same network is trained with each optimizer and attributed, in turn and several times in one process; printed are
-the medians of the ratios to plain SGD of the same round, with the smallest and the largest.
+The same network is trained with each optimizer in turn and attributed, in several rounds in one process. Prints the
+median, smallest and largest ratio to plain SGD in the same round.
 """
 
 import argparse
@@ -40,7 +40,7 @@ OPTIMIZERS = {
 
 
 class Regressor(pl.LightningModule):
-    """Squared error, by the optimizer of a name."""
+    """A network trained on the squared error with a given optimizer."""
 
     def __init__(self, optimizer="SGD"):
         super().__init__()

@@ -1,10 +1,10 @@
-"""Responses by our estimators, for the comparisons, which run this file in a process of its own.
+"""Responses by our estimators, for the comparisons, which run this file in a separate process.
 
     python -m benchmarks.ours --method unrolled --problem concrete --data concrete.txt --runs runs/concrete \
         --output scores.safetensors
 
-The output has ``scores``, the responses ``(runs, queries, examples)``, and ``baseline`` ``(runs, queries)``. What is
-printed is JSON, as by ``peers.py`` for the others.
+The output has ``scores``, the responses ``(runs, queries, examples)``, and ``baseline`` ``(runs, queries)``. Prints
+JSON, like ``peers.py`` for the other packages.
 """
 
 import argparse
@@ -32,7 +32,7 @@ class NetModule(pl.LightningModule):
     """Trains a network of ``problems.py``.
 
     Args:
-        net: Its name.
+        net: Name of the network.
     """
 
     def __init__(self, net: str) -> None:
@@ -44,7 +44,7 @@ class NetModule(pl.LightningModule):
         return functional.cross_entropy(self.network(batch[0]).flatten(0, -2), batch[1].flatten())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW for the GPT, else SGD with momentum."""
+        """Return AdamW for the GPT, and SGD with momentum otherwise."""
         if self.net == "gpt":
             return torch.optim.AdamW(self.parameters(), lr=1e-3)
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
@@ -60,7 +60,7 @@ def source(segments: int, curvature: str = "GaussNewton") -> Estimator:
     return estimators.Source(segments, curvature=getattr(estimators, curvature)())
 
 
-# called for their result only in the process that needs it
+# functions, called only in the process that needs the result
 METHODS: dict[str, Callable[[], Estimator]] = {
     "gram": lambda: influence("GaussNewton"),
     "gram-3e-2": lambda: influence("GaussNewton", damping=3e-2),

@@ -1,20 +1,20 @@
-"""Scores by other packages, for the comparisons, which run this file in an environment of their own.
+"""Scores by other packages, for the comparisons, which run this file in a separate environment for each.
 
     python -m benchmarks.peers --method dattri-cg-10 --problem concrete --task task.safetensors --output scores.sf
 
-Knows nothing of lightning_dtda. The output has ``scores`` ``(runs, queries, examples)`` in the sign and unit of our
+Does not use lightning_dtda. The output has ``scores`` ``(runs, queries, examples)`` in the sign and unit of our
 responses: the predicted change of the measurement if the example is removed, (1/N) grad m^T H^-1 grad l_n with H the
-curvature of the mean loss, or the derivative of the training itself. What is printed is JSON: seconds, reading and all
-runs included, imports and a first run for warming up not; and memory.
+curvature of the mean loss, or the derivative of the training itself. Prints JSON: memory, and seconds for all runs,
+including reading but not imports and a first run as a warm-up.
 
-Faults of the packages that are worked around, as of kronfluence 1.0.1, dattri 0.3.0, dattri-llm 0.1.0, curvlinops
-3.0.1, bergson 2.5.1 and traker 0.3.2:
+Workarounds for properties of kronfluence 1.0.1, dattri 0.3.0, dattri-llm 0.1.0, curvlinops 3.0.1, bergson 2.5.1 and
+traker 0.3.2:
 
-- dattri and traker average scores over checkpoints; each run is asked for on its own.
-- dattri sums the inverses over batches of the training set; it is given as one batch.
-- traker divides the inverse by its mean, so that its scores have no unit; they are given as they are.
-- curvlinops has no scores: gradients of single examples are taken by ``torch.func``.
-- bergson's unroller is taken out of its frame for language models, with batches and learning rates as they were. It
+- dattri and traker average scores over checkpoints, so each run is scored separately.
+- dattri sums the inverses over batches of the training set, so the set is passed as one batch.
+- traker divides the inverse by its mean, so its scores have no unit; they are reported as they are.
+- curvlinops has no scores, so gradients of single examples are computed with ``torch.func``.
+- bergson's unroller is used outside its framework for language models, with the original batches and learning rates. It
   trains the runs again; one that is sensitive to rounding may end elsewhere.
 """
 
@@ -42,7 +42,7 @@ DAMPING = 0.1  # of TRAK's ridge and of conjugate gradients, in the unit of a cu
 
 
 def kronfluence(problem: Problem, strategy: str, damping: float | None) -> Tensor:
-    """Influence functions with the true Fisher matrix, as in kronfluence's own examples."""
+    """Influence functions with the true Fisher matrix, as in the examples of kronfluence."""
     from kronfluence import analyzer, arguments
     from kronfluence import task as tasks
 
@@ -171,7 +171,7 @@ def dattri_task(problem: Problem, run: int, loss: Loss, target: Loss | None = No
     )
 
 
-@torch.no_grad()  # the graphs of the results would be built for nothing, and kept: seven times as slow, 17 GiB
+@torch.no_grad()  # otherwise useless graphs are built and kept: seven times slower, 17 GiB
 def dattri_cg(problem: Problem, iterations: int, damping: float) -> Tensor:
     """Conjugate gradients on the damped Hessian."""
     from dattri.algorithm.influence_function import IFAttributorCG
@@ -208,7 +208,7 @@ def dattri_ekfac(problem: Problem) -> Tensor:
 
 
 def dattri_llm_ekfac(problem: Problem, damping: float) -> Tensor:
-    """EK-FAC of the layers that are hooked, damped by a multiple of the mean eigenvalue."""
+    """EK-FAC of the hooked layers, damped by a multiple of the mean eigenvalue."""
     from dattri_llm import AttributionArguments, AttributionTask, EKFACAttributor
 
     scores = []
@@ -236,7 +236,7 @@ def dattri_llm_ekfac(problem: Problem, damping: float) -> Tensor:
 
 
 def ridge(problem: Problem, enlarged: float) -> float:
-    """Return what is added to the projected Gram matrix, for a DAMPING of the mean loss's Gauss-Newton matrix.
+    """Return the damping of the projected Gram matrix that corresponds to DAMPING of the loss's Gauss-Newton matrix.
 
     That matrix is 2/N Phi^T Phi, with the gradients of predictions in the rows of Phi. Both packages divide gradients
     by the square root of the number of parameters; their projections enlarge the Gram matrix by a factor of their own.
@@ -317,7 +317,7 @@ def trak(problem: Problem) -> Tensor:
 
 
 class Steps:
-    """The batches of a run, as bergson's trainer asks for them.
+    """The batches of a run, in the form that bergson's trainer expects.
 
     Args:
         problem: The problem.
@@ -413,7 +413,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "dattri-llm-ekfac": ("dattri-llm", partial(dattri_llm_ekfac, damping=0.1)),
     "bergson-unrolled": ("bergson", bergson_unrolled),
 }
-"""By name, the package whose environment it runs in, and what answers."""
+"""For each method, the package whose environment it runs in, and the function that computes its scores."""
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""What is asked of all packages: trained networks, data, losses and measurements. Knows nothing of lightning_dtda.
+"""Problems for all packages: trained networks, data, losses and measurements. Does not use lightning_dtda.
 
 The concrete problem is that of ``examples/concrete``. The others are a CNN with GroupNorm (105,994 parameters, 2,000
-images, SGD with momentum) and a GPT (813,824 parameters, 400 sequences of 32 tokens, AdamW), both of synthetic data.
+images, SGD with momentum) and a GPT (813,824 parameters, 400 sequences of 32 tokens, AdamW), both on synthetic data.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,22 +21,22 @@ VOCABULARY, LENGTH = 64, 32
 
 @dataclass(frozen=True)
 class Problem:
-    """Trained networks, and what is asked of them.
+    """Trained networks, and the question to answer about them.
 
     Args:
-        make: Makes a network.
-        final: Parameters of each run at the end of training.
-        initial: And before it.
-        orders: Of each run, the training examples in each of its batches ``(T, B)``.
+        make: Function that creates a network.
+        final: Parameters of each run after training.
+        initial: Parameters of each run before training.
+        orders: Training examples in each batch of each run ``(T, B)``.
         rates: Learning rate of each step.
-        momentum: Of the SGD; ``None`` where another optimizer trained.
+        momentum: Momentum of SGD; ``None`` if another optimizer was used.
         train: Training inputs and targets.
         asked: Queries.
-        losses: Of each example, from outputs and targets; their mean was trained on.
-        measured: Of each query, from outputs and targets.
-        sampled: Draws targets from the distribution whose negative log likelihood the loss is.
-        criterion: The mean loss as a module of torch.
-        batch: Examples at a time, where a method goes in batches.
+        losses: Function from outputs and targets to the loss of each example; the training minimized their mean.
+        measured: Function from outputs and targets to the measurement of each query.
+        sampled: Function that draws targets from the distribution whose negative log likelihood is the loss.
+        criterion: The mean loss as a torch module.
+        batch: Batch size, for methods that work in batches.
     """
 
     make: Callable[[], nn.Module]
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT as nanoGPT has it."""
+    """A GPT like that of nanoGPT."""
 
     def __init__(self, width: int = 128, layers: int = 4, heads: int = 4) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ def load(name: str, path: str, queries: int | None = None) -> Problem:
         return Problem(
             *(lambda: network(len(final[0]["0.bias"])), final, initial, orders, rates, 0.0),
             train=TensorDataset(data["inputs"], data["targets"]),
-            # a query's target is never looked at
+            # the target of a query is never used
             asked=TensorDataset(data["queries"][some], torch.zeros(len(data["queries"]))[some]),
             losses=lambda outputs, targets: (outputs.squeeze(-1) - targets).square(),
             measured=lambda outputs, targets: outputs.squeeze(-1),
@@ -192,7 +192,7 @@ def load(name: str, path: str, queries: int | None = None) -> Problem:
 
 
 def tensors_of(ensemble: Iterable[Any]) -> dict[str, Tensor]:
-    """Return what :func:`load` reads of recorded runs: parameters after and before training, batches and rates."""
+    """Return the tensors of recorded runs that :func:`load` reads: parameters before and after, batches and rates."""
     runs = list(ensemble)
     found = {}
     for kind in ("final", "initial"):

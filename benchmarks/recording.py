@@ -1,17 +1,17 @@
-"""What recording costs: training with and without the recorder, side by side in one process.
+"""Cost of recording: training with and without the recorder, side by side in one process.
 
     python benchmarks/recording.py --steps 1000 --repeats 7
     python benchmarks/recording.py --optimizer adamw --workers 2
     python benchmarks/recording.py --optimizer adamw --processes 2
     python benchmarks/recording.py --models "MLP of" --steps 400 --repeats 3
 
-Each repeat trains every variant once, in an order that rotates, so that a busy machine slows all of them alike; ratios
-are taken within a repeat, then the median over repeats. A step's time is that from the start of step ``WARM_UP`` until
-``fit`` returns, divided by the steps in between: the start-up (the check of the first batch, the run directory, caches)
-comes once and is reported by itself, while waiting for the writer's thread at the end belongs to what is measured. The
-ratio of the whole ``fit`` has the start-up in it. The CPU time is the process's, all threads together, user and system:
-on a machine with an idle core it shows what the wall clock hides.
-With several processes (DDP on gloo) the figures are those of the first one; the others keep step with it.
+Each repeat trains every variant once, in rotating order, so a busy machine slows all of them equally; ratios are taken
+within a repeat, then the median over repeats. A step's time is the time from the start of step ``WARM_UP`` until
+``fit`` returns, divided by the number of steps in between. The start-up (the check of the first batch, the run
+directory, caches) occurs once and is reported separately; waiting for the writer's thread at the end is included. The
+ratio of the whole ``fit`` includes the start-up. The CPU time is that of all threads of the process, user and system:
+on a machine with an idle core, it shows what the wall clock hides. With several processes (DDP on gloo), the figures
+are those of the first one; the others keep step with it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dtda import TrajectoryRecorder
 
 WARM_UP = 20
-"""Steps before the clock starts: allocators and caches have settled, the first batch is checked."""
+"""Number of steps before the clock starts: by then, allocators and caches have settled and the first batch is checked.
+"""
 
 EXAMPLES = 4096
 
@@ -69,7 +70,7 @@ class Setting:
 
 
 class Supervised(pl.LightningModule):
-    """A network, a loss and an optimizer: nothing beside the training itself."""
+    """A network, a loss and an optimizer, and nothing else."""
 
     def __init__(self, net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], optimizer: str) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ def cnn(setting: Setting) -> tuple[Supervised, DataLoader]:
 
 
 def wide_mlp(width: int, setting: Setting) -> tuple[Supervised, DataLoader]:
-    """Return what recording weighs on most: few operations for each parameter, each used once for an example."""
+    """Return the worst case for recording: few operations per parameter, which is used once for each example."""
     net = nn.Sequential(nn.Linear(256, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
     data = loader(setting, 64, torch.randn(EXAMPLES, 256), torch.randint(10, (EXAMPLES,)))
     return Supervised(net, nn.functional.cross_entropy, setting.optimizer), data
@@ -142,9 +143,9 @@ class Timing:
     Args:
         wall: Wall clock, in milliseconds per step.
         cpu: CPU time, in milliseconds per step.
-        start_up: In milliseconds, wall clock.
+        start_up: Wall-clock time of the start-up in milliseconds.
         fit: CPU time of the whole ``fit`` in seconds.
-        megabytes: What was written, per step.
+        megabytes: Megabytes written per step.
     """
 
     wall: float
@@ -219,7 +220,7 @@ def compare(make: Model, setting: Setting, repeats: int, root: Path) -> dict[str
 
 
 def ratios(timings: dict[str, list[Timing]], variant: str, clock: str) -> list[float]:
-    """Return the variant's time over that without a recorder, of each repeat."""
+    """Return, for each repeat, the variant's time relative to that without a recorder."""
     pairs = zip(timings[variant], timings["no recorder"], strict=True)
     return [getattr(timing, clock) / getattr(baseline, clock) for timing, baseline in pairs]
 
@@ -247,9 +248,9 @@ def measure(
     rank: int, setting: Setting, models: list[str], repeats: int, root: Path, environment: dict[str, str]
 ) -> dict[str, Any]:
     """Compare models, as process ``rank``; the first one prints as it goes."""
-    # Lightning starts no processes of its own where these are set
+    # Lightning does not start processes if these are set
     os.environ |= environment | ({"LOCAL_RANK": str(rank)} if environment else {})
-    # two threads on busy cores measure each other
+    # two threads on busy cores would measure each other
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning_dtda"):

@@ -1,15 +1,15 @@
-"""What stacking saves: the trainings of examples/concrete without a tenth of the rows, by the Trainer and stacked.
+"""Savings by stacking: the trainings of examples/concrete without a tenth of the rows, by the Trainer and stacked.
 
     python -m benchmarks.retraining --data concrete.txt --seeds 128 --repeats 3 --output retraining.json
 
-Each repeat trains by the Trainer (a few seeds, one after the other), stacked, stacked and compiled, and by the batched
-matrix products that ``concrete_truth.py`` has written out (as fast as this is done on the CPU), in an order that
-rotates, so that a busy machine slows all of them alike. Ratios are taken within a repeat: the Trainer's time for a
-training over that of a stacked one; then the median over repeats. Wall clock, and the process's CPU time, which tells
-more on a busy machine. The stacked times are those of ``retrain`` from the call to the measurements, with the training
-by the Trainer that every stack is compared with, which is one of those that are asked for. The only training of the
-baseline, which ``retrain`` asks for, is done before. A first compiled call does not count: what it compiles, the others
-find in a cache.
+Each repeat trains with the Trainer (a few seeds, one after the other), stacked, stacked and compiled, and with the
+hand-written batched matrix products of ``concrete_truth.py`` (about as fast as a CPU can do it), in rotating order, so
+a busy machine slows all of them equally. Ratios are taken within a repeat: the Trainer's time for a training over that
+of a stacked one; then the median over repeats. Times are wall-clock time and the process's CPU time, which is more
+reliable on a busy machine. The stacked times are those of ``retrain`` from the call to the measurements, including the
+training by the Trainer that every stack is compared with, which is one of the requested ones. The single training of
+the baseline, which ``retrain`` requires, is done before. The first compiled call does not count: it fills the cache for
+the others.
 """
 
 import argparse
@@ -74,11 +74,11 @@ def measure(options: argparse.Namespace, directory: Path) -> tuple[dict[str, flo
     kept = torch.ones(len(data.train), dtype=torch.bool)
     kept[removed] = False
 
-    begun = directory / "begun"
+    started = directory / "started"
 
     def timed(function: Callable[[Path], object], trainings: int) -> dict[str, float]:
         output = directory / "truth"
-        shutil.copytree(begun, output)
+        shutil.copytree(started, output)
         wall, cpu = time.perf_counter(), time.process_time()
         function(output)
         seconds = {"wall": (time.perf_counter() - wall) / trainings, "cpu": (time.process_time() - cpu) / trainings}
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace, directory: Path) -> tuple[dict[str, flo
         )
 
     few, many = range(1, 1 + options.trained), range(1, 1 + options.seeds)
-    train([0], begun)
+    train([0], started)
     left = kept.nonzero()[:, 0]
     variants: dict[str, tuple[Callable[[Path], object], int]] = {
         "trainer": (lambda output: train(few, output), options.trained),

@@ -1,7 +1,7 @@
-"""How well responses predict what real retraining does to the distribution of a measurement.
+"""How well responses predict the effect of real retraining on the distribution of a measurement.
 
-Linear datamodeling scores, as :func:`lightning_dtda.evaluation.functional.linear_datamodeling_score` computes them, of
-responses as they are and of responses in the best scale.
+Linear datamodeling scores by :func:`lightning_dtda.evaluation.functional.linear_datamodeling_score`, for responses as
+they are and for responses in the best scale.
 
 Shapes: K removals, S runs that were attributed, R retrainings, Q queries, N examples.
 """
@@ -22,7 +22,7 @@ def predicted(responses: Tensor, baseline: Tensor, removed: Tensor) -> Tensor:
 def scores(
     samples: Tensor, baseline: Tensor, truth: dict[str, Tensor], intervals: bool = True
 ) -> dict[str, list[float]]:
-    """Return the score of predicted samples ``(K, S, Q)`` by difference, with both limits of its interval if asked."""
+    """Return the scores of predicted samples ``(K, S, Q)`` by difference, optionally with their intervals."""
     found = {}
     for name in PAPERS:
         replicates = {} if intervals else {"replicates": 0}
@@ -34,8 +34,8 @@ def scores(
 
 
 def ceiling(baseline: Tensor, truth: dict[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return how far the retrainings agree with themselves, by difference: what noise allows."""
-    unmoved = baseline[None].expand(len(truth["removed"]), *baseline.shape)  # a ceiling does not ask what is predicted
+    """Return the noise ceiling of the retrainings, by difference."""
+    unmoved = baseline[None].expand(len(truth["removed"]), *baseline.shape)  # predictions do not matter here
     keys = ("split_half", "reliability", "ceiling")
     result = {}
     for name in PAPERS:
@@ -47,20 +47,20 @@ def ceiling(baseline: Tensor, truth: dict[str, Tensor]) -> dict[str, dict[str, f
 
 
 def evaluate(responses: Tensor, exact: Tensor, baseline: Tensor, truth: dict[str, Tensor]) -> dict[str, object]:
-    """Compare responses ``(S, Q, N)`` with retraining, and in their scale with the exact ones.
+    """Compare responses ``(S, Q, N)`` with retraining, and their scale with that of the exact ones.
 
     Args:
-        responses: What is evaluated.
+        responses: Responses to evaluate.
         exact: Exact responses of the same runs.
         baseline: Measurements of these runs ``(S, Q)``.
-        truth: As ``concrete_truth`` makes it.
+        truth: Ground truth from ``concrete_truth``.
     """
-    # variance and Wasserstein distance depend on the scale; the best that a user could choose is by least squares
+    # variance and Wasserstein distance depend on the scale; the best that a user could choose is the least-squares one
     by_query = (responses.double() * exact.double()).sum((0, 2))
     factor = float(by_query.sum() / responses.double().square().sum())
     raw = predicted(responses, baseline, truth["removed"])
     rescaled = predicted(factor * responses.double(), baseline, truth["removed"])
-    # of each run by itself, the influence on the mean is its change
+    # for a single run, the influence on the mean is its change
     changes = (raw - baseline.double()).permute(1, 2, 0)
     real = (truth["measurements"].double().mean(1) - truth["baseline"].double().mean(0)).T
     return {

@@ -1,6 +1,6 @@
-"""Packages side by side: an environment for each, and a process of its own for each method.
+"""Packages side by side: a separate environment for each, and a separate process for each method.
 
-The released versions are those that ``peers.py`` was written for. An environment is made from PyPI where there is none.
+The released versions are those that ``peers.py`` was written for. Missing environments are created from PyPI.
 """
 
 import json
@@ -25,7 +25,7 @@ PACKAGES = {
 
 
 def environment(directory: Path, package: str) -> Path:
-    """Return the Python of a package's environment, made if there is none."""
+    """Return the Python of a package's environment, which is created if it does not exist."""
     python = directory / package / "bin" / "python"
     if not python.exists():
         venv.create(python.parents[1], with_pip=True)
@@ -35,7 +35,7 @@ def environment(directory: Path, package: str) -> Path:
 
 
 def measure(command: list[object], threads: int = 1) -> dict[str, float]:
-    """Run a worker; return what it says about itself, as :func:`account` prints it."""
+    """Run a worker, and return the figures that it prints with :func:`account`."""
     settings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     words = list(map(str, command))
     done = subprocess.run(words, cwd=ROOT, env=settings | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
@@ -45,7 +45,7 @@ def measure(command: list[object], threads: int = 1) -> dict[str, float]:
 
 
 def account(answer: Callable[[], object]) -> None:
-    """Call a function in a worker, and print its seconds and its process's memory as JSON."""
+    """Call a function in a worker, and print its seconds and the memory of its process as JSON."""
     before = peak()
     started, cpu = time.perf_counter(), time.process_time()
     answer()
@@ -54,8 +54,5 @@ def account(answer: Callable[[], object]) -> None:
 
 
 def peak() -> float:
-    """Return the most memory in MiB that was resident in this process.
-
-    ``getrusage`` would count the process that started it.
-    """
+    """Return the peak resident memory of this process in MiB; ``getrusage`` would include the parent process."""
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024

@@ -1,12 +1,12 @@
-"""What stacking saves when an ensemble is recorded: examples/concrete by the Trainer, one after the other, and stacked.
+"""Savings by stacking when recording an ensemble: examples/concrete by the Trainer, one by one, and stacked.
 
     python -m benchmarks.stacked_recording --data concrete.txt --seeds 20 --repeats 3 --output stacked_recording.json
 
-Each repeat records all seeds both ways, in an order that alternates, so that a busy machine slows both alike.
-Ratios are taken within a repeat: the Trainer's time over that of stacking; then the median over repeats. Wall clock,
-and the process's CPU time (all threads, those that write the files too), which tells more on a busy machine. The
-stacked times are those of ``record(stacked=True)`` from the call to the last file, with the seed that the Trainer
-records and the one that it begins.
+Each repeat records all seeds both ways, in alternating order, so a busy machine slows both equally. Ratios are taken
+within a repeat: the Trainer's time over that of stacking; then the median over repeats. Times are wall-clock time and
+the process's CPU time (all threads, including those that write files), which is more reliable on a busy machine. The
+stacked times are those of ``record(stacked=True)`` from the call to the last file, including the seed that the Trainer
+records and the one that it starts.
 """
 
 import argparse

@@ -320,7 +320,7 @@ def test_groups_are_read_from_a_file_and_a_step_is_asked_for(record, tmp_path, c
         ("column:1", None, "removals='column:1': the label of example 0 is"),
         ("no.json", None, "no.json cannot be read"),
         ("broken.json", "[[1, 2", "broken.json cannot be read"),
-        ("number.json", "3", "number.json holds 3. Write a list of lists"),
+        ("number.json", "3", "number.json contains 3. It must be a list of lists"),
         ("empty.json", "[[]]", "Group '0' of removals is empty"),
     ],
 )

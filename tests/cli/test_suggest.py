@@ -70,7 +70,7 @@ def test_a_suggestion_is_verified_by_retraining(tmp_path, capsys):
     suggest = ["suggest", "--attribution", str(tmp_path / "attribution"), "--k", "3", "--caution=0"]
     main([*suggest, "--verify", "--ensemble", str(root), "--output", str(truth), "--seeds", "4", "--stacked", "false"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "Retrained 4 times without the 3 examples, 4 times with them." in out
+    assert "Retrained 4 times without the 3 examples and 4 times with them." in out
     found = GroundTruth.load(truth)
     suggestion = suggest_removals(Attribution.load(tmp_path / "attribution"), k=3, caution=0)
     assert found.removed == (tuple(sorted(suggestion.removed)),)
