@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
@@ -21,6 +22,14 @@ CONFIG = "config.yaml"
 
 _METHOD_OPTIONS = ("ckpt_path", "weights_only")
 """Options of ``Trainer.fit`` that ``fit --print_config`` and ``SaveConfigCallback`` add to a configuration."""
+
+
+class PlainHelp(DefaultHelpFormatter):
+    """Help without the reST markup of the docstrings that it comes from."""
+
+    @override
+    def format_help(self) -> str:
+        return re.sub(r":\w+:`~?([^`]*)`", r"\1", super().format_help()).replace("``", "")
 
 
 class ConfigurationCLI(LightningCLI):
@@ -46,7 +55,8 @@ class ConfigurationCLI(LightningCLI):
             parser_kwargs={
                 "prog": f"lightning-dtda {command}",
                 "usage": f"lightning-dtda {command} {self.usage} [options]; --help lists them",
-                "description": description,
+                "description": f"{description} The main options come first, then those of Trainer, model and data.",
+                "formatter_class": PlainHelp,
             },
             **kwargs,
         )

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
+from lightning_dtda.cli.configuration_cli import PlainHelp
 from lightning_dtda.cli.retrain import retrained
 from lightning_dtda.evaluation import Verification, verify
 from lightning_dtda.evaluation.evaluating import check_alignment
@@ -29,6 +30,7 @@ def run(arguments: Sequence[str]) -> None:
         prog="lightning-dtda suggest",
         description="Suggest examples whose joint removal serves a goal. With --verify, all other options are those of "
         "lightning-dtda retrain.",
+        formatter_class=PlainHelp,
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
     settings = parser.add_function_arguments(suggest_removals, as_group=False, skip={"attribution", "level", "runs"})
