@@ -21,8 +21,8 @@ from lightning_dtda.compatibility import TorchDispatchMode, address, allocations
 # parameters of mallopt(3)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_THRESHOLD = 32 * 2**20
-"""Bytes to which glibc raises the threshold of mmap as large blocks are freed; it raises that of trimming to twice this.
-Once either was set by hand, glibc leaves both unchanged."""
+"""Bytes to which glibc raises the threshold of mmap as large blocks are freed, and half of that to which it raises the
+threshold of trimming. Once either was set by hand, glibc leaves both unchanged."""
 
 _OBJECTS = 16 * 2**20
 """Bytes of traces, autograd graphs and other objects that are not tensors."""
