@@ -134,10 +134,10 @@ def choose(
         queries: Q.
         removals: K of them.
     """
-    counts = f"{queries} queries against {len(removals)} removals"
+    costs_grow = f"the cost grows with the {queries} queries, not with the {len(removals)} removals"
     if mode == "auto" and (horizon == "auto" or queries <= len(removals)):
-        why = 'horizon="auto" needs adjoints' if horizon == "auto" else f"it pays for each query, {counts}"
-        _log.info("Differentiating in reverse mode: %s.", why)
+        why = 'horizon="auto" needs adjoints' if horizon == "auto" else costs_grow
+        _log.info("Reverse mode: %s.", why)
         mode = "reverse"
     if mode == "reverse":
         return reverse_costs(replay, queries, removals)
@@ -145,7 +145,7 @@ def choose(
     if mode == "auto":
         if costs.fewest > budget:
             return reverse_costs(replay, queries, removals)
-        _log.info("Differentiating in forward mode: it pays for each removal, %s.", counts)
+        _log.info("Forward mode: the cost grows with the %d removals, not with the %d queries.", len(removals), queries)
     return costs
 
 

@@ -1,8 +1,8 @@
-"""What an attribution found, for people: one HTML file, a Weights & Biases run, the terminal.
+"""The results of an attribution, for people: one HTML file, a Weights & Biases run, the terminal.
 
-Everything here reads an :class:`~lightning_dtda.attribution.attribution.Attribution`, computes no influence of its
-own, and says of what it shows whether it is more than seed noise (:mod:`lightning_dtda.reporting.certainty`). The
-figures are in :mod:`lightning_dtda.reporting.figures`.
+Everything here reads an :class:`~lightning_dtda.attribution.attribution.Attribution` and computes no influence of its
+own. Every influence shown is marked as significant or not (:mod:`lightning_dtda.reporting.certainty`). The figures are
+in :mod:`lightning_dtda.reporting.figures`.
 """
 
 from lightning_dtda.reporting.report import report

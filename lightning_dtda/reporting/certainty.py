@@ -1,4 +1,4 @@
-"""Is it real? The tests of all removals on one query, and how sure the few are that are shown."""
+"""Is it real? Tests of all removals on one query, and the uncertainty of the few that are shown."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from lightning_dtda.statistics.intervals import bootstrap_interval
 from lightning_dtda.statistics.power import retrainings_needed, runs_for_significance
 
 FDR = 0.05
-"""Of the removals that a query's tables and figures call significant, this share has no effect, on average."""
+"""False discovery rate: the expected share without an effect among the removals called significant for a query."""
 
 LEVEL = 0.95
-"""Confidence of the intervals."""
+"""Confidence level of the intervals."""
 
 POWER = 0.8
-"""Probability with which the runs or retrainings that are said to show an effect do, as is usual in planning."""
+"""Probability that the suggested number of runs or retrainings shows the effect; 80 % is customary in planning."""
 
 REPLICATES = 1000
-"""Draws for each interval: 25 of them are beyond each end."""
+"""Number of bootstrap replicates for each interval: 25 of them lie beyond each end."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tested:
-    """The tests of one difference between a query's distributions, with and without each removal.
+    """The tests of every removal for one difference, on one query.
 
     Args:
-        difference: What is tested.
+        difference: The difference that is tested.
         runs: Number of runs.
-        least_runs: How many the test needs.
-        p_values: ``(removals,)``; NaN where there are too few runs.
-        significant: Which are told from seed noise, at a false discovery rate of :data:`FDR` ``(removals,)``.
+        least_runs: Number of runs that the test needs.
+        p_values: p-values ``(removals,)``; NaN if there are too few runs.
+        significant: Whether each removal is significant at a false discovery rate of :data:`FDR` ``(removals,)``.
     """
 
     difference: Difference
@@ -51,7 +51,7 @@ class Tested:
 
     @property
     def discoveries(self) -> int:
-        """How many removals are significant."""
+        """Number of significant removals."""
         return int(self.significant.sum())
 
     @property
@@ -61,7 +61,7 @@ class Tested:
 
     @property
     def runs_for_clearest(self) -> float:
-        """With how many runs in all the clearest would be significant, if its effect is as large as it seems."""
+        """Total number of runs at which the clearest would be significant, if its effect is as large as estimated."""
         level = FDR / len(self.p_values)
         clearest = self.p_values[self.clearest]
         return float(runs_for_significance(self.difference, clearest, self.runs, level, POWER))
@@ -71,8 +71,8 @@ def tested(selected: Attribution, difference: str | Difference) -> Tested:
     """Test every removal of an attribution of one query.
 
     Args:
-        selected: The attribution, of the runs that are to be tested.
-        difference: What is tested.
+        selected: The attribution, restricted to the runs to use.
+        difference: The difference to test.
     """
     chosen, runs = resolve_difference(difference), len(selected.runs)
     least = significance.least_runs(chosen)
@@ -84,9 +84,9 @@ def tested(selected: Attribution, difference: str | Difference) -> Tested:
 
 
 def intervals(selected: Attribution, difference: Difference, positions: list[int]) -> Tensor:
-    """Return bootstrap intervals of a few removals' influences on one query ``(2, positions)``; NaN with a run too few.
+    """Return bootstrap intervals of a few removals' influences on one query ``(2, positions)``; NaN with too few runs.
 
-    As :meth:`Attribution.interval` gives for all, of which each costs :data:`REPLICATES` differences.
+    The same as :meth:`Attribution.interval`, but not for all removals: each costs :data:`REPLICATES` differences.
     """
     baseline, predicted = _samples(selected, positions)
     if len(selected.runs) <= max(difference.least_runs, 1):
@@ -95,10 +95,10 @@ def intervals(selected: Attribution, difference: Difference, positions: list[int
 
 
 def retrainings(selected: Attribution, difference: Difference, positions: list[int]) -> Tensor | None:
-    """Return how many retrainings, with and without, would show a few removals' effects on one query ``(positions,)``.
+    """Return the number of retrainings, with and without, that would show each removal's effect ``(positions,)``.
 
-    Only of the mean and the variance, which have a formula; a simulation of the others takes seconds each, and what
-    changes them shows in one of these. ``None`` for the others, or with a run too few.
+    Only the mean and the variance have a formula. The others would have to be simulated, which takes seconds each, and
+    what changes them usually shows in the mean or the variance. ``None`` for those, and with a single run.
     """
     if len(difference.moments) != 1 or len(selected.runs) < 2:
         return None

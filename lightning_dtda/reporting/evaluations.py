@@ -1,4 +1,4 @@
-"""How well attributions predict retraining, as a table in a hundred columns."""
+"""How well attributions predict retraining, as a table up to 100 characters wide."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ _CEILING = "noise ceiling"
 _UNKNOWN = "\N{EN DASH}"
 
 _REMOVAL = {
-    "drop": "The examples were gone (drop); predictions are of weight zero (reweight), with order and divisor kept.",
-    "reweight": "The examples had weight zero in the recorded runs (reweight), as predictions have it.",
+    "drop": "Retraining dropped the examples from the data (drop); predictions give them weight zero (reweight).",
+    "reweight": "Retraining gave the examples weight zero in the recorded runs (reweight), as the predictions do.",
 }
 
 
 def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | None = None) -> None:
-    """Print the scores of attributions that were compared with one ground truth, and how far they are apart.
+    """Print the scores of attributions that were compared with one ground truth, and the differences between them.
 
     Args:
-        evaluations: By what the attributions are called; at least one. Of several, the others are compared with the
-            first.
-        console: Where to print; the standard output if not given.
+        evaluations: Evaluations by the name of the attribution; at least one. The others are compared with the first.
+        console: Console to print to. Defaults to standard output.
     """
     console = console or Console()
     width = min(console.width, _COLUMNS)
     say = partial(console.print, width=width, highlight=False)
     separator = " " if width >= _COLUMNS else "\n"
     first = next(iter(evaluations.values()))
-    say("[bold]Do predictions order removals as retraining does?[/]")
+    say("[bold]Do predictions rank removals as retraining does?[/]")
     say(
-        f"Linear datamodeling score: rank correlation over {counted(first.subsets, 'subset')} of removed examples, "
-        f"mean of {counted(first.queries, 'query', 'queries')}, of the {escape(first.measurement)}. Truth: "
-        f"{counted(first.seeds, 'training')} without each subset, {first.baseline_seeds} on everything. "
+        f"Linear datamodeling score for the {escape(first.measurement)}: rank correlation over "
+        f"{counted(first.subsets, 'subset')} of removed examples, mean over "
+        f"{counted(first.queries, 'query', 'queries')}. Ground truth: {counted(first.seeds, 'training')} without each "
+        f"subset, {first.baseline_seeds} with all data. "
         f"{_REMOVAL.get(first.removal, escape(first.removal))}"
     )
     say()
@@ -56,7 +56,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation], console: Console | 
 
 
 def _table(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
-    """Return the table; intervals stand beside scores or, where that is too wide, beneath them."""
+    """Return the table, with intervals beside the scores or, if that is too wide, beneath them."""
     differences = list(dict.fromkeys(name for each in evaluations.values() for name in each.scores))
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     table.add_column("attribution", overflow="fold", min_width=len(_CEILING))
@@ -76,10 +76,10 @@ def _table(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
 
 
 def _comparisons(evaluations: Mapping[str, Evaluation], separator: str) -> Table:
-    """Return the table of how much higher the others score than the first; dim where it may be none."""
+    """Return the table of how much higher the others score than the first, dim where the interval includes zero."""
     (name, first), *others = evaluations.items()
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    table.add_column(f"score less that of {escape(name)}", overflow="fold", min_width=len(_CEILING))
+    table.add_column(f"score minus that of {escape(name)}", overflow="fold", min_width=len(_CEILING))
     for difference in first.scores:
         table.add_column(escape(difference), justify="right", no_wrap=True)
     for path, evaluation in others:
@@ -114,27 +114,28 @@ def _notes(evaluations: Mapping[str, Evaluation]) -> list[str]:
     scores = [score for each in evaluations.values() for score in each.scores.values()]
     first = next(iter(evaluations.values()))
     notes = [
-        f"In brackets: the {first.confidence:.0%} interval over queries, subsets, runs and seeds (bootstrap).",
-        "Ceiling: what the true influences would score, since the truth is noisy; from halves of its seeds.",
+        f"In brackets: {first.confidence:.0%} intervals over queries, subsets, runs and seeds (bootstrap).",
+        "Noise ceiling: what exact influences would score, as the ground truth is noisy; from halves of its seeds.",
     ]
     if len(evaluations) > 1:
         notes.insert(
             1,
-            "Less the first: intervals of the difference itself, drawn together, since a truth's luck is shared. Dim: "
-            "it may be none.",
+            "Differences: both scores are bootstrapped together, as they share the ground truth's noise. Dim: the "
+            "interval includes zero.",
         )
     if any(score.ceiling is None for score in scores):
-        notes.append("There are too few seeds for a ceiling: 4 trainings without each subset and 4 on everything.")
+        notes.append("Too few seeds for a noise ceiling: it needs 4 trainings without each subset and 4 with all data.")
     if constant := max(score.constant_queries for score in scores):
-        notes.append(f"Up to {counted(constant, 'query', 'queries')} left out: the truth is the same for all subsets.")
+        queries = counted(constant, "query", "queries")
+        notes.append(f"Up to {queries} left out: the ground truth is the same for all subsets.")
     if constant := max(score.constant_predictions for score in scores):
-        notes.append(f"Up to {counted(constant, 'query counts', 'queries count')} as 0: all predictions are the same.")
+        notes.append(f"Up to {counted(constant, 'query scores', 'queries score')} 0: all predictions are the same.")
     for path, evaluation in evaluations.items():
         if evaluation.left_out:
             notes.append(f"{path}: {counted(len(evaluation.left_out), 'chaotic run')} left out.")
         if evaluation.shared_seeds:
             notes.append(
-                f"{path}: {counted(len(evaluation.shared_seeds), 'seed')} both recorded and retrained; truth and "
-                "prediction share noise."
+                f"{path}: {counted(len(evaluation.shared_seeds), 'seed')} both recorded and retrained, so predictions "
+                "and ground truth share noise."
             )
     return notes

@@ -1,10 +1,10 @@
-"""The one look of all figures."""
+"""The style that all figures share."""
 
 from __future__ import annotations
 
 import plotly.graph_objects as go
 
-# Okabe and Ito's palette: told apart with every common colour blindness
+# Okabe and Ito's palette: distinguishable with every common colour blindness
 BLUE = "#0072B2"
 VERMILLION = "#D55E00"
 GREEN = "#009E73"
@@ -31,7 +31,7 @@ TEMPLATE = go.layout.Template(
         "plot_bgcolor": "white",
         "hoverlabel": {"bgcolor": "white", "bordercolor": MUTED, "font": {"color": INK}},
         "hovermode": "closest",
-        # at the bottom, where it may wrap on a narrow screen and push nothing but the plot
+        # at the bottom, where wrapping on a narrow screen shrinks nothing but the plot
         "legend": {
             "title": {"font": {"size": 12}},
             "orientation": "h",
@@ -49,5 +49,5 @@ TEMPLATE = go.layout.Template(
 
 
 def figure(title: str, **layout: object) -> go.Figure:
-    """Return an empty figure in this look."""
+    """Return an empty figure in this style."""
     return go.Figure(layout={"template": TEMPLATE, "title": {"text": title}, **layout})

@@ -1,4 +1,4 @@
-"""Plotly figures of an attribution. Each function is pure: an attribution in, a figure out."""
+"""Plotly figures of an attribution. Each function is pure: it takes an attribution and returns a figure."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lightning_dtda.reporting.wording import counted, describe, noun
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 MOST_POINTS = 20_000
-"""Points drawn of one query's examples: about one megabyte, and as many as a browser moves smoothly."""
+"""Maximum number of points in one query's figure: about one megabyte, and what a browser still moves smoothly."""
 
 MOST_QUERIES = 60
-"""Boxes side by side that can still be told apart on a screen."""
+"""Maximum number of boxes side by side: more cannot be distinguished on a screen."""
 
-_SVG_POINTS = 5_000  # beyond this a browser draws SVG markers too slowly; WebGL takes over
-_POINT_DIGITS, _ERROR_DIGITS = 6, 3  # of the many points: more than a screen shows
-_FEW_DECADES = 1e3  # a logarithmic axis up to here has room for 1, 2 and 5 of each decade
-_LABELLED = 3  # removals named in the plot, for each of its two axes: more would overlap
+_SVG_POINTS = 5_000  # above this a browser draws SVG markers too slowly; WebGL takes over
+_POINT_DIGITS, _ERROR_DIGITS = 6, 3  # of the many points: enough for any screen
+_FEW_DECADES = 1e3  # up to here a logarithmic axis has room for ticks at 1, 2 and 5 in each decade
+_LABELLED = 3  # removals labelled for each of the two axes: more would overlap
 
 
 def influence_figure(attribution: Attribution, query: int, most_points: int = MOST_POINTS) -> go.Figure:
     """Draw the mean influence of every example, or group, against its variance influence, for one query.
 
-    Colours tell which of the two are told from seed noise, among all removals at a false discovery rate of
-    :data:`~lightning_dtda.reporting.certainty.FDR`. With a single run there is no variance; the mean influence is
-    then drawn against the example's index or the group's position.
+    Colours show which of the two are significant, at a false discovery rate of
+    :data:`~lightning_dtda.reporting.certainty.FDR` among all removals. With a single run there is no variance; the
+    mean influence is then drawn against the example's index or the group's position.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
-        most_points: Examples, or groups, drawn at the most. Of more, those of the largest mean and the
-            largest variance influence are drawn, half of the points, and every n-th of the rest; the title says so.
+        most_points: Maximum number of examples, or groups, to draw. If there are more, half of the points are those
+            with the largest mean and variance influence, the other half every n-th of the rest; the title says so.
     """
     selected, measurement = attribution.select([query]), escape(attribution.measurement)
     what = noun(attribution)
@@ -50,16 +50,16 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
     points = _points(selected)
     drawn, removals = _drawn(points, most_points), len(points.shift)
     thinned = f" ({len(drawn)} of {removals} {what}s)" if len(drawn) < removals else ""
-    change = f"change of the {measurement}'s variance<br>when removed (Var Y {MINUS} Var X)"
+    change = f"change of the {measurement}'s variance<br>if removed (Var Y {MINUS} Var X)"
     every, place = "training example", "training example (index)"
     if what == "group":
         every, place = "group of training examples", "group (position)"
     one_run = f"{place};<br>a single run has no variance"
     plot = figure(
         f"Every {every}, query {selected.queries[0]}{thinned}",
-        xaxis={"title": {"text": f"change of the mean {measurement}<br>when removed (E Y {MINUS} E X)"}},
+        xaxis={"title": {"text": f"change of the mean {measurement}<br>if removed (E Y {MINUS} E X)"}},
         yaxis={"title": {"text": change if several else one_run}},
-        legend={"title": {"text": f"told from seed noise (false discovery rate {100 * FDR:g} %):"}},
+        legend={"title": {"text": f"significant (false discovery rate {100 * FDR:g} %):"}},
         showlegend=several,
     )
     clear_shift, clear_change = (tested(selected, name).significant.numpy() for name in ("mean", "variance"))
@@ -81,13 +81,13 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
 def removal_figure(attribution: Attribution, query: int, removed: Sequence[int]) -> go.Figure:
     """Draw one query's measurement in every run, as trained and predicted without some examples.
 
-    A line joins the two values of a run: lines that spread show variance that removal adds, lines that meet show
-    variance that it takes away. Beside the runs stand the mean and one standard deviation.
+    A line joins the two values of a run: lines that diverge show that removal adds variance, lines that converge that
+    it takes variance away. Mean and standard deviation are drawn beside the runs.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
-        removed: Training examples, or groups by position, that are removed together.
+        removed: Indices of the training examples, or positions of the groups, that are removed together.
     """
     selected = attribution.select([query])
     trained, predicted = _numpy(selected.baseline[:, 0]), _numpy(selected.predict(removed)[:, 0])
@@ -141,16 +141,16 @@ def top_figure(
 ) -> go.Figure:
     """Draw the examples, or groups, of the largest influence on one query, with their intervals over seeds.
 
-    Bars in colour are told from seed noise, among all removals at a false discovery rate of
-    :data:`~lightning_dtda.reporting.certainty.FDR`.
+    Blue bars are significant, at a false discovery rate of :data:`~lightning_dtda.reporting.certainty.FDR` among all
+    removals; the others are grey.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
         difference: As for :meth:`Attribution.influence`.
         k: Number of examples or groups.
-        rows: The examples, or groups, if they are known already, as
-            :func:`~lightning_dtda.reporting.findings.top_examples` returns them.
+        rows: The examples, or groups, as :func:`~lightning_dtda.reporting.findings.top_examples` returns them;
+            ``None`` computes them.
     """
     what = noun(attribution)
     words = describe(resolve_difference(difference), escape(attribution.measurement), what)
@@ -176,7 +176,7 @@ def top_figure(
         "%{customdata[0]:.3g} to %{customdata[1]:.3g}<br>p = %{customdata[2]:.2g}<br>"
         "mean influence %{customdata[3]:.3g}<br>variance influence %{customdata[4]:.3g}<extra></extra>",
     )
-    # lines of their own: an interval by the bootstrap need not hold the estimate, as error bars have to
+    # separate lines: error bars have to contain the estimate, and a bootstrap interval need not
     plot.add_scatter(
         x=[end for row in top for end in (row.interval_low, row.interval_high, None)],
         y=[name for name in names for _ in range(3)],
@@ -189,12 +189,12 @@ def top_figure(
 
 
 def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = None) -> go.Figure:
-    """Draw every query's measurement over runs, the queries that depend most on the seed first.
+    """Draw the distribution of each query's measurement over runs, the queries that depend most on the seed first.
 
     Args:
         attribution: The attribution.
-        queries: Positions of the queries; ``None`` is all. Of more than :data:`MOST_QUERIES` those of the largest
-            standard deviation are drawn, and the title says so.
+        queries: Positions of the queries; ``None`` means all. If there are more than :data:`MOST_QUERIES`, those with
+            the largest standard deviation are drawn, and the title says so.
     """
     positions = list(range(len(attribution.queries))) if queries is None else list(queries)
     baseline = _numpy(attribution.baseline)
@@ -204,7 +204,7 @@ def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = No
     measurement = escape(attribution.measurement)
     plot = figure(
         f"The {measurement} as trained, over {counted(len(attribution.runs), 'run')}" + (f": {kept}" if kept else ""),
-        xaxis={"title": {"text": "query, most dependent on the seed first"}, "type": "category"},
+        xaxis={"title": {"text": "query (those that depend most on the seed first)"}, "type": "category"},
         yaxis={"title": {"text": f"{measurement} on the query"}, "zeroline": False},
         showlegend=False,
     )
@@ -228,23 +228,23 @@ def baseline_figure(attribution: Attribution, queries: Sequence[int] | None = No
 
 
 def adjoint_figure(attribution: Attribution) -> go.Figure:
-    """Draw the length of each run's adjoint over its steps, relative to that at the end of training.
+    """Draw the norm of each run's adjoint over the training steps, relative to its norm at the end of training.
 
-    It says how strongly a small change of the parameters at a step acts on the measurement at the end: the median over
-    queries. Runs that are left out as chaotic stand out.
+    It shows how strongly a small change of the parameters at a step affects the measurement at the end (median over
+    queries). Chaotic runs, which are left out, have a colour of their own.
 
     Args:
-        attribution: The attribution; runs whose adjoint is not known are not drawn.
+        attribution: The attribution; runs without a stored adjoint are not drawn.
     """
     plot = figure(
-        "Length of the adjoint",
+        "Effect of a small change at step t",
         xaxis={"title": {"text": "step t"}, "zeroline": False},
-        yaxis={"title": {"text": "length of the adjoint over<br>that at the end"}, "type": "log"},
+        yaxis={"title": {"text": "norm of the adjoint,<br>relative to the end"}, "type": "log"},
         showlegend=bool(attribution.chaotic),
     )
     curves = attribution.about.get("adjoint_norms", {})
     lengths = [length for curve in curves.values() for length in (curve or {}).values() if length > 0]
-    if lengths and max(lengths) < _FEW_DECADES * min(lengths):  # plotly labels but one tick there
+    if lengths and max(lengths) < _FEW_DECADES * min(lengths):  # plotly would label a single tick
         ticks = [digit * 10.0**power for power in range(-9, 10) for digit in (1, 2, 5)]
         plot.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     for number, run in enumerate(sorted(attribution.runs, key=lambda run: run in attribution.chaotic)):
@@ -268,7 +268,7 @@ def adjoint_figure(attribution: Attribution) -> go.Figure:
 class _Points:
     """Mean and variance influence of every removal, with standard errors, each ``(removals,)``.
 
-    With a single run, the removal's position stands in place of the variance influence.
+    With a single run, the removal's position replaces the variance influence.
     """
 
     shift: np.ndarray
@@ -286,7 +286,7 @@ def _points(selected: Attribution) -> _Points:
 
 
 def _drawn(points: _Points, most_points: int) -> np.ndarray:
-    """Return the removals to draw: the notable ones, and an even thinning of the rest."""
+    """Return the removals to draw: those with the largest influences, and an evenly spaced choice of the rest."""
     removals = np.arange(len(points.shift))
     if len(removals) <= most_points:
         return removals
@@ -314,7 +314,7 @@ def _markers(
 
 
 def _labels(points: _Points, named: np.ndarray, attribution: Attribution) -> dict[str, Any]:
-    """Return the arguments of a scatter trace that names some removals and shows their standard errors."""
+    """Return the arguments of a scatter trace that labels some removals and shows their standard errors."""
     return {
         "x": _numbers(points.shift[named]),
         "y": _numbers(points.change[named]),
@@ -335,21 +335,21 @@ def _largest(values: np.ndarray, number: int) -> np.ndarray:
 
 
 def _error_bars(errors: np.ndarray, thickness: float, width: float) -> dict[str, Any]:
-    # unknown errors would be drawn as zero
+    # plotly would draw unknown errors as zero
     known = bool(np.isfinite(errors).all())
     return {"array": _numbers(errors), "visible": known, "color": INK, "thickness": thickness, "width": width}
 
 
 def _without(attribution: Attribution, removed: Sequence[int]) -> str:
     what = noun(attribution)
-    if len(removed) > 3:  # a longer list does not fit under an axis
+    if len(removed) > 3:  # a longer list would not fit under the axis
         return f"without {len(removed)} {what}s"
     names = ", ".join(str(name) for name in _names(attribution, np.array(removed, dtype=int)))
     return f"without {what}{'s' if len(removed) > 1 else ''} {names}"
 
 
 def _names(attribution: Attribution, positions: np.ndarray) -> list[Any]:
-    """Return indices of examples as they are, since they are many; or names of groups, for HTML."""
+    """Return the indices of examples, or the HTML-escaped names of groups."""
     names = attribution.removals
     return positions.tolist() if names is None else [escape(names[position]) for position in positions.tolist()]
 
@@ -359,5 +359,5 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _numbers(values: np.ndarray, digits: int = 8) -> list[float]:
-    # lists, since not every plotly.js reads plotly's binary arrays (W&B brings its own); as short as precision allows
+    # lists: not every plotly.js reads plotly's binary arrays (W&B has its own version); few digits keep files small
     return [float(f"{value:.{digits}g}") for value in values.tolist()]

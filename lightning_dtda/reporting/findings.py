@@ -1,4 +1,4 @@
-"""What a report picks out of an attribution: its differences, the top examples, the queries worth a page."""
+"""What a report takes from an attribution: the top examples, their significance, the queries to show."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 @dataclass(frozen=True)
 class TopExample:
-    """An example, or a group, of large influence on a query: a row of ``Attribution.top``, and how sure one is.
+    """An example, or a group, with a large influence on a query: a row of ``Attribution.top`` with its uncertainty.
 
     Args:
-        rank: 1 for the largest.
+        rank: Rank, from 1 for the largest.
         position: The example's index, or the group's position.
         name: The example's index, or the group's name.
         size: Number of examples.
-        influence: Of removing it.
-        standard_error: Of the influence.
-        mean_influence: Change of the mean when removed.
-        variance_influence: Change of the variance when removed.
+        influence: Influence, the change of the property if it is removed.
+        standard_error: Standard error of the influence.
+        mean_influence: Change of the mean if removed.
+        variance_influence: Change of the variance if removed.
         interval_low: Lower end of the influence's interval over seeds; NaN with too few runs.
-        interval_high: Its upper end.
-        p_value: Of no effect; NaN with too few runs.
-        significant: Whether it is told from seed noise among all removals, at a false discovery rate of
+        interval_high: Upper end of the interval.
+        p_value: p-value of no effect; NaN with too few runs.
+        significant: Whether it is significant among all removals, at a false discovery rate of
             :data:`~lightning_dtda.reporting.certainty.FDR`.
-        retrainings: How many with, and how many without it, would show the effect; ``None`` where there is no formula.
+        retrainings: Number of retrainings without it, and as large a number with all data, that would show the effect;
+            ``None`` if there is no formula.
     """
 
     rank: int
@@ -52,27 +53,27 @@ class TopExample:
 
 
 def significance_on(attribution: Attribution, query: int, difference: str | Difference) -> Tested:
-    """Return the tests of every removal's influence on the query at a position, of its trusted runs."""
+    """Return the tests of every removal's influence on the query at a position, over the trusted runs."""
     return tested(attribution.trusted().select([query]), difference)
 
 
 def top_examples(
     attribution: Attribution, query: int, difference: str | Difference, k: int, tests: Tested | None = None
 ) -> list[TopExample]:
-    """Return the k examples, or groups, of the largest absolute influence on the query at a position.
+    """Return the k examples, or groups, with the largest absolute influence on the query at a position.
 
     Args:
-        attribution: The attribution; of its trusted runs.
-        query: The query's position.
-        difference: What to rank by.
-        k: Number of examples or groups; fewer are returned where :attr:`Attribution.most_listed` are.
-        tests: What :func:`significance_on` returns, if it is known already.
+        attribution: The attribution; only its trusted runs are used.
+        query: Position of the query.
+        difference: Difference to rank by.
+        k: Number of examples or groups, at most :attr:`Attribution.most_listed`.
+        tests: Result of :func:`significance_on`; ``None`` computes it.
 
     Raises:
         AttributionError: If ``k`` is less than one.
     """
     if k < 1:
-        raise AttributionError(f"k is the number of removals to show and must be at least 1; it is {k}.")
+        raise AttributionError(f"k={k}; give the number of removals to show, at least 1.")
     selected, chosen = attribution.trusted().select([query]), resolve_difference(difference)
     tests = tested(selected, chosen) if tests is None else tests
     table = selected.top(min(k, selected.most_listed), chosen, query=0).drop(columns="query")
@@ -93,7 +94,7 @@ def top_examples(
 
 
 def about_in_brief(attribution: Attribution) -> dict[str, Any]:
-    """Return what is known of an attribution, with the groups' sizes in place of their members, which may be many."""
+    """Return an attribution's ``about``, with the sizes of the groups in place of their members, which may be many."""
     if attribution.removals is None or attribution.members is None:
         return attribution.about
     sizes = [len(group) for group in attribution.members]
@@ -101,25 +102,25 @@ def about_in_brief(attribution: Attribution) -> dict[str, Any]:
 
 
 def most_interesting(attribution: Attribution, most: int) -> list[int]:
-    """Return the positions, in order, of the queries on which one removal changes the variance most.
+    """Return the positions, in order, of the queries on which a single removal changes the variance most.
 
-    With a single run, those whose mean moves most.
+    With a single run, those on which it changes the mean most.
 
     Args:
         attribution: The attribution.
-        most: Number of queries; all of them if there are no more.
+        most: Maximum number of queries.
     """
     positions = range(len(attribution.queries))
     if len(positions) <= most:
         return list(positions)
     difference = "variance" if "variance" in attribution.available_differences else "mean"
-    # query by query: all influences at once are a copy of the responses
+    # query by query: all influences at once would take as much memory as the responses
     largest = [float(attribution.select([query]).influence(difference).abs().max()) for query in positions]
     return sorted(sorted(positions, key=lambda query: -largest[query])[:most])
 
 
 def largest_drift(attribution: Attribution, part: str) -> float | None:
-    """Return the largest relative replay drift over runs, ``None`` where none was measured.
+    """Return the largest relative replay drift over runs, ``None`` if none was measured.
 
     Args:
         attribution: The attribution.
@@ -131,7 +132,7 @@ def largest_drift(attribution: Attribution, part: str) -> float | None:
 
 
 def worst_diagnosis(attribution: Attribution, part: str) -> float | None:
-    """Return the largest figure of the runs' diagnoses, ``None`` where none was made.
+    """Return the largest error in the runs' diagnoses, ``None`` if there are none.
 
     Args:
         attribution: The attribution.
@@ -144,7 +145,7 @@ def worst_diagnosis(attribution: Attribution, part: str) -> float | None:
 
 @contextmanager
 def without_repeated_warnings() -> Iterator[None]:
-    """Silence the warning about few runs, which each influence repeats; every report says it once in its own words."""
+    """Silence the warning about few runs, which every influence repeats; each report states it once."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Influences of .* runs")
         yield

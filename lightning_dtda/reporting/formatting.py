@@ -1,4 +1,4 @@
-"""Numbers of one column with a common power of ten, so that they can be compared at a glance."""
+"""Formatting of numbers: those in a column share a power of ten, so they can be compared at a glance."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def common_exponent(values: Iterable[float]) -> int:
-    """Return the power of ten, a multiple of three, in which the largest value has one to four digits.
+    """Return the power of ten, a multiple of three, at which the largest value has one to four digits.
 
     Example:
         >>> common_exponent([0.00042, -0.017]), common_exponent([0.3, 12.0]), common_exponent([])
@@ -26,7 +26,7 @@ def common_exponent(values: Iterable[float]) -> int:
 
 
 def number(value: float, exponent: int = 0) -> str:
-    """Return a value in units of a power of ten, with a true minus sign; a dash if it is unknown.
+    """Format a value in units of a power of ten, with a true minus sign; a dash if it is unknown.
 
     Example:
         >>> number(-0.01234, -3), number(math.nan)
@@ -39,17 +39,17 @@ def number(value: float, exponent: int = 0) -> str:
 
 
 def unit(exponent: int) -> str:
-    """Return the power of ten that a column's head states; nothing for one.
+    """Format a power of ten for a column's head; an empty text if it is one.
 
     Example:
         >>> unit(-3), unit(0)
-        ('10⁻³', '')
+        ('in 10⁻³', '')
     """
-    return f"10{str(exponent).translate(_SUPERSCRIPT)}" if exponent else ""
+    return f"in 10{str(exponent).translate(_SUPERSCRIPT)}" if exponent else ""
 
 
 def capital(text: str) -> str:
-    """Return a text as at the start of a line.
+    """Return a text with a capital first letter.
 
     Example:
         >>> capital("mean influence")
@@ -59,7 +59,7 @@ def capital(text: str) -> str:
 
 
 def p_value(value: float) -> str:
-    """Return a p-value with what matters of it; a dash if it is unknown.
+    """Format a p-value; a dash if it is unknown.
 
     Example:
         >>> p_value(0.0321), p_value(4.2e-8), p_value(math.nan)
@@ -71,7 +71,7 @@ def p_value(value: float) -> str:
 
 
 def count(value: float | None) -> str:
-    """Return a number of trainings that is worth thinking about; a dash if it is unknown.
+    """Format a number of trainings, cut off where nobody would train; a dash if it is unknown.
 
     Example:
         >>> count(1234.0), count(3e7), count(None)

@@ -1,4 +1,4 @@
-"""One HTML file that explains itself to colleagues: no server, no network, nothing beside it."""
+"""One HTML file to hand to colleagues: no server, no network, no other files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
-from lightning_dtda.reporting.certainty import FDR, LEVEL, Tested
+from lightning_dtda.reporting.certainty import FDR, LEVEL, POWER, Tested
 from lightning_dtda.reporting.figure_style import TEMPLATE
 from lightning_dtda.reporting.figures import (
     adjoint_figure,
@@ -39,15 +39,15 @@ from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.version import __version__
 
 MOST_QUERIES = 50
-"""Queries in one report: with the points below and ten examples a table, a file of at most about 12 MB."""
+"""Maximum number of queries in a report: with the points below and ten examples per table, at most about 12 MB."""
 
 MOST_POINTS = 100_000
-"""Examples drawn in all figures of mean against variance influence together, at about 50 bytes each."""
+"""Maximum number of points in all figures of mean against variance influence together, about 50 bytes each."""
 
 
 @dataclass(frozen=True)
 class _Table:
-    """The top examples, or groups, of one difference, and what its test says."""
+    """The top examples, or groups, by one difference, and the result of its test."""
 
     key: str
     difference: Difference
@@ -59,7 +59,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Query:
-    """What the page shows of one query: tables, and the figures' JSON by name."""
+    """What the page shows for one query: tables, and the JSON of the figures by name."""
 
     position: int
     name: int
@@ -70,26 +70,27 @@ class _Query:
 def report(
     attribution: Attribution, output: str | Path, k: int = 10, differences: Sequence[str | Difference] | None = None
 ) -> Path:
-    """Write one self-contained HTML file on an attribution.
+    """Write a report on an attribution as one self-contained HTML file.
 
-    It says whether influences are told from seed noise, and what would tell them; it holds the top examples, or groups,
-    of each query and difference as tables with intervals over seeds, and interactive figures. It opens without network:
-    plotly.js is inside. Of more than :data:`MOST_QUERIES` queries those are shown on which one removal changes the
-    variance most; the page says so.
+    It states how many influences are significant and, if none is, how many more runs it would take. For each query and
+    difference it has a table of the top examples, or groups, with intervals over seeds, and interactive figures. It
+    opens without a network: plotly.js is included. If there are more than :data:`MOST_QUERIES` queries, it shows those
+    on which a single removal changes the variance most, and says so.
 
     Args:
         attribution: The attribution.
-        output: The file to write; its folder is made if need be.
-        k: Examples, or groups, in each table.
-        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`; ``None`` is the
-            paper's, mean, variance and Wasserstein. Those without a test of their own, such as quantiles, are tested by
-            2,000 exchanges of all samples: for each query about a second at 20 runs and 1000 examples.
+        output: File to write; its folder is created if it does not exist.
+        k: Number of examples, or groups, in each table.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means the
+            paper's: mean, variance and Wasserstein. Differences without a test of their own, such as quantiles, are
+            tested by 2,000 random exchanges of X and Y: about a second per query for 20 runs and 1000 examples.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        AttributionError: If ``k`` is less than one, or there is no such difference or too few runs for it.
+        AttributionError: If ``k`` is less than one, a difference is unknown or needs more runs, or the file cannot be
+            written.
 
     Example:
         >>> import tempfile, torch
@@ -112,7 +113,7 @@ def report(
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise AttributionError(
-            f"The report cannot be written to {output} ({error}). Give the name of a file."
+            f"The report cannot be written to {output} ({error}). Give another file name."
         ) from error
     return output
 
@@ -120,7 +121,7 @@ def report(
 def _content(
     everything: Attribution, attribution: Attribution, k: int, differences: list[Difference]
 ) -> dict[str, Any]:
-    """Return what the page shows: of all runs what was asked, of the trusted ones what was found."""
+    """Return what the page shows: the question for all runs, the results for the trusted ones."""
     shown = most_interesting(attribution, MOST_QUERIES)
     queries = [_query(attribution, position, k, MOST_POINTS // len(shown), differences) for position in shown]
     of_differences = zip(*([table.tests for table in query.tables] for query in queries), strict=True)
@@ -139,6 +140,7 @@ def _content(
         "about": json.dumps(about_in_brief(attribution), indent=2, default=str),
         "k": k,
         "fdr": f"{100 * FDR:g} %",
+        "power": f"{100 * POWER:g} %",
         "level": f"{100 * LEVEL:g} %",
         "verdicts": [verdict_on_all(attribution, tests) for tests in of_differences],
         "queries": queries,
@@ -163,19 +165,19 @@ def _query(attribution: Attribution, position: int, k: int, most_points: int, di
 def _table(attribution: Attribution, position: int, k: int, number: int, difference: Difference) -> _Table:
     tests = significance_on(attribution, position, difference)
     rows = top_examples(attribution, position, difference, k, tests)
-    verdicts = [verdict(attribution, tests), retraining_verdict(attribution, rows[0])]
+    verdicts = [verdict(attribution, tests), retraining_verdict(attribution, rows)]
     words = wording.describe(difference, attribution.measurement, wording.noun(attribution))
-    # a name may hold anything, and stand for two settings of a class
+    # a key by number: a name may have any characters, and two settings of a class may share it
     return _Table(f"difference-{number}", difference, words, tests, rows, [text for text in verdicts if text])
 
 
 def _exponent(rows: list[TopExample], *fields: str) -> int:
-    """Return the power of ten in which the columns of these fields are written."""
+    """Return the common power of ten of the columns of these fields."""
     return common_exponent(getattr(row, field) for row in rows for field in fields)
 
 
 def _embedded(figures: dict[str, go.Figure]) -> Markup:
-    """Return figures as JSON for a script element; the page adds the template, which they share."""
+    """Return figures as JSON for a script element; the page adds the template that they share."""
     parts: Iterable[str] = (
         f"{json.dumps(name)}: {figure.update_layout(template=None).to_json()}" for name, figure in figures.items()
     )
@@ -183,5 +185,5 @@ def _embedded(figures: dict[str, go.Figure]) -> Markup:
 
 
 def _script_safe(text: str) -> Markup:
-    # "<" stands in JSON only inside strings, where it may be written so; then nothing can close the script element
+    # in JSON, "<" only occurs inside strings, where it can be escaped; then nothing closes the script element
     return Markup(text.replace("<", "\\u003c"))

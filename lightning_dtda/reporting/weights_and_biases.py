@@ -1,4 +1,4 @@
-"""One Weights & Biases run that sums up an attribution."""
+"""One Weights & Biases run that summarizes an attribution."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from lightning_dtda.reporting.wording import noun
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 MOST_QUERIES = 20
-"""Queries with a figure and histograms of their own: as many panels as a W&B page shows at once."""
+"""Maximum number of queries with a figure and histograms: the number of panels that a W&B page shows at once."""
 
 MOST_ROWS = 10_000
-"""Rows of the table of top examples: W&B shows no more."""
+"""Maximum number of rows in the table of top examples: W&B shows no more."""
 
 _BINS = 32
 _NUMBERS = (
@@ -60,29 +60,29 @@ def log_to_wandb(
 ) -> str:
     """Log an attribution as one summary run of Weights & Biases.
 
-    The run has the configuration of the attribution, a table of the top examples or groups, for each of up to
-    :data:`MOST_QUERIES` queries the figure of mean against variance influence and histograms of the measurement as
-    trained and without the example or group that changes it most, and the attribution's directory as an artifact. The
-    notes say whether influences on these queries are told from seed noise, the summary of how many examples or groups
-    of a query they are, in the middle. It is a run of its own: one that is active goes on untouched.
+    The run has the configuration of the attribution, a table of the top examples or groups, and the attribution's
+    directory as an artifact. For each of up to :data:`MOST_QUERIES` queries it has a figure of mean against variance
+    influence, and histograms of the measurement as trained and without the example or group that changes it most. The
+    notes say how many influences on these queries are significant; the summary has the median number of significant
+    examples or groups over these queries. It is a separate run: an active run is not affected.
 
     Args:
         attribution: The attribution.
-        directory: Where it is saved.
-        project: The project; without it, ``WANDB_PROJECT`` or ``lightning-dtda``.
-        group: The run's group; without it, the ensemble's name.
-        k: Examples, or groups, for each query and difference.
-        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`; ``None`` is the
-            paper's. By the last of them the histograms' example is chosen.
+        directory: Directory where the attribution is saved.
+        project: Name of the project. Defaults to ``WANDB_PROJECT``, or ``lightning-dtda``.
+        group: Group of the run. Defaults to the name of the ensemble.
+        k: Number of examples, or groups, for each query and difference.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means the
+            paper's. The last of them selects the example of the histograms.
 
     Returns:
-        The run's id.
+        The id of the run.
 
     Raises:
-        AttributionError: If there is no such directory, ``k`` is less than one, or there is no such difference or too
-            few runs for it.
+        AttributionError: If the directory does not exist, ``k`` is less than one, a difference is unknown, or it needs
+            more runs.
     """
-    import wandb  # takes a second, which the report and the terminal should not cost
+    import wandb  # takes a second, which report and terminal should not pay
 
     directory = Path(directory)
     facts = _facts(attribution)
@@ -93,7 +93,7 @@ def log_to_wandb(
     for difference, of_queries in zip(chosen, tests, strict=True):
         facts[f"significant/{difference.name}"] = statistics.median(each.discoveries for each in of_queries)
     if not directory.is_dir():
-        raise AttributionError(f"There is no directory {directory}. Save the attribution there first.")
+        raise AttributionError(f"The directory {directory} does not exist. Save the attribution there first.")
     with without_repeated_warnings():
         table = wandb.Table(columns=[*_columns(attribution)], data=list(_rows(attribution, chosen, k)))
         panels = dict(_panels(attribution, queries, chosen[-1]))
@@ -131,7 +131,7 @@ def _rows(attribution: Attribution, differences: Sequence[Difference], k: int) -
 
 
 def _panels(attribution: Attribution, queries: list[int], difference: Difference) -> Iterator[tuple[str, Any]]:
-    """Yield each query's figure and histograms, those of a query on the same bins."""
+    """Yield each query's figure and histograms; the histograms of a query share their bins."""
     import wandb
 
     for query in queries:
@@ -162,5 +162,5 @@ def _facts(attribution: Attribution) -> dict[str, Any]:
 
 
 def _artifact_name(attribution: Attribution) -> str:
-    # W&B allows no other characters
+    # the characters that W&B allows
     return re.sub(r"[^\w.-]+", "-", f"attribution-{attribution.about.get('ensemble', 'ensemble')}", flags=re.ASCII)

@@ -1,4 +1,4 @@
-"""The sentences and table heads that reports share: what was asked, what was found, which sign means what."""
+"""The sentences and table heads that reports share: the question, the answer, the meaning of the sign."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Wording:
     """How a difference between distributions of a measurement is introduced.
 
     Args:
-        title: Its name, as inside a sentence.
-        question: What it answers.
-        formula: Its definition; X is the measurement as trained, Y with the example removed.
-        meaning: The influence in words.
-        short: The same for an axis or the head of a column.
-        unit: What the influence is measured in.
-        reading: What its sign says.
+        title: Name, in lower case unless it is a proper name.
+        question: Question that it answers.
+        formula: Definition; X is the measurement as trained, Y with the example removed.
+        meaning: Meaning of the influence in words.
+        short: The same, short enough for an axis or the head of a column.
+        unit: Unit of the influence.
+        reading: Meaning of its sign.
     """
 
     title: str
@@ -37,12 +37,12 @@ class Wording:
 
 
 def describe(difference: Difference, measurement: str, removed: str = "example") -> Wording:
-    """Put into words what a difference says of itself.
+    """Return the texts that introduce a difference.
 
     Args:
         difference: The difference.
-        measurement: The measurement's name.
-        removed: What a removal takes away, an ``"example"`` or a ``"group"``.
+        measurement: Name of the measurement.
+        removed: What is removed, an ``"example"`` or a ``"group"``.
 
     Example:
         >>> from lightning_dtda.statistics import Tail
@@ -56,7 +56,7 @@ def describe(difference: Difference, measurement: str, removed: str = "example")
     sign = (
         f"Positive: removing the {removed} raises it. Negative: it lowers it."
         if difference.signed
-        else "Never negative, and so too large where the effect is smaller than seed noise."
+        else "Never negative, so it overestimates effects that are smaller than the seed noise."
     )
     plain = meaning.rstrip(",")
     return Wording(
@@ -64,14 +64,14 @@ def describe(difference: Difference, measurement: str, removed: str = "example")
         question=f"Which {removed}s make the largest {plain}?",
         formula=difference.formula,
         meaning=f"{meaning} on this query if the {removed} is removed",
-        short=f"{plain} when removed",
+        short=f"{plain} if removed",
         unit=unit,
         reading=reading or sign,
     )
 
 
 def noun(attribution: Attribution) -> str:
-    """Return what a removal takes away: an example or a group."""
+    """Return what is removed, as a noun: "example" or "group"."""
     return "example" if attribution.removals is None else "group"
 
 
@@ -95,8 +95,8 @@ def answer(attribution: Attribution) -> str:
     step = "" if attribution.step is None else f"step {attribution.step} of "
     return (
         f"The {attribution.measurement} was measured after {step}{counted(len(attribution.runs), 'seeded run')}{of}; "
-        f"its change in each run is predicted by {estimator(attribution)}. Removal means weight zero: order, "
-        "slots and divisor are kept."
+        f"its change in each run is predicted by {estimator(attribution)}. Removing an example means giving it weight "
+        "zero: batch order, batch size and the loss's denominator stay the same."
     )
 
 
@@ -104,84 +104,84 @@ def estimator(attribution: Attribution) -> str:
     """Return the estimator's name with its settings."""
     settings: Any = attribution.about.get("estimator")
     if not isinstance(settings, dict):
-        return str(settings or "an estimator that is not named")
+        return str(settings or "an unnamed estimator")
     name = str(settings.get("class", "estimator")).rpartition(".")[2]
     arguments = ", ".join(f"{key}={value}" for key, value in settings.items() if key != "class")
     return f"{name} ({arguments})" if arguments else name
 
 
 def drift(attribution: Attribution) -> str:
-    """Return how far the replayed runs were from the recorded ones at the worst."""
+    """Return the largest relative differences between replayed and recorded runs."""
     measured = {part: largest_drift(attribution, part) for part in ("parameters", "gradients")}
     known = [f"{part} {value:.2g}" for part, value in measured.items() if value is not None]
     return ", ".join(known) if known else "not measured"
 
 
 def diagnosis(attribution: Attribution) -> str:
-    """Return how well the responses could be computed at the worst, on a sample of steps."""
-    parts = {"finite_differences": "from finite differences", "precision": "from double precision"}
+    """Return the largest relative errors of the responses, on a sample of steps."""
+    parts = {"finite_differences": "against finite differences", "precision": "against double precision"}
     known = {words: worst_diagnosis(attribution, part) for part, words in parts.items()}
     return ", ".join(f"{value:.1g} {words}" for words, value in known.items() if value is not None) or "not measured"
 
 
 _SHARED = {
-    "network": "The examples of a batch share what the network makes of them together (BatchNorm, mixup). Removing "
-    "one takes away what flows through its own outputs; it keeps its part in what the others see.",
-    "loss": "The examples of a batch share its loss (class weights, a mean over tokens, a contrast, BatchNorm). "
-    "Removing one takes away what flows through its own outputs; divisors and comparisons stay.",
+    "network": "The network mixes the examples of a batch (BatchNorm, mixup). Removing one removes the gradient "
+    "through its own outputs; its effect on the outputs of the others stays.",
+    "loss": "The loss mixes the examples of a batch (class weights, a mean over tokens, a contrastive loss, "
+    "BatchNorm). Removing one removes the gradient through its own outputs; denominators and comparisons stay.",
 }
-"""What is said where examples depend on each other."""
+"""Cautions for batches whose examples depend on each other."""
 
 
 def cautions(attribution: Attribution) -> list[str]:
-    """Return what the reader has to know before believing a number; nothing if there are enough runs."""
+    """Return what readers must know before they trust a number; an empty list if there is nothing."""
     runs = len(attribution.runs)
     said = []
     if chaotic := attribution.chaotic:
         said = [
-            f"{counted(len(chaotic), 'run is', 'runs are')} left out of {runs} ({', '.join(chaotic)}): their responses "
-            "are out of proportion to the others', since small changes grew in those trainings. What follows is of the "
-            'rest; runs="all" takes them in, and UnrolledDifferentiation(horizon="auto") may tame them.'
+            f"{counted(len(chaotic), 'run is', 'runs are')} left out of {runs} as chaotic ({', '.join(chaotic)}): "
+            "small changes grew during training, so responses are out of proportion to those of the other runs. "
+            'UnrolledDifferentiation(horizon="auto") may help. In Python, influence(..., runs="all") includes them.'
         ]
         runs -= len(chaotic)
     if failed := attribution.ill_conditioned:
         said.append(
             f"{counted(len(failed), 'run is', 'runs are')} ill-conditioned ({', '.join(failed)}): on a sample of "
-            "steps, responses in single and in double precision differ by more than 5 %. Attribute with "
+            "steps, responses in single and double precision differ by more than 5 %. Attribute with "
             'UnrolledDifferentiation(precision="float64").'
         )
     if (shared := (attribution.about.get("shared") or {}).get("training", "none")) != "none":
         said.append(_SHARED[shared])
     if draws := attribution.about.get("draws"):
         said.append(
-            f"The measurement draws random numbers. It is the mean over {draws['number']} draws (seed "
-            f"{draws['seed']}), the same ones for every run."
+            f"The measurement draws random numbers. Its value is the mean over {draws['number']} draws (seed "
+            f"{draws['seed']}), the same for every run."
         )
     if runs == 1:
         said.append(
-            "There is a single run: nothing here tells an effect from seed noise. The variance influence needs two "
-            "runs, standard errors need two for the mean and three for the variance. Record more seeds."
+            "There is a single run, so no effect can be distinguished from seed noise. The variance influence needs "
+            "two runs; standard errors need two for the mean and three for the variance. Record more seeds."
         )
     elif runs < ENOUGH_RUNS:
         said.append(
-            f"There are {runs} runs; with fewer than {ENOUGH_RUNS} the standard errors are themselves uncertain by "
-            "more than a quarter. Record more seeds."
+            f"There are only {runs} runs: with fewer than {ENOUGH_RUNS}, the standard errors are themselves uncertain "
+            "by more than a quarter. Record more seeds."
         )
     return said
 
 
 def reliability(attribution: Attribution) -> str:
-    """Return how well halves of the runs agree about the ranking of the removals, over queries."""
+    """Return how well halves of the runs agree on the ranking of the removals: median and range over queries."""
     try:
         of_queries = attribution.reliability("mean")
     except AttributionError:
-        return "too few runs to tell"
+        return "unknown (too few runs)"
     low, middle, high = of_queries.quantile(torch.tensor([0.0, 0.5, 1.0], dtype=of_queries.dtype)).tolist()
     return f"{middle:.2f}" if len(of_queries) == 1 else f"{middle:.2f} ({low:.2f} to {high:.2f} over queries)"
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
-    """Return a number with its noun.
+    """Return a number with its noun, in the singular or plural.
 
     Example:
         >>> counted(1, "run"), counted(3, "query", "queries")

@@ -171,7 +171,7 @@ def test_the_table_says_scores_intervals_ceilings_and_of_what(attribution, truth
     assert f"{score.score:.3f} [{score.low:.2f}, {score.high:.2f}]" in text
     assert f"{score.ceiling:.3f}" in text
     assert "15 subsets" in text
-    assert "6 trainings without each subset, 8 on everything" in text
+    assert "6 trainings without each subset, 8 with all data" in text
     assert "drop" in text
     assert "too few seeds" not in text
 
@@ -189,13 +189,13 @@ def test_a_second_table_says_how_far_the_others_are_from_the_first(attribution, 
     worse = replace(attribution, responses=attribution.responses + attribution.responses.roll(1, -1))
     first, second = (evaluate(each, truth, replicates=50) for each in (attribution, worse))
     text = printed({"[one]": first, "two": second})
-    assert "score less that of [one]" in text
+    assert "score minus that of [one]" in text
     for each in compare(second, first).values():
         low, high = (f"{end:+.2f}" for end in (each.low, each.high))
         shown = f"{each.gain:+.3f} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
         assert shown.replace("\N{MINUS SIGN}0.00", "0.00").replace("+0.00]", "0.00]") in text
-    assert "Less the first: intervals of the difference itself" in text
-    assert "less that of" not in printed({"one": first}).lower()
+    assert "Differences: both scores are bootstrapped together" in text
+    assert "minus that of" not in printed({"one": first}).lower()
 
 
 def test_the_table_says_what_is_missing(attribution, truth):
@@ -205,9 +205,9 @@ def test_the_table_says_what_is_missing(attribution, truth):
     responses[:, 1] = 0
     few = replace(truth, measurements=measurements, seeds=truth.seeds[:3])
     text = printed({"a": evaluate(replace(attribution, responses=responses), few, replicates=20)})
-    assert "too few seeds for a ceiling" in text
+    assert "Too few seeds for a noise ceiling" in text
     assert "1 query left out" in text
-    assert "1 query counts as 0" in text
+    assert "1 query scores 0" in text
 
 
 def test_the_command_prints_a_line_for_each_attribution_and_writes_the_figures(attribution, truth, tmp_path, capsys):
@@ -221,7 +221,7 @@ def test_the_command_prints_a_line_for_each_attribution_and_writes_the_figures(a
     assert "noise ceiling" in out
     lines = [line.split()[0] for line in out.splitlines() if line.split()[:1] in (["one"], ["two"])]
     assert lines == ["one", "two", "two"], "the scores of both, and the second less the first"
-    assert "score less that of one" in " ".join(out.split())
+    assert "score minus that of one" in " ".join(out.split())
     content = json.loads(output.read_text())
     expected = evaluate(Attribution.load(paths[0]), GroundTruth.load(tmp_path / "truth"))
     assert content[paths[0]]["scores"]["mean"]["score"] == expected.scores["mean"].score

@@ -94,7 +94,7 @@ def test_a_new_difference_is_one_class_and_is_shown_everywhere(attribution, save
     text = " ".join(printed(attribution, [path]).split())
     ends = attribution.interval(path)[:, 0, top["example"].tolist()].flatten().tolist()
     assert f"{number(largest, common_exponent([*top['influence'], *ends]))} [" in text
-    assert "range influence" in text  # what is told from seed noise
+    assert "significant range influence" in text
     rows, found = logged(attribution, saved, tmp_path, [path])
     assert [row["influence"] for row in rows[:K]] == pytest.approx(top["influence"].tolist())
     assert {row["difference"] for row in rows} == {"range"}

@@ -55,8 +55,8 @@ def test_groups_tell_what_is_clear_of_seed_noise(attribution):
 
 def test_axes_say_sign_and_unit_in_words(attribution):
     layout = influence_figure(attribution, 0).layout
-    assert layout.xaxis.title.text == "change of the mean loss<br>when removed (E Y \N{MINUS SIGN} E X)"
-    assert layout.yaxis.title.text == "change of the loss's variance<br>when removed (Var Y \N{MINUS SIGN} Var X)"
+    assert layout.xaxis.title.text == "change of the mean loss<br>if removed (E Y \N{MINUS SIGN} E X)"
+    assert layout.yaxis.title.text == "change of the loss's variance<br>if removed (Var Y \N{MINUS SIGN} Var X)"
 
 
 @pytest.mark.filterwarnings("ignore:Influences of")

@@ -43,7 +43,7 @@ def test_the_worst_diagnosis_is_that_of_these_runs():
 
 
 def test_no_example_at_all_is_refused(attribution):
-    with pytest.raises(AttributionError, match="must be at least 1; it is 0"):
+    with pytest.raises(AttributionError, match="k=0; give the number of removals to show, at least 1"):
         top_examples(attribution, 0, "mean", 0)
 
 

@@ -175,7 +175,7 @@ def test_names_are_shown_as_text_wherever_they_appear(browser, tmp_path):
     assert axis.text == f"{name} on the query"
 
 
-def test_what_is_not_told_from_seed_noise_is_muted_and_the_page_says_so(attribution, tmp_path):
+def test_what_is_not_significant_is_muted_and_the_page_says_so(attribution, tmp_path):
     page = report(attribution, tmp_path / "report.html", k=40).read_text()
     rows = re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)
     muted = [bool(unclear) for _, unclear in rows]
@@ -189,7 +189,7 @@ def test_what_is_not_told_from_seed_noise_is_muted_and_the_page_says_so(attribut
     assert muted == expected
     assert True in muted
     assert False in muted
-    assert "Grey: not told from seed noise among 40 (false discovery rate 5 %)." in page
+    assert "Grey: not significant among 40 examples (false discovery rate 5 %)" in page
 
 
 def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribution, tmp_path):
@@ -197,30 +197,24 @@ def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribu
     found = page[page.index("Is it more than seed noise?") : page.index("How to read this")]
     numbers = {difference: attribution.significant(difference).sum(1).tolist() for difference in DIFFERENCES}
     assert set(numbers["mean"]) == {1}
-    assert "On 3 of 3 queries, the mean influence of 1 of 40 examples is told from seed noise at 12 runs" in found
+    assert "On 3 of 3 queries, 1 of 40 examples has a significant mean influence (12 runs, " in found
     assert set(numbers["variance"]) == {1}
     needed = attribution.retrainings_needed([23], "variance").tolist()
     for query in needed:
-        assert f"What removing example 23 does would show in {query:.0f} trainings without it and as many on" in page
+        assert f"To confirm example 23: retrain {query:.0f} times without it and {query:.0f} times with all" in page
 
 
-def test_where_nothing_is_told_the_page_says_what_would_tell_it(tmp_path):
+def test_if_nothing_is_significant_the_page_says_how_many_runs_it_would_take(tmp_path):
     noise = make_attribution()
     noise.responses[..., [11, 23]] = noise.responses[..., [12, 24]]
     noise.responses[..., 30] += 0.0012
     page = html.unescape(report(noise, tmp_path / "report.html").read_text()).replace("\xa0", " ")
     assert not noise.significant("mean").any()
-    assert (
-        "None of the 40 examples' mean influence is told from seed noise at 12 runs (false discovery rate 5 %), on any"
-        in page
-    )
+    assert "No example has a significant mean influence on any of 3 queries with 12 runs (false discovery" in page
     p, runs = noise.p_values("mean"), noise.runs_for_significance("mean")
     query, example = divmod(int(p.argmin()), 40)
     more = int(runs[query, example]) - 12
-    assert (
-        f"The clearest is example {example}, p = {p.min():.2g}: if its effect is as large as it seems, about {more}"
-        in page
-    )
+    assert f"The clearest is example {example} (p = {p.min():.2g}): about {more} more runs would make it" in page
 
 
 def test_other_differences_are_shown_with_a_sentence_and_a_unit(attribution, tmp_path):
@@ -244,7 +238,7 @@ def test_the_page_says_what_was_asked_and_how_sure_it_is(attribution, tmp_path):
     page = report(attribution, tmp_path / "deep" / "report.html").read_text()
     for words in (
         "How does the loss on 3 queries change if one of 40 training examples is removed?",
-        "Removal means weight zero: order, slots and divisor are kept.",
+        "giving it weight zero: batch order, batch size and the",
         "UnrolledDifferentiation (precision=float64)",
         "parameters 1.2e-06, gradients 2e-06",
         "change of the mean loss on this query if the example is removed",
@@ -253,7 +247,9 @@ def test_the_page_says_what_was_asked_and_how_sure_it_is(attribution, tmp_path):
     assert "Caution" not in page
 
 
-@pytest.mark.parametrize(("runs", "caution"), [(1, "There is a single run"), (2, "There are 2 runs"), (7, "7 runs")])
+@pytest.mark.parametrize(
+    ("runs", "caution"), [(1, "There is a single run"), (2, "There are only 2 runs"), (7, "7 runs")]
+)
 def test_few_runs_still_make_a_report_with_a_caution(runs, caution, tmp_path, recwarn):
     page = report(make_attribution(runs), tmp_path / "report.html").read_text()
     assert "Caution." in page
@@ -273,9 +269,9 @@ def test_a_report_is_of_the_trusted_runs(tmp_path):
     chaotic = make_attribution(chaotic=["seed-0002", "seed-0005"])
     chaotic.responses[[2, 5]] *= 1000
     page = report(chaotic, tmp_path / "report.html").read_text()
-    assert "2 runs are left out of 12 (seed-0002, seed-0005)" in page
+    assert "2 runs are left out of 12 as chaotic (seed-0002, seed-0005)" in page
     assert "over 10 runs" in page
-    assert "Agreement of the runs" in page
+    assert "Agreement between runs" in page
 
 
 def test_ill_conditioned_runs_are_cautioned_against(tmp_path):
@@ -284,7 +280,7 @@ def test_ill_conditioned_runs_are_cautioned_against(tmp_path):
     text = report(make_attribution(diagnosis=diagnosis, estimator=estimator), tmp_path / "report.html").read_text()
 
     assert "1 run is ill-conditioned (seed-0002)" in text
-    assert "0.3 from double precision" in text
+    assert "0.3 against double precision" in text
 
 
 def test_the_adjoints_are_drawn(page):
@@ -297,7 +293,7 @@ def test_the_adjoints_are_drawn(page):
 def test_without_adjoints_there_is_no_empty_figure(tmp_path, norms):
     text = report(make_attribution(adjoint_norms=norms), tmp_path / "report.html").read_text()
 
-    assert "How far back changes last" not in text
+    assert "How long an early change still matters" not in text
 
 
 def test_groups_are_named_with_their_sizes(grouped, tmp_path):

@@ -30,12 +30,10 @@ def test_the_summary_holds_the_top_examples_with_their_intervals(attribution):
 def test_the_summary_says_whether_influences_are_more_than_seed_noise(attribution):
     text = " ".join(_printed(attribution).split())
     assert attribution.significant("variance").sum(1).tolist() == [1, 1, 1]
-    sentence = (
-        "The variance influence of 1 of 40 examples is told from seed noise at 12 runs (false discovery rate 5 %)."
-    )
+    sentence = "1 of 40 examples has a significant variance influence (12 runs, false discovery rate 5 %)."
     assert text.count(sentence) == 3
     few = " ".join(_printed(make_attribution(3)).split())
-    assert "3 runs are too few to tell the variance influence of examples from seed noise; its test takes 4." in few
+    assert "3 runs cannot show whether the variance influence is significant: the test needs at least 4." in few
 
 
 def test_the_summary_says_what_was_asked_and_how_sure_it_is(attribution):
@@ -51,7 +49,7 @@ def test_the_summary_fits_a_hundred_columns(attribution):
     assert max(len(line.rstrip()) for line in _printed(attribution).splitlines()) <= 100
 
 
-@pytest.mark.parametrize(("runs", "caution"), [(1, "There is a single run"), (4, "There are 4 runs")])
+@pytest.mark.parametrize(("runs", "caution"), [(1, "There is a single run"), (4, "There are only 4 runs")])
 def test_few_runs_are_cautioned_against_once(runs, caution, recwarn):
     assert _printed(make_attribution(runs)).count(caution) == 1
     assert not [warning for warning in recwarn if "Influences of" in str(warning.message)]
@@ -65,7 +63,7 @@ def test_runs_that_are_left_out_are_named_and_do_not_enter(attribution):
     chaotic = make_attribution(chaotic=["seed-0002"])
     chaotic.responses[2] *= 1000
     text = " ".join(_printed(chaotic).split())
-    assert "1 run is left out of 12 (seed-0002)" in text
+    assert "1 run is left out of 12 as chaotic (seed-0002)" in text
     expected = chaotic.trusted().top(1, query=0)
     mantissa = number(
         expected["mean_influence"][0], common_exponent(chaotic.trusted().top(5, query=0)["mean_influence"])
@@ -77,7 +75,7 @@ def test_the_agreement_of_the_runs_is_shown(attribution):
     text = " ".join(_printed(attribution).split())
     of_queries = attribution.reliability()
     assert f"(split-half reliability): {of_queries.median():.2f} ({of_queries.min():.2f} to" in text
-    assert "too few runs to tell" in " ".join(_printed(make_attribution(2)).split())
+    assert "(split-half reliability): unknown (too few runs)" in " ".join(_printed(make_attribution(2)).split())
 
 
 def test_groups_are_shown_by_name_and_size(grouped):

@@ -25,35 +25,32 @@ def noise(runs, examples, queries=1, **about):
 
 def test_groups_are_named(grouped):
     text = said(grouped, "mean")
-    assert text.startswith("The mean influence of 1 of 40 groups is told from seed noise at 12 runs")
+    assert text == "1 of 40 groups has a significant mean influence (12 runs, false discovery rate 5 %)."
 
 
 def test_a_single_removal_is_spoken_of_alone():
     about = {"removals": [{"name": "source a", "examples": [0, 3]}]}
     assert said(noise(10, 1, **about), "mean").startswith(
-        "Not even the group's mean influence is told from seed noise at 10 runs (false discovery rate 5 %). "
-        "The clearest is group source a, p = "
+        "The group has no significant mean influence with 10 runs (false discovery rate 5 %). Its p-value is 0."
     )
     clear = noise(10, 1, **about)
     clear.responses.fill_(3.0)
-    assert said(clear, "mean") == (
-        "The mean influence of the group is told from seed noise at 10 runs (false discovery rate 5 %)."
-    )
+    assert said(clear, "mean") == ("The group has a significant mean influence (10 runs, false discovery rate 5 %).")
 
 
-def test_runs_that_are_too_few_for_the_test_are_told():
+def test_too_few_runs_for_the_test_are_reported():
     assert said(make_attribution(3), "variance") == (
-        "3 runs are too few to tell the variance influence of examples from seed noise; its test takes 4."
+        "3 runs cannot show whether the variance influence is significant: the test needs at least 4."
     )
     assert said(make_attribution(1), "mean") == (
-        "1 run is too few to tell the mean influence of examples from seed noise; its test takes 2."
+        "1 run cannot show whether the mean influence is significant: the test needs at least 2."
     )
 
 
-def test_a_test_that_could_not_tell_any_says_with_how_many_runs_it_could():
-    assert "Fewer than 16 runs can tell none of 1000." in said(noise(8, 1000), "variance")
-    assert "Fewer than" not in said(noise(16, 1000), "variance")
-    assert "Among 1000, none can be: its test has no p-value that is small enough." in said(
+def test_a_test_that_cannot_find_any_says_how_many_runs_it_needs():
+    assert "With fewer than 16 runs, none of 1000 examples can be significant." in said(noise(8, 1000), "variance")
+    assert "fewer than" not in said(noise(16, 1000), "variance")
+    assert "More runs do not help: among 1000, no p-value of this test is small enough." in said(
         noise(9, 1000), Quantile(0.5)
     )
 
@@ -63,22 +60,22 @@ def test_of_several_queries_the_clearest_example_is_named():
     p = several.p_values("mean")
     query, example = divmod(int(p.argmin()), 200)
     text = verdict_on_all(several, [significance_on(several, each, "mean") for each in range(3)])
-    assert ", on any of 3 queries. " in text
-    assert f"The clearest is example {example}, p = {p.min():.2g}" in text
+    assert "No example has a significant mean influence on any of 3 queries with 12 runs" in text
+    assert f"The clearest is example {example} (p = {p.min():.2g})" in text
     more = int(several.runs_for_significance("mean", power=POWER)[query, example]) - 12
-    assert f"about {more} runs more would tell it" in text
+    assert f"about {more} more runs would make it significant" in text
 
 
 def test_without_any_effect_nothing_is_promised():
     none = Attribution(torch.randn(9, 1), torch.zeros(9, 1, 4), tuple("abcdefghi"), (0,))
     assert said(none, "mean").endswith("More runs may show one.")
     [row] = top_examples(none, 0, "mean", 1)
-    assert retraining_verdict(none, row) == ""
+    assert retraining_verdict(none, [row]) == ""
 
 
 def test_retrainings_are_those_of_the_attribution(attribution):
     [row] = top_examples(attribution, 1, "variance", 1)
     needed = attribution.retrainings_needed([row.position], "variance")[1].item()
-    assert f"removing example 23 does would show in {needed:,.0f} trainings" in retraining_verdict(attribution, row)
+    assert f"To confirm example 23: retrain {needed:,.0f} times without it" in retraining_verdict(attribution, [row])
     [distance] = top_examples(attribution, 1, "wasserstein", 1)
     assert distance.retrainings is None
