@@ -1,4 +1,4 @@
-"""What the data did to the distribution of models: ``attribute``, ``Attribution``, ``suggest_removals``."""
+"""Attribution of a model distribution to its data: ``attribute``, ``Attribution``, ``suggest_removals``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # on first use: they import lightning, which takes seconds and which reading a stored attribution does not need
+    # imported on first use: lightning takes seconds to import, and reading a stored attribution does not need it
     if name in ("attribute", "attribute_dampings"):
         from lightning_dtda.attribution import attributing
 

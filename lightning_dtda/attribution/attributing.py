@@ -1,4 +1,4 @@
-"""The post-hoc step: from recorded runs to an attribution."""
+"""``attribute``: from recorded runs to an attribution."""
 
 from __future__ import annotations
 
@@ -79,46 +79,47 @@ def attribute(
 
     .. math:: r_{s,q,k} \approx m_q(\theta_t^{(s)} \text{ with } w_n = 0 \text{ for } n \in S_k) - m_q(\theta_t^{(s)})
 
-    Removal means weight zero: order, batch slots and the loss's divisor stay (arXiv 2506.12965, section 2).
+    Removing an example means giving it weight zero: batch order, batch size and the loss's denominator stay the same
+    (arXiv 2506.12965, section 2).
 
     Args:
-        ensemble: The recorded runs, S of them.
-        module: The LightningModule that was trained, unchanged; only its architecture counts, not its weights.
-        data: What was trained on: a data module, a DataLoader, the training Dataset, or a module with its own
-            ``train_dataloader``. N examples.
-        queries: Inputs on which the measurement is taken, Q of them. The indices of a ``Subset`` become their names.
+        ensemble: The S recorded runs.
+        module: The LightningModule that was trained, unchanged; only its architecture is used, not its weights.
+        data: The training data, N examples: a data module, a DataLoader, the training Dataset, or a module with its own
+            ``train_dataloader``.
+        queries: The Q inputs on which the measurement is taken. The indices of a ``Subset`` become their names.
         measurement: ``"loss"``, ``"margin"``, ``"prediction"``, or a callable ``(module, batch) -> (B,)``.
-        estimator: How responses are computed; exact unrolled differentiation if not given.
-        output: A directory for the result. Each batch of runs is stored there as soon as it is finished; after a
-            crash, the same call goes on where it stopped.
-        overwrite: Whether an answer to another question in ``output`` is replaced.
-        removals: What is removed: ``"leave-one-out"``, every example on its own; or groups of examples, whose weights
-            are lowered together. These are a list of groups, each the indices of its examples; a mapping from names to
-            such; a label for each example, one group for each label; or ``"column:KEY"``, where KEY is the position or
-            the key of the labels in the data set's items.
-        step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
-        measurement_draws: Where the measurement draws random numbers (the denoising loss of a diffusion model), how
-            many draws it is the mean of; the same ones for every run.
-        measurement_seed: Of these draws.
-        keep_top: For each query, keep the responses to this many removals at each end, and figures of all, as
-            :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>` does: for more responses than can be
-            stored. Queries are answered block by block, each by all runs; a crash loses no finished run of a block.
-        scratch_budget: Of ``keep_top``, in GiB: how much a block of queries may take, on the disk with an output, else
-            in memory. What an estimator computes once for all queries, such as a curvature, it computes for each block.
-        device: Where to compute; ``None`` is the module's own device.
-        workers: Where: a number of processes of this machine that share the runs out, each of which needs the
-            estimator's memory; or a :class:`~lightning_dtda.execution.RayCluster`, whose nodes read the runs from a
-            disk that all of them share. The numbers are the same; where batches have to be parted to occupy all
-            places, up to rounding.
+        estimator: Method that computes the responses. Defaults to exact unrolled differentiation.
+        output: Directory for the result. Each batch of runs is stored there as soon as it is finished; after a crash,
+            the same call continues where it stopped.
+        overwrite: Whether to replace an attribution with other settings in ``output``.
+        removals: What is removed: ``"leave-one-out"``, every example on its own; or groups of examples that are removed
+            together, given as a list of groups, each a list of the indices of its examples; a mapping from names to
+            such lists; a label for each example, one group for each label; or ``"column:KEY"``, where KEY is the
+            position or the key of the labels in the data set's items.
+        step: The step t after which m is measured; ``None`` means the end of each run, t = T.
+        measurement_draws: Number of draws to average over if the measurement draws random numbers (such as the
+            denoising loss of a diffusion model). All runs use the same draws.
+        measurement_seed: Seed of these draws.
+        keep_top: Number of removals at each end whose responses are kept for each query, with summary figures of all
+            removals; see :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>`. Use it if there are more
+            responses than can be stored. Queries are processed in blocks; a crash loses no finished run of a block.
+        scratch_budget: Scratch space in GiB for a block of queries with ``keep_top``: on disk if there is an output,
+            otherwise in memory. Anything an estimator computes once for all queries, such as a curvature, is computed
+            again for each block.
+        device: Device to compute on; ``None`` means the module's device.
+        workers: Number of processes on this machine that share the runs, each of which needs the estimator's memory; or
+            a :class:`~lightning_dtda.execution.RayCluster`, whose nodes read the runs from a shared disk. The results
+            are the same, up to rounding if batches have to be split to keep all workers busy.
         progress: Whether to show a progress bar and the plan.
 
     Returns:
-        Baseline ``(S, Q)`` and responses ``(S, Q, K)`` to K removals; K = N for leave-one-out.
+        The attribution, with baseline ``(S, Q)`` and responses ``(S, Q, K)`` to K removals; K = N for leave-one-out.
 
     Raises:
-        AttributionError: If the question cannot be answered, or memory or disk do not suffice.
-        ReplayError: If module or data are not those that were trained.
-        ExecutionError: If there is no such device, or workers cannot do it.
+        AttributionError: If an argument is invalid, or there is not enough memory or disk space.
+        ReplayError: If module or data differ from those of the recorded training.
+        ExecutionError: If the device does not exist, or a worker fails.
     """
     if keep_top is not None:
         check_keep_top(keep_top)
@@ -132,8 +133,8 @@ def attribute(
     path = None if output is None else Path(output)
     if path is not None and "<" in (name := about["measurement"]):
         raise AttributionError(
-            f"The measurement {name} has no name of its own, so that its stored answers could be confused with "
-            "those to another. Define it as a function of a module, or give no output."
+            f"The measurement {name} has no unique name, so its stored results could be confused with those of "
+            "another. Define it as a function at the top level of a Python module, or give no output."
         )
     asked = len(question.removals), {run.name: run.checksum for run in sorted(ensemble, key=lambda run: run.name)}
 
@@ -155,15 +156,15 @@ def attribute(
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
     if answer.chaotic:
         _log.warning(
-            '%d of %d runs are chaotic and left out of influences (runs="all" takes them in): %s',
+            '%d of %d runs are chaotic and left out of influences (runs="all" includes them): %s',
             len(answer.chaotic),
             len(answer.runs),
             ", ".join(answer.chaotic),
         )
     if answer.ill_conditioned:
         _log.warning(
-            "%d of %d runs are ill-conditioned: on a sample of steps, responses in single and in double precision "
-            'differ by more than 5 %%. Use UnrolledDifferentiation(precision="float64"). They are %s.',
+            "%d of %d runs are ill-conditioned: on a sample of steps, responses in single and double precision "
+            'differ by more than 5 %%. Use UnrolledDifferentiation(precision="float64"). The runs: %s.',
             len(answer.ill_conditioned),
             len(answer.runs),
             ", ".join(answer.ill_conditioned),
@@ -187,35 +188,35 @@ def attribute_dampings(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> dict[Damping, Attribution]:
-    """Attribute by influence functions with several dampings, of which one fit of the curvature serves all.
+    """Attribute with influence functions for several dampings, fitting the curvature only once.
 
     Args:
-        ensemble: As for :func:`attribute`, as all arguments that are not described here.
-        module: The module.
-        data: The training data.
-        queries: The queries.
-        dampings: In place of the curvature's own: numbers, or ``"auto"``.
-        estimator: Influence functions; the default ones if not given.
-        measurement: The measurement.
-        removals: What is removed.
-        step: The step whose parameters are measured.
-        measurement_draws: Of a measurement that draws random numbers.
-        measurement_seed: Of the draws.
-        device: Where to compute.
-        progress: Whether to show a progress bar and the plan.
+        ensemble: As for :func:`attribute`.
+        module: As for :func:`attribute`.
+        data: As for :func:`attribute`.
+        queries: As for :func:`attribute`.
+        dampings: Dampings that replace the curvature's own: numbers, or ``"auto"``.
+        estimator: Influence functions, with default settings if not given.
+        measurement: As for :func:`attribute`.
+        removals: As for :func:`attribute`.
+        step: As for :func:`attribute`.
+        measurement_draws: As for :func:`attribute`.
+        measurement_seed: As for :func:`attribute`.
+        device: As for :func:`attribute`.
+        progress: As for :func:`attribute`.
 
     Returns:
-        An attribution for each damping; :meth:`Attribution.save` keeps one.
+        An attribution for each damping; :meth:`Attribution.save` stores one.
 
     Raises:
-        AttributionError: As :func:`attribute`; or if there is no damping, or one is given twice.
-        ReplayError: As :func:`attribute`.
+        AttributionError: As for :func:`attribute`; or if there are no dampings, or one is given twice.
+        ReplayError: As for :func:`attribute`.
     """
     estimator = InfluenceFunctions() if estimator is None else estimator
     if not isinstance(estimator, InfluenceFunctions):
-        raise AttributionError(f"{type(estimator).__name__} has no damping. Give InfluenceFunctions(...).")
+        raise AttributionError(f"{type(estimator).__name__} has no damping. Use InfluenceFunctions(...).")
     if not dampings or len(set(dampings)) != len(dampings):
-        raise AttributionError(f"dampings={dampings!r}; give at least one, each once.")
+        raise AttributionError(f"dampings={dampings!r}; give at least one damping, each only once.")
     for damping in dampings:
         check_damping(damping)
     draws = Draws(measurement_draws, measurement_seed)
@@ -248,17 +249,17 @@ def _ask(
     device: torch.device | str | None,
     draws: Draws,
 ) -> tuple[Question, dict[str, Any], tuple[int, ...]]:
-    """Return the question, what an answer's ``about`` says of it, and the names of the queries."""
+    """Return the question, its part of ``Attribution.about``, and the names of the queries."""
     for value, kind, example in (
         (ensemble, (Ensemble,), 'Ensemble.open("runs/mine")'),
         (module, kinds("LightningModule"), "MyModule()"),
         (estimator, (Estimator,), "UnrolledDifferentiation()"),
     ):
         if not isinstance(value, kind):
-            raise AttributionError(f"{value!r} is no {kind[0].__name__}. Give {example}, say.")
+            raise AttributionError(f"{value!r} is not an instance of {kind[0].__name__}. Give one, such as {example}.")
     name, function = resolve_measurement(measurement)
     examples = training_examples(data)
-    examples.refuse_changes(ensemble[0])  # before anything is computed, and before other processes get them
+    examples.refuse_changes(ensemble[0])  # before anything is computed or sent to other processes
     question = Question(
         module=module,
         examples=examples,
@@ -298,7 +299,7 @@ def _answer_to_disk(
     finished = set(store.finished)
     if remaining := [run for run in ensemble if run.name not in finished]:
         if finished:
-            _log.info("%d of %d runs are answered already in %s.", len(finished), len(ensemble), store.path)
+            _log.info("%d of %d runs are already attributed in %s.", len(finished), len(ensemble), store.path)
         for answer in _run_by_run(_estimates(remaining, question, estimator, workers, progress, store.path)):
             store.add(*answer)
     return Attribution.load(store.path)
@@ -307,7 +308,7 @@ def _answer_to_disk(
 def _assembled(
     estimates: Iterable[tuple[tuple[Run, ...], Estimate]], about: dict[str, Any], names: tuple[int, ...]
 ) -> Attribution:
-    """Put the answers of batches of runs together."""
+    """Combine the results of batches of runs."""
     answers = sorted(_run_by_run(estimates), key=lambda answer: answer[0])
     runs, baselines, responses, facts = zip(*answers, strict=True)
     about = with_runs(about, dict(zip(runs, facts, strict=True)))
@@ -317,7 +318,7 @@ def _assembled(
 def _run_by_run(
     estimates: Iterable[tuple[tuple[Run, ...], Estimate]],
 ) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
-    """Yield each run's name, baseline ``(queries,)``, responses ``(queries, removals)`` and what is known of it."""
+    """Yield each run's name, baseline ``(queries,)``, responses ``(queries, removals)`` and facts."""
     for batch, estimate in estimates:
         for number, run in enumerate(batch):
             norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
@@ -335,7 +336,7 @@ def _estimates(
     progress: bool,
     path: Path | None = None,
 ) -> Iterator[tuple[tuple[Run, ...], Estimate]]:
-    """Yield the estimator's answers batch by batch."""
+    """Yield the estimates batch by batch."""
     processes = workers.processes_here()
     with _planned(runs, question, estimator, progress, path, processes=processes) as (plan, advance):
         yield from estimates(workers, estimator, question, plan, advance)
@@ -351,7 +352,7 @@ def _planned(
     answers: int = 1,
     processes: int = 1,
 ) -> Iterator[tuple[Plan, Advance]]:
-    """Yield the estimator's plan, after making sure that it will fit, and what moves the progress bar."""
+    """Yield the estimator's plan, after checking that it fits, and the callback of the progress bar."""
     plan = estimator.plan(runs, question)
     check_resources(plan, estimator, runs, question, path, answers, processes)
     description, steps = f"{len(runs)} runs, {len(question.queries)} queries", sum(run.steps for run in runs)
@@ -363,11 +364,11 @@ def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:
     if step is None:
         return None
     if isinstance(step, bool) or not isinstance(step, int):
-        raise AttributionError(f"step={step!r} is no number of steps. Give one, or None for the end of each run.")
+        raise AttributionError(f"step={step!r} is not an integer. Give a step, or None for the end of each run.")
     shortest = min(ensemble, key=lambda run: run.steps)
     if not 1 <= step <= shortest.steps:
         raise AttributionError(
-            f"There is no step {step} in all runs: {shortest.path} took {shortest.steps}. Give 1 to {shortest.steps}, "
-            "or None for the end of each run."
+            f"Not all runs have a step {step}: {shortest.path} has {shortest.steps} steps. Give a step from 1 to "
+            f"{shortest.steps}, or None for the end of each run."
         )
     return step

@@ -1,4 +1,4 @@
-"""What the data did to the distribution of models: baseline, responses, and the influences they imply."""
+"""The result of an attribution: baseline, responses, and the influences they imply."""
 
 from __future__ import annotations
 
@@ -12,42 +12,41 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution import inference
+from lightning_dtda.attribution import inference, tables
 from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, moment_of
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
 from lightning_dtda.attribution.responses import AT_ONCE, in_parts
-from lightning_dtda.attribution.tables import Tables
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.statistics.differences import Difference, resolve_difference, resolve_joint
 from lightning_dtda.statistics.resampling import jackknife, standard_error_of
 
 ENOUGH_RUNS = 8
-"""Below this the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so that an
-influence and its error cannot be told apart reliably; a warning says so."""
+"""Number of runs below which the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so it
+does not reliably show whether an influence differs from zero; a warning says so."""
 
 
 @dataclass(frozen=True, eq=False)
-class Attribution(Tables):
+class Attribution:
     r"""Measurements of an ensemble and their predicted changes under removal.
 
-    Removal means weight zero: the example keeps its slot in the batches and the loss's divisor stays
-    (``"reweight"``). The removals are every training example on its own, or groups of them; see :attr:`removals`.
+    Removing an example means giving it weight zero: batch order, batch size and the loss's denominator stay the same
+    (``"reweight"``). A removal is a single training example, or a group of them; see :attr:`removals`.
 
     Args:
-        baseline: :math:`m(\theta_t)` ``(runs, queries)``.
-        responses: Predicted change of m with each removal ``(runs, queries, removals)``, in m's unit; of a stored
-            attribution a :class:`~lightning_dtda.attribution.responses.StoredResponses`, which acts as a tensor; with
-            :meth:`keep_top` a :class:`~lightning_dtda.attribution.kept.KeptResponses`, of which a few can be read.
+        baseline: Measurements as trained, :math:`m(\theta_t)` ``(runs, queries)``.
+        responses: Predicted change of m with each removal ``(runs, queries, removals)``, in m's unit. For a stored
+            attribution, a :class:`~lightning_dtda.attribution.responses.StoredResponses`, which acts as a tensor; with
+            :meth:`keep_top`, a :class:`~lightning_dtda.attribution.kept.KeptResponses`, which holds only a few of them.
         runs: Names of the runs.
-        queries: What the queries are called: their indices in the data set they came from.
-        about: What was asked and how it was answered, in JSON: measurement, estimator, removals, drift, versions.
+        queries: Names of the queries: their indices in the data set they came from.
+        about: Description of the attribution, as JSON: measurement, estimator, removals, drift, versions.
 
     Raises:
-        AttributionError: If ``about`` names another number of groups than there are responses.
+        AttributionError: If the number of groups in ``about`` differs from the number of removals.
 
     Example:
         >>> responses = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
@@ -68,7 +67,7 @@ class Attribution(Tables):
     def __post_init__(self) -> None:
         if self.removals is not None and len(self.removals) != self.responses.shape[2]:
             raise AttributionError(
-                f"about names {len(self.removals)} groups of removals; responses are of {self.responses.shape[2]}."
+                f"about names {len(self.removals)} groups; there are responses to {self.responses.shape[2]}."
             )
 
     def __repr__(self) -> str:
@@ -79,7 +78,7 @@ class Attribution(Tables):
 
     @property
     def removals(self) -> tuple[str, ...] | None:
-        """Names of the groups of examples that are removed; ``None`` where each example is a removal of its own."""
+        """Names of the groups of examples that are removed; ``None`` if each example is removed on its own."""
         groups = self.about.get("removals")
         return tuple(group["name"] for group in groups) if isinstance(groups, list) else None
 
@@ -91,28 +90,28 @@ class Attribution(Tables):
 
     @property
     def step(self) -> int | None:
-        """The step after which m was measured; ``None`` is the end of each run."""
+        """Step after which m was measured; ``None`` means the end of each run."""
         return self.about.get("step")
 
     @property
     def measurement(self) -> str:
-        """The name of the measurement."""
+        """Name of the measurement."""
         return str(self.about.get("measurement", "measurement"))
 
     @property
     def chaotic(self) -> tuple[str, ...]:
-        """Names of the runs whose responses are out of proportion to the others'.
+        """Names of the runs whose responses are out of proportion to those of the others.
 
-        The rule is that of :func:`~lightning_dtda.attribution.trust.chaotic`, applied when the runs were attributed.
+        :func:`~lightning_dtda.attribution.trust.chaotic` has the rule; it is applied when the runs are attributed.
         """
         named = self.about.get("chaotic", ())
         return tuple(run for run in self.runs if run in named)
 
     @property
     def ill_conditioned(self) -> tuple[str, ...]:
-        """Names of the runs whose responses are lost to rounding in the precision they were computed in.
+        """Names of the runs whose responses are dominated by rounding in the precision they were computed in.
 
-        None if they were computed in double precision, or were not diagnosed.
+        Empty if they were computed in double precision, or were not diagnosed.
         """
         estimator = self.about.get("estimator")
         if isinstance(estimator, dict) and estimator.get("precision") == "float64":
@@ -121,13 +120,13 @@ class Attribution(Tables):
         return tuple(run for run in self.runs if run in named)
 
     def select(self, queries: Sequence[int]) -> Attribution:
-        """Return the attribution of some queries, in memory: what is asked of it costs these alone.
+        """Return the attribution of some queries, with their responses in memory.
 
         Args:
-            queries: Their positions.
+            queries: Positions of the queries.
 
         Raises:
-            AttributionError: If there is no such query, or one is given twice.
+            AttributionError: If a query does not exist, or is given twice.
         """
         positions = self._positions(queries)
         return replace(
@@ -138,24 +137,24 @@ class Attribution(Tables):
         )
 
     def trusted(self) -> Attribution:
-        """Return the attribution without the runs that :attr:`chaotic` names."""
+        """Return the attribution without the :attr:`chaotic` runs."""
         if not self.chaotic:
             return self
         return self._of([position for position, run in enumerate(self.runs) if run not in self.chaotic])
 
     def keep_top(self, k: int) -> Attribution:
-        """Return an attribution with the responses to a few removals for each query, and what must be known of all.
+        """Return an attribution that keeps the responses to a few removals for each query, and summary figures of all.
 
-        Of each query, the responses of all runs are kept to the k removals of the largest and the k of the smallest
-        influence on the mean, and as many on the variance, of the trusted runs: ``4 k`` removals, since where these
-        overlap those that come next take the places. Of every removal there are the influence on mean and variance,
-        their standard errors and p-values, in the precision of the responses. So :meth:`influence`,
-        :meth:`standard_error`, :meth:`p_values`, :meth:`significant` and :meth:`reliability` of ``"mean"`` and
-        ``"variance"`` are those of all responses, and so is :meth:`top` up to k; :meth:`interval` and
-        :meth:`retrainings_needed` are known of what is kept. What needs other responses is an error.
+        For each query it keeps the responses of all runs to ``4 k`` removals: those with the k largest and the k
+        smallest influences on the mean, and on the variance, over the trusted runs. Where these overlap, the next
+        removals in order fill the places. For every removal it keeps the influence on mean and variance, with standard
+        errors and p-values, in the precision of the responses. So for ``"mean"`` and ``"variance"``,
+        :meth:`influence`, :meth:`standard_error`, :meth:`p_values`, :meth:`significant` and :meth:`reliability` are the
+        same as with all responses, and so is :meth:`top` up to k. :meth:`interval` and :meth:`retrainings_needed` are
+        available for the removals that are kept. Anything that needs other responses raises an error.
 
         Args:
-            k: How many.
+            k: Number of removals to keep at each end.
 
         Raises:
             AttributionError: If k is less than 1.
@@ -163,33 +162,34 @@ class Attribution(Tables):
         return keep_top(self, check_keep_top(k))
 
     def predict(self, removed: Sequence[int | str]) -> Tensor:
-        r"""Return samples of the measurement's distribution without some examples ``(runs, queries)``.
+        r"""Return samples ``(runs, queries)`` of the measurement's distribution without some examples.
 
         .. math:: m(\theta_t) + \sum_{k \in S} r_k
 
         Args:
-            removed: Indices of training examples, each at most once; with groups, their names or positions.
+            removed: Indices of the training examples, each at most once; with groups, their names or positions.
 
         Raises:
-            AttributionError: If there is no such example or group, or an example would be removed twice.
+            AttributionError: If an example or group does not exist, or an example would be removed twice.
         """
         return self.baseline + self._response(removed)
 
     def influence(
         self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
     ) -> Tensor:
-        """Return the distributional influence of every single removal, or of some that are made together.
+        """Return the distributional influence of each removal, or of several made together.
 
         Args:
-            difference: ``mean``, ``variance``, ``wasserstein``, ``energy``, ``quantile``, ``tail``, ``gaussian_kl``, a
-                class's import path, or a :class:`~lightning_dtda.statistics.differences.Difference`, such as
-                ``Mean("median")`` or ``Tail(0.8)``.
-            removed: Training examples, or groups, as for :meth:`predict`; ``None`` is each on its own.
-            runs: The ``"trusted"`` ones, without those that :attr:`chaotic` names; or ``"all"``.
+            difference: Difference between the distributions: ``"mean"``, ``"variance"``, ``"wasserstein"``,
+                ``"energy"``, ``"quantile"``, ``"tail"``, ``"gaussian_kl"``, the import path of a class, or a
+                :class:`~lightning_dtda.statistics.differences.Difference`, such as ``Mean("median")`` or ``Tail(0.8)``.
+            removed: Training examples, or groups, that are removed together, as for :meth:`predict`; ``None`` means
+                each on its own.
+            runs: Runs to use: ``"trusted"``, those that are not :attr:`chaotic`; or ``"all"``.
 
         Returns:
-            ``(queries, removals)``, or ``(queries,)`` for those made together; float64: the change
-            if they are removed.
+            Change of the property if the examples are removed ``(queries, removals)``, or ``(queries,)`` for removals
+            made together; float64.
 
         Raises:
             AttributionError: If the difference needs more runs, or the removals cannot be made together.
@@ -200,10 +200,10 @@ class Attribution(Tables):
     def standard_error(
         self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
     ) -> Tensor:
-        """Return the standard error over runs of :meth:`influence`, by the jackknife; same arguments and shape.
+        """Return the jackknife standard error of :meth:`influence` over runs; same arguments and shape.
 
-        It says how far the influence would move with other seeds, not how good the linear prediction is. For
-        ``Mean("median")``, which hardly moves when one run is left out, it comes from the bootstrap.
+        It shows how much the influence depends on the seeds, not how good the linear prediction is. For
+        ``Mean("median")`` it comes from the bootstrap, because leaving out one run hardly changes a median.
         """
         selected = self._selected(runs)
         return selected._standard_error(selected._difference(difference), removed)
@@ -216,6 +216,23 @@ class Attribution(Tables):
     reliability = inference.reliability
     runs_for_stable_top = inference.runs_for_stable_top
 
+    top = tables.top
+    to_xarray = tables.to_xarray
+    to_dataframe = tables.to_dataframe
+
+    @property
+    def available_differences(self) -> list[str]:
+        """Names of the paper's differences for which there are enough runs: those in tables and reports.
+
+        :meth:`influence` accepts others too. With :meth:`keep_top`, these are the ones known for every removal.
+        """
+        return tables.available_differences(self)
+
+    @property
+    def most_listed(self) -> int:
+        """Maximum number of removals that :meth:`top` can list: all, or with :meth:`keep_top` its k."""
+        return tables.most_listed(self)
+
     def joint_influence(
         self,
         difference: Difference | None = None,
@@ -225,21 +242,21 @@ class Attribution(Tables):
     ) -> Tensor:
         """Return the influence of removals on the joint distribution of the measurements of several queries.
 
-        The measurements of a run, one on each query, are one sample of several dimensions. How they go together may
-        change while each of them is distributed as before.
+        The measurements of a run on several queries are one multivariate sample. Their dependence may change while the
+        distribution of each stays the same.
 
         Args:
-            difference: Between joint distributions; ``None`` is
+            difference: Difference between joint distributions; ``None`` means
                 :class:`~lightning_dtda.statistics.differences.SlicedWasserstein`.
-            queries: Positions of the queries; ``None`` is all of them.
+            queries: Positions of the queries; ``None`` means all.
             removed: As for :meth:`influence`.
             runs: As for :meth:`influence`.
 
         Returns:
-            ``(removals,)``, or ``()`` for those made together; float64.
+            Influences ``(removals,)``, or ``()`` for removals made together; float64.
 
         Raises:
-            AttributionError: If the difference is not joint, there is no such query, or the removals cannot be made
+            AttributionError: If the difference is not joint, a query does not exist, or the removals cannot be made
                 together.
         """
         return self._selected(runs)._jointly(resolve_joint(difference), queries, removed)
@@ -251,21 +268,23 @@ class Attribution(Tables):
         removed: Sequence[int | str] | None = None,
         runs: Runs = "trusted",
     ) -> Tensor:
-        """Return the jackknife's standard error of :meth:`joint_influence`; same arguments and shape."""
+        """Return the jackknife standard error of :meth:`joint_influence`; same arguments and shape."""
         return self._selected(runs)._jointly(partial(jackknife, resolve_joint(difference)), queries, removed)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
 
         Args:
-            path: The directory; it is made if it does not exist.
-            overwrite: Whether an attribution that is there is replaced.
+            path: Directory; it is created if it does not exist.
+            overwrite: Whether to replace an attribution in the directory.
 
         Raises:
-            AttributionError: If the directory holds an attribution that may not be replaced, or something else.
+            AttributionError: If the directory holds an attribution and ``overwrite`` is false, or other files.
         """
         if not overwrite and AttributionStore.is_at(path):
-            raise AttributionError(f"{path} holds an attribution. Choose another path, or save with overwrite=True.")
+            raise AttributionError(
+                f"{path} already holds an attribution. Choose another path, or save with overwrite=True."
+            )
         wanted = dict.fromkeys(self.runs)
         if isinstance(self.responses, KeptResponses):
             kept = KeptStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
@@ -281,12 +300,12 @@ class Attribution(Tables):
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
-        """Open an attribution; one that was broken off holds the runs that were finished, with a warning.
+        """Open a stored attribution. If it is unfinished, the result has the finished runs, and a warning says so.
 
-        Its responses stay on disk. Whatever is asked reads the part that it needs, and compares it with its checksum.
+        The responses stay on disk. Each computation reads the part that it needs, and verifies its checksum.
 
         Raises:
-            TrajectoryError: If files are missing or damaged; or later, when damaged responses are read.
+            TrajectoryError: If files are missing or damaged. Damaged responses raise it later, when they are read.
         """
         index = read_index(path)
         if "blocks" in index:
@@ -294,7 +313,7 @@ class Attribution(Tables):
             missing = [str(kept.queries[n]) for stretch in kept.missing(kept.current) for n in stretch]
             warn_unfinished(path, "queries", missing)
             if not kept.current:
-                raise TrajectoryError(f"{path} holds no finished query. Call attribute again with this output.")
+                raise TrajectoryError(f"{path} has no finished query. Call attribute again with this output.")
             return joined([cls(*kept.block(first)) for first in kept.current])
         store = AttributionStore(Path(path), index)
         warn_unfinished(path, "runs", store.unfinished)
@@ -321,7 +340,7 @@ class Attribution(Tables):
 
     @property
     def _figures(self) -> Figures | None:
-        """What is known of every removal over these runs where not all responses were kept."""
+        """The figures of every removal over these runs, if :meth:`keep_top` was used."""
         responses = self.responses
         return (
             responses.figures if isinstance(responses, KeptResponses) and responses.figures.runs == self.runs else None
@@ -339,7 +358,7 @@ class Attribution(Tables):
         self._enough(chosen, chosen.least_runs)
         if runs < ENOUGH_RUNS:
             warnings.warn(
-                f"Influences of {runs} runs: with fewer than {ENOUGH_RUNS} the standard errors are themselves "
+                f"Influences of {runs} runs: with fewer than {ENOUGH_RUNS}, the standard errors are themselves "
                 "uncertain. Record more seeds.",
                 stacklevel=3,
             )
@@ -353,9 +372,10 @@ class Attribution(Tables):
         copies: int = 1,
         kept: bool = False,
     ) -> Tensor:
-        """Apply a function ``(runs, removals) -> (*outputs, removals)`` that needs some copies of its argument.
+        """Apply a function ``(runs, removals) -> (*outputs, removals)`` for each query.
 
-        Of each removal, or of those whose responses are ``kept``; the others are then NaN.
+        ``copies`` is the memory that the function needs, as a multiple of its argument. With ``kept``, only removals
+        whose responses were kept are computed; the others are NaN.
         """
         responses = self.responses if removed is None else self._response(removed)[..., None]
         found = torch.full(
@@ -381,14 +401,14 @@ class Attribution(Tables):
         positions = list(queries)
         if outside := [query for query in positions if not 0 <= query < len(self.queries)]:
             raise AttributionError(
-                f"There is no query at position {outside[0]}; they are 0 to {len(self.queries) - 1}."
+                f"There is no query at position {outside[0]}; positions are 0 to {len(self.queries) - 1}."
             )
         if not positions or len(set(positions)) < len(positions):
-            raise AttributionError(f"queries={positions}; give positions of queries, at least one, each once.")
+            raise AttributionError(f"queries={positions}; give the positions of one or more queries, each only once.")
         return positions
 
     def _response(self, removed: Sequence[int | str]) -> Tensor:
-        """Return the response to removals that are made together ``(runs, queries)``."""
+        """Return the response ``(runs, queries)`` to removals that are made together."""
         names, members = self.removals, self.members
         if names is None or members is None:
             chosen = positions_of_examples(removed, self.responses.shape[2])

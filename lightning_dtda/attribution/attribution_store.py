@@ -1,4 +1,4 @@
-"""An attribution on disk, part by part, so that a crash loses none that is finished."""
+"""An attribution on disk, stored part by part: a crash loses no finished part."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.answers import Answers
 
 OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
-"""What ``about`` says of each run."""
+"""Keys of ``about`` that have a value for each run."""
 
 FORMAT_VERSION = 2
 _ANSWERS = Answers("attribution.json", "attribution", "attribute", FORMAT_VERSION, AttributionError)
 
 
 class Store:
-    """A directory with ``attribution.json`` and a safetensors file for each finished part of an answer.
+    """A directory with ``attribution.json`` and a safetensors file for each finished part of an attribution.
 
-    The index is rewritten after each part and lists only what is on disk.
+    The index is rewritten after each part and lists only parts that are on disk.
 
     Args:
-        path: The directory.
-        index: The content of ``attribution.json``.
+        path: Directory of the attribution.
+        index: Content of ``attribution.json``.
     """
 
     parts: ClassVar[str]
-    """What the index calls the parts."""
+    """Key of the parts in the index."""
 
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.path = path
@@ -51,18 +51,18 @@ class Store:
         wanted: Mapping[str, int | None],
         overwrite: bool = False,
     ) -> Self:
-        """Start a store, or go on with one that was started for the same question.
+        """Start a store, or continue one that was started for the same question.
 
         Args:
-            path: The directory.
-            about: What is asked and how, with the removals and the step.
-            queries: What the queries are called.
-            removals: K.
-            wanted: Names of the runs that are asked, each with its checksum.
-            overwrite: Whether an answer to another question is replaced.
+            path: Directory of the attribution.
+            about: Description of the question, with the removals and the step.
+            queries: Names of the queries.
+            removals: Number of removals, K.
+            wanted: Names of the runs to attribute, each with its checksum.
+            overwrite: Whether to replace the answer to another question.
 
         Raises:
-            AttributionError: If the directory holds an answer to another question, or something else.
+            AttributionError: If the directory holds the answer to another question, or other files.
         """
         path = Path(path)
         index: dict[str, Any] = {
@@ -81,24 +81,24 @@ class Store:
             _ANSWERS.write(path, index)
             for left in path.glob("scratch-*") if overwrite else ():
                 shutil.rmtree(left)
-            if not index[cls.parts]:  # left over from an answer that is replaced; only now, when no index names them
+            if not index[cls.parts]:  # files of an answer that is replaced: deleted only now, when no index lists them
                 for file in path.glob("*.safetensors"):
                     file.unlink()
         return cls(path, index)
 
     @staticmethod
     def is_at(path: str | Path) -> bool:
-        """Say whether a directory holds an attribution, finished or not."""
+        """Return whether a directory holds an attribution, finished or not."""
         return _ANSWERS.is_at(path)
 
     @property
     def queries(self) -> tuple[int, ...]:
-        """What the queries are called, those included that are not answered yet."""
+        """Names of all queries, including those without an answer yet."""
         return tuple(self._index["queries"])
 
     @classmethod
     def _changes(cls, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-        """Name what another question is about."""
+        """Return the names of the settings in which two questions differ."""
         before, after = found.get("about", {}), wanted["about"]
         names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         names += [key for key in ("format_version", "queries", "removals") if found.get(key) != wanted[key]]
@@ -108,7 +108,7 @@ class Store:
 
     @staticmethod
     def _goes_on(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-        """Whether an answer of some runs is a part of that of others."""
+        """Return whether an answer over some runs can be extended to others."""
         return before == after
 
     def _add(self, part: str, entry: dict[str, Any]) -> None:
@@ -117,17 +117,17 @@ class Store:
 
 
 class AttributionStore(Store):
-    """An answer run by run: more runs may be wanted than the last time, but none may be another of the same name.
+    """An answer stored run by run. It can be extended with more runs, if those of the same name are unchanged.
 
-    Each file holds ``baseline`` ``(queries,)``, ``responses`` ``(queries, removals)`` and, of each query's responses,
-    ``checksums`` ``(queries,)``.
+    Each file holds ``baseline`` ``(queries,)``, ``responses`` ``(queries, removals)`` and the checksums of each query's
+    responses, ``checksums`` ``(queries,)``.
     """
 
     parts: ClassVar[str] = "runs"
 
     @property
     def about(self) -> dict[str, Any]:
-        """What was asked and how it was answered, with what is known of each run, and which are chaotic."""
+        """Description of the attribution, with the facts of each run, and the chaotic runs."""
         return with_runs(self._index["about"], self._index["runs"])
 
     @property
@@ -137,29 +137,29 @@ class AttributionStore(Store):
 
     @property
     def unfinished(self) -> tuple[str, ...]:
-        """Names of the runs that were meant to be added and are not there yet."""
+        """Names of the runs to attribute whose responses are not on disk yet."""
         return tuple(name for name in self._index["wanted"] if name not in self._index["runs"])
 
     def add(self, run: str, baseline: Tensor, responses: Tensor, facts: Mapping[str, Any]) -> None:
-        """Write a run's answer.
+        """Write the answer for a run.
 
         Args:
-            run: Its name.
-            baseline: m(theta_T) ``(queries,)``.
-            responses: ``(queries, removals)``.
-            facts: What ``about`` says of it, :data:`OF_RUNS`.
+            run: Name of the run.
+            baseline: Measurements m(theta_T) ``(queries,)``.
+            responses: Responses ``(queries, removals)``.
+            facts: The run's values of :data:`OF_RUNS`.
         """
         entry = StoredTable.write(self.path / f"{run}.safetensors", "responses", responses, {"baseline": baseline})
         self._add(run, entry | {key: facts[key] for key in OF_RUNS})
 
     def read(self) -> tuple[Tensor, StoredResponses]:
-        """Read baseline ``(runs, queries)``, and map responses ``(runs, queries, removals)``, of the finished runs.
+        """Read the baseline ``(runs, queries)`` and map the responses ``(runs, queries, removals)`` of finished runs.
 
         Raises:
             TrajectoryError: If no run is finished, or a file is damaged.
         """
         if not self.finished:
-            raise TrajectoryError(f"{self.path} holds no finished run. Call attribute again with this output.")
+            raise TrajectoryError(f"{self.path} has no finished run. Call attribute again with this output.")
         entries = [self._index["runs"][run] for run in self.finished]
         runs = [StoredTable.map(self.path, entry, "responses", ["baseline"]) for entry in entries]
         return torch.stack([run.others["baseline"] for run in runs]), StoredResponses(runs)
@@ -171,22 +171,22 @@ class AttributionStore(Store):
 
 
 def read_index(path: str | Path) -> dict[str, Any]:
-    """Return the index of a stored attribution: it has ``runs``, or ``blocks`` of queries.
+    """Return the index of a stored attribution; it has either ``runs`` or ``blocks`` of queries.
 
     Raises:
-        TrajectoryError: If there is none, or it is of an unknown format.
+        TrajectoryError: If the index does not exist, or has an unknown format.
     """
     return _ANSWERS.read(Path(path))
 
 
 def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is said of an answer, with the facts of each run, and which runs are chaotic."""
+    """Return the description of an attribution, with the facts of each run, and the chaotic runs."""
     of_runs = {key: {run: facts[run][key] for run in sorted(facts)} for key in OF_RUNS}
     return {**about, **of_runs, "chaotic": chaotic(of_runs["response_norm"])}
 
 
 def warn_unfinished(path: str | Path, what: str, missing: Sequence[str]) -> None:
-    """Warn about what an interrupted attribution lacks, if anything."""
+    """Warn about the missing parts of an unfinished attribution, if there are any."""
     if missing:
         warnings.warn(
             f"{path} is unfinished: {len(missing)} {what} are missing ({', '.join(missing)}). Call attribute "

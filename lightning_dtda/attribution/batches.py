@@ -1,4 +1,4 @@
-"""A plan's batches of runs, shared out to whoever works."""
+"""Distribution of a plan's batches of runs over workers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Batch = tuple[Run, ...]
 def estimates(
     workers: Workers, estimator: Estimator, question: Question, plan: Plan, advance: Advance
 ) -> Iterator[tuple[Batch, Estimate]]:
-    """Answer the question for each of a plan's batches, and yield what is finished as soon as it is.
+    """Answer the question for each batch of a plan, and yield each estimate as soon as it is finished.
 
-    The plan is made once, so that workers differ in nothing but where they compute. Only batches of more runs than
-    there are for each place are parted.
+    All workers use the same plan, so they compute exactly the same. A batch is split only if some workers would
+    otherwise have nothing to do.
 
     Args:
-        workers: Where.
-        estimator: The estimator that made the plan.
+        workers: Workers to compute on.
+        estimator: Estimator that made the plan.
         question: The question.
-        plan: Its plan.
-        advance: Told how many steps were done: step by step in this process, otherwise when a batch is finished.
+        plan: Plan of the estimator.
+        advance: Called with the number of finished steps: after each step in this process, otherwise after each batch.
 
     Raises:
-        AttributionError: If the worker of a batch was lost, or a run is not where it is to be attributed.
-        ExecutionError: As :meth:`Workers.run <lightning_dtda.execution.Workers.run>`.
+        AttributionError: If the worker of a batch was lost, or a worker cannot find a run.
+        ExecutionError: As for :meth:`Workers.run <lightning_dtda.execution.Workers.run>`.
     """
     if isinstance(workers, ThisProcess):
         for batch in plan.batches:
@@ -49,14 +49,14 @@ def estimates(
         yield batch, found
     if lost:
         raise AttributionError(
-            f"{len(lost)} batches of runs are not attributed: {lost[0]}. The others are on disk if there is an "
-            "output: call again to go on."
+            f"{len(lost)} batches of runs were not attributed: {lost[0]}. If you gave an output, the others are stored "
+            "there: call attribute again to continue."
         )
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What is sent to other processes: everything but the runs, which they read."""
+    """What is sent to other processes: everything but the runs, which they read from disk."""
 
     estimator: Estimator
     question: Question
@@ -66,17 +66,16 @@ class _Work:
         for path in paths:
             if not Path(path).is_dir():
                 raise AttributionError(
-                    f"There is no run {path} where it is to be attributed. Let the ensemble be on a disk that all "
-                    "nodes share."
+                    f"A worker cannot find the run {path}. Put the ensemble on a disk that all nodes share."
                 )
         estimate = self.estimator.estimate([Run(path) for path in paths], self.question, self.plan, lambda steps: None)
-        # the process that asked may have no such device
+        # the calling process may not have this device
         baseline, responses = (part.cpu() for part in (estimate.baseline, estimate.responses))
         return replace(estimate, baseline=baseline, responses=responses)
 
 
 def _pieces(plan: Plan, workers: Workers) -> Iterator[tuple[str, ...]]:
-    """Yield the paths of the runs in each batch, in such parts that no place stays empty."""
+    """Yield the paths of the runs in each batch, split so that every worker has something to do."""
     runs = sum(len(batch) for batch in plan.batches)
     most = -(-runs // max(1, workers.places()))
     for batch in plan.batches:

@@ -1,4 +1,4 @@
-"""Can attributions of these runs be trusted? Checked on the runs themselves, in words with figures."""
+"""``check``: whether attributions of these runs can be trusted, tested on the runs themselves."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from lightning_dtda.replay.measured import measured
 from lightning_dtda.trajectory import Ensemble, Run
 
 _AGREEMENT = 0.05
-"""Relative error of responses against finite differences from which they are not those of the training. The replay in
-double precision starts at every checkpoint from the recorded parameters, the retraining only at the first."""
+"""Relative error against finite differences from which responses are not the derivatives of the training. It is
+loose because the replay in double precision restarts from the recorded parameters at every checkpoint, the retraining
+only at the first."""
 
 _RELIABLE = 0.5
-"""Split-half reliability below which more of a ranking is seed noise than not."""
+"""Split-half reliability below which a ranking is mostly seed noise."""
 
 _CHAOTIC = 0.25
-"""Share of chaotic runs from which leaving them out is no answer."""
+"""Share of chaotic runs above which leaving them out is not enough."""
 
 _TAME = 'UnrolledDifferentiation(horizon="auto") may help'
 
 _NOISE = (
-    "It may be a parameter whose gradient is zero but for rounding, which Adam turns into steps: a bias in front of "
-    "BatchNorm. Leave it out (bias=False)."
+    "A possible cause is a parameter whose gradient is zero up to rounding, such as a bias before BatchNorm: Adam "
+    "turns the rounding into steps. Remove that parameter (bias=False)."
 )
 
 _REMOVED = 0.2
-"""Share of the examples whose weight is lowered to probe metasmoothness."""
+"""Share of the examples whose weights are lowered to measure metasmoothness."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked.
+    """The result of one check.
 
     Args:
-        name: What.
-        passed: Whether it is as it should be.
-        figure: What was measured.
-        advice: What it means, and what to do if it did not pass.
+        name: Name of the check.
+        passed: Whether it passed.
+        figure: Measured figures.
+        advice: What the result means, and what to do if the check did not pass.
     """
 
     name: str
@@ -59,11 +60,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found.
+    """The results of :func:`check`.
 
     Args:
-        findings: One for each thing that was checked.
-        metasmoothness: See :func:`metasmoothness`; -1 to 1.
+        findings: Results of the checks.
+        metasmoothness: Metasmoothness of the training, from -1 to 1; see :func:`metasmoothness`.
     """
 
     findings: tuple[Finding, ...]
@@ -71,7 +72,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is as it should be."""
+        """Whether all checks passed."""
         return all(finding.passed for finding in self.findings)
 
 
@@ -85,26 +86,26 @@ def check(
     examples: int = 3,
     device: torch.device | str | None = None,
 ) -> Check:
-    """Replay runs, compare responses with finite differences of retraining, and see whether the runs agree.
+    """Replay the runs, compare responses with finite differences of retraining, and measure whether the runs agree.
 
-    The first run is retrained in double precision with one weight a little larger and a little smaller, for a few
-    examples, and the change of the measurement is compared with the response. All runs are attributed, which compares
-    each step with its record.
+    For a few examples, the first run is retrained in double precision with the example's weight slightly larger and
+    slightly smaller, and the change of the measurement is compared with the response. All runs are attributed, which
+    compares each step with the record.
 
     Args:
         ensemble: The recorded runs.
         module: As for :func:`~lightning_dtda.attribute`.
         data: As for :func:`~lightning_dtda.attribute`.
-        queries: A few of them will do.
+        queries: Queries to use; a few are enough.
         measurement: As for :func:`~lightning_dtda.attribute`.
-        examples: Number of training examples whose responses are compared; those of the largest ones.
-        device: Where to compute.
+        examples: Number of training examples to compare, those with the largest responses.
+        device: Device to compute on; ``None`` means the module's device.
 
     Returns:
-        What was found.
+        The results of the checks.
 
     Raises:
-        AttributionError: If there are no examples to compare, or the question cannot be asked.
+        AttributionError: If ``examples`` is less than one, or another argument is invalid.
     """
     if examples < 1:
         raise AttributionError(f"examples={examples}; give the number of examples to compare, at least 1.")
@@ -116,8 +117,8 @@ def check(
     double = UnrolledDifferentiation(precision="float64")
     try:
         first = attribute(ensemble[:1], module, data, estimator=double, **question)  # type: ignore[arg-type]
-    except Exception as error:  # whatever the user's code does with numbers of another type
-        advice = f"The module fails in double precision, in which it is compared: {type(error).__name__}: {error}"
+    except Exception as error:  # the user's code may fail in any way in another precision
+        advice = f"The module fails in double precision, which this check needs: {type(error).__name__}: {error}"
         if isinstance(error, ReplayError):
             advice = f"{error} {_NOISE}"
         stopped = Finding("replay in double precision", False, "stopped", advice)
@@ -149,7 +150,7 @@ def _replay(attribution: Attribution) -> Finding:
     gradients = [drift["gradients"] for drift in of_runs if drift["gradients"] is not None]
     figure = f"parameters {max(drift['parameters'] for drift in of_runs):.1e}, gradients "
     figure += f"{max(gradients):.1e}" if gradients else "not recorded"
-    return Finding("replay", True, figure, "The runs are computed again step by step, up to rounding.")
+    return Finding("replay", True, figure, "Every recorded step was reproduced, up to rounding.")
 
 
 def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Finding:
@@ -161,10 +162,10 @@ def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Fin
         "finite differences",
         passed,
         f"relative error {distance:.1e} over {examples} examples and {queries} queries of {run.name}",
-        "Responses are the derivatives of this training."
+        "The responses are the derivatives of this training."
         if passed
-        else "Responses are not the derivatives of retraining. Either the training has kinks within a ten-millionth of "
-        "a weight, or it does something that lightning-dtda misses: please report it.",
+        else "The responses are not the derivatives of this training. Either it is not smooth when weights change by a "
+        "ten-millionth, or it does something that lightning-dtda does not capture: please report it.",
     )
 
 
@@ -175,12 +176,12 @@ def _conditioning(attribution: Attribution) -> Finding:
     return Finding(
         "precision",
         not failed,
-        f"responses in recorded and double precision differ by {worst:.1e} at the most, on a sample of steps"
+        f"responses in recorded and double precision differ by at most {worst:.1e}, on a sample of steps"
         + (f"; ill-conditioned: {len(failed)} of {runs} ({', '.join(failed)})" if failed else ""),
         "The recorded precision is enough."
         if not failed
-        else 'Rounding is part of these responses: use UnrolledDifferentiation(precision="float64"). Where finite '
-        f"differences fail even so, rounding is part of the training. {_NOISE}",
+        else 'Rounding dominates these responses: use UnrolledDifferentiation(precision="float64"). If finite '
+        f"differences fail too, rounding affects the training itself. {_NOISE}",
     )
 
 
@@ -191,19 +192,19 @@ def _chaos(attribution: Attribution) -> Finding:
         "chaotic runs",
         passed,
         f"{len(chaotic)} of {runs}" + (f" ({', '.join(chaotic)})" if chaotic else ""),
-        ("Influences leave them out." if chaotic else "No run's responses are out of proportion.")
+        ("Influences leave them out." if chaotic else "The responses of all runs are of similar size.")
         if passed
-        else f"Too many to leave out. {_TAME}, or train with a smaller learning rate.",
+        else f"Too many to leave out. {_TAME}, or a smaller learning rate.",
     )
 
 
 def _agreement(attribution: Attribution) -> Finding:
     reliability = float(attribution.reliability().median())
     return Finding(
-        "agreement of the runs",
+        "agreement between runs",
         reliability >= _RELIABLE,
         f"{reliability:.2f} (split-half reliability of the mean influence, median over queries)",
-        "Other seeds would rank the examples much the same."
+        "Other seeds would rank the examples similarly."
         if reliability >= _RELIABLE
         else f"The ranking is mostly seed noise: record more runs. {_TAME}.",
     )
@@ -218,18 +219,18 @@ def _half_of_some(count: int) -> Tensor:
 
 
 def metasmoothness(first: Tensor, second: Tensor, third: Tensor) -> float:
-    r"""Return how far a training answers a change of its data in the same direction twice.
+    r"""Return how far a training responds in the same direction to two equal changes of its data.
 
     .. math:: \sum_p \frac{|\Delta_p|}{\lVert\Delta\rVert_1} \operatorname{sign}\Delta_p \operatorname{sign}\Delta'_p,
         \qquad \Delta = \theta_2 - \theta_1, \quad \Delta' = \theta_3 - \theta_2
 
-    (Engstrom et al., arXiv 2503.13751, definition 2). 1: each parameter goes on in its direction. 0: the second half of
-    the change has nothing to do with the first, and no derivative predicts it.
+    (Engstrom et al., arXiv 2503.13751, definition 2). 1: each parameter keeps its direction. 0: the second half of the
+    change is unrelated to the first, and no derivative predicts it.
 
     Args:
         first: Trained parameters ``(P,)``.
-        second: With weights changed.
-        third: With weights changed twice as much.
+        second: Parameters trained with changed weights.
+        third: Parameters trained with weights changed twice as much.
 
     Example:
         >>> metasmoothness(torch.zeros(2), torch.tensor([1.0, 1.0]), torch.tensor([3.0, 0.0]))

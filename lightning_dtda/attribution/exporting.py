@@ -1,4 +1,4 @@
-"""Influences, and how sure they are, as a file that other tools read: Parquet, Zarr or netCDF."""
+"""Export of influences and their uncertainty to files for other tools: Parquet, Zarr or netCDF."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_dtda.statistics.differences import Difference
 Format = Literal["parquet", "zarr", "netcdf"]
 
 _PACKAGES = {"parquet": ["pyarrow"], "zarr": ["zarr"], "netcdf": ["h5netcdf", "h5py"]}
-"""What writes each format."""
+"""Packages that each format needs."""
 
 
 def export(
@@ -36,36 +36,35 @@ def export(
     runs: Runs = "trusted",
     overwrite: bool = False,
 ) -> Path:
-    r"""Write the influence of every removal on every query, and how sure it is, to a file.
+    r"""Write the influence of every removal on every query, with its uncertainty, to a file.
 
-    Of each difference there are ``influence``, ``standard_error``, ``low`` and ``high`` (ends of its interval), ``p``
-    (of no effect, :meth:`Attribution.p_values`) and ``q`` (the least false discovery rate at which it is
-    :meth:`Attribution.significant`), each with the difference's name in front: ``mean_influence``. Where there are too
-    few runs for one of them it is NaN. An influence is the change of the property when the examples are
-    removed.
+    For each difference the file has ``influence``, ``standard_error``, ``low`` and ``high`` (the ends of the interval),
+    ``p`` (the p-value, :meth:`Attribution.p_values`) and ``q`` (the smallest false discovery rate at which the
+    influence is :meth:`Attribution.significant`), prefixed with the name of the difference, as in ``mean_influence``.
+    Values that need more runs are NaN. An influence is the change of the property when the examples are removed.
 
-    Queries are computed and written one after another: memory does not grow with their number.
+    Queries are computed and written one by one: memory does not grow with their number.
 
     Args:
         attribution: The attribution, or its directory.
-        output: The file to write; of Zarr a directory.
-        format: ``"parquet"``, one row for each query and example, one group of rows for each query; ``"zarr"`` or
-            ``"netcdf"``, data sets for xarray with the dimensions ``query`` and ``example``. With groups of examples
-            ``removal`` and ``size`` stand in place of ``example``.
-        differences: As for :meth:`Attribution.influence`; ``None`` is the mean, the variance and the Wasserstein
-            distance, as far as there are runs for them.
-        level: Confidence of the intervals.
-        replicates: Draws of the bootstrap for each interval; 0 leaves intervals out. Of all removals they take
-            hundreds of times as long as everything else.
+        output: File to write; for Zarr, a directory.
+        format: ``"parquet"``, with one row for each query and example, and one row group for each query; ``"zarr"`` or
+            ``"netcdf"``, data sets for xarray with the dimensions ``query`` and ``example``. With groups of examples,
+            ``removal`` and ``size`` replace ``example``.
+        differences: As for :meth:`Attribution.influence`. ``None`` means mean, variance and Wasserstein distance, if
+            there are enough runs for them.
+        level: Confidence level of the intervals.
+        replicates: Number of bootstrap replicates for each interval; 0 omits the intervals, which take hundreds of
+            times as long as everything else.
         runs: As for :meth:`Attribution.influence`.
-        overwrite: Whether what is there is replaced.
+        overwrite: Whether to replace an existing output.
 
     Returns:
-        The output's path.
+        The path of the output.
 
     Raises:
         AttributionError: If the package that writes the format is not installed, the output exists or cannot be
-            written, two differences have one name, or a difference needs more runs.
+            written, two differences have the same name, or a difference needs more runs.
         TrajectoryError: If the attribution's files are missing or damaged.
     """
     output = Path(output)
@@ -73,7 +72,7 @@ def export(
         raise AttributionError(f"format={format!r}; choose from {', '.join(get_args(Format))}.")
     if output.exists() and not overwrite:
         raise AttributionError(
-            f"{output} exists. Choose another output, or set overwrite (overwrite=True, --overwrite)."
+            f"{output} already exists. Choose another output, or overwrite it (overwrite=True, --overwrite)."
         )
     check_share(level, "level")
     for package in _PACKAGES[format]:
@@ -83,7 +82,7 @@ def export(
     chosen = [selected._difference(each) for each in differences or selected.available_differences]
     names = [difference.name for difference in chosen]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise AttributionError(f"Two differences are called {min(twice)}. Export them one at a time.")
+        raise AttributionError(f"Two differences are called {min(twice)}. Export them to separate files.")
     content = _Content(selected, chosen, level, replicates)
     partial = output.with_name(f".{output.name}.partial")
     _remove(partial)
@@ -101,7 +100,7 @@ def export(
 
 @dataclass(frozen=True)
 class _Content:
-    """What is written, in the same terms for every format."""
+    """The content of a file, independent of its format."""
 
     attribution: Attribution
     differences: Sequence[Difference]
@@ -110,12 +109,12 @@ class _Content:
 
     @property
     def removal(self) -> str:
-        """What the dimension of the removals is called."""
+        """Name of the dimension of the removals."""
         return "example" if self.attribution.removals is None else "removal"
 
     @property
     def removals(self) -> dict[str, Any]:
-        """What is said of each removal, by column."""
+        """Columns that identify the removals."""
         names, members = self.attribution.removals, self.attribution.members
         if names is None or members is None:
             return {"example": np.arange(self.attribution.responses.shape[2])}
@@ -123,18 +122,18 @@ class _Content:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """What was asked and how, each entry in JSON."""
+        """Description of the attribution, each entry as JSON."""
         about = {**self.attribution.about, "runs": self.attribution.runs, "level": self.level}
         return {key: json.dumps(value, default=str) for key, value in about.items()}
 
     @property
     def columns(self) -> list[str]:
-        """Names of what is computed."""
+        """Names of the computed columns."""
         kinds = ["influence", "standard_error", *(["low", "high"] if self.replicates else []), "p", "q"]
         return [f"{difference.name}_{kind}" for difference in self.differences for kind in kinds]
 
     def queries(self) -> Iterator[dict[str, Any]]:
-        """Compute each query's columns, arrays ``(removals,)``."""
+        """Yield the computed columns of each query, arrays ``(removals,)``."""
         for position in range(len(self.attribution.queries)):
             one = self.attribution.select([position])
             yield {name: column for difference in self.differences for name, column in self._of(one, difference)}
@@ -172,7 +171,7 @@ def _write_parquet(path: Path, content: _Content) -> None:
 def _write_zarr(path: Path, content: _Content) -> None:
     import xarray as xr
 
-    # without consolidated metadata, which the format has no specification for
+    # without consolidated metadata, which the format's specification does not define
     for position, columns in enumerate(content.queries()):
         data = {name: (("query", content.removal), column[None]) for name, column in columns.items()}
         part = xr.Dataset(data, {"query": [content.attribution.queries[position]]})
@@ -212,7 +211,9 @@ def _require(package: str) -> None:
     try:
         importlib.import_module(package)
     except ImportError as error:
-        raise AttributionError(f"{package} is not installed ({error}). pip install 'lightning-dtda[export]'") from error
+        raise AttributionError(
+            f"{package} is not installed ({error}). Run: pip install 'lightning-dtda[export]'"
+        ) from error
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an attribution says about other seeds than those of its runs: intervals, tests, how many runs are needed.
+"""Inference from the runs of an attribution to other seeds: intervals, tests, numbers of runs needed.
 
 Functions of an attribution, and methods of :class:`~lightning_dtda.Attribution` by the same names.
 """
@@ -34,31 +34,31 @@ def interval(
     runs: Runs = "trusted",
     replicates: int = 1000,
 ) -> Tensor:
-    """Return a confidence interval over seeds of :meth:`Attribution.influence`, by the bootstrap.
+    """Return a bootstrap confidence interval over seeds of :meth:`Attribution.influence`.
 
-    With few runs it is too narrow: an interval of 0.95 holds the mean influence in 0.87 of cases with 8 runs, in
-    0.93 with 20. For distances, which are never negative, it is no test against zero; :func:`p_values` are. See
+    With few runs it is too narrow: a 95 % interval contains the mean influence in 87 % of cases with 8 runs, and in
+    93 % with 20. For distances, which are never negative, it does not test against zero; use :func:`p_values`. See
     :func:`~lightning_dtda.statistics.intervals.bootstrap_interval`.
 
     Args:
         attribution: The attribution.
         difference: As for :meth:`Attribution.influence`.
-        level: Its confidence.
-        removed: As for :meth:`Attribution.influence`. Of each removal on its own, the difference is computed
-            ``replicates`` times.
+        level: Confidence level.
+        removed: As for :meth:`Attribution.influence`. For ``None``, the difference is computed ``replicates`` times
+            for each removal.
         runs: As for :meth:`Attribution.influence`.
-        replicates: Number of draws.
+        replicates: Number of bootstrap replicates.
 
     Returns:
-        ``(2, queries, removals)``, lower and upper end; ``(2, queries)`` for removals made together; float64.
-        NaN for removals whose responses were not kept, see :meth:`Attribution.keep_top`.
+        Lower and upper ends ``(2, queries, removals)``, or ``(2, queries)`` for removals made together; float64.
+        NaN for removals whose responses were not kept; see :meth:`Attribution.keep_top`.
 
     Raises:
-        AttributionError: If the difference needs more runs, or the level is no share.
+        AttributionError: If the difference needs more runs, or the level is not between 0 and 1.
     """
     check_share(level, "level")
     if replicates < 2:
-        raise AttributionError(f"replicates={replicates}; give the number of draws, at least 2 and rather 1000.")
+        raise AttributionError(f"replicates={replicates}; give a number of replicates: at least 2, better 1000.")
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
     selected._enough(chosen, max(chosen.least_runs, 1) + 1, "interval")
     ends = selected._each_query(
@@ -77,10 +77,10 @@ def p_values(
     removed: Sequence[int | str] | None = None,
     runs: Runs = "trusted",
 ) -> Tensor:
-    """Return the probability, over seeds, of so clear an influence if removal had no effect.
+    """Return the probability, over seeds, of an influence at least this clear if the removal had no effect.
 
-    What is tested, and how, depends on the difference; see :mod:`lightning_dtda.statistics.significance`. The
-    linear response is taken as given.
+    The test depends on the difference; see :mod:`lightning_dtda.statistics.significance`. It takes the linear response
+    as given.
 
     Args:
         attribution: The attribution.
@@ -89,7 +89,7 @@ def p_values(
         runs: As for :meth:`Attribution.influence`.
 
     Returns:
-        ``(queries, removals)``, or ``(queries,)`` for removals made together; float64.
+        p-values ``(queries, removals)``, or ``(queries,)`` for removals made together; float64.
 
     Raises:
         AttributionError: If the test needs more runs.
@@ -105,9 +105,9 @@ def p_values(
 def significant(
     attribution: Attribution, difference: str | Difference, fdr: float = 0.05, runs: Runs = "trusted"
 ) -> Tensor:
-    """Return which removals have an effect, for each query ``(queries, removals)``, bool.
+    """Return which removals have a significant influence on each query ``(queries, removals)``, bool.
 
-    Of those that are named for a query, a share of ``fdr`` has none on average (Benjamini and Hochberg).
+    On average, a share of at most ``fdr`` of those found for a query has no effect (Benjamini and Hochberg).
 
     Args:
         attribution: The attribution.
@@ -116,7 +116,7 @@ def significant(
         runs: As for :meth:`Attribution.influence`.
 
     Raises:
-        AttributionError: If the test needs more runs, or the rate is no share.
+        AttributionError: If the test needs more runs, or ``fdr`` is not between 0 and 1.
     """
     check_share(fdr, "fdr")
     return significance.discoveries(attribution.p_values(difference, runs=runs), fdr)
@@ -129,24 +129,24 @@ def runs_for_significance(
     power: float = 0.8,
     runs: Runs = "trusted",
 ) -> Tensor:
-    """Return with how many runs in all each removal would be :func:`significant`, if its effect is as it seems.
+    """Return the total number of runs at which each removal would be :func:`significant`, given its estimated effect.
 
-    Even if it were the only one: its p-value would be below ``fdr`` over the number of removals. The largest of
-    many influences are overestimated, so for these it is a lower bound. See
+    It would be so even if it were the only significant one: its p-value would be below ``fdr`` divided by the number of
+    removals. The largest of many influences are overestimated, so for them the number is a lower bound. See
     :func:`~lightning_dtda.statistics.power.runs_for_significance`.
 
     Args:
         attribution: The attribution.
         difference: As for :meth:`Attribution.influence`.
         fdr: As for :func:`significant`.
-        power: Probability that so many runs are enough.
+        power: Probability that this number of runs is enough.
         runs: As for :meth:`Attribution.influence`.
 
     Returns:
-        ``(queries, removals)``, float64; infinite without an effect.
+        Numbers of runs ``(queries, removals)``, float64; infinite without an effect.
 
     Raises:
-        AttributionError: If the test needs more runs, or ``fdr`` or ``power`` is no share.
+        AttributionError: If the test needs more runs, or ``fdr`` or ``power`` is not between 0 and 1.
     """
     check_share(fdr, "fdr")
     check_share(power, "power")
@@ -163,27 +163,27 @@ def retrainings_needed(
     alpha: float = 0.05,
     runs: Runs = "trusted",
 ) -> Tensor:
-    """Return how many real retrainings, with and without examples, would show the predicted effect.
+    """Return the number of actual retrainings that would show the predicted effect.
 
-    So many with them and as many without, of fresh seeds; see
-    :func:`~lightning_dtda.statistics.power.retrainings_needed`. The effect is taken as it is predicted, so for the
-    largest of many influences, which are overestimated, it is a lower bound.
+    The experiment takes this number of retrainings with the examples, and the same number without them, all with new
+    seeds; see :func:`~lightning_dtda.statistics.power.retrainings_needed`. The effect is assumed to be as predicted.
+    The largest of many influences are overestimated, so for them the number is a lower bound.
 
     Args:
         attribution: The attribution.
-        removed: Removals that are made together; ``None`` is each on its own, which takes long for differences that
-            are simulated, all but the mean and the variance.
+        removed: Removals that are made together; ``None`` means each on its own, which is slow for differences other
+            than mean and variance, because they are simulated.
         difference: As for :meth:`Attribution.influence`.
         power: Probability of finding the effect.
-        alpha: Probability of finding one that is not there.
+        alpha: Probability of finding an effect if there is none.
         runs: As for :meth:`Attribution.influence`.
 
     Returns:
-        ``(queries, removals)``, or ``(queries,)`` for removals made together; float64, infinite without an effect,
-        NaN for removals whose responses were not kept.
+        Numbers of retrainings ``(queries, removals)``, or ``(queries,)`` for removals made together; float64. Infinite
+        without an effect, NaN for removals whose responses were not kept.
 
     Raises:
-        AttributionError: If the difference needs more runs, or ``power`` or ``alpha`` is no share.
+        AttributionError: If the difference needs more runs, or ``power`` or ``alpha`` is not between 0 and 1.
     """
     check_share(power, "power")
     check_share(alpha, "alpha")
@@ -195,20 +195,20 @@ def retrainings_needed(
 
 
 def reliability(attribution: Attribution, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:
-    """Return how well the runs agree about the ranking of the removals, for each query ``(queries,)``.
+    """Return how well the runs agree on the ranking of the removals, for each query ``(queries,)``.
 
-    1 where other seeds would rank them the same, 0 where the ranking is seed noise; where it is low, more runs
-    help. See :func:`~lightning_dtda.statistics.reliability.reliability`.
+    1: other seeds would give the same ranking. 0: the ranking is seed noise. If it is low, record more runs. See
+    :func:`~lightning_dtda.statistics.reliability.reliability`.
 
     Raises:
-        AttributionError: If there are too few runs to be halved.
+        AttributionError: If there are too few runs to split into halves.
     """
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
     moment, figures = moment_of(chosen), selected._figures
     if moment and figures is not None:
         return figures.reliability[:, MOMENTS.index(moment)]
-    # query by query: the influences of all, of each half of the runs, take as much memory as the responses
+    # query by query: influences of all queries, for each half of the runs, take as much memory as the responses
     found = [
         ranking.reliability(partial(_of_runs, selected.select([query]), chosen), len(selected.runs))
         for query in range(len(selected.queries))
@@ -223,29 +223,29 @@ def runs_for_stable_top(
     agreement: float = 0.9,
     runs: Runs = "trusted",
 ) -> Tensor:
-    """Return with how many runs in all the top k removals of each query would be stable.
+    """Return the total number of runs at which the top k removals of each query would be stable.
 
-    They are stable when two ensembles of that many runs would have a share of ``agreement`` of their top k in
-    common, on average. It is extrapolated from what halves of the runs have in common; see
+    They are stable if two ensembles of this size have a share of ``agreement`` of their top k in common, on average.
+    The number is extrapolated from the overlap between halves of the runs; see
     :func:`~lightning_dtda.statistics.reliability.runs_for_stable_top`.
 
     Args:
         attribution: The attribution.
-        difference: What to rank by, in absolute value.
+        difference: Difference to rank by, in absolute value.
         k: Number of removals at the top.
-        agreement: The share.
+        agreement: Share of the top k in common.
         runs: As for :meth:`Attribution.influence`.
 
     Returns:
-        ``(queries,)``, float64; infinite where halves have no more in common than by chance.
+        Numbers of runs ``(queries,)``, float64; infinite if halves have no more in common than by chance.
 
     Raises:
-        AttributionError: If there are too few runs to be halved, or not more than k removals.
+        AttributionError: If there are too few runs to split into halves, or k is not less than the number of removals.
     """
     check_share(agreement, "agreement")
     removals = attribution.responses.shape[2]
     if not 1 <= k < removals:
-        raise AttributionError(f"k={k}; give a number of removals from 1 to {removals - 1}, one less than all.")
+        raise AttributionError(f"k={k}; give a number from 1 to {removals - 1}, less than the number of removals.")
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "number of runs")
     half = len(selected.runs) // 2
@@ -261,10 +261,10 @@ def _of_runs(selected: Attribution, difference: Difference, positions: Tensor) -
 
 
 def check_share(value: float, name: str) -> None:
-    """Refuse what is no share.
+    """Check that a value is a share between 0 and 1.
 
     Raises:
-        AttributionError: If it is not between 0 and 1.
+        AttributionError: If the value is not between 0 and 1.
     """
     if not 0 < value < 1:
         raise AttributionError(f"{name}={value}; give a share between 0 and 1.")

@@ -1,7 +1,8 @@
-"""Attributing without room for all responses: queries are answered block by block, and of each the top is kept.
+"""``attribute(keep_top=...)``: queries are processed in blocks, and only the top of each query is kept.
 
-What decides which responses are kept, and most of what must be known of all, is over runs: it is known only when every
-run has answered. So a block of queries is answered by all runs, into a scratch store of its own, reduced, and dropped.
+Which responses to keep, and most figures of all removals, depend on all runs: they are known only when every run is
+attributed. So all runs are attributed for one block of queries, into a scratch store; the result is reduced, and the
+scratch store deleted.
 """
 
 from __future__ import annotations
@@ -25,20 +26,21 @@ from lightning_dtda.units import GIB
 _log = logging.getLogger(__name__)
 
 Answer = Callable[[range, Path | None], Attribution]
-"""Answers a stretch of queries by all runs, in a directory or in memory."""
+"""Attributes a range of queries over all runs, in a directory or in memory."""
 
 
 def block_size(ensemble: Ensemble, question: Question, estimator: Estimator, budget: float) -> int:
-    """Return how many queries are answered at a time.
+    """Return the number of queries in a block.
 
     Args:
         ensemble: The runs.
-        question: The whole question.
-        estimator: Whose chunks of queries are not to be cut where whole ones fit: a part takes as long as a whole.
-        budget: In GiB, for a block's responses, and its figures.
+        question: The question, for all queries.
+        estimator: The estimator. A block holds a multiple of its chunks of queries if one fits, because a part of a
+            chunk takes as long as a whole one.
+        budget: Space for the responses and figures of a block, in GiB.
 
     Raises:
-        AttributionError: If the estimator cannot answer.
+        AttributionError: If the estimator cannot answer the question.
     """
     runs = list(ensemble)
     each = (len(runs) + len(FIGURES)) * len(question.removals) * response_bytes(ensemble[0], estimator)
@@ -58,19 +60,19 @@ def attribute_in_blocks(
     store: KeptStore | None,
     answer: Answer,
 ) -> Attribution:
-    """Answer all queries, and keep the top of each.
+    """Attribute all queries, and keep the top of each.
 
     Args:
         ensemble: The runs.
-        question: The whole question.
-        estimator: What answers it.
+        question: The question, for all queries.
+        estimator: The estimator.
         k: As for :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>`.
         budget: As for :func:`block_size`.
-        store: Where blocks are kept, and found if they were finished before; ``None`` is in memory.
-        answer: Answers a block.
+        store: Store for finished blocks, including those of an earlier call; ``None`` keeps them in memory.
+        answer: Function that attributes a block.
 
     Raises:
-        AttributionError: As :func:`block_size`, or if there is no room for what is kept.
+        AttributionError: As for :func:`block_size`, or if there is not enough space for the result.
     """
     blocks, queries = _Blocks(k, store, answer), len(question.queries)
     stretches = [range(queries)] if store is None else store.missing(store.finished)
@@ -85,12 +87,12 @@ def attribute_in_blocks(
 
 
 class _Blocks:
-    """Blocks of queries that are answered.
+    """The finished blocks of queries.
 
     Args:
-        k: As for :func:`attribute_in_blocks`, as all of them.
-        store: Where they are kept.
-        answer: Answers one.
+        k: As for :func:`attribute_in_blocks`.
+        store: As for :func:`attribute_in_blocks`.
+        answer: As for :func:`attribute_in_blocks`.
     """
 
     def __init__(self, k: int, store: KeptStore | None, answer: Answer) -> None:
@@ -100,10 +102,10 @@ class _Blocks:
             self._kept = {first: Attribution(*store.block(first)) for first in store.finished}
 
     def add(self, numbers: range) -> None:
-        """Answer the queries of a block and keep their top, over the runs that are trusted by what is known so far."""
+        """Attribute a block of queries and keep their top, over the runs that are trusted so far."""
         scratch = None if self._store is None else self._store.path / f"scratch-{numbers.start}-{numbers.stop}"
         self._clear(but=scratch)
-        _log.info("Queries %d to %d, of which the top %d are kept.", numbers.start, numbers.stop - 1, self._k)
+        _log.info("Queries %d to %d, keeping the top %d of each.", numbers.start, numbers.stop - 1, self._k)
         found = self._answer(numbers, scratch)
         left_out = self._chaotic({**self._kept, numbers.start: found})
         block = keep_top(replace(found, about={**found.about, "chaotic": left_out}), self._k)
@@ -111,15 +113,18 @@ class _Blocks:
             self._store.add(numbers.start, block)
             block = Attribution(*self._store.block(numbers.start))
         self._kept[numbers.start] = block
-        del found  # a mapped file may not be removed everywhere
+        del found  # not every system can delete a file that is still mapped
         self._clear()
 
     def finish(self) -> Attribution:
-        """Return the answer to all queries, once those are done again whose runs were trusted too soon, or not."""
+        """Return the answer to all queries, after repeating the blocks for which other runs were trusted."""
         left_out = self._chaotic(self._kept)
         for first, block in list(self._kept.items()):
             if list(block.chaotic) != left_out:
-                _log.info("Which runs are chaotic turned out differently: %s.", ", ".join(left_out) or "none is")
+                _log.info(
+                    "Repeating a block of queries without the chaotic runs: %s.",
+                    ", ".join(left_out) or "none",
+                )
                 self.add(range(first, first + len(block.queries)))
         self._clear()
         return joined([self._kept[first] for first in sorted(self._kept)])
@@ -130,7 +135,7 @@ class _Blocks:
         return chaotic(known["response_norm"])
 
     def _clear(self, but: Path | None = None) -> None:
-        """Remove what was answered and is not needed any more, such as parts of blocks of another size."""
+        """Delete scratch stores that are no longer needed, such as those of blocks of another size."""
         for left in () if self._store is None else self._store.path.glob("scratch-*"):
             if left != but:
                 shutil.rmtree(left)

@@ -1,4 +1,4 @@
-"""Where the responses of all runs to all removals are too many: those that matter most, and figures of all."""
+"""The responses that matter most, and summary figures of all removals, if there are too many responses to keep."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
 
 MOMENTS = ("mean", "variance")
-"""The differences that are known of every removal."""
+"""Differences that are known for every removal."""
 
 FIGURES = ("mean_influence", "mean_standard_error", "variance_influence", "variance_standard_error", "variance_p")
-"""What is kept of every removal, in this order; the p-value of the mean follows from the first two."""
+"""Figures that are kept for every removal, in this order; the p-value of the mean follows from the first two."""
 
 _EVERYTHING = slice(None)
 
 
 @dataclass(frozen=True, eq=False)
 class Figures:
-    """What is known of every removal: :data:`FIGURES`, in the precision of the responses.
+    """The :data:`FIGURES` of every removal, in the precision of the responses.
 
     Args:
-        runs: Names of the runs that they are of, the trusted ones.
-        reliability: Of the ranking by each of :data:`MOMENTS` ``(queries, 2)``, float64; NaN with too few runs.
-        rows: Of each query, a table ``(rows, 5, removals)`` in memory or on disk, and its row there.
+        runs: Names of the runs that they are computed from, the trusted ones.
+        reliability: Reliability of the ranking by each of :data:`MOMENTS` ``(queries, 2)``, float64; NaN with too few
+            runs.
+        rows: For each query, a table ``(rows, 5, removals)`` in memory or on disk, and the query's row in it.
     """
 
     runs: tuple[str, ...]
@@ -55,7 +56,7 @@ class Figures:
         return significance.student(self.of("mean_influence"), self.of("mean_standard_error"), len(self.runs))
 
     def read(self) -> Tensor:
-        """Read all figures ``(queries, 5, removals)``; no copy is made where they are in one table in memory."""
+        """Read all figures ``(queries, 5, removals)``, without a copy if they are one table in memory."""
         table = self.rows[0][0]
         in_order = all(each is table and row == place for place, (each, row) in enumerate(self.rows))
         if isinstance(table, Tensor) and in_order and len(table) == len(self.rows):
@@ -63,22 +64,22 @@ class Figures:
         return torch.stack([each[row] for each, row in self.rows])
 
     def select(self, queries: Tensor) -> Figures:
-        """Return those of some queries."""
+        """Return the figures of some queries."""
         return replace(self, reliability=self.reliability[queries], rows=tuple(self.rows[q] for q in queries.tolist()))
 
 
 class KeptResponses(Tensor):
-    """Responses ``(runs, queries, removals)`` of which a few removals' are kept for each query, as a tensor.
+    """Responses ``(runs, queries, removals)``, of which only a few removals are kept for each query, as a tensor.
 
-    An index reads those of removals that are kept for the queries that it selects, or takes some of the runs and
-    queries. What is not kept, and functions of the whole, are an error.
+    An index can read the kept responses of the queries it selects, or select runs and queries. Reading other responses,
+    or all of them, raises an error.
 
     Args:
         kept: Positions of the removals that are kept for each query, ascending ``(queries, kept)``.
-        table: Their responses ``(runs, queries, kept)``.
-        figures: What is known of every removal.
-        removals: K, the number of all removals.
-        k: How many of the largest and of the smallest influences are among them, by each of :data:`MOMENTS`.
+        table: Responses to the kept removals ``(runs, queries, kept)``.
+        figures: Figures of every removal.
+        removals: Number of all removals, K.
+        k: Number of the largest, and of the smallest, influences that are kept by each of :data:`MOMENTS`.
     """
 
     kept: Tensor
@@ -88,7 +89,7 @@ class KeptResponses(Tensor):
 
     @staticmethod
     def __new__(cls, kept: Tensor, table: Tensor, figures: Figures, removals: int, k: int) -> KeptResponses:
-        """Make a tensor that has the shape of all responses, and the memory of a few."""
+        """Make a tensor with the shape of all responses, but the memory of a few."""
         shape = (*table.shape[:2], removals)
         made = shaped(cls, shape, table)
         made.kept, made.table, made.figures, made.k = kept, table, figures, k
@@ -96,12 +97,10 @@ class KeptResponses(Tensor):
 
     @override
     def __getitem__(self, index: Any) -> Tensor:
-        """Read the responses at an index, or take some of the runs and queries."""
+        """Read the responses at an index, or select runs and queries."""
         parts = of_each_dimension(index)
         if parts is None or sum(isinstance(part, Tensor) for part in parts) > 1:
-            raise self._missing(
-                "An index that goes together in pairs, or adds a dimension, takes all responses, and they"
-            )
+            raise self._missing("An index with several tensors, or a new dimension, needs all responses, which")
         runs, queries, removals = parts
         numbers = torch.arange(self.shape[1])[queries]
         if isinstance(removals, slice) and removals == _EVERYTHING and not isinstance(runs, int) and numbers.ndim:
@@ -121,39 +120,39 @@ class KeptResponses(Tensor):
 
     def _missing(self, what: str = "The responses to all removals") -> AttributionError:
         return AttributionError(
-            f"{what} were not kept: keep_top={self.k} keeps, for each query, those to the {self.kept.shape[1]} "
-            "removals of the largest and smallest mean and variance influence. Of every removal, the mean and the "
-            "variance influence over the trusted runs are known, with standard errors and p-values. For anything else "
-            "ask about removals that were kept (responses.kept has them for each query, select takes some queries), or "
+            f"{what} were not kept: for each query, keep_top={self.k} keeps the responses to the {self.kept.shape[1]} "
+            "removals with the largest and smallest mean and variance influence. For every removal, only the mean and "
+            "variance influence over the trusted runs are known, with standard errors and p-values. For anything else, "
+            "use removals that were kept (responses.kept lists them for each query; select takes some queries), or "
             "attribute without keep_top, or with a larger one."
         )
 
     @classmethod
     @override
     def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
-        with plain_results():  # its shape and the like are those of a tensor
+        with plain_results():  # shape and other attributes are those of a tensor
             return function(*arguments, **(keywords or {}))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without its class
         cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
-        """Refuse functions of the whole."""
+        """Raise an error for functions of the whole tensor."""
         raise next(part for part in arguments if isinstance(part, cls))._missing()
 
-    # what does not pass through torch's dispatcher
+    # methods that bypass torch's dispatcher
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"KeptResponses({tuple(self.shape)}, {self.dtype}, {self.kept.shape[1]} of each query)"
+        return f"KeptResponses({tuple(self.shape)}, {self.dtype}, {self.kept.shape[1]} removals per query)"
 
     @override
     def numpy(self, *, force: bool = False) -> Any:
-        """Refuse to read all of it."""
+        """Raise an error: not all responses were kept."""
         raise self._missing()
 
     @override
     def tolist(self) -> Any:
-        """Refuse to read all of it."""
+        """Raise an error: not all responses were kept."""
         raise self._missing()
 
     @override
@@ -165,13 +164,13 @@ class KeptResponses(Tensor):
 
 
 def moment_of(difference: Difference) -> str | None:
-    """Return which of :data:`MOMENTS` a difference is; ``None`` for others, such as the change of the median."""
+    """Return which of the :data:`MOMENTS` a difference is; ``None`` for others, such as the change of the median."""
     is_mean = isinstance(difference, Mean) and difference.location == "mean"
     return "mean" if is_mean else "variance" if isinstance(difference, Variance) else None
 
 
 def keep_top(attribution: Attribution, k: int) -> Attribution:
-    """Return what :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>` does; query by query."""
+    """Return the result of :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>`, query by query."""
     trusted, removals = attribution.trusted(), attribution.responses.shape[2]
     runs, queries, size = len(attribution.runs), len(attribution.queries), number_kept(k, removals)
     responses = attribution.responses
@@ -204,10 +203,10 @@ def keep_top(attribution: Attribution, k: int) -> Attribution:
 
 
 def check_keep_top(k: Any) -> int:
-    """Refuse what is no number of removals.
+    """Check the ``keep_top`` argument.
 
     Raises:
-        AttributionError: If it is none.
+        AttributionError: If it is not a positive integer.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise AttributionError(f"keep_top={k!r}; give the number of removals at each end to keep, at least 1.")
@@ -215,24 +214,24 @@ def check_keep_top(k: Any) -> int:
 
 
 def number_kept(k: int, removals: int) -> int:
-    """Return how many removals are kept of each query: k at each end, by each of :data:`MOMENTS`, or all there are.
+    """Return the number of removals kept for each query: k at each end by each of :data:`MOMENTS`, but at most all.
 
-    Where the ends overlap, the removals that come next take the places: all queries keep the same number.
+    Where the ends overlap, the next removals in order fill the places, so all queries keep the same number.
     """
     return min(removals, 2 * len(MOMENTS) * k)
 
 
 def bytes_kept(k: int, runs: int, queries: int, removals: int, itemsize: int) -> int:
-    """Return how large the answer to some queries is."""
+    """Return the bytes that are kept for a number of queries."""
     size = number_kept(k, removals)
     return queries * ((len(FIGURES) * removals + runs * size) * itemsize + size * torch.int64.itemsize)
 
 
 def joined(parts: Sequence[Attribution]) -> Attribution:
-    """Return one attribution of the queries of several, in their order.
+    """Join attributions of different queries into one, in their order.
 
     Args:
-        parts: Of the same runs and removals, with the same kept and the same trusted; at least one.
+        parts: Attributions with the same runs, removals, ``keep_top`` and trusted runs; at least one.
     """
     responses: Any = [part.responses for part in parts]
     figures = [each.figures for each in responses]
@@ -250,10 +249,10 @@ def joined(parts: Sequence[Attribution]) -> Attribution:
 
 
 def known_of_runs(parts: Sequence[Attribution]) -> dict[str, Any]:
-    """Return what is known of the runs from attributions of several parts of the queries, as ``about`` has it.
+    """Combine the facts of the runs in ``about`` from attributions of different queries.
 
-    The norm is that of all responses, the largest response and the drift the largest. The rest is that of the first
-    part's queries: the diagnosis, which looks at the first queries only, and the adjoints' norms.
+    The norm is over all responses; for the largest response and the drift it is the maximum. The diagnosis, which uses
+    the first queries only, and the norms of the adjoints are taken from the first part.
     """
     weights = [len(part.queries) for part in parts]
 
@@ -274,13 +273,13 @@ def known_of_runs(parts: Sequence[Attribution]) -> dict[str, Any]:
 
 
 def _outermost(values: Sequence[Tensor], number: int) -> Tensor:
-    """Return the positions, ascending, that come first in the orders by some values, upwards and downwards.
+    """Return the positions of the largest and smallest values by several criteria, ascending.
 
-    Of equal values, the first ones come first.
+    Among equal values, lower positions come first.
 
     Args:
-        values: Each ``(removals,)``.
-        number: How many.
+        values: Values by each criterion ``(removals,)``.
+        number: Number of positions.
     """
     best = torch.full_like(values[0], len(values[0]), dtype=torch.int64)
     places = torch.arange(len(best), device=best.device)

@@ -1,4 +1,4 @@
-"""An attribution on disk that keeps the top of each query, block of queries by block."""
+"""An attribution on disk that keeps the top of each query, stored in blocks of queries."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
 
 _BESIDE = ("baseline", "kept", "responses", "reliability")
-"""What a block's file holds beside the figures of every removal."""
+"""Tensors in a block's file besides the figures of every removal."""
 
 
 class KeptStore(Store):
-    """An answer block by block of queries; ``about`` has ``keep_top``.
+    """An answer stored in blocks of queries; ``about`` has ``keep_top``.
 
-    Each file holds ``baseline`` ``(runs, queries)``, ``kept`` and ``responses`` of the removals that are kept
-    ``(queries, kept)`` and ``(runs, queries, kept)``, ``reliability`` ``(queries, 2)``, ``figures``
-    ``(queries, 5, removals)`` and their ``checksums`` ``(queries,)``. Which runs are trusted is known when all blocks
-    are: the index has those that the block added last was reduced with, ``trusted``, and of each block its own.
+    Each file holds ``baseline`` ``(runs, queries)``, the positions ``kept`` ``(queries, kept)`` and ``responses``
+    ``(runs, queries, kept)`` of the removals that are kept, ``reliability`` ``(queries, 2)``, ``figures``
+    ``(queries, 5, removals)`` and their ``checksums`` ``(queries,)``. The trusted runs are final only when all blocks
+    are known: under ``trusted``, the index has those used for the block added last, and each block has its own.
 
-    More runs than the last time are another question, since figures are over all of them, in their order.
+    More runs than before make another question, because the figures depend on all runs, in their order.
     """
 
     parts: ClassVar[str] = "blocks"
@@ -38,12 +38,12 @@ class KeptStore(Store):
 
     @property
     def current(self) -> tuple[int, ...]:
-        """Those of ``finished`` that were reduced with the runs that were trusted at last."""
+        """Those of ``finished`` that were reduced with the runs that are trusted now."""
         blocks, trusted = self._index["blocks"], self._index.get("trusted")
         return tuple(first for first in self.finished if blocks[str(first)]["trusted"] == trusted)
 
     def missing(self, blocks: Sequence[int]) -> list[range]:
-        """Return the stretches of queries that are in none of some blocks."""
+        """Return the ranges of queries that are in none of the given blocks."""
         stretches, start = [], 0
         for first in (*blocks, len(self.queries)):
             if first > start:
@@ -52,11 +52,11 @@ class KeptStore(Store):
         return stretches
 
     def add(self, first: int, block: Attribution) -> None:
-        """Write the answer to some queries, in place of what is there of them.
+        """Write the answer to a block of queries, replacing an older one.
 
         Args:
-            first: Position of the first of them.
-            block: What was kept.
+            first: Position of the first query.
+            block: The attribution of these queries, reduced to its top.
         """
         responses: Any = block.responses
         figures = responses.figures
@@ -72,7 +72,7 @@ class KeptStore(Store):
         self._add(str(first), entry | {"queries": len(block.queries), "trusted": list(figures.runs), **known})
 
     def block(self, first: int) -> tuple[Tensor, KeptResponses, tuple[str, ...], tuple[int, ...], dict[str, Any]]:
-        """Return an attribution's arguments for the queries of a block, whose figures stay on disk.
+        """Return the arguments of an attribution of a block of queries; its figures stay on disk.
 
         Raises:
             TrajectoryError: If a file is missing or damaged.

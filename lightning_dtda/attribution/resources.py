@@ -1,4 +1,4 @@
-"""Whether there is the memory and the disk that an attribution will take."""
+"""Whether there is enough memory and disk space for an attribution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def response_bytes(run: Run, estimator: Estimator) -> int:
-    """Return the bytes of one response of an estimator to a run."""
+    """Return the size of one response in bytes."""
     is_double = estimator.settings().get("precision") == "float64"
     return torch.float64.itemsize if is_double else run.manifest.torch_dtype.itemsize
 
@@ -32,19 +32,19 @@ def check_resources(
     answers: int,
     processes: int,
 ) -> None:
-    """Say what an answer will take, and make sure that there is so much.
+    """Log the resources that an attribution needs, and check that they are available.
 
     Args:
-        plan: The estimator's.
-        estimator: What will answer.
-        runs: That are attributed.
-        question: What is asked.
-        path: Where the answer goes; ``None`` is the memory.
-        answers: How many answers there will be.
-        processes: Number of processes of this machine, each of which takes the plan's memory.
+        plan: Plan of the estimator.
+        estimator: The estimator.
+        runs: Runs to attribute.
+        question: The question.
+        path: Directory of the result; ``None`` means memory.
+        answers: Number of results.
+        processes: Number of processes on this machine, each of which needs the plan's memory.
 
     Raises:
-        AttributionError: If there is too little memory or disk.
+        AttributionError: If there is not enough memory or disk space.
     """
     answer = answers * len(runs) * len(question.queries) * len(question.removals) * response_bytes(runs[0], estimator)
     memory = processes * plan.memory + (0 if path else answer)
@@ -59,34 +59,34 @@ def check_resources(
     )
     available = available_memory(question.device)
     if available is not None and memory > available:
-        fewer = (", take fewer workers" if processes > 1 else "") + ("" if path else ", give an output")
+        fewer = (", use fewer workers" if processes > 1 else "") + ("" if path else ", give an output")
         raise AttributionError(
-            f"This needs about {human_bytes(memory)} of memory; {human_bytes(available)} are "
-            f"available. Lower the estimator's memory_budget{fewer}, or ask fewer queries at a time."
+            f"The attribution needs about {human_bytes(memory)} of memory, but {human_bytes(available)} is "
+            f"available. Lower the estimator's memory_budget{fewer}, or use fewer queries at a time."
         )
     if path is not None:
         check_room(answer, path)
 
 
 def check_room(answer: int, path: Path | None) -> None:
-    """Make sure that there is room for an answer.
+    """Check that there is space for a result.
 
     Args:
-        answer: Its bytes.
-        path: A directory on the disk that it goes to; ``None`` is the memory.
+        answer: Size of the result in bytes.
+        path: Directory on the disk where it is stored; ``None`` means memory.
 
     Raises:
-        AttributionError: If there is none.
+        AttributionError: If there is not enough space.
     """
     if path is None:
         available = available_memory(torch.device("cpu"))
         if available is not None and answer > available:
             raise AttributionError(
-                f"The answer takes {human_bytes(answer)} of memory; {human_bytes(available)} are available. Give an "
-                "output, or ask fewer queries at a time."
+                f"The result takes {human_bytes(answer)} of memory, but {human_bytes(available)} is available. Give an "
+                "output, or use fewer queries at a time."
             )
     elif answer > (free := shutil.disk_usage(path).free):
         raise AttributionError(
-            f"The answer takes {human_bytes(answer)} of disk; {human_bytes(free)} are free under {path}. Free "
-            "some, or choose another output."
+            f"The result takes {human_bytes(answer)} of disk space, but {human_bytes(free)} is free at {path}. Free "
+            "some space, or choose another output."
         )

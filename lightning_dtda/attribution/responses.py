@@ -1,4 +1,4 @@
-"""Responses on disk that act as a tensor: what is indexed is read, and compared with its checksum."""
+"""Responses on disk that act as a tensor: an index reads what it selects, and verifies its checksum."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from lightning_dtda.trajectory.storage import check_size, entry_path, write_tens
 _READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clone()."
 
 AT_ONCE = 2**20
-"""Samples of removals that are compared at once: 8 MiB in double precision, a few times that while they are sorted."""
+"""Number of samples processed at once: 8 MiB in double precision, and a few times that while they are sorted."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTable:
-    """A table on disk, with a checksum for each row. The system reads pages of the mapped file when they are looked at.
+    """A table on disk, with a checksum for each row. The file is memory-mapped, so only pages in use are read.
 
     Args:
-        path: The file.
-        others: Smaller tensors beside the table, in memory.
-        table: ``(rows, ...)``, mapped; one row for each query.
-        checksums: Of each row ``(rows,)``.
-        compared: Which rows have been compared with theirs ``(rows,)``.
+        path: Path of the file.
+        others: Smaller tensors of the same file, in memory.
+        table: Memory-mapped table ``(rows, ...)``, with one row for each query.
+        checksums: Checksum of each row ``(rows,)``.
+        compared: Whether the checksum of each row has been verified ``(rows,)``.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class StoredTable:
 
     @classmethod
     def write(cls, path: Path, name: str, table: Tensor, others: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Write a table under a name, and return the file's entry for an index, with a checksum of the rest."""
+        """Write a table under a name; return the file's entry for an index, with a checksum of the other tensors."""
         checksums = torch.tensor([_checksum(row) for row in table], dtype=torch.int64)
         entry = write_tensors(path, {**others, "checksums": checksums, name: table})
         return entry | {"crc32": _checksum_of_all([*others.values(), checksums])}
@@ -54,14 +54,14 @@ class StoredTable:
         """Open the table that an index lists, without reading it.
 
         Raises:
-            TrajectoryError: If the file is missing, or truncated, or anything but the table is altered.
+            TrajectoryError: If the file is missing or truncated, or tensors other than the table are damaged.
         """
         check_size(directory, entry)
         path = entry_path(directory, entry)
         try:
             with safe_open(path, framework="pt") as file:
                 *beside, checksums, table = map(file.get_tensor, (*others, "checksums", name))
-        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # what a damaged header may lead to
+        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # possible effects of a damaged header
             raise TrajectoryError(f"{path} cannot be read ({error}). Attribute the run again.") from error
         if _checksum_of_all([*beside, checksums]) != entry["crc32"] or len(table) != len(checksums):
             raise _damaged(path)
@@ -72,7 +72,7 @@ class StoredTable:
         """Read the part at an index.
 
         Raises:
-            TrajectoryError: If a row that is read is altered.
+            TrajectoryError: If a row that is read is damaged.
         """
         rows = torch.atleast_1d(torch.arange(len(self.table))[index[0] if isinstance(index, tuple) else index])
         for row in rows[~self.compared[rows]].tolist():
@@ -83,20 +83,20 @@ class StoredTable:
 
 
 class StoredResponses(Tensor):
-    """Responses ``(runs, queries, removals)`` on disk, a file for each run, as a tensor that cannot be changed.
+    """Responses ``(runs, queries, removals)`` on disk, with a file for each run, as a read-only tensor.
 
-    An index reads what it selects; one that selects runs alone, several of them, reads nothing. Every function of a
-    tensor reads all of it. Each query's responses are compared with their checksum when they are read first.
+    An index reads what it selects; an index that only selects several runs reads nothing. Functions of the tensor read
+    all of it. The checksum of each query's responses is verified when they are first read.
 
     Args:
-        runs: Each run's responses ``(queries, removals)``, at least one.
+        runs: Responses of each run ``(queries, removals)``; at least one run.
     """
 
     runs: tuple[StoredTable, ...]
 
     @staticmethod
     def __new__(cls, runs: Sequence[StoredTable]) -> StoredResponses:
-        """Make a tensor that has a shape and a type, and no memory."""
+        """Make a tensor with a shape and a type, but without memory."""
         table = runs[0].table
         shape = (len(runs), *table.shape)
         made = shaped(cls, shape, table)
@@ -105,10 +105,10 @@ class StoredResponses(Tensor):
 
     @override
     def __getitem__(self, index: Any) -> Tensor:
-        """Read a part, a tensor in memory; or take some of the runs."""
+        """Read a part into memory, or select runs."""
         parts = of_each_dimension(index)
         if parts is None or sum(not isinstance(part, (int, slice)) for part in parts) > 1:
-            return self.read()[index]  # positions that go together in pairs, new dimensions: what torch makes of them
+            return self.read()[index]  # paired positions and new dimensions: let torch handle them
         runs, queries, removals = parts
         if isinstance(runs, int):
             return self.runs[runs][queries, removals].clone()
@@ -123,7 +123,7 @@ class StoredResponses(Tensor):
         raise AttributionError(_READ_ONLY)
 
     def read(self) -> Tensor:
-        """Read all of it."""
+        """Read all responses into memory."""
         return torch.stack([run[:] for run in self.runs])
 
     @classmethod
@@ -136,25 +136,25 @@ class StoredResponses(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares it without its class
         cls, function: Any, types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
-        """Apply a function to what is read."""
+        """Apply a function to the responses in memory."""
         if is_in_place(function):
             raise AttributionError(_READ_ONLY)
         arguments, keywords = tree_map_only(cls, cls.read, (arguments, keywords or {}))
         return function(*arguments, **keywords)
 
-    # what does not pass through torch's dispatcher
+    # methods that bypass torch's dispatcher
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"StoredResponses({tuple(self.shape)}, {self.dtype}, in {self.runs[0].path.parent})"
 
     @override
     def numpy(self, *, force: bool = False) -> Any:
-        """Read all of it into an array."""
+        """Read all responses into an array."""
         return self.read().numpy(force=force)
 
     @override
     def tolist(self) -> Any:
-        """Read all of it into lists."""
+        """Read all responses into lists."""
         return self.read().tolist()
 
     @override
@@ -171,7 +171,7 @@ class StoredResponses(Tensor):
 
 
 def of_each_dimension(index: Any) -> tuple[Any, Any, Any] | None:
-    """Return what an index has for runs, queries and removals, ``None`` where it has anything unusual."""
+    """Split an index into its parts for runs, queries and removals; ``None`` if it has anything unusual."""
     parts = list(index) if isinstance(index, tuple) else [index]
     gap = next((number for number, part in enumerate(parts) if part is Ellipsis), len(parts))
     given = [part for part in parts if part is not Ellipsis]
@@ -181,7 +181,7 @@ def of_each_dimension(index: Any) -> tuple[Any, Any, Any] | None:
 
 
 def _positions(part: Any) -> int | Tensor | None:
-    """Return a number, or a vector of positions or of truth values; ``None`` for what is neither."""
+    """Return an integer, or a vector of positions or booleans; ``None`` for anything else."""
     if part is None:
         return None
     found = torch.as_tensor(part).cpu()
@@ -196,7 +196,7 @@ def _checksum(tensor: Tensor, start: int = 0) -> int:
     """Return the CRC-32 of a tensor's type, shape and content."""
     kind = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     dense = tensor.detach().cpu().contiguous()
-    # a single number may have any stride
+    # a tensor with a single element may have any stride
     content: Any = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
     return zlib.crc32(content, zlib.crc32(kind, start))
 
@@ -206,17 +206,17 @@ def _checksum_of_all(tensors: Sequence[Tensor]) -> int:
 
 
 def _damaged(path: Path) -> TrajectoryError:
-    return TrajectoryError(f"{path} is not what was written (its checksum differs). Attribute the run again.")
+    return TrajectoryError(f"{path} is damaged (its checksum differs). Attribute the run again.")
 
 
 def in_parts(
     function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int], into: Tensor, copies: int = 1
 ) -> None:
-    """Apply a function to some queries of samples ``(runs, queries)`` and their changes; write ``(..., removals)``."""
-    # double: a change of the variance is a small difference of large squares. In parts: its memory
+    """Apply a function to samples ``(runs, queries)`` and their changes, and write the result ``(..., removals)``."""
+    # in double precision: a change of the variance is a small difference of large squares; in parts, to save memory
     samples = baseline[:, queries, None].double()
     size = max(1, AT_ONCE // (samples.numel() * copies))
-    # written in place: a list of small results between large intermediate ones breaks up the heap
+    # written in place: small results between large intermediate ones would fragment the heap
     for start in range(0, responses.shape[2], size):
         part = responses[:, queries, start : start + size].double()
         into[..., start : start + size] = function(samples, samples + part)

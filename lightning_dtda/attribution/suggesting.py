@@ -1,4 +1,4 @@
-"""Which examples to leave out: sets of removals whose predicted joint effect does most for a goal."""
+"""``suggest_removals``: sets of removals with the largest predicted joint effect towards a goal."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 GoalName = Literal["reduce_variance", "improve_mean", "increase_information"]
 
 _AT_ONCE = 2**20
-"""Samples of candidates that are compared at once: 8 MiB in double precision."""
+"""Number of samples of candidates that are compared at once: 8 MiB in double precision."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A quantity of the measurement's distribution that is to fall, or to rise.
+    """A quantity of the measurement's distribution to lower or to raise.
 
     Args:
-        quantity: What it is, in words; ``{}`` stands for the measurement's name.
-        contributions: From samples ``(runs, queries, ...)`` to what each run adds ``(runs, ...)``: their mean over runs
-            is the quantity, averaged over queries, and their spread its uncertainty.
+        quantity: Description of the quantity; ``{}`` stands for the measurement's name.
+        contributions: Function from samples ``(runs, queries, ...)`` to the contribution of each run ``(runs, ...)``.
+            The mean of these over runs is the quantity, averaged over queries; their spread gives its uncertainty.
     """
 
     quantity: str
@@ -47,7 +47,7 @@ def _of_variance(samples: Tensor) -> Tensor:
 
 
 def _of_entropy(samples: Tensor) -> Tensor:
-    """Half of log Var and, of mean zero over runs, its derivative along each run's deviation from the variance."""
+    """Half of log Var, plus its derivative along each run's deviation from the variance, which has mean zero."""
     squares = _squares(samples)
     variance = squares.mean(0).clamp_min(torch.finfo(squares.dtype).tiny)
     return ((variance.log() + squares / variance - 1) / 2).mean(1)
@@ -67,23 +67,23 @@ GOALS = {
 
 @dataclass(frozen=True, eq=False)
 class Suggestion:
-    """Removals that serve a goal together, in the order in which they were chosen.
+    """Removals that together serve a goal, in the order in which they were chosen.
 
-    The effects are those of the first removal, of the first two, and so on; they are predicted for runs that had no say
-    in the choice, so they are not better by chance.
+    Effects are given for the first removal, for the first two, and so on. They are predicted for runs that were not
+    used to choose the removals, so the choice does not bias them.
 
     Args:
-        goal: What they are for.
-        quantity: What is to change, in words; averaged over the queries.
-        removals: Names of the examples, their indices, or of the groups.
-        sets: Indices of the training examples that are removed after each step.
-        before: The quantity as trained.
-        effects: Its change after each step ``(steps,)``.
-        standard_errors: Of these, over runs.
-        intervals: Lower and upper ends, ``(2, steps)``, by Student's t.
-        level: Confidence of each interval.
-        chosen_on: Names of the runs that the choice was made with.
-        evaluated_on: Names of the runs that the effects are of.
+        goal: Name of the goal.
+        quantity: Description of the quantity to change, an average over the queries.
+        removals: Indices of the examples, or names of the groups.
+        sets: Indices of all training examples removed after each step.
+        before: Quantity as trained.
+        effects: Change of the quantity after each step ``(steps,)``.
+        standard_errors: Standard errors of the effects, over runs ``(steps,)``.
+        intervals: Lower and upper ends of the effects' intervals ``(2, steps)``, by Student's t.
+        level: Confidence level of each interval.
+        chosen_on: Names of the runs used to choose the removals.
+        evaluated_on: Names of the runs used to estimate the effects.
         queries: Positions of the queries.
     """
 
@@ -102,16 +102,16 @@ class Suggestion:
 
     @property
     def removed(self) -> tuple[int, ...]:
-        """Indices of all training examples that are suggested: what a retraining leaves out."""
+        """Indices of all suggested training examples, to retrain without."""
         return self.sets[-1] if self.sets else ()
 
     @property
     def held_out(self) -> bool:
-        """Whether the effects are of runs that had no say in the choice."""
+        """Whether the effects are estimated from runs that were not used to choose the removals."""
         return not set(self.chosen_on) & set(self.evaluated_on)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return one row for each step: ``removal``, ``examples`` removed so far, ``effect`` and its uncertainty."""
+        """Return one row for each step: ``removal``, number of ``examples`` removed so far, ``effect``, uncertainty."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -138,42 +138,43 @@ def suggest_removals(
     level: float = 0.95,
     runs: Runs = "trusted",
 ) -> Suggestion:
-    r"""Suggest examples whose removal together serves a goal.
+    r"""Suggest examples to remove together for a goal.
 
-    With the measurement predicted without a set, :math:`y_{sq} = x_{sq} + \sum_{k} r_{sqk}` for seed s and query q, the
+    With the predicted measurement without a set, :math:`y_{sq} = x_{sq} + \sum_{k} r_{sqk}` for seed s and query q, the
     goals are to lower
 
     - ``"reduce_variance"``: :math:`\frac1Q \sum_q \mathrm{Var}_s\, y_{sq}`;
     - ``"improve_mean"``: :math:`\frac1Q \sum_q E_s\, y_{sq}`, or to raise it;
-    - ``"increase_information"``: the entropy :math:`\frac1Q \sum_q \tfrac12 \log \mathrm{Var}_s\, y_{sq}`, of Gaussians
-      and but for a constant. Its fall is the information gained, in the sense of Lindley (*Annals of Mathematical
-      Statistics* 27, 1956), about what a training on the data ends in. Every query counts by the factor by which its
-      spread falls, whatever its unit; with the variance, those that vary most count most.
+    - ``"increase_information"``: the entropy :math:`\frac1Q \sum_q \tfrac12 \log \mathrm{Var}_s\, y_{sq}`, assuming
+      Gaussians, up to a constant. Its decrease is the information gained, in the sense of Lindley (*Annals of
+      Mathematical Statistics* 27, 1956), about the result of training on the data. Every query counts by the relative
+      decrease of its spread, whatever its unit; with the variance, queries that vary most count most.
 
-    Removals are added one by one, each time the one that lowers the quantity of the set so far most. This takes account
-    of interactions: two removals that each cancel the same part of the seed noise overshoot together. A candidate
-    counts by its gain less ``caution`` standard errors, and when none is left that gains, the set is complete.
+    Removals are added one by one; each time it is the one that lowers the quantity most, given the set so far. This
+    accounts for interactions: two removals that each cancel the same part of the seed noise overshoot together. The
+    gain of a candidate is reduced by ``caution`` standard errors. The set is complete when no candidate gains.
 
-    The largest of many noisy gains are overestimates. So the choice is made with a part of the runs, and the effects
-    are those on the others.
+    The largest of many noisy gains are overestimates. So the removals are chosen with one part of the runs, and their
+    effects estimated with the others.
 
     Args:
-        attribution: Baseline and responses.
-        goal: What is to become better.
-        k: The most removals.
-        queries: Positions of the queries; ``None`` is all of them.
-        lower_is_better: Of the measurement, for ``"improve_mean"``: true for losses, false for margins.
-        held_out: Share of the runs that the effects are taken from; 0 chooses and evaluates on all of them, and the
-            effects are then too good.
-        caution: Standard errors by which a gain is lowered.
-        level: Confidence of the intervals.
+        attribution: Attribution with baseline and responses.
+        goal: What to improve.
+        k: Maximum number of removals.
+        queries: Positions of the queries; ``None`` means all.
+        lower_is_better: Whether a lower measurement is better, for ``"improve_mean"``: true for losses, false for
+            margins.
+        held_out: Share of the runs used to estimate the effects. With 0, all runs are used for both, and the effects
+            are overestimated.
+        caution: Number of standard errors by which each gain is reduced.
+        level: Confidence level of the intervals.
         runs: As for :meth:`Attribution.influence`.
 
     Returns:
         The removals, with the sets to retrain without.
 
     Raises:
-        AttributionError: If there are too few runs, no such goal or query, or a setting has no sense.
+        AttributionError: If there are too few runs, a goal or query does not exist, or a setting is invalid.
 
     Example:
         >>> x = torch.linspace(-1, 1, 8)[:, None]
@@ -189,7 +190,7 @@ def suggest_removals(
     contributions = GOALS[goal].contributions
     sign = 1.0 if goal != "improve_mean" or lower_is_better else -1.0
     members = selected.members or tuple((n,) for n in range(selected.responses.shape[2]))
-    responses = selected.responses[choosing]  # of all queries they stay on disk, if they are there
+    responses = selected.responses[choosing]  # for all queries, stored responses stay on disk
     chosen = _greedy(
         lambda samples: sign * contributions(samples),
         selected.baseline[choosing][:, positions].double(),
@@ -226,21 +227,21 @@ def _sensible(goal: str, k: int, held_out: float, level: float) -> None:
     if goal not in get_args(GoalName):
         raise AttributionError(f"goal={goal!r}; choose from {', '.join(get_args(GoalName))}.")
     if k < 1:
-        raise AttributionError(f"k={k}; give the most removals to suggest, at least 1.")
+        raise AttributionError(f"k={k}; give the maximum number of removals to suggest, at least 1.")
     if not 0 <= held_out < 1:
         raise AttributionError(f"held_out={held_out}; give a share of the runs, from 0 to less than 1.")
     check_share(level, "level")
 
 
 def _split(runs: int, held_out: float) -> tuple[list[int], list[int]]:
-    """Return the positions of the runs that choose, and of those that evaluate."""
+    """Return the positions of the runs for choosing, and of those for evaluating."""
     order = torch.randperm(runs, generator=torch.Generator().manual_seed(0)).tolist()
     few = round(held_out * runs)
     choosing, evaluating = (sorted(order[few:]), sorted(order[:few])) if held_out else (sorted(order), sorted(order))
     if min(len(choosing), len(evaluating)) < 2:
         raise AttributionError(
-            f"Of {runs} runs, {len(choosing)} choose and {len(evaluating)} evaluate; both need 2. Record more seeds, "
-            "or give another held_out."
+            f"held_out={held_out} splits {runs} runs into {len(choosing)} to choose removals and {len(evaluating)} to "
+            "evaluate them; each part needs at least 2. Record more seeds, or give another held_out."
         )
     return choosing, evaluating
 
@@ -256,12 +257,12 @@ def _greedy(
     """Return positions of removals that lower the mean of a score over runs.
 
     Args:
-        score: From samples ``(runs, queries, ...)`` to contributions ``(runs, ...)``.
-        samples: As trained ``(runs, queries)``.
-        responses: ``(runs, queries, removals)``.
-        members: Indices of the examples of each removal; two with a common one cannot be made together.
-        k: The most removals.
-        caution: Standard errors that are added to each change.
+        score: Function from samples ``(runs, queries, ...)`` to contributions ``(runs, ...)``.
+        samples: Samples as trained ``(runs, queries)``.
+        responses: Responses ``(runs, queries, removals)``.
+        members: Indices of the examples of each removal; removals that share one cannot be made together.
+        k: Maximum number of removals.
+        caution: Number of standard errors added to each change.
     """
     chosen: list[int] = []
     open_ = torch.ones(responses.shape[2], dtype=torch.bool, device=responses.device)

@@ -1,4 +1,4 @@
-"""Which runs' responses may enter an average: telling the few that exploded from the rest."""
+"""Which runs to trust: detection of chaotic and ill-conditioned runs."""
 
 from __future__ import annotations
 
@@ -10,67 +10,69 @@ import torch
 from torch import Tensor
 
 OUTLYING = 3.5
-"""Modified z-score above which a value is an outlier, the value that Iglewicz and Hoaglin recommend (*How to Detect and
-Handle Outliers*, 1993, section 3.3)."""
+"""Modified z-score above which a value is an outlier, as recommended by Iglewicz and Hoaglin (*How to Detect and Handle
+Outliers*, 1993, section 3.3)."""
 
 _DOUBLE = 2.0
-"""Times the median: a run below it counts less than double in an average and is not worth the loss of a sample."""
+"""Multiple of the median below which no run is chaotic: it has less than double weight in an average, which does not
+justify the loss of a sample."""
 
 FEWEST_RUNS = 8
-"""With fewer runs, their spread is not known well enough to call one an outlier; all of them are trusted."""
+"""Minimum number of runs: with fewer, the spread is too uncertain to call one an outlier, so all are trusted."""
 
 
 _ILL_CONDITIONED = 0.05
-"""Relative difference between responses in the recorded precision and in double from which the former are not to be
-used."""
+"""Relative difference between responses in the recorded and in double precision above which a run is
+ill-conditioned."""
 
 
 def response_norm(responses: Tensor) -> float:
     """Return the root mean square of a run's responses ``(queries, removals)``."""
-    # query by query: in double precision all of them would be a copy of twice the size
+    # query by query: a double-precision copy of all would take twice the memory
     squares = sum(float(of_query.double().square().sum()) for of_query in responses)
     return math.sqrt(squares / responses.numel())
 
 
 def sizes(responses: Tensor) -> dict[str, float]:
-    """Return how large a run's responses ``(queries, removals)`` are."""
+    """Return the norm and the largest of a run's responses ``(queries, removals)``."""
     return {"response_norm": response_norm(responses), "largest_response": float(responses.abs().max())}
 
 
 def ill_conditioned(diagnoses: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Name the runs whose responses depend on the precision they are computed in.
+    """Return the names of the runs whose responses depend on the precision they are computed in.
 
     Args:
-        diagnoses: By run, see :class:`~lightning_dtda.estimators.Diagnosis`; empty where none was made.
+        diagnoses: :class:`~lightning_dtda.estimators.Diagnosis` of each run, as a mapping; empty if there is none.
 
     Example:
         >>> ill_conditioned({"a": {"precision": 1e-6}, "b": {"precision": 0.2}, "c": {"precision": None}, "d": {}})
         ['b', 'c']
     """
     precisions = {run: diagnosis.get("precision", 0.0) for run, diagnosis in diagnoses.items()}
-    # None: not even the parameters were reproduced in double precision
+    # None: double precision did not even reproduce the parameters
     return [run for run, precision in precisions.items() if precision is None or not precision <= _ILL_CONDITIONED]
 
 
 def chaotic(norms: Mapping[str, float]) -> list[str]:
-    r"""Name the runs whose responses are out of proportion to those of the others.
+    r"""Return the names of the runs whose responses are out of proportion to those of the others.
 
-    Small changes of the weights grow exponentially in some trainings, most of all under Adam, where a second moment is
-    nearly zero. The derivative of such a run is right and useless: it holds for changes far smaller than a removal, and
-    its size wrecks every average over runs. With the norm :math:`\rho_s` of a run's responses, a run is chaotic if
+    In some trainings, small changes of the weights grow exponentially, above all with Adam, where a second moment is
+    nearly zero. The derivative of such a run is correct but useless: it holds only for changes far smaller than a
+    removal, and its size dominates every average over runs. With the norm :math:`\rho_s` of a run's responses, a run is
+    chaotic if
 
     .. math::
         0.6745\, \frac{\log \rho_s - \mathrm{med}}{\mathrm{MAD}} > 3.5
         \quad\text{and}\quad \rho_s > 2\, e^{\mathrm{med}},
 
-    med and MAD being the median of the :math:`\log\rho` and their median absolute deviation from it. Only runs
-    with large norms are named: one on which removals do little does no harm.
+    where med is the median of the :math:`\log\rho` and MAD their median absolute deviation from it. Only large norms
+    count as outliers: a run with small responses does no harm.
 
     Args:
-        norms: Each run's :func:`response_norm`, by name.
+        norms: :func:`response_norm` of each run, by name.
 
     Returns:
-        Names; none for fewer than :data:`FEWEST_RUNS` runs.
+        Names of the chaotic runs; empty for fewer than :data:`FEWEST_RUNS` runs.
 
     Example:
         >>> norms = [1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 30.0]

@@ -132,7 +132,7 @@ def test_more_runs_are_added_and_other_runs_are_refused(ensemble, fit, tmp_path)
 
 
 def test_a_measurement_without_a_name_is_not_stored(ensemble, tmp_path):
-    with pytest.raises(AttributionError, match="no name of its own"):
+    with pytest.raises(AttributionError, match="has no unique name"):
         ask(ensemble, output=tmp_path / "answer", measurement=lambda module, batch: module(batch[0]))
 
 
@@ -153,9 +153,9 @@ def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
         ({"data": [1, 2, 3]}, "Give a Dataset"),
         ({"queries": Subset(QUERIES, [])}, "no queries"),
         ({"removals": [[0, 12]]}, "index 12; the training examples are 0 to 11"),
-        ({"step": 10}, r"no step 10 in all runs: .*seed-0000 took 9. Give 1 to 9"),
-        ({"step": 0}, "no step 0"),
-        ({"step": 2.5}, "step=2.5 is no number of steps"),
+        ({"step": 10}, r"Not all runs have a step 10: .*seed-0000 has 9 steps. Give a step from 1 to 9"),
+        ({"step": 0}, "Not all runs have a step 0"),
+        ({"step": 2.5}, "step=2.5 is not an integer"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -169,14 +169,14 @@ def raising(module, batch):
 
 
 NONSENSE = {
-    "a path for the ensemble": (lambda ask, ensemble: ask("runs"), "'runs' is no Ensemble"),
+    "a path for the ensemble": (lambda ask, ensemble: ask("runs"), "'runs' is not an instance of Ensemble"),
     "a class for the module": (
         lambda ask, ensemble: attribute(ensemble, WeightedRegressor, DATA, queries=QUERIES),
-        "is no LightningModule",
+        "is not an instance of LightningModule",
     ),
     "a class for the estimator": (
         lambda ask, ensemble: ask(ensemble, estimator=UnrolledDifferentiation),
-        "is no Estimator",
+        "is not an instance of Estimator",
     ),
     "a measurement that fails": (
         lambda ask, ensemble: ask(ensemble, measurement=raising),

@@ -119,7 +119,7 @@ def test_some_queries_have_the_influences_of_these(attribution, tmp_path):
         assert some.queries == (15, 4)
         for difference in ("mean", "variance", "wasserstein"):
             torch.testing.assert_close(some.influence(difference), attribution.influence(difference)[[2, 0]])
-    with pytest.raises(AttributionError, match="no query at position 3; they are 0 to 2"):
+    with pytest.raises(AttributionError, match="no query at position 3; positions are 0 to 2"):
         attribution.select([3])
 
 
@@ -153,8 +153,8 @@ def test_dataframe_has_a_row_for_each_query_and_example(attribution):
         ([7], "no training example 7"),
         ([-1], "-1"),
         ([2, 2], "twice"),
-        (3, "removed=3 is no list"),
-        ([1.5], "no list of the indices"),
+        (3, "removed=3 is not a list"),
+        ([1.5], "not a list of the indices"),
         (torch.arange(EXAMPLES) > 3, "is a mask"),
     ],
 )
@@ -179,7 +179,7 @@ def test_indices_may_be_a_tensor_or_an_array(attribution):
 
 
 def test_top_refuses_what_is_not_there_and_warns_once(attribution):
-    with pytest.raises(AttributionError, match="no query at position 77; they are 0 to 2"):
+    with pytest.raises(AttributionError, match="no query at position 77; positions are 0 to 2"):
         attribution.top(query=77)
     with pytest.raises(AttributionError, match="at least 1"):
         attribution.top(0)
@@ -211,12 +211,12 @@ def test_groups_are_removed_by_name_or_by_position(grouped):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        (["web", "rare"], "Groups 'web' and 'rare' both have training example 2; it can be removed once"),
-        ([1, "books"], "Groups 'books' and 'books' both have training example 3"),
-        (["movies"], "no group 'movies' of removals; they are web, books, rare"),
+        (["web", "rare"], "Groups 'web' and 'rare' both contain training example 2, which can be removed only once"),
+        ([1, "books"], "Groups 'books' and 'books' both contain training example 3"),
+        (["movies"], "no group 'movies'; the groups are web, books, rare"),
         ("web", r"is a single name. Give a list, \['web'\]"),
-        ([3], "no group at position 3; they are 0 to 2"),
-        (1, "no list of the indices of groups"),
+        ([3], "no group at position 3; positions are 0 to 2"),
+        (1, "not a list of the indices of groups"),
         ([True, False, False], "is a mask"),
     ],
 )
@@ -226,7 +226,7 @@ def test_groups_that_cannot_be_removed_together_are_refused(grouped, removed, me
 
 
 def test_names_of_groups_are_no_examples(attribution):
-    with pytest.raises(AttributionError, match="no list of the indices of training examples"):
+    with pytest.raises(AttributionError, match="not a list of the indices of training examples"):
         attribution.predict(["web"])
 
 
@@ -256,5 +256,5 @@ def test_saved_groups_are_those_that_are_loaded(grouped, tmp_path):
 
 def test_groups_are_as_many_as_responses(attribution):
     about = {"removals": [{"name": "web", "examples": [0]}]}
-    with pytest.raises(AttributionError, match="names 1 groups of removals; responses are of 7"):
+    with pytest.raises(AttributionError, match="names 1 groups; there are responses to 7"):
         Attribution(attribution.baseline, attribution.responses, attribution.runs, attribution.queries, about)

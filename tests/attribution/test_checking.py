@@ -43,7 +43,7 @@ def by_name(found):
 def test_a_sound_ensemble_passes(recorded, make_module):
     found = check(recorded(make_module), make_module(), DATA, queries=QUERIES)
     assert found.passed
-    names = ["replay", "finite differences", "precision", "chaotic runs", "agreement of the runs"]
+    names = ["replay", "finite differences", "precision", "chaotic runs", "agreement between runs"]
     assert [finding.name for finding in found.findings] == names
     assert by_name(found)["chaotic runs"].figure == "0 of 4"
     assert -1 <= found.metasmoothness <= 1
@@ -83,7 +83,7 @@ def test_a_training_that_rounding_moves_is_found(recorded):
 
 def test_three_runs_say_nothing_about_their_agreement(recorded):
     found = check(recorded(make, seeds=3), make(), DATA, queries=QUERIES)
-    assert "agreement of the runs" not in by_name(found)
+    assert "agreement between runs" not in by_name(found)
 
 
 def test_at_least_one_example_is_compared(recorded):

@@ -126,7 +126,7 @@ def test_the_command_exports_a_stored_attribution_and_replaces_only_on_demand(at
     np.testing.assert_allclose(dataset["mean_influence"], attribution.influence("mean"), rtol=1e-12)
     with pytest.raises(SystemExit, match="1"):
         main([*arguments, "--differences", "variance", "--replicates", "0"])
-    assert "exists. Choose another output, or set overwrite (overwrite=True, --overwrite)" in capsys.readouterr().err
+    assert "exists. Choose another output, or overwrite it (overwrite=True, --overwrite)" in capsys.readouterr().err
     main([*arguments, "--differences", "variance", "--replicates", "0", "--overwrite"])
     assert "variance_influence" in read(tmp_path / "out" / "table.parquet", "parquet")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["table.parquet"]
@@ -149,7 +149,7 @@ def test_what_makes_no_sense_is_refused(attribution, tmp_path):
         ({"format": "csv"}, "format='csv'; choose from parquet, zarr, netcdf"),
         (
             {"differences": [Quantile(0.1), Quantile(0.1)]},
-            r"Two differences are called quantile\(0.1\). Export them one at a time",
+            r"Two differences are called quantile\(0.1\). Export them to separate files",
         ),
         ({"level": 1.0}, "level=1.0; give a share between 0 and 1"),
         ({"output": tmp_path / "a-file" / "table"}, "cannot be written .*Choose another output"),

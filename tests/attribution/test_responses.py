@@ -111,16 +111,16 @@ def test_damage_is_found_where_it_is_read_and_nowhere_else(stored, in_memory, tm
     damage_last_query(tmp_path / "run-2.safetensors")
     assert torch.equal(stored[:, :-1], in_memory[:, :-1])
     assert torch.equal(stored[:2], in_memory[:2])
-    with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is not what was written"):
+    with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is damaged"):
         stored[:, -1, 0]
-    with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is not what was written"):
+    with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is damaged"):
         stored.sum()
 
 
 def test_another_file_under_the_same_name_is_found(entries, tmp_path):
     (tmp_path / "run-1.safetensors").rename(tmp_path / "run-2.safetensors")
     mapped(tmp_path, entries[0])
-    with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is not what was written"):
+    with pytest.raises(TrajectoryError, match=r"run-2\.safetensors is damaged"):
         mapped(tmp_path, entries[2])
 
 

@@ -206,7 +206,7 @@ def test_chaotic_runs_have_no_say():
         ({"k": 0}, "k=0"),
         ({"held_out": 1.0}, "held_out=1.0"),
         ({"level": 0.0}, "level=0.0"),
-        ({"held_out": 0.05}, "Of 12 runs, 11 choose and 1 evaluate"),
+        ({"held_out": 0.05}, "splits 12 runs into 11 to choose removals and 1 to evaluate"),
     ],
 )
 def test_senseless_questions_are_refused(arguments, match):

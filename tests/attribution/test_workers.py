@@ -106,7 +106,7 @@ def test_what_is_lost_with_a_worker_is_done_again(ray_cluster, ensemble, tmp_pat
 @pytest.mark.slow
 def test_runs_that_kill_every_worker_are_named(ray_cluster, ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
-    with pytest.raises(AttributionError, match=r"batches of runs are not attributed: seed-000\d.*its worker was lost"):
+    with pytest.raises(AttributionError, match=r"batches of runs were not attributed: seed-000\d.*its worker was lost"):
         ask(ensemble, workers=RayCluster(retries=0), measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
@@ -151,5 +151,5 @@ def test_the_memory_of_all_processes_is_counted(ensemble, monkeypatch):
     available = 3 * needed[0].memory // 2
     monkeypatch.setattr("lightning_dtda.attribution.resources.available_memory", lambda device: available)
     ask(ensemble)
-    with pytest.raises(AttributionError, match="take fewer workers"):
+    with pytest.raises(AttributionError, match="use fewer workers"):
         ask(ensemble, workers=2)

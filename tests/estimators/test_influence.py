@@ -151,7 +151,7 @@ def test_one_fit_serves_many_dampings(converged, tmp_path, monkeypatch):
         alone = ask(converged, InfluenceFunctions(GaussNewton(damping=damping)))
         torch.testing.assert_close(attribution.responses, alone.responses, rtol=1e-12, atol=1e-14)
         assert attribution.about["estimator"] == alone.about["estimator"]
-    with pytest.raises(AttributionError, match="each once"):
+    with pytest.raises(AttributionError, match="each only once"):
         attribute_dampings(ensemble, Ridge(), data, queries=queries, dampings=[0.1, 0.1])
     with pytest.raises(AttributionError, match="has no damping"):
         attribute_dampings(

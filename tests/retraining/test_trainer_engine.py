@@ -151,7 +151,7 @@ def test_a_generator_of_the_loader_starts_alike_for_every_training():
         ({"subsets": []}, "There are no subsets"),
         ({"subsets": [[]]}, "Subset 0 is empty"),
         ({"subsets": [range(13)]}, "removes all 13"),
-        ({"subsets": [[1], [13]]}, r"Subset 1: There is no training example 13; they are 0 to 12"),
+        ({"subsets": [[1], [13]]}, r"Subset 1: There is no training example 13; indices are 0 to 12"),
         ({"subsets": [[1, 1]]}, "Subset 0: Training example 1 is given twice"),
         ({"subsets": [[1, 2], [2, 1]]}, "Subsets 0 and 1 are the same"),
         ({"seeds": []}, "must give at least one seed"),

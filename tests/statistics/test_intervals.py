@@ -65,7 +65,7 @@ def test_without_any_response_the_interval_is_a_point():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "match"), [({"level": 1.0}, "level=1.0"), ({"replicates": 1}, "at least 2 and rather 1000")]
+    ("arguments", "match"), [({"level": 1.0}, "level=1.0"), ({"replicates": 1}, "at least 2, better 1000")]
 )
 def test_senseless_settings_are_refused(attribution, arguments, match):
     with pytest.raises(AttributionError, match=match):
