@@ -159,7 +159,7 @@ def top_figure(
     names = [escape(row.name) for row in top]
     plot = figure(
         f"{capital(words.title)}, query {attribution.queries[query]}",
-        xaxis={"title": {"text": f"{words.formula}: {words.short}"}},
+        xaxis={"title": {"text": f"{words.formula}:<br>{words.short}"}},
         yaxis={"title": {"text": title}, "type": "category", "autorange": "reversed", "showgrid": False},
         showlegend=False,
     )

@@ -277,5 +277,5 @@ def test_nonsense_is_refused(ensemble, arguments, message):
 
 def test_too_little_memory_is_said_before_the_work(ensemble, monkeypatch):
     monkeypatch.setattr("lightning_dtda.attribution.resources.available_memory", lambda device: 100)
-    with pytest.raises(AttributionError, match=r"takes .* of memory; 0\.1 KiB is available\. Give an output"):
+    with pytest.raises(AttributionError, match=r"takes .* of memory, but 0\.1 KiB is available\. Give an output"):
         in_blocks(ensemble)
