@@ -11,14 +11,9 @@ from lightning_dtda.cli import main
 from lightning_dtda.cli.configuration_cli import save_configuration
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.trajectory.storage import read_json, write_json
+from tests.cli.configuration import CONFIG
 
 pytest.importorskip("sklearn")
-
-CONFIG = {
-    "model": {"class_path": "lightning_dtda.demo.diabetes.DiabetesRegressor", "init_args": {"width": 4}},
-    "data": {"class_path": "lightning_dtda.demo.diabetes.DiabetesData"},
-    "trainer": {"max_steps": 12, "accelerator": "cpu", "logger": False, "enable_checkpointing": False},
-}
 
 
 @pytest.fixture

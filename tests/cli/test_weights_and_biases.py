@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from lightning_dtda.cli import main
-from tests.cli.test_commands import CONFIG
+from tests.cli.configuration import CONFIG
 from tests.reporting.wandb_log import read_records
 
 pytest.importorskip("sklearn")

@@ -13,7 +13,7 @@ import jsonargparse
 import pytest
 
 from lightning_dtda.cli import COMMANDS, main
-from tests.docs.conftest import PAGES, ROOT, Block, blocks, run_page
+from tests.docs.pages import PAGES, ROOT, Block, blocks, run_page
 
 SLOW = ("README", "attribute", "estimators", "retrain", "start", "trust", "variance")
 """Pages whose blocks take more than ten seconds, the tutorial that they go on from not counted."""

@@ -5,7 +5,7 @@ from torch.func import functional_call
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import attribute
-from tests.estimators.curvatures.conftest import Classifier as _Classifier
+from tests.estimators.small_runs import Classifier as _Classifier
 
 EXAMPLES, QUERIES, STEPS = 15, 3, 9
 

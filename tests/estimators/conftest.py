@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from lightning_dtda import Ensemble, TrajectoryRecorder
 from lightning_dtda.estimators import planning
 from tests.estimators.baselines import STEPS, Classifier, Weighted, classification
+from tests.estimators.small_runs import Trained, data_for
 
 
 @pytest.fixture
@@ -29,6 +31,27 @@ def _recorded(fit, make, root):
         recorder = TrajectoryRecorder(root, checkpoint_every="all")
         fit(make(), DataLoader(classification(), 4, shuffle=True), recorder, max_steps=STEPS, max_epochs=-1)
     return Ensemble.open(root)
+
+
+@pytest.fixture
+def trained(fit, tmp_path):
+    """Train and record a module."""
+    pl.seed_everything(3, verbose=False)  # a test makes its modules before it has them trained
+
+    def _trained(module, steps=12, root="runs", **arguments):
+        pl.seed_everything(3, verbose=False)
+        data = data_for(module, **arguments)
+        loader = DataLoader(data, 7, shuffle=True)
+        fit(module, loader, TrajectoryRecorder(tmp_path / root), max_steps=steps, max_epochs=-1)
+        return Trained(Ensemble.open(tmp_path / root), module, data)
+
+    return _trained
+
+
+@pytest.fixture
+def vectors():
+    """Some vectors to be solved for."""
+    return lambda size, count=3: torch.randn(count, size, generator=torch.Generator().manual_seed(1)).double()
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.planning import forward_costs
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.replay import Replay, query_examples, resolve_measurement, training_examples
-from tests.estimators.test_finite_differences import (
+from tests.regression import Augmented, WeightedRegressor, weighted_data
+from tests.trainings import (
     NORMALISED_NETWORKS,
     OPTIMIZERS,
     RANDOM_NETWORKS,
@@ -25,7 +26,6 @@ from tests.estimators.test_finite_differences import (
     sgd,
     train,
 )
-from tests.regression import Augmented, WeightedRegressor, weighted_data
 
 TOLERANCE = 1e-9
 """Relative to the largest response, in double precision; at most 5e-11 is reached."""

@@ -17,7 +17,7 @@ from lightning_dtda.estimators import (
     Hessian,
     TracIn,
 )
-from tests.estimators.test_influence import Ridge, regression
+from tests.estimators.ridge import Ridge, regression
 
 ESTIMATORS = {
     "GradientDot": GradientDot(),

@@ -1,7 +1,5 @@
 """What lies outside the range of the curvature: against projections that are written out, in double precision."""
 
-# ruff: noqa: F811 (a fixture is imported, and asked for by its name)
-
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -10,7 +8,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian, null_space
 from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.null_space import null_space_response, range_share
-from tests.estimators.curvatures.conftest import Regressor, trained  # noqa: F401 (a fixture)
+from tests.estimators.small_runs import Regressor
 
 CUTOFF = 1e-2
 """Of the largest eigenvalue: some eigenvalues are above it, some below, none close."""

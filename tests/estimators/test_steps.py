@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
-from tests.estimators.test_finite_differences import assert_finite_differences_agree, of, sgd, train
+from tests.finite_differences import assert_finite_differences_agree
 from tests.regression import WeightedRegressor, weighted_data
+from tests.trainings import of, sgd, train
 
 
 def squared_error(module, batch):

@@ -11,7 +11,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import TRAK, GaussNewton
 from lightning_dtda.estimators.projection import Projection
 from tests.estimators.baselines import EXAMPLES, Weighted, ask, classification, written_out
-from tests.estimators.test_influence import Ridge, regression
+from tests.estimators.ridge import Ridge, regression
 
 
 def written(run, dimension, damping, step=None):

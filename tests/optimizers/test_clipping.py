@@ -1,10 +1,11 @@
-"""Clipping against torch's own functions, adjoints against automatic differentiation."""
+"""Clipping against torch's own functions, adjoints and tangents against automatic differentiation."""
 
 import pytest
 import torch
 
 from lightning_dtda.optimizers import clipping
 from lightning_dtda.optimizers.clipping import NormClipping
+from tests.optimizers.settings import random
 
 SETTINGS = {
     "nothing": (None, None),
@@ -50,3 +51,14 @@ def test_the_gradient_before_clipping_is_had_from_its_norm():
 def test_the_adjoint_of_a_zero_gradient_is_finite():
     zeros, ones = torch.zeros(4), torch.ones(4)
     assert torch.equal(NormClipping(1.0).adjoint(zeros, ones), ones)
+
+
+@pytest.mark.parametrize(("value", "algorithm"), SETTINGS.values(), ids=SETTINGS)
+def test_tangents_of_clipping_are_its_derivatives(value, algorithm):
+    function = clipping(value, algorithm)
+    tangents = random(3, 5, 6, seed=1)
+    found = function.tangent(GRADIENTS.unsqueeze(1), tangents)
+    for run, gradient in enumerate(GRADIENTS):
+        for tangent, pushed in zip(tangents[run], found[run], strict=True):
+            _, expected = torch.func.jvp(function.apply, (gradient,), (tangent,))
+            torch.testing.assert_close(pushed, expected, rtol=1e-13, atol=1e-14)

@@ -9,7 +9,7 @@ import torch
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.optimizers import NO_DERIVATIVE, UPDATES
 from lightning_dtda.recording.checks import refuse_optimizers
-from tests.estimators.test_finite_differences import assert_finite_differences_agree
+from tests.finite_differences import assert_finite_differences_agree
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "recording.md"
 

@@ -1,11 +1,9 @@
 """Tangents against the adjoints whose transposes they are, and against forward-mode differentiation and differences."""
 
-import pytest
 import torch
 
-from lightning_dtda.optimizers import GroupedUpdate, Update, clipping
-from tests.optimizers import test_clipping
-from tests.optimizers.test_updates import (
+from lightning_dtda.optimizers import GroupedUpdate, Update
+from tests.optimizers.settings import (
     SETTINGS,
     STEPS,
     every_setting,
@@ -120,14 +118,3 @@ def test_groups_have_tangents_each_with_its_own_settings():
         )
         assert torch.equal(found[:, part], expected)
         assert torch.equal(found_states[number]["momentum_buffer"], state["momentum_buffer"])
-
-
-@pytest.mark.parametrize(("value", "algorithm"), test_clipping.SETTINGS.values(), ids=test_clipping.SETTINGS)
-def test_tangents_of_clipping_are_its_derivatives(value, algorithm):
-    function = clipping(value, algorithm)
-    tangents = random(3, 5, 6, seed=1)
-    found = function.tangent(test_clipping.GRADIENTS.unsqueeze(1), tangents)
-    for run, gradient in enumerate(test_clipping.GRADIENTS):
-        for tangent, pushed in zip(tangents[run], found[run], strict=True):
-            _, expected = torch.func.jvp(function.apply, (gradient,), (tangent,))
-            torch.testing.assert_close(pushed, expected, rtol=1e-13, atol=1e-14)

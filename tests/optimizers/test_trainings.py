@@ -7,10 +7,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
 from lightning_dtda.optimizers import UPDATES, Muon
-from tests.estimators.test_finite_differences import assert_finite_differences_agree, measured, of, train
-from tests.optimizers.test_updates import ROUNDED
-from tests.recording.test_response_tracker import assert_tracked_as_recorded
+from tests.finite_differences import assert_finite_differences_agree, measured
+from tests.optimizers.settings import ROUNDED
+from tests.recording.tracked import assert_tracked_as_recorded
 from tests.regression import WeightedRegressor, weighted_data
+from tests.trainings import of, train
 
 nn = torch.nn
 

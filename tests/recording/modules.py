@@ -39,6 +39,24 @@ def sgd(module):
     return torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
 
 
+def two_groups_with_a_scheduler(module):
+    """The last layer first and faster; each step has a learning rate of its own."""
+    optimizer = torch.optim.SGD(
+        [
+            {"params": module.net[3].parameters(), "lr": 0.1, "weight_decay": 0.01},
+            {"params": module.net[0].parameters()},
+        ],
+        lr=0.03,
+        momentum=0.8,
+    )
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def adamw(module):
+    return torch.optim.AdamW(module.parameters(), lr=0.03, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True)
+
+
 class Regressor(pl.LightningModule):
     """A network that notes in ``seen`` which examples each ``training_step`` gets: a route of its own to the order.
 

@@ -8,8 +8,9 @@ from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import RecordingError
-from tests.estimators.test_finite_differences import measured, of, sgd, train
+from tests.finite_differences import measured
 from tests.regression import WeightedRegressor, weighted_data
+from tests.trainings import of, sgd, train
 
 STEP, TOLERANCE = 1e-4, 1e-6
 QUERIES = weighted_data(4, seed=1)

@@ -15,8 +15,8 @@ from lightning_dtda.recording import data as recording_data
 from lightning_dtda.recording.data import TrainingData
 from lightning_dtda.replay import refuse_changed_data
 from lightning_dtda.replay.fingerprint import example_checksums
+from tests.recording.endings import Stop, fail
 from tests.recording.modules import EXAMPLES, IndexedExamples, Regressor, loader, shuffled
-from tests.recording.test_endings import Stop, fail
 
 MANY = 400
 

@@ -14,23 +14,8 @@ import torch
 from lightning_dtda import Ensemble, Run, TrajectoryRecorder
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.trajectory import writer
+from tests.recording.endings import Stop, fail
 from tests.recording.modules import Regressor, assert_same, loader, shuffled
-
-
-class Stop(pl.Callback):
-    """Calls ``how`` once the given number of optimizer steps is taken."""
-
-    def __init__(self, step, how):
-        self.step = step
-        self.how = how
-
-    def on_train_batch_start(self, trainer, *args):
-        if trainer.global_step == self.step:
-            self.how(trainer)
-
-
-def fail(trainer):
-    raise ValueError("the loss is not finite")
 
 
 def interrupt(trainer):
@@ -129,8 +114,8 @@ KILLED = """
     import torch
 
     from lightning_dtda import TrajectoryRecorder
+    from tests.recording.endings import Stop
     from tests.recording.modules import Regressor, shuffled
-    from tests.recording.test_endings import Stop
 
     torch.set_num_threads(1)
     pl.seed_everything(7)

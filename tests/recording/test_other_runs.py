@@ -7,8 +7,8 @@ from torch.utils.data import random_split
 
 from lightning_dtda import Ensemble, Run, TrajectoryRecorder
 from lightning_dtda.errors import RecordingError
+from tests.recording.endings import Stop, fail
 from tests.recording.modules import IndexedExamples, Regressor, loader, sgd
-from tests.recording.test_endings import Stop, fail
 
 
 class Counting(pl.Callback):

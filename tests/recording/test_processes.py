@@ -21,19 +21,13 @@ from lightning_dtda import (
 from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.recording import ResponseTracker
 from lightning_dtda.trajectory import RunWriter
-from tests.recording.test_endings import Stop, fail
+from tests.recording.endings import Stop, fail
+from tests.recording.processes import EXAMPLES, sgd, train
 from tests.regression import Augmented, WeightedRegressor, loader, weighted_data
 from tests.trajectory.runs import manifest, records
 
-EXAMPLES = 13
-"""Odd: one of them is trained on twice in each epoch, to fill up the last batch."""
-
 STEP = 1e-4
 """Of finite differences."""
-
-
-def sgd(module):
-    return torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
 
 
 def adamw(module):
@@ -73,24 +67,6 @@ class KeepTrained(pl.Callback):
     def on_train_end(self, trainer, pl_module):
         if trainer.is_global_zero:
             torch.save(pl_module.state_dict(), self.path)
-
-
-def train(*callbacks, optimizer=sgd, network=None, weights=None, seed=3, **arguments):
-    """Train in two processes, or in ``devices``, forked from this one."""
-    inputs, targets, ones = weighted_data(EXAMPLES)
-    data = arguments.pop("data", None) or loader(inputs, targets, ones if weights is None else weights)
-    ckpt_path = arguments.pop("ckpt_path", None)
-    pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **({"max_epochs": 3, "devices": 2, "strategy": "ddp_fork"} | arguments),
-    )
-    trainer.fit(WeightedRegressor(optimizer, network=network), data, ckpt_path=ckpt_path)
 
 
 def ask(root, network=None, **settings):
@@ -273,7 +249,7 @@ SCRIPT = """
 
     torch.set_num_threads(1)
     from lightning_dtda import TrajectoryRecorder
-    from tests.recording.test_processes import train
+    from tests.recording.processes import train
 
     if __name__ == "__main__":
         train(TrajectoryRecorder(sys.argv[1]), strategy=sys.argv[2])

@@ -9,9 +9,17 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dtda import Ensemble, Run, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import RecordingError
-from tests.recording.modules import IndexedExamples, Regressor, assert_same, loader, sgd, shuffled
-from tests.recording.test_endings import Stop, fail
-from tests.recording.test_steps import adamw, two_groups_with_a_scheduler
+from tests.recording.endings import Stop, fail
+from tests.recording.modules import (
+    IndexedExamples,
+    Regressor,
+    adamw,
+    assert_same,
+    loader,
+    sgd,
+    shuffled,
+    two_groups_with_a_scheduler,
+)
 
 STEPS_PER_EPOCH = 6
 

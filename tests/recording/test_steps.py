@@ -12,7 +12,16 @@ from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.recording import shard_buffer
 from lightning_dtda.trajectory import writer
 from lightning_dtda.units import human_bytes
-from tests.recording.modules import Regressor, assert_same, loader, parameters_of, sgd, shuffled
+from tests.recording.modules import (
+    Regressor,
+    adamw,
+    assert_same,
+    loader,
+    parameters_of,
+    sgd,
+    shuffled,
+    two_groups_with_a_scheduler,
+)
 
 
 class Watch(pl.Callback):
@@ -34,30 +43,12 @@ class Watch(pl.Callback):
         self.learning_rates.append([group["lr"] for group in optimizer.param_groups])
 
 
-def two_groups_with_a_scheduler(module):
-    """The last layer first and faster; each step has a learning rate of its own."""
-    optimizer = torch.optim.SGD(
-        [
-            {"params": module.net[3].parameters(), "lr": 0.1, "weight_decay": 0.01},
-            {"params": module.net[0].parameters()},
-        ],
-        lr=0.03,
-        momentum=0.8,
-    )
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
 def nesterov(module):
     return torch.optim.SGD(module.parameters(), lr=0.03, momentum=0.8, nesterov=True, weight_decay=0.1)
 
 
 def plain(module):
     return torch.optim.SGD(module.parameters(), lr=0.1)
-
-
-def adamw(module):
-    return torch.optim.AdamW(module.parameters(), lr=0.03, betas=(0.8, 0.9), weight_decay=0.1, amsgrad=True)
 
 
 def rmsprop(module):

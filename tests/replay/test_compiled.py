@@ -12,8 +12,8 @@ from lightning_dtda.replay import compiled
 from lightning_dtda.replay.batches import stack_leaves
 from lightning_dtda.replay.compiled import CompiledAlone, CompiledStack
 from lightning_dtda.replay.steps import StepBatch
+from tests.replay.stacked_runs import CASES, Runs, close, cross_entropy, mlp
 from tests.replay.steps import CPU, Stepping
-from tests.replay.test_stacked import CASES, Runs, close, cross_entropy, mlp
 
 WAYS = {"alone": CompiledAlone, "stacked": CompiledStack}
 

@@ -15,7 +15,7 @@ from lightning_dtda.reporting import log_to_wandb, print_summary, report
 from lightning_dtda.reporting.figures import influence_figure, top_figure
 from lightning_dtda.reporting.formatting import common_exponent, number
 from lightning_dtda.statistics import Difference, SlicedWasserstein, resolve_difference
-from tests.reporting.conftest import QUERIES
+from tests.reporting.attributions import QUERIES
 from tests.reporting.wandb_log import Logged
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -116,7 +116,7 @@ def test_a_new_difference_is_one_class_and_is_shown_everywhere(attribution, save
 def test_a_class_that_does_not_say_what_it_is_is_refused():
     with pytest.raises(TypeError, match=r"Silent is a Difference without formula, meaning, unit"):
         type("Silent", (Difference,), {"name": "silent"})
-    with pytest.raises(AttributionError, match=r"'tests.reporting.conftest.make_attribution' is not a Difference"):
-        resolve_difference("tests.reporting.conftest.make_attribution")
+    with pytest.raises(AttributionError, match=r"'tests.reporting.attributions.make_attribution' is not a Difference"):
+        resolve_difference("tests.reporting.attributions.make_attribution")
     with pytest.raises(AttributionError, match=r"joint distributions over several queries\. Call .*joint_influence"):
         resolve_difference(SlicedWasserstein())

@@ -13,7 +13,7 @@ from lightning_dtda.reporting.figures import (
     removal_figure,
     top_figure,
 )
-from tests.reporting.conftest import EXAMPLES, GROUPS, make_attribution
+from tests.reporting.attributions import EXAMPLES, GROUPS, make_attribution
 
 
 def test_every_example_is_a_point_at_its_mean_and_variance_influence(attribution):

@@ -10,7 +10,7 @@ from lightning_dtda.reporting.findings import (
     worst_diagnosis,
 )
 from lightning_dtda.reporting.formatting import common_exponent, number
-from tests.reporting.conftest import make_attribution
+from tests.reporting.attributions import make_attribution
 
 
 def test_the_interesting_queries_are_those_where_an_example_changes_the_variance():

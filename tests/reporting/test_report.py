@@ -13,7 +13,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from lightning_dtda.reporting import report
 from lightning_dtda.reporting.formatting import common_exponent, count, number, p_value
 from lightning_dtda.statistics import Mean, Quantile
-from tests.reporting.conftest import QUERIES, make_attribution
+from tests.reporting.attributions import QUERIES, make_attribution
 
 _WIDTH = "return document.documentElement.scrollWidth"
 _TABLE = "article:not([hidden]) .difference:not([hidden]) table"

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from lightning_dtda.reporting import print_summary
 from lightning_dtda.reporting.formatting import common_exponent, number
-from tests.reporting.conftest import make_attribution
+from tests.reporting.attributions import make_attribution
 
 
 def _printed(attribution, **arguments):

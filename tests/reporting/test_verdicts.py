@@ -7,7 +7,7 @@ from lightning_dtda.reporting.certainty import POWER
 from lightning_dtda.reporting.findings import significance_on, top_examples
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
 from lightning_dtda.statistics.differences import Quantile
-from tests.reporting.conftest import make_attribution
+from tests.reporting.attributions import make_attribution
 
 
 def said(attribution, difference, query=0):

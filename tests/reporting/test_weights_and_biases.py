@@ -6,7 +6,7 @@ import wandb
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import log_to_wandb
-from tests.reporting.conftest import GROUPS, QUERIES, make_attribution
+from tests.reporting.attributions import GROUPS, QUERIES, make_attribution
 from tests.reporting.wandb_log import Logged
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -78,3 +78,19 @@ def by_hand(seed, removed=(), steps=STEPS):
     inputs, targets = queries().tensors
     with torch.no_grad():
         return (module.net(inputs)[:, 0] - targets) ** 2
+
+
+class Data(pl.LightningDataModule):
+    """Its data set is random unless it is told a seed; the validation set is looked at while training."""
+
+    def __init__(self, split_seed=0):
+        super().__init__()
+        self.split_seed = split_seed
+
+    def setup(self, stage):
+        generator = None if self.split_seed is None else torch.Generator().manual_seed(self.split_seed)
+        order = torch.randperm(13, generator=generator)
+        self.train = TensorDataset(*(tensor[order] for tensor in examples().tensors))
+
+    def train_dataloader(self):
+        return DataLoader(self.train, BATCH, shuffle=True)

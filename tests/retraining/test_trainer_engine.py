@@ -20,6 +20,7 @@ from lightning_dtda.trajectory import Ensemble
 from tests.retraining.tasks import (
     BATCH,
     TRAINER,
+    Data,
     Regressor,
     by_hand,
     examples,
@@ -35,22 +36,6 @@ def retrained(module=Regressor, data=None, **arguments):
     data = training_loader() if data is None else data
     defaults = {"subsets": SUBSETS, "seeds": [3, 4], "queries": queries(), "stacked": False, "trainer": make_trainer}
     return retrain(module, data, **(defaults | arguments), progress=False)
-
-
-class Data(pl.LightningDataModule):
-    """Its data set is random unless it is told a seed; the validation set is looked at while training."""
-
-    def __init__(self, split_seed=0):
-        super().__init__()
-        self.split_seed = split_seed
-
-    def setup(self, stage):
-        generator = None if self.split_seed is None else torch.Generator().manual_seed(self.split_seed)
-        order = torch.randperm(13, generator=generator)
-        self.train = TensorDataset(*(tensor[order] for tensor in examples().tensors))
-
-    def train_dataloader(self):
-        return DataLoader(self.train, BATCH, shuffle=True)
 
 
 def test_dropping_is_training_on_a_data_set_that_never_had_the_examples():

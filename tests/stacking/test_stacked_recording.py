@@ -24,7 +24,7 @@ from lightning_dtda.stacking.size import Footprint, fitting
 from lightning_dtda.trajectory import writer
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.retraining.tasks import BATCH, Regressor, examples, make_trainer, queries, training_loader
-from tests.stacking.test_stacked_retraining import (
+from tests.stacking.modules import (
     Branching,
     Clocked,
     Counting,

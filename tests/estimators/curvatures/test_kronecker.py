@@ -11,8 +11,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import EKFAC, KFAC
 from lightning_dtda.estimators.curvatures import factors, kronecker
 from lightning_dtda.estimators.curvatures.factors import eigen
-from tests.estimators.curvatures.conftest import Classifier, Regressor
-from tests.estimators.curvatures.test_spectra import close
+from tests.estimators.small_runs import Classifier, Regressor, close
 
 
 def places(run):

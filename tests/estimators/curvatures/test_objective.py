@@ -9,7 +9,7 @@ from torch.func import functional_call
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.layer_gradients import LayerGradients, OtherWayError
 from lightning_dtda.replay import Draws
-from tests.estimators.curvatures.conftest import Classifier, Regressor
+from tests.estimators.small_runs import Classifier, Regressor
 
 MODULES = [Classifier, Regressor]
 

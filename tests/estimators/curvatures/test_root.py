@@ -7,7 +7,7 @@ from torch import nn
 from lightning_dtda.estimators.curvatures import root
 from lightning_dtda.estimators.curvatures.diagonal import gauss_newton_diagonal
 from lightning_dtda.estimators.curvatures.root import Root
-from tests.estimators.curvatures.conftest import Classifier, Regressor
+from tests.estimators.small_runs import Classifier, Regressor
 
 TOLERANCE = 1e-11  # relative, double precision; reached: about 1e-15
 

@@ -11,8 +11,7 @@ from lightning_dtda.estimators.curvatures.solvers import (
     mean_eigenvalue,
     root_times,
 )
-from tests.estimators.curvatures.conftest import Classifier, Regressor
-from tests.estimators.curvatures.test_spectra import close
+from tests.estimators.small_runs import Classifier, Regressor, close
 
 
 def dense_solution(matrix, damping, vectors):

@@ -8,14 +8,7 @@ from lightning_dtda.estimators import Diagonal, ExactHessian, GaussNewton, Ident
 from lightning_dtda.estimators.curvatures import root
 from lightning_dtda.estimators.curvatures.gauss_newton import ImplicitGaussNewton
 from lightning_dtda.estimators.projection import Projection
-from tests.estimators.curvatures.conftest import Classifier, Regressor
-
-TOLERANCE = 1e-8  # relative: what is asked of the Gram matrix's solutions; reached: about 1e-11
-
-
-def close(found, expected, tolerance=TOLERANCE):
-    torch.testing.assert_close(found, expected, rtol=0, atol=float(tolerance * expected.abs().max()))
-
+from tests.estimators.small_runs import Classifier, Regressor, close
 
 CASES = {
     "classifier": lambda: Classifier(),
