@@ -141,7 +141,7 @@ def test_a_difference_that_compares_run_by_run_needs_as_many_baseline_seeds(samp
     from lightning_dtda.statistics import Mean
 
     predicted, baseline, real, real_baseline = samples
-    with pytest.raises(AttributionError, match=r"compares run by run, and there are 10 .* for 8"):
+    with pytest.raises(AttributionError, match=r"compares run by run, but there are 10 .* for 8"):
         linear_datamodeling_score(predicted, baseline, real, real_baseline, Mean("median"))
     assert linear_datamodeling_score(predicted, baseline, real, real_baseline[:8], Mean("median"))["score"] > 0
 
@@ -160,7 +160,7 @@ def test_batches_of_other_models_are_refused(samples):
     predicted, baseline, real, real_baseline = samples
     metric = LinearDatamodelingScore()
     metric.update(*samples)
-    with pytest.raises(AttributionError, match=r"real has \(7, 12\) .* there were \(8, 12\)"):
+    with pytest.raises(AttributionError, match=r"real has \(7, 12\) .* earlier queries had \(8, 12\)"):
         metric.update(predicted, baseline, real[:, :7], real_baseline)
 
 

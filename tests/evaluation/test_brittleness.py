@@ -44,14 +44,14 @@ def test_a_threshold_is_what_is_fallen_below():
 
 @pytest.mark.parametrize("sizes", [[], [0], [2, 1], [1, 1], [5]])
 def test_sizes_that_cannot_be_are_refused(sizes):
-    with pytest.raises(AttributionError, match="ascending numbers of removals from 1 to 4"):
+    with pytest.raises(AttributionError, match="in ascending order, from 1 to 4"):
         brittleness(CHANGES, retrain, sizes)
 
 
 def test_measurements_that_do_not_fit_are_refused():
     with pytest.raises(AttributionError, match="the influence has 3 queries"):
         brittleness(CHANGES, lambda removed: retrain(removed)[0], [1])
-    with pytest.raises(AttributionError, match=r"without 0 examples .* not finite"):
+    with pytest.raises(AttributionError, match=r"without 0 examples are not finite"):
         brittleness(CHANGES, lambda removed: torch.full((2, 3), torch.nan), [1])
 
 

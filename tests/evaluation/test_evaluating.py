@@ -83,7 +83,7 @@ def test_groups_are_put_together_to_the_subsets(attribution, truth):
     one, other = (evaluate(each, truth, ["mean"], replicates=0) for each in (attribution, grouped))
     assert other.scores["mean"].score == pytest.approx(one.scores["mean"].score, rel=1e-12)
     alone = replace(truth, removed=((0,), *truth.removed[1:]))
-    with pytest.raises(AttributionError, match=r"Subset 0 .* removes training example 0, which is in no group"):
+    with pytest.raises(AttributionError, match=r"Subset 0 .* removes training example 0, but contains no whole group"):
         evaluate(grouped, alone)
 
 
@@ -144,7 +144,7 @@ def test_chaotic_runs_are_left_out_unless_all_are_wanted(attribution, truth):
 def test_missing_trainings_are_told_and_left_out(attribution, truth):
     measurements = truth.measurements.clone()
     measurements[2, 1:] = torch.nan
-    with pytest.warns(UserWarning, match="5 trainings .* are missing. 14 subsets with 6 seeds"):
+    with pytest.warns(UserWarning, match="5 trainings .* are missing. The 14 subsets with 6 seeds"):
         found = evaluate(attribution, replace(truth, measurements=measurements), ["mean"], replicates=0)
     assert found.subsets == SUBSETS - 1
 
@@ -154,7 +154,7 @@ def test_differences_need_enough_runs_and_seeds(attribution, truth):
     found = evaluate(attribution, one_seed, replicates=0)
     assert list(found.scores) == ["mean", "wasserstein"]
     assert found.scores["mean"].ceiling is None
-    with pytest.raises(AttributionError, match="variance influence needs 2 seeds"):
+    with pytest.raises(AttributionError, match="variance influence needs at least 2 seeds"):
         evaluate(attribution, one_seed, ["variance"])
 
 
