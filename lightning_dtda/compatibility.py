@@ -43,6 +43,7 @@ __all__ = [
     "is_profiled",
     "is_traced",
     "is_transformed",
+    "is_view",
     "keep_index_sampler",
     "kinds",
     "onednn_linear",
@@ -172,6 +173,11 @@ def is_profiled() -> bool:
 def address(storage: torch.UntypedStorage) -> int:
     """Return a number that identifies a tensor's storage as long as it is alive."""
     return int(_private(storage, "_cdata", "The address of a storage"))
+
+
+def is_view(operation: Any) -> bool:
+    """Return whether an operation of a traced graph gives a tensor another shape without moving its values."""
+    return operation in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 
 def prelu_backward() -> Any:

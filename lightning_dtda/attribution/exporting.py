@@ -92,7 +92,7 @@ def export(
         _remove(output)
         partial.rename(output)
     except OSError as error:
-        raise AttributionError(f"{output} cannot be written ({error}). Choose another output.") from error
+        raise AttributionError(f"{output} cannot be written to ({error}). Choose another output.") from error
     finally:
         _remove(partial)
     return output

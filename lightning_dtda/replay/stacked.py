@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from typing_extensions import override
 
-from lightning_dtda.compatibility import TreeSpec, prelu_backward, tree_flatten, tree_map, tree_unflatten
+from lightning_dtda.compatibility import TreeSpec, is_view, prelu_backward, tree_flatten, tree_map, tree_unflatten
 from lightning_dtda.replay.eager import Eager, Products, parts_of
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import tolerated
@@ -47,8 +47,6 @@ _DRAWS = (FILLING - {"bernoulli_"}) | {
 """Random operations whose result depends on the shape of their input, but not on its values."""
 
 _ZEROS = (torch.ops.aten.zeros_like.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros.default)
-
-_VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 _TIMELY = "the loss depends on the epoch, the step or the learning rate"
 
@@ -381,7 +379,7 @@ def _leave_zeros_out(graph: GraphModule) -> None:
 def _let_layouts_differ(graph: GraphModule) -> None:
     """Have views be copies where they must: mapped over runs, tensors lie otherwise in memory than those of one run."""
     for node in graph.graph.nodes:
-        if node.target in _VIEWS:
+        if is_view(node.target):
             node.target = torch.ops.aten.reshape.default
     graph.recompile()
 
