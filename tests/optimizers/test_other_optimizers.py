@@ -11,7 +11,7 @@ from lightning_dtda.optimizers import NO_DERIVATIVE, UPDATES
 from lightning_dtda.recording.checks import refuse_optimizers
 from tests.finite_differences import assert_finite_differences_agree
 
-DOCUMENTATION = Path(__file__).parents[2] / "docs" / "recording.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "extend.md"
 
 
 @pytest.fixture
