@@ -1,52 +1,21 @@
-"""What a run's training minimised, at one of its checkpoints: derivatives, streamed over the training examples."""
+"""The training objective of a run at a checkpoint: products with its curvature matrices, and their roots."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property, partial
-from itertools import accumulate
-from math import inf
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.layer_gradients import LayerGradients, OtherWayError
-from lightning_dtda.execution.memory import peak_memory
-from lightning_dtda.optimizers import Hyperparameters
-from lightning_dtda.replay import Draws, Replay
-from lightning_dtda.replay.cut import zeros
+from lightning_dtda.estimators.example_gradients import LARGEST_CHUNK, ExampleGradients
 from lightning_dtda.replay.outputs import Outputs, watched
 from lightning_dtda.replay.passes import Pass
-from lightning_dtda.replay.random_states import drawn_from
-from lightning_dtda.replay.stacked import each_example
-from lightning_dtda.replay.steps import MicroBatchInputs
-from lightning_dtda.trajectory import ParameterLayout
-from lightning_dtda.units import human_bytes
-
-_log = logging.getLogger(__name__)
 
 _LOOKED_AT, _DIRECTIONS = 32, 4
-"""Examples, and random directions of their outputs, along which the loss's curvature is looked at."""
-
-_MOST_DRAWS = 4
-"""Draws of a random loss, of the whole data set: that many examples leave little noise in its mean."""
-
-_LEARNED = 2
-"""Examples from which it is seen by which layers' weights their gradients are known."""
-
-_SEVERAL = 3
-"""Vectors from which on the passes of single examples are worth it that layers that are not known take."""
-
-_PAGES = 2**25
-"""Bytes of temporaries from which on fresh pages cost more time than larger batches save."""
-
-_LARGEST_CHUNK = 1024
-"""Examples that are passed at once at the most: more gain nothing."""
+"""Number of examples, and of random directions of their outputs, used to test the sign of the loss's curvature."""
 
 
 class RootRows(NamedTuple):
@@ -60,7 +29,7 @@ class RootRows(NamedTuple):
     """By the outputs of each layer that was asked for ``(B * C, d_out)``, and its inputs ``(B, d_in)``."""
 
 
-class Objective:
+class Objective(ExampleGradients):
     r"""The mean training loss of a run at a step, with the module in evaluation mode.
 
     .. math:: L(\theta) = \frac1N \sum_n l_n(\theta) + \frac12 \sum_p \gamma_p \theta_p^2
@@ -84,235 +53,6 @@ class Objective:
     Raises:
         AttributionError: If the optimizer minimises by some parameters and maximizes by others.
     """
-
-    def __init__(
-        self,
-        replay: Replay,
-        step: int | None = None,
-        *,
-        memory: float,
-        chunks: dict[str, int] | None = None,
-        scale: Tensor | None = None,
-        decay: Tensor | None = None,
-        draws: Draws | None = None,
-        kept: dict[Any, Any] | None = None,
-    ) -> None:
-        step = replay.steps if step is None else step
-        self.run = replay.runs[0]
-        self.step = step
-        theta, buffers = replay.trained(step)
-        self.theta = theta[0]
-        self.memory = memory
-        self._replay = replay
-        self._buffers = {name: buffer[0] for name, buffer in buffers.items()}
-        self._chunks = {} if chunks is None else chunks
-        self._draws = draws or Draws()
-        self._kept = {} if kept is None else kept
-        self.scale = scale
-        groups = replay.hyperparameters(max(step - 1, 0))
-        self._sign = self._descended(groups)
-        of_groups = [replay.update.update.penalty(group) for group in groups]
-        penalty = replay.update.by_parameter(self.theta.new_tensor(of_groups))
-        if scale is not None:
-            penalty = penalty * scale.square()
-        self.penalty = penalty if decay is None else penalty + decay
-        r""":math:`\gamma` ``(P,)``, in the coordinates that are asked for."""
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return len(self.theta)
-
-    @property
-    def examples(self) -> int:
-        """N."""
-        return len(self._replay.examples)
-
-    @property
-    def layout(self) -> ParameterLayout:
-        """Names and shapes of the parameters."""
-        return self._replay.layout
-
-    @property
-    def module(self) -> LightningModule:
-        """The module that examples pass through; it holds the run's parameters within :meth:`passes`."""
-        return self._replay.eager.replica.module
-
-    def is_of(self, replay: Replay, step: int | None, memory: float) -> bool:
-        """Whether this is the objective of a replay's run at a step, in the parameters themselves."""
-        mine = self.run, self.step, self.memory, self._replay.eager
-        return mine == (replay.runs[0], replay.steps if step is None else step, memory, replay.eager)
-
-    # -- passes of examples
-
-    @contextmanager
-    def passed(self, indices: Tensor, seed: int | None = None, create_graph: bool = True) -> Iterator[Pass]:
-        """Pass some examples through the module together.
-
-        Args:
-            indices: Which.
-            seed: Of the random numbers that the loss draws.
-            create_graph: Whether derivatives of the gradient will be asked for.
-        """
-        with self._replay.eager.passed(
-            self._inputs(indices, seed), self.theta, self._buffers, training=False, create_graph=create_graph
-        ) as one:
-            yield one
-
-    @contextmanager
-    def undifferentiated(
-        self, indices: Tensor, seed: int | None, forwards: AbstractContextManager[object]
-    ) -> Iterator[tuple[Tensor, Outputs]]:
-        """Pass some examples through the module together, and yield their loss and outputs before any backward pass.
-
-        Args:
-            indices: Which.
-            seed: Of the random numbers that the loss draws.
-            forwards: What the one forward pass is made in.
-        """
-        with self._loss(indices, seed, forwards) as (loss, inputs):
-            yield loss, Outputs(loss, self._replay.eager.cut(loss, inputs), self._replay.eager.replica.parameters)
-
-    @contextmanager
-    def _loss(
-        self,
-        indices: Tensor,
-        seed: int | None,
-        forwards: AbstractContextManager[object] | None = None,
-        twice: bool = True,
-    ) -> Iterator[tuple[Tensor, MicroBatchInputs]]:
-        inputs, replica = self._inputs(indices, seed), self._replay.eager.replica
-        with replica.generators.kept(), replica.passing(training=False, twice=twice):
-            replica.load(self.theta, self._buffers)
-            with forwards or nullcontext():
-                loss = replica.training_loss(inputs.batch(), inputs.time, inputs.states)
-            yield loss, inputs
-
-    def _inputs(self, indices: Tensor, seed: int | None) -> MicroBatchInputs:
-        rows = indices.tolist()
-        return MicroBatchInputs(
-            len(rows),
-            self._replay.time(self.step),
-            {} if seed is None else self._states(seed),
-            lambda some: self._replay.examples.collated([rows[row] for row in some]),
-        )
-
-    def passes(
-        self, what: str, each: Callable[[Pass], object], chosen: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, float, Pass]]:
-        r"""Pass all examples through the module, batch by batch, and draw by draw where the loss draws random numbers.
-
-        Where examples share nothing but a mean, batches are as large as the memory allows. Else they are as large as in
-        training, and made of examples at random, the same ones each time: the loss is
-
-        .. math:: \frac1N \sum_b |b|\, L_b(\theta)
-
-        Args:
-            what: Is computed, for errors and for what is known of its memory.
-            each: Computes it for a batch, when its memory is measured.
-            chosen: Which examples; all if not given.
-
-        Yields:
-            Which examples, what the pass's share of their sum is to be multiplied with, and the pass.
-        """
-        for indices, seed, factor in self.parts(self._chunk(what, each), chosen):
-            with self.passed(indices, seed) as one:
-                yield indices, factor, one
-
-    def parts(self, largest: int, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, int | None, float]]:
-        """Yield which examples :meth:`passes` passes together, the seed of their draws, and the factor.
-
-        Args:
-            largest: How many at once, at most, where it does not matter to the loss.
-            chosen: Which examples; all if not given.
-        """
-        for indices in self._batches(largest, chosen):
-            for seed in self._seeds:
-                yield indices, seed, self._sign * len(indices) / len(self._seeds)
-
-    def slopes(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
-        r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``.
-
-        Where examples' gradients are known layer by layer, one backward pass does for all vectors. Else each vector
-        takes one of its own, through the derivative of the gradient.
-
-        Args:
-            vectors: v.
-            chosen: Which examples; all if not given. Others are left at zero.
-        """
-        scaled = self._scaled(vectors)
-        result = vectors.new_zeros(len(vectors), self.examples)
-        layers = self._layers
-        if layers is None or (layers.others and len(vectors) < _SEVERAL):
-            for indices, factor, one in self.passes(
-                "slopes", lambda one: one.terms(self._parameters(scaled[0])), chosen
-            ):
-                for number, vector in enumerate(scaled):
-                    result[number, indices] += factor * one.terms(self._parameters(vector))
-            return result
-
-        def of_batch(indices: Tensor, seed: int | None) -> Tensor:
-            with layers.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
-                found = layers.products(loss, calls, scaled)
-            if layers.others:
-                found += scaled[:, self._of_others] @ self._gradients_by_others(indices, seed).T / len(indices)
-            return found
-
-        try:
-            size = self.examples_at_once(
-                f"slopes of {len(vectors)}", lambda indices: of_batch(indices, self._seeds[0]), _PAGES
-            )
-            for indices, seed, factor in self.parts(size, chosen):
-                result[:, indices] += factor * of_batch(indices, seed)
-        except OtherWayError:
-            self._layers = None
-            return self.slopes(vectors, chosen)
-        return result
-
-    def gradients(self, held: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the gradients of examples' losses ``(B, P)``, B examples at a time, and which examples they are.
-
-        Args:
-            held: Further vectors of P numbers for each example that the caller has at the same time. What it still has
-                when it asks for the next ones counts too.
-        """
-        per_example = (2 + held) * self.size * self.theta.itemsize
-        if per_example > self.memory:
-            raise AttributionError(
-                f"Gradients of one example take {human_bytes(per_example)}; {human_bytes(self.memory)} may be used. "
-                "Raise memory_budget."
-            )
-        chunk = max(1, int(self.memory / per_example))
-        for indices in self._batches(chunk):
-            for some in torch.arange(len(indices)).split(chunk):
-                total = self.theta.new_zeros(len(some), self.size)
-                for seed in self._seeds:
-                    self._add_gradients(total, indices, some, seed)
-                yield indices[some], self._scaled(total)
-
-    def _add_gradients(self, total: Tensor, indices: Tensor, some: Tensor, seed: int | None) -> None:
-        """Add the gradients of a batch's losses at some places of it, of one draw, to ``total`` ``(B, P)``."""
-        factor = self._sign * len(indices) / len(self._seeds)
-        if (layers := self._layers) is not None:
-            try:
-                with layers.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
-                    layers.add_gradients(loss, calls, total, some, factor)
-                if layers.others:
-                    of_one = factor / len(indices)
-                    total[:, self._of_others] += of_one * self._gradients_by_others(indices[some], seed)
-                return
-            except OtherWayError:
-                self._layers = None
-                total.zero_()
-        if self._is_free:
-            (rows,) = self._of_each(
-                "gradients", indices, seed, lambda loss, outputs, parameters, extra: [_gradient(loss, parameters)]
-            )
-            total += rows * (factor / len(indices))
-            return
-        with self.passed(indices, seed) as one:
-            for place, row in enumerate(some.tolist()):
-                total[place] += factor * self.layout.flatten(one.share_of(row))
 
     def hessian_products(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return the Hessian of L times each of ``vectors`` ``(Q, P)``, or that of the ``chosen`` examples' mean."""
@@ -460,7 +200,7 @@ class Objective:
         """
         width = (self.size if columns is None else len(columns)) + self.size // 4
         per_example = 3 * self.outputs * max(width, 1) * self.theta.itemsize
-        chunk = min(_LARGEST_CHUNK, max(1, int(self.memory / per_example)))
+        chunk = min(LARGEST_CHUNK, max(1, int(self.memory / per_example)))
         for indices in torch.arange(self.examples).split(chunk):
             yield self.root_rows(indices, columns, layers)
 
@@ -498,82 +238,6 @@ class Objective:
         with watched(self.module, names) as calls, self._loss(torch.arange(examples), seed):
             return calls
 
-    # -- how it is done
-
-    @cached_property
-    def layers(self) -> LayerGradients | None:
-        """Layers by whose weights examples' gradients are known, as seen from a few examples; ``None`` without any."""
-        indices, seed = self._batches(_LEARNED)[0], self._seeds[0]
-        known = LayerGradients(self.module, self.layout)
-        try:
-            with self.passed(indices, seed) as one:
-                beyond = one.weighted(torch.zeros(len(indices), dtype=self.theta.dtype, device=self.theta.device))
-                shares = [one.share_of(row) for row in range(min(_LEARNED, len(indices)))]
-            penalty = self.layout.flatten(beyond)
-            of_examples = torch.stack([self.layout.flatten(share) for share in shares]) - penalty
-            with known.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
-                known.learn(loss, calls, of_examples)
-        except Exception as error:  # whatever the user's code does with a batch of two, or positions of each example
-            _log.info("No layer's gradients are known: %s", error)
-            return None
-        self._has_penalty = bool(penalty.any())
-        return None if known.is_empty else known
-
-    @cached_property
-    def _layers(self) -> LayerGradients | None:
-        """The known layers, where they and passes of single examples make up whole gradients."""
-        # a pass of one has the penalty in it, and another loss where that depends on the batch
-        if (known := self.layers) is None or (known.others and (self._has_penalty or not self._is_free)):
-            return None
-        return known
-
-    @cached_property
-    def _of_others(self) -> Tensor:
-        """Where the parameters lie that are of no known layer."""
-        starts = [0, *accumulate(self.layout.sizes)]
-        numbers = [] if self._layers is None else self._layers.others
-        return torch.cat([torch.arange(starts[n], starts[n + 1], device=self.theta.device) for n in numbers])
-
-    def _gradients_by_others(self, indices: Tensor, seed: int | None) -> Tensor:
-        """Return examples' gradients ``(B, n)`` by parameters that are of no known layer, each in a batch of one."""
-        numbers = [] if self._layers is None else self._layers.others
-
-        def rows(loss: Tensor, _outputs: Outputs, parameters: list[Tensor], _extra: list[Tensor]) -> list[Tensor]:
-            return [_gradient(loss, [parameters[number] for number in numbers])]
-
-        return self._of_each(f"gradients by {numbers}", indices, seed, rows)[0]
-
-    def _of_each(
-        self,
-        what: str,
-        indices: Tensor,
-        seed: int | None,
-        function: Callable[[Tensor, Outputs, list[Tensor], list[Tensor]], list[Tensor]],
-        extra: Sequence[Tensor] = (),
-        calls: dict[str, list[Any]] | None = None,
-    ) -> list[Tensor]:
-        """Apply a function to each example's own pass: all at once where a pass can be traced, else one by one."""
-        return each_example(
-            self._replay.eager,
-            self._kept,
-            what,
-            self._replay.examples,
-            indices,
-            self.theta,
-            self._buffers,
-            self._replay.time(self.step),
-            {} if seed is None else self._states(seed),
-            function,
-            extra,
-            calls,
-        )
-
-    @cached_property
-    def _is_free(self) -> bool:
-        """Whether the loss of a batch is the mean of losses of its examples alone."""
-        shared = self.run.manifest.shared
-        return shared["evaluation"] == "none" and shared["reduction"] == "mean"
-
     @cached_property
     def has_root(self) -> bool:
         """Whether the Gauss-Newton matrix has a root whose rows are those of single examples."""
@@ -597,84 +261,3 @@ class Objective:
                 f"of {type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
                 'GaussNewton(solver="cg") or Hessian(...).'
             )
-
-    @cached_property
-    def _seeds(self) -> list[int | None]:
-        """Of the draws of a loss that is random; one without a seed of any other."""
-        before, generators = self._states(0), self._replay.eager.replica.generators
-        with self._loss(torch.arange(min(2, self.examples)), 0):
-            is_random = bool(drawn_from(before, generators.states()))
-        return list(self._draws.of(-1)[:_MOST_DRAWS]) if is_random else [None]
-
-    def _states(self, seed: int) -> dict[str, Tensor]:
-        generators = self._replay.eager.replica.generators
-        with generators.kept():
-            generators.seed(seed)
-            return generators.states()
-
-    def _batches(self, largest: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Split examples into batches: of the training's size where the loss depends on it, else of the given size."""
-        if self._is_free:
-            return (torch.arange(self.examples) if chosen is None else chosen).split(min(largest, _LARGEST_CHUNK))
-        if chosen is None:
-            chosen = torch.randperm(self.examples, generator=torch.Generator().manual_seed(0))
-        return chosen.split(len(self.run.micro_batches(0)[0].indices))
-
-    def _chunk(self, what: str, each: Callable[[Pass], object]) -> int:
-        """Return how many examples at a time may be passed for what is computed of a pass."""
-
-        def run(indices: Tensor) -> None:
-            with self.passed(indices, self._seeds[0]) as one:
-                each(one)
-
-        return self.examples_at_once(what, run)
-
-    def examples_at_once(self, what: str, run: Callable[[Tensor], object], enough: float = inf) -> int:
-        """Return how many examples at a time stay within the memory, where their number does not matter to the loss.
-
-        Args:
-            what: Is computed.
-            run: Computes it for some examples.
-            enough: Bytes of which more are of no use.
-
-        Raises:
-            AttributionError: If not even one does.
-        """
-        if not self._is_free:
-            return self.examples
-        if what not in self._chunks:
-            # the module keeps what it needs for its outputs, per example; measured on two sizes, since much is shared
-            few, many = min(2, self.examples), min(8, self.examples)
-            run(torch.arange(few))  # the first call keeps what is no part of a chunk
-            alone, more = (peak_memory(partial(run, torch.arange(count)), self.theta.device) for count in (few, many))
-            per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
-            if alone > self.memory:
-                raise AttributionError(
-                    f"{what[0].upper() + what[1:]} of {few} examples take {human_bytes(alone)}; "
-                    f"{human_bytes(self.memory)} may be used. Raise memory_budget, or ask fewer queries at a time."
-                )
-            some = few + (min(self.memory, max(enough, alone)) - alone) // per_example
-            self._chunks[what] = int(min(self.examples, _LARGEST_CHUNK, some))
-        return self._chunks[what]
-
-    def _descended(self, groups: Sequence[Hyperparameters]) -> float:
-        """Return the sign of the loss in what the optimizer descends."""
-        maximizes = {bool(group.get("maximize")) for group in groups}
-        if len(maximizes) > 1:
-            raise AttributionError(
-                f"The optimizer of {self.run.path} minimises the loss by some parameters and maximizes it by others, "
-                "which is the training of no objective. Use UnrolledDifferentiation(), which follows the steps."
-            )
-        return -1.0 if maximizes.pop() else 1.0
-
-    def _scaled(self, vectors: Tensor) -> Tensor:
-        """Return vectors by the other coordinates: what a derivative by them is of one by the parameters."""
-        return vectors if self.scale is None else vectors * self.scale
-
-    def _parameters(self, vector: Tensor) -> list[Tensor]:
-        return list(self.layout.unflatten(vector).values())
-
-
-def _gradient(loss: Tensor, parameters: list[Tensor]) -> Tensor:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True, retain_graph=True)
-    return torch.cat([zeros(one, like).reshape(-1) for one, like in zip(found, parameters, strict=True)])
