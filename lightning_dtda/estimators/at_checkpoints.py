@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -35,6 +34,10 @@ Answer = tuple[Tensor, Sequence[Tensor]]
 """Of one run, m ``(Q,)``, and the responses ``(Q, K)``, once or in several versions."""
 
 
+Responder = Callable[[Tensor], Sequence[Tensor]]
+"""Function from gradients of m ``(Q, P)`` to responses of all examples ``(Q, N)``, in one version or several."""
+
+
 class CheckpointEstimator(Estimator):
     """An estimator that looks at checkpoints of a run only.
 
@@ -51,6 +54,9 @@ class CheckpointEstimator(Estimator):
 
     vectors: ClassVar[float] = 2
     """Vectors of P numbers that each query needs at once: its gradient, and one of the backward pass."""
+
+    passes_per_chunk: ClassVar[float] = 1.0
+    """Number of passes over the training examples for each chunk of queries, if it is constant."""
 
     def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
         if precision not in ("recorded", "float64"):
@@ -70,13 +76,26 @@ class CheckpointEstimator(Estimator):
             name: value.settings() if isinstance(value, Curvature) else value for name, value in values.items()
         }
 
-    @abstractmethod
     def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
-        """Return how many passes over the training examples a chunk of queries takes."""
+        """Return the number of passes over the training examples for each chunk of queries: an estimate."""
+        return self.passes_per_chunk
 
-    @abstractmethod
+    def responder(self, replay: Replay, question: Question) -> Responder:
+        r"""Return the estimator's formula for one run, a function of the queries' gradients.
+
+        Args:
+            replay: The run.
+            question: The question.
+
+        Returns:
+            A function from gradients of m at the measured step ``(Q, P)`` to the responses of all examples ``(Q, N)``,
+            in one version or several.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define responder() or answer().")
+
     def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        """Answer the question for one run."""
+        """Answer the question for one run by :meth:`responder`; override this to measure at several checkpoints."""
+        return answer_in_chunks(replay, question, plan, self.responder(replay, question))
 
     @override
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
@@ -151,13 +170,17 @@ class CheckpointEstimator(Estimator):
             replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay, draws=draws, kept=self._kept
         )
 
+    def measured_objective(self, replay: Replay, question: Question, share: float = _SHARE) -> Objective:
+        """Return the training objective at the measured step, after comparing the step before it with the record."""
+        objective = self.objective(replay, question, question.step, share)
+        replay.check_step(objective.step - 1)
+        return objective
+
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_chunks": {}, "_kept": {}, "_planned": None}  # those are of this process
 
 
-def answer_in_chunks(
-    replay: Replay, question: Question, plan: Plan, respond: Callable[[Tensor], Sequence[Tensor]]
-) -> Answer:
+def answer_in_chunks(replay: Replay, question: Question, plan: Plan, respond: Responder) -> Answer:
     """Measure one run's queries, a chunk at a time, at the step that is asked about.
 
     Args:

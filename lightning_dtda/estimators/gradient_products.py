@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
-from lightning_dtda.estimators.estimator import Plan, Question
-from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator, Responder
+from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.replay import Replay
-from lightning_dtda.trajectory import Run
 
 
 class GradientDot(CheckpointEstimator):
@@ -34,15 +30,10 @@ class GradientDot(CheckpointEstimator):
     """
 
     @override
-    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
-        return 1.0
-
-    @override
-    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        objective = self.objective(replay, question, question.step)
-        replay.check_step(objective.step - 1)
+    def responder(self, replay: Replay, question: Question) -> Responder:
+        objective = self.measured_objective(replay, question)
         scale = 1 / objective.examples
-        return answer_in_chunks(replay, question, plan, lambda gradients: [objective.slopes(gradients) * scale])
+        return lambda gradients: [objective.slopes(gradients) * scale]
 
 
 class GradientCosine(CheckpointEstimator):
@@ -65,14 +56,11 @@ class GradientCosine(CheckpointEstimator):
         AttributionError: If an argument is out of range.
     """
 
-    @override
-    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
-        return 2.0
+    passes_per_chunk = 2.0
 
     @override
-    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        objective = self.objective(replay, question, question.step)
-        replay.check_step(objective.step - 1)
+    def responder(self, replay: Replay, question: Question) -> Responder:
+        objective = self.measured_objective(replay, question)
         norms = objective.theta.new_empty(objective.examples)
         for indices, of_examples in objective.gradients(held=1):
             norms[indices] = of_examples.norm(dim=1)
@@ -81,7 +69,7 @@ class GradientCosine(CheckpointEstimator):
             directions = gradients * _reciprocal(gradients.norm(dim=1, keepdim=True))
             return [objective.slopes(directions) * _reciprocal(norms)]
 
-        return answer_in_chunks(replay, question, plan, respond)
+        return respond
 
 
 def _reciprocal(norms: Tensor) -> Tensor:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
 from typing_extensions import override
 
-from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
+from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, Responder, answer_in_chunks
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, check_damping, resolve_damping
 from lightning_dtda.estimators.curvatures.gauss_newton import resolve_curvature
 from lightning_dtda.estimators.estimator import Advance, Estimate, Plan, Question
@@ -54,8 +53,8 @@ class InfluenceFunctions(CheckpointEstimator):
         return 1 + self.curvature.passes(objective)
 
     @override
-    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        return self._answer(replay, question, plan, [self.curvature.damping])
+    def responder(self, replay: Replay, question: Question) -> Responder:
+        return self._responder(replay, question, [self.curvature.damping])
 
     def estimate_dampings(
         self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance, dampings: Sequence[Damping]
@@ -72,15 +71,16 @@ class InfluenceFunctions(CheckpointEstimator):
         Returns:
             An estimate for each damping.
         """
-        return self.estimates(runs, question, advance, lambda replay: self._answer(replay, question, plan, dampings))
 
-    def _answer(self, replay: Replay, question: Question, plan: Plan, dampings: Sequence[Damping]) -> Answer:
-        replay.check_step(question.end(replay.steps) - 1)
-        objective = self.objective(replay, question, question.step)
+        def answer(replay: Replay) -> Answer:
+            return answer_in_chunks(replay, question, plan, self._responder(replay, question, dampings))
+
+        return self.estimates(runs, question, advance, answer)
+
+    def _responder(self, replay: Replay, question: Question, dampings: Sequence[Damping]) -> Responder:
+        objective = self.measured_objective(replay, question)
         fitted = self.curvature.fit(objective)
         given = [resolve_damping(check_damping(damping), self.curvature, fitted) for damping in dampings]
-
-        def respond(gradients: Tensor) -> list[Tensor]:
-            return [objective.slopes(fitted.solve(gradients, d).vectors) / objective.examples for d in given]
-
-        return answer_in_chunks(replay, question, plan, respond)
+        return lambda gradients: [
+            objective.slopes(fitted.solve(gradients, d).vectors) / objective.examples for d in given
+        ]

@@ -9,11 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
+from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator, Responder
 from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.curvatures.gauss_newton import resolve_curvature
 from lightning_dtda.estimators.curvatures.spectrum import Function, fit_spectrum
-from lightning_dtda.estimators.estimator import Plan, Question
+from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.segments import Segment, boundaries, segment
 from lightning_dtda.replay import Precision, Replay
@@ -86,7 +86,7 @@ class Source(CheckpointEstimator):
         return sum(counts) / len(counts) * (1 + self.curvature.passes(objective))
 
     @override
-    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
+    def responder(self, replay: Replay, question: Question) -> Responder:
         run = replay.runs[0]
         cuts = boundaries(self.segments, run, question.end(run.steps))
         segments = [part for part in (segment(replay, first, last) for first, last in cuts) if part.total > 0]
@@ -106,7 +106,7 @@ class Source(CheckpointEstimator):
                 )
             return [total]
 
-        return answer_in_chunks(replay, question, plan, respond)
+        return respond
 
     def _pull_back(
         self, replay: Replay, question: Question, part: Segment, adjoint: Tensor, is_first: bool

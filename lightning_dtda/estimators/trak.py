@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator, answer_in_chunks
+from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator, Responder
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.curvatures.exact_hessian import DenseSpectrum
 from lightning_dtda.estimators.estimator import Plan, Question
@@ -66,6 +66,8 @@ class TRAK(CheckpointEstimator):
     """
 
     arguments = ("projection", "damping", "seed", "precision")
+    passes_per_chunk = 4.0
+    """Gradients of losses and of outputs, each by a forward and a backward pass."""
 
     def __init__(
         self,
@@ -101,13 +103,8 @@ class TRAK(CheckpointEstimator):
         return super().plan(runs, question)
 
     @override
-    def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
-        return 4.0  # gradients of losses and of outputs, each a forward and a backward pass
-
-    @override
-    def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        objective = self.objective(replay, question, question.step, share=_GRADIENTS)
-        replay.check_step(objective.step - 1)
+    def responder(self, replay: Replay, question: Question) -> Responder:
+        objective = self.measured_objective(replay, question, _GRADIENTS)
         projection = projection_to(self.projection, objective.size, self.seed)
         features, slopes = _of_examples(replay, objective, question, projection)
         kernel = DenseSpectrum(features.T @ features / objective.examples, None)
@@ -117,7 +114,7 @@ class TRAK(CheckpointEstimator):
         def respond(of_outputs: Tensor) -> list[Tensor]:
             return [kernel.solve(_projected(of_outputs, projection), damping).vectors @ weighted]
 
-        return answer_in_chunks(replay, question, plan, respond)
+        return respond
 
     def _resolved_damping(self, mean_eigenvalue: float) -> float:
         if self.damping != "auto":
