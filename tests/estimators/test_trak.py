@@ -104,7 +104,7 @@ def test_another_seed_is_another_projection(classifiers):
 
 
 def test_the_loss_is_refused(classifiers):
-    with pytest.raises(AttributionError, match='Give measurement="margin"'):
+    with pytest.raises(AttributionError, match='Use measurement="margin"'):
         ask(classifiers, TRAK(), measurement="loss")
 
 
@@ -125,7 +125,7 @@ def test_features_that_do_not_fit_the_memory_are_refused(classifiers):
     [
         ({"projection": 0}, "positive number of dimensions"),
         ({"projection": True}, "positive number of dimensions"),
-        ({"damping": -1.0}, "not negative"),
+        ({"damping": -1.0}, "non-negative"),
         ({"precision": "half"}, "choose"),
         ({"memory_budget": 0}, "must be positive"),
     ],

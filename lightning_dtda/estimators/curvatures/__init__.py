@@ -1,4 +1,4 @@
-"""Matrices that stand for the Hessian of the training objective in influence functions."""
+"""Curvatures: the Hessian of the training objective, and approximations of it for influence functions."""
 
 from lightning_dtda.estimators.curvatures.curvature import Curvature, FittedCurvature, Solution
 from lightning_dtda.estimators.curvatures.diagonal import Diagonal

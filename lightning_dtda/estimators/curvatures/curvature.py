@@ -1,4 +1,4 @@
-"""What every curvature is asked: its inverse times vectors."""
+"""The interface of curvatures: products of the damped inverse with vectors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Damping: TypeAlias = "float | Literal['auto']"
 
 @dataclass(frozen=True)
 class Solution:
-    r"""What a curvature made of some vectors.
+    r"""Products of the damped inverse with some vectors.
 
     Args:
         vectors: :math:`(H + \delta)^{-1} v` for each vector v ``(Q, P)``.
         residuals: :math:`\lVert (H + \delta) x - v \rVert / \lVert v \rVert` of iterative solutions ``(Q,)``; ``None``
-            where the inverse is that of a decomposition.
+            if the inverse comes from a decomposition.
     """
 
     vectors: Tensor
@@ -30,73 +30,73 @@ class Solution:
 
 
 class FittedCurvature(ABC):
-    """A curvature matrix at the parameters of one run, whatever of it does not depend on the damping computed."""
+    """A curvature matrix at the parameters of one run, prepared for any damping."""
 
     @property
     @abstractmethod
     def mean_eigenvalue(self) -> float:
-        """The trace over P."""
+        """The trace divided by P."""
 
     @abstractmethod
     def solve(self, vectors: Tensor, damping: float) -> Solution:
-        """Apply the damped inverse, or for a damping of zero the pseudo-inverse, to vectors ``(Q, P)``.
+        """Multiply vectors ``(Q, P)`` by the damped inverse, or by the pseudo-inverse if the damping is zero.
 
         Raises:
-            AttributionError: If the damped matrix cannot be inverted, or not to the tolerance that was asked for.
+            AttributionError: If the damped matrix is singular, or the solver does not reach its tolerance.
         """
 
 
 class Curvature(ABC):
-    """A matrix that stands for the Hessian of the training objective.
+    """The Hessian of the training objective or an approximation of it.
 
     A new curvature is one class with :meth:`fit`; the command line finds it by its import path.
     """
 
     arguments: ClassVar[tuple[str, ...]] = ("damping",)
-    """Attributes that the answers depend on."""
+    """Names of the attributes that the responses depend on."""
 
     auto_damping: ClassVar[float] = 1.0
-    """Damping "auto" over the mean eigenvalue. Most eigenvalues of a trained network are far below the mean: at that
-    damping the few directions count that the training determined."""
+    """Damping "auto" relative to the mean eigenvalue. Most eigenvalues of a trained network are far below the mean, so
+    this damping keeps the few directions that training determined."""
 
     damping: Damping
 
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's arguments in JSON."""
+        """Return the constructor's arguments in JSON types."""
         values = {name: getattr(self, name) for name in self.arguments}
         arguments = {name: one.settings() if isinstance(one, Curvature) else one for name, one in values.items()}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", **arguments}
 
     @abstractmethod
     def fit(self, objective: Objective) -> FittedCurvature:
-        """Compute what the matrix needs of a run.
+        """Compute the matrix, or what its products need, for a run.
 
         Raises:
-            AttributionError: If the run has no such matrix, or it does not fit the memory.
+            AttributionError: If the matrix does not exist for the run, or does not fit in the memory.
         """
 
     def passes(self, objective: Objective) -> float:
-        """Say how many times a fit and a solution pass over the training examples, roughly: for estimates of time."""
+        """Estimate the number of passes over the training examples for a fit and a solution."""
         return 1.0
 
 
 def check_damping(damping: Damping) -> Damping:
-    """Return a damping that can be one.
+    """Return a damping if it is valid.
 
     Raises:
-        AttributionError: If it cannot.
+        AttributionError: If it is invalid.
     """
     is_number = isinstance(damping, (int, float)) and not isinstance(damping, bool)
     if damping == "auto" or (is_number and 0 <= float(damping) < torch.inf):
         return damping
-    raise AttributionError(f'damping={damping!r}; give "auto" or a number that is not negative.')
+    raise AttributionError(f'damping={damping!r}; give "auto" or a non-negative number.')
 
 
 def resolve_damping(damping: Damping, curvature: Curvature, fitted: FittedCurvature) -> float:
-    r"""Return :math:`\delta`; "auto" is :attr:`Curvature.auto_damping` times the mean eigenvalue.
+    r"""Return :math:`\delta`; "auto" means :attr:`Curvature.auto_damping` times the mean eigenvalue.
 
     Raises:
-        AttributionError: If it is "auto" and there is nothing to be relative to.
+        AttributionError: If it is "auto" and the mean eigenvalue is not positive.
     """
     if damping != "auto":
         return float(damping)

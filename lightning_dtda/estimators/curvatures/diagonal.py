@@ -12,19 +12,19 @@ from lightning_dtda.estimators.curvatures.layers import outer_products
 from lightning_dtda.estimators.objective import Objective
 
 _SAMPLES = 64
-"""Random vectors from which a diagonal is estimated: its entries are then good to about an eighth of the row's norm."""
+"""Number of random vectors to estimate a diagonal; the error of an entry is about an eighth of its row's norm."""
 
 
 class Diagonal(Curvature):
-    r"""The diagonal of the Gauss-Newton matrix, all else taken for zero.
+    r"""The diagonal of the Gauss-Newton matrix; all other entries are set to zero.
 
     .. math:: \operatorname{diag}(G) = \frac1N \sum_n \operatorname{diag}(A_n^\top A_n) + \gamma
 
-    with the roots :math:`A_n` of :class:`~lightning_dtda.estimators.GaussNewton`. Cheap, and far from the matrix: the
-    parameters of a network are anything but independent.
+    with the roots :math:`A_n` of :class:`~lightning_dtda.estimators.GaussNewton`. It is cheap but
+    a poor approximation, because the parameters of a network are far from independent.
 
     Args:
-        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
+        damping: :math:`\delta`; ``"auto"`` for the mean eigenvalue, 0 for the pseudo-inverse.
 
     Raises:
         AttributionError: If the damping is out of range.
@@ -43,13 +43,14 @@ class Diagonal(Curvature):
 
 
 def gauss_newton_diagonal(objective: Objective, chosen: Tensor | None = None) -> Tensor:
-    r"""Return the diagonal of the Gauss-Newton matrix without the weight decay ``(P,)``, or chosen places of it.
+    r"""Return the diagonal of the Gauss-Newton matrix without weight decay ``(P,)``, or chosen entries of it.
 
     .. math:: \frac1N \sum_{n, c} A_{nc}^2, \qquad \frac1N \sum_n a_n^2 \sum_c g_{nc}^2
         \text{ where } A_{nc} = g_{nc} a_n^\top
 
-    Where the matrix has no root of single examples' rows (see ``Objective.has_root``), it is estimated from products
-    with vectors of random signs, :math:`E[\epsilon \odot G \epsilon]` (Bekas, Kokiopoulou and Saad, 2007).
+    If the matrix has no root in which each row belongs to one example (see ``Objective.has_root``), the diagonal is
+    estimated from products with vectors of random signs, :math:`E[\epsilon \odot G \epsilon]` (Bekas, Kokiopoulou and
+    Saad, 2007).
     """
     if not objective.has_root:
         generator = torch.Generator().manual_seed(0)

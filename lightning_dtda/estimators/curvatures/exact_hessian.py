@@ -1,4 +1,4 @@
-"""The Hessian itself, as a matrix."""
+"""The exact Hessian as a dense matrix."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.units import human_bytes
 
 _ROWS = 64
-"""Rows of the Hessian that are computed together."""
+"""Number of rows of the Hessian that are computed together."""
 
 _MATRICES = 4
-"""Matrices that are held at once: the Hessian, its eigenvectors, and the work of finding them."""
+"""Number of matrices held at once: the Hessian, its eigenvectors, and the workspace of the decomposition."""
 
 
 class ExactHessian(Curvature):
-    r"""The Hessian of the training objective, as a dense matrix that is decomposed into eigenvectors.
+    r"""The Hessian of the training objective as a dense matrix with its eigendecomposition.
 
     With eigenvalues :math:`\lambda_i` and eigenvectors :math:`u_i`, and :math:`\lambda` the largest absolute one,
 
@@ -28,14 +28,14 @@ class ExactHessian(Curvature):
         (H + \delta)^{-1} = \sum_i \frac{u_i u_i^\top}{\lambda_i + \delta}, \qquad
         H^+ = \sum_{|\lambda_i| > \rho\lambda} \frac{u_i u_i^\top}{\lambda_i},
 
-    the latter for a damping of zero (Koh and Liang, arXiv 1703.04730, section 2; Mlodozeniec et al., arXiv 2506.12965,
-    theorem 2, for the pseudo-inverse). The Hessian of a network has negative eigenvalues, also at the end of a
-    training; a damping that cancels one of them is refused. Memory is that of four P x P matrices, time grows with the
-    third power of P.
+    the latter if the damping is zero (Koh and Liang, arXiv 1703.04730, section 2; Mlodozeniec et al., arXiv 2506.12965,
+    theorem 2, for the pseudo-inverse). The Hessian of a network has negative eigenvalues even at the end of training;
+    a damping that cancels one of them raises an error. It takes the memory of four P x P matrices, and time
+    proportional to the third power of P.
 
     Args:
-        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
-        cutoff: :math:`\rho`; ``None`` is P times the rounding of the precision, as for matrix ranks.
+        damping: :math:`\delta`; ``"auto"`` for the mean eigenvalue, 0 for the pseudo-inverse.
+        cutoff: :math:`\rho`; ``None`` for P times machine epsilon, as for matrix ranks.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -53,7 +53,7 @@ class ExactHessian(Curvature):
         if needed > objective.memory:
             raise AttributionError(
                 f"The Hessian of {objective.size} parameters takes {human_bytes(needed)} to decompose; "
-                f"{human_bytes(objective.memory)} may be used. Raise memory_budget, or use GaussNewton(...), "
+                f"{human_bytes(objective.memory)} can be used. Raise memory_budget, or use GaussNewton(...), "
                 'Hessian(solver="cg") or EKFAC().'
             )
         return DenseSpectrum(hessian_matrix(objective), self.cutoff)
@@ -76,18 +76,18 @@ class DenseSpectrum(Spectrum):
 
 
 def check_cutoff(cutoff: float | None) -> float | None:
-    """Return a cut-off that can be one.
+    """Return a cut-off if it is valid.
 
     Raises:
-        AttributionError: If it cannot.
+        AttributionError: If it is invalid.
     """
     if cutoff is not None and not 0 <= cutoff < 1:
-        raise AttributionError(f"cutoff={cutoff!r}; give a share of the largest eigenvalue, at least 0 and below 1.")
+        raise AttributionError(f"cutoff={cutoff!r}; give a fraction of the largest eigenvalue, at least 0 and below 1.")
     return cutoff
 
 
 def default_cutoff(values: Tensor) -> float:
-    """Return the share of the largest eigenvalue below which one is rounding: as for the rank of a matrix."""
+    """Return the fraction of the largest eigenvalue below which eigenvalues are rounding, as for matrix ranks."""
     return len(values) * torch.finfo(values.dtype).eps
 
 

@@ -1,4 +1,4 @@
-"""Kronecker factors of layers, from what enters them and the derivatives that a root of the Gauss-Newton matrix has."""
+"""Kronecker factors of layers, from their inputs and the derivatives in a root of the Gauss-Newton matrix."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from lightning_dtda.replay.cut import edges_of
 from lightning_dtda.replay.outputs import Outputs
 
 _KEPT = 1 / 8
-"""Share of the memory for columns of the root, of which there are three passes."""
+"""Fraction of the memory for columns of the root, which are needed in three passes."""
 
 _ENOUGH_BYTES = 2**27
-"""Bytes of a batch from which on larger ones save little: 20, 40 or 77 sequences of a GPT took the same to some 5 %."""
+"""Bytes of a batch above which larger batches save little: 20, 40 and 77 sequences of a GPT took equal time to 5 %."""
 
 _STEPS = 24
-"""Products with the Hessian by the outputs, from which its root times a random combination of them is computed. For a
-cross entropy that is good to 5 %, far better than a sample. With fewer outputs the root is written out."""
+"""Number of products with the Hessian by the outputs, to compute its root times a random combination of outputs. For
+cross entropy the error is 5 %, much less than that of sampling. With fewer outputs, the root is computed explicitly."""
 
 _ENOUGH = 1024
-"""Columns of the root, of all examples together, that are taken unless it is asked otherwise: averages over as many are
-good to some 4 %. Each column of an example costs a backward pass."""
+"""Default number of columns of the root over all examples; an average over that number has an error of about 4 %. Each
+column of a batch costs a backward pass."""
 
 Samples: TypeAlias = int | Literal["auto"] | None
 
 
 class LayerFactors:
-    r"""Factors of a linear layer, or of each group of channels of a convolution, the bias a last input of one.
+    r"""Factors of a linear layer, or of each group of a convolution; the bias is a last input with value one.
 
-    With what enters :math:`a_{nt}` and derivatives :math:`g_{nt}` at the T positions of an example,
+    With inputs :math:`a_{nt}` and derivatives :math:`g_{nt}` at the T positions of an example,
 
     .. math:: \left(\frac1{NT} \sum_{nt} a_{nt} a_{nt}^\top\right) \otimes
         \left(\frac1N \sum_{nt} g_{nt} g_{nt}^\top\right)
@@ -62,7 +62,7 @@ class LayerFactors:
         self._corrected: Any = 0
 
     def add(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
-        """Add a batch; ``is_first`` where its inputs have not come yet, with other derivatives."""
+        """Add a batch; ``is_first`` if its inputs have not been added yet with another column of derivatives."""
         entering, leaving = (part.permute(1, 2, 0, 3) for part in self._matrices(inputs, derivatives))
         if is_first:
             flat = entering.flatten(2)
@@ -71,12 +71,12 @@ class LayerFactors:
         self._of_derivatives = self._of_derivatives + flat @ flat.mT
 
     def decompose(self) -> None:
-        """Find the eigenvectors of the factors."""
+        """Compute the eigenvectors of the factors."""
         self._inputs, self._right = eigen(self._of_inputs)
         self._derivatives, self._left = eigen(self._of_derivatives)
 
     def correct(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
-        """Add a batch to the corrected eigenvalues; ``is_first`` as for :meth:`add`."""
+        """Add a batch to the corrected eigenvalues; ``is_first`` as in :meth:`add`."""
         entering, leaving = self._matrices(inputs, derivatives)
         if is_first:
             self._entering = self._right.mT @ entering
@@ -101,7 +101,7 @@ class LayerFactors:
 
 
 class EmbeddingFactors:
-    """Factors of an embedding: a layer of one-hot vectors, whose diagonal matrix of inputs is not written out.
+    """Factors of an embedding: a linear layer on one-hot vectors, whose inputs have a diagonal factor.
 
     Args:
         layer: The layer.
@@ -114,7 +114,7 @@ class EmbeddingFactors:
         self._corrected: Any = 0
 
     def add(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
-        """Add a batch; ``is_first`` where its inputs have not come yet, with other derivatives."""
+        """Add a batch; ``is_first`` if its inputs have not been added yet with another column of derivatives."""
         derivatives = without_padding(self._module, inputs, derivatives).flatten(0, -2)
         if is_first:
             counts = torch.bincount(inputs.flatten(), minlength=len(self._module.weight))
@@ -122,30 +122,30 @@ class EmbeddingFactors:
         self._of_derivatives = self._of_derivatives + derivatives.mT @ derivatives
 
     def decompose(self) -> None:
-        """Find the eigenvectors of the derivatives' factor."""
+        """Compute the eigenvectors of the derivatives' factor."""
         self._derivatives, self._right = eigen(self._of_derivatives)
 
     def correct(self, inputs: Tensor, derivatives: Tensor, is_first: bool) -> None:
-        """Add a batch to the corrected eigenvalues; ``is_first`` as for :meth:`add`."""
+        """Add a batch to the corrected eigenvalues; ``is_first`` as in :meth:`add`."""
         of_rows = without_padding(self._module, inputs, derivatives).flatten(1, -2) @ self._right
         total = of_rows.new_zeros(len(inputs), *self._module.weight.shape)
         total.scatter_add_(1, inputs.flatten(1)[..., None].expand(-1, -1, total.shape[2]), of_rows)
         self._corrected = self._corrected + total.square_().sum(0)
 
     def tensors(self, examples: int, is_corrected: bool) -> dict[str, Tensor]:
-        """Return the eigenvectors on the right, and eigenvalues, each ``(1, ...)``."""
+        """Return right eigenvectors and eigenvalues, each ``(1, ...)``."""
         plain = self._frequencies[:, None] * self._derivatives / examples**2
         values = self._corrected / examples if is_corrected else plain
         return {"right": self._right[None], "values": values[None]}
 
 
 def with_factors(known: LayerGradients) -> list[int]:
-    """Return the numbers of the layers that have factors: those called once, with a weight of their own."""
+    """Return the numbers of the layers that have factors: those called once, with a weight that is not shared."""
     uses = Counter(place.start for layer in known.layers for place in (layer.weight, layer.bias) if place is not None)
 
     def has_factors(number: int, layer: WatchedLayer) -> bool:
         if isinstance(layer.module, nn.Embedding) and number in known.spread:
-            return False  # of positions, the same rows for all examples
+            return False  # position embeddings: the same rows for all examples
         is_own = layer.weight is not None and all(uses[one.start] == 1 for one in (layer.weight, layer.bias) if one)
         return is_own and known.times[number] == 1 and layer.has_matrix
 
@@ -153,15 +153,15 @@ def with_factors(known: LayerGradients) -> list[int]:
 
 
 def fit_factors(root: SampledRoot, is_corrected: bool) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
-    """Compute the factors of all layers that have some, and the diagonal of the matrix for other known parameters.
+    """Compute the factors of layers, and the diagonal of the matrix for other known parameters.
 
     Args:
-        root: Of the matrix.
-        is_corrected: Whether the eigenvalues are those that fit the matrix best with these eigenvectors.
+        root: Root of the matrix.
+        is_corrected: Whether to correct the eigenvalues to the best fit with these eigenvectors.
 
     Returns:
-        By number of the layer, eigenvectors and eigenvalues; and the diagonal without the penalty ``(P,)``, zero in
-        layers that have factors.
+        Eigenvectors and eigenvalues by number of the layer; and the diagonal without the penalty ``(P,)``, zero in
+        layers with factors.
     """
     objective, known = root.objective, root.known
     factors: dict[int, Any] = {
@@ -197,11 +197,11 @@ def quadratic_forms(root: SampledRoot, vectors: Tensor) -> Tensor:
 
     .. math:: \langle v, G v \rangle = \frac1N \sum_{nc} \langle A_{nc}, v \rangle^2
 
-    One backward pass for each column of the root does for all vectors, where a product with G takes several for each.
+    One backward pass for each column of the root serves all vectors, while a product with G takes several for each.
 
     Args:
-        root: Of a matrix that has one of single examples, by layers that make up all parameters.
-        vectors: v.
+        root: Root in which each row belongs to one example, with layers that cover all parameters.
+        vectors: Vectors v.
     """
     total = vectors.new_zeros(len(vectors))
     for part in root.parts():
@@ -211,24 +211,24 @@ def quadratic_forms(root: SampledRoot, vectors: Tensor) -> Tensor:
 
 
 class _Part(NamedTuple):
-    """A batch with one column of the root: the calls of layers, and the derivatives by what came out of them."""
+    """A batch with one column of the root: calls of layers, and derivatives by their outputs."""
 
     pairs: list[tuple[Call, Tensor]]
     is_first: bool
 
 
 class SampledRoot:
-    """The root of the Gauss-Newton matrix, or random combinations of its columns, by what comes out of the layers.
+    """The root of the Gauss-Newton matrix by the layers' outputs, or random combinations of its columns.
 
-    Where the matrix has no root of single examples, the gradients of the losses stand for its only column, and what
-    comes out is the Fisher matrix of the training labels.
+    If the matrix has no root in which each row belongs to one example, gradients of the losses are used as the only
+    column, and the result is the Fisher matrix of the training labels.
 
     Args:
         objective: The objective.
-        known: Its layers.
-        samples: How many random combinations of the outputs' derivatives stand for all of them; ``None`` is all,
-            ``"auto"`` as many as the number of examples asks for.
-        seed: Of the samples.
+        known: Layers with known gradients.
+        samples: Number of random combinations of the outputs' derivatives per example; ``None`` for all outputs,
+            ``"auto"`` to choose by the number of examples.
+        seed: Seed of the samples.
     """
 
     def __init__(self, objective: Objective, known: LayerGradients, samples: Samples, seed: int) -> None:
@@ -237,19 +237,19 @@ class SampledRoot:
         self._samples = samples
         self._seed = seed
         self._kept: list[list[list[Tensor]]] = []
-        """Columns of the first batches, by the outputs, of which further passes are made."""
+        """Columns of the first batches, kept for further passes."""
         self._room = objective.memory * _KEPT
 
     def parts(self) -> Iterator[_Part]:
-        """Go over the training examples, batch by batch, and column by column of the root of each."""
+        """Iterate over batches of training examples, and over the columns of the root of each batch."""
         size = self.objective.examples
-        if self.objective.has_root:  # else batches are as large as those of the training
+        if self.objective.has_root:  # otherwise batches have the size of those in training
             size = self.objective.examples_at_once("Kronecker factors", self._measured, _ENOUGH_BYTES) // 2
         for number, (indices, draw, factor) in enumerate(self.objective.parts(max(1, size))):
             yield from self._of_batch(indices, draw, factor, partial(self._columns, number))
 
     def _measured(self, indices: Tensor) -> None:
-        """Compute what is measured: each layer's gradients of the examples too, one layer at a time."""
+        """Run the computation whose memory is measured, including examples' gradients, one layer at a time."""
         for part in self._of_batch(
             indices, None, 1.0, partial(_columns, self.objective, self._samples, self._generator(0))
         ):
@@ -264,7 +264,7 @@ class SampledRoot:
         factor: float,
         columns: Callable[[Outputs, float, int], Iterator[list[Tensor]]],
     ) -> Iterator[_Part]:
-        """Go over the columns of a batch."""
+        """Iterate over the columns of a batch."""
         with (
             self.known.watched(len(indices)) as noted,
             self.objective.undifferentiated(indices, draw, nullcontext()) as (loss, outputs),
@@ -281,7 +281,7 @@ class SampledRoot:
                 yield _Part([pair for pair in zip(calls, found, strict=True) if pair[1] is not None], number == 0)
 
     def _columns(self, batch: int, outputs: Outputs, factor: float, examples: int) -> Iterator[list[Tensor]]:
-        """Yield a batch's columns, as they were made in the first pass where they are kept."""
+        """Yield a batch's columns, from the first pass if they were kept."""
         if batch < len(self._kept):
             yield from self._kept[batch]
             return
@@ -306,12 +306,12 @@ def _columns(
     factor: float,
     examples: int,
 ) -> Iterator[list[Tensor]]:
-    """Yield columns of the examples' roots, or random combinations of them, one tensor for each of outputs."""
+    """Yield columns of the examples' roots, or random combinations of them; each has one tensor per output tensor."""
     like = outputs.gradient()
     if others := [part.shape for part in like if part.ndim == 0 or len(part) != examples]:
         raise AttributionError(
-            f"The network's outputs have the shape {tuple(others[0])} for {examples} examples, which Kronecker "
-            "factors are not made of. Use GaussNewton() or Diagonal()."
+            f"The network's outputs have the shape {tuple(others[0])} for {examples} examples; Kronecker factors need "
+            "one row for each example. Use GaussNewton() or Diagonal()."
         )
     sizes = [part[0].numel() for part in like]
 
@@ -319,7 +319,7 @@ def _columns(
         return [part.reshape(one.shape).to(one.dtype) for part, one in zip(flat.split(sizes, 1), like, strict=True)]
 
     def products(flat: Tensor) -> Tensor:
-        """Each example's Hessian by its outputs times its row."""
+        """Multiply each row by the Hessian of its example's loss by the outputs."""
         curved = outputs.curve(as_outputs(flat))
         return factor * torch.cat([part.reshape(examples, -1) for part in curved], 1).to(objective.theta)
 
@@ -343,10 +343,10 @@ def _columns(
 
 
 def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of a matrix without negative eigenvalues, or of several ``(..., n, n)``.
+    """Return eigenvalues and eigenvectors of positive semi-definite matrices ``(..., n, n)``.
 
-    Those of a singular one may not converge in LAPACK, which says so or returns NaN (a layer with many dead units, in
-    single precision); its singular vectors do, and are the same.
+    For a singular matrix (a layer with many dead units, in single precision), LAPACK's eigensolver may fail or return
+    NaN. The singular value decomposition still converges and gives the same vectors.
     """
     with suppress(torch.linalg.LinAlgError):
         values, vectors = torch.linalg.eigh(matrix)

@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix: exact through the Gram matrix of output Jacobians, or by its products."""
+"""The Gauss-Newton matrix, exact by the Gram matrix of output Jacobians, or by products with vectors."""
 
 from __future__ import annotations
 
@@ -32,41 +32,42 @@ _log = logging.getLogger(__name__)
 
 
 class GaussNewton(Curvature):
-    r"""The (generalised) Gauss-Newton matrix of the training objective, at any size.
+    r"""The (generalised) Gauss-Newton matrix of the training objective, for models of any size.
 
     .. math:: G = \frac1N \sum_n J_n^\top \nabla^2 \ell_n(z_n) J_n + \operatorname{diag}(\gamma)
         = \frac1N A^\top A + \operatorname{diag}(\gamma)
 
-    with the Jacobian :math:`J_n` of the network's C outputs :math:`z_n`, the loss :math:`\ell_n` as a function of them,
-    and the weight decay :math:`\gamma` (Schraudolph, *Fast curvature matrix-vector products*, 2002). It has no negative
-    eigenvalues, and equals the Hessian where the residuals vanish.
+    with the Jacobian :math:`J_n` of the network's C outputs :math:`z_n`, the loss :math:`\ell_n` as a function of the
+    outputs, and the weight decay :math:`\gamma` (Schraudolph, *Fast curvature matrix-vector products*, 2002). It has no
+    negative eigenvalues, and equals the Hessian where the residuals are zero.
 
-    ``solver="gram"`` is exact. By the identity of Woodbury, with :math:`D = \delta + \gamma`,
+    ``solver="gram"`` is exact. By the Woodbury identity, with :math:`D = \delta + \gamma`,
 
     .. math:: (G + \delta)^{-1} = D^{-1} - D^{-1} \frac{A^\top}{\sqrt N} \left(I + \frac{A D^{-1} A^\top}{N}\right)^{-1}
         \frac{A}{\sqrt N} D^{-1}, \qquad G^+ = \frac{A^\top}{\sqrt N} (K^+)^2 \frac{A}{\sqrt N},
 
-    the latter for a damping of zero without weight decay, with the Gram matrix :math:`K = A A^\top / N` of size N C.
-    That may be some tens of thousands, P is free. ``solver="cg"`` needs products with G only, several queries at once.
+    the latter if damping and weight decay are zero, with the Gram matrix :math:`K = A A^\top / N` of size N C, which
+    can be tens of thousands; P is not limited. ``solver="cg"`` uses only products with G, for several queries at once.
 
     Args:
-        solver: ``"gram"`` or ``"cg"``; ``"auto"`` is the former where the loss is a mean over examples and the Gram
-            matrix fits the memory. Where the loss has no curvature in the network's outputs, or a negative one, it
-            takes the Fisher matrix of the training labels, :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and says
-            so.
-        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue, 0 the pseudo-inverse.
-        iterations: Of conjugate gradients: where to stop at the latest, converged or not; ``None`` goes on until the
-            tolerance is reached. Few iterations leave small eigenvalues out, which regularises as a damping does.
-        tolerance: Of conjugate gradients: the relative residual at which to stop.
-        cutoff: Share of the largest eigenvalue below which the pseudo-inverse takes one for zero; ``None`` is N C
-            times the rounding of the precision.
-        projection: Dimensions that gradients are projected to at random, so that the root fits the memory; see
-            ``lightning_dtda.estimators.projection.Projection``. ``None``, or a model of no more parameters, is all of
-            them.
-        seed: Of the projection.
-        preconditioner: Of conjugate gradients: a curvature M with a spectrum, such as
-            :class:`~lightning_dtda.estimators.EKFAC`, whose damped inverse :math:`(M + \delta_M)^{-1}` each residual is
-            multiplied with. Some ten iterations then do for many without. :math:`\delta_M` is M's own damping.
+        solver: ``"gram"``, ``"cg"`` or ``"auto"``. ``"auto"`` uses ``"gram"`` if the loss is a mean over examples and
+            the Gram matrix fits in memory, and otherwise ``"cg"``. If the loss has no curvature or negative curvature
+            in the network's outputs, ``"auto"`` uses the Fisher matrix of the training labels,
+            :math:`\frac1N \sum_n \nabla l_n \nabla l_n^\top`, and logs a warning.
+        damping: :math:`\delta`; ``"auto"`` for the mean eigenvalue, 0 for the pseudo-inverse.
+        iterations: Maximum number of conjugate gradient iterations, after which the solution is used even if it has not
+            converged; ``None`` to iterate until the tolerance is reached. Few iterations leave out small eigenvalues,
+            which regularises like a damping.
+        tolerance: Relative residual at which conjugate gradients stop.
+        cutoff: Fraction of the largest eigenvalue below which the pseudo-inverse treats eigenvalues as zero; ``None``
+            for N C times machine epsilon.
+        projection: Dimension of a random projection of gradients that makes the root fit in memory; see
+            ``lightning_dtda.estimators.projection.Projection``. ``None`` for no projection; models with at most this
+            number of parameters are not projected either.
+        seed: Seed of the projection.
+        preconditioner: Preconditioner of conjugate gradients: a curvature M with a spectrum, such as
+            :class:`~lightning_dtda.estimators.EKFAC`. Each residual is multiplied by :math:`(M + \delta_M)^{-1}`, where
+            :math:`\delta_M` is the damping of M. About ten iterations then replace many.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -97,15 +98,15 @@ class GaussNewton(Curvature):
         self.seed = seed
         self.preconditioner = check_preconditioner(preconditioner, solver)
         if preconditioner is not None and projection is not None:
-            raise AttributionError("projection mixes the parameters that a preconditioner tells apart. Leave one out.")
+            raise AttributionError("A projection mixes parameters, so it excludes a preconditioner. Leave one out.")
 
     @override
     def fit(self, objective: Objective) -> FittedCurvature:
         projection = projection_to(self.projection, objective.size, self.seed)
         if projection is not None and len(objective.penalty.unique()) > 1:
             raise AttributionError(
-                f"The parameters of {objective.run.path} have different weight decays, which a projection mixes. Leave "
-                "projection out, or use EKFAC()."
+                f"The parameters of {objective.run.path} have different weight decays, which a projection would mix. "
+                "Leave projection out, or use EKFAC()."
             )
         if self.uses_gram(objective):
             return GramMatrix(objective, projection, self.cutoff)
@@ -120,7 +121,7 @@ class GaussNewton(Curvature):
         )
 
     def uses_gram(self, objective: Objective) -> bool:
-        """Whether the Gram matrix is taken, which ``"auto"`` decides for each objective."""
+        """Whether the Gram matrix is used, which ``"auto"`` decides for each objective."""
         return self.solver == "gram" or (
             self.solver == "auto"
             and objective.lacks_curvature is None
@@ -130,15 +131,15 @@ class GaussNewton(Curvature):
 
     @override
     def passes(self, objective: Objective) -> float:
-        # products with a root that is kept cost next to nothing
+        # products with a stored root cost next to nothing
         return 4.0 if self.solver != "cg" else 4.0 * (self.iterations or 20)
 
 
 def resolve_curvature(curvature: Curvature | None) -> Curvature:
-    """Return a curvature, :class:`GaussNewton` if none is given.
+    """Return a curvature; :class:`GaussNewton` if none is given.
 
     Raises:
-        AttributionError: If it is something else.
+        AttributionError: If the argument is not a curvature.
     """
     if curvature is not None and not isinstance(curvature, Curvature):
         raise AttributionError(f"curvature={curvature!r} is not a curvature. Give one, such as GaussNewton().")
@@ -146,18 +147,18 @@ def resolve_curvature(curvature: Curvature | None) -> Curvature:
 
 
 def gram_bytes(objective: Objective) -> float:
-    """Return the bytes that the Gram matrix takes, with those of the work on it."""
+    """Return the memory of the Gram matrix and its workspace in bytes."""
     rows = objective.examples * objective.outputs
     return (len(objective.penalty.unique()) + 2) * rows**2 * objective.theta.itemsize
 
 
 _ROUNDING = 0.1
-"""Relative error by rounding, of the root's product with it, from which on a solution by the identity of Woodbury is
-refused: it is the difference of two vectors that are the longer the smaller the damping."""
+"""Maximum relative rounding error of the root's product with a solution by the Woodbury identity. The solution is a
+difference of two vectors, whose lengths grow as the damping shrinks."""
 
 
 class ImplicitGaussNewton(FittedCurvature):
-    """A Gauss-Newton matrix by its products: with its root where that fits the memory."""
+    """A Gauss-Newton matrix by its products, computed with its root if that fits in memory."""
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class ImplicitGaussNewton(FittedCurvature):
             objective.refuse_root("A projection of the Gauss-Newton matrix")
 
     def _take_fisher(self, why: str) -> None:
-        _log.warning("For the Gauss-Newton matrix stands the Fisher matrix of the training labels: %s.", why)
+        _log.warning("Using the Fisher matrix of the training labels instead of the Gauss-Newton matrix: %s.", why)
         self._of_objective, self._root, self._may_take_fisher = self._objective.fisher_products, None, False
 
     @cached_property
@@ -214,15 +215,15 @@ class ImplicitGaussNewton(FittedCurvature):
         except AttributionError:
             if not self._may_take_fisher:
                 raise
-            self._take_fisher("it is not positive")
+            self._take_fisher("the latter is not positive definite")
             return self.solve(vectors, damping)
         return Solution(solution if self._projection is None else self._projection.transpose(solution), residuals)
 
 
 class GramMatrix(Spectrum):
-    """A Gauss-Newton matrix by the Gram matrix of its root.
+    """A Gauss-Newton matrix represented by the Gram matrix of its root.
 
-    Parameters of equal weight decay share a Gram matrix, so that any damping can be had of what is computed once.
+    There is one Gram matrix for each value of the weight decay, which allows any damping without recomputing them.
     """
 
     def __init__(self, objective: Objective, projection: Projection | None, cutoff: float | None) -> None:
@@ -233,11 +234,11 @@ class GramMatrix(Spectrum):
         if needed > objective.memory:
             raise AttributionError(
                 f"The Gram matrix of {objective.examples} examples with {objective.outputs} outputs takes "
-                f"{human_bytes(needed)}; {human_bytes(objective.memory)} may be used. Raise memory_budget, or use "
+                f"{human_bytes(needed)}; {human_bytes(objective.memory)} can be used. Raise memory_budget, or use "
                 'GaussNewton(solver="cg").'
             )
         self._root = Root(objective, projection)
-        # the parameters' groups, or those of the projected dimensions, which all have the one weight decay
+        # groups of parameters by weight decay; projected dimensions form one group
         self._groups = groups if projection is None else groups.new_zeros(projection.dimension)
         self._grams = torch.stack([self._root.gram(self._groups == group) for group in range(len(self._penalties))])
         self._grams /= objective.examples
@@ -259,14 +260,14 @@ class GramMatrix(Spectrum):
     def _penalty(self) -> float:
         if len(self._penalties) > 1:
             raise AttributionError(
-                f"The parameters of {self._objective.run.path} have different weight decays, so that the Gauss-Newton "
-                "matrix has no eigenvectors that the Gram matrix would give. Use a damping, or ExactHessian()."
+                f"The parameters of {self._objective.run.path} have different weight decays, so the eigenvectors of "
+                "the Gauss-Newton matrix do not follow from the Gram matrix. Use a damping, or ExactHessian()."
             )
         return float(self._penalties)
 
     @cached_property
     def _decomposition(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues and eigenvectors of the Gram matrix, without those that are zero."""
+        """Nonzero eigenvalues of the Gram matrix, and their eigenvectors."""
         values, basis = torch.linalg.eigh(self._grams[0])
         kept = values > max(self.cutoff, default_cutoff(values)) * values[-1].clamp_min(0)
         return values[kept], basis[:, kept]
@@ -300,16 +301,17 @@ class GramMatrix(Spectrum):
         scale = 1 / diagonal[self._groups]
         gram = torch.einsum("gij,g->ij", self._grams, 1 / diagonal)
         gram.diagonal().add_(1)
-        # a third of the work of eigenvectors, and for many dampings still less
+        # a third of the work of an eigendecomposition, and still less work with many dampings
         factor, failed = torch.linalg.cholesky_ex(gram)
         weights = torch.cholesky_solve(self._root.times(vectors * scale), factor)
         solution = (vectors - self._root.transposed(weights).div_(self._objective.examples)).mul_(scale)
-        # the weights are the root's product with the solution, had without its cancellation
+        # the weights equal the root's product with the solution, but without its cancellation
         error = (self._root.times(solution) - weights).norm()
         if bool(failed) or not bool(error <= _ROUNDING * weights.norm()):
             raise AttributionError(
-                f"With damping {damping:.3g}, rounding would decide on the responses of {self._objective.run.path}: it "
-                "is too far below the largest eigenvalue. Give a larger damping, 0 for the pseudo-inverse, or compute "
-                'in double (precision="float64").'
+                f"Damping {damping:.3g} is too small for {self._objective.run.path}: it is so far below the largest "
+                "eigenvalue that the responses would be rounding errors. Give a larger damping, or 0 (the "
+                "pseudo-inverse) if there is no weight decay, or compute in double precision "
+                '(precision="float64").'
             )
         return Solution(solution if self._projection is None else self._projection.transpose(solution))

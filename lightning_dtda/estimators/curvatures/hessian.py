@@ -1,4 +1,4 @@
-"""The Hessian by its products with vectors, at any size."""
+"""The Hessian by products with vectors, for models of any size."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ from lightning_dtda.estimators.curvatures.solvers import (
 from lightning_dtda.estimators.objective import Objective
 
 _PRODUCT = 4.0
-"""Time of a Hessian product over that of a directional derivative of the losses, which has no backward pass."""
+"""Time of a Hessian product relative to a directional derivative of the losses, which has no backward pass."""
 
 
 class Hessian(Curvature):
-    r"""The Hessian of the training objective by its products, for models of any size.
+    r"""The Hessian of the training objective by products with vectors, for models of any size.
 
     ``solver="cg"`` solves :math:`(H + \delta) x = v` by conjugate gradients, for all queries at once (Martens, *Deep
     learning via Hessian-free optimization*, 2010; Koh and Liang, arXiv 1703.04730, section 3). ``solver="lissa"`` sums
     a Neumann series of products with small samples of the examples (Agarwal, Bullins and Hazan, arXiv 1602.03943).
 
-    Both need :math:`H + \delta` to be positive definite, which the Hessian of a network is only with a damping above
-    its most negative eigenvalue. Solutions that are not converged are an error, unless ``iterations`` asks for them.
+    Both need a positive definite :math:`H + \delta`, so for a network the damping must exceed the absolute value of the
+    most negative eigenvalue. A solution that does not converge raises an error, unless ``iterations`` is given.
 
     Args:
         solver: ``"cg"`` or ``"lissa"``.
-        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue.
-        iterations: Where to stop at the latest, converged or not; ``None`` goes on until the tolerance is reached. Few
-            iterations leave small eigenvalues out, which regularises as a damping does.
-        tolerance: The relative residual at which to stop; ``None`` is 1e-4 for ``"cg"``, and 0.1 for ``"lissa"``, whose
-            samples leave noise.
-        batch_size: Examples of a term of ``"lissa"``; ``None`` is all of them.
-        repeats: Series of ``"lissa"`` that are averaged.
-        preconditioner: Of ``"cg"``; see :class:`~lightning_dtda.estimators.GaussNewton`.
+        damping: :math:`\delta`; ``"auto"`` for the mean eigenvalue.
+        iterations: Maximum number of iterations, after which the solution is used even if it has not converged;
+            ``None`` to iterate until the tolerance is reached. Few iterations leave out small eigenvalues, which
+            regularises like a damping.
+        tolerance: Relative residual at which to stop; ``None`` for 1e-4 with ``"cg"``, and 0.1 with ``"lissa"``, whose
+            samples are noisy.
+        batch_size: Number of examples in a term of ``"lissa"``; ``None`` for all of them.
+        repeats: Number of ``"lissa"`` series to average.
+        preconditioner: Preconditioner for ``"cg"``; see :class:`~lightning_dtda.estimators.GaussNewton`.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -72,7 +73,7 @@ class Hessian(Curvature):
         self.solver = solver
         self.damping = check_damping(damping)
         self.iterations = iterations
-        # a sampled series does not come closer to the solution than its noise
+        # the noise of the samples limits how close a series can get to the solution
         self.tolerance = (1e-4 if solver == "cg" else 0.1) if tolerance is None else tolerance
         check_iterations(iterations, self.tolerance)
         self.batch_size = batch_size
@@ -89,7 +90,7 @@ class Hessian(Curvature):
 
 
 class ImplicitHessian(FittedCurvature):
-    """A Hessian of which nothing is kept."""
+    """A Hessian that is never stored."""
 
     def __init__(self, objective: Objective, curvature: Hessian) -> None:
         self._objective = objective
@@ -123,7 +124,7 @@ class ImplicitHessian(FittedCurvature):
         )
 
     def _of_samples(self) -> Products:
-        """Return products with the Hessian of a sample of the examples, another one each time."""
+        """Return products with the Hessian of a random sample of the examples, a new sample for each product."""
         objective, size = self._objective, self._curvature.batch_size
         if size is None or size >= objective.examples:
             return objective.hessian_products

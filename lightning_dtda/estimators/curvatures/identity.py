@@ -1,4 +1,4 @@
-"""No curvature at all."""
+"""The identity as curvature."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lightning_dtda.estimators.objective import Objective
 
 
 class Identity(Curvature):
-    r"""The identity matrix, for responses that are products of gradients.
+    r"""The identity matrix: responses are inner products of gradients.
 
     .. math:: r_k = \frac{1}{N (1 + \delta)} \nabla m(\theta_T)^\top \nabla l_k(\theta_T)
 
-    What other curvatures are to be compared with. It has no unit, so the scale of the responses means nothing.
+    A baseline for other curvatures. It has no unit, so the scale of the responses has no meaning.
 
     Args:
-        damping: :math:`\delta`.
+        damping: Damping :math:`\delta`.
 
     Raises:
         AttributionError: If the damping is out of range.
@@ -47,5 +47,5 @@ class DiagonalSpectrum(Spectrum):
     @override
     def apply(self, function: Function, vectors: Tensor) -> Tensor:
         factors = function(self.values)
-        # fresh memory for many long vectors takes longer than all else that an identity is asked for
+        # allocating many long vectors would take longer than everything else that the identity does
         return vectors if bool((factors == 1).all()) else vectors * factors

@@ -33,7 +33,7 @@ from lightning_dtda.trajectory.storage import read_json, read_tensors, write_jso
 _log = logging.getLogger(__name__)
 
 _CUTOFF = 1e-7
-"""Share of the largest eigenvalue that counts as zero: what single precision leaves of one in the factors."""
+"""Fraction of the largest eigenvalue below which eigenvalues count as zero: rounding in single precision."""
 
 
 Lengths: TypeAlias = Callable[[Tensor], Tensor]
@@ -42,32 +42,33 @@ Lengths: TypeAlias = Callable[[Tensor], Tensor]
 class KFAC(Curvature):
     r"""Kronecker-factored approximate curvature of the Gauss-Newton matrix.
 
-    A block for each linear or convolutional layer, weight and bias together, and each embedding, and nothing between
-    layers: with inputs a and the derivatives g of :math:`A_n` (see :class:`~lightning_dtda.estimators.GaussNewton`) by
-    the layer's outputs,
+    The matrix has one block for each linear or convolutional layer (weight and bias together) and each embedding, and
+    is zero between layers. With the layer's inputs a, and the derivatives g by its outputs in :math:`A_n` (see
+    :class:`~lightning_dtda.estimators.GaussNewton`),
 
     .. math:: G_{\text{layer}} \approx \left(\frac1N \sum_n a_n a_n^\top\right) \otimes
         \left(\frac1N \sum_n g_n g_n^\top\right)
 
     (Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407, for convolutions; Eschenhagen et al.,
     arXiv 2311.00636, "expand", for layers that share weights over positions). Parameters of other layers, and those
-    that several layers share, get the diagonal of the Gauss-Newton matrix; which ones is logged. A convolution of
-    several groups has a block for each, as so many convolutions side by side.
+    that several layers share, use the diagonal of the Gauss-Newton matrix; the log says which ones. A grouped
+    convolution has a block for each group.
 
-    Blocks without what couples layers give solutions that point well and are several times too long. Each solution x
-    for a vector v is therefore rescaled with the true matrix, of which the samples stand for the outputs (Martens and
-    Grosse), and responses are in the measurement's unit:
+    Because blocks ignore the coupling between layers, solutions have a good direction but are several times too long.
+    Each solution x for a vector v is therefore rescaled with the true matrix, using the same samples of the outputs
+    (Martens and Grosse), so responses are in the measurement's unit:
 
     .. math:: x \leftarrow \frac{\langle v, x \rangle}{\langle x, (G + \delta) x \rangle}\, x
 
     Args:
-        damping: :math:`\delta`; ``"auto"`` is a hundredth of the mean eigenvalue, 0 the pseudo-inverse.
-        samples: How many random combinations of the C outputs' derivatives stand for all of them; ``None`` is all of
-            them, exact. ``"auto"`` is as many as make 1,024 with all examples, so that a network with few outputs and
-            examples has all, and a language model, which has an output for each word at each position, one.
-        seed: Of the samples.
-        rescale: Whether solutions are rescaled.
-        cache: A directory where the factors of each run are kept, to be read by the next call.
+        damping: :math:`\delta`; ``"auto"`` for a hundredth of the mean eigenvalue, 0 for the pseudo-inverse.
+        samples: Number of random combinations of the C outputs' derivatives per example; ``None`` to use all outputs,
+            which is exact. ``"auto"`` aims at 1,024 combinations over all examples: all outputs for a network with few
+            outputs and examples, and one combination for a language model, which has an output for each token of the
+            vocabulary at each position.
+        seed: Seed of the samples.
+        rescale: Whether to rescale solutions.
+        cache: Directory where the factors of each run are stored and read again by later calls.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -75,9 +76,9 @@ class KFAC(Curvature):
 
     arguments = ("damping", "samples", "seed", "rescale")
     auto_damping: ClassVar[float] = 0.01
-    """Less than elsewhere: the length of solutions, which small eigenvalues spoil first, is set by rescaling."""
+    """Smaller than elsewhere, because small eigenvalues mainly distort the length of solutions, which is rescaled."""
     is_corrected: ClassVar[bool] = False
-    """Whether the eigenvalues are corrected."""
+    """Whether eigenvalues are corrected as in EKFAC."""
 
     def __init__(
         self,
@@ -88,7 +89,7 @@ class KFAC(Curvature):
         cache: str | Path | None = None,
     ) -> None:
         if not (samples in (None, "auto") or (isinstance(samples, int) and samples >= 1)):
-            raise AttributionError(f'samples={samples!r}; give "auto", at least 1, or None for all outputs.')
+            raise AttributionError(f'samples={samples!r}; give "auto", a positive number, or None for all outputs.')
         self.damping = check_damping(damping)
         self.samples = samples
         self.seed = seed
@@ -99,9 +100,9 @@ class KFAC(Curvature):
     def fit(self, objective: Objective) -> KroneckerSpectrum:
         if objective.scale is not None:
             raise AttributionError(
-                f"The parameters of {objective.run.path} move at different rates: the optimizer scales each gradient's "
-                "entries, or parameter groups have learning rates of their own. Kronecker factors have no such matrix. "
-                "Use GaussNewton() or ExactHessian()."
+                f"The parameters of {objective.run.path} move at different rates, because the optimizer scales the "
+                "entries of the gradient or parameter groups have different learning rates. Kronecker factors do not "
+                "support this. Use GaussNewton() or ExactHessian()."
             )
         known = objective.layers
         layers = {} if known is None else {number: known.layers[number] for number in with_factors(known)}
@@ -109,7 +110,7 @@ class KFAC(Curvature):
         starts = [0, *accumulate(objective.layout.sizes)]
         others = [name for name, start in zip(objective.layout.names, starts, strict=False) if start not in in_layers]
         if others:
-            _log.info("The diagonal of the Gauss-Newton matrix stands for the curvature of %s.", ", ".join(others))
+            _log.info("Using the diagonal of the Gauss-Newton matrix for these parameters: %s.", ", ".join(others))
         root = None if known is None else SampledRoot(objective, known, self.samples, self.seed)
         path = None if self.cache is None else _cache_file(objective, self)
         tensors = None if path is None else _read(path)
@@ -128,13 +129,13 @@ class KFAC(Curvature):
 
 
 class EKFAC(KFAC):
-    r"""KFAC with corrected eigenvalues: in the eigenvectors of KFAC's factors, those that fit the matrix best.
+    r"""KFAC with corrected eigenvalues: the best fit to the matrix in the eigenvectors of KFAC's factors.
 
     .. math:: G_{\text{layer}} \approx U \Lambda U^\top, \qquad U = U_a \otimes U_g, \qquad
         \Lambda_{ii} = \frac1N \sum_n (A_n U)_{ni}^2
 
     (George et al., arXiv 1806.03884; Grosse et al., arXiv 2308.03296, for influence functions). Arguments, errors and
-    the treatment of other parameters are those of :class:`KFAC`.
+    the treatment of other parameters are the same as for :class:`KFAC`.
     """
 
     is_corrected = True
@@ -145,12 +146,12 @@ class Block:
     """A layer's block in the eigenvectors of its factors.
 
     Args:
-        weight: Where the weight lies in the parameters, as ``(d_out, d_in)``.
-        bias: Where the bias lies; ``None`` if there is none. It is the last column of the input side.
-        left: Eigenvectors of the derivatives' factor ``(d_out, d_out)``. ``None`` for an embedding's weight
-            ``(rows, d)``, which has those of the derivatives on the right, and each row for itself on the left.
-        right: Eigenvectors of the inputs' factor ``(d_in, d_in)``, one more with a bias.
-        values: Eigenvalues ``(d_out, d_in)``, one column more with a bias.
+        weight: Place of the weight ``(d_out, d_in)`` in the parameters.
+        bias: Place of the bias, which is the last column on the input side; ``None`` if there is none.
+        left: Eigenvectors of the derivatives' factor ``(d_out, d_out)``; ``None`` for the weight ``(rows, d)`` of an
+            embedding, which has the eigenvectors of the derivatives on the right, and the identity on the left.
+        right: Eigenvectors of the inputs' factor ``(d_in, d_in)``; one more with a bias.
+        values: Eigenvalues ``(d_out, d_in)``; one more column with a bias.
     """
 
     weight: slice
@@ -164,10 +165,10 @@ class KroneckerSpectrum(Spectrum):
     r"""Blocks of layers, and a diagonal for all else.
 
     Args:
-        blocks: The layers'.
-        diagonal: ``(P,)``, of which entries that no block has count.
-        lengths: Vectors x ``(Q, P)`` to :math:`\langle x, G x \rangle` ``(Q,)`` with the true matrix, for rescaling;
-            ``None`` for no rescaling.
+        blocks: Blocks of the layers.
+        diagonal: Diagonal ``(P,)``; only entries outside of all blocks are used.
+        lengths: Function from vectors x ``(Q, P)`` to :math:`\langle x, G x \rangle` ``(Q,)`` with the true matrix, for
+            rescaling; ``None`` for no rescaling.
     """
 
     cutoff = _CUTOFF
@@ -211,7 +212,7 @@ class KroneckerSpectrum(Spectrum):
 
 
 def _lengths(objective: Objective, root: SampledRoot | None) -> Lengths:
-    """Return what computes quadratic forms with the Gauss-Newton matrix."""
+    """Return a function that computes quadratic forms with the Gauss-Newton matrix."""
     if root is None or root.known.others or not objective.has_root:
         return lambda vectors: (objective.gauss_newton_products(vectors) * vectors).sum(1)
 
@@ -225,7 +226,7 @@ def _fitted(objective: Objective, root: SampledRoot | None, is_corrected: bool) 
     """Compute eigenvectors and eigenvalues of the layers' blocks, and the diagonal of everything else."""
     if not objective.has_root:
         _log.info(
-            "The Kronecker factors are those of the training labels' gradients: the loss is no mean over examples."
+            "The Kronecker factors use gradients of the training labels, because the loss is not a mean over examples."
         )
     tensors: dict[str, Tensor] = {}
     diagonal, unknown = torch.zeros_like(objective.theta), torch.ones_like(objective.theta, dtype=torch.bool)
@@ -246,7 +247,7 @@ def _blocks(number: int, layer: WatchedLayer, tensors: dict[str, Tensor], object
     assert layer.weight is not None  # else it has no factors
     rights, values = (tensors[f"{number}.{name}"].to(objective.theta) for name in ("right", "values"))
     lefts = tensors[f"{number}.left"].to(objective.theta) if f"{number}.left" in tensors else None
-    # of a bias with another weight decay, which no eigenvector of the block would have
+    # also for a bias with a different weight decay, which would change the eigenvectors of the block
     penalty = objective.penalty[layer.weight.start]
     groups = len(values)
 
@@ -272,7 +273,7 @@ def _cache_file(objective: Objective, curvature: KFAC) -> Path:
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """Read factors from the cache; ``None`` if they are not there, or damaged."""
+    """Read factors from the cache; ``None`` if they are missing or damaged."""
     try:
         return read_tensors(path.parent, read_json(path.with_suffix(".json"))["factors"])
     except (TrajectoryError, KeyError):

@@ -1,4 +1,4 @@
-"""Layers whose weight has a structure of its own in every derivative: the gradient by it is an outer product."""
+"""Linear layers whose gradients by the weight are outer products."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_dtda.estimators.objective import Objective
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a trained weight of its own, called once for an example.
+    """A layer that is called once per example, with a trained weight that is not shared.
 
     Args:
-        name: In the module.
-        weight: Where the weight lies in the parameters.
-        bias: Where the bias lies, if it is trained.
+        name: Name in the module.
+        weight: Place of the weight in the parameters.
+        bias: Place of the bias, if it is trained.
         parameters: Names of both in the module.
-        outputs: The first dimension of the weight.
+        outputs: Size of the first dimension of the weight.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Layer:
 
 
 def layers_of(objective: Objective, kinds: Sequence[type[nn.Module]]) -> list[Layer]:
-    """Find the layers of some kinds, in the module's order.
+    """Find the layers of some classes, in the module's order.
 
     Args:
-        objective: Names the trained parameters, and runs the module.
-        kinds: Classes; what is derived from them may do anything, and is left out.
+        objective: The objective, with the module and its trained parameters.
+        kinds: Classes of layers. Subclasses are left out, because they may compute anything.
     """
     layout, module = objective.layout, objective.module
     starts = [0, *accumulate(layout.sizes)]
@@ -44,7 +44,7 @@ def layers_of(objective: Objective, kinds: Sequence[type[nn.Module]]) -> list[La
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
-    # those that layers share have several names; a layer that is called twice has factors of neither call
+    # shared parameters have several names; layers that are called twice are left out below
     own = {found: of_one[0] for found, of_one in names.items() if len(of_one) == 1 and of_one[0] in places}
     layers = []
     for name, layer in module.named_modules():
@@ -61,13 +61,13 @@ def layers_of(objective: Objective, kinds: Sequence[type[nn.Module]]) -> list[La
 
 
 def outer_products(objective: Objective) -> list[Layer]:
-    r"""Find the linear layers by whose weight an output's derivative is an outer product, :math:`g_n a_n^\top`.
+    r"""Find linear layers where the derivative of an output by the weight is an outer product, :math:`g_n a_n^\top`.
 
-    Those are called with one vector for an example, and their weight is used nowhere else. Whether it is (a decoder
-    with the transposed weight of its encoder would), is seen from the first example's derivatives.
+    These layers are called with one vector per example, and their weight is not used elsewhere (a decoder may use the
+    transposed weight of its encoder). Such uses are detected in the derivatives of the first example.
     """
     if objective.scale is not None:
-        return []  # what is scaled entry by entry is no outer product any more
+        return []  # scaling individual entries destroys the outer product
     candidates = layers_of(objective, (nn.Linear,))
     if not candidates:
         return []
@@ -76,7 +76,7 @@ def outer_products(objective: Objective) -> list[Layer]:
     found = []
     for layer, (derivatives, inputs) in zip(candidates, example.layers, strict=True):
         whole = example.rows[:, layer.weight]
-        # of an example with several positions, there are more derivatives and inputs than rows and columns
+        # an example with several positions has more derivatives and inputs than the weight has rows and columns
         if derivatives.shape[1] * inputs.shape[1] == whole.shape[1]:
             products = (derivatives[:, :, None] * inputs[:, None, :]).flatten(1)
             if bool((products - whole).norm() <= tolerance * whole.norm()):

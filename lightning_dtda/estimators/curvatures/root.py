@@ -14,23 +14,23 @@ from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection
 
 _SHARE = 0.5
-"""Share of the memory that the root, or a part of it, may take; the rest is for computing it."""
+"""Fraction of the memory for the root or a part of it; the rest is for its computation."""
 
 _STRIPS = 6
-"""Parts of a Gram matrix's rows, each computed from the diagonal on: little more than half of the matrix in all."""
+"""Number of row blocks of a Gram matrix; each is computed from the diagonal on, about half of the matrix in all."""
 
 _LARGEST = 2**22
-"""Numbers in a temporary of products with outer products: about what a cache holds, so that more gain nothing."""
+"""Number of elements of a temporary in products with outer products; about the size of a cache, larger is no faster."""
 
 
 @dataclass(frozen=True)
 class OuterProducts:
-    r"""The root's columns of a linear layer's weight, which are never written out: :math:`g_{nc} a_n^\top` in each row.
+    r"""Columns of the root for a linear layer's weight, stored as factors: each row is :math:`g_{nc} a_n^\top`.
 
     Args:
-        place: Where the weight lies in the parameters.
-        derivatives: g, by the layer's outputs ``(N * C, d_out)``.
-        inputs: a ``(N, d_in)``.
+        place: Place of the weight in the parameters.
+        derivatives: Derivatives g by the layer's outputs ``(N * C, d_out)``.
+        inputs: Inputs a ``(N, d_in)``.
     """
 
     place: slice
@@ -41,8 +41,8 @@ class OuterProducts:
         r"""Return some rows and columns of the Gram matrix, :math:`\langle g, g' \rangle \langle a, a' \rangle`.
 
         Args:
-            rows: Examples.
-            others: Examples.
+            rows: Examples of the rows.
+            others: Examples of the columns.
         """
         outputs = len(self.derivatives) // len(self.inputs)
         of_inputs = self.inputs[rows] @ self.inputs[others].T
@@ -62,7 +62,7 @@ class OuterProducts:
         return torch.cat(products, 1).mT.flatten(0, 1)
 
     def transposed(self, weights: Tensor) -> Tensor:
-        """Return the transpose's product ``(Q, d_out * d_in)`` with ``weights`` ``(N * C, Q)``."""
+        """Return the product ``(Q, d_out * d_in)`` of the transpose with ``weights`` ``(N * C, Q)``."""
         examples = len(self.inputs)
         of_examples = self.derivatives.unflatten(0, (examples, -1))
         products = [
@@ -73,25 +73,25 @@ class OuterProducts:
 
     @property
     def _at_once(self) -> int:
-        """How many vectors are multiplied at once: each has N d_out numbers on the way."""
+        """Number of vectors that are multiplied at once; each takes a temporary of N d_out numbers."""
         return max(1, _LARGEST // (len(self.inputs) * self.derivatives.shape[1]))
 
     def squared_norm(self) -> float:
-        """Return the sum of all squares."""
+        """Return the sum of squares of all entries."""
         per_example = self.derivatives.square().sum(1).unflatten(0, (len(self.inputs), -1)).sum(1)
         return float(per_example @ self.inputs.square().sum(1))
 
 
 class Root:
-    r"""A of :math:`G = A^\top A / N + \operatorname{diag}(\gamma)`.
+    r"""The root A of the Gauss-Newton matrix :math:`G = A^\top A / N + \operatorname{diag}(\gamma)`.
 
-    Its columns of linear layers' weights are outer products of two factors each, of which products and Gram matrices
-    are had without the columns (they cost N (d_out + d_in) of memory in place of N d_out d_in, and as little of the
-    time of a Gram matrix). The other columns are held in memory where they fit, else computed again.
+    The columns for a linear layer's weight are outer products. They are stored as two factors, from which products and
+    Gram matrices are computed, with N (d_out + d_in) memory instead of N d_out d_in and the same saving of time in a
+    Gram matrix. The other columns are kept in memory if they fit, or recomputed.
 
     Args:
         objective: The objective.
-        projection: If there is one, of P to k dimensions, the root is A S, ``(N * C, k)``, and has no factors.
+        projection: Optional projection S from P to k dimensions. The root is then A S, ``(N * C, k)``, without factors.
     """
 
     def __init__(self, objective: Objective, projection: Projection | None = None) -> None:
@@ -101,7 +101,7 @@ class Root:
         self.size = objective.size if projection is None else projection.dimension
         self._projection = projection
         self._layers = outer_products(objective) if projection is None else []
-        # numbers that an example has in the factors of a layer
+        # numbers per example in the factors of all layers
         factors = sum(
             objective.outputs * layer.outputs + (layer.weight.stop - layer.weight.start) // layer.outputs
             for layer in self._layers
@@ -113,7 +113,7 @@ class Root:
         for layer in self._layers:
             plain[layer.weight] = False
         self._plain = plain.nonzero()[:, 0].to(objective.theta.device)
-        """Columns that are no layer's."""
+        """Columns that are not stored as factors."""
         self._width = max(1, int((most - factors * objective.examples) / self.rows))
 
     @property
@@ -123,7 +123,7 @@ class Root:
 
     @cached_property
     def _kept(self) -> tuple[list[OuterProducts], Tensor]:
-        """The layers' columns, and all others ``(N * C, n)`` if they fit."""
+        """The columns stored as factors, and all others ``(N * C, n)`` if they fit."""
         columns = self._plain if self.is_kept else self._plain[:0]
         plain = self.objective.theta.new_empty(self.rows, len(columns))
         parts = []
@@ -135,10 +135,10 @@ class Root:
         return found, plain
 
     def gram(self, chosen: Tensor) -> Tensor:
-        """Return the Gram matrix ``(N * C, N * C)`` of some columns: those of whole parameters.
+        """Return the Gram matrix ``(N * C, N * C)`` of some columns.
 
         Args:
-            chosen: Which columns, of the parameters or the projected dimensions, as a mask.
+            chosen: Mask of the columns (parameters or projected dimensions); either all or none of a parameter tensor.
         """
         layers, plain = self._kept
         result = plain.new_zeros(self.rows, self.rows)
@@ -185,7 +185,7 @@ class Root:
         return (of_plain + sum(layer.squared_norm() for layer in self._kept[0])) / self.objective.examples
 
     def _add(self, gram: Tensor, rows: slice, strip: Tensor) -> None:
-        """Add rows of some examples, from the diagonal on, and the columns that mirror them."""
+        """Add rows of some examples, from the diagonal on, and the mirrored columns."""
         gram[rows, rows.start :] += strip
         gram[rows.stop :, rows] += strip[:, rows.stop - rows.start :].T
 
@@ -193,7 +193,7 @@ class Root:
         return slice(int(indices[0]) * self.outputs, (int(indices[-1]) + 1) * self.outputs)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the plain columns' rows and where they stand: all at once if they are kept, else of some examples."""
+        """Yield places and rows of the plain columns: all at once if they are kept, else some examples at a time."""
         if self.is_kept:
             yield slice(None), self._kept[1]
             return
@@ -203,14 +203,14 @@ class Root:
     def _rows(
         self, columns: Tensor, layers: Sequence[str] = ()
     ) -> Iterator[tuple[slice, Tensor, list[tuple[Tensor, Tensor]]]]:
-        """Yield some columns' rows of some examples at a time, where they stand, and what ``roots`` has of layers."""
+        """Yield, some examples at a time, the place and the rows of some columns, and the layers of ``RootRows``."""
         chosen = columns if self._projection is None and len(columns) < self.size else None
         for indices, rows, of_layers in self.objective.roots(chosen, layers):
             projected = rows if self._projection is None else self._projection.forward(rows)[:, columns]
             yield self._place(indices), projected, of_layers
 
     def _blocks(self, columns: Tensor) -> Iterator[Tensor]:
-        """Yield some of the plain columns ``(N * C, n)``, as many at once as the memory holds."""
+        """Yield plain columns ``(N * C, n)``, as many at a time as fit in the memory."""
         for chosen in columns.split(self._width):
             block = self.objective.theta.new_empty(self.rows, len(chosen))
             for place, rows, _ in self._rows(chosen):

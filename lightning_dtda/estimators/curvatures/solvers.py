@@ -1,4 +1,4 @@
-"""Solving (H + damping) x = v for a matrix that is known by its products only."""
+"""Solvers of (H + damping) x = v for a matrix that is only available through products."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from lightning_dtda.estimators.curvatures.spectrum import fit_spectrum
 from lightning_dtda.estimators.objective import Objective
 
 Products = Callable[[Tensor], Tensor]
-"""Vectors ``(Q, P)`` to the matrix times each of them."""
+"""Function from vectors ``(Q, P)`` to the matrix times each of them."""
 
 
 _EXAMPLE = 'preconditioner=EKFAC(damping="auto")'
 
 _WHOLE = 64
-"""Units in the last place of a product below which a new direction of Lanczos's is rounding."""
+"""Units in the last place of a product below which a new Lanczos direction is rounding."""
 
 _SLACK = 2.0
-"""How far a real residual may be above the recurrence's, which ended the iterations."""
+"""Maximum ratio of the true residual to the tolerance; iterations end by the residual of the recurrence."""
 
 _SIGNS = 16
-"""Random vectors of which the trace of a matrix is estimated."""
+"""Number of random vectors to estimate the trace of a matrix."""
 
 _POWERS = 30
-"""Products by which the largest eigenvalue is found, to some per cent."""
+"""Number of products to estimate the largest eigenvalue, to a few per cent."""
 
 _ABOVE = 1.1
-"""What the largest eigenvalue found is multiplied with, to be above the true one."""
+"""Factor that lifts the estimated largest eigenvalue above the true one."""
 
 _LONGEST = 10_000
-"""Terms of a Neumann series after which it is given up."""
+"""Maximum number of terms of a Neumann series."""
 
 _TERMS = 100
-"""Terms of a Neumann series between looks at its residual."""
+"""Number of terms of a Neumann series between checks of its residual."""
 
 
 def damped(products: Products, damping: float) -> Products:
-    """Return products with a matrix to which a damping is added."""
+    """Return products with a matrix plus a damping."""
     return lambda vectors: products(vectors).add_(vectors, alpha=damping)
 
 
@@ -54,23 +54,24 @@ def conjugate_gradients(
 ) -> tuple[Tensor, Tensor]:
     r"""Solve :math:`A x = v` for several v at once, by conjugate gradients from zero (Hestenes and Stiefel, 1952).
 
-    After j iterations, x is the best one (by the A-norm of its error) in the span of :math:`z, M^{-1} A z, \dots,
+    After j iterations, x minimises the A-norm of the error in the span of :math:`z, M^{-1} A z, \dots,
     (M^{-1} A)^{j-1} z` with :math:`z = M^{-1} v`.
 
     Args:
-        products: A, positive definite.
-        vectors: v ``(Q, P)``.
-        iterations: Where to stop at the latest, converged or not: fewer leave small eigenvalues out, and regularise.
-            ``None`` goes on until the tolerance is reached.
-        tolerance: Of the residual, relative.
-        precondition: Vectors to :math:`M^{-1}` times each of them, M positive definite; the identity if not given.
+        products: Products with A, which must be positive definite.
+        vectors: Vectors v ``(Q, P)``.
+        iterations: Maximum number of iterations, after which the solution is used even if it has not converged; fewer
+            iterations leave out small eigenvalues, which regularises. ``None`` to iterate until the tolerance is
+            reached.
+        tolerance: Relative residual at which to stop.
+        precondition: Products with :math:`M^{-1}`, where M is positive definite; the identity if not given.
 
     Returns:
         x ``(Q, P)`` and relative residuals ``(Q,)``.
 
     Raises:
-        AttributionError: If A is seen not to be positive definite, with ``iterations`` in the first one; or the
-            tolerance is not reached in 2 P iterations.
+        AttributionError: If A is found not to be positive definite (with ``iterations``, only in the first iteration),
+            or the tolerance is not reached in 2 P iterations.
     """
     tiny = torch.finfo(vectors.dtype).tiny
     solution, residual = torch.zeros_like(vectors), vectors.clone()
@@ -86,13 +87,13 @@ def conjugate_gradients(
         along = products(direction)
         curvature = (direction * along).sum(1)
         if bool((curvature[going] <= 0).any()):
-            if iterations is None or number == 0:  # of which not even a truncated solution comes
+            if iterations is None or number == 0:  # not even a truncated solution exists
                 raise AttributionError(
-                    "The damped curvature is not positive definite: conjugate gradients met a direction in which it is "
-                    "zero or negative. Raise the damping; or use GaussNewton(...) for the Hessian, whose matrix has no "
-                    "negative eigenvalues."
+                    "The damped curvature is not positive definite: conjugate gradients found a direction in which it "
+                    "is zero or negative. Raise the damping, or instead of the Hessian use GaussNewton(...), which has "
+                    "no negative eigenvalues."
                 )
-            # a truncated solution ends where the matrix stops being one that can be inverted so
+            # a truncated solution ends at the first direction of non-positive curvature
             going = going & (curvature > 0)
         step = torch.where(going, steep / torch.where(going, curvature, 1), 0)
         solution.addcmul_(step[:, None], direction)
@@ -103,28 +104,28 @@ def conjugate_gradients(
         direction = torch.addcmul(towards, (steep / before.clamp_min(tiny))[:, None], direction)
         going = going & (squared > tolerance**2 * size)
     if iterations is None:
-        # what the recurrence makes of the residual falls on when rounding keeps the real one from doing so
+        # the residual of the recurrence keeps falling when rounding stops the true one
         squared = (products(solution) - vectors).square().sum(1)
         if not bool((squared <= (_SLACK * tolerance) ** 2 * size).all()):
             raise AttributionError(
-                f"Conjugate gradients came to a relative residual of {float((squared / size).sqrt().max()):.2g} in at "
-                f"most {most} iterations; {tolerance:g} was asked for. Raise the damping or the tolerance, compute in "
-                'double (precision="float64"), or give iterations=..., which takes a truncated solution for a '
-                "regularised one."
+                f"Conjugate gradients reached a relative residual of {float((squared / size).sqrt().max()):.2g} in at "
+                f"most {most} iterations; the tolerance is {tolerance:g}. Raise the damping or the tolerance, compute "
+                'in double precision (precision="float64"), or give iterations=... to use a truncated solution, which '
+                "is regularised."
             )
     return solution, (squared / size).sqrt()
 
 
 def root_times(products: Products, vectors: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    r"""Return :math:`A^{1/2} v` for one v of each of several matrices without negative eigenvalues, by Lanczos.
+    r"""Return :math:`A^{1/2} v` by Lanczos, for several positive semi-definite matrices A with one v each.
 
-    In the space that j products span, A is a tridiagonal matrix of size j, whose root is taken (Higham, *Functions of
-    Matrices*, 2008, section 13.2). What that leaves out is of small eigenvalues.
+    In the Krylov space of j products, A is a tridiagonal matrix of size j, whose root is computed (Higham, *Functions
+    of Matrices*, 2008, section 13.2). This leaves out only small eigenvalues.
 
     Args:
-        products: Vectors ``(B, C)`` to each matrix times its own.
-        vectors: v ``(B, C)``.
-        steps: j.
+        products: Function from vectors ``(B, C)`` to the product of each matrix with its vector.
+        vectors: Vectors v ``(B, C)``.
+        steps: Number of products j.
 
     Returns:
         The products ``(B, C)``, and the eigenvalues of the tridiagonal matrices ``(B, j)``.
@@ -139,12 +140,12 @@ def root_times(products: Products, vectors: Tensor, steps: int) -> tuple[Tensor,
         inner[:, step, step] = (along * basis[:, step]).sum(1)
         if step == steps - 1:
             break
-        # the last two first: rounding leaves some of what is taken away, and of all others there is next to nothing
+        # subtract the last two directions first: they are the large part, and rounding leaves a rest of them
         recent = basis[:, max(step - 1, 0) : step + 1]
         for known in (recent, basis[:, : step + 1]):
             along = torch.baddbmm(along[:, None], (known @ along[..., None]).mT, known, alpha=-1)[:, 0]
         length = along.norm(dim=1)
-        # nothing but rounding is left where the space is whole
+        # only rounding is left if the space is already complete
         length = torch.where(length > _WHOLE * torch.finfo(length.dtype).eps * inner[:, 0, 0], length, 0)
         inner[:, step, step + 1] = inner[:, step + 1, step] = length
         basis[:, step + 1] = torch.where(length[:, None] > 0, along / length[:, None].clamp_min(tiny), 0)
@@ -165,21 +166,22 @@ def lissa(
 ) -> tuple[Tensor, Tensor]:
     r"""Estimate :math:`A^{-1} v` from products with samples of A (Agarwal et al., arXiv 1602.03943).
 
-    The Neumann series, another sample of A for each term:
+    The Neumann series, with a new sample of A for each term:
 
     .. math:: x_{j+1} = x_j + \frac{v - A_j x_j}{\sigma}, \qquad x_0 = \frac v\sigma
 
     Args:
-        products: A.
-        samples: :math:`A_j`, whose mean is A.
-        vectors: v ``(Q, P)``.
+        products: Products with A.
+        samples: Products with :math:`A_j`, whose mean is A.
+        vectors: Vectors v ``(Q, P)``.
         scale: :math:`\sigma`, above the largest eigenvalue.
-        depth: Number of terms, converged or not; ``None`` goes on until the tolerance is reached.
-        repeats: Series that are averaged.
-        tolerance: Of the residual, relative.
+        depth: Number of terms, even if the series has not converged; ``None`` to add terms until the tolerance is
+            reached.
+        repeats: Number of series to average.
+        tolerance: Relative residual at which to stop.
 
     Returns:
-        x ``(Q, P)`` and its relative residuals ``(Q,)``, by A itself.
+        x ``(Q, P)`` and its relative residuals ``(Q,)`` with respect to A.
 
     Raises:
         AttributionError: If the series diverges, or does not reach the tolerance.
@@ -197,21 +199,21 @@ def lissa(
         if not worst < 1 + tolerance:
             raise AttributionError(
                 f"The Neumann series diverges (relative residual {worst:.2g} after {terms} terms): the damped Hessian "
-                "has eigenvalues that are negative, or those of small samples are too large. Raise the damping or "
-                'batch_size, or use GaussNewton(solver="cg").'
+                "has negative eigenvalues, or small samples have too large ones. Raise the damping or batch_size, or "
+                'use GaussNewton(solver="cg").'
             )
         if (depth is not None and terms >= depth) or (depth is None and worst <= tolerance):
             return solution, residuals
         if terms >= _LONGEST:
             raise AttributionError(
-                f"The Neumann series came to a relative residual of {worst:.2g} in {terms} terms; {tolerance:g} was "
-                "asked for. Raise the damping, batch_size, repeats or the tolerance, or give iterations=..., which "
-                "takes what so many terms give."
+                f"The Neumann series reached a relative residual of {worst:.2g} in {terms} terms; the tolerance is "
+                f"{tolerance:g}. Raise the damping, batch_size, repeats or the tolerance, or give iterations=... to "
+                "use a truncated series."
             )
 
 
 def mean_eigenvalue(products: Products, theta: Tensor) -> float:
-    r"""Estimate the mean eigenvalue of a matrix from its products with random signs u: of :math:`u^\top H u / P`.
+    r"""Estimate the mean eigenvalue of a matrix as the mean of :math:`u^\top H u / P` over random signs u.
 
     Hutchinson, *A stochastic estimator of the trace of the influence matrix*, 1989.
     """
@@ -221,7 +223,7 @@ def mean_eigenvalue(products: Products, theta: Tensor) -> float:
 
 
 def largest_eigenvalue(products: Products, theta: Tensor) -> float:
-    """Estimate, from above, the largest absolute eigenvalue of a matrix by the power method."""
+    """Estimate an upper bound of the largest absolute eigenvalue of a matrix by the power method."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(1, len(theta), generator=generator, dtype=torch.float64).to(theta)
     size = 0.0
@@ -232,10 +234,10 @@ def largest_eigenvalue(products: Products, theta: Tensor) -> float:
 
 
 def check_preconditioner(preconditioner: Curvature | None, solver: str) -> Curvature | None:
-    """Return what can be a preconditioner.
+    """Return a preconditioner if it is valid.
 
     Raises:
-        AttributionError: If it cannot.
+        AttributionError: If it is invalid.
     """
     if preconditioner is None:
         return None
@@ -246,20 +248,20 @@ def check_preconditioner(preconditioner: Curvature | None, solver: str) -> Curva
         )
     if preconditioner.damping == 0:
         raise AttributionError(
-            f"A preconditioner needs a damping above zero, else its inverse may not exist. Give {_EXAMPLE}, say."
+            f"A preconditioner needs a positive damping, or its inverse may not exist. Give {_EXAMPLE}, for example."
         )
     return preconditioner
 
 
 def fit_preconditioner(preconditioner: Curvature | None, objective: Objective) -> Products | None:
-    r"""Fit a curvature M, and return products with its damped inverse, :math:`(M + \delta)^{-1}`.
+    r"""Fit a curvature M, and return products with its damped inverse :math:`(M + \delta)^{-1}`.
 
     Raises:
-        AttributionError: If it has no spectrum, or its damped matrix is not positive definite.
+        AttributionError: If M has no spectrum, or the damped matrix is not positive definite.
     """
     if preconditioner is None:
         return None
-    spectrum = fit_spectrum(preconditioner, objective, "of which a preconditioner is made")
+    spectrum = fit_spectrum(preconditioner, objective, "which a preconditioner needs")
     damping = resolve_damping(preconditioner.damping, preconditioner, spectrum)
 
     def inverse(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Curvatures that are known by their eigenvalues and eigenvectors: any function of them can be had."""
+"""Curvatures with known eigenvalues and eigenvectors, which allow any matrix function."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lightning_dtda.estimators.curvatures.curvature import Curvature, FittedCurv
 from lightning_dtda.estimators.objective import Objective
 
 _FITTING = 'GaussNewton(solver="gram"), ExactHessian() or EKFAC()'
-"""Curvatures with a spectrum, for messages."""
+"""Examples of curvatures with a spectrum, for messages."""
 
 _ROUNDING = 16
-"""Units in the last place of the largest eigenvalue that a negative one may be wrong by; at most 6 were seen."""
+"""Error bound of negative eigenvalues, in units in the last place of the largest one; at most 6 were observed."""
 
 Function = Callable[[Tensor], Tensor]
-"""From eigenvalues to the values of a function, entry by entry."""
+"""Function applied to eigenvalues elementwise."""
 
 
 class Spectrum(FittedCurvature):
-    r"""A symmetric matrix :math:`H = \sum_i \lambda_i u_i u_i^\top` by its eigenvalues and eigenvectors.
+    r"""A symmetric matrix :math:`H = \sum_i \lambda_i u_i u_i^\top` with known eigenvalues and eigenvectors.
 
-    Its inverses, the projection onto its range and the matrix exponentials of a training of given length are all of one
-    form, :math:`f(H) = \sum_i f(\lambda_i) u_i u_i^\top`. An eigenvalue counts as zero within a share
-    :attr:`cutoff` of the largest absolute one.
+    Its inverses, the projection onto its range, and matrix exponentials all have the form
+    :math:`f(H) = \sum_i f(\lambda_i) u_i u_i^\top`. An eigenvalue counts as zero if its absolute value is at most
+    :attr:`cutoff` times the largest one.
     """
 
     cutoff: float
     values: Tensor
-    """The eigenvalues ``(P,)``, unless the class has other means of knowing their mean and the largest one."""
+    """The eigenvalues ``(P,)``; not needed if the class overrides the mean and the largest eigenvalue."""
 
     @property
     @override
@@ -50,8 +50,9 @@ class Spectrum(FittedCurvature):
         """Return f(H) v for vectors ``(Q, P)``.
 
         Args:
-            function: f; where it is not finite for an eigenvalue that a vector has a share in, so is the result.
-            vectors: v.
+            function: Function f. If it is not finite at an eigenvalue, neither are the results of vectors with a
+                component along its eigenvector.
+            vectors: Vectors v.
         """
 
     @override
@@ -69,7 +70,7 @@ class Spectrum(FittedCurvature):
         solution = self.apply(inverse, vectors)
         if singular:
             raise AttributionError(
-                f"The curvature with damping {damping:.3g} is singular: it has the eigenvalue {singular[0]:.3g}. Give "
+                f"The curvature with damping {damping:.3g} is singular: one eigenvalue is {singular[0]:.3g}. Give "
                 "another damping, or 0 for the pseudo-inverse."
             )
         return Solution(solution)
@@ -85,23 +86,23 @@ def fit_spectrum(curvature: Curvature, objective: Objective, without: str) -> Sp
 
     Args:
         curvature: The curvature.
-        objective: What it is fitted to.
-        without: What cannot be had without a spectrum, for the error.
+        objective: The objective to fit it to.
+        without: Consequence of a missing spectrum, for the error.
 
     Raises:
-        AttributionError: If it has none, or one of projected gradients.
+        AttributionError: If it has no spectrum, or only one of projected gradients.
     """
     if getattr(curvature, "projection", None) is not None:
         raise AttributionError(
-            f"{type(curvature).__name__}(projection={curvature.projection}) mixes the range with what is outside of "  # type: ignore[attr-defined]
-            "it. Leave projection out."
+            f"{type(curvature).__name__}(projection={curvature.projection}) mixes parameters and has no spectrum over "  # type: ignore[attr-defined]
+            "them. Leave projection out."
         )
     fitted = curvature.fit(objective)
     if not isinstance(fitted, Spectrum):
         solver = getattr(curvature, "solver", None)
         arguments = "" if solver is None else f"solver={solver!r}"
         raise AttributionError(
-            f"{type(curvature).__name__}({arguments}) is known by its products only: it has no spectrum, {without}. "
+            f"{type(curvature).__name__}({arguments}) only computes products: it has no spectrum, {without}. "
             f"Use {_FITTING}."
         )
     return fitted

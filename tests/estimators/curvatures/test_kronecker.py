@@ -90,7 +90,7 @@ def test_other_parameters_get_the_diagonal_and_are_named(trained, vectors, caplo
     with caplog.at_level(logging.INFO, "lightning_dtda"):
         logging.getLogger("lightning_dtda").propagate = True
         fitted = EKFAC(rescale=False).fit(run.objective())
-    assert "stands for the curvature of net.3.weight, net.3.bias." in caplog.text
+    assert "Gauss-Newton matrix for these parameters: net.3.weight, net.3.bias." in caplog.text
     v, where = vectors(len(run.theta)), places(run)
     diagonal = run.gauss_newton().diagonal()
     result = fitted.solve(v, 0.2).vectors
@@ -292,7 +292,7 @@ def test_an_embedding_of_positions_gets_the_diagonal(trained, caplog):
     run = trained(Classifier(network=Positions))
     with caplog.at_level(logging.INFO, "lightning_dtda"):
         EKFAC(rescale=False).fit(run.objective())
-    assert "stands for the curvature of net.embed.weight." in caplog.text
+    assert "Gauss-Newton matrix for these parameters: net.embed.weight." in caplog.text
 
 
 def test_a_layer_that_is_called_twice_gets_the_diagonal(trained, vectors):
@@ -409,7 +409,7 @@ def test_a_cache_of_something_else_is_not_read(trained, vectors, tmp_path, other
 
 
 def test_no_samples_are_refused():
-    with pytest.raises(AttributionError, match='samples=0; give "auto", at least 1'):
+    with pytest.raises(AttributionError, match='samples=0; give "auto", a positive number'):
         EKFAC(samples=0)
 
 
@@ -459,6 +459,6 @@ def test_without_a_root_the_factors_are_those_of_the_training_labels(trained, ca
     run = trained(PenalisedOnce())
     with caplog.at_level(logging.INFO, "lightning_dtda"):
         fitted = EKFAC(rescale=False).fit(run.objective())
-    assert "those of the training labels' gradients" in caplog.text
+    assert "use gradients of the training labels" in caplog.text
     gradients = torch.func.jacrev(run.losses)(run.theta)
     assert fitted.mean_eigenvalue == pytest.approx(float(gradients.square().sum()) / gradients.numel(), rel=1e-8)

@@ -62,7 +62,7 @@ def test_an_indefinite_matrix_is_refused(trained, vectors):
     fitted = Hessian("cg").fit(run.objective())
     with pytest.raises(AttributionError, match="not positive definite"):
         fitted.solve(vectors(len(run.theta)), 0.0)
-    with pytest.raises(AttributionError, match=r"Neumann series diverges|came to a relative residual"):
+    with pytest.raises(AttributionError, match=r"Neumann series diverges|reached a relative residual"):
         Hessian("lissa").fit(run.objective()).solve(vectors(len(run.theta)), 0.0)
 
 
@@ -165,7 +165,7 @@ def test_iterations_stop_in_the_span_of_preconditioned_products(trained, vectors
         (lambda: GaussNewton(preconditioner=EKFAC()), 'give solver="cg"'),
         (lambda: Hessian(solver="lissa", preconditioner=EKFAC()), 'give solver="cg"'),
         (lambda: GaussNewton(solver="cg", preconditioner="ekfac"), "a curvature that has a spectrum, such as EKFAC"),
-        (lambda: GaussNewton(solver="cg", preconditioner=EKFAC(damping=0)), "needs a damping above zero"),
+        (lambda: GaussNewton(solver="cg", preconditioner=EKFAC(damping=0)), "needs a positive damping"),
         (lambda: GaussNewton(solver="cg", projection=5, preconditioner=EKFAC()), "Leave one out"),
     ],
 )

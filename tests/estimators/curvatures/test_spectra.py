@@ -72,7 +72,7 @@ def test_a_damping_of_which_rounding_leaves_nothing_is_refused(trained, vectors)
     fitted, dense, v = GaussNewton().fit(run.objective()), run.gauss_newton(), vectors(len(run.theta))
     values, basis = torch.linalg.eigh(dense)
     for damping in (1e-16 * float(values[-1]), 1e-30):
-        with pytest.raises(AttributionError, match=r"rounding would decide .* Give a larger damping"):
+        with pytest.raises(AttributionError, match=r"responses would be rounding errors. Give a larger damping"):
             fitted.solve(v, damping)
     # at a damping far enough above, what gradients of losses see of the solution is right
     damping = 1e-9 * float(values[-1])
@@ -130,7 +130,7 @@ def test_a_damping_that_cancels_an_eigenvalue_is_refused(trained, vectors):
     assert smallest < 0
     v = vectors(len(run.theta))
     for damping in (-smallest, -smallest * (1 + 1e-15)):  # equal, and equal but for rounding
-        with pytest.raises(AttributionError, match="is singular: it has the eigenvalue"):
+        with pytest.raises(AttributionError, match="is singular: one eigenvalue is"):
             fitted.solve(v, damping)
     dense = run.hessian() - 2 * smallest * torch.eye(len(run.theta), dtype=torch.float64)
     close(fitted.solve(v, -2 * smallest).vectors, torch.linalg.solve(dense, v.T).T)
@@ -187,12 +187,12 @@ def test_a_number_of_dimensions_that_is_none_is_refused(projection):
 
 
 def test_a_projection_mixes_weight_decays(trained):
-    with pytest.raises(AttributionError, match="different weight decays, which a projection mixes"):
+    with pytest.raises(AttributionError, match="different weight decays, which a projection would mix"):
         GaussNewton(projection=5).fit(trained(Classifier(weight_decay=0.1, decayed_bias=False)).objective())
 
 
 @pytest.mark.parametrize("curvature", [GaussNewton, ExactHessian, Diagonal, Identity])
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf"), "large", True])
 def test_a_damping_that_is_none_is_refused(curvature, damping):
-    with pytest.raises(AttributionError, match="not negative"):
+    with pytest.raises(AttributionError, match="non-negative"):
         curvature(damping=damping)
