@@ -1,4 +1,4 @@
-"""Estimators of responses: what a removal does to a measurement, run by run."""
+"""Estimators of responses: predicted changes of measurements when examples are removed, for each run."""
 
 from lightning_dtda.estimators.curvatures import (
     EKFAC,

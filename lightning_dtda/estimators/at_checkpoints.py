@@ -1,4 +1,4 @@
-"""What estimators share that look at checkpoints of a run only, one run after the other."""
+"""Base class of estimators that use only checkpoints of a run, one run at a time."""
 
 from __future__ import annotations
 
@@ -21,42 +21,44 @@ from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
 _TOGETHER = 8
-"""Runs that share a copy of the module and of the data, and whose answers are stored together."""
+"""Number of runs that share a copy of the module and the data, and whose answers are stored together."""
 
 _SHARE = 0.4
-"""Share of the memory for the training objective's derivatives. The rest is for the queries' vectors, and for what
-convolutions take on top of their tensors."""
+"""Fraction of the memory for derivatives of the training objective. The rest is for the queries' vectors and for the
+workspace of convolutions."""
 
 _TIMED, _LONG_ENOUGH = 16, 0.05
-"""Examples at the least, and seconds, from which it is estimated how long all examples take."""
+"""Minimum number of examples, and minimum time in seconds, of a trial that predicts the time for all examples."""
 
 Answer = tuple[Tensor, Sequence[Tensor]]
-"""Of one run, m ``(Q,)``, and the responses ``(Q, K)``, once or in several versions."""
-
+"""For one run, m ``(Q,)`` and the responses ``(Q, K)``, in one version or several."""
 
 Responder = Callable[[Tensor], Sequence[Tensor]]
 """Function from gradients of m ``(Q, P)`` to responses of all examples ``(Q, N)``, in one version or several."""
 
 
 class CheckpointEstimator(Estimator):
-    """An estimator that looks at checkpoints of a run only.
+    """An estimator that uses only checkpoints of a run.
+
+    A subclass defines :meth:`responder`, lists its arguments in :attr:`arguments`, and estimates its cost with
+    :attr:`vectors` and :attr:`passes_per_chunk` or :meth:`passes`.
 
     Args:
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it.
 
     Raises:
         AttributionError: If an argument is out of range.
     """
 
     arguments: ClassVar[tuple[str, ...]] = ("precision",)
-    """Attributes that the responses depend on."""
+    """Names of the attributes that the responses depend on."""
 
     vectors: ClassVar[float] = 2
-    """Vectors of P numbers that each query needs at once: its gradient, and one of the backward pass."""
+    """Number of vectors of length P held per query: its gradient, and one for the backward pass."""
 
     passes_per_chunk: ClassVar[float] = 1.0
-    """Number of passes over the training examples for each chunk of queries, if it is constant."""
+    """Number of passes over the training examples for each chunk of queries, unless :meth:`passes` computes it."""
 
     def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
         if precision not in ("recorded", "float64"):
@@ -77,7 +79,7 @@ class CheckpointEstimator(Estimator):
         }
 
     def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
-        """Return the number of passes over the training examples for each chunk of queries: an estimate."""
+        """Estimate the number of passes over the training examples for each chunk of queries."""
         return self.passes_per_chunk
 
     def responder(self, replay: Replay, question: Question) -> Responder:
@@ -94,7 +96,7 @@ class CheckpointEstimator(Estimator):
         raise NotImplementedError(f"{type(self).__name__} must define responder() or answer().")
 
     def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        """Answer the question for one run by :meth:`responder`; override this to measure at several checkpoints."""
+        """Answer the question for one run with :meth:`responder`; override this to measure at several checkpoints."""
         return answer_in_chunks(replay, question, plan, self.responder(replay, question))
 
     @override
@@ -129,7 +131,7 @@ class CheckpointEstimator(Estimator):
     def estimates(
         self, runs: Sequence[Run], question: Question, advance: Advance, answer: Callable[[Replay], Answer]
     ) -> list[Estimate]:
-        """Ask for an answer run by run, and return an estimate for each version of the responses.
+        """Answer run by run, and return an estimate for each version of the responses.
 
         Raises:
             AttributionError: If a run's responses are not finite.
@@ -142,8 +144,8 @@ class CheckpointEstimator(Estimator):
                 answers.append(answer(alone))
             if not all(bool(torch.isfinite(responses).all()) for responses in answers[-1][1]):
                 raise AttributionError(
-                    f"The responses of {run.path} are not finite: they overflowed. Give a larger damping where there "
-                    'is one, try precision="float64", or leave the run out.'
+                    f"The responses of {run.path} are not finite: they overflowed. If the estimator has a "
+                    'damping, increase it; or use precision="float64", or leave the run out.'
                 )
             drift.append(alone.drift[0])
             advance(run.steps)
@@ -160,9 +162,9 @@ class CheckpointEstimator(Estimator):
         scale: Tensor | None = None,
         decay: Tensor | None = None,
     ) -> Objective:
-        """Return the training objective of a run at a step, whose work gets a share of the memory."""
+        """Return the training objective of a run at a step, with a fraction of the memory for its computations."""
         memory, draws = self.memory_budget * GIB * share, question.draws
-        # the first answer goes on with what its plan has learned, of which nothing is held any longer
+        # the first answer reuses the objective of the plan, which then gives it up
         planned, self._planned = self._planned, None
         if planned is not None and scale is None and decay is None and planned.is_of(replay, step, memory):
             return planned
@@ -177,18 +179,17 @@ class CheckpointEstimator(Estimator):
         return objective
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_chunks": {}, "_kept": {}, "_planned": None}  # those are of this process
+        return vars(self) | {"_chunks": {}, "_kept": {}, "_planned": None}  # valid in this process only
 
 
 def answer_in_chunks(replay: Replay, question: Question, plan: Plan, respond: Responder) -> Answer:
-    """Measure one run's queries, a chunk at a time, at the step that is asked about.
+    """Measure one run's queries at the step in question, and respond to their gradients, chunk by chunk.
 
     Args:
         replay: The run.
         question: The question.
-        plan: Its plan.
-        respond: Makes responses to examples ``(queries, N)`` of the gradients of m ``(queries, P)``, once or in several
-            versions.
+        plan: The plan for the question.
+        respond: Function from gradients to responses, see :meth:`CheckpointEstimator.responder`.
     """
     baselines, responses = [], []
     for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
@@ -199,8 +200,8 @@ def answer_in_chunks(replay: Replay, question: Question, plan: Plan, respond: Re
 
 
 def _seconds_of_slopes(objective: Objective, vectors: Tensor) -> float:
-    """Estimate how long the slopes of all examples take, from as few of them as say it."""
-    objective.slopes(vectors, torch.arange(min(2, objective.examples))).sum().item()  # finds the chunks' size
+    """Estimate how long the slopes of all examples take, from as few examples as possible."""
+    objective.slopes(vectors, torch.arange(min(2, objective.examples))).sum().item()  # finds the size of chunks
     count = min(_TIMED, objective.examples)
     while True:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What every estimator is asked, and what it answers."""
+"""The interface of estimators: question, plan, estimate."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lightning_dtda.replay import Draws, Drift, Examples, Measurement, Precision
 from lightning_dtda.trajectory import Run
 
 Advance = Callable[[float], None]
-"""Told, as work goes on, how many steps of runs were done since the last call (R steps for a step of R runs)."""
+"""Function called with the number of steps done since the last call; a step of R runs counts as R."""
 
 
 class _Kept(dict[Any, Replay]):
-    """Replays that a process keeps; none of them goes with the question to another one."""
+    """Replays cached in one process; a pickled question takes none of them along."""
 
     def __reduce__(self) -> Any:
         return _Kept, ()
@@ -30,17 +30,17 @@ class _Kept(dict[Any, Replay]):
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of each run: how does the measurement of each query change with each removal?
+    """The question for each run: how does the measurement of each query change with each removal?
 
     Args:
-        module: The user's module; only its architecture counts.
+        module: The user's module; only its architecture is used, not its parameters.
         examples: The N training examples.
         queries: The Q queries.
-        measurement: m.
-        device: Where to compute.
+        measurement: The measurement m.
+        device: Device to compute on.
         removals: The K removals of training examples.
-        step: The step t whose parameters are measured; ``None`` is the end of each run, t = T.
-        draws: Of a measurement that draws random numbers.
+        step: Step t whose parameters are measured; ``None`` for the end of each run, t = T.
+        draws: Random draws for measurements that use random numbers.
     """
 
     module: LightningModule
@@ -54,12 +54,12 @@ class Question:
     _replays: _Kept = field(default_factory=lambda: _Kept(), compare=False, repr=False)
 
     def replay(self, runs: Sequence[Run], precision: Precision = "recorded", tolerance: float = 1e-3) -> Replay:
-        """Return the replay of some runs; all of a precision share one copy of the module.
+        """Return the replay of some runs; replays of the same precision share one copy of the module.
 
         Args:
             runs: Runs of equal shape.
-            precision: As for :class:`~lightning_dtda.replay.Replay`.
-            tolerance: As there.
+            precision: See :class:`~lightning_dtda.replay.Replay`.
+            tolerance: See :class:`~lightning_dtda.replay.Replay`.
         """
         kept = self._replays.get((precision, tolerance))
         if kept is not None:
@@ -69,23 +69,23 @@ class Question:
         return replay
 
     def end(self, steps: int) -> int:
-        """Return the step that is measured of a run of so many."""
+        """Return the step whose parameters are measured, for a run with the given number of steps."""
         return steps if self.step is None else self.step
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How an estimator will go about it.
+    """How an estimator will do the work.
 
     Args:
-        batches: The runs that are worked on together, in order.
-        queries_per_chunk: Queries that are worked on together.
+        batches: Batches of runs that are processed together, in order.
+        queries_per_chunk: Number of queries that are processed together.
         memory: Peak memory in bytes.
-        seconds: Time that all of it will take.
-        removals_per_chunk: Removals that are worked on together, where an estimator works removal by removal.
-        stacked: Whether runs and directions are computed at once, not one by one.
+        seconds: Estimated total time in seconds.
+        removals_per_chunk: Number of removals that are processed together, if an estimator works removal by removal.
+        stacked: Whether runs and directions are computed at once instead of one by one.
         compiled: Whether steps are compiled.
-        held: How many steps of a run may be held in memory at once.
+        held: Maximum number of steps of a run that are held in memory at once.
     """
 
     batches: tuple[tuple[Run, ...], ...]
@@ -100,14 +100,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """How well a run's responses can be computed, on a sample of its steps; see ``diagnose``.
+    """Accuracy of a run's responses, on a sample of its steps; see ``diagnose``.
 
     Args:
-        finite_differences: Distance of the responses' derivative from a finite difference of retraining, both along one
-            random direction of the weights, over the responses' norm. ``None`` where a replay in double precision
-            leaves the record.
-        precision: Distance of the responses in the recorded precision from those in double precision, over the latter's
-            norm; ``None`` as above.
+        finite_differences: Difference between the derivative and a finite difference of retraining, both along one
+            random direction of the weights, relative to the norm of the responses. ``None`` if a replay in double
+            precision deviates from the record.
+        precision: Distance between the responses in recorded and in double precision, relative to the norm of the
+            latter; ``None`` as above.
     """
 
     finite_differences: float | None
@@ -116,16 +116,16 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The answer for some runs.
+    """An estimator's answer for some runs.
 
     Args:
-        baseline: m(theta_t) ``(runs, queries)``, t being the step that is asked about.
-        responses: Predicted change of m with each removal ``(runs, queries, removals)``; of a group it is the
-            sum over its examples, see :meth:`~lightning_dtda.estimators.Removals.total`.
-        drift: How far each run's replay was from its record.
-        adjoint_norms: For each run, by step, the norm of the adjoint over its norm at the step that is asked about (the
-            median of the queries); none for estimators without one.
-        diagnoses: How well each run's responses can be computed; none for estimators that do not differentiate runs.
+        baseline: Measured values m(theta_t) at the step t in question ``(runs, queries)``.
+        responses: Predicted change of m for each removal ``(runs, queries, removals)``; for a group, the sum over its
+            examples, see :meth:`~lightning_dtda.estimators.Removals.total`.
+        drift: Deviation of each run's replay from its record.
+        adjoint_norms: For each run, the norm of the adjoint by step, relative to its norm at the step in question
+            (median over queries); empty for estimators without adjoints.
+        diagnoses: Accuracy of each run's responses; empty for estimators that do not differentiate runs.
     """
 
     baseline: Tensor
@@ -143,23 +143,23 @@ class Estimator(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Return the constructor's arguments in JSON: what must agree for a stored answer to be one to this."""
+        """Return the arguments that the responses depend on, in JSON types; stored answers are reused if they agree."""
 
     @abstractmethod
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        """Say how the runs will be batched, and what memory and time that takes.
+        """Decide how runs are batched, and estimate memory and time.
 
         Raises:
-            AttributionError: If it cannot be done within the estimator's memory budget.
+            AttributionError: If the work does not fit in the estimator's memory budget.
         """
 
     @abstractmethod
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        """Answer the question for one of the plan's batches."""
+        """Answer the question for one batch of the plan."""
 
 
 def batches_of_equal_shape(runs: Sequence[Run], size: int) -> tuple[tuple[Run, ...], ...]:
-    """Split runs into batches of the same shape, each of at most the given size."""
+    """Split runs into batches of equal shape, with at most ``size`` runs each."""
     batches: list[tuple[Run, ...]] = []
     for _, group in groupby(sorted(runs, key=shape_key), key=shape_key):
         alike = tuple(group)

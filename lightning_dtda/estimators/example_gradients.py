@@ -83,16 +83,16 @@ class ExampleGradients:
         if scale is not None:
             penalty = penalty * scale.square()
         self.penalty = penalty if decay is None else penalty + decay
-        r""":math:`\gamma` ``(P,)``, in the coordinates that are asked for."""
+        r"""Weight decay :math:`\gamma` ``(P,)``, in the scaled coordinates if there is a scale."""
 
     @property
     def size(self) -> int:
-        """P."""
+        """Number of parameters P."""
         return len(self.theta)
 
     @property
     def examples(self) -> int:
-        """N."""
+        """Number of training examples N."""
         return len(self._replay.examples)
 
     @property
@@ -102,11 +102,11 @@ class ExampleGradients:
 
     @property
     def module(self) -> LightningModule:
-        """The module that examples pass through; it holds the run's parameters within :meth:`passes`."""
+        """The module that examples pass through; it holds the run's parameters during :meth:`passes`."""
         return self._replay.eager.replica.module
 
     def is_of(self, replay: Replay, step: int | None, memory: float) -> bool:
-        """Whether this is the objective of a replay's run at a step, in the parameters themselves."""
+        """Whether this is the objective of a replay's run at a step with this memory, in unscaled coordinates."""
         mine = self.run, self.step, self.memory, self._replay.eager
         return mine == (replay.runs[0], replay.steps if step is None else step, memory, replay.eager)
 
@@ -117,9 +117,9 @@ class ExampleGradients:
         """Pass some examples through the module together.
 
         Args:
-            indices: Which.
-            seed: Of the random numbers that the loss draws.
-            create_graph: Whether derivatives of the gradient will be asked for.
+            indices: Indices of the examples.
+            seed: Seed of the random numbers that the loss draws.
+            create_graph: Whether derivatives of the gradient will be needed.
         """
         with self._replay.eager.passed(
             self._inputs(indices, seed), self.theta, self._buffers, training=False, create_graph=create_graph
@@ -130,12 +130,12 @@ class ExampleGradients:
     def undifferentiated(
         self, indices: Tensor, seed: int | None, forwards: AbstractContextManager[object]
     ) -> Iterator[tuple[Tensor, Outputs]]:
-        """Pass some examples through the module together, and yield their loss and outputs before any backward pass.
+        """Pass some examples through the module together, and yield their loss and outputs without a backward pass.
 
         Args:
-            indices: Which.
-            seed: Of the random numbers that the loss draws.
-            forwards: What the one forward pass is made in.
+            indices: Indices of the examples.
+            seed: Seed of the random numbers that the loss draws.
+            forwards: Context of the forward pass.
         """
         with self._loss(indices, seed, forwards) as (loss, inputs):
             yield loss, Outputs(loss, self._replay.eager.cut(loss, inputs), self._replay.eager.replica.parameters)
@@ -167,31 +167,31 @@ class ExampleGradients:
     def passes(
         self, what: str, each: Callable[[Pass], object], chosen: Tensor | None = None
     ) -> Iterator[tuple[Tensor, float, Pass]]:
-        r"""Pass all examples through the module, batch by batch, and draw by draw where the loss draws random numbers.
+        r"""Pass all examples through the module, batch by batch, and once for each draw if the loss is random.
 
-        Where examples share nothing but a mean, batches are as large as the memory allows. Else they are as large as in
-        training, and made of examples at random, the same ones each time: the loss is
+        If the loss is a mean over single examples, batches are as large as the memory allows. Otherwise, they have the
+        size of the training's batches and consist of random examples, the same ones each time. The loss is
 
         .. math:: \frac1N \sum_b |b|\, L_b(\theta)
 
         Args:
-            what: Is computed, for errors and for what is known of its memory.
-            each: Computes it for a batch, when its memory is measured.
-            chosen: Which examples; all if not given.
+            what: Name of what is computed, for errors and as the key of the measured memory.
+            each: Function that computes it for a batch, to measure its memory.
+            chosen: Indices of the examples; all if not given.
 
         Yields:
-            Which examples, what the pass's share of their sum is to be multiplied with, and the pass.
+            Indices of the examples, the factor of the pass in the sum over examples, and the pass.
         """
         for indices, seed, factor in self.parts(self._chunk(what, each), chosen):
             with self.passed(indices, seed) as one:
                 yield indices, factor, one
 
     def parts(self, largest: int, chosen: Tensor | None = None) -> Iterator[tuple[Tensor, int | None, float]]:
-        """Yield which examples :meth:`passes` passes together, the seed of their draws, and the factor.
+        """Yield the examples that :meth:`passes` passes together, the seed of their draws, and the factor.
 
         Args:
-            largest: How many at once, at most, where it does not matter to the loss.
-            chosen: Which examples; all if not given.
+            largest: Maximum number of examples in a batch, if the loss does not depend on it.
+            chosen: Indices of the examples; all if not given.
         """
         for indices in self._batches(largest, chosen):
             for seed in self._seeds:
@@ -200,12 +200,12 @@ class ExampleGradients:
     def slopes(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
         r"""Return :math:`\langle \nabla l_n(\theta), v \rangle` for each of ``vectors`` ``(Q, P)``, as ``(Q, N)``.
 
-        Where examples' gradients are known layer by layer, one backward pass does for all vectors. Else each vector
-        takes one of its own, through the derivative of the gradient.
+        If examples' gradients are known layer by layer, one backward pass serves all vectors. Otherwise, each vector
+        takes its own double backward pass.
 
         Args:
-            vectors: v.
-            chosen: Which examples; all if not given. Others are left at zero.
+            vectors: Vectors v.
+            chosen: Indices of the examples; all if not given. The result is zero for the others.
         """
         scaled = self._scaled(vectors)
         result = vectors.new_zeros(len(vectors), self.examples)
@@ -237,16 +237,16 @@ class ExampleGradients:
         return result
 
     def gradients(self, held: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the gradients of examples' losses ``(B, P)``, B examples at a time, and which examples they are.
+        """Yield indices of B examples at a time, and the gradients of their losses ``(B, P)``.
 
         Args:
-            held: Further vectors of P numbers for each example that the caller has at the same time. What it still has
-                when it asks for the next ones counts too.
+            held: Number of additional vectors of length P per example that the caller holds at the same time, including
+                those it still holds when it asks for the next batch.
         """
         per_example = (2 + held) * self.size * self.theta.itemsize
         if per_example > self.memory:
             raise AttributionError(
-                f"Gradients of one example take {human_bytes(per_example)}; {human_bytes(self.memory)} may be used. "
+                f"Gradients of one example take {human_bytes(per_example)}; {human_bytes(self.memory)} can be used. "
                 "Raise memory_budget."
             )
         chunk = max(1, int(self.memory / per_example))
@@ -258,7 +258,7 @@ class ExampleGradients:
                 yield indices[some], self._scaled(total)
 
     def _add_gradients(self, total: Tensor, indices: Tensor, some: Tensor, seed: int | None) -> None:
-        """Add the gradients of a batch's losses at some places of it, of one draw, to ``total`` ``(B, P)``."""
+        """Add gradients for one draw to ``total`` ``(B, P)``, for the examples at the places ``some`` of a batch."""
         factor = self._sign * len(indices) / len(self._seeds)
         if (layers := self._layers) is not None:
             try:
@@ -285,7 +285,7 @@ class ExampleGradients:
 
     @cached_property
     def layers(self) -> LayerGradients | None:
-        """Layers by whose weights examples' gradients are known, as seen from a few examples; ``None`` without any."""
+        """Layers with known gradients of single examples, determined on a few of them; ``None`` if there are none."""
         indices, seed = self._batches(_LEARNED)[0], self._seeds[0]
         known = LayerGradients(self.module, self.layout)
         try:
@@ -296,29 +296,29 @@ class ExampleGradients:
             of_examples = torch.stack([self.layout.flatten(share) for share in shares]) - penalty
             with known.watched(len(indices)) as calls, self._loss(indices, seed, twice=False) as (loss, _):
                 known.learn(loss, calls, of_examples)
-        except Exception as error:  # whatever the user's code does with a batch of two, or positions of each example
-            _log.info("No layer's gradients are known: %s", error)
+        except Exception as error:  # the user's code may fail in any way on such a batch
+            _log.info("Gradients of single examples are not available layer by layer: %s", error)
             return None
         self._has_penalty = bool(penalty.any())
         return None if known.is_empty else known
 
     @cached_property
     def _layers(self) -> LayerGradients | None:
-        """The known layers, where they and passes of single examples make up whole gradients."""
-        # a pass of one has the penalty in it, and another loss where that depends on the batch
+        """The known layers, if they and passes of single examples together give complete gradients."""
+        # a pass of one example includes the penalty, and has a different loss if that depends on the batch
         if (known := self.layers) is None or (known.others and (self._has_penalty or not self._is_free)):
             return None
         return known
 
     @cached_property
     def _of_others(self) -> Tensor:
-        """Where the parameters lie that are of no known layer."""
+        """Indices of the parameters that do not belong to a known layer."""
         starts = [0, *accumulate(self.layout.sizes)]
         numbers = [] if self._layers is None else self._layers.others
         return torch.cat([torch.arange(starts[n], starts[n + 1], device=self.theta.device) for n in numbers])
 
     def _gradients_by_others(self, indices: Tensor, seed: int | None) -> Tensor:
-        """Return examples' gradients ``(B, n)`` by parameters that are of no known layer, each in a batch of one."""
+        """Return examples' gradients ``(B, n)`` by parameters outside known layers, from batches of one."""
         numbers = [] if self._layers is None else self._layers.others
 
         def rows(loss: Tensor, _outputs: Outputs, parameters: list[Tensor], _extra: list[Tensor]) -> list[Tensor]:
@@ -335,7 +335,7 @@ class ExampleGradients:
         extra: Sequence[Tensor] = (),
         calls: dict[str, list[Any]] | None = None,
     ) -> list[Tensor]:
-        """Apply a function to each example's own pass: all at once where a pass can be traced, else one by one."""
+        """Apply a function to a separate pass of each example: all at once if a pass can be traced, else one by one."""
         return each_example(
             self._replay.eager,
             self._kept,
@@ -353,13 +353,13 @@ class ExampleGradients:
 
     @cached_property
     def _is_free(self) -> bool:
-        """Whether the loss of a batch is the mean of losses of its examples alone."""
+        """Whether the loss of a batch is the mean over losses of single examples."""
         shared = self.run.manifest.shared
         return shared["evaluation"] == "none" and shared["reduction"] == "mean"
 
     @cached_property
     def _seeds(self) -> list[int | None]:
-        """Of the draws of a loss that is random; one without a seed of any other."""
+        """Seeds of the draws if the loss is random; otherwise ``[None]``."""
         before, generators = self._states(0), self._replay.eager.replica.generators
         with self._loss(torch.arange(min(2, self.examples)), 0):
             is_random = bool(drawn_from(before, generators.states()))
@@ -372,7 +372,7 @@ class ExampleGradients:
             return generators.states()
 
     def _batches(self, largest: int, chosen: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Split examples into batches: of the training's size where the loss depends on it, else of the given size."""
+        """Split examples into batches: of the training's size if the loss depends on it, else of the given size."""
         if self._is_free:
             return (torch.arange(self.examples) if chosen is None else chosen).split(min(largest, LARGEST_CHUNK))
         if chosen is None:
@@ -380,7 +380,7 @@ class ExampleGradients:
         return chosen.split(len(self.run.micro_batches(0)[0].indices))
 
     def _chunk(self, what: str, each: Callable[[Pass], object]) -> int:
-        """Return how many examples at a time may be passed for what is computed of a pass."""
+        """Return how many examples can be passed at once for a computation on a pass."""
 
         def run(indices: Tensor) -> None:
             with self.passed(indices, self._seeds[0]) as one:
@@ -389,45 +389,45 @@ class ExampleGradients:
         return self.examples_at_once(what, run)
 
     def examples_at_once(self, what: str, run: Callable[[Tensor], object], enough: float = inf) -> int:
-        """Return how many examples at a time stay within the memory, where their number does not matter to the loss.
+        """Return how many examples at a time fit in the memory; all of them if the loss depends on their number.
 
         Args:
-            what: Is computed.
-            run: Computes it for some examples.
-            enough: Bytes of which more are of no use.
+            what: Name of what is computed.
+            run: Function that computes it for some examples.
+            enough: Number of bytes above which larger batches save no time.
 
         Raises:
-            AttributionError: If not even one does.
+            AttributionError: If not even a few examples fit.
         """
         if not self._is_free:
             return self.examples
         if what not in self._chunks:
-            # the module keeps what it needs for its outputs, per example; measured on two sizes, since much is shared
+            # memory per example is measured with two batch sizes, because much of the memory is shared
             few, many = min(2, self.examples), min(8, self.examples)
-            run(torch.arange(few))  # the first call keeps what is no part of a chunk
+            run(torch.arange(few))  # the first call allocates what is not part of a chunk
             alone, more = (peak_memory(partial(run, torch.arange(count)), self.theta.device) for count in (few, many))
             per_example = max((more - alone) / max(many - few, 1), alone / few / 8, 1)
             if alone > self.memory:
                 raise AttributionError(
                     f"{what[0].upper() + what[1:]} of {few} examples take {human_bytes(alone)}; "
-                    f"{human_bytes(self.memory)} may be used. Raise memory_budget, or ask fewer queries at a time."
+                    f"{human_bytes(self.memory)} can be used. Raise memory_budget, or use fewer queries at a time."
                 )
             some = few + (min(self.memory, max(enough, alone)) - alone) // per_example
             self._chunks[what] = int(min(self.examples, LARGEST_CHUNK, some))
         return self._chunks[what]
 
     def _descended(self, groups: Sequence[Hyperparameters]) -> float:
-        """Return the sign of the loss in what the optimizer descends."""
+        """Return the sign of the loss in the objective that the optimizer minimizes."""
         maximizes = {bool(group.get("maximize")) for group in groups}
         if len(maximizes) > 1:
             raise AttributionError(
-                f"The optimizer of {self.run.path} minimises the loss by some parameters and maximizes it by others, "
-                "which is the training of no objective. Use UnrolledDifferentiation(), which follows the steps."
+                f"The optimizer of {self.run.path} minimizes the loss for some parameters and maximizes it for others, "
+                "so there is no single objective. Use UnrolledDifferentiation(), which needs none."
             )
         return -1.0 if maximizes.pop() else 1.0
 
     def _scaled(self, vectors: Tensor) -> Tensor:
-        """Return vectors by the other coordinates: what a derivative by them is of one by the parameters."""
+        """Convert derivatives by the parameters into derivatives by the scaled coordinates."""
         return vectors if self.scale is None else vectors * self.scale
 
     def _parameters(self, vector: Tensor) -> list[Tensor]:

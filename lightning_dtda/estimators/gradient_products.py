@@ -1,4 +1,4 @@
-"""Products of gradients: the simplest answers to what an example does to a measurement."""
+"""Products of gradients: the simplest estimators of how an example affects a measurement."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from lightning_dtda.replay import Replay
 
 
 class GradientDot(CheckpointEstimator):
-    r"""Responses by the product of two gradients at the end of training.
+    r"""Responses as the inner product of two gradients at the end of training.
 
     .. math:: r_k = \frac1N \langle \nabla m(\theta_T), \nabla l_k(\theta_T) \rangle
 
-    (Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, have the network's
-    output in place of both m and l.) It is the influence function with the identity for a curvature, and has
-    its sign: predicted change of m when the example is removed, but for the length of a step. Losses are those of the
-    module in evaluation mode.
+    This is the influence function with the identity as curvature, and has the same sign: the predicted change of m when
+    the example is removed, up to a step size. Charpiat et al., *Input Similarity from the Neural Network Perspective*,
+    arXiv 2102.05262, use the network's output for both m and l. Losses are computed in evaluation mode.
 
     Args:
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -42,15 +41,15 @@ class GradientCosine(CheckpointEstimator):
     .. math:: r_k = \frac{\langle \nabla m(\theta_T), \nabla l_k(\theta_T) \rangle}
         {\lVert \nabla m(\theta_T) \rVert \, \lVert \nabla l_k(\theta_T) \rVert}
 
-    (Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, have the network's
-    output in place of both m and l.) Examples with large gradients, outliers and mislabelled ones, do not
-    come first for every query. A positive response means that m grows when the example is removed, as for
-    :class:`GradientDot`, but it has no unit: it is good for rankings only. A group's is the sum of its examples'
-    cosines. Where a gradient is zero, so is the response.
+    Unlike :class:`GradientDot`, it does not rank examples with large gradients (outliers, wrong labels) first for every
+    query. A positive response means that m grows when the example is removed, but the response has no unit: use it for
+    rankings only. The response to a group is the sum of its examples' cosines. If a gradient is zero, the response is
+    zero. Charpiat et al., *Input Similarity from the Neural Network Perspective*, arXiv 2102.05262, use the network's
+    output for both m and l.
 
     Args:
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -73,5 +72,5 @@ class GradientCosine(CheckpointEstimator):
 
 
 def _reciprocal(norms: Tensor) -> Tensor:
-    """Return one over each norm, and zero for a norm of zero."""
+    """Return the reciprocal of each norm, and zero for a norm of zero."""
     return torch.where(norms > 0, 1 / norms, 0)

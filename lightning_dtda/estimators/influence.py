@@ -1,4 +1,4 @@
-"""Influence functions: the response of a training that has come to an end."""
+"""Influence functions: responses at the end of training, from the inverse of a curvature matrix."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lightning_dtda.trajectory import Run
 
 
 class InfluenceFunctions(CheckpointEstimator):
-    r"""Responses at the end of training, by the inverse of a curvature matrix.
+    r"""Responses at the end of training, from the inverse of a curvature matrix.
 
     .. math:: r_k = \frac1N \nabla m(\theta_T)^\top (H + \delta)^{-1} \nabla l_k(\theta_T)
 
-    with H the Hessian of the mean training loss, or a matrix in its place. It is where unrolled differentiation comes
-    to when a training goes on for long with small steps (Mlodozeniec et al., arXiv 2506.12965, theorem 2; Koh and
-    Liang, arXiv 1703.04730, section 2): predicted changes of m when an example is removed, in m's unit. What the order
-    of batches and the optimizer did on the way is not in it.
+    where H is the Hessian of the mean training loss or an approximation of it. Responses are predicted changes of m
+    when an example is removed, in m's unit. This is the limit of unrolled differentiation for long training with small
+    steps (Mlodozeniec et al., arXiv 2506.12965, theorem 2; Koh and Liang, arXiv 1703.04730, section 2). It does not
+    account for batch order or the optimizer.
 
-    Losses are those of the module in evaluation mode (no dropout, running statistics for BatchNorm), one example at a
-    time. Of a run, its last checkpoint is needed only; the gradient of one of its steps is computed again and compared
-    with the record, to make sure of module and data.
+    Losses are computed in evaluation mode (no dropout, running statistics for BatchNorm), one example at a time. Only a
+    run's last checkpoint is used; the gradient of one step is recomputed and compared with the record, to make sure
+    that the module and the data are those of the training.
 
     Args:
-        curvature: What stands for H, and its damping; :class:`~lightning_dtda.estimators.GaussNewton` if not given.
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it.
+        curvature: H and its damping; :class:`~lightning_dtda.estimators.GaussNewton` if not given.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -40,7 +40,7 @@ class InfluenceFunctions(CheckpointEstimator):
 
     arguments = ("curvature", "precision")
     vectors = 8
-    """Vectors of P numbers that each query needs at once: its gradient, and those of an iterative solution."""
+    """Number of vectors of length P held per query: its gradient, and those of an iterative solution."""
 
     def __init__(
         self, curvature: Curvature | None = None, precision: Precision = "recorded", memory_budget: float = 1.0
@@ -59,17 +59,17 @@ class InfluenceFunctions(CheckpointEstimator):
     def estimate_dampings(
         self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance, dampings: Sequence[Damping]
     ) -> list[Estimate]:
-        """Answer the question for one of the plan's batches, with several dampings of one fitted curvature each.
+        """Answer the question for one batch of the plan with several dampings; the curvature is fitted once per run.
 
         Args:
-            runs: A batch.
+            runs: One batch of runs.
             question: The question.
             plan: The plan.
-            advance: Told how much is done.
-            dampings: In place of the curvature's own.
+            advance: Called with the number of steps done.
+            dampings: Values that replace the damping of the curvature.
 
         Returns:
-            An estimate for each damping.
+            One estimate for each damping.
         """
 
         def answer(replay: Replay) -> Answer:

@@ -1,10 +1,11 @@
-r"""Gradients of single examples' losses by the weights of layers, from one backward pass of a whole batch.
+r"""Gradients of single examples' losses by the weights of layers, from one backward pass of a batch.
 
-By a linear layer's weight, with its inputs :math:`a_{nt}` at the positions t of an example and the derivatives
-:math:`d_{nt}` of the loss by its outputs, it is :math:`\sum_t d_{nt} a_{nt}^\top`; a convolution is such a layer of the
-patches that it looks at (Goodfellow, arXiv 1510.01799; Rochette et al., arXiv 1912.06015). Norms multiply what they
-have normalised, and embeddings rows of the unit matrix. Nothing is differentiated twice, and of an example with one
-position the gradient is not even written out: :math:`\langle d_n a_n^\top, V \rangle = d_n^\top V a_n`.
+With inputs :math:`a_{nt}` at the positions t of an example and derivatives :math:`d_{nt}` of the loss by the outputs,
+the gradient by a linear layer's weight is :math:`\sum_t d_{nt} a_{nt}^\top`. A convolution is a linear layer on patches
+(Goodfellow, arXiv 1510.01799; Rochette et al., arXiv 1912.06015), the weight of a normalisation layer multiplies its
+normalised inputs, and an embedding is a linear layer on one-hot vectors. Nothing is differentiated twice, and for
+examples with one position the gradient is not even formed:
+:math:`\langle d_n a_n^\top, V \rangle = d_n^\top V a_n`.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ from lightning_dtda.trajectory import ParameterLayout
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _KINDS = frozenset({nn.Linear, nn.Embedding, nn.LayerNorm, nn.GroupNorm, *CONVOLUTIONS, *_BATCH_NORMS})
-"""Layers that are known; what is derived from them may do anything, and is none."""
+"""Supported layer classes. Subclasses are not supported, because they may compute anything."""
 
 _NEGLIGIBLE = 16
-"""Units in the last place of an example's whole gradient, below which a parameter's is rounding: the biases of keys in
-attention have none."""
+"""Units in the last place of an example's whole gradient; a parameter's gradient below that is rounding. For example,
+the gradient by the bias of the keys in attention is zero."""
 
 
 class OtherWayError(Exception):
-    """A batch went another way through the layers than the one that they were learned from."""
+    """A batch called the layers differently from the batch used in ``LayerGradients.learn``."""
 
 
 @dataclass(frozen=True)
 class WatchedLayer:
-    """A layer, and where its trained parameters lie among all; ``None`` for what is not there, or not known."""
+    """A layer and the places of its trained parameters; ``None`` for a parameter that is missing or not known."""
 
     module: nn.Module
     weight: slice | None
@@ -49,12 +50,12 @@ class WatchedLayer:
 
     @property
     def has_matrix(self) -> bool:
-        """Whether its weight is a matrix that is multiplied with what enters."""
+        """Whether its weight is a matrix that multiplies the inputs."""
         return isinstance(self.module, (nn.Linear, nn.Embedding, *CONVOLUTIONS))
 
 
 class Call(NamedTuple):
-    """What went into a layer ``(B, ...)``, and where its result stands in the graph."""
+    """A call of a layer: its inputs ``(B, ...)``, and the place of its result in the autograd graph."""
 
     layer: int
     inputs: Tensor
@@ -62,11 +63,11 @@ class Call(NamedTuple):
 
 
 class LayerGradients:
-    """The layers of a module, by whose weights single examples' gradients are known.
+    """The layers of a module for which gradients of single examples are known.
 
     Args:
         module: The module.
-        layout: Its trained parameters.
+        layout: Layout of its trained parameters.
     """
 
     def __init__(self, module: nn.Module, layout: ParameterLayout) -> None:
@@ -84,17 +85,17 @@ class LayerGradients:
         self.layers = [layer for layer in found if layer.weight is not None or layer.bias is not None]
         self._is_learned = False
         self.times: Counter[int] = Counter()
-        """How often each layer is called, by its number."""
+        """Number of calls of each layer, by the layer's number."""
         self.spread: set[int] = set()
-        """Numbers of embeddings that look something up once for all examples."""
+        """Numbers of embeddings that are called once for all examples."""
         self.others = list(range(len(self._places)))
-        """Numbers of the parameters by which nothing is known."""
+        """Numbers of the parameters whose gradients are not known."""
 
     @contextmanager
     def watched(self, examples: int) -> Iterator[list[Call | None]]:
-        """Note the calls of the layers in a forward pass of B examples; ``None`` for a call without an axis over them.
+        """Record calls of the layers in a forward pass of B examples; ``None`` for a call without an axis over them.
 
-        What an embedding looks up once for all examples (positions), it looks up for each of them inside.
+        In this context, an embedding that is called once for all examples (position embeddings) is called for each.
         """
         calls: list[Call | None] = []
 
@@ -111,7 +112,7 @@ class LayerGradients:
             is_known = bool(args) and all(one.ndim > 1 and len(one) == examples for one in (args[0], result))
             if isinstance(self.layers[number].module, nn.Embedding):
                 is_known = bool(args) and len(args[0]) == examples
-            # its place in the graph as it is now: what follows may change the result itself
+            # take its place in the graph now: later operations may change the result in place
             is_known = is_known and result.requires_grad
             calls.append(Call(number, args[0].detach(), get_gradient_edge(result)) if is_known else None)
 
@@ -124,23 +125,24 @@ class LayerGradients:
 
     @property
     def places_of_others(self) -> list[slice]:
-        """Where the parameters lie by which nothing is known."""
+        """Places of the parameters whose gradients are not known."""
         return [self._places[number] for number in self.others]
 
     @property
     def is_empty(self) -> bool:
-        """Whether no gradient is known."""
+        """Whether no gradients are known."""
         return len(self.others) == len(self._places)
 
     def learn(self, loss: Tensor, calls: list[Call | None], shares: Tensor) -> None:
-        """See which gradients are known, from a batch of which they are given.
+        """Determine which gradients are known, by comparison with the given gradients of a batch.
 
-        A weight may be used elsewhere too, examples may lie along another axis, or mix in the network.
+        Gradients differ if a weight is also used elsewhere, if examples lie along another axis, or if they mix in the
+        network.
 
         Args:
-            loss: Of the batch.
-            calls: As :meth:`watched` noted them.
-            shares: What its first examples contribute to its gradient ``(n, P)``.
+            loss: Loss of the batch.
+            calls: Calls recorded by :meth:`watched`.
+            shares: Contributions of the batch's first examples to its gradient ``(n, P)``.
         """
         found = torch.zeros_like(shares)
         self.add_gradients(loss, calls, found, torch.arange(len(shares)))
@@ -165,46 +167,46 @@ class LayerGradients:
         self._is_learned = True
 
     def products(self, loss: Tensor, calls: list[Call | None], vectors: Tensor) -> Tensor:
-        r"""Return :math:`\langle g_n, v \rangle` ``(Q, B)`` of a batch for ``vectors`` ``(Q, P)``, by what is known.
+        r"""Return :math:`\langle g_n, v \rangle` ``(Q, B)`` for ``vectors`` ``(Q, P)``, over the known parameters.
 
         Args:
-            loss: Of the batch.
-            calls: As :meth:`watched` noted them.
-            vectors: v.
+            loss: Loss of the batch.
+            calls: Calls recorded by :meth:`watched`.
+            vectors: Vectors v.
 
         Raises:
-            OtherWayError: If the layers were not called as in the batch that they were learned from.
+            OtherWayError: If the layers were called differently from the batch used in :meth:`learn`.
         """
         return torch.stack([_products(*one, vectors) for one in self._differentiated(loss, calls)]).sum(0)
 
     def products_of(self, call: Call, derivatives: Tensor, vectors: Tensor) -> Tensor:
-        """Return what a call of a layer adds to :meth:`products`, given the derivatives by what came out of it."""
+        """Return what a call of a layer adds to :meth:`products`, given the derivatives by its outputs."""
         return _products(self.layers[call.layer], call.inputs, derivatives, vectors)
 
     def add_gradients(
         self, loss: Tensor, calls: list[Call | None], total: Tensor, rows: Tensor, factor: float = 1.0
     ) -> None:
-        """Add examples' gradients, by what is known, to ``total`` ``(n, P)``.
+        """Add examples' gradients by the known parameters to ``total`` ``(n, P)``.
 
         Args:
-            loss: Of the batch.
-            calls: As :meth:`watched` noted them.
-            total: What is added to.
-            rows: Which examples of the batch, n.
-            factor: What they are multiplied with.
+            loss: Loss of the batch.
+            calls: Calls recorded by :meth:`watched`.
+            total: Tensor to add to.
+            rows: Positions of n examples in the batch.
+            factor: Factor of the gradients.
 
         Raises:
-            OtherWayError: As :meth:`products`.
+            OtherWayError: See :meth:`products`.
         """
         for layer, inputs, derivatives in self._differentiated(loss, calls):
             for place, of_examples in gradients(layer, inputs[rows], derivatives[rows]):
                 total[:, place].add_(of_examples, alpha=factor)
 
     def checked(self, calls: list[Call | None]) -> list[Call]:
-        """Return the calls of layers with a parameter by which gradients are known.
+        """Return the calls of layers that have a parameter with known gradients.
 
         Raises:
-            OtherWayError: As :meth:`products`.
+            OtherWayError: See :meth:`products`.
         """
         layers = self.layers
         known = [call for call in calls if call and (layers[call.layer].weight or layers[call.layer].bias)]
@@ -213,22 +215,22 @@ class LayerGradients:
         return known
 
     def _differentiated(self, loss: Tensor, calls: list[Call | None]) -> Iterator[tuple[WatchedLayer, Tensor, Tensor]]:
-        """Yield the layers that were called, what went in, and the loss's derivatives by what came out."""
+        """Yield the layers that were called, their inputs, and the derivatives of the loss by their outputs."""
         known = self.checked(calls)
         found: list[Tensor | None] = list(
             torch.autograd.grad(loss, [call.result for call in known], allow_unused=True) if known else ()
         )
         for number, call in enumerate(known):
-            derivatives, found[number] = found[number], None  # kept no longer than it is needed
+            derivatives, found[number] = found[number], None  # free it as soon as possible
             if derivatives is not None:
                 yield self.layers[call.layer], call.inputs, derivatives
 
 
-# -- of one layer
+# -- functions of one layer
 
 
 def _products(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor, vectors: Tensor) -> Tensor:
-    """Return the products of examples' gradients with vectors ``(Q, P)``, as ``(Q, B)``."""
+    """Return the inner products of examples' gradients with vectors ``(Q, P)``, as ``(Q, B)``."""
     total = vectors.new_zeros(len(vectors), len(derivatives))
     if layer.weight is not None and _is_never_written(layer, derivatives, len(vectors)):
         matrices = vectors[:, layer.weight].unflatten(1, layer.module.weight.shape)
@@ -245,16 +247,16 @@ def _products(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor, vectors:
 
 
 def _is_never_written(layer: WatchedLayer, derivatives: Tensor, vectors: int) -> bool:
-    """Whether an example's gradient by the weight takes more to write out than its products with vectors."""
+    """Whether forming an example's gradient by the weight costs more than its products with the vectors."""
     if isinstance(layer.module, nn.Embedding):
         return True
     positions = derivatives[0].numel() // derivatives.shape[-1]
-    # of several positions, one that is written out serves all vectors
+    # with several positions, forming the gradient once serves all vectors
     return isinstance(layer.module, nn.Linear) and (positions - 1) * (vectors - 1) <= 1
 
 
 def gradients(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield where the layer's parameters lie, and examples' gradients by them ``(B, n)``."""
+    """Yield the place of each of the layer's parameters, and examples' gradients by it ``(B, n)``."""
     module: Any = layer.module
     if layer.weight is not None:
         if isinstance(module, nn.Embedding):
@@ -272,7 +274,7 @@ def gradients(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor) -> Itera
 
 
 def positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what enters at each position, ``(B, groups, d_in, T)``, and the derivatives ``(B, groups, d_out, T)``."""
+    """Return the inputs at each position ``(B, groups, d_in, T)``, and the derivatives ``(B, groups, d_out, T)``."""
     if isinstance(module, nn.Linear):
         return (
             inputs.reshape(len(inputs), 1, -1, inputs.shape[-1]).mT,
@@ -284,7 +286,7 @@ def positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor,
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):
         windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # (B, channels, *positions, *kernel): the kernel's places go with the channels
+    # (B, channels, *positions, *kernel): move the kernel's axes next to the channels
     dimensions = len(module.kernel_size)
     order = (0, 1, *range(2 + dimensions, 2 + 2 * dimensions), *range(2, 2 + dimensions))
     patches = windows.permute(order).flatten(2, 1 + dimensions).flatten(3)
@@ -293,7 +295,7 @@ def positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor,
 
 
 def _normalised(module: Any, inputs: Tensor) -> Tensor:
-    """Return what a norm multiplies with its weight."""
+    """Return the normalised inputs, which a normalisation layer multiplies with its weight."""
     if isinstance(module, nn.LayerNorm):
         return functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
     if isinstance(module, nn.GroupNorm):
@@ -304,7 +306,7 @@ def _normalised(module: Any, inputs: Tensor) -> Tensor:
 
 
 def _summed(module: Any, derivatives: Tensor) -> Tensor:
-    """Sum over positions: features are the last axes, or channels the second one ``(B, n)``."""
+    """Sum over positions, to ``(B, n)``: features are the last axes, or channels the second axis."""
     if isinstance(module, (nn.Linear, nn.LayerNorm)):
         features = module.bias.numel() if module.bias is not None else module.weight.numel()
         return derivatives.reshape(len(derivatives), -1, features).sum(1)
@@ -312,5 +314,5 @@ def _summed(module: Any, derivatives: Tensor) -> Tensor:
 
 
 def without_padding(module: nn.Embedding, rows: Tensor, derivatives: Tensor) -> Tensor:
-    """Return derivatives by what an embedding found, zero at its row of padding."""
+    """Return derivatives by the outputs of an embedding, with zeros for its padding index."""
     return derivatives if module.padding_idx is None else derivatives * rows.ne(module.padding_idx)[..., None]

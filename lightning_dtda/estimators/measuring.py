@@ -1,4 +1,4 @@
-"""The measurement of recorded runs, and its derivatives: where reverse sweeps start and forward sweeps end."""
+"""Measurements of recorded runs and their derivatives: the start of reverse sweeps and the end of forward sweeps."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_dtda.replay.measured import measured
 def measure(
     replay: Replay, question: Question, numbers: Sequence[int], step: int | None = None, of: Examples | None = None
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    r"""Return :math:`m(\theta_t)` of stacked runs, and its derivatives.
+    r"""Return :math:`m(\theta_t)` of stacked runs and its derivatives.
 
     Args:
         replay: The runs.
-        question: What is measured.
-        numbers: Of the queries, Q.
-        step: t; the end of training if not given.
-        of: Examples that are measured in place of the queries.
+        question: The question, with queries and measurement.
+        numbers: Numbers of Q queries.
+        step: Step t; the end of training if not given.
+        of: Examples to measure instead of the queries.
 
     Returns:
-        Values ``(runs, queries)``, gradients ``(runs, queries, P)``, and those by running statistics, each
-        ``(runs, queries, ...)``.
+        Values ``(runs, queries)``, gradients ``(runs, queries, P)``, and gradients with respect to running statistics,
+        each ``(runs, queries, ...)``.
 
     Raises:
         AttributionError: If the measurement cannot be differentiated, or is not finite.
@@ -43,7 +43,7 @@ def measure_at(
     step: int,
     of: Examples | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """As :func:`measure`, for parameters ``(runs, P)`` and buffers that are known."""
+    """Like :func:`measure`, for given parameters ``(runs, P)`` and buffers."""
     end = "the end" if step == replay.steps else f"step {step}"
     return measured(
         replay.eager,

@@ -1,4 +1,4 @@
-"""What influence functions cannot see: responses and gradients outside the range of the curvature."""
+"""The part of responses and gradients outside the range of the curvature, which influence functions miss."""
 
 from __future__ import annotations
 
@@ -35,33 +35,34 @@ def range_share(
     *,
     memory_budget: float = 1.0,
 ) -> Tensor:
-    r"""Return which share of the measurement's gradient lies in the range of the curvature.
+    r"""Return the share of the measurement's gradient that lies in the range of the curvature.
 
     .. math:: \frac{\lVert P\, \nabla m_q(\theta_t) \rVert^2}{\lVert \nabla m_q(\theta_t) \rVert^2}, \qquad
         P = \sum_{|\lambda_i| > c\, |\lambda|_{\max}} u_i u_i^\top
 
     with eigenvalues :math:`\lambda_i` and eigenvectors :math:`u_i` of the curvature at :math:`\theta_t`, and its
-    cut-off c (its argument ``cutoff``, where it has one). At 1, responses outside the range
-    (:func:`null_space_response`) leave m alone, and the pseudo-inverse of influence functions misses nothing of it
+    cut-off c (its argument ``cutoff``, if it has one). If the share is 1, responses outside the range
+    (:func:`null_space_response`) do not change m, and influence functions with the pseudo-inverse miss nothing
     (Mlodozeniec et al., arXiv 2506.12965, theorem 2 and figure 3).
 
     Args:
         run: A recorded run.
         module: The LightningModule that was trained.
-        data: What was trained on, as for :func:`~lightning_dtda.attribute`.
-        queries: Q queries.
+        data: Training data, as for :func:`~lightning_dtda.attribute`.
+        queries: The Q queries.
         measurement: m: ``"loss"``, ``"margin"``, ``"prediction"``, or a callable ``(module, batch) -> (B,)``.
-        curvature: One whose fit is a :class:`~lightning_dtda.estimators.Spectrum`; its damping plays no part.
-        step: t; ``None`` is the end of the training.
-        memory_budget: In GiB.
+        curvature: Curvature whose ``fit`` returns a :class:`~lightning_dtda.estimators.Spectrum`; its damping is
+            ignored.
+        step: Step t; ``None`` for the end of training.
+        memory_budget: Memory budget in GiB.
 
     Returns:
-        Shares between 0 and 1 ``(queries,)``; ``nan`` where the gradient vanishes.
+        Shares between 0 and 1 ``(queries,)``; ``nan`` if the gradient is zero.
 
     Raises:
-        AttributionError: If the curvature has no spectrum, there is no such step, or the measurement cannot be
+        AttributionError: If the curvature has no spectrum, the step is out of range, or the measurement cannot be
             differentiated.
-        ReplayError: If module or data are not those that were trained.
+        ReplayError: If the module or the data differ from those of the training.
     """
     replay, step = _open(run, module, data, step)
     spectrum = _fit(curvature, replay, step, memory_budget)
@@ -75,7 +76,7 @@ def range_share(
         resolve_removals(LEAVE_ONE_OUT, replay.examples),
         step,
     )
-    # gradients and projections, and as much again on the way to each
+    # gradients, projections, and a temporary of the same size for each
     size = max(1, int(memory_budget * GIB / 2 / (4 * replay.layout.size * replay.dtype.itemsize)))
     shares = []
     for numbers in torch.arange(len(examples)).split(size):
@@ -94,31 +95,31 @@ def null_space_response(
     *,
     memory_budget: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return what of the parameters' unrolled responses lies outside the range of the curvature.
+    r"""Return the part of the parameters' unrolled responses that lies outside the range of the curvature.
 
     .. math:: r^{NS}_k = r^{UD}_k - P\, r^{UD}_k, \qquad r^{UD}_k = -\sum_{n \in S_k} \frac{d \theta_t}{d w_n}
 
-    with P as in :func:`range_share`, and the responses of unrolled differentiation carried forwards through the
-    training. Influence functions know nothing of this part (Mlodozeniec et al., arXiv 2506.12965, theorem 2 and
-    figure 3).
+    with P as in :func:`range_share`, and the responses of unrolled differentiation, computed in forward mode. Influence
+    functions miss this part (Mlodozeniec et al., arXiv 2506.12965, theorem 2 and figure 3).
 
     Args:
         run: A recorded run.
         module: The LightningModule that was trained.
-        data: What was trained on, as for :func:`~lightning_dtda.attribute`.
-        curvature: One whose fit is a :class:`~lightning_dtda.estimators.Spectrum`; its damping plays no part.
-        removals: K removals, as for :func:`~lightning_dtda.attribute`. All are carried at once: K P numbers, and as
-            many again for each of the optimizer's states.
-        step: t; ``None`` is the end of the training.
-        memory_budget: Of the curvature, in GiB.
+        data: Training data, as for :func:`~lightning_dtda.attribute`.
+        curvature: Curvature whose ``fit`` returns a :class:`~lightning_dtda.estimators.Spectrum`; its damping is
+            ignored.
+        removals: K removals, as for :func:`~lightning_dtda.attribute`. All are computed at once, which takes K P
+            numbers, and K P more for each of the optimizer's states.
+        step: Step t; ``None`` for the end of training.
+        memory_budget: Memory budget of the curvature in GiB.
 
     Returns:
         The part outside the range :math:`r^{NS}` and the whole :math:`r^{UD}`, ``(removals, P)`` each: predicted
         changes of the parameters when the examples are removed.
 
     Raises:
-        AttributionError: If the curvature has no spectrum, or there is no such step or removal.
-        ReplayError: If module or data are not those that were trained, or the responses are not finite.
+        AttributionError: If the curvature has no spectrum, or the step or the removals are invalid.
+        ReplayError: If the module or the data differ from those of the training, or the responses are not finite.
     """
     replay, step = _open(run, module, data, step)
     spectrum = _fit(curvature, replay, step, memory_budget)
@@ -129,11 +130,11 @@ def null_space_response(
 
 
 def _open(run: Run, module: LightningModule, data: Data, step: int | None) -> tuple[Replay, int]:
-    """Return the run's replay, checked against its record, and t."""
+    """Return the run's replay, checked against its record, and the step t."""
     step = run.steps if step is None else step
     if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= run.steps:
         raise AttributionError(
-            f"There is no step {step!r} in {run.path}. Give 1 to {run.steps}, or None for the end of the training."
+            f"There is no step {step!r} in {run.path}. Give 1 to {run.steps}, or None for the end of training."
         )
     replay = Replay([run], module, training_examples(data), device=module.device)
     replay.check_step(step - 1)
@@ -142,4 +143,4 @@ def _open(run: Run, module: LightningModule, data: Data, step: int | None) -> tu
 
 def _fit(curvature: Curvature, replay: Replay, step: int, memory_budget: float) -> Spectrum:
     objective = Objective(replay, step, memory=memory_budget * GIB / 2)
-    return fit_spectrum(curvature, objective, "hence no range to project onto")
+    return fit_spectrum(curvature, objective, "so there is no range to project onto")

@@ -19,14 +19,14 @@ _LOOKED_AT, _DIRECTIONS = 32, 4
 
 
 class RootRows(NamedTuple):
-    """Rows of a root of the Gauss-Newton matrix, those of B examples."""
+    """Rows of a root of the Gauss-Newton matrix for B examples."""
 
     indices: Tensor
-    """Which examples."""
+    """Indices of the examples."""
     rows: Tensor
-    """By the parameters that were asked for ``(B * C, n)``."""
+    """Derivatives by the requested parameters ``(B * C, n)``."""
     layers: list[tuple[Tensor, Tensor]]
-    """By the outputs of each layer that was asked for ``(B * C, d_out)``, and its inputs ``(B, d_in)``."""
+    """For each requested layer, derivatives by its outputs ``(B * C, d_out)``, and its inputs ``(B, d_in)``."""
 
 
 class Objective(ExampleGradients):
@@ -34,28 +34,28 @@ class Objective(ExampleGradients):
 
     .. math:: L(\theta) = \frac1N \sum_n l_n(\theta) + \frac12 \sum_p \gamma_p \theta_p^2
 
-    with :math:`\gamma` the weight decay of optimizers that add it to the gradient (a decoupled one is no part of any
-    objective), and minus the losses for an optimizer that maximizes them. The losses are those that were trained on:
-    where they depend on the batch (class weights normalised by it, a mean over its tokens), examples pass through the
-    module in batches as large as those of the training, and :math:`l_n` has the coefficient that it has there.
+    where :math:`\gamma` is the weight decay of optimizers that add it to the gradient (decoupled weight decay is not
+    part of any objective). For an optimizer that maximizes, the losses have a minus sign. The losses are those of the
+    training: if they depend on the batch (class weights normalised over it, a mean over its tokens), examples pass
+    through the module in batches of the training's size, and :math:`l_n` includes its coefficient in the batch.
 
     Args:
-        replay: One run.
-        step: t; ``None`` is the end of the training.
-        memory: Bytes that what is computed at once may take.
-        chunks: How many examples at a time stay within it, as found for runs of the same shape before.
-        scale: s ``(P,)``, for other coordinates: of what follows, all derivatives are by :math:`\phi` at
-            :math:`\theta + s \odot \phi`, so that matrices are those of the parameters with s on either side.
-        decay: Added to :math:`\gamma` ``(P,)``.
-        draws: Of a loss that draws random numbers, which is the mean over them.
-        kept: Traces, kept from one run to the next.
+        replay: Replay of one run.
+        step: Step t; ``None`` for the end of training.
+        memory: Maximum memory of a computation in bytes.
+        chunks: Numbers of examples that fit in the memory, as found earlier for runs of the same shape.
+        scale: s ``(P,)``, for scaled coordinates: all derivatives are by :math:`\phi` at
+            :math:`\theta + s \odot \phi`, so matrices are those of the parameters multiplied by s on both sides.
+        decay: Weight decay ``(P,)`` that is added to :math:`\gamma`.
+        draws: Random draws for a loss that uses random numbers; the objective is the mean over them.
+        kept: Traces to reuse from one run to the next.
 
     Raises:
-        AttributionError: If the optimizer minimises by some parameters and maximizes by others.
+        AttributionError: If the optimizer minimizes for some parameters and maximizes for others.
     """
 
     def hessian_products(self, vectors: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """Return the Hessian of L times each of ``vectors`` ``(Q, P)``, or that of the ``chosen`` examples' mean."""
+        """Return the Hessian of L, or of the mean over ``chosen`` examples, times each of ``vectors`` ``(Q, P)``."""
 
         def product(one: Pass, direction: list[Tensor]) -> Tensor:
             return self.layout.flatten(one.products(direction)[0])
@@ -68,7 +68,7 @@ class Objective(ExampleGradients):
         .. math:: G = \frac1N \sum_n J_n^\top \nabla^2\ell_n(z_n) J_n + \nabla^2 R(\theta) +
             \operatorname{diag}(\gamma), \qquad J_n = \frac{d z_n}{d \theta}
 
-        with what the loss has of the parameters beside the network's outputs, R: a penalty in ``training_step``.
+        where R is the part of the loss that depends on the parameters directly (a penalty in ``training_step``).
         """
 
         def product(one: Pass, direction: list[Tensor]) -> Tensor:
@@ -88,7 +88,7 @@ class Objective(ExampleGradients):
             weights = one.terms(direction)
             found = self.layout.flatten(one.weighted(weights))
             found = found if one.beyond is None else found - self.layout.flatten(one.beyond)
-            # of a mean over B examples, each term and each gradient is one B-th
+            # in a mean over B examples, each term and each gradient has the factor 1 / B
             return self._sign * len(weights) * found
 
         return self._products("Fisher products", product, vectors)
@@ -96,7 +96,7 @@ class Objective(ExampleGradients):
     def _products(
         self, what: str, product: Callable[[Pass, list[Tensor]], Tensor], vectors: Tensor, chosen: Tensor | None = None
     ) -> Tensor:
-        """Return a matrix times each of ``vectors`` ``(Q, P)``: the mean of what it is of batches, and the decay."""
+        """Return a matrix times each of ``vectors`` ``(Q, P)``: the mean over examples, plus the weight decay."""
         scaled = self._scaled(vectors)
         result = torch.zeros_like(vectors)
         count = self.examples if chosen is None else len(chosen)
@@ -109,11 +109,10 @@ class Objective(ExampleGradients):
 
     @cached_property
     def outputs(self) -> int:
-        """C, the number of the network's outputs for an example.
+        """Number of the network's outputs per example, C.
 
         Raises:
-            AttributionError: If the loss of the batch is no mean over examples, or depends on parameters past all
-            outputs.
+            AttributionError: If the loss of a batch is not a mean over examples, or depends on parameters directly.
         """
         self.refuse_root("A root of the Gauss-Newton matrix")
         with self.passed(torch.arange(1), self._seeds[0]) as one:
@@ -121,7 +120,7 @@ class Objective(ExampleGradients):
 
     @cached_property
     def lacks_curvature(self) -> str | None:
-        """Why the Gauss-Newton matrix says nothing of the loss; ``None`` where it does. Seen on one batch."""
+        """Why the Gauss-Newton matrix does not describe the loss, ``None`` if it does; determined on one batch."""
         chunk = self._chunk("loss curvatures", lambda one: one.outputs.gradient())
         indices = self._batches(chunk)[0][:_LOOKED_AT]
         generator = torch.Generator().manual_seed(0)
@@ -141,7 +140,7 @@ class Objective(ExampleGradients):
         return None
 
     def loss_roots(self, indices: Tensor) -> Tensor:
-        """Return symmetric roots of the examples' losses' Hessians by their outputs ``(B, C, C)``.
+        """Return symmetric roots of the Hessians of examples' losses by their outputs ``(B, C, C)``.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.
@@ -156,13 +155,13 @@ class Objective(ExampleGradients):
                 total += hessians * (self._sign / len(self._seeds))
             except RuntimeError as error:
                 raise AttributionError(
-                    "The network has other numbers of outputs for other examples, so that the Gauss-Newton matrix has "
-                    f'no root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
+                    "The network has different numbers of outputs for different examples, so the Gauss-Newton matrix "
+                    f'has no root of one shape ({error}). Use GaussNewton(solver="cg") or Hessian(...).'
                 ) from error
         return self.roots_of(total)
 
     def roots_of(self, hessians: Tensor) -> Tensor:
-        """Return symmetric roots of losses' Hessians by their outputs ``(B, C, C)``.
+        """Return symmetric roots of Hessians of losses by outputs ``(B, C, C)``.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.
@@ -172,10 +171,10 @@ class Objective(ExampleGradients):
         return (vectors * values.clamp_min(0).sqrt().unsqueeze(-2)) @ vectors.mT
 
     def refuse_concave(self, values: Tensor) -> None:
-        """Refuse a loss whose Hessians by the outputs have negative eigenvalues.
+        """Raise an error if the loss is not convex in the outputs.
 
         Raises:
-            AttributionError: If there are some, beyond rounding.
+            AttributionError: If there are negative eigenvalues beyond rounding.
         """
         floor = -self.theta.new_tensor(torch.finfo(self.theta.dtype).eps).sqrt() * values.abs().amax()
         if bool((values < floor).any()):
@@ -185,15 +184,15 @@ class Objective(ExampleGradients):
             )
 
     def roots(self, columns: Tensor | None = None, layers: Sequence[str] = ()) -> Iterator[RootRows]:
-        r"""Yield rows of a root of the Gauss-Newton matrix, those of B examples at a time.
+        r"""Yield rows of a root of the Gauss-Newton matrix, for B examples at a time.
 
         .. math:: A_n = \left(\nabla^2\ell_n(z_n)\right)^{1/2} J_n, \qquad
             G = \frac1N \sum_n A_n^\top A_n + \operatorname{diag}(\gamma)
 
         Args:
-            columns: The parameters by which to differentiate; ``None`` is all of them.
-            layers: Names of submodules that are called once, with one tensor, and whose inputs and derivatives are
-                wanted as well.
+            columns: Indices of the parameters to differentiate by; ``None`` for all of them.
+            layers: Names of submodules whose inputs and derivatives are returned as well; each must be called once,
+                with one tensor.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.
@@ -205,7 +204,7 @@ class Objective(ExampleGradients):
             yield self.root_rows(indices, columns, layers)
 
     def root_rows(self, indices: Tensor, columns: Tensor | None = None, layers: Sequence[str] = ()) -> RootRows:
-        """Return what :meth:`roots` yields, of some examples."""
+        """Return what :meth:`roots` yields, for the given examples."""
         roots = self.loss_roots(indices)
 
         def rows(loss: Tensor, outputs: Outputs, parameters: list[Tensor], extra: list[Tensor]) -> list[Tensor]:
@@ -221,7 +220,7 @@ class Objective(ExampleGradients):
             return [of_parameters, *derivatives, *(value.reshape(-1) for value, _ in of_layers)]
 
         key = f"roots {' '.join(layers)}"
-        # which columns is given to each example, so that one trace does for all that are asked for
+        # the columns are an input of each example, so one trace serves all choices
         chosen = [] if columns is None else [columns.expand(len(indices), -1)]
         with watched(self.module, layers) as calls:
             found = self._of_each(key, indices, self._seeds[0], rows, [roots, *chosen], calls=calls)
@@ -233,31 +232,31 @@ class Objective(ExampleGradients):
         return RootRows(indices, of_parameters.flatten(0, 1), pairs)
 
     def calls(self, names: Sequence[str], examples: int = 1) -> dict[str, list[tuple[Tensor, Tensor]]]:
-        """Return what some submodules are called with, and return, for the first examples."""
-        seed = self._seeds[0]  # known before the module is watched: it is seen from a pass
+        """Return inputs and results of each call of some submodules, for the first examples."""
+        seed = self._seeds[0]  # computed before the module is watched, because it takes a pass itself
         with watched(self.module, names) as calls, self._loss(torch.arange(examples), seed):
             return calls
 
     @cached_property
     def has_root(self) -> bool:
-        """Whether the Gauss-Newton matrix has a root whose rows are those of single examples."""
+        """Whether the Gauss-Newton matrix has a root in which each row belongs to one example."""
         if not self._is_free or self._seeds != [None]:
             return False
         try:
             with self.passed(torch.arange(1)) as one:
                 return one.beyond is None
-        except Exception:  # whatever the user's code does with a batch of one
+        except Exception:  # the user's code may fail in any way on a batch of one
             return False
 
     def refuse_root(self, what: str) -> None:
-        """Refuse what needs a root.
+        """Raise an error if the matrix has no root.
 
         Raises:
-            AttributionError: If there is none.
+            AttributionError: If the loss is not a mean over single examples, or is random.
         """
         if not self.has_root:
             raise AttributionError(
-                f"{what} needs a loss that is the mean of losses of single examples and draws nothing at random; that "
-                f"of {type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
+                f"{what} needs a loss that is a mean over single examples and is not random. That of "
+                f"{type(self.module).__name__} is not (class weights, a mean over tokens, a sum, noise ...). Use "
                 'GaussNewton(solver="cg") or Hessian(...).'
             )

@@ -1,4 +1,4 @@
-"""Random projections of gradients, for models with more parameters than can be held per example."""
+"""Random projections of gradients, for models whose gradients are too large to hold for all examples."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from lightning_dtda.errors import AttributionError
 
 _COLUMNS = 4096
-"""Parameters whose part of the projection is drawn together."""
+"""Number of parameters whose part of the projection is drawn together."""
 
 
 class Projection:
-    r"""A random matrix S of P rows and k columns with :math:`E\, S S^\top = I`, so that inner products survive.
+    r"""A random matrix S of P rows and k columns with :math:`E\, S S^\top = I`, which keeps inner products.
 
-    Entries are :math:`\pm 1 / \sqrt k` (Achlioptas, *Database-friendly random projections*, 2003). Relative to the
-    norms, inner products of :math:`S^\top v` are those of v to about :math:`1 / \sqrt k` (Johnson and Lindenstrauss).
-    The matrix is never held: its parts are drawn when they are needed, the same ones each time.
+    Entries are :math:`\pm 1 / \sqrt k` (Achlioptas, *Database-friendly random projections*, 2003). The error
+    of inner products, relative to the norms of the vectors, is about :math:`1 / \sqrt k` (Johnson and Lindenstrauss).
+    The matrix is never stored: its parts are drawn again, with the same values, whenever they are needed.
 
     Args:
-        size: P.
-        dimension: k.
-        seed: Another seed is another matrix.
+        size: Number of parameters P.
+        dimension: Number of dimensions k.
+        seed: Seed of the random matrix.
 
     Raises:
         AttributionError: If the dimension is not positive.
@@ -38,7 +38,7 @@ class Projection:
 
     def __init__(self, size: int, dimension: int, seed: int = 0) -> None:
         if dimension < 1:
-            raise AttributionError(f"A projection to {dimension} dimensions is none; give at least 1.")
+            raise AttributionError(f"dimension={dimension}; give at least 1.")
         self.size = size
         self.dimension = dimension
         self._seed = seed
@@ -61,28 +61,29 @@ class Projection:
         generator = torch.Generator()
         for number, start in enumerate(range(0, self.size, _COLUMNS)):
             columns = slice(start, min(start + _COLUMNS, self.size))
-            # drawn on the CPU: the same on every device
+            # drawn on the CPU, for the same values on every device
             generator.manual_seed(self._seed * 1_000_003 + number)
             signs = torch.randint(2, (columns.stop - columns.start, self.dimension), generator=generator)
             yield columns, (signs.to(like) * 2 - 1).mul_(self.dimension**-0.5)
 
 
 def projection_to(dimension: int | None, size: int, seed: int = 0) -> Projection | None:
-    """Return a projection to so many dimensions; ``None`` if there is none to make.
+    """Return a projection to k dimensions; ``None`` if no projection is needed.
 
     Args:
-        dimension: k; ``None`` leaves vectors as they are, as does a k that is not below P, which would add noise only.
-        size: P.
-        seed: Of the projection.
+        dimension: Number of dimensions k. Vectors are not projected if it is ``None``, or not below P, where a
+            projection would only add noise.
+        size: Number of parameters P.
+        seed: Seed of the projection.
     """
     return None if dimension is None or dimension >= size else Projection(size, dimension, seed)
 
 
 def check_dimension(dimension: int | None) -> int | None:
-    """Return a number of dimensions that can be one.
+    """Return the number of dimensions of a projection if it is valid.
 
     Raises:
-        AttributionError: If it cannot.
+        AttributionError: If it is invalid.
     """
     if dimension is None or (isinstance(dimension, int) and not isinstance(dimension, bool) and dimension >= 1):
         return dimension

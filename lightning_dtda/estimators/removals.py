@@ -1,4 +1,4 @@
-"""What is removed: every training example on its own, or groups of them."""
+"""Removals: each training example on its own, or groups of examples."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay import Examples
 
 LEAVE_ONE_OUT = "leave-one-out"
-"""What stands for every training example being a removal of its own."""
+"""Value that makes each training example its own removal."""
 
 COLUMN = "column:"
-"""What a key of the data set's items is announced by."""
+"""Prefix of a key of the data set's items."""
 
 _FORMS = (
     'Give "leave-one-out", a list of lists of indices, a mapping from names to lists of indices, a label for each '
@@ -31,17 +31,18 @@ _FORMS = (
 class Removals:
     r"""K removals of N training examples.
 
-    Removing a group lowers the weights of its examples together, so that its response is the sum of theirs:
+    Removing a group lowers the weights of its examples together, so its response is the sum of their responses:
 
     .. math:: r_k = -\sum_{n \in S_k} \frac{d\, m(\theta_T)}{d w_n}
 
     Args:
-        examples: N.
-        groups: Indices of each group's examples; ``None`` is leave-one-out: every example its own removal, K = N.
-        names: What the groups are called, in the same order.
+        examples: Number of training examples N.
+        groups: Indices of each group's examples; ``None`` for leave-one-out: each example is its own removal, K = N.
+        names: Names of the groups, in the same order.
 
     Raises:
-        AttributionError: If a group is empty, has an example twice or one that there is not, or two share a name.
+        AttributionError: If a group is empty, contains an example twice or an index out of range, or if two groups
+            have the same name.
 
     Example:
         >>> removals = Removals(4, ((0, 2), (1,)), ("cats", "dogs"))
@@ -57,14 +58,14 @@ class Removals:
         if self.groups is None:
             return
         if not self.groups:
-            raise AttributionError(f"removals has no group. {_FORMS}.")
+            raise AttributionError(f"removals has no groups. {_FORMS}.")
         if len(self.names) != len(self.groups):
             raise AttributionError(
-                f"There are {len(self.groups)} groups and {len(self.names)} names. Give one to each."
+                f"There are {len(self.groups)} groups and {len(self.names)} names. Give one name for each group."
             )
         name, times = Counter(self.names).most_common(1)[0]
         if times > 1:
-            raise AttributionError(f"{times} groups of removals are called {name!r}. Give each a name of its own.")
+            raise AttributionError(f"{times} groups of removals are called {name!r}. Give each group a different name.")
         for name, group in zip(self.names, self.groups, strict=True):
             _check_group(name, group, self.examples)
 
@@ -73,19 +74,19 @@ class Removals:
 
     @property
     def is_leave_one_out(self) -> bool:
-        """Whether every example is a removal of its own."""
+        """Whether each example is its own removal."""
         return self.groups is None
 
     def content(self) -> str | list[dict[str, Any]]:
-        """Return them in JSON: ``"leave-one-out"``, or ``name`` and ``examples`` of each group, in order."""
+        """Return the removals in JSON types: ``"leave-one-out"``, or ``name`` and ``examples`` of each group."""
         if self.groups is None:
             return LEAVE_ONE_OUT
         return [{"name": name, "examples": list(group)} for name, group in zip(self.names, self.groups, strict=True)]
 
     def membership(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-        """Return 1 where a removal has an example and 0 elsewhere ``(K, N)``.
+        """Return a matrix ``(K, N)``, 1 where a removal contains an example and 0 elsewhere.
 
-        For leave-one-out, the identity of N times N numbers: :meth:`total` does without.
+        For leave-one-out it is the N x N identity, which :meth:`total` avoids.
         """
         if self.groups is None:
             return torch.eye(self.examples, dtype=dtype, device=device)
@@ -97,7 +98,7 @@ class Removals:
     def total(self, responses: Tensor) -> Tensor:
         """Sum the responses of single examples ``(..., N)`` over each removal ``(..., K)``.
 
-        For leave-one-out, the same tensor.
+        For leave-one-out, returns the same tensor.
         """
         if self.groups is None:
             return responses
@@ -115,17 +116,21 @@ class Removals:
 
 
 def resolve_removals(removals: Any, examples: Examples) -> Removals:
-    """Return the removals that are meant.
+    """Convert what a user gives as removals.
 
     Args:
-        removals: ``"leave-one-out"``; a list of groups, each the indices of its examples; a mapping from names to such;
-            a label, an integer or a string, for each of the N examples, in a list, an array or a tensor: one group for
-            each label, in the order of the labels; or ``"column:KEY"``, where KEY is the position, or the key, of such
-            labels in the data set's items.
+        removals: One of
+
+            - ``"leave-one-out"``;
+            - a list of groups, each a list of indices of examples;
+            - a mapping from names to such groups;
+            - a label (integer or string) for each of the N examples, in a list, array or tensor: one group for each
+              label, sorted by label;
+            - ``"column:KEY"``, where KEY is the position or the key of such labels in the data set's items.
         examples: The N training examples.
 
     Raises:
-        AttributionError: If it is none of these, or does not fit the examples.
+        AttributionError: If ``removals`` is invalid or does not match the examples.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -138,8 +143,8 @@ def resolve_removals(removals: Any, examples: Examples) -> Removals:
     if isinstance(removals, Removals):
         if removals.examples != len(examples):
             raise AttributionError(
-                f"The removals are of {removals.examples} examples; the training data have {len(examples)}. Make them "
-                "for these data."
+                f"The removals are for {removals.examples} examples, but there are {len(examples)} training examples. "
+                "Create them for these data."
             )
         return removals
     if isinstance(removals, str):
@@ -160,8 +165,8 @@ def resolve_removals(removals: Any, examples: Examples) -> Removals:
         if not all(map(_is_group, given)):
             lone = next(value for value in given if not _is_group(value))
             raise AttributionError(
-                f"removals has groups and, among them, {lone!r}. Give lists of indices only (a group of one is "
-                f"[{lone!r}]), or a label for each example."
+                f"removals mixes groups with {lone!r}, which is not a group. Give only lists of indices (a group of "
+                f"one is [{lone!r}]), or a label for each example."
             )
         groups = tuple(_indices(group, f"group {number}") for number, group in enumerate(given))
         return Removals(len(examples), groups, tuple(str(number) for number in range(len(groups))))
@@ -173,22 +178,20 @@ def _check_group(name: str, group: tuple[int, ...], examples: int) -> None:
         raise AttributionError(f"Group {name!r} of removals is empty. Leave it out, or give it an example.")
     if outside := [index for index in group if not 0 <= index < examples]:
         raise AttributionError(
-            f"Group {name!r} of removals has the index {outside[0]}; the training examples are 0 to {examples - 1}."
+            f"Group {name!r} of removals has the index {outside[0]}; valid indices are 0 to {examples - 1}."
         )
     if len(set(group)) != len(group):
         index = Counter(group).most_common(1)[0][0]
-        raise AttributionError(
-            f"Group {name!r} of removals has example {index} twice; it can be removed once. Give each index once."
-        )
+        raise AttributionError(f"Group {name!r} of removals contains example {index} twice. Give each index once.")
 
 
 def _listed(removals: Any) -> list[Any]:
-    """Return the elements of what was given, numbers of tensors and arrays as Python's own."""
+    """Return the given elements as a list, with numbers from tensors and arrays as Python numbers."""
     if hasattr(removals, "tolist"):
         if getattr(removals, "ndim", 1) != 1:
             raise AttributionError(
-                f"removals has shape {tuple(removals.shape)}. Give a label for each example, in one dimension, or a "
-                "list of lists of indices."
+                f"removals has shape {tuple(removals.shape)}. Give labels in one dimension, one for each example, or "
+                "a list of lists of indices."
             )
         return list(removals.tolist())
     if not isinstance(removals, Iterable):
@@ -203,31 +206,31 @@ def _is_group(value: Any) -> bool:
 def _indices(group: Any, where: str) -> tuple[int, ...]:
     values = group.tolist() if hasattr(group, "tolist") else group
     try:
-        indices = tuple(operator.index(value) for value in values)  # not int(): 1.5 is no index
+        indices = tuple(operator.index(value) for value in values)  # int() would accept 1.5
     except TypeError as error:
         raise AttributionError(
-            f"removals, {where}: {group!r} is no list of the indices of training examples."
+            f"removals, {where}: {group!r} is not a list of indices of training examples."
         ) from error
     if any(isinstance(value, bool) for value in values):
-        raise AttributionError(f"removals, {where}: this is a mask. Give the indices of its examples.")
+        raise AttributionError(f"removals, {where}: this is a mask. Give the indices of the examples instead.")
     return indices
 
 
 def _by_label(labels: Sequence[Any], where: str, examples: int) -> Removals:
-    """Return one group for each label, in the labels' order."""
+    """Return one group for each label, sorted by label."""
     if len(labels) != examples:
         raise AttributionError(
-            f"{where} has {len(labels)} labels for {examples} training examples. Give one for each; a single group is "
-            "a list in a list, [[3, 17]]."
+            f"{where} has {len(labels)} labels for {examples} training examples. Give one label for each example, or, "
+            "for a single group, a list in a list: [[3, 17]]."
         )
     for number, label in enumerate(labels):
         if isinstance(label, bool) or not isinstance(label, (Integral, str)):
             raise AttributionError(
-                f"{where}: the label of example {number} is {label!r}, a {type(label).__name__}. Labels are integers "
-                "or strings; give other groups as a mapping from names to lists of indices."
+                f"{where}: the label of example {number} is {label!r}, a {type(label).__name__}. Labels must be "
+                "integers or strings; give other groups as a mapping from names to lists of indices."
             )
     if len({isinstance(label, str) for label in labels}) > 1:
-        raise AttributionError(f"{where}: some labels are integers and some are strings. Give all of one kind.")
+        raise AttributionError(f"{where}: some labels are integers and others are strings. Give labels of one type.")
     members: dict[Any, list[int]] = {label: [] for label in sorted(set(labels))}
     for number, label in enumerate(labels):
         members[label].append(number)

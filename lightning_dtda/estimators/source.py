@@ -1,4 +1,4 @@
-"""Source: unrolled differentiation of a training whose gradients and curvature are stationary piece by piece."""
+"""Source: approximate unrolled differentiation with gradients and curvature constant in each segment of training."""
 
 from __future__ import annotations
 
@@ -21,45 +21,49 @@ from lightning_dtda.trajectory import Run
 
 
 class Source(CheckpointEstimator):
-    r"""Responses of a training cut into segments, in each of which gradients and curvature are taken for stationary.
+    r"""Responses by approximate unrolling: gradients and curvature are constant within each segment of training.
 
-    With the mean training loss's Hessian :math:`H_l`, or a matrix in its place, and the examples' gradients at one step
-    :math:`t_l` of each of the L segments, and the sum :math:`\kappa_l` of the learning rates of the segment's steps,
+    Training is cut into L segments. With the Hessian :math:`H_l` of the mean training loss (or an approximation of it)
+    and the examples' gradients, both at one step :math:`t_l` of each segment, and the sum :math:`\kappa_l` of the
+    learning rates in the segment,
 
     .. math:: r_k = \frac1N \sum_{l = 1}^{L} \lambda_l^\top F_l\, \nabla l_k(\theta_{t_l}), \qquad
         F_l = \left(1 - e^{-\kappa_l H_l}\right) H_l^{-1}, \qquad
         \lambda_L = \nabla m(\theta_T), \quad \lambda_{l - 1} = e^{-\kappa_l H_l} \lambda_l,
 
-    where :math:`F_l` is :math:`\kappa_l` along directions without curvature: predicted changes of m when an example is
-    removed, in m's unit (Bae et al., *Training Data Attribution via Approximate Unrolled Differentiation*, arXiv
-    2405.12186, section 3). It is unrolled differentiation with every batch replaced by all examples and small steps
-    by a flow; and one long segment is an influence function. Unlike the latter, it knows how long the training was and
-    what its rates were, and needs no damping: that of the curvature plays no part.
+    where :math:`F_l` is :math:`\kappa_l` along directions without curvature. Responses are predicted changes of m when
+    an example is removed, in m's unit (Bae et al., *Training Data Attribution via Approximate Unrolled
+    Differentiation*, arXiv 2405.12186, section 3). This is unrolled differentiation with each batch replaced by all
+    examples and the steps by a gradient flow; one long segment gives an influence function. Unlike influence functions,
+    it accounts for the length of training and the learning rates, and needs no damping: the curvature's damping is
+    ignored.
 
-    It differs from the paper in this. There, curvature and gradients of a segment are means over several checkpoints;
-    here they are those of one step, at which half of :math:`\kappa_l` is gone, and which is rebuilt by a replay where
-    it is between two checkpoints. More segments take the place of more checkpoints, with their curvatures kept apart.
-    The learning rates are those that were recorded, step by step.
+    Difference from the paper: there, a segment's curvature and gradients are means over several checkpoints. Here they
+    come from one step, where half of :math:`\kappa_l` has been reached; if it lies between two checkpoints, a replay
+    rebuilds it. Instead of more checkpoints, use more segments, each with its own curvature. Learning rates are those
+    recorded at each step.
 
-    With momentum :math:`\mu`, a rate counts as :math:`\eta / (1 - \mu)`. An optimizer that scales each gradient's
-    entries (Adam and its kin, RMSprop, Adagrad, Adadelta), and parameter groups with rates of their own, make
-    :math:`\kappa_l` a diagonal matrix, with the second moments of step :math:`t_l`; with :math:`S_l^2 = \kappa_l`,
+    With momentum :math:`\mu`, a learning rate counts as :math:`\eta / (1 - \mu)`. For optimizers that scale the
+    entries of the gradient (the Adam family, RMSprop, Adagrad, Adadelta) and for parameter groups with different
+    learning rates, :math:`\kappa_l` is a diagonal matrix, with the second moments of step :math:`t_l`. With
+    :math:`S_l^2 = \kappa_l`,
 
     .. math:: F_l = S_l \left(1 - e^{-S_l H_l S_l}\right) (S_l H_l S_l)^{-1} S_l, \qquad
         \lambda_{l - 1} = S_l^{-1} e^{-S_l H_l S_l} S_l \lambda_l .
 
-    Decoupled weight decay is added to the exponent. Left out are: which batches an example was in, that it changes the
-    second moments, and clipping. Losses are those of the module in evaluation mode.
+    Decoupled weight decay is added to the exponent. Not modelled: which batches contained an example, its effect on the
+    second moments, and gradient clipping. Losses are computed in evaluation mode.
 
     Args:
-        segments: L, for segments with equally many steps; or the steps at which all but the first begin, say where the
-            training's data or its rate change.
-        curvature: What stands for :math:`H_l`: one whose fit is a :class:`~lightning_dtda.estimators.Spectrum`;
-            :class:`~lightning_dtda.estimators.GaussNewton` if not given. Where rates differ between parameters,
-            ``EKFAC`` and ``KFAC`` are refused. ``EKFAC``'s exponentials are not rescaled as its solutions are.
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it. For each chunk of
-            queries, every segment's curvature is fitted.
+        segments: Number of segments L, with equal numbers of steps; or the first steps of all segments but the first,
+            for example where the data or the learning rate change.
+        curvature: :math:`H_l`, a curvature whose ``fit`` returns a :class:`~lightning_dtda.estimators.Spectrum`;
+            :class:`~lightning_dtda.estimators.GaussNewton` if not given. ``EKFAC`` and ``KFAC`` are not supported if
+            learning rates differ between parameters. ``EKFAC``'s matrix exponentials are not rescaled, unlike its
+            solutions.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it. The curvature
+            of every segment is fitted again for each chunk of queries.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -67,7 +71,7 @@ class Source(CheckpointEstimator):
 
     arguments = ("segments", "curvature", "precision")
     vectors = 8
-    """Vectors of P numbers that each query needs at once: its adjoint, that of the segment, and those of a product."""
+    """Number of vectors of length P held per query: its adjoint, that of the segment, and those of a product."""
 
     def __init__(
         self,
@@ -101,8 +105,8 @@ class Source(CheckpointEstimator):
             if not bool(torch.isfinite(total).all()):
                 raise AttributionError(
                     f"The responses of {run.path} are not finite: along negative eigenvalues of "
-                    f"{type(self.curvature).__name__} changes grew without bounds. Use GaussNewton(), which has none, "
-                    "or more segments."
+                    f"{type(self.curvature).__name__}, changes grew without bound. Use GaussNewton(), which has no "
+                    "negative eigenvalues, or more segments."
                 )
             return [total]
 
@@ -111,9 +115,9 @@ class Source(CheckpointEstimator):
     def _pull_back(
         self, replay: Replay, question: Question, part: Segment, adjoint: Tensor, is_first: bool
     ) -> tuple[Tensor, Tensor]:
-        """Return a segment's share of the responses ``(Q, N)``, and the adjoint ``(Q, P)`` before it, unless first."""
+        """Return a segment's part of the responses ``(Q, N)``, and unless it is the first, the adjoint before it."""
         objective = self.objective(replay, question, part.middle, scale=part.scale, decay=part.decay)
-        spectrum = fit_spectrum(self.curvature, objective, "hence no matrix exponential")
+        spectrum = fit_spectrum(self.curvature, objective, "so there is no matrix exponential")
         scaled = adjoint if part.scale is None else adjoint * part.scale
         slopes = objective.slopes(spectrum.apply(accumulated(part.total), scaled)) / objective.examples
         if is_first:
@@ -132,7 +136,7 @@ def accumulated(total: float) -> Function:
 
     def function(values: Tensor) -> Tensor:
         exponents = total * values
-        # where it is zero, the quotient is not used; one in its place keeps it finite
+        # where the exponent is zero, the quotient is not used; dividing by one keeps it finite
         safe = torch.where(exponents == 0, 1, exponents)
         return total * torch.where(exponents == 0, 1, -torch.expm1(-safe) / safe)
 
@@ -153,6 +157,6 @@ def _check_segments(segments: int | Sequence[int]) -> int | list[int]:
         if whole and all(before < after for before, after in zip([0, *starts], starts, strict=False)):
             return starts
     raise AttributionError(
-        f"segments={segments!r}; give a positive number, or the steps at which all segments but the first begin, "
-        "ascending."
+        f"segments={segments!r}; give a positive number, or the first steps of all segments but the first, in "
+        "ascending order."
     )

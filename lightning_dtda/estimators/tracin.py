@@ -1,4 +1,4 @@
-"""TracIn: products of gradients, summed over the checkpoints of a run."""
+"""TracIn: inner products of gradients, summed over the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from lightning_dtda.trajectory import Run
 
 
 class TracIn(CheckpointEstimator):
-    r"""Responses by what each use of an example changed at once, with the gradients of recorded checkpoints.
+    r"""Responses as the sum of the immediate effects of each use of an example, with gradients at checkpoints.
 
     .. math:: r_k = \sum_{i} \Big( \sum_{t = t_i}^{t_{i+1} - 1} \eta_t c_{t,k} \Big)
         \langle \nabla m(\theta_{t_i}), \nabla l_k(\theta_{t_i}) \rangle
 
-    with the checkpoints :math:`t_i` and, of the steps between two of them, the learning rates :math:`\eta_t` and the
-    coefficients :math:`c_{t,k}` that the example's loss had, zero where it was not in the batch. This is TracInCP
-    (Pruthi et al., *Estimating Training Data Influence by Tracing Gradient Descent*, arXiv 2002.08484).
-    There each checkpoint counts with one learning rate, as if every example were used once between two checkpoints;
-    here each use counts with its own rate and coefficient, so that a response has m's unit: predicted change of m when
-    the example is removed. There the checkpoint after the steps is taken, here the one before them.
+    with the checkpoints :math:`t_i`, the learning rates :math:`\eta_t` of the steps between them, and the coefficients
+    :math:`c_{t,k}` of the example's loss in those steps, zero if it was not in the batch. This is TracInCP (Pruthi et
+    al., *Estimating Training Data Influence by Tracing Gradient Descent*, arXiv 2002.08484) with two differences. The
+    paper uses one learning rate per checkpoint, as if every example were used once between two checkpoints; here each
+    use counts with its own learning rate and coefficient, so a response has m's unit: the predicted change of m when
+    the example is removed. The paper uses the checkpoint after the steps; here it is the one before them.
 
-    For plain SGD it is unrolled differentiation without curvature, with m's gradient at each checkpoint in place of the
-    one at the end. It knows nothing of momentum, of the scaling of Adam, or of clipping. Parameter groups have their
-    own learning rates. Losses are those of the module in evaluation mode.
+    For plain SGD, this is unrolled differentiation without curvature, with the gradient of m at each checkpoint instead
+    of at the end. It ignores momentum, Adam's scaling and gradient clipping. Parameter groups have their own learning
+    rates. Losses are computed in evaluation mode.
 
     Args:
-        checkpoints: How many of the recorded checkpoints are taken, evenly spaced from the first; ``None`` is all of
-            them. Each takes a pass over the training examples.
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it.
+        checkpoints: Number of recorded checkpoints to use, evenly spaced from the first; ``None`` for all of them. Each
+            takes one pass over the training examples.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -47,7 +47,7 @@ class TracIn(CheckpointEstimator):
 
     arguments = ("checkpoints", "precision")
     vectors = 3
-    """Vectors of P numbers that each query needs at once: its gradient, a group's part, and forward mode's own."""
+    """Number of vectors of length P held per query: its gradient, a parameter group's part, and one for the product."""
 
     def __init__(
         self, checkpoints: int | None = None, precision: Precision = "recorded", memory_budget: float = 1.0
@@ -84,21 +84,21 @@ class TracIn(CheckpointEstimator):
         return baseline, [responses]
 
     def _segments(self, run: Run, question: Question) -> list[tuple[int, int]]:
-        """Return the stretches from a checkpoint that is taken to the next one, as (first step, last step + 1)."""
+        """Return the steps from each used checkpoint to the next one, as (first step, last step + 1)."""
         end = question.end(run.steps)
         starts = [step for step in run.checkpoint_steps if step < end]
         if self.checkpoints is not None:
             if self.checkpoints > len(starts):
                 raise AttributionError(
-                    f"checkpoints={self.checkpoints}; {run.path} has {len(starts)} before step {end}. Give at most so "
-                    "many, or None for all of them; checkpoint_every of the recorder makes more."
+                    f"checkpoints={self.checkpoints}; {run.path} has {len(starts)} before step {end}. Give at most "
+                    f"{len(starts)}, or None for all of them; or record more with checkpoint_every."
                 )
             starts = [starts[number * len(starts) // self.checkpoints] for number in range(self.checkpoints)]
         return list(pairwise([*starts, end]))
 
 
 def _used(replay: Replay, first: int, last: int) -> list[tuple[list[slice], Tensor]]:
-    """Return the sum of rates times coefficients for each example ``(N,)``, by the parameter groups that share it."""
+    """Return each example's sum of rates times coefficients ``(N,)``, for parameter groups with equal rates."""
     run = replay.runs[0]
     rates = torch.stack([run.learning_rates(step) for step in range(first, last)])  # (steps, groups)
     of_rates, owners = rates.unique(dim=1, return_inverse=True)

@@ -1,4 +1,4 @@
-"""TRAK: influences of a model that is linear in randomly projected gradients of its outputs."""
+"""TRAK: responses of a model that is linear in randomly projected gradients of its outputs."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
 _MATRICES = 4
-"""Matrices of k x k numbers that are held at once: the kernel, its eigenvectors, and the work of finding them."""
+"""Number of k x k matrices held at once: the kernel, its eigenvectors, and the workspace of the decomposition."""
 
 _GRADIENTS = 0.25
-"""Share of the memory for gradients of losses; those of outputs take as much, features the rest."""
+"""Fraction of the memory for gradients of losses; those of outputs take the same, and features the rest."""
 
 
 class TRAK(CheckpointEstimator):
@@ -34,32 +34,33 @@ class TRAK(CheckpointEstimator):
     .. math:: r_k = \frac1N \phi_q^\top \left(\frac1N \Phi^\top \Phi + \delta\right)^{-1} \phi_k
         \frac{\partial l_k}{\partial f}, \qquad \phi = S^\top \nabla f(\theta_T)
 
-    with the measurement for the output f, taken of queries and, as the rows of :math:`\Phi`, of the training examples:
-    ``"margin"`` of a classification, ``"prediction"`` of a regression (Park et al., *TRAK: Attributing Model Behavior
-    at Scale*, arXiv 2303.14186). Of the loss it takes no second derivative, as there: responses have the
-    sign of predicted changes of m when the example is removed, but not their scale.
+    where the measurement is the output f, computed for the queries and for the training examples (the rows of
+    :math:`\Phi`): ``"margin"`` for classification, ``"prediction"`` for regression (Park et al., *TRAK: Attributing
+    Model Behavior at Scale*, arXiv 2303.14186). As in the paper, the second derivative of the loss is left out:
+    responses have the sign of predicted changes of m when the example is removed, but not their scale.
 
-    How much the loss depends on f is found from two gradients,
+    The derivative of the loss by f comes from two gradients,
 
     .. math:: \frac{\partial l_k}{\partial f} =
         \frac{\langle \nabla l_k, \nabla f_k \rangle}{\langle \nabla f_k, \nabla f_k \rangle},
 
-    which is exact where the loss depends on the parameters through f only, as cross entropy does through the margin
-    (where it is the paper's :math:`-(1 - p_k)`), and a projection elsewhere.
+    which is exact if the loss depends on the parameters only through f, as cross entropy does through the margin (where
+    it is the paper's :math:`-(1 - p_k)`), and otherwise a projection.
 
-    Each run gets responses of its own, so that the mean influence is the mean over runs of products. The paper averages
-    :math:`\partial l / \partial f` and the kernel's part over runs separately, then multiplies the averages; and it
-    draws another S for each run, where all runs share one here.
+    Each run has its own responses, so the mean influence is a mean of products over runs. The paper averages
+    :math:`\partial l / \partial f` and the kernel term over runs separately and then multiplies the averages. It also
+    draws a new S for each run; here all runs share one.
 
     Args:
-        projection: k, the dimensions that gradients are projected to at random, see
-            ``lightning_dtda.estimators.projection.Projection``. ``None``, or a model of no more parameters than that,
-            leaves gradients as they are.
-        damping: :math:`\delta`; ``"auto"`` is the mean eigenvalue of the matrix, 0 the pseudo-inverse as in the paper.
-        seed: Of the projection.
-        precision: ``"recorded"``, or ``"float64"`` to compute in double.
-        memory_budget: In GiB; examples and queries are worked on in chunks that stay below it. The features of all
-            examples, N x k numbers, are held.
+        projection: Dimension k of the random projection of gradients, see
+            ``lightning_dtda.estimators.projection.Projection``. ``None`` for no projection; models with at most k
+            parameters are not projected either.
+        damping: :math:`\delta`; ``"auto"`` for the mean eigenvalue of the matrix, 0 for the pseudo-inverse as in the
+            paper.
+        seed: Seed of the projection.
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision.
+        memory_budget: Memory budget in GiB; examples and queries are processed in chunks that fit in it. The features
+            of all examples, N x k numbers, are kept in memory.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -86,8 +87,8 @@ class TRAK(CheckpointEstimator):
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         if question.measurement is loss:
             raise AttributionError(
-                'TRAK takes the measurement for the model\'s output, whose loss it is that is trained; the "loss" is '
-                'none. Give measurement="margin" for a classification, or "prediction" for a regression.'
+                'TRAK needs a measurement that is an output of the model, not the "loss". Use measurement="margin" for '
+                'classification, or "prediction" for regression.'
             )
         size = runs[0].layout.size
         dimension = size if self.projection is None else min(self.projection, size)
@@ -97,8 +98,8 @@ class TRAK(CheckpointEstimator):
         if needed > self.memory_budget * GIB / 2:
             raise AttributionError(
                 f"The features of {examples} examples in {dimension} dimensions, and their kernel, take "
-                f"{human_bytes(needed)}, which may be half of memory_budget={self.memory_budget:g} GiB. Raise it, or "
-                "give a smaller projection."
+                f"{human_bytes(needed)}; at most half of memory_budget={self.memory_budget:g} GiB can be used. Raise "
+                "it, or give a smaller projection."
             )
         return super().plan(runs, question)
 
@@ -121,8 +122,8 @@ class TRAK(CheckpointEstimator):
             return float(self.damping)
         if not mean_eigenvalue > 0:
             raise AttributionError(
-                'damping="auto" is relative to the mean eigenvalue, which is zero here: the measurement of no training '
-                "example depends on the parameters. Give another measurement."
+                'damping="auto" is relative to the mean eigenvalue, which is zero here: the measurement does not '
+                "depend on the parameters for any training example. Use another measurement."
             )
         return mean_eigenvalue
 
@@ -134,7 +135,7 @@ def _of_examples(
     width = objective.size if projection is None else projection.dimension
     features = objective.theta.new_empty(objective.examples, width)
     slopes = objective.theta.new_empty(objective.examples)
-    # the outputs' gradients, their products with the losses', and the losses' from the chunk before
+    # held: the outputs' gradients, their products with the losses' gradients, and the previous chunk of the latter
     for indices, of_losses in objective.gradients(held=3):
         _, found, _ = measure(replay, question, indices.tolist(), question.step, of=replay.examples)
         of_outputs = found[0]

@@ -152,7 +152,7 @@ def test_a_directory_of_something_else_is_not_written_to(ensemble, tmp_path):
         ({"measurement": lambda module, batch: module(batch[0]) * torch.nan}, "not finite"),
         ({"data": [1, 2, 3]}, "Give a Dataset"),
         ({"queries": Subset(QUERIES, [])}, "no queries"),
-        ({"removals": [[0, 12]]}, "index 12; the training examples are 0 to 11"),
+        ({"removals": [[0, 12]]}, "index 12; valid indices are 0 to 11"),
         ({"step": 10}, r"Not all runs have a step 10: .*seed-0000 has 9 steps. Give a step from 1 to 9"),
         ({"step": 0}, "Not all runs have a step 0"),
         ({"step": 2.5}, "step=2.5 is not an integer"),

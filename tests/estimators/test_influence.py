@@ -190,5 +190,7 @@ class Overflowing(Curvature):
 
 
 def test_responses_that_are_not_finite_are_refused(converged):
-    with pytest.raises(AttributionError, match=r"seed-0000 are not finite: they overflowed\. Give a larger damping"):
+    with pytest.raises(
+        AttributionError, match=r"seed-0000 are not finite: they overflowed\. If the estimator has a damping"
+    ):
         ask(converged, InfluenceFunctions(Overflowing()))

@@ -73,5 +73,5 @@ def test_maximizing_minus_the_loss_is_minimising_it(fit, tmp_path, estimator):
 
 
 def test_a_training_that_minimises_and_maximizes_has_no_objective(fit, tmp_path):
-    with pytest.raises(AttributionError, match="the training of no objective"):
+    with pytest.raises(AttributionError, match="no single objective"):
         answers(fit, tmp_path, Torn, GradientDot())

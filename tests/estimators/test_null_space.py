@@ -134,9 +134,9 @@ def test_curvatures_without_a_spectrum_are_refused(trained):
     run = trained(Regressor())
     arguments = run.ensemble[0], Regressor(), run.data
     for curvature in (GaussNewton("cg"), Hessian("cg")):
-        with pytest.raises(AttributionError, match=r"no spectrum, hence no range.*Use GaussNewton"):
+        with pytest.raises(AttributionError, match=r"no spectrum, so there is no range.*Use GaussNewton"):
             range_share(*arguments, queries(), prediction, curvature)
-        with pytest.raises(AttributionError, match=r"no spectrum, hence no range.*Use GaussNewton"):
+        with pytest.raises(AttributionError, match=r"no spectrum, so there is no range.*Use GaussNewton"):
             null_space_response(*arguments, curvature, GROUPS)
     with pytest.raises(AttributionError, match="Leave projection out"):
         range_share(*arguments, queries(), prediction, GaussNewton(projection=8))

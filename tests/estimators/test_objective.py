@@ -131,7 +131,7 @@ def test_a_penalty_in_the_loss_is_part_of_the_matrices_and_of_no_root(trained, v
     torch.testing.assert_close(objective.hessian_products(v), v @ run.hessian() + 2 * v, rtol=1e-10, atol=1e-12)
     assert not objective.has_root
     for ask in (lambda: objective.outputs, lambda: list(objective.roots())):
-        with pytest.raises(AttributionError, match="needs a loss that is the mean of losses of single examples"):
+        with pytest.raises(AttributionError, match="needs a loss that is a mean over single examples"):
             ask()
 
 

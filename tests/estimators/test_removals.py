@@ -211,9 +211,9 @@ def test_leave_one_out_copies_nothing():
 
 
 REFUSED = {
-    "index out of range": ([[0, 4]], "Group '0' of removals has the index 4; the training examples are 0 to 3"),
+    "index out of range": ([[0, 4]], "Group '0' of removals has the index 4; valid indices are 0 to 3"),
     "negative index": ({"a": [-1]}, "Group 'a' of removals has the index -1"),
-    "twice in a group": ([[0], [2, 1, 2]], "Group '1' of removals has example 2 twice"),
+    "twice in a group": ([[0], [2, 1, 2]], "Group '1' of removals contains example 2 twice"),
     "empty group": ({"a": [0], "b": []}, "Group 'b' of removals is empty"),
     "no group": ([], "0 labels for 4"),
     "no group in a mapping": ({}, "has no group"),
@@ -221,16 +221,16 @@ REFUSED = {
     "too few labels": ([3, 1], r"2 labels for 4 training examples.*\[\[3, 17\]\]"),
     "float labels": ([0.0, 1.0, 0.0, 1.0], "label of example 0 is 0.0, a float"),
     "a mask": (torch.tensor([True, False, True, True]), "label of example 0 is True, a bool"),
-    "labels of two kinds": ([0, "a", 1, 2], "some labels are integers and some are strings"),
-    "groups and labels": ([[0, 1], 2], r"among them, 2.*a group of one is \[2\]"),
-    "float indices": ([[0.5]], "is no list of the indices"),
+    "labels of two kinds": ([0, "a", 1, 2], "some labels are integers and others are strings"),
+    "groups and labels": ([[0, 1], 2], r"mixes groups with 2.*a group of one is \[2\]"),
+    "float indices": ([[0.5]], "is not a list of indices"),
     "a mask for a group": ({"a": np.array([True, False, True, True])}, "group 'a': this is a mask"),
     "a matrix of labels": (torch.zeros(4, 1, dtype=torch.int64), r"has shape \(4, 1\)"),
     "an unknown word": ("loo", 'Give "leave-one-out"'),
     "a number": (3, "removals=3"),
     "a position that there is not": ("column:2", "no position '2'. Choose from 0 to 1"),
     "a column of floats": ("column:0", "removals='column:0': the label of example 0 is tensor"),
-    "removals of other data": (Removals(5), "removals are of 5 examples; the training data have 4"),
+    "removals of other data": (Removals(5), "removals are for 5 examples, but there are 4 training"),
 }
 
 

@@ -376,7 +376,7 @@ def test_segments_in_which_nothing_moves_add_nothing(fit, tmp_path):
 
 def test_groups_that_stand_still_while_others_move_are_refused(fit, tmp_path):
     ensemble = record(fit, tmp_path, Trained(bias_rate=0.0))
-    with pytest.raises(AttributionError, match="learning rate of zero throughout the steps 0 to 2"):
+    with pytest.raises(AttributionError, match="learning rate of zero in all steps from 0 to 2"):
         ask(ensemble, Source())
 
 
@@ -401,14 +401,14 @@ def test_changes_that_grow_without_bounds_are_refused(classifiers, monkeypatch):
     from lightning_dtda.estimators import source
 
     monkeypatch.setattr(source, "segment", lambda *arguments: replace(segment(*arguments), total=1e6))
-    with pytest.raises(AttributionError, match=r"negative eigenvalues of ExactHessian .* Use GaussNewton\(\)"):
+    with pytest.raises(AttributionError, match=r"negative eigenvalues of ExactHessian, .* Use GaussNewton\(\)"):
         ask(classifiers, Source(1, ExactHessian()))
     assert bool(ask(classifiers, Source(1)).responses.isfinite().all())
 
 
 @pytest.mark.parametrize("curvature", [Hessian(), GaussNewton("cg")])
 def test_curvatures_without_a_spectrum_are_refused(classifiers, curvature):
-    with pytest.raises(AttributionError, match=r"no spectrum, hence no matrix exponential. Use GaussNewton"):
+    with pytest.raises(AttributionError, match=r"no spectrum, so there is no matrix exponential. Use GaussNewton"):
         ask(classifiers, Source(curvature=curvature))
 
 
@@ -426,9 +426,11 @@ def test_weight_decay_in_adams_gradient_needs_the_hessian(fit, tmp_path, monkeyp
 
 
 def test_more_segments_than_steps_are_refused(classifiers):
-    with pytest.raises(AttributionError, match=r"segments=6; .* has 5 steps before step 5. Give at most so many"):
+    with pytest.raises(
+        AttributionError, match=r"segments=6; .* has only 5 steps before the measurement. Give at most 5"
+    ):
         ask(classifiers, Source(6), step=5)
-    with pytest.raises(AttributionError, match="no segment can begin at step 5"):
+    with pytest.raises(AttributionError, match="no segment can start at step 5"):
         ask(classifiers, Source([2, 5]), step=5)
 
 

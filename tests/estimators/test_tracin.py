@@ -84,7 +84,7 @@ def test_groups_and_chunks_add_up(classifiers, monkeypatch):
 
 
 def test_more_checkpoints_than_there_are_are_refused(classifiers):
-    with pytest.raises(AttributionError, match=r"checkpoints=6; .* has 5 before step 5. Give at most so many"):
+    with pytest.raises(AttributionError, match=r"checkpoints=6; .* has 5 before step 5. Give at most 5"):
         ask(classifiers, TracIn(6), step=5)
 
 
