@@ -1,4 +1,4 @@
-"""How well a run's responses can be computed: asked of a sample of its steps, at a small part of a sweep's cost."""
+"""The accuracy of a run's responses, measured on a sample of its steps at a small part of a sweep's cost."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lightning_dtda.trajectory import Run
 _log = logging.getLogger(__name__)
 
 _STEP = 1e-7
-"""Change of the weights in the finite difference: within the linear range of trainings with Adam, where hardly an input
-of a ReLU crosses its kink (at 1e-6 one did in seven stretches of a ViT), and far above what double precision rounds to.
-"""
+"""Change of the example weights in finite differences: far above rounding in double precision, but small enough that
+training with Adam stays linear and hardly any input of a ReLU crosses zero (at 1e-6, one did in seven stretches of a
+ViT)."""
 
 STRETCH = 3
-"""Steps of a stretch that is diagnosed: enough for errors to go from one step to the next, of gradient and state."""
+"""Number of steps in a diagnosed stretch: enough for errors of gradient and state to reach later steps."""
 
 _COARSE_STEP = 0.3
-"""The same where the optimizer itself rounds (Muon, to bfloat16), so that smaller changes tell nothing."""
+"""The change for optimizers that round (Muon, to bfloat16), where smaller changes are lost in rounding."""
 
 
 def weight_step(run: Run) -> float:
-    """Return the change of a weight that finite differences of a run are taken with."""
+    """Return the change of the example weights for finite differences of a run."""
     return _COARSE_STEP if run.update.update.rounding else _STEP
 
 
 Measured: TypeAlias = Callable[[Replay, int], tuple[Tensor, dict[str, Tensor]]]
-"""Given a replay and a step, returns the gradients of the measurement there, by parameters and running statistics."""
+"""Function from a replay and a step to the gradients of the measurement by parameters and running statistics."""
 
 
 def diagnose(
@@ -44,27 +44,27 @@ def diagnose(
     measured: Measured,
     end: int | None = None,
 ) -> list[Diagnosis]:
-    r"""Compare responses in two precisions, and with finite differences of retraining, over two stretches of each run.
+    r"""Compare responses between precisions and with finite differences of retraining, on two stretches of each run.
 
-    Over a few steps from the checkpoint in the middle, and from the last one before the end, with a random direction v
-    of the weights, and a direction u of the parameters (and running statistics) at their end: the gradient of what is
-    measured, at their start.
+    The stretches are a few steps from the middle checkpoint, and from the last checkpoint before the end. v is a random
+    direction of the example weights. u is a direction of the parameters (and running statistics) at the end of the
+    stretch: the gradient of the measurement at its start.
 
     .. math::
         r_n = -\frac{d \langle u, \theta \rangle}{d w_n}, \qquad
         \frac{|\langle r, v \rangle + \Delta_v \langle u, \theta \rangle|}{\lVert r \rVert}, \qquad
         \frac{\lVert r_{32} - r_{64} \rVert}{\lVert r_{64} \rVert}
 
-    with the central difference :math:`\Delta_v` in double precision. The worse of the two stretches counts.
+    with the central difference :math:`\Delta_v` in double precision. The result is the worse of the two stretches.
 
     Args:
         runs: Runs of equal shape.
-        make: Stacks some of them in a precision.
-        measured: What u is.
-        end: The step that is asked about; steps from it on do not count.
+        make: Function from some of the runs and a precision to their replay.
+        measured: Function that computes u.
+        end: Step whose parameters are measured; later steps are left out.
 
     Returns:
-        One for each run; none where the module does not compute in double precision.
+        One diagnosis for each run; empty if the module does not work in double precision.
     """
     try:
         return _diagnose(make(runs, "float64"), make(runs, "recorded"), measured, end)
@@ -74,10 +74,10 @@ def diagnose(
         return [
             diagnosis for run in runs for diagnosis in diagnose([run], make, measured, end) or [Diagnosis(None, None)]
         ]
-    except Exception as error:  # whatever the user's code does with numbers of another type
+    except Exception as error:  # the user's code may fail in any way with another dtype
         cause = error.__cause__ or error
         _log.warning(
-            "Responses are not compared with those in double precision, in which the module fails (%s: %s).",
+            "Cannot compare responses with those in double precision: the module fails in float64 (%s: %s).",
             type(cause).__name__,
             (str(cause).strip().splitlines() or [""])[0],
         )
@@ -88,7 +88,7 @@ def _diagnose(double: Replay, recorded: Replay, measured: Measured, end: int | N
     found = []
     end = double.steps if end is None else end
     segments = [segment for segment in double.segments if segment[0] < end]
-    # not the first one, where there is another: with Adam, the first step has hardly any derivative
+    # avoid the first segment if there are others: with Adam, the first step has hardly any derivative
     for first, last in {segments[len(segments) // 2], segments[-1]}:
         stretch = first, min(first + STRETCH, last, end)
         along = measured(double, first)
@@ -120,7 +120,7 @@ def _responses(replay: Replay, stretch: tuple[int, int], along: Tensor, along_st
 def _difference(
     replay: Replay, stretch: tuple[int, int], along: Tensor, along_statistics: dict[str, Tensor], weights: Tensor
 ) -> Tensor:
-    """Return the change along u ``(runs,)`` per change of the weights ``(runs, examples)``."""
+    """Return the change along u ``(runs,)`` per change of the example weights along v ``(runs, examples)``."""
     change = weight_step(replay.runs[0])
     changed = torch.zeros(len(along), dtype=along.dtype, device=along.device)
     for sign in (1, -1):
@@ -132,7 +132,7 @@ def _difference(
 
 
 def _random(replay: Replay, size: int) -> Tensor:
-    # drawn on the CPU: the same on every device
+    # drawn on the CPU, for the same values on every device
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(len(replay.runs), size, generator=generator, dtype=torch.float64)
     return drawn.to(replay.device, replay.dtype)

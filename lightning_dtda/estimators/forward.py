@@ -1,4 +1,4 @@
-"""The forward sweep: tangents of removals carried through the steps of recorded runs."""
+"""The forward sweep: tangents of removals, propagated through the steps of recorded runs."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def forward_sweep(
     start: int = 0,
     advance: Advance = lambda steps: None,
 ) -> Iterator[Position]:
-    r"""Carry the responses of the parameters forwards through a training (arXiv 2506.12965, equation 6).
+    r"""Propagate the responses of the parameters forward through training (arXiv 2506.12965, equation 6).
 
     .. math:: r_{k,t} = -\sum_{n \in S_k} \frac{d \theta_t}{d w_n}, \qquad r_{k,0} = 0
 
-    A Markov chain: of the steps before, nothing is held but where they have come to. Parameters and optimizer state are
-    rebuilt on the way, and compared with the record at each of its checkpoints.
+    This is a Markov chain: only the current state is held. Parameters and optimizer state are rebuilt on the way and
+    compared with the record at each checkpoint.
 
     Args:
-        replay: The runs.
-        membership: 1 where an example is in a removal ``(removals, N)``.
-        steps: Numbers of steps t after which to stop by; the end of training if not given.
-        start: Steps before it are left out: what removals did there counts for nothing.
-        advance: Told how many steps of runs were done.
+        replay: Replay of the runs.
+        membership: Matrix ``(removals, N)``, 1 where a removal contains an example.
+        steps: Steps t at which to yield; the end of training if not given.
+        start: First step to differentiate; the effects of removals in earlier steps are left out.
+        advance: Called with the number of steps done.
 
     Yields:
-        Where the sweep is after each of the ``steps``, the responses ``(runs, removals, P)`` as the tangents of the
-        parameters.
+        The position of the sweep at each of the ``steps``; the responses ``(runs, removals, P)`` are the tangents of
+        the parameters.
 
     Raises:
-        ReplayError: If the replay leaves the record, or the responses are not finite.
+        ReplayError: If the replay deviates from the record, or the responses are not finite.
     """
     wanted = {replay.steps} if steps is None else set(steps)
     runs, stop = len(replay.runs), max(wanted)
@@ -84,23 +84,23 @@ def estimate_forward(
 
     .. math:: r_{qk} = \langle \nabla m_q(\theta_t), r_{k,t} \rangle
 
-    with what removals do to the running statistics of BatchNorm on top.
+    plus the effect of removals through the running statistics of BatchNorm.
 
     Args:
-        replay: R runs.
-        membership: 1 where an example is in a removal ``(removals, N)``.
-        question: Q queries and what is measured of them.
-        removals_per_chunk: Removals that are carried together.
-        queries_per_chunk: Queries that are measured together.
-        start: Steps before it are left out.
-        step: t, where to measure; the end of training if not given.
-        advance: Told how many steps of runs were done.
+        replay: Replay of the runs.
+        membership: Matrix ``(removals, N)``, 1 where a removal contains an example.
+        question: The question, with queries and measurement.
+        removals_per_chunk: Number of removals that are propagated together.
+        queries_per_chunk: Number of queries that are measured together.
+        start: First step to differentiate; the effects of removals in earlier steps are left out.
+        step: Step t at which to measure; the end of training if not given.
+        advance: Called with the number of steps done.
 
     Returns:
         The baseline :math:`m(\theta_t)` ``(runs, queries)``, and responses ``(runs, queries, removals)``.
 
     Raises:
-        ReplayError: As :func:`forward_sweep`.
+        ReplayError: See :func:`forward_sweep`.
         AttributionError: If the measurement cannot be differentiated or is not finite.
     """
     step = replay.steps if step is None else step
@@ -128,7 +128,7 @@ def estimate_forward(
 
 
 def _added(replay: Replay, average: Tangents | None, position: Position) -> Tangents:
-    """Add the tangents of a step to those of the average that the training ended with."""
+    """Add the tangents of a step to the tangents of the weight average that training ended with."""
     found = position.tangents
     of_theta = replay.averaged_steps.get(position.step, 0.0)
     of_statistics = replay.averages_statistics(position.step)
@@ -149,13 +149,13 @@ def _answer(replay: Replay, position: Position, question: Question, numbers: lis
 
 
 def _read(replay: Replay, first: int, start: int, removals: int, before: Position | None) -> Position:
-    """Return where a sweep is at the start of a segment: as recorded, the tangents those it has come with."""
+    """Return the position at the start of a segment: the state as recorded, the tangents from the sweep so far."""
     theta, states = replay.checkpoint(first)
     buffers = replay.buffers(first)
     if first < start:
         point = replay.point(start)
         theta, states = point.theta, point.states
-        buffers = replay.trained(start)[1]  # what the steps left out made of them is part of the model
+        buffers = replay.trained(start)[1]  # skipped steps still update the buffers
     tangents = (
         Tangents.zeros(theta, states, replay.statistics(buffers), removals) if before is None else before.tangents
     )
@@ -163,6 +163,6 @@ def _read(replay: Replay, first: int, start: int, removals: int, before: Positio
 
 
 def example_position(replay: Replay, removals: int) -> tuple[Position, Tensor]:
-    """Return the start of the training with some removals of all examples, for measuring costs."""
+    """Return the start of training, with removals of all examples, to measure costs."""
     position = _read(replay, 0, 0, removals, None)
     return position, position.theta.new_ones(removals, len(replay.examples))

@@ -1,4 +1,4 @@
-"""How a sweep goes about it: forward or reverse, runs one by one or stacked, and how much at once."""
+"""The plan of a sweep: forward or reverse mode, runs stacked or one by one, and sizes of batches and chunks."""
 
 from __future__ import annotations
 
@@ -29,42 +29,42 @@ _log = logging.getLogger(__name__)
 Mode = Literal["auto", "reverse", "forward"]
 
 _WORTH_TRACING = 5.0
-"""Seconds below which a sweep is not stacked: to trace a step takes about one."""
+"""Minimum time of a sweep in seconds for stacking to pay off; tracing a step takes about one second."""
 
 _LONG_STEP = 0.1
-"""Seconds of a step above which it is not stacked: what Python takes of them, which stacking saves, is little."""
+"""Maximum time of a step in seconds for stacking to pay off: it saves Python overhead, small in long steps."""
 
 _WORTHWHILE = 0.85
-"""A smaller batch of runs must take at most this share of the time of a run; less is within what timings vary by."""
+"""Maximum ratio of times per run at which a smaller batch of runs is preferred; smaller gains may be timing noise."""
 
 _WORTH_COMPILING, _WORTH_COMPILING_ON_A_GPU = 400.0, 100.0
-"""Seconds of work from which on steps are compiled where nothing else is asked for. To compile takes 10 s for a small
-network, a minute for both halves of a transformer's step, and saves a quarter and a seventh of the time; on a GPU half
-and more."""
+"""Minimum work in seconds for which steps are compiled by default. Compilation takes 10 s for a small network and a
+minute for both halves of a transformer's step, and saves a quarter and a seventh of the time respectively; on a GPU,
+half or more."""
 
 _TIMED_DIRECTIONS = 8
-"""Directions with which a short step is timed: of the second alone, timings tell less than they vary by."""
+"""Number of directions for timing a short step; the time of one more direction would be lost in the noise."""
 
 _DIAGNOSED = 8
-"""Steps of one direction that a step of the diagnosis comes to, twice, as there are two stretches: one as recorded, one
-in double precision, which takes twice as long, and two gradients in double precision, which take about another."""
+"""Cost of a step of the diagnosis, in steps with one direction. Each of the two stretches counts 4: one step as
+recorded, one in double precision (twice the time), and two gradients in double precision (about one step)."""
 
 _TIMED_STEPS = 2
-"""Steps whose fastest is taken as the time of a step: the first one warms up, others may be disturbed."""
+"""Number of timed steps, of which the fastest counts: the first one warms up, others may be disturbed."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a mode takes, and of what: queries in reverse, removals in forward mode.
+    """Memory and time of a mode. Directions are queries in reverse mode, removals in forward mode.
 
     Args:
         mode: The mode.
-        directions: Number of queries or of removals.
-        per_run: Bytes that a run needs whatever their number.
-        per_direction: Bytes that each of a chunk adds where they are computed one by one.
-        alone: Bytes of a step's derivatives, for one run and direction: a part of ``per_run``.
-        diagnosis: Bytes that the diagnosis of a run takes, after all else is done.
-        step: Makes, of a replay and a number of directions, what takes a step.
+        directions: Number of directions.
+        per_run: Bytes per run, independent of the number of directions.
+        per_direction: Bytes per direction of a chunk, if directions are computed one by one.
+        alone: Bytes of a step's derivatives for one run and one direction, included in ``per_run``.
+        diagnosis: Bytes for the diagnosis of a run, which runs after everything else.
+        step: Function from a replay and a number of directions to a function that performs a step.
     """
 
     mode: Literal["reverse", "forward"]
@@ -77,7 +77,7 @@ class Costs:
 
     @property
     def fewest(self) -> float:
-        """Bytes for one direction of one run."""
+        """Bytes for one run with one direction."""
         return max(self.per_run + self.per_direction, self.diagnosis)
 
     def seconds(self, replay: Replay, directions: int) -> float:
@@ -85,23 +85,23 @@ class Costs:
         return _timed(self.step(replay, directions), replay)
 
     def sweeps(self, way: Way) -> float:
-        """Return the seconds of a step of one run in all sweeps, one for each chunk of directions."""
+        """Return the seconds for a step of one run in all sweeps; there is one sweep per chunk of directions."""
         return way.seconds * math.ceil(self.directions / way.directions)
 
 
 @dataclass(frozen=True)
 class Way:
-    """How steps are run.
+    """How steps are computed.
 
     Args:
         stacked: Whether runs and directions are computed at once.
-        runs: Number of runs that are worked on together.
-        directions: Number of directions.
-        per_run: Bytes that a run needs whatever the number of directions.
-        per_direction: Bytes that each takes in each run.
-        diagnosis: Bytes that the diagnosis of a run takes.
-        seconds: Of a step of one run.
-        compiled: Whether the step is compiled.
+        runs: Number of runs that are processed together.
+        directions: Number of directions in a chunk.
+        per_run: Bytes per run, independent of the number of directions.
+        per_direction: Bytes per direction and run.
+        diagnosis: Bytes for the diagnosis of a run.
+        seconds: Seconds for a step of one run.
+        compiled: Whether steps are compiled.
     """
 
     stacked: bool
@@ -115,24 +115,24 @@ class Way:
 
     @property
     def memory(self) -> float:
-        """Bytes of a sweep that holds the fewest steps."""
+        """Bytes of a sweep that holds the minimum number of steps."""
         return self.runs * (self.per_run + self.directions * self.per_direction)
 
 
 def choose(
     mode: Mode, horizon: int | str | None, budget: float, replay: Replay, queries: int, removals: Removals
 ) -> Costs:
-    """Return the costs of the mode that is asked for; with ``"auto"``, of the one that takes fewer sweeps.
+    """Return the costs of the requested mode; with ``"auto"``, of the mode that takes fewer sweeps.
 
-    A step costs about as much for a query in reverse as for a removal in forward mode, so that their numbers decide.
+    A step costs about the same for a query in reverse mode and for a removal in forward mode, so their numbers decide.
 
     Args:
-        mode: As asked for.
-        horizon: As asked for; ``"auto"`` is known to the reverse mode only.
-        budget: Bytes.
-        replay: A run on which costs are measured.
-        queries: Q.
-        removals: K of them.
+        mode: Requested mode.
+        horizon: Requested horizon; only reverse mode supports ``"auto"``.
+        budget: Memory budget in bytes.
+        replay: Replay of a run, to measure costs.
+        queries: Number of queries Q.
+        removals: The K removals.
     """
     costs_grow = f"the cost grows with the {queries} queries, not with the {len(removals)} removals"
     if mode == "auto" and (horizon == "auto" or queries <= len(removals)):
@@ -150,7 +150,7 @@ def choose(
 
 
 def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
-    """Measure what the reverse mode takes."""
+    """Measure the costs of reverse mode."""
 
     def step(replay: Replay, directions: int) -> Callable[[], object]:
         point, buffers = replay.point(0), replay.buffers(0)
@@ -160,7 +160,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         read = cotangents, no_state_cotangents(replay, cotangents), replay.no_statistics(cotangents)
 
         def take() -> object:
-            of_theta, of_states, of_statistics = copy.deepcopy(read)  # they are part of a step's memory
+            of_theta, of_states, of_statistics = copy.deepcopy(read)  # copies, because they are part of a step's memory
             direct, _, along = replay.adjoint(0, point, of_theta, of_states)
             _, found = replay.directional(0, point, along, buffers, of_statistics)
             return found.products + direct
@@ -168,7 +168,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
         return take
 
     alone = _peak(step(replay, 1), replay)
-    # a group's response is summed up from those of its examples, which are there twice for a moment
+    # the response to a group is the sum over its examples, whose responses exist twice for a moment
     of_examples = 0 if removals.is_leave_one_out else 2 * removals.examples * replay.dtype.itemsize
     responses = 2 * queries * len(removals) * replay.dtype.itemsize
     return Costs(
@@ -183,36 +183,36 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
 
 
 def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
-    """Measure what the forward mode takes."""
+    """Measure the costs of forward mode."""
 
     def step(replay: Replay, directions: int) -> Callable[[], object]:
         position, membership = example_position(replay, directions)
         return lambda: replay.push(copy.deepcopy(position), membership)
 
     alone = _peak(step(replay, 1), replay)
-    # the responses, and which examples the removals have
+    # the responses, and the membership of examples in removals
     kept = 2 * queries * removals * replay.dtype.itemsize + removals * len(replay.examples) * replay.dtype.itemsize
     vectors = _vectors_bytes(replay)
     return Costs("forward", removals, alone + kept, vectors, alone, _diagnosis_bytes(alone, replay) + kept, step)
 
 
 def _diagnosis_bytes(step: float, replay: Replay) -> float:
-    """Return the bytes that the diagnosis of a run takes, most of them in double, of those of a step in its precision.
+    """Return the bytes for the diagnosis of a run in double precision, given the bytes of a step in its own precision.
 
-    Beside a step there are the steps of its stretch, the module's parameters, the direction and what is weighed by it.
+    Besides a step, the diagnosis holds the steps of a stretch, the module's parameters, and the random direction.
     """
     vectors = STRETCH * _point_size(replay) + 2 * replay.layout.size
     return torch.float64.itemsize * (step / replay.dtype.itemsize + vectors)
 
 
 def _point_size(replay: Replay) -> int:
-    """Return how many numbers a run's state at the start of a step has: parameters, gradients, the optimizer's."""
+    """Return the number of elements in a run's state at a step: parameters, gradients and optimizer state."""
     gradients = 1 if isinstance(replay.clipping, NoClipping) else 2
     return (1 + gradients) * replay.layout.size + _state_size(replay)
 
 
 def _fewest_bytes(replay: Replay) -> float:
-    """Return the bytes of the fewest steps that are held, and of the starts of a piece of each size beside them."""
+    """Return the bytes of the minimum number of held steps, and of the start of one piece of each size."""
     longest = _longest(replay)
     sizes = max(0, math.ceil(math.log2(longest / FEWEST_HELD)))
     start = replay.layout.size + _state_size(replay)
@@ -226,20 +226,20 @@ def _longest(replay: Replay) -> int:
 
 
 def _vectors_bytes(replay: Replay) -> float:
-    """Return the bytes of a direction's vectors: of parameters and state, before and after a step, and its own."""
+    """Return the bytes of a direction's vectors: parameters and state before and after a step, and its own vector."""
     return (3 * replay.layout.size + 2 * _state_size(replay)) * replay.dtype.itemsize
 
 
 def _state_size(replay: Replay) -> int:
-    """Return how many numbers a run's optimizer keeps."""
+    """Return the number of elements in the optimizer state of a run."""
     return sum(part.shape[-1] for state in replay.checkpoint(0)[1] for part in state.values())
 
 
 def held_steps(replay: Replay, way: Way, budget: float) -> int:
-    """Return how many steps of each run are held, in the memory that is left for more than the fewest.
+    """Return the number of steps held per run: the minimum, plus what fits in the remaining memory.
 
-    Where the gradients were recorded, a step is rebuilt by the optimizer's update alone. Beside the derivatives of a
-    network that is not stacked this takes no time worth the memory.
+    If gradients were recorded, rebuilding a step takes only the optimizer's update. Compared with derivatives that are
+    not stacked, this time is not worth the memory.
     """
     if replay.rebuilds_from_gradients and not way.stacked:
         return FEWEST_HELD
@@ -248,20 +248,20 @@ def held_steps(replay: Replay, way: Way, budget: float) -> int:
 
 
 def needed(replay: Replay, way: Way, held: int) -> float:
-    """Return the bytes that a way takes at its peak, with a number of steps of each run held."""
+    """Return the peak memory in bytes, with the given number of steps held per run."""
     more = way.runs * max(0, held - FEWEST_HELD) * _point_size(replay) * replay.dtype.itemsize
     return max(way.memory + more, way.runs * way.diagnosis)
 
 
 def seconds(make: Callable[[int], Replay], way: Way, costs: Costs, held: int, steps: int) -> float:
-    """Return how long it takes to answer for runs of which a number of steps are unrolled.
+    """Return the seconds to unroll the given number of steps.
 
     Args:
-        make: Makes a replay of a number of runs.
-        way: How steps are run.
-        costs: Of the mode.
-        held: How many steps are held.
-        steps: Of all runs, that are unrolled for each chunk of directions.
+        make: Function from a number of runs to their replay.
+        way: How steps are computed.
+        costs: Costs of the mode.
+        held: Number of steps that are held.
+        steps: Number of steps of all runs that are unrolled for each chunk of directions.
     """
     total = steps * costs.sweeps(way)
     replay = make(way.runs if way.stacked else 1).stack(way.stacked)
@@ -275,7 +275,7 @@ def seconds(make: Callable[[int], Replay], way: Way, costs: Costs, held: int, st
 
 
 def diagnosis_seconds(replay: Replay, costs: Costs) -> float:
-    """Return how long it takes to diagnose a run, step for step and in double precision."""
+    """Return the seconds to diagnose a run, in recorded and in double precision."""
     return _DIAGNOSED * STRETCH * costs.seconds(replay, 1)
 
 
@@ -288,26 +288,26 @@ def fastest_way(
     steps: int,
     compiles: bool | None = None,
 ) -> Way:
-    """Choose how steps are run.
+    """Choose how steps are computed.
 
     Args:
-        make: Makes a replay of a number of runs.
-        costs: Of the mode.
-        budget: Bytes.
-        asked: Number of runs to be worked on together; ``None`` is free.
+        make: Function from a number of runs to their replay.
+        costs: Costs of the mode.
+        budget: Memory budget in bytes.
+        asked: Requested number of runs to process together; ``None`` to choose it.
         most: Number of runs of the same shape.
-        steps: Of all runs, that will be taken for each chunk of directions.
-        compiles: Whether steps are compiled; ``None`` where that saves time.
+        steps: Number of steps of all runs that are unrolled for each chunk of directions.
+        compiles: Whether to compile steps; ``None`` to compile if that saves time.
 
     Raises:
-        AttributionError: If the number of runs that is asked for does not fit the budget.
+        AttributionError: If the requested number of runs does not fit in the memory budget.
     """
     alone = make(1)
     runs = asked or 1
     directions = min(costs.directions, int((budget / runs - costs.per_run) / costs.per_direction))
     if directions < 1 or runs * costs.diagnosis > budget:
         raise AttributionError(
-            f"runs_per_batch={runs} does not fit memory_budget; at most {int(budget / costs.fewest)} do."
+            f"runs_per_batch={runs} does not fit in memory_budget; at most {int(budget / costs.fewest)} runs fit."
         )
     directions = _chunk(costs.directions, directions)
     one = costs.seconds(alone, 1)
@@ -322,29 +322,29 @@ def fastest_way(
         compiles = steps * costs.sweeps(best) >= enough
     if not compiles or costs.mode == "forward":
         return best
-    _log.info("Compiling a step: about %s of work is ahead.", human_seconds(steps * costs.sweeps(best)))
+    _log.info("Compiling a step, because about %s of work remains.", human_seconds(steps * costs.sweeps(best)))
     compiled = _compiled(make, costs, best)
     if compiled is None or compiled.memory > budget:
         return best
     share = costs.sweeps(compiled) / costs.sweeps(best)
-    _log.info("Compiled steps take %.2f of the time%s.", share, "" if share < 1 else " and are not used")
+    _log.info("Compiled steps take %.2f times as long%s.", share, "" if share < 1 else ", so they are not used")
     return compiled if share < 1 else best
 
 
 def _chunk(total: int, most: int) -> int:
-    """Return the size of chunks that are as few as can be, and alike: steps of one shape are compiled once."""
+    """Return the size of the fewest possible chunks, of equal size so that a step is compiled only once."""
     return math.ceil(total / math.ceil(total / most))
 
 
 def _one_by_one(replay: Replay, costs: Costs, one: float, directions: int) -> float:
-    """Return the seconds of a step of one run with directions one after another, given those with one of them."""
+    """Return the seconds for a step of one run with directions one after another, given the time with one direction."""
     some = min(directions, _TIMED_DIRECTIONS if one < _LONG_STEP else 2)
     each = (costs.seconds(replay, some) - one) / (some - 1) if some > 1 else 0.0
     return one + max(each, 0.0) * (directions - 1)
 
 
 def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | None:
-    """Return a way with its steps compiled; ``None`` where they cannot be."""
+    """Return a way with compiled steps; ``None`` if they cannot be compiled."""
     size, directions = (way.runs, way.directions) if way.stacked else (1, 1)
     replay = make(size).stack(way.stacked).compile()
     take = costs.step(replay, directions)
@@ -359,14 +359,14 @@ def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | No
         way,
         compiled=True,
         per_run=way.per_run + max(peak - costs.alone, 0),
-        # the gradient comes again with each direction
+        # each direction computes the gradient again
         per_direction=way.per_direction + replay.layout.size * replay.dtype.itemsize,
         seconds=_one_by_one(replay, costs, costs.seconds(replay, 1), way.directions),
     )
 
 
 def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: int | None, most: int) -> Way | None:
-    """Return the fastest number of runs of those that fit, stacked; ``None`` where none does."""
+    """Return the stacked way with the fastest number of runs that fits; ``None`` if none fits."""
     alone = make(1).stack()
     costs.step(alone, 1)()
     peaks = [_peak(costs.step(alone, n), alone) for n in (1, 2)]
@@ -392,12 +392,12 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
 
 
 def _peak(function: Callable[[], object], replay: Replay) -> float:
-    function()  # what the first call reads and keeps is none of a step's memory
+    function()  # what the first call caches is not part of a step's memory
     return peak_memory(function, replay.device)
 
 
 def _timed(function: Callable[[], object], replay: Replay) -> float:
-    """Return the seconds that the fastest of a few calls takes."""
+    """Return the seconds of the fastest of a few calls."""
     fastest = math.inf
     with kept_pages(replay.device):
         for _ in range(_TIMED_STEPS):

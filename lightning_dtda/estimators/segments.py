@@ -1,4 +1,4 @@
-"""Stretches of a run's steps, each taken as one: how far its gradients moved the parameters in all."""
+"""Segments of a run's steps, with the total learning rate of each segment."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_dtda.replay import Replay
 from lightning_dtda.trajectory import Run
 
 Cuts = int | Sequence[int]
-"""A number of segments with equally many steps, or the steps at which all but the first begin."""
+"""Number of segments with equal numbers of steps, or the first steps of all segments but the first."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    r"""The steps from ``first`` to ``last - 1``, whose rates add up to :math:`\kappa \operatorname{diag}(s)^2`.
+    r"""The steps from ``first`` to ``last - 1``, whose learning rates sum to :math:`\kappa \operatorname{diag}(s)^2`.
 
     Args:
-        first: The first step.
-        last: The step after the last.
-        middle: The step at which half of the way is gone.
-        total: :math:`\kappa`; zero where no step moved the parameters.
-        scale: s ``(P,)``; ``None`` where all parameters move at the same rate, for s = 1.
-        decay: What decoupled weight decay took of the parameters, over :math:`\kappa` ``(P,)``; ``None`` for nothing.
+        first: First step.
+        last: Step after the last one.
+        middle: Step at which half of the sum of learning rates is reached.
+        total: :math:`\kappa`; zero if all learning rates are zero.
+        scale: s ``(P,)``; ``None`` for s = 1, if all parameters have the same rate.
+        decay: Sum of decoupled weight decay divided by :math:`\kappa` ``(P,)``; ``None`` for no decoupled decay.
     """
 
     first: int
@@ -40,33 +40,33 @@ class Segment:
 
 
 def boundaries(cuts: Cuts, run: Run, end: int) -> list[tuple[int, int]]:
-    """Cut the steps of a run before ``end`` into stretches, as (first step, last step + 1).
+    """Cut the steps of a run before ``end`` into segments, as (first step, last step + 1).
 
     Raises:
-        AttributionError: If there are not so many steps.
+        AttributionError: If the run has too few steps.
     """
     if isinstance(cuts, int):
         if cuts > end:
             raise AttributionError(
-                f"segments={cuts}; {run.path} has {end} steps before step {end}. Give at most so many."
+                f"segments={cuts}; {run.path} has only {end} steps before the measurement. Give at most {end}."
             )
         starts = [number * end // cuts for number in range(cuts)]
     else:
         starts = [0, *cuts]
         if starts[-1] >= end:
             raise AttributionError(
-                f"segments={list(cuts)}; in {run.path} no segment can begin at step {starts[-1]}, since responses are "
-                f"asked for after {end} steps. Give smaller steps."
+                f"segments={list(cuts)}; in {run.path} no segment can start at step {starts[-1]}, because the "
+                f"parameters are measured after {end} steps. Give smaller steps."
             )
     return list(pairwise([*starts, end]))
 
 
 def segment(replay: Replay, first: int, last: int) -> Segment:
-    """Sum up the rates of one run's steps, as they were recorded.
+    """Sum the recorded learning rates of one run's steps.
 
     Raises:
-        AttributionError: If the optimizer does not say how far a gradient moves the parameters, if it maximizes, or if
-            some parameters do not move while others do.
+        AttributionError: If the optimizer's rates are not available, if it maximizes, or if some parameter groups have
+            a learning rate of zero while others do not.
     """
     run = replay.runs[0]
     rates = _rates(replay, first, last)
@@ -77,8 +77,8 @@ def segment(replay: Replay, first: int, last: int) -> Segment:
         return Segment(first, last, middle, 0.0)
     if not bool((totals > 0).all()):
         raise AttributionError(
-            f"In {run.path}, some parameter groups have a learning rate of zero throughout the steps {first} to "
-            f"{last - 1}, others have not. Cut the run into fewer segments, or use UnrolledDifferentiation()."
+            f"In {run.path}, some parameter groups have a learning rate of zero in all steps from {first} to "
+            f"{last - 1}, and others do not. Use fewer segments, or UnrolledDifferentiation()."
         )
     decays = torch.tensor(
         [
@@ -105,13 +105,13 @@ def segment(replay: Replay, first: int, last: int) -> Segment:
 
 
 def _rates(replay: Replay, first: int, last: int) -> Tensor:
-    """Return how far each step moves each parameter group for a gradient of the mean loss ``(steps, groups)``."""
+    """Return the effective learning rate of each step and parameter group ``(steps, groups)``, for the mean loss."""
     run, update = replay.runs[0], replay.update.update
     if any(group.get("maximize") for group in run.hyperparameters(first)):
         raise AttributionError(
-            f"The optimizer of {run.path} maximizes, for which Source has no curvature. Use UnrolledDifferentiation()."
+            f"The optimizer of {run.path} maximizes, which Source does not support. Use UnrolledDifferentiation()."
         )
-    # coefficients sum up to one, but for those of gradients that an epoch's end kept from being accumulated in full
+    # coefficients sum to one, except where the end of an epoch cut the accumulation of gradients short
     return torch.stack(
         [
             run.coefficients(step).sum()
@@ -122,7 +122,7 @@ def _rates(replay: Replay, first: int, last: int) -> Tensor:
 
 
 def _preconditioner(replay: Replay, step: int) -> Tensor | None:
-    """Return what the optimizer multiplies gradients by at a step ``(P,)``; ``None`` for one."""
+    """Return the factors ``(P,)`` by which the optimizer multiplies gradients at a step; ``None`` if all are one."""
     hyperparameters, update = replay.hyperparameters(step), replay.update
 
     def found(states: Sequence[State]) -> Tensor | None:

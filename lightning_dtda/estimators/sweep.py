@@ -1,4 +1,4 @@
-"""The reverse sweep: adjoints carried back through the steps of recorded runs."""
+"""The reverse sweep: adjoints, propagated backwards through the steps of recorded runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_dtda.optimizers import State
 from lightning_dtda.replay import Replay
 
 Enter: TypeAlias = Callable[[int, Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-"""Adds to the adjoints of parameters and running statistics what enters at a step."""
+"""Function that adds a step's contribution to the adjoints of parameters and running statistics."""
 
 _GROWN = 2.0
-"""With horizon="auto", a sweep ends where the adjoint of every run is so many times longer than at its shortest."""
+"""With horizon="auto", a sweep ends when the norm of every adjoint exceeds its minimum by this factor."""
 
 
 @dataclass
 class Adjoints:
-    """What is carried back, changed in place: nobody else may hold it, or there are more vectors than needed at once.
+    """Adjoints that a sweep updates in place. Other references to the tensors would keep more of them in memory.
 
     Args:
-        theta: Of the parameters ``(runs, queries, P)``.
-        statistics: Of the running statistics.
-        states: Of each group's optimizer state.
+        theta: Adjoints of the parameters ``(runs, queries, P)``.
+        statistics: Adjoints of the running statistics.
+        states: Adjoints of the optimizer state of each parameter group.
     """
 
     theta: Tensor
@@ -37,7 +37,7 @@ class Adjoints:
 
     @classmethod
     def at_end(cls, replay: Replay, theta: Tensor, statistics: dict[str, Tensor]) -> Adjoints:
-        """Return those of a measurement, in which optimizer states do not enter."""
+        """Return the adjoints of a measurement, which does not depend on optimizer states."""
         return cls(theta, statistics, no_state_cotangents(replay, theta))
 
 
@@ -49,26 +49,26 @@ def sweep(
     advance: Advance,
     end: int | None = None,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Carry adjoints ``(runs, queries, P)``, and those of running statistics, back from a step of training.
+    """Propagate adjoints backwards from a step of training.
 
     Args:
-        replay: The runs.
-        adjoints: At the end of the sweep; used up.
-        examples: N.
-        horizon: How many steps to go back, as for :class:`~lightning_dtda.estimators.UnrolledDifferentiation`.
-        advance: Told of the steps that are done, among them those of the training that are left out.
-        end: The step at which the sweep starts its way back; that of the last checkpoint if not given.
+        replay: Replay of the runs.
+        adjoints: Adjoints at ``end``; updated in place.
+        examples: Number of training examples N.
+        horizon: Number of steps to go back, see :class:`~lightning_dtda.estimators.UnrolledDifferentiation`.
+        advance: Called with the number of steps done, including steps that are left out.
+        end: Step at which the sweep starts; the end of training if not given.
 
     Returns:
-        Responses ``(runs, queries, examples)``; and the norms of the adjoint ``(runs, queries)`` by step, where the
-        sweep came by a checkpoint or ended.
+        Responses ``(runs, queries, examples)``; and by step, the norms of the adjoint ``(runs, queries)`` at
+        checkpoints and at the end of the sweep.
     """
     runs, queries, _ = adjoints.theta.shape
     responses = adjoints.theta.new_zeros(runs, queries, examples)
     end = replay.steps if end is None else end
     enter: Enter | None = None
     if end == replay.steps and replay.averaged_steps:
-        # what is measured is an average over steps: its adjoint enters at each of them
+        # an average over steps is measured: its adjoint enters at each of these steps
         enter = _entering(replay, adjoints.theta, adjoints.statistics)
         nothing = {name: torch.zeros_like(part) for name, part in adjoints.statistics.items()}
         adjoints.theta, adjoints.statistics = enter(end, torch.zeros_like(adjoints.theta), nothing)
@@ -103,17 +103,17 @@ def unroll(
     end: int | None = None,
     enter: Enter | None = None,
 ) -> None:
-    """Carry adjoints back over the steps between two checkpoints, from ``end`` as far as ``start``.
+    """Propagate adjoints backwards through the steps between two checkpoints, from ``end`` to ``start``.
 
     Args:
-        replay: The runs.
-        segment: First step, and the step after the last.
-        responses: What the steps add is added to it ``(runs, queries, examples)``.
-        adjoints: Where it starts; made those at the first step.
-        start: Steps before it are left out.
-        end: Steps from it on are left out; they are replayed all the same, since the record to compare with is that of
-            the segment's end.
-        enter: Adds to the adjoints what enters at a step.
+        replay: Replay of the runs.
+        segment: First step, and the step after the last one.
+        responses: Responses ``(runs, queries, examples)``, to which the contributions of the steps are added.
+        adjoints: Adjoints after the last step; updated in place to those before the first step.
+        start: First step to differentiate.
+        end: Step after the last one to differentiate. Later steps are still replayed, because the record to compare
+            with is at the end of the segment.
+        enter: Function that adds a step's contribution to the adjoints.
     """
     first, last = segment
     buffers = replay.buffers(first)
@@ -121,18 +121,18 @@ def unroll(
         if step < start:
             break
         adjoints.theta, adjoints.states, of_gradient = replay.adjoint(step, point, adjoints.theta, adjoints.states)
-        point = replace(point, states=[])  # large, and not needed any more
+        point = replace(point, states=[])  # large, and no longer needed
         indices, found = replay.directional(step, point, of_gradient, buffers, adjoints.statistics)
         adjoints.statistics = found.statistics_cotangents
         responses.scatter_add_(2, indices[:, None].expand(-1, responses.shape[1], -1), -found.terms)
         adjoints.theta = found.products.add_(adjoints.theta)
-        del point, found, of_gradient  # the next step takes the memory
+        del point, found, of_gradient  # the next step needs the memory
         if enter is not None:
             adjoints.theta, adjoints.statistics = enter(step, adjoints.theta, adjoints.statistics)
 
 
 def _entering(replay: Replay, adjoint: Tensor, statistics_adjoint: dict[str, Tensor]) -> Enter:
-    """Return what adds the adjoint of an average to that of the steps it is made of."""
+    """Return a function that adds the adjoint of a weight average to the adjoints of the averaged steps."""
     coefficients = replay.averaged_steps
 
     def enter(step: int, current: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -146,10 +146,10 @@ def _entering(replay: Replay, adjoint: Tensor, statistics_adjoint: dict[str, Ten
 
 
 class _Shortest:
-    """The responses of each run and query where the adjoint was shortest so far.
+    """The responses of each run and query at the checkpoint where the norm of the adjoint is smallest so far.
 
     Args:
-        responses: What they are before the first checkpoint is passed ``(runs, queries, examples)``.
+        responses: Responses ``(runs, queries, examples)`` before the first checkpoint.
     """
 
     def __init__(self, responses: Tensor) -> None:
@@ -158,11 +158,11 @@ class _Shortest:
         self.is_over = False
 
     def compare(self, responses: Tensor, norms: Tensor) -> None:
-        """Take the responses where the adjoint ``(runs, queries)`` is shorter than ever at this checkpoint."""
+        """Take the responses where the norm of the adjoint ``(runs, queries)`` is the smallest so far."""
         shorter = norms < self._norms
         self.responses[shorter] = responses[shorter]
         self._norms = torch.where(shorter, norms, self._norms)
-        # not "all above": an adjoint that overflowed compares false with everything, and does not come back
+        # "not any below" instead of "all above", because comparisons with an overflowed adjoint (NaN) are false
         self.is_over = not bool((norms <= _GROWN * self._norms).any())
 
 

@@ -1,4 +1,4 @@
-"""Unrolled differentiation: the exact derivative of the training that took place."""
+"""Unrolled differentiation: the exact derivative of the recorded training."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from lightning_dtda.trajectory import Run
 from lightning_dtda.units import GIB, human_bytes
 
 _DIAGNOSED_QUERIES = 4
-"""Queries whose measurements are diagnosed, their sum: the gradient of a single one may vanish."""
+"""Number of queries in the diagnosis, which uses the sum of their measurements: a single gradient may be zero."""
 
 
 class UnrolledDifferentiation(Estimator):
-    r"""Exact responses by differentiating the recorded training, in reverse or in forward mode.
+    r"""Exact responses by differentiation of the recorded training, in reverse or forward mode.
 
     The response of a measurement m to the removal of example n is minus the derivative with respect to its weight,
 
     .. math:: r_n = -\frac{d\, m(\theta_T)}{d w_n},
 
-    where the training's step is :math:`\theta_{t+1}, s_{t+1} = U_t(\theta_t, s_t, g_t)` with
-    :math:`g_t(\theta, w) = \sum_{n \in b_t} c_n w_n \nabla l_n(\theta)`. One sweep backwards gives it for all N
+    where a training step is :math:`\theta_{t+1}, s_{t+1} = U_t(\theta_t, s_t, g_t)` with
+    :math:`g_t(\theta, w) = \sum_{n \in b_t} c_n w_n \nabla l_n(\theta)`. One backward sweep gives it for all N
     examples: starting from :math:`\lambda_T = \nabla m(\theta_T)`, the adjoint of :math:`U_t` yields the cotangent
     :math:`\bar g_t` of the gradient (:math:`-\eta_t \lambda_{t+1}` for plain SGD), and
 
@@ -57,29 +57,29 @@ class UnrolledDifferentiation(Estimator):
         \frac{d m}{d w_n} \mathrel{+}= c_n \langle \nabla l_n(\theta_t), \bar g_t \rangle, \qquad
         \lambda_t = \bar\theta_t + H_t \bar g_t,
 
-    both from one forward-over-reverse pass. This is the transpose of Mlodozeniec et al., *Distributional Training
+    both from one double backward pass. This is the transpose of Mlodozeniec et al., *Distributional Training
     Data Attribution*, NeurIPS 2025, arXiv 2506.12965, equation 6. It predicts removal as weight zero: order, batch
-    slots and the loss's divisor stay as they were.
+    slots and the loss's divisor stay the same.
 
-    In forward mode the responses of the parameters are carried from the start to the end instead: one sweep for each
-    removal, whatever the number of queries, with no steps held in memory. Both modes give the same numbers.
+    Forward mode propagates the responses of the parameters from start to end instead: one sweep per removal, for any
+    number of queries, with no steps held in memory. Both modes give the same numbers.
 
     Args:
-        runs_per_batch: Runs of equal shape that are swept together; ``"auto"`` takes the fastest that fits, from
-            timed steps.
-        precision: ``"recorded"``, or ``"float64"`` to replay and differentiate in double.
-        memory_budget: In GiB; queries are swept in chunks that stay below it.
-        tolerance: Largest deviation of a replay from its record; see ``lightning_dtda.replay.Replay``.
-        horizon: How many of the last steps to unroll; ``None`` is all, the exact derivative. What an example did before
-            the horizon is then left out. ``"auto"`` goes back, for each run and query, to the checkpoint where the
-            adjoint is shortest: as long as it shrinks, the training forgets perturbations;
-            where it grows again on the way back, the training amplified them, and a derivative says little about
-            changes as large as a removal. That is so for the first steps of many trainings with Adam.
-        mode: ``"reverse"``, which pays for each query; ``"forward"``, which pays for each removal; or ``"auto"``, the
-            cheaper one.
-        compile: Whether the steps of a sweep in reverse are compiled (``torch.compile``), which takes ten seconds
-            to two minutes once; ``"auto"`` where much work is ahead. Compiled steps are used if they compute the same
-            and are faster. That needs a C++ compiler, on a GPU Triton.
+        runs_per_batch: Number of runs of equal shape to process together; ``"auto"`` chooses the fastest number that
+            fits, from timed steps.
+        precision: ``"recorded"``, or ``"float64"`` to replay and differentiate in double precision.
+        memory_budget: Memory budget in GiB; queries are processed in chunks that fit in it.
+        tolerance: Maximum deviation of a replay from its record; see ``lightning_dtda.replay.Replay``.
+        horizon: Number of last steps to unroll; ``None`` for all steps, which gives the exact derivative. Effects of an
+            example before the horizon are left out. ``"auto"`` goes back, for each run and query, to the checkpoint
+            where the norm of the adjoint is smallest. While the norm shrinks on the way back, training forgets
+            perturbations. Where it grows again, training amplified them, and a derivative says little about changes as
+            large as a removal. This happens in the first steps of many trainings with Adam.
+        mode: ``"reverse"``, whose cost grows with the number of queries; ``"forward"``, whose cost grows with the
+            number of removals; or ``"auto"`` for the cheaper one.
+        compile: Whether to compile the steps of reverse sweeps with ``torch.compile``, which takes ten seconds to two
+            minutes once; ``"auto"`` to compile if there is enough work. Compiled steps are used only if they give the
+            same results and are faster. Compilation needs a C++ compiler, or Triton on a GPU.
 
     Raises:
         AttributionError: If an argument is out of range.
@@ -102,15 +102,15 @@ class UnrolledDifferentiation(Estimator):
         if memory_budget <= 0 or tolerance <= 0:
             raise AttributionError("memory_budget and tolerance must be positive.")
         if not (horizon in (None, "auto") or (isinstance(horizon, int) and horizon > 0)):
-            raise AttributionError(f'horizon={horizon!r}; give a positive number of steps, "auto", or nothing.')
+            raise AttributionError(f'horizon={horizon!r}; give a positive number of steps, "auto", or None.')
         if mode not in ("auto", "reverse", "forward"):
             raise AttributionError(f'mode={mode!r}; choose "auto", "reverse" or "forward".')
         if compile not in (True, False, "auto"):
             raise AttributionError(f'compile={compile!r}; choose True, False or "auto".')
         if mode == "forward" and horizon == "auto":
             raise AttributionError(
-                'horizon="auto" looks for the step from which adjoints grow on the way back; mode="forward" has none. '
-                'Give a number of steps, or mode="reverse".'
+                'horizon="auto" needs the norms of adjoints, which mode="forward" does not compute. Give a number of '
+                'steps, or mode="reverse".'
             )
         self.runs_per_batch = runs_per_batch
         self.precision = precision
@@ -121,15 +121,15 @@ class UnrolledDifferentiation(Estimator):
         self.compile = compile
 
     def settings(self) -> dict[str, Any]:
-        """Return what the responses depend on; how the work is batched changes no more than rounding."""
+        """Return the arguments that the responses depend on; the others change only rounding."""
         settings = {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
         return settings | ({} if self.horizon is None else {"horizon": self.horizon})
 
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        """Batch runs and queries by measured memory and time.
+        """Choose batches of runs and queries from measured memory and time.
 
         Raises:
-            AttributionError: If not even one query of one run fits the memory budget.
+            AttributionError: If one query of one run does not fit in the memory budget.
         """
         queries = len(question.queries)
         replay = self._replay(runs[:1], question)
@@ -170,7 +170,7 @@ class UnrolledDifferentiation(Estimator):
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:
-        """Sweep some runs: backwards, once for each chunk of queries, or forwards, once for each chunk of removals."""
+        """Sweep over a batch of runs: backwards for each chunk of queries, or forward for each chunk of removals."""
         replay = self._planned_replay(plan, question, runs)
         end = question.end(replay.steps)
         if plan.removals_per_chunk is not None:
@@ -191,12 +191,12 @@ class UnrolledDifferentiation(Estimator):
                     lambda steps: advance(steps / len(numbers)),
                     end,
                 )
-                # chunk by chunk, so that of many queries' responses only the groups' are kept
+                # sum over groups chunk by chunk, to keep only the responses to groups
                 responses.append(question.removals.total(part))
                 norms.append(lengths)
         # with "auto", sweeps of different queries may end at different checkpoints
         steps = [step for step in norms[0] if all(step in lengths for lengths in norms)]
-        # a GPU has no median where the user asked for deterministic algorithms
+        # median on a GPU is not available with deterministic algorithms
         curves = torch.stack([torch.cat([part[step] for part in norms], 1) for step in steps]).cpu()
         curves = (curves / curves[0].clamp_min(torch.finfo(curves.dtype).tiny)).median(2).values.T
         return Estimate(
@@ -220,7 +220,7 @@ class UnrolledDifferentiation(Estimator):
         self, plan: Plan, question: Question, runs: Sequence[Run], precision: Precision | None = None
     ) -> Replay:
         replay = self._replay(runs, question, precision).stack(plan.stacked)
-        if precision is None:  # a diagnosis takes few steps
+        if precision is None:  # a diagnosis has too few steps to compile
             replay = replay.compile(plan.compiled)
         replay.held = plan.held
         return replay
@@ -242,7 +242,7 @@ class UnrolledDifferentiation(Estimator):
         return Estimate(baseline, responses, replay.drift, diagnoses=self._diagnoses(replay.runs, question, plan))
 
     def _unrolled(self, run: Run, question: Question) -> int:
-        """Return the number of steps that are unrolled, at the most."""
+        """Return the maximum number of steps to unroll."""
         end = question.end(run.steps)
         return min(end, self.horizon) if isinstance(self.horizon, int) else end
 
@@ -251,5 +251,5 @@ class UnrolledDifferentiation(Estimator):
 
 
 def _alike(runs: Sequence[Run], size: int) -> list[Run]:
-    """Return up to ``size`` runs of the shape that most runs share with the first."""
+    """Return up to ``size`` runs that have the same shape as the first run."""
     return [run for run in runs if shape_key(run) == shape_key(runs[0])][:size]

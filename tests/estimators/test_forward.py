@@ -292,7 +292,7 @@ def test_auto_pays_for_the_fewer_and_says_so(fit, tmp_path, caplog, monkeypatch,
         found = answer(tmp_path, optimizer, queries=TensorDataset(*weighted_data(queries, seed=1)))
     (line,) = {message for message in caplog.messages if "Differentiating" in message}
     assert f"in {chosen} mode" in line
-    assert f"{queries} queries against 12 removals" in line
+    assert f"{queries} queries, 12 removals" in line
     assert bool(found.about["adjoint_norms"]["seed-0003"]) == (chosen == "reverse")
 
 

@@ -114,7 +114,7 @@ def test_compiled_steps_that_are_slower_are_not_used(root, plans, times, caplog,
     with caplog.at_level(logging.INFO, logger="lightning_dtda"):
         attribution(root, compile=True)
     assert not plans[0].compiled
-    assert "Compiled steps take 1.20 of the time and are not used." in caplog.text
+    assert "Compiled steps take 1.20 times as long, so they are not used." in caplog.text
 
 
 class Recurrent(pl.LightningModule):
