@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_LINT = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(cache_dir=None))"
+_LINT = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
 
 _IMPORT = re.compile(r"^\W*(?:from|import) (?:tests\b|\.).*?(?:\([^)]*\))?$", re.MULTILINE)
 """Of tests, one line or several in brackets; also in the code of a process that a test starts."""

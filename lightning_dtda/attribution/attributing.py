@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.attribution_store import AttributionStore, with_runs
-from lightning_dtda.attribution.batches import estimates
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.resources import check_resources
+from lightning_dtda.attribution.run_batches import estimates
 from lightning_dtda.attribution.trust import sizes
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError

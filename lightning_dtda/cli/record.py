@@ -63,7 +63,7 @@ class RecordCLI(ConfigurationCLI):
         return trainer
 
 
-class ConfiguredTraining:
+class ConfiguredRecording:
     """Creates Trainer, module and data of a configuration; other processes read it from the ensemble's directory.
 
     Args:
@@ -114,7 +114,7 @@ def run(arguments: Sequence[str]) -> None:
     if skipped := sum(is_complete(root / run_name(seed)) for seed in seeds):
         say(f"{skipped} of {len(seeds)} runs are already complete in {root}.")
     failures = record(
-        ConfiguredTraining(cli),
+        ConfiguredRecording(cli),
         TrajectoryRecorder(root.resolve(), **config.recorder.as_dict()),
         seeds,
         workers=cli.workers(),

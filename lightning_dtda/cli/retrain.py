@@ -96,7 +96,7 @@ class RetrainCLI(QuestionCLI):
         return super(QuestionCLI, self).instantiate_trainer(logger=DummyLogger(), **kwargs)
 
 
-class ConfiguredTraining:
+class ConfiguredRetraining:
     """Creates module and Trainer of a configuration; other processes read the configuration again.
 
     Args:
@@ -161,7 +161,7 @@ def retrained(
     Raises:
         SystemExit: With code 1 if trainings failed; the others are stored.
     """
-    configured = ConfiguredTraining(arguments, defaults or {})
+    configured = ConfiguredRetraining(arguments, defaults or {})
     config = configured.cli.config
     with quiet_lightning():
         module = configured.module()

@@ -265,7 +265,7 @@ def gradients(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor) -> Itera
             of_rows.scatter_add_(1, places, without_padding(module, inputs, derivatives).reshape(places.shape))
             yield layer.weight, of_rows.flatten(1)
         elif isinstance(module, (nn.Linear, *CONVOLUTIONS)):
-            entering, leaving = positions(module, inputs.to(derivatives.dtype), derivatives)
+            entering, leaving = at_positions(module, inputs.to(derivatives.dtype), derivatives)
             yield layer.weight, (leaving @ entering.mT).flatten(1)
         else:
             yield layer.weight, _summed(module, derivatives * _normalised(module, inputs))
@@ -273,7 +273,7 @@ def gradients(layer: WatchedLayer, inputs: Tensor, derivatives: Tensor) -> Itera
         yield layer.bias, _summed(module, derivatives)
 
 
-def positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
+def at_positions(module: Any, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
     """Return the inputs at each position ``(B, groups, d_in, T)``, and the derivatives ``(B, groups, d_out, T)``."""
     if isinstance(module, nn.Linear):
         return (

@@ -22,16 +22,16 @@ from lightning_dtda.estimators.estimator import (
 )
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.measuring import measure
-from lightning_dtda.estimators.planning import (
+from lightning_dtda.estimators.sweep import Adjoints, sweep
+from lightning_dtda.estimators.sweep_costs import (
     Mode,
     choose,
     diagnosis_seconds,
     fastest_way,
     held_steps,
-    needed,
+    needed_bytes,
     seconds,
 )
-from lightning_dtda.estimators.sweep import Adjoints, sweep
 from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
@@ -161,7 +161,7 @@ class UnrolledDifferentiation(Estimator):
         return Plan(
             batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
-            memory=int(needed(replay, way, held)),
+            memory=int(needed_bytes(replay, way, held)),
             seconds=seconds(make, way, costs, held, steps) + len(runs) * diagnosis_seconds(replay, costs),
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,

@@ -20,7 +20,7 @@ from lightning_dtda.recording.data import read_batch
 from lightning_dtda.recording.step_watch import StepWatch, TakenStep
 from lightning_dtda.replay import Eager, Point, StepBatch, Tangents
 from lightning_dtda.replay.batches import map_tensors
-from lightning_dtda.replay.drift import Comparison, Recorded
+from lightning_dtda.replay.drift import RecordComparison, Recorded
 from lightning_dtda.replay.replica import buffers
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import MicroBatchInputs
@@ -92,7 +92,7 @@ class ResponseTracking:
             tangents = Tangents.zeros(self.theta, states, statistics, len(membership))
         self.tangents = tangents
         dtype, device = self.theta.dtype, self.theta.device
-        self._comparison = Comparison(
+        self._comparison = RecordComparison(
             ["The training"], trainer.precision, dtype, dtype, tolerance, dtype, device, _REASONS
         )
         self._batches: list[Any] = []

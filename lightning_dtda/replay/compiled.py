@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from typing_extensions import override
 
 from lightning_dtda.replay.eager import Eager
-from lightning_dtda.replay.stacked import Stacked, Trace, compare, first_line, functional
+from lightning_dtda.replay.stacked import Stacked, Trace, check_close, first_line, functional
 from lightning_dtda.replay.steps import ByName, StepBatch
 
 _log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Compiled(Stacked):
             with torch.no_grad():
                 compiled = self._compile(trace, arguments)
                 found, wanted = compiled(arguments), self._by_trace(trace, arguments)
-            compare(found, (), wanted, "the compiled step computes something else")
+            check_close(found, (), wanted, "the compiled step computes something else")
             return compiled
         except Exception as error:  # no compiler, or an operation that it does not support
             _log.info("Steps of %s are not compiled: %s", type(self.replica.module).__name__, first_line(error))

@@ -92,7 +92,7 @@ class Recorded:
         return difference, travelled, size
 
 
-class Comparison:
+class RecordComparison:
     """Compares a replay of stacked runs with its record, and keeps the largest differences.
 
     Args:
@@ -132,7 +132,9 @@ class Comparison:
         self._gradient_drift = torch.zeros_like(self._parameter_drift)
 
     @classmethod
-    def of_runs(cls, runs: Sequence[Run], tolerance: float, dtype: torch.dtype, device: torch.device) -> Comparison:
+    def of_runs(
+        cls, runs: Sequence[Run], tolerance: float, dtype: torch.dtype, device: torch.device
+    ) -> RecordComparison:
         """Compare with the records of R runs."""
         manifest = runs[0].manifest
         gradients = None if manifest.gradients == "none" else getattr(torch, manifest.gradients)

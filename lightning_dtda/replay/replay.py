@@ -19,7 +19,7 @@ from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
 from lightning_dtda.replay.batches import stack_leaves
 from lightning_dtda.replay.compiled import CompiledAlone, CompiledStack
-from lightning_dtda.replay.drift import Comparison, Drift, Recorded
+from lightning_dtda.replay.drift import Drift, RecordComparison, Recorded
 from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.pieces import FEWEST_HELD, left_to_hold, piece_length
@@ -110,7 +110,7 @@ class Replay:
         self.clipping = first.clipping
         self.checkpoint_steps = first.checkpoint_steps
         self._records = Records(self.runs, self.dtype, self.device)
-        self._comparison = Comparison.of_runs(self.runs, self._tolerance, self.dtype, self.device)
+        self._comparison = RecordComparison.of_runs(self.runs, self._tolerance, self.dtype, self.device)
         self.rebuilds_from_gradients = (
             first.has_exact_gradients and self.dtype == self.recorded_dtype and not self._pass_depends_on_buffers
         )

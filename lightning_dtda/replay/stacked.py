@@ -234,9 +234,9 @@ class Stacked(Eager):
         others = [torch.stack([tensor] * runs) for tensor in sample[1:-extras]]
         found = self._plainly(trace, [theta, *others, *given], [inputs.states] * runs)
         for place in places:
-            compare(found, place, reference(theta[place[0]], [part[place] for part in given], inputs.time))
+            check_close(found, place, reference(theta[place[0]], [part[place] for part in given], inputs.time))
         for time in _others(inputs.time):
-            compare(found, places[0], reference(theta[0], [part[places[0]] for part in given], time), _TIMELY)
+            check_close(found, places[0], reference(theta[0], [part[places[0]] for part in given], time), _TIMELY)
         return trace
 
 
@@ -318,9 +318,9 @@ def each_example(
                 trace = Trace(graph, eager)
                 found = trace.each(shared, [part[:2] for part in mapped], states)
                 for number, alike in enumerate(wanted):
-                    compare(found, (number,), alike)
+                    check_close(found, (number,), alike)
                 for later in _others(time):  # the trace is reused for other runs and steps
-                    compare(found, (0,), alone(0, later), _TIMELY)
+                    check_close(found, (0,), alone(0, later), _TIMELY)
                 kept[key] = trace
             except Exception as error:  # the user's code may raise anything; torch cannot vectorize every operation
                 _log.info("%s are computed one example at a time: %s", what, first_line(error))
@@ -505,7 +505,7 @@ def _like(value: Any) -> Any:
     return partial(torch.empty_strided, tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
-def compare(
+def check_close(
     found: list[Tensor], place: tuple[int, ...], wanted: list[Tensor], why: str = "its trace computes something else"
 ) -> None:
     """Compare the results of a trace at one place (a run, or a run and direction) with those of eager autograd.

@@ -131,7 +131,7 @@ class Recipe:
             without(loader, (0,))
             return {
                 "module": module_configuration(module),
-                "data": describe_data(loader.dataset),
+                "data": data_facts(loader.dataset),
                 "training": training_configuration(trainer, loader),
             }
 
@@ -181,7 +181,7 @@ class Recipe:
         return trainer, module
 
 
-def describe_data(dataset: Any) -> dict[str, Any]:
+def data_facts(dataset: Any) -> dict[str, Any]:
     """Return a data set's class, length and fingerprint, which is ``None`` if examples differ at each call."""
     fingerprint = dataset_fingerprint(dataset)
     return {

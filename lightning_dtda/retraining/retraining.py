@@ -34,7 +34,7 @@ from lightning_dtda.retraining.auto_engine import AutoEngine
 from lightning_dtda.retraining.engine import Engine, Retraining
 from lightning_dtda.retraining.fresh_seeds import fresh_seeds, recorded_seeds
 from lightning_dtda.retraining.ground_truth import GroundTruth, some_tasks
-from lightning_dtda.retraining.recipe import Recipe, describe_data
+from lightning_dtda.retraining.recipe import Recipe, data_facts
 from lightning_dtda.retraining.reweighting import Reweighting
 from lightning_dtda.retraining.stacked_engine import StackedEngine
 from lightning_dtda.retraining.subsets import check_subsets
@@ -238,7 +238,7 @@ def _reweighted(
     own = recorded_seeds(seeds, sorted(engine.runs), ensemble.root)
     about = {
         "configuration": ensemble[0].manifest.configuration,
-        "data": describe_data(engine.examples.dataset),
+        "data": data_facts(engine.examples.dataset),
         "runs": {run.name: run.checksum for run in ensemble},
     }
     return _Trained(engine, None, engine.examples, own, own, about)

@@ -13,7 +13,7 @@ from lightning_dtda.errors import CannotStackError, ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.replay import Examples
 from lightning_dtda.replay.batches import stack_leaves
-from lightning_dtda.replay.drift import Comparison, Recorded
+from lightning_dtda.replay.drift import RecordComparison, Recorded
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.stacking.gradient import StackedGradient
 from lightning_dtda.trajectory import Run
@@ -221,13 +221,15 @@ class StackedTraining:
         for part, of_part in zip(parts, zip(*split, strict=True), strict=True):
             yield [leaf.unflatten(0, part.shape) for leaf in of_part]
 
-    def _comparison(self) -> Comparison:
+    def _comparison(self) -> RecordComparison:
         manifest = self._reference.manifest
         precision, dtype = manifest.configuration["training"]["precision"], manifest.torch_dtype
         tolerance = _TOLERANCE.get(dtype, _TOLERANCE[torch.float32]) + self._update.update.rounding
-        return Comparison([self._reference.name], precision, dtype, None, tolerance, dtype, self._device, _REASONS)
+        return RecordComparison(
+            [self._reference.name], precision, dtype, None, tolerance, dtype, self._device, _REASONS
+        )
 
-    def _check(self, comparison: Comparison, begin: int, before: Tensor, step: Taken, start: Start) -> Tensor:
+    def _check(self, comparison: RecordComparison, begin: int, before: Tensor, step: Taken, start: Start) -> Tensor:
         """Compare the reference with its record at a checkpoint, and reset it to the record."""
         checkpoint = self._reference.checkpoint(step.steps)
         theta = checkpoint.theta.to(self._device)[None]
@@ -246,7 +248,7 @@ class StackedTraining:
                 part[:1] = known[key]
         return theta
 
-    def _is_rounding(self, comparison: Comparison, recorded: Recorded, start: Start) -> bool:
+    def _is_rounding(self, comparison: RecordComparison, recorded: Recorded, start: Start) -> bool:
         """Return whether the reference comes out as recorded when the last digits of the checkpoint are changed.
 
         Rounding may put an input on the other side of a kink, after which two trainings differ by more than rounding.

@@ -22,8 +22,8 @@ _SHORT_OF_ONE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
-    """Draws with replacement, one per column.
+class Resamples:
+    """Positions drawn with replacement, one per column.
 
     Args:
         removals: Positions ``(removals, number)``.
@@ -40,7 +40,7 @@ class Draws:
     queries: Tensor
 
     @classmethod
-    def of(cls, samples: Samples, number: int, seed: int, runs: Sequence[str] | None = None) -> Draws:
+    def of(cls, samples: Samples, number: int, seed: int, runs: Sequence[str] | None = None) -> Resamples:
         """Draw from samples.
 
         Two predictions compared with the same truth get the same draws of the truth. They also get the same draws of
@@ -75,7 +75,7 @@ class Replicates:
     Args:
         correlations: Correlation of each query in each draw ``(number, queries)``.
         of_queries: Correlation of each query in the samples themselves ``(queries,)``; NaN does not count.
-        queries: As in :class:`Draws` ``(queries, number)``.
+        queries: As in :class:`Resamples` ``(queries, number)``.
     """
 
     correlations: Tensor
@@ -129,7 +129,7 @@ class Replicates:
 
 
 def replicate(
-    samples: Samples, difference: Difference, of_queries: Tensor, correlation: Correlation, draws: Draws
+    samples: Samples, difference: Difference, of_queries: Tensor, correlation: Correlation, draws: Resamples
 ) -> Replicates:
     """Return the correlations of each query in resampled data.
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_dtda import Ensemble, TrajectoryRecorder
-from lightning_dtda.estimators import planning
+from lightning_dtda.estimators import sweep_costs
 from tests.estimators.baselines import STEPS, Classifier, Weighted, classification
 from tests.estimators.small_runs import Trained, data_for
 
@@ -59,9 +59,9 @@ def take_100_mib(monkeypatch):
     """As if a pair of a run and a query, or a removal, took 100 MiB: two at a time fit 0.25 GiB."""
 
     def _take_100_mib(costs):
-        measured = getattr(planning, costs)
+        measured = getattr(sweep_costs, costs)
         monkeypatch.setattr(
-            planning,
+            sweep_costs,
             costs,
             lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20, diagnosis=0.0),
         )

@@ -12,8 +12,8 @@ from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.estimators.forward import estimate_forward, forward_sweep
 from lightning_dtda.estimators.measuring import measure
-from lightning_dtda.estimators.planning import forward_costs
 from lightning_dtda.estimators.removals import Removals
+from lightning_dtda.estimators.sweep_costs import forward_costs
 from lightning_dtda.replay import Replay, query_examples, resolve_measurement, training_examples
 from tests.regression import Augmented, WeightedRegressor, weighted_data
 from tests.trainings import (

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.estimators import planning
+from lightning_dtda.estimators import sweep_costs
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 SEEDS = 3
@@ -106,11 +106,11 @@ def test_a_short_training_is_not_worth_a_trace_and_a_long_one_is(recorded, monke
     monkeypatch.setattr(UnrolledDifferentiation, "plan", lambda *a: plans.append(original(*a)) or plans[-1])
     # not by the clock of this machine: a step one by one takes twice as long as a stacked one
     seconds = {False: 2e-6, True: 1e-6}
-    monkeypatch.setattr(planning.Costs, "seconds", lambda self, replay, directions: seconds[replay._is_stacked])
+    monkeypatch.setattr(sweep_costs.Costs, "seconds", lambda self, replay, directions: seconds[replay._is_stacked])
     make = MODULES["a network"]
     ensemble = recorded(make)
     short = responses(ensemble, make())
-    monkeypatch.setattr(planning, "_WORTH_TRACING", 0.1)
+    monkeypatch.setattr(sweep_costs, "_WORTH_TRACING", 0.1)
     seconds |= {False: 0.08, True: 0.04}
     long = responses(ensemble, make())
     seconds |= {False: 0.2, True: 0.1}  # so long that it computes all the time

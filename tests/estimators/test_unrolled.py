@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators import planning
+from lightning_dtda.estimators import sweep_costs
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 INPUTS, TARGETS, WEIGHTS = weighted_data(dtype=torch.float32)
@@ -87,8 +87,8 @@ def times(monkeypatch):
         way = "compiled" if replay._is_compiled else "stacked" if replay._is_stacked else "plain"
         return seconds[way]
 
-    monkeypatch.setattr(planning.Costs, "seconds", timed)
-    monkeypatch.setattr(planning, "_WORTH_TRACING", 0.0)
+    monkeypatch.setattr(sweep_costs.Costs, "seconds", timed)
+    monkeypatch.setattr(sweep_costs, "_WORTH_TRACING", 0.0)
     monkeypatch.setattr(torch, "compile", lambda graph, **_: graph)
     return seconds
 

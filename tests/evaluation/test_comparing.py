@@ -11,7 +11,7 @@ from lightning_dtda import Attribution, GroundTruth
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation import compare, evaluate
 from lightning_dtda.statistics.correlation import correlations
-from lightning_dtda.statistics.crossed_bootstrap import Draws, confidence_interval, difference_interval, replicate
+from lightning_dtda.statistics.crossed_bootstrap import Resamples, confidence_interval, difference_interval, replicate
 from lightning_dtda.statistics.differences import Mean
 from lightning_dtda.statistics.samples import arrange, collect
 from tests.simulated import normal
@@ -43,7 +43,7 @@ def of_queries(samples):
 
 
 def replicated(samples, runs, number=200):
-    draws = Draws.of(samples, number, seed=0, runs=(runs,))
+    draws = Resamples.of(samples, number, seed=0, runs=(runs,))
     return replicate(samples, Mean(), of_queries(samples), "spearman", draws)
 
 
@@ -75,7 +75,7 @@ def test_intervals_cover_the_expected_difference_and_are_narrower_than_those_of_
 
 def test_the_same_runs_are_drawn_together_and_others_apart():
     samples, _ = two_predictions(torch.Generator().manual_seed(0), (0.5, 0.5), True)
-    one, same, other = (Draws.of(samples, 50, 0, runs) for runs in (("a", "b"), ("a", "b"), ("a", "c")))
+    one, same, other = (Resamples.of(samples, 50, 0, runs) for runs in (("a", "b"), ("a", "b"), ("a", "c")))
     assert torch.equal(one.runs, same.runs)
     assert not torch.equal(one.runs, other.runs)
     for part in ("removals", "seeds", "baseline_seeds", "queries"):

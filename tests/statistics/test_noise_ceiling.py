@@ -7,7 +7,7 @@ from scipy.stats import bootstrap, pearsonr
 
 from lightning_dtda.evaluation.functional import leave_one_out_correlation, linear_datamodeling_score
 from lightning_dtda.statistics.correlation import correlations
-from lightning_dtda.statistics.crossed_bootstrap import Draws, confidence_interval, replicate
+from lightning_dtda.statistics.crossed_bootstrap import Resamples, confidence_interval, replicate
 from lightning_dtda.statistics.differences import Mean
 from lightning_dtda.statistics.noise_ceiling import noise_ceiling
 from lightning_dtda.statistics.samples import arrange, collect
@@ -21,7 +21,7 @@ def of_queries(samples, correlation="spearman"):
 
 
 def replicated(samples, correlation="spearman", number=200):
-    draws = Draws.of(samples, number, seed=0)
+    draws = Resamples.of(samples, number, seed=0)
     return replicate(samples, Mean(), of_queries(samples, correlation), correlation, draws).scores()
 
 

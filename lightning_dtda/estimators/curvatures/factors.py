@@ -18,8 +18,8 @@ from lightning_dtda.estimators.layer_gradients import (
     Call,
     LayerGradients,
     WatchedLayer,
+    at_positions,
     gradients,
-    positions,
     without_padding,
 )
 from lightning_dtda.estimators.objective import Objective
@@ -94,7 +94,7 @@ class LayerFactors:
         return {"left": self._left, "right": self._right, "values": values}
 
     def _matrices(self, inputs: Tensor, derivatives: Tensor) -> tuple[Tensor, Tensor]:
-        entering, leaving = positions(self._layer.module, inputs.to(derivatives.dtype), derivatives)
+        entering, leaving = at_positions(self._layer.module, inputs.to(derivatives.dtype), derivatives)
         if self._layer.bias is not None:
             entering = torch.cat([entering, torch.ones_like(entering[:, :, :1])], 2)
         return entering, leaving

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.correlation import Correlation, correlations, is_constant
-from lightning_dtda.statistics.crossed_bootstrap import Draws, Replicates, confidence_interval, replicate
+from lightning_dtda.statistics.crossed_bootstrap import Replicates, Resamples, confidence_interval, replicate
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.noise_ceiling import noise_ceiling
 from lightning_dtda.statistics.samples import Samples, arrange, check_samples, collect
@@ -153,7 +153,7 @@ def agreement(
         confidence: Confidence level of the interval.
         seed: Seed of the draws.
         runs: Names of the recorded runs, see
-            :class:`~lightning_dtda.statistics.crossed_bootstrap.Draws`.
+            :class:`~lightning_dtda.statistics.crossed_bootstrap.Resamples`.
     """
     chosen = resolve_difference(difference)
     check_samples(samples, chosen)
@@ -169,7 +169,7 @@ def agreement(
     low = high = torch.full_like(score, torch.nan)
     drawn = None
     if replicates:
-        draws = Draws.of(samples, replicates, seed, runs)
+        draws = Resamples.of(samples, replicates, seed, runs)
         drawn = replicate(samples, chosen, of_queries, correlation, draws)
         low, high = confidence_interval(score, drawn.scores(), confidence)
     noise = noise_ceiling(samples, chosen, correlation)

@@ -247,7 +247,7 @@ def held_steps(replay: Replay, way: Way, budget: float) -> int:
     return max(FEWEST_HELD, min(_longest(replay), FEWEST_HELD + math.floor(more)))
 
 
-def needed(replay: Replay, way: Way, held: int) -> float:
+def needed_bytes(replay: Replay, way: Way, held: int) -> float:
     """Return the peak memory in bytes, with the given number of steps held per run."""
     more = way.runs * max(0, held - FEWEST_HELD) * _point_size(replay) * replay.dtype.itemsize
     return max(way.memory + more, way.runs * way.diagnosis)
