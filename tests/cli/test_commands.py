@@ -182,7 +182,7 @@ def test_a_training_without_steps_is_not_called_complete(record, capsys):
 def test_attribute_finds_the_ensembles_own_configuration(record, tmp_path, capsys):
     root = record("--seeds", "3")
     main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "answer"), "--queries.indices=[3,1]"])
-    assert "There are 3 runs" in " ".join(capsys.readouterr().out.split())
+    assert "There are only 3 runs" in " ".join(capsys.readouterr().out.split())
     found = Attribution.load(tmp_path / "answer")
     data = DiabetesData()
     data.setup("fit")

@@ -169,7 +169,7 @@ def test_agreement_of_the_top_and_reliability_go_together():
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda a: a.runs_for_stable_top(k=100), "k=100; give a number of removals from 1 to 99"),
+        (lambda a: a.runs_for_stable_top(k=100), "k=100; give a number from 1 to 99"),
         (lambda a: a.runs_for_stable_top(k=0), "k=0"),
         (lambda a: a.runs_for_stable_top(agreement=1.0), "agreement=1.0"),
         (lambda a: a.retrainings_needed([0], power=0.0), "power=0.0"),
