@@ -1,5 +1,6 @@
 """Estimators of responses: predicted changes of measurements when examples are removed, for each run."""
 
+from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator
 from lightning_dtda.estimators.curvatures import (
     EKFAC,
     KFAC,
@@ -25,6 +26,7 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "TRAK",
+    "CheckpointEstimator",
     "Curvature",
     "Diagonal",
     "Estimate",
