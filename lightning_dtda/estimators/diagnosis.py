@@ -87,9 +87,9 @@ def diagnose(
 def _diagnose(double: Replay, recorded: Replay, measured: Measured, end: int | None) -> list[Diagnosis]:
     found = []
     end = double.steps if end is None else end
-    segments = [segment for segment in double.segments if segment[0] < end]
-    # avoid the first segment if there are others: with Adam, the first step has hardly any derivative
-    for first, last in {segments[len(segments) // 2], segments[-1]}:
+    stretches = [stretch for stretch in double.stretches if stretch[0] < end]
+    # avoid the first stretch if there are others: with Adam, the first step has hardly any derivative
+    for first, last in {stretches[len(stretches) // 2], stretches[-1]}:
         stretch = first, min(first + STRETCH, last, end)
         along = measured(double, first)
         responses = _responses(double, stretch, *along)

@@ -46,7 +46,7 @@ def forward_sweep(
     wanted = {replay.steps} if steps is None else set(steps)
     runs, stop = len(replay.runs), max(wanted)
     position: Position | None = None
-    for first, last in replay.segments:
+    for first, last in replay.stretches:
         if last <= start or first >= stop:
             advance(runs * (last - first))
             continue
@@ -149,7 +149,7 @@ def _answer(replay: Replay, position: Position, question: Question, numbers: lis
 
 
 def _read(replay: Replay, first: int, start: int, removals: int, before: Position | None) -> Position:
-    """Return the position at the start of a segment: the state as recorded, the tangents from the sweep so far."""
+    """Return the position at the start of a stretch: the state as recorded, the tangents from the sweep so far."""
     theta, states = replay.checkpoint(first)
     buffers = replay.buffers(first)
     if first < start:

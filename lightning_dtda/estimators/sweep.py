@@ -75,7 +75,7 @@ def sweep(
     norms = {end: adjoints.theta.norm(dim=2)}
     shortest = _Shortest(responses) if horizon == "auto" else None
     start = max(0, end - horizon) if isinstance(horizon, int) else 0
-    for first, last in reversed(replay.segments):
+    for first, last in reversed(replay.stretches):
         if last <= start or first >= end or (shortest is not None and shortest.is_over):
             advance(runs * (last - first))
             continue
@@ -96,7 +96,7 @@ def sweep(
 
 def unroll(
     replay: Replay,
-    segment: tuple[int, int],
+    stretch: tuple[int, int],
     responses: Tensor,
     adjoints: Adjoints,
     start: int = 0,
@@ -107,15 +107,15 @@ def unroll(
 
     Args:
         replay: Replay of the runs.
-        segment: First step, and the step after the last one.
+        stretch: First step, and the step after the last one.
         responses: Responses ``(runs, queries, examples)``, to which the contributions of the steps are added.
         adjoints: Adjoints after the last step; updated in place to those before the first step.
         start: First step to differentiate.
         end: Step after the last one to differentiate. Later steps are still replayed, because the record to compare
-            with is at the end of the segment.
+            with is at the end of the stretch.
         enter: Function that adds a step's contribution to the adjoints.
     """
-    first, last = segment
+    first, last = stretch
     buffers = replay.buffers(first)
     for step, point in replay.backwards(first, last, None if end is None else min(last, end)):
         if step < start:

@@ -222,7 +222,7 @@ def _fewest_bytes(replay: Replay) -> float:
 
 
 def _longest(replay: Replay) -> int:
-    return max(last - first for first, last in replay.segments)
+    return max(last - first for first, last in replay.stretches)
 
 
 def _vectors_bytes(replay: Replay) -> float:
@@ -266,7 +266,7 @@ def seconds(make: Callable[[int], Replay], way: Way, costs: Costs, held: int, st
     total = steps * costs.sweeps(way)
     replay = make(way.runs if way.stacked else 1).stack(way.stacked)
     if costs.mode == "reverse" and not replay.rebuilds_from_gradients:
-        stretches = [last - first for first, last in replay.segments]
+        stretches = [last - first for first, last in replay.stretches]
         rebuilt = sum(rebuilt_steps(stretch, held) for stretch in stretches) / sum(stretches)
         point = replay.checkpoint(0)[0], replay.buffers(0)
         rebuilding = _timed(partial(replay.gradient, 0, *point), replay) / len(replay.runs)

@@ -24,10 +24,9 @@ draw differently."""
 
 
 _OTHER_PRECISION = 4e-3
-"""Additional tolerance, relative to the distance travelled, for a replay in another precision.
-
-Inputs close to a kink fall on its other side. The GPT reached 8e-4 over segments of 8 steps with AdamW; a changed label
-in a batch of 64 causes at least ten times that."""
+"""Additional tolerance, relative to the distance travelled, for a replay in another precision.  Inputs close to a kink
+fall on its other side. The GPT reached 8e-4 over stretches of 8 steps with AdamW; a changed label in a batch of 64
+causes at least ten times that."""
 
 
 _MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -49,7 +48,7 @@ class Drift:
     """Largest deviations of the replay of a run from its record.
 
     Args:
-        parameters: Largest distance between rebuilt and recorded parameters at the end of a segment, divided by the
+        parameters: Largest distance between rebuilt and recorded parameters at the end of a stretch, divided by the
             norm of the recorded ones. If the optimizer divides gradients by something, both are multiplied by it first:
             with Adam, for example, rounding alone moves a parameter whose gradient is close to zero, so its
             difference should count little.

@@ -44,10 +44,10 @@ class Replay:
         runs: R runs with the same number of steps and the same checkpoints.
         module: The user's module; not modified.
         examples: Training examples.
-        precision: ``"recorded"``, or ``"float64"`` to compute in double precision. In that case, each segment starts
+        precision: ``"recorded"``, or ``"float64"`` to compute in double precision. In that case, each stretch starts
             from its recorded checkpoint and recomputes its gradients.
         device: Device to compute on; ``None`` for the module's device.
-        tolerance: Largest difference that counts as rounding: at the end of a segment relative to the distance
+        tolerance: Largest difference that counts as rounding: at the end of a stretch relative to the distance
             travelled in it, and for a recomputed gradient relative to its norm. A changed example or unrecorded
             randomness causes differences orders of magnitude larger, float32 rounding causes ones 10 to 100 times
             smaller. The rounding of mixed precision is added to the tolerance.
@@ -135,7 +135,7 @@ class Replay:
         return self._comparison.drift
 
     @property
-    def segments(self) -> list[tuple[int, int]]:
+    def stretches(self) -> list[tuple[int, int]]:
         """Ranges of steps between checkpoints, as (first, last) with ``last`` excluded."""
         return list(pairwise(self.checkpoint_steps))
 
@@ -399,7 +399,7 @@ class Replay:
         """Return the running statistics among the buffers, each ``(runs, ...)``; their updates are differentiable."""
         return {name: buffers[name] for name in self.eager.statistics.names}
 
-    # -- segments
+    # -- stretches
 
     def backwards(self, first: int, last: int, stop: int | None = None) -> Iterator[tuple[int, Point]]:
         """Yield the steps after a checkpoint with their starting points, from the last to the first.
@@ -414,7 +414,7 @@ class Replay:
                 with a checkpoint.
 
         Raises:
-            ReplayError: If the end of the segment differs from the recorded checkpoint by more than rounding.
+            ReplayError: If the end of the stretch differs from the recorded checkpoint by more than rounding.
         """
         theta, states = self.checkpoint(first)
         compare = last in self.checkpoint_steps
@@ -471,10 +471,10 @@ class Replay:
         return points, starts
 
     def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:
-        """Compare the end of a replayed segment with the record.
+        """Compare the end of a replayed stretch with the record.
 
         Args:
-            first: First step of the segment.
+            first: First step of the stretch.
             last: Step after the last, that of a checkpoint.
             start: Parameters at the start ``(runs, P)``.
             theta: Rebuilt parameters at the end ``(runs, P)``.

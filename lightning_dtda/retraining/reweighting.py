@@ -81,8 +81,8 @@ class Reweighting(Engine):
     def _measured(self, replay: Replay, retraining: Retraining, tasks: Sequence[Task]) -> Tensor:
         """Return measurements ``(tasks, queries)``."""
         weights = torch.ones(len(tasks), len(replay.examples), dtype=replay.dtype, device=replay.device)
-        # with all weights equal to one, a segment must agree with the record
-        start, stop = replay.segments[0]
+        # with all weights equal to one, a stretch must agree with the record
+        start, stop = replay.stretches[0]
         replay.compare(start, stop, replay.checkpoint(start)[0], replay.retrain(weights, start, stop)[0])
         for row, task in enumerate(tasks):
             weights[row, list(retraining.removed_in(task))] = 0

@@ -226,7 +226,7 @@ def test_the_response_of_a_group_is_the_sum_of_those_of_its_members(replay):
 
 
 def test_a_sweep_holds_no_steps(replay, monkeypatch):
-    monkeypatch.setattr(Replay, "backwards", lambda *_: pytest.fail("a segment is held"))
+    monkeypatch.setattr(Replay, "backwards", lambda *_: pytest.fail("a stretch is held"))
     (position,) = forward_sweep(replay, one_by_one(replay))
     assert position.step == 15
 

@@ -25,7 +25,7 @@ def test_points_are_the_same_however_few_are_held(fit, tmp_path, monkeypatch, gr
     recorder = TrajectoryRecorder(tmp_path, gradients=gradients, checkpoint_every=100)
     fit(WeightedRegressor(adam, network=network), data, recorder, max_epochs=9)
     replay = Replay([*Ensemble.open(tmp_path)], WeightedRegressor(adam, network=network), training_examples(data))
-    ((first, last),) = replay.segments
+    ((first, last),) = replay.stretches
     whole = list(replay.backwards(first, last))
     assert [step for step, _ in whole] == list(range(26, -1, -1))
     replay.held = 4

@@ -43,13 +43,13 @@ def trained(tmp_path_factory):
 
 
 def replayed(run, data, precision):
-    """Replay all segments of a run; returns the replay."""
+    """Replay all stretches of a run; returns the replay."""
     examples = training_examples(data)
     # what is shown here is what the comparison of parameters finds by itself
     examples.refuse_changes = lambda run: None
     replay = Replay([run], Attention(), examples, precision=precision)
-    for segment in replay.segments:
-        for _ in replay.backwards(*segment):
+    for stretch in replay.stretches:
+        for _ in replay.backwards(*stretch):
             pass
     return replay
 
@@ -73,7 +73,7 @@ def test_one_changed_label_is_found(trained, precision, example):
 def test_the_largest_difference_alone_would_have_been_a_false_alarm(trained):
     run, data = trained
     theta = replayed(run, data, "float64")
-    first, last = theta.segments[-1]
+    first, last = theta.stretches[-1]
     ends, _ = theta.retrain(torch.ones(1, len(data), dtype=torch.float64), first, last, averaged=False)
     recorded, start = (theta.checkpoint(step)[0] for step in (last, first))
     assert (ends - recorded).abs().max() > 1e-3 * (recorded - start).abs().max()
