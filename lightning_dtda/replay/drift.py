@@ -24,7 +24,7 @@ draw differently."""
 
 
 _OTHER_PRECISION = 4e-3
-"""Additional tolerance, relative to the distance travelled, for a replay in another precision.  Inputs close to a kink
+"""Additional tolerance, relative to the distance travelled, for a replay in another precision. Inputs close to a kink
 fall on its other side. The GPT reached 8e-4 over stretches of 8 steps with AdamW; a changed label in a batch of 64
 causes at least ten times that."""
 
