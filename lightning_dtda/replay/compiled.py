@@ -15,8 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from typing_extensions import override
 
 from lightning_dtda.replay.eager import Eager
-from lightning_dtda.replay.stacked import Stacked, Trace, check_close, first_line, functional
+from lightning_dtda.replay.stacked import Stacked
 from lightning_dtda.replay.steps import ByName, StepBatch
+from lightning_dtda.replay.traces import Trace, check_close, first_line, functional
 
 _log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lightning_dtda.compatibility import TreeSpec, tree_unflatten
 from lightning_dtda.errors import CannotStackError, ReplayError
 from lightning_dtda.replay.replica import Replica
-from lightning_dtda.replay.stacked import same_trace
 from lightning_dtda.replay.stand_ins import Time
+from lightning_dtda.replay.traces import same_trace
 
 _log = logging.getLogger(__name__)
 
