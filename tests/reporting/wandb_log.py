@@ -62,6 +62,8 @@ def _parse(data):
             at += _BLOCK - at % _BLOCK
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + _HEADER])
+        if at + _HEADER + length > len(data):
+            return  # the rest of the record is not written yet
         parts += data[at + _HEADER : at + _HEADER + length]
         at += _HEADER + length
         if kind in (1, 4):  # full, or the last part
