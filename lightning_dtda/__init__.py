@@ -38,7 +38,8 @@ class _Fallback(logging.Handler):
 
 
 _log = logging.getLogger(__name__)
-_log.setLevel(logging.INFO)
+if _log.level == logging.NOTSET:  # the application may have chosen one
+    _log.setLevel(logging.INFO)
 _log.addHandler(_Fallback())
 
 _HOMES = {

@@ -9,6 +9,10 @@ class RecordingError(DTDAError):
     """A training cannot be recorded, or its recording failed."""
 
 
+class DiskSpaceError(RecordingError):
+    """The disk has not enough space for the runs that are to be recorded."""
+
+
 class TrajectoryError(DTDAError):
     """A recorded run or ensemble is missing, damaged, incomplete or inconsistent."""
 

@@ -108,21 +108,34 @@ class ConfiguredRetraining:
         self._arguments = list(arguments)
         self._defaults = dict(defaults)
         self._trainer: pl.Trainer | None = None
+        self._is_elsewhere = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_arguments": self._arguments, "_defaults": self._defaults, "_trainer": None}
+        return {"_arguments": self._arguments, "_defaults": self._defaults, "_trainer": None, "_is_elsewhere": True}
 
     @cached_property
     def cli(self) -> RetrainCLI:
-        """The parsed configuration."""
-        return RetrainCLI(
-            "retrain",
-            "Train a configuration without random subsets of its training examples, over many seeds, and measure the "
-            "models: ground truth for attributions. Another call runs only the missing trainings.",
-            self._arguments,
-            self._defaults,
-            trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
-        )
+        """The parsed configuration.
+
+        Raises:
+            RetrainingError: If a worker cannot read it.
+        """
+        try:
+            return RetrainCLI(
+                "retrain",
+                "Train a configuration without random subsets of its training examples, over many seeds, and measure "
+                "the models: ground truth for attributions. Another call runs only the missing trainings.",
+                self._arguments,
+                self._defaults,
+                trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},
+            )
+        except SystemExit as error:
+            if not self._is_elsewhere:
+                raise
+            raise RetrainingError(
+                "A worker cannot read the configuration; its log has the reason. Start the command in the same "
+                "directory on all nodes, with all packages and files of the configuration."
+            ) from error
 
     def module(self) -> pl.LightningModule:
         """Create the module, and everything else in the same order as ``record``, to draw the same random numbers."""

@@ -60,7 +60,7 @@ class Processes(Workers):
         if not first:
             return
         # two thread pools on the same cores are many times slower than one thread each
-        threads = int(os.environ.get("OMP_NUM_THREADS", max(1, (os.cpu_count() or 1) // len(first))))
+        threads = _threads(len(first))
         with tempfile.TemporaryDirectory() as directory, _ended_by_sigterm():
             # in a file rather than with every item, as it contains the data
             path = Path(directory) / "work.pickle"
@@ -102,6 +102,12 @@ def workers_of(workers: int | Workers) -> Workers:
         return workers
     processes = Processes(workers)
     return processes if processes.number > 1 else ThisProcess()
+
+
+def _threads(processes: int) -> int:
+    """Return the number of threads of each process: as the environment says, or its share of the usable CPUs."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # OpenMP takes a list, one for each level
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else max(1, joblib.cpu_count() // processes)
 
 
 @contextmanager

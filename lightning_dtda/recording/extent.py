@@ -13,7 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_dtda.compatibility import tree_leaves
-from lightning_dtda.errors import RecordingError
+from lightning_dtda.errors import DiskSpaceError
 from lightning_dtda.recording import checks
 from lightning_dtda.recording.shard_buffer import SHARD_BYTES, shard_steps
 from lightning_dtda.replay.replica import buffers
@@ -108,7 +108,7 @@ def check_disk(what: str, root: Path, disk: float, memory: int) -> None:
         memory: Memory in bytes.
 
     Raises:
-        RecordingError: If there is not enough free disk space.
+        DiskSpaceError: If there is not enough free disk space.
     """
     beside = f"at most {human_bytes(memory)} of memory in addition to the training"
     if math.isinf(disk):
@@ -118,7 +118,7 @@ def check_disk(what: str, root: Path, disk: float, memory: int) -> None:
     free = shutil.disk_usage(existing).free
     _log.info("Recording %s needs about %s of disk space and %s.", what, human_bytes(disk), beside)
     if disk > free:
-        raise RecordingError(
+        raise DiskSpaceError(
             f"Recording {what} needs about {human_bytes(disk)} of disk space; {human_bytes(free)} are free. Free some, "
             'choose another root, record less (gradients="none", batches="indices"), or set a larger checkpoint_every.'
         )

@@ -18,7 +18,7 @@ from lightning_dtda.execution.quiet import output_to, quiet_lightning
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.recording.seeds import Data, MakeTraining, is_complete, record_seeds
 from lightning_dtda.recording.stacked_recording import record_stacked
-from lightning_dtda.stacking.choice import Stacked, check_stacked
+from lightning_dtda.stacking.choice import Stacked, chosen_stacked
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def record(
         {} 5 10
     """
     workers, wanted = workers_of(workers), checked_seeds(seeds)
-    check_stacked(stacked, workers)
+    stacked = chosen_stacked(stacked, workers, compile)
     _refuse_recorder(recorder)
     missing = [seed for seed in wanted if not is_complete(recorder.root / run_name(seed))]
     if not missing:

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from lightning_dtda.errors import DTDAError, TrajectoryError, UnknownFormatError
+from lightning_dtda.errors import DiskSpaceError, DTDAError, TrajectoryError, UnknownFormatError
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.trajectory import Run
 
@@ -47,24 +47,34 @@ def record_seeds(
 
     Returns:
         Reasons of failures, by seed.
+
+    Raises:
+        DiskSpaceError: If the disk does not have space for all runs.
     """
     failures, root = {}, recorder.root
     missing = [seed for seed in seeds if not is_complete(root / run_name(seed))]
     to_fit = len(missing) if to_fit is None else to_fit
     for seed in missing:
         name = run_name(seed)
+        if is_complete(root / name):  # another process recorded it in the meantime
+            finished(seed)
+            continue
         of_seed = copy.copy(recorder)
         of_seed.overwrite = (root / name).exists()
-        of_seed.runs_to_fit, to_fit = to_fit, 0
+        of_seed.runs_to_fit = to_fit
         try:
             with _weights_and_biases(root.name, name):
                 _record_seed(make, of_seed, seed)
+        except DiskSpaceError:  # it concerns all seeds
+            raise
         except reraised:
             raise
         except Exception as error:
             if not isinstance(error, DTDAError):  # in the user's code: show where
                 traceback.print_exc()
             failures[seed] = f"{type(error).__name__}: {error}"
+        if of_seed.needed is not None:  # the space was checked for all
+            to_fit = 0
         finished(seed)
     return failures
 

@@ -212,18 +212,18 @@ class _Stacking:
                 writers.append(RunWriter(directory, replace(manifest, seed=seed, shards=[], checkpoints=[])))
                 if checksums is not None:
                     writers[-1].add_examples(checksums)
-        except BaseException:  # another process may have started one of the runs
+            return StackWriter(
+                writers=writers,
+                rows=rows,
+                reference=self._reference,
+                schedule=schedule,
+                interval=self._interval,
+                start=start,
+            )
+        except BaseException:  # another process may have started one of the runs, or the disk may be full
             for writer in writers:
                 writer.discard()
             raise
-        return StackWriter(
-            writers=writers,
-            rows=rows,
-            reference=self._reference,
-            schedule=schedule,
-            interval=self._interval,
-            start=start,
-        )
 
 
 def _stop(writer: StackWriter, error: BaseException) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.errors import RetrainingError
-from lightning_dtda.execution import Workers, workers_of
+from lightning_dtda.execution import ThisProcess, Workers, workers_of
 from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import quiet_lightning
@@ -41,7 +41,7 @@ from lightning_dtda.retraining.subsets import check_subsets
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.retraining.trainer_engine import TrainerEngine
 from lightning_dtda.retraining.truth_store import TruthStore, gather
-from lightning_dtda.stacking.choice import Stacked, check_stacked
+from lightning_dtda.stacking.choice import Stacked, chosen_stacked
 from lightning_dtda.trajectory import Ensemble
 
 _log = logging.getLogger(__name__)
@@ -103,9 +103,11 @@ def retrain(
             one, other subsets or seeds are added, and several processes may work on it at the same time.
         overwrite: Whether to replace the answer to another question in ``output``.
         workers: Where the Trainer trains: a number of processes on this machine, or a
-            :class:`~lightning_dtda.execution.RayCluster`. If a worker is lost, only its own trainings are.
+            :class:`~lightning_dtda.execution.RayCluster`. If a node of a
+            cluster is lost, its trainings are repeated; if a process is killed, the call ends and another one continues
+            from ``output``.
         stacked: Whether to run many trainings at once on one device, after a comparison with the Trainer. ``"auto"``
-            stacks if possible and leaves the remaining trainings to the Trainer.
+            stacks if possible and leaves the remaining trainings to the Trainer; with workers, the Trainer runs all.
         compile: Whether to compile stacks with ``torch.compile``, which takes about half a minute; ``None`` compiles
             if there is enough work ahead.
         device: Device of stacked and reweighted trainings; by default that of the Trainer, or of the module for
@@ -133,7 +135,11 @@ def retrain(
         )
     draws = Draws(measurement_draws, measurement_seed)
     workers = workers_of(workers)
-    check_stacked(stacked, workers)
+    if removal == "reweight" and (not isinstance(workers, ThisProcess) or stacked != "auto" or compile is not None):
+        raise RetrainingError(
+            "Recorded runs are reweighted in this process, stacked if possible. Leave out workers, stacked and compile."
+        )
+    stacked = chosen_stacked(stacked, workers, compile)
     trained = (
         _reweighted(module, data, ensemble, seeds, baseline_seeds)
         if removal == "reweight"

@@ -17,7 +17,7 @@ from lightning_dtda.compatibility import TreeSpec, tree_unflatten
 from lightning_dtda.errors import CannotStackError, ReplayError
 from lightning_dtda.replay.replica import Replica
 from lightning_dtda.replay.stand_ins import Time
-from lightning_dtda.replay.traces import same_trace
+from lightning_dtda.replay.traces import first_line, same_trace
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class StackedGradient:
         try:
             compiled(theta, buffers, list(leaves))
         except Exception as error:  # compilers may raise anything
-            _log.warning("torch.compile failed (%s); continuing without.", str(error).strip().splitlines()[0])
+            _log.warning("torch.compile failed (%s); continuing without.", first_line(error))
             return graph
         _log.info("Compiled in %.0f s.", perf_counter() - started)
         return compiled

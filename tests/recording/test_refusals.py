@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_dtda import Run, TrajectoryRecorder
-from lightning_dtda.errors import RecordingError
+from lightning_dtda.errors import DiskSpaceError, RecordingError
 from lightning_dtda.recording.checks import refuse_strategy
+from lightning_dtda.recording.seeds import record_seeds
 from tests.recording.modules import Classifier, IndexedExamples, Regressor, loader, shuffled
 
 
@@ -378,6 +379,19 @@ def test_a_disk_that_is_too_small_is_refused(fit, root, monkeypatch):
         fit(module, shuffled(), TrajectoryRecorder(root, "run"), max_epochs=100)
 
     assert_nothing_left(root, module.trainer)
+
+
+def test_a_disk_that_is_too_small_for_all_seeds_ends_the_whole_call(root, monkeypatch):
+    made = []
+
+    def make():
+        made.append(pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=100))
+        return made[-1], Regressor(), shuffled()
+
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 30_000}))
+    with pytest.raises(DiskSpaceError, match=r"Recording 3 runs in .* needs about .* of disk space"):
+        record_seeds(make, TrajectoryRecorder(root), [0, 1, 2])
+    assert len(made) == 1
 
 
 def test_a_root_that_cannot_be_written_is_refused(fit, tmp_path):

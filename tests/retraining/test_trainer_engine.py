@@ -75,6 +75,14 @@ def test_fresh_seeds_are_none_of_the_recorded_ones():
 
 
 @pytest.mark.slow
+def test_workers_train_what_would_be_stacked_without_them():
+    arguments = {"subsets": [[0], [1], [2]], "seeds": [3, 4, 5], "baseline_seeds": [3, 4, 5]}
+    truth = retrained(workers=2, **arguments)
+    assert truth.about["engine"] == "trainer"
+    torch.testing.assert_close(truth.measurements, retrained(**arguments).measurements, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
 def test_parallel_processes_measure_the_same():
     # functions that plain pickle refuses
     rate = 0.1
@@ -144,7 +152,8 @@ def test_a_generator_of_the_loader_starts_alike_for_every_training():
         ({"seeds": [1, 1]}, "must give at least one seed"),
         ({"seeds": [0.5]}, "must be a number of seeds"),
         ({"removal": "forget"}, "choose from drop, reweight"),
-        ({"removal": "reweight"}, "Pass ensemble="),
+        ({"removal": "reweight", "stacked": "auto"}, "Pass ensemble="),
+        ({"removal": "reweight"}, "in this process, stacked if possible. Leave out workers, stacked and compile"),
         ({"trainer": pl.Trainer(**TRAINER)}, "A Trainer can fit only once"),
         ({"trainer": None}, "A Trainer can fit only once"),
         ({"data": examples()}, r"data is a TensorDataset.*DataLoader\(dataset, batch_size=32"),
@@ -163,6 +172,9 @@ def test_what_cannot_be_trained_is_refused_with_the_way_out(arguments, message):
         ({"workers": 0}, r"workers=0; give a number of processes.*RayCluster"),
         ({"stacked": "warp"}, "stacked='warp'; choose True, False or \"auto\""),
         ({"stacked": True, "workers": 2}, "Leave out workers or stacked"),
+        ({"stacked": 1}, 'choose True, False or "auto"'),
+        ({"stacked": False, "compile": True}, "compile=True is for stacked trainings"),
+        ({"workers": 2, "compile": False}, "Set stacked=True without workers, or leave out compile"),
         ({"stacked": True, "device": "abacus"}, "no device 'abacus'"),
     ],
 )
@@ -239,7 +251,7 @@ class Killed(Regressor):
 @pytest.mark.slow
 def test_a_killed_process_is_told_and_what_was_finished_is_kept(tmp_path, monkeypatch):
     arguments = {"module": Killed, "seeds": [3, 4], "subsets": [[1]], "output": tmp_path}
-    with pytest.raises(ExecutionError, match=r"A process was killed.*\d pieces of work were done.*call again"):
+    with pytest.raises(ExecutionError, match=r"A process was killed.*\d tasks were finished.*call again"):
         retrained(workers=2, **arguments)
     done = len(list(tmp_path.glob("trainings-*")))
     assert done >= 1
