@@ -20,7 +20,7 @@ from lightning_dtda.trajectory.answers import Answers
 OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
 """Keys of ``about`` that have a value for each run."""
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _ANSWERS = Answers("attribution.json", "attribution", "attribute", FORMAT_VERSION, AttributionError)
 
 

@@ -147,7 +147,7 @@ class LinearDatamodelingScore(InfluenceAgreement):
         >>> metric.update(baseline + effects, baseline, real, real_baseline)
         >>> found = metric.compute()
         >>> print(f"{found['score']:.2f} of at most {found['ceiling']:.2f}")
-        0.85 of at most 0.89
+        0.85 of at most 0.88
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dtda.statistics.correlation import Correlation, correlations
 from lightning_dtda.statistics.differences import Difference
-from lightning_dtda.statistics.reliability import spearman_brown, split_half
+from lightning_dtda.statistics.reliability import SPLITS, spearman_brown, split_half
 from lightning_dtda.statistics.samples import Samples
 
 
@@ -67,6 +67,7 @@ def noise_ceiling(samples: Samples, difference: Difference, correlation: Correla
         lambda some, of_baseline: samples.real_influence(difference, some, of_baseline),
         (seeds, baseline_seeds),
         lambda one, other: correlations(one, other, correlation).nanmean(),
+        splits=2 * SPLITS,  # retrainings are few, and a ceiling is quoted on its own
     )
     reliability = spearman_brown(agreement, seeds / (seeds // 2))
     return NoiseCeiling(agreement, reliability, reliability.sqrt())
