@@ -163,7 +163,7 @@ def wait_for_a_file_in(directory):
 
 
 class Waiting(Regressor):
-    """Never comes to an end on one node, where it says that it has begun; on others, begins after that."""
+    """Never finishes on one node, which reports its start; on the others, it starts after that."""
 
     def __init__(self, node, directory):
         super().__init__()
@@ -181,20 +181,20 @@ class Waiting(Regressor):
 @pytest.mark.slow
 def test_what_a_lost_node_had_under_way_is_done_on_another_and_stored_once(ray_cluster, tmp_path):
     doomed = ray_cluster.add_node(num_cpus=1)
-    begun = tmp_path / "begun"
-    begun.mkdir()
+    started = tmp_path / "started"
+    started.mkdir()
     killed = threading.Event()
 
     def kill():
-        wait_for_a_file_in(begun)
-        if any(begun.iterdir()):
+        wait_for_a_file_in(started)
+        if any(started.iterdir()):
             ray_cluster.remove_node(doomed, allow_graceful=False)
             killed.set()
 
     killer = threading.Thread(target=kill)
     killer.start()
     node, output = doomed.node_id, tmp_path / "truth"
-    truth = retrained(lambda: Waiting(node, begun), output=output, workers=RayCluster())
+    truth = retrained(lambda: Waiting(node, started), output=output, workers=RayCluster())
     killer.join()
     # what began there never ended there
     assert killed.is_set()

@@ -81,7 +81,7 @@ def by_hand(seed, removed=(), steps=STEPS):
 
 
 class Data(pl.LightningDataModule):
-    """Its data set is random unless it is told a seed; the validation set is looked at while training."""
+    """A data module with a random data set unless a seed is given; the validation set is used during training."""
 
     def __init__(self, split_seed=0):
         super().__init__()
