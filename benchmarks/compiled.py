@@ -58,7 +58,7 @@ def step_of(replay: Replay, queries: int) -> Callable[[], object]:
     return lambda: replay.directional(0, point, directions, buffers, statistics)
 
 
-def measure(net: str, device: torch.device, runs: int, queries: int) -> dict[str, Any]:
+def trial(net: str, device: torch.device, runs: int, queries: int) -> dict[str, Any]:
     """Train a network for some steps, and time the derivatives of the first one."""
     make, data = MODULES[net]
     examples = data(STEPS * BATCH)
@@ -121,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for net in options.nets:
-            found = measure(net, torch.device(options.device), options.runs, options.queries)
+            found = trial(net, torch.device(options.device), options.runs, options.queries)
             print(json.dumps({"net": net, "device": options.device} | found, indent=1), flush=True)
 
 

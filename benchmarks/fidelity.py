@@ -47,9 +47,9 @@ def retrain(ensemble, inputs, targets, weights, queries):
             parameters[name] -= rate * gradient
     predict = vmap(vmap(lambda p: functional_call(network, p, (queries,)).squeeze(-1)))
     with torch.no_grad():
-        measured = predict(parameters).transpose(0, 1)
-    assert measured.shape == (removals, runs, len(queries))
-    return measured
+        predictions = predict(parameters).transpose(0, 1)
+    assert predictions.shape == (removals, runs, len(queries))
+    return predictions
 
 
 def rank_correlations(predicted, actual):

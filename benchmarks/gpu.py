@@ -168,7 +168,7 @@ def finite_differences(setting: Setting, root: Path) -> Iterator[Found]:
     yield from drift("dropout, float64", found, 1e-12, ROUNDED)
     pictures, labels, _ = weighted(ones)[:4]
 
-    def measured(weights: Tensor) -> Tensor:
+    def predicted(weights: Tensor) -> Tensor:
         network = train_weighted(setting, weights, dropout=0.2).network.eval().cpu()
         with torch.no_grad():
             return functional.cross_entropy(network(pictures), labels, reduction="none")
@@ -177,7 +177,7 @@ def finite_differences(setting: Setting, root: Path) -> Iterator[Found]:
     for seed in range(2):
         direction = torch.randn(96, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         direction /= direction.norm()
-        expected = -(measured(ones + CHANGE * direction) - measured(ones - CHANGE * direction)) / (2 * CHANGE)
+        expected = -(predicted(ones + CHANGE * direction) - predicted(ones - CHANGE * direction)) / (2 * CHANGE)
         responses = found.responses[0].double() @ direction
         worst = max(worst, float((responses - expected).abs().max() / expected.abs().max()))
     yield "dropout, float64: responses against finite differences of weighted retraining", worst, 1e-5
@@ -451,11 +451,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root, account.part(name) as go:
             for found in CHECKS[name](setting, Path(root)) if go else ():
                 account.check(*found)
-    for measure in (training, sweeps, influence):
+    for trial in (training, sweeps, influence):
         for net in options.nets:
-            with account.part(f"{net}, {measure.__name__}") as go:
+            with account.part(f"{net}, {trial.__name__}") as go:
                 if go:
-                    account.figures(net, measure(setting, net, account.found["figures"].get(net, {})))
+                    account.figures(net, trial(setting, net, account.found["figures"].get(net, {})))
     print(account.table())
     outcomes = [check["passed"] for check in account.found["checks"]]
     print(f"{sum(outcomes)} of {len(outcomes)} checks passed; failed parts: {account.found['failed'] or 'none'}")

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks import ours, peers, scoring
 from benchmarks.concrete_truth import QUERIES, RATE, WIDTH, check, concrete, record, truth
 from benchmarks.problems import tensors_of
-from benchmarks.side_by_side import PACKAGES, environment, measure
+from benchmarks.side_by_side import PACKAGES, environment, trial
 from examples.concrete.concrete import ConcreteRegressor
 from lightning_dtda import Ensemble
 from lightning_dtda.statistics.differences import PAPERS
@@ -136,7 +136,7 @@ def main() -> None:
     def of_ours(name: str, output: object) -> dict[str, float]:
         command = [sys.executable, "-m", "benchmarks.ours", "--problem", "concrete", "--data", data_path]
         command += ["--runs", runs, "--method", name, "--output", output, "--threads", options.threads]
-        return measure(command, options.threads)
+        return trial(command, options.threads)
 
     def run(name: str) -> dict[str, float]:
         output = workspace / f"{name}.safetensors"
@@ -146,7 +146,7 @@ def main() -> None:
         python = environment(options.environments.absolute(), peers.METHODS[name][0])
         command = [python, "-m", "benchmarks.peers", "--problem", "concrete", "--task", workspace / "task.safetensors"]
         command += ["--method", name, "--output", output, "--threads", options.threads, *SLOW.get(name, ())]
-        return measure(command, options.threads)
+        return trial(command, options.threads)
 
     if not options.exact.exists():
         of_ours("unrolled", exact_path)
@@ -168,16 +168,16 @@ def main() -> None:
 
     results = {}
     for name, repeats in figures.items():
-        measured = [figure for repeat in repeats for figure in repeat]
+        trials = [figure for repeat in repeats for figure in repeat]
         scores = load_file(workspace / f"{name}.safetensors")["scores"]
         if name in SLOW:
             part = exact["scores"][: scores.shape[0], : scores.shape[1]]
             apart = float((scores - part).norm() / part.norm())
-            each = statistics.median(figure["cpu"] for figure in measured) / len(scores) / scores.shape[1]
+            each = statistics.median(figure["cpu"] for figure in trials) / len(scores) / scores.shape[1]
             print(f"{name}: {each:.1f} s (CPU) for a query of a run, {apart:.1g} of the exact responses apart")
             continue
         results[name] = scoring.evaluate(scores, exact["scores"], exact["baseline"], retrained) | {
-            key: statistics.median(figure[key] for figure in measured) for key in measured[0]
+            key: statistics.median(figure[key] for figure in trials) for key in trials[0]
         }
         quotients = beside.get(name, {"seconds": [1.0], "cpu": [1.0]})
         results[name] |= {"ratio": {clock: statistics.median(each) for clock, each in quotients.items()}}

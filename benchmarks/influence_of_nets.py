@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 from benchmarks import peers
 from benchmarks.ours import NetModule
 from benchmarks.problems import BATCH, EPOCHS, NETS, parts, tensors_of
-from benchmarks.side_by_side import environment, measure
+from benchmarks.side_by_side import environment, trial
 from lightning_dtda import Ensemble, TrajectoryRecorder
 
 FEW = 2
@@ -122,14 +122,14 @@ class Comparison:
     def of_ours(self, method: str) -> dict[str, float]:
         """Run one of our methods."""
         command = [sys.executable, "-m", "benchmarks.ours", "--problem", self.net, "--runs", self.runs]
-        return measure([*command, "--method", method, "--output", self.path(method)])
+        return trial([*command, "--method", method, "--output", self.path(method)])
 
     def of_peer(self, method: str) -> dict[str, float]:
         """Run another package's method."""
         python = environment(self.options.environments.absolute(), peers.METHODS[method][0])
         command = [python, "-m", "benchmarks.peers", "--problem", self.net, "--task", self.task]
         part = ["--runs", 1, "--queries", FEW] if method == "bergson-unrolled" else []
-        return measure([*command, "--method", method, "--output", self.path(method), *part])
+        return trial([*command, "--method", method, "--output", self.path(method), *part])
 
     def line(self, ours: str, theirs: str) -> dict[str, Any]:
         """Run a pair of methods; return its figures."""

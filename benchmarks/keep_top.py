@@ -105,7 +105,7 @@ class Disk:
         self.thread.join()
 
 
-def measure(name: str, root: Path, output: Path, queries: int, examples: int, kept: dict, figures) -> None:
+def trial(name: str, root: Path, output: Path, queries: int, examples: int, kept: dict, figures) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     ensemble, training, asked = Ensemble.open(root), data(examples, 0), data(queries, 1)
@@ -158,7 +158,7 @@ def main() -> None:
                 context, output = get_context("spawn"), scratch / f"{name}-{number}"
                 figures = context.Queue()
                 arguments = (name, scratch / "runs", output, options.queries, options.examples, kept, figures)
-                process = context.Process(target=measure, args=arguments)
+                process = context.Process(target=trial, args=arguments)
                 process.start()
                 most, left, own, of_it, seconds = figures.get()
                 process.join()

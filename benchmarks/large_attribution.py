@@ -99,7 +99,7 @@ class Peak:
         self.all = memory("VmHWM") - self.before
 
 
-def measure(task: str, path: Path, scratch: Path) -> None:
+def trial(task: str, path: Path, scratch: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     with Peak() as peak:
@@ -124,7 +124,7 @@ def main() -> None:
         print(f"{options.runs} runs, {options.queries} queries, {options.examples} examples: {size:.0f} MiB\n")
         print("| | CPU seconds | own MiB | all MiB |\n|---|---|---|---|", flush=True)
         for task in options.only:
-            process = get_context("spawn").Process(target=measure, args=(task, scratch / "attribution", scratch))
+            process = get_context("spawn").Process(target=trial, args=(task, scratch / "attribution", scratch))
             process.start()
             process.join()
     finally:

@@ -88,7 +88,7 @@ def record(size: dict[str, int], root: Path) -> None:
         trainer.fit(Classifier(size["width"]), DataLoader(data(size["N"], 0), size["B"], shuffle=True))
 
 
-def measure(name: str, size: dict[str, int], results: Any) -> None:
+def trial(name: str, size: dict[str, int], results: Any) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for log in ("lightning_dtda", "lightning.pytorch"):
@@ -116,7 +116,7 @@ def case(name: str, size: dict[str, int]) -> dict[str, Any]:
     """Measure in a separate process."""
     context = get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=measure, args=(name, size, results))
+    process = context.Process(target=trial, args=(name, size, results))
     process.start()
     found = results.get(timeout=900)
     process.join()

@@ -93,7 +93,7 @@ def record(root: Path) -> None:
     trainer.fit(Classifier(), DataLoader(images(EXAMPLES, 0), 64, shuffle=True))
 
 
-def measure(name: str, root: Path) -> None:
+def trial(name: str, root: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning_dtda").setLevel(logging.ERROR)
@@ -118,7 +118,7 @@ def main() -> None:
         flush=True,
     )
     with tempfile.TemporaryDirectory() as root:
-        for target, arguments in [(record, (Path(root),)), *((measure, (name, Path(root))) for name in options.only)]:
+        for target, arguments in [(record, (Path(root),)), *((trial, (name, Path(root))) for name in options.only)]:
             process = get_context("spawn").Process(target=target, args=arguments)
             process.start()
             process.join()

@@ -191,7 +191,7 @@ def cpu(function) -> float:
     return time.process_time() - start
 
 
-def measure(name: str, steps: int, repeats: int) -> dict[str, float]:
+def trial(name: str, steps: int, repeats: int) -> dict[str, float]:
     """Train, record and sweep one network."""
     make, data = MODULES[name]
     examples = data(min(steps, 8) * BATCH)
@@ -249,13 +249,12 @@ def kept_memory(function: Callable[[], object]) -> int:
 
 def sweep_only(estimator: UnrolledDifferentiation, ensemble: Ensemble, question: Question, plan) -> None:
     """Sweep without the diagnosis, whose share of the cost falls with the length of the training."""
-    from lightning_dtda.estimators.measuring import measure as measured
     from lightning_dtda.estimators.sweep import Adjoints, sweep
 
     replay = question.replay([*ensemble]).stack(plan.stacked)
     replay.held = plan.held
     with kept_pages(replay.device):
-        adjoints = Adjoints.at_end(replay, *measured(replay, question, range(len(question.queries)))[1:])
+        adjoints = Adjoints.at_end(replay, *question.measure_with_gradients(replay, range(len(question.queries)))[1:])
         sweep(replay, adjoints, len(question.examples), None, lambda steps: None)
 
 
@@ -270,7 +269,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for name in options.modules:
-        print(json.dumps({"module": name, **measure(name, options.steps, options.repeats)}), flush=True)
+        print(json.dumps({"module": name, **trial(name, options.steps, options.repeats)}), flush=True)
 
 
 if __name__ == "__main__":

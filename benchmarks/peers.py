@@ -52,7 +52,7 @@ def kronfluence(problem: Problem, strategy: str, damping: float | None) -> Tenso
             return problem.losses(outputs, problem.sampled(outputs.detach()) if sample else batch[1]).sum()
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return problem.measured(model(batch[0]), batch[1]).sum()
+            return problem.measurement(model(batch[0]), batch[1]).sum()
 
     scores = []
     for run in range(len(problem.final)):
@@ -112,7 +112,7 @@ def curvlinops(problem: Problem, curvature: str, damping: float) -> Tensor:
         regression = isinstance(problem.criterion, nn.MSELoss)
         data = [(inputs, y[:, None] if regression else y.flatten()) for inputs, y in problem.batches()]
         asked = DataLoader(problem.asked, len(problem.asked))
-        (wanted,) = gradients(problem, model, names, asked, problem.measured)
+        (wanted,) = gradients(problem, model, names, asked, problem.measurement)
         if curvature == "ekfac":
             operator = EKFACLinearOperator(
                 *(flat, problem.criterion, weights, data),
@@ -160,14 +160,14 @@ def dattri_task(problem: Problem, run: int, loss: Loss, target: Loss | None = No
             inputs, targets = inputs[None], targets[None]
         return of(functional_call(model, parameters, inputs), targets)
 
-    def measured(outputs: Tensor, targets: Tensor) -> Tensor:
-        return problem.measured(outputs, targets).sum()
+    def measurement(outputs: Tensor, targets: Tensor) -> Tensor:
+        return problem.measurement(outputs, targets).sum()
 
     return AttributionTask(
         loss_func=partial(called, loss),
         model=model,
         checkpoints=problem.final[run],
-        target_func=partial(called, target or measured),
+        target_func=partial(called, target or measurement),
     )
 
 
@@ -223,7 +223,7 @@ def dattri_llm_ekfac(problem: Problem, damping: float) -> Tensor:
             task = AttributionTask(
                 loss_func=lambda model, batch: problem.losses(model(batch[0]), batch[1]).sum(),
                 model=problem.trained(run),
-                target_func=lambda model, batch: problem.measured(model(batch[0]), batch[1]).sum(),
+                target_func=lambda model, batch: problem.measurement(model(batch[0]), batch[1]).sum(),
             )
             found = EKFACAttributor(settings, task=task).attribute(
                 problem.train, problem.asked, damping=damping, relative_damping=True
@@ -382,8 +382,8 @@ def bergson_unrolled(problem: Problem) -> Tensor:
                 end = final.to("cpu")
                 end.requires_grad = True
                 named = {name.removeprefix("network."): each for name, each in end.params.items()}
-                measured = problem.measured(functional_call(problem.make(), named, inputs), targets).sum()
-                slopes = torch.autograd.grad(measured, list(end.params.values()))
+                measurement = problem.measurement(functional_call(problem.make(), named, inputs), targets).sum()
+                slopes = torch.autograd.grad(measurement, list(end.params.values()))
                 floating = end.differentiable_tensors()[len(slopes) :]
                 start = BackwardState(
                     dict(zip(end.params, slopes, strict=True)),

@@ -33,7 +33,7 @@ class Problem:
         train: Training inputs and targets.
         asked: Queries.
         losses: Function from outputs and targets to the loss of each example; the training minimized their mean.
-        measured: Function from outputs and targets to the measurement of each query.
+        measurement: Function from outputs and targets to the measurement of each query.
         sampled: Function that draws targets from the distribution whose negative log likelihood is the loss.
         criterion: The mean loss as a torch module.
         batch: Batch size, for methods that work in batches.
@@ -48,7 +48,7 @@ class Problem:
     train: TensorDataset
     asked: TensorDataset
     losses: Callable[[Tensor, Tensor], Tensor]
-    measured: Callable[[Tensor, Tensor], Tensor]
+    measurement: Callable[[Tensor, Tensor], Tensor]
     sampled: Callable[[Tensor], Tensor]
     criterion: nn.Module
     batch: int
@@ -172,7 +172,7 @@ def load(name: str, path: str, queries: int | None = None) -> Problem:
             # the target of a query is never used
             asked=TensorDataset(data["queries"][some], torch.zeros(len(data["queries"]))[some]),
             losses=lambda outputs, targets: (outputs.squeeze(-1) - targets).square(),
-            measured=lambda outputs, targets: outputs.squeeze(-1),
+            measurement=lambda outputs, targets: outputs.squeeze(-1),
             # (f - y)^2 is the negative log likelihood of a normal distribution of variance 1/2
             sampled=lambda outputs: torch.normal(outputs.squeeze(-1), 0.5**0.5),
             criterion=nn.MSELoss(),
@@ -184,7 +184,7 @@ def load(name: str, path: str, queries: int | None = None) -> Problem:
         train=train,
         asked=TensorDataset(*asked[some]),
         losses=cross_entropies,
-        measured=cross_entropies,
+        measurement=cross_entropies,
         sampled=labels_of,
         criterion=nn.CrossEntropyLoss(),
         batch=256 if name == "cnn" else 64,

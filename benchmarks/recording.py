@@ -197,10 +197,10 @@ def train(make: Model, setting: Setting, gradients: str | None, root: Path) -> T
     written = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     if trainer.is_global_zero:
         shutil.rmtree(root, ignore_errors=True)
-    measured = (setting.steps - WARM_UP) / 1000
+    timed = (setting.steps - WARM_UP) / 1000
     return Timing(
-        wall=(wall - stopwatch.wall) / measured,
-        cpu=(cpu - stopwatch.cpu) / measured,
+        wall=(wall - stopwatch.wall) / timed,
+        cpu=(cpu - stopwatch.cpu) / timed,
         start_up=1000 * (stopwatch.first_step - stopwatch.started),
         fit=cpu - before,
         megabytes=written / setting.steps / 1e6,
@@ -244,7 +244,7 @@ def table(model: str, timings: dict[str, list[Timing]]) -> str:
     return "\n".join(lines)
 
 
-def measure(
+def trial(
     rank: int, setting: Setting, models: list[str], repeats: int, root: Path, environment: dict[str, str]
 ) -> dict[str, Any]:
     """Compare models, as process ``rank``; the first one prints as it goes."""
@@ -296,13 +296,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         others = [
             get_context("spawn").Process(
-                target=measure, args=(rank, setting, models, arguments.repeats, Path(root), environment)
+                target=trial, args=(rank, setting, models, arguments.repeats, Path(root), environment)
             )
             for rank in range(1, setting.processes)
         ]
         for other in others:
             other.start()
-        results = measure(0, setting, models, arguments.repeats, Path(root), environment)
+        results = trial(0, setting, models, arguments.repeats, Path(root), environment)
         for other in others:
             other.join()
     if arguments.json is not None:

@@ -46,7 +46,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning_dtda").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as directory:
-        first, repeats = measure(options, Path(directory))
+        first, repeats = trial(options, Path(directory))
     ratios = {
         name: {
             clock: statistics.median(times["trainer"][clock] / times[name][clock] for times in repeats)
@@ -67,7 +67,7 @@ def main() -> None:
         options.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def measure(options: argparse.Namespace, directory: Path) -> tuple[dict[str, float], list[dict[str, dict[str, float]]]]:
+def trial(options: argparse.Namespace, directory: Path) -> tuple[dict[str, float], list[dict[str, dict[str, float]]]]:
     """Return the seconds for a training in the first compiled call, and of all variants in each repeat."""
     data = concrete(options.data)
     removed = removals(len(data.train))[0]

@@ -34,7 +34,7 @@ def environment(directory: Path, package: str) -> Path:
     return python
 
 
-def measure(command: list[object], threads: int = 1) -> dict[str, float]:
+def trial(command: list[object], threads: int = 1) -> dict[str, float]:
     """Run a worker, and return the figures that it prints with :func:`account`."""
     settings = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     words = list(map(str, command))

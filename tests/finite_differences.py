@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 """Relative to the largest response; at most 5e-8 is reached. The promise is 1e-5."""
 
 
-def measured(module, inputs, targets):
+def losses(module, inputs, targets):
     module.eval()
     with torch.no_grad():
         return (module(inputs) - targets) ** 2
@@ -58,7 +58,7 @@ def assert_finite_differences_agree(
     expected = []
     for direction in STEP * directions:
         moved = [
-            measured(train(fit, optimizer, inputs, targets, weights + sign * direction, **arguments), queries, wanted)
+            losses(train(fit, optimizer, inputs, targets, weights + sign * direction, **arguments), queries, wanted)
             for sign in (1, -1)
         ]
         expected.append(-(moved[0] - moved[1]) / (2 * STEP))

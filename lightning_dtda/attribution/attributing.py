@@ -48,7 +48,7 @@ from lightning_dtda.replay import (
     resolve_measurement,
     training_examples,
 )
-from lightning_dtda.replay.measured import is_random
+from lightning_dtda.replay.measuring import is_random
 from lightning_dtda.trajectory import Ensemble, Run
 from lightning_dtda.version import __version__
 

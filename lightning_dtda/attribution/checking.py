@@ -16,7 +16,7 @@ from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import UnrolledDifferentiation
 from lightning_dtda.estimators.diagnosis import weight_step
 from lightning_dtda.replay import Draws, Measurement, Replay, query_examples, resolve_measurement, training_examples
-from lightning_dtda.replay.measured import measured
+from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.trajectory import Ensemble, Run
 
 _AGREEMENT = 0.05
@@ -38,7 +38,7 @@ _NOISE = (
 )
 
 _REMOVED = 0.2
-"""Share of the examples whose weights are lowered to measure metasmoothness."""
+"""Share of the examples whose weights are lowered to compute the metasmoothness."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Finding:
     Args:
         name: Name of the check.
         passed: Whether it passed.
-        figure: Measured figures.
+        figure: The figures found.
         advice: What the result means, and what to do if the check did not pass.
     """
 
@@ -86,7 +86,7 @@ def check(
     examples: int = 3,
     device: torch.device | str | None = None,
 ) -> Check:
-    """Replay the runs, compare responses with finite differences of retraining, and measure whether the runs agree.
+    """Replay the runs, compare responses with finite differences of retraining, and compare the runs.
 
     For a few examples, the first run is retrained in double precision with the example's weight slightly larger and
     slightly smaller, and the change of the measurement is compared with the response. All runs are attributed, which
@@ -131,8 +131,8 @@ def check(
     moved = [ones + sign * change * unit[n] for n in chosen for sign in (1, -1)]
     lowered = _half_of_some(len(ones))
     weights = torch.stack([*moved, ones, ones - lowered, ones - 2 * lowered])
-    thetas, measured = _retrained(ensemble, module, data, weights, queries, measurement, device)
-    pairs = measured[: len(moved)].reshape(len(chosen), 2, -1)
+    thetas, values = _retrained(ensemble, module, data, weights, queries, measurement, device)
+    pairs = values[: len(moved)].reshape(len(chosen), 2, -1)
     differences = -(pairs[:, 0] - pairs[:, 1]).T / (2 * change)
     findings = [
         _replay(all_runs),
@@ -258,7 +258,7 @@ def _retrained(
     replay = Replay([ensemble[0]] * len(weights), module, examples, precision="float64", device=device)
     theta, buffers = replay.retrain(weights.to(replay.device))
     asked = query_examples(queries, examples)
-    values, _, _ = measured(
+    values, _, _ = measure_with_gradients(
         replay.eager,
         theta,
         buffers,

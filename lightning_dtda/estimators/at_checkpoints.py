@@ -13,7 +13,6 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question, batches_of_equal_shape
-from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay
@@ -90,13 +89,13 @@ class CheckpointEstimator(Estimator):
             question: The question.
 
         Returns:
-            A function from gradients of m at the measured step ``(Q, P)`` to the responses of all examples ``(Q, N)``,
-            in one version or several.
+            A function from gradients of m at the step in question ``(Q, P)`` to the responses of all examples
+            ``(Q, N)``, in one version or several.
         """
         raise NotImplementedError(f"{type(self).__name__} must define responder() or answer().")
 
     def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
-        """Answer the question for one run with :meth:`responder`; override this to measure at several checkpoints."""
+        """Answer the question for one run with :meth:`responder`; override this to use several checkpoints."""
         return answer_in_chunks(replay, question, plan, self.responder(replay, question))
 
     @override
@@ -172,8 +171,8 @@ class CheckpointEstimator(Estimator):
             replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay, draws=draws, kept=self._kept
         )
 
-    def measured_objective(self, replay: Replay, question: Question, share: float = _SHARE) -> Objective:
-        """Return the training objective at the measured step, after comparing the step before it with the record."""
+    def checked_objective(self, replay: Replay, question: Question, share: float = _SHARE) -> Objective:
+        """Return the training objective at the step in question, after comparing the step before it with the record."""
         objective = self.objective(replay, question, question.step, share)
         replay.check_step(objective.step - 1)
         return objective
@@ -193,7 +192,7 @@ def answer_in_chunks(replay: Replay, question: Question, plan: Plan, respond: Re
     """
     baselines, responses = [], []
     for chunk in torch.arange(len(question.queries)).split(plan.queries_per_chunk):
-        values, gradients, _ = measure(replay, question, chunk.tolist(), question.step)
+        values, gradients, _ = question.measure_with_gradients(replay, chunk.tolist())
         baselines.append(values[0])
         responses.append([question.removals.total(found) for found in respond(gradients[0])])
     return torch.cat(baselines), [torch.cat(version) for version in zip(*responses, strict=True)]

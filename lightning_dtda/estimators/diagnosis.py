@@ -1,4 +1,4 @@
-"""The accuracy of a run's responses, measured on a sample of its steps at a small part of a sweep's cost."""
+"""The accuracy of a run's responses, estimated on a sample of its steps at a small part of a sweep's cost."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def weight_step(run: Run) -> float:
     return _COARSE_STEP if run.update.update.rounding else _STEP
 
 
-Measured: TypeAlias = Callable[[Replay, int], tuple[Tensor, dict[str, Tensor]]]
+Direction: TypeAlias = Callable[[Replay, int], tuple[Tensor, dict[str, Tensor]]]
 """Function from a replay and a step to the gradients of the measurement by parameters and running statistics."""
 
 
 def diagnose(
     runs: Sequence[Run],
     make: Callable[[Sequence[Run], Precision], Replay],
-    measured: Measured,
+    direction: Direction,
     end: int | None = None,
 ) -> list[Diagnosis]:
     r"""Compare responses between precisions and with finite differences of retraining, on two stretches of each run.
@@ -60,19 +60,19 @@ def diagnose(
     Args:
         runs: Runs of equal shape.
         make: Function from some of the runs and a precision to their replay.
-        measured: Function that computes u.
+        direction: Function that computes u.
         end: Step whose parameters are measured; later steps are left out.
 
     Returns:
         One diagnosis for each run; empty if the module does not work in double precision.
     """
     try:
-        return _diagnose(make(runs, "float64"), make(runs, "recorded"), measured, end)
+        return _diagnose(make(runs, "float64"), make(runs, "recorded"), direction, end)
     except ReplayError:
         if len(runs) == 1:
             return [Diagnosis(None, None)]
         return [
-            diagnosis for run in runs for diagnosis in diagnose([run], make, measured, end) or [Diagnosis(None, None)]
+            diagnosis for run in runs for diagnosis in diagnose([run], make, direction, end) or [Diagnosis(None, None)]
         ]
     except Exception as error:  # the user's code may fail in any way with another dtype
         cause = error.__cause__ or error
@@ -84,14 +84,14 @@ def diagnose(
         return []
 
 
-def _diagnose(double: Replay, recorded: Replay, measured: Measured, end: int | None) -> list[Diagnosis]:
+def _diagnose(double: Replay, recorded: Replay, direction: Direction, end: int | None) -> list[Diagnosis]:
     found = []
     end = double.steps if end is None else end
     stretches = [stretch for stretch in double.stretches if stretch[0] < end]
     # avoid the first stretch if there are others: with Adam, the first step has hardly any derivative
     for first, last in {stretches[len(stretches) // 2], stretches[-1]}:
         stretch = first, min(first + STRETCH, last, end)
-        along = measured(double, first)
+        along = direction(double, first)
         responses = _responses(double, stretch, *along)
         norms = responses.norm(dim=1).clamp_min(torch.finfo(responses.dtype).tiny)
         again = responses if recorded.dtype == double.dtype else _responses(recorded, stretch, *along).to(responses)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.replay import Draws, Drift, Examples, Measurement, Precision, Replay, shape_key
+from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.trajectory import Run
 
 Advance = Callable[[float], None]
@@ -71,6 +72,43 @@ class Question:
     def end(self, steps: int) -> int:
         """Return the step whose parameters are measured, for a run with the given number of steps."""
         return steps if self.step is None else self.step
+
+    def measure_with_gradients(
+        self,
+        replay: Replay,
+        numbers: Sequence[int],
+        step: int | None = None,
+        trained: tuple[Tensor, dict[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        r"""Return :math:`m(\theta_t)` of stacked runs and its derivatives.
+
+        Args:
+            replay: The runs.
+            numbers: Numbers of Q queries.
+            step: Step t; that of the question if not given.
+            trained: Parameters ``(runs, P)`` and buffers after step t; read from the record if not given.
+
+        Returns:
+            Values ``(runs, queries)``, gradients ``(runs, queries, P)``, and gradients with respect to running
+            statistics, each ``(runs, queries, ...)``.
+
+        Raises:
+            AttributionError: If the measurement cannot be differentiated, or is not finite.
+        """
+        step = self.end(replay.steps) if step is None else step
+        theta, buffers = replay.trained(step) if trained is None else trained
+        end = "the end" if step == replay.steps else f"step {step}"
+        return measure_with_gradients(
+            replay.eager,
+            theta,
+            buffers,
+            self.queries,
+            numbers,
+            self.measurement,
+            [f"{end} of {run.path}" for run in replay.runs],
+            replay.time(step),
+            self.draws,
+        )
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,8 @@ class ExampleGradients:
         .. math:: \frac1N \sum_b |b|\, L_b(\theta)
 
         Args:
-            what: Name of what is computed, for errors and as the key of the measured memory.
-            each: Function that computes it for a batch, to measure its memory.
+            what: Name of what is computed, for errors and as the key of the memory found.
+            each: Function that computes it for a batch, to find its memory.
             chosen: Indices of the examples; all if not given.
 
         Yields:
@@ -402,7 +402,7 @@ class ExampleGradients:
         if not self._is_free:
             return self.examples
         if what not in self._chunks:
-            # memory per example is measured with two batch sizes, because much of the memory is shared
+            # memory per example is found with two batch sizes, because much of the memory is shared
             few, many = min(2, self.examples), min(8, self.examples)
             run(torch.arange(few))  # the first call allocates what is not part of a chunk
             alone, more = (peak_memory(partial(run, torch.arange(count)), self.theta.device) for count in (few, many))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.estimators.estimator import Advance, Question
-from lightning_dtda.estimators.measuring import measure_at
 from lightning_dtda.replay import Position, Replay, Tangents
 from lightning_dtda.replay.tangents import changes
 
@@ -141,10 +140,10 @@ def _added(replay: Replay, average: Tangents | None, position: Position) -> Tang
 
 
 def _answer(replay: Replay, position: Position, question: Question, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    theta, buffers = position.theta, position.buffers
-    if position.step == replay.steps and replay.averaged_steps:
-        theta, buffers = replay.trained(position.step)
-    values, gradients, of_statistics = measure_at(replay, theta, buffers, question, numbers, position.step)
+    is_average = position.step == replay.steps and bool(replay.averaged_steps)
+    values, gradients, of_statistics = question.measure_with_gradients(
+        replay, numbers, position.step, None if is_average else (position.theta, position.buffers)
+    )
     return values, changes(gradients, of_statistics, position.tangents)
 
 
@@ -163,6 +162,6 @@ def _read(replay: Replay, first: int, start: int, removals: int, before: Positio
 
 
 def example_position(replay: Replay, removals: int) -> tuple[Position, Tensor]:
-    """Return the start of training, with removals of all examples, to measure costs."""
+    """Return the start of training, with removals of all examples, for trials of what steps cost."""
     position = _read(replay, 0, 0, removals, None)
     return position, position.theta.new_ones(removals, len(replay.examples))

@@ -30,7 +30,7 @@ class GradientDot(CheckpointEstimator):
 
     @override
     def responder(self, replay: Replay, question: Question) -> Responder:
-        objective = self.measured_objective(replay, question)
+        objective = self.checked_objective(replay, question)
         scale = 1 / objective.examples
         return lambda gradients: [objective.slopes(gradients) * scale]
 
@@ -59,7 +59,7 @@ class GradientCosine(CheckpointEstimator):
 
     @override
     def responder(self, replay: Replay, question: Question) -> Responder:
-        objective = self.measured_objective(replay, question)
+        objective = self.checked_objective(replay, question)
         norms = objective.theta.new_empty(objective.examples)
         for indices, of_examples in objective.gradients(held=1):
             norms[indices] = of_examples.norm(dim=1)

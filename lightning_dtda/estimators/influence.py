@@ -78,7 +78,7 @@ class InfluenceFunctions(CheckpointEstimator):
         return self.estimates(runs, question, advance, answer)
 
     def _responder(self, replay: Replay, question: Question, dampings: Sequence[Damping]) -> Responder:
-        objective = self.measured_objective(replay, question)
+        objective = self.checked_objective(replay, question)
         fitted = self.curvature.fit(objective)
         given = [resolve_damping(check_damping(damping), self.curvature, fitted) for damping in dampings]
         return lambda gradients: [

@@ -14,7 +14,6 @@ from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.curvatures.spectrum import Spectrum, fit_spectrum
 from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.estimators.forward import forward_sweep
-from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT, resolve_removals
 from lightning_dtda.replay import Measurement, Replay, query_examples, resolve_measurement, training_examples
@@ -80,7 +79,7 @@ def range_share(
     size = max(1, int(memory_budget * GIB / 2 / (4 * replay.layout.size * replay.dtype.itemsize)))
     shares = []
     for numbers in torch.arange(len(examples)).split(size):
-        gradients = measure(replay, question, numbers.tolist(), step)[1][0]
+        gradients = question.measure_with_gradients(replay, numbers.tolist())[1][0]
         shares.append(spectrum.project(gradients).square().sum(1) / gradients.square().sum(1))
     return torch.cat(shares)
 

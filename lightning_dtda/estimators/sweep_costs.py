@@ -130,7 +130,7 @@ def choose(
         mode: Requested mode.
         horizon: Requested horizon; only reverse mode supports ``"auto"``.
         budget: Memory budget in bytes.
-        replay: Replay of a run, to measure costs.
+        replay: Replay of a run, for trials.
         queries: Number of queries Q.
         removals: The K removals.
     """
@@ -150,7 +150,7 @@ def choose(
 
 
 def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
-    """Measure the costs of reverse mode."""
+    """Return the costs of reverse mode, by trials."""
 
     def step(replay: Replay, directions: int) -> Callable[[], object]:
         point, buffers = replay.point(0), replay.buffers(0)
@@ -183,7 +183,7 @@ def reverse_costs(replay: Replay, queries: int, removals: Removals) -> Costs:
 
 
 def forward_costs(replay: Replay, queries: int, removals: int) -> Costs:
-    """Measure the costs of forward mode."""
+    """Return the costs of forward mode, by trials."""
 
     def step(replay: Replay, directions: int) -> Callable[[], object]:
         position, membership = example_position(replay, directions)

@@ -12,7 +12,6 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.at_checkpoints import Answer, CheckpointEstimator
 from lightning_dtda.estimators.estimator import Plan, Question
-from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
@@ -66,14 +65,14 @@ class TracIn(CheckpointEstimator):
     @override
     def answer(self, replay: Replay, question: Question, plan: Plan) -> Answer:
         chunks = torch.arange(len(question.queries)).split(plan.queries_per_chunk)
-        baseline = torch.cat([measure(replay, question, chunk.tolist(), question.step)[0][0] for chunk in chunks])
+        baseline = torch.cat([question.measure_with_gradients(replay, chunk.tolist())[0][0] for chunk in chunks])
         responses = baseline.new_zeros(len(question.queries), len(question.removals))
         for first, last in self._segments(replay.runs[0], question):
             replay.check_step(first)
             objective = self.objective(replay, question, first)
             used = _used(replay, first, last)
             for chunk in chunks:
-                _, gradients, _ = measure(replay, question, chunk.tolist(), first)
+                _, gradients, _ = question.measure_with_gradients(replay, chunk.tolist(), first)
                 for parts, weights in used:
                     vectors = torch.zeros_like(gradients[0])
                     for part in parts:

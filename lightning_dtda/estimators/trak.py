@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator, Respon
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
 from lightning_dtda.estimators.curvatures.exact_hessian import DenseSpectrum
 from lightning_dtda.estimators.estimator import Plan, Question
-from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.estimators.projection import Projection, check_dimension, projection_to
 from lightning_dtda.replay import Precision, Replay
@@ -105,7 +105,7 @@ class TRAK(CheckpointEstimator):
 
     @override
     def responder(self, replay: Replay, question: Question) -> Responder:
-        objective = self.measured_objective(replay, question, _GRADIENTS)
+        objective = self.checked_objective(replay, question, _GRADIENTS)
         projection = projection_to(self.projection, objective.size, self.seed)
         features, slopes = _of_examples(replay, objective, question, projection)
         kernel = DenseSpectrum(features.T @ features / objective.examples, None)
@@ -135,9 +135,10 @@ def _of_examples(
     width = objective.size if projection is None else projection.dimension
     features = objective.theta.new_empty(objective.examples, width)
     slopes = objective.theta.new_empty(objective.examples)
+    of_examples = replace(question, queries=replay.examples)
     # held: the outputs' gradients, their products with the losses' gradients, and the previous chunk of the latter
     for indices, of_losses in objective.gradients(held=3):
-        _, found, _ = measure(replay, question, indices.tolist(), question.step, of=replay.examples)
+        _, found, _ = of_examples.measure_with_gradients(replay, indices.tolist())
         of_outputs = found[0]
         squares = of_outputs.square().sum(1)
         slopes[indices] = torch.where(squares > 0, (of_losses * of_outputs).sum(1) / squares, 0)

@@ -21,7 +21,6 @@ from lightning_dtda.estimators.estimator import (
     batches_of_equal_shape,
 )
 from lightning_dtda.estimators.forward import estimate_forward
-from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.sweep import Adjoints, sweep
 from lightning_dtda.estimators.sweep_costs import (
     Mode,
@@ -126,7 +125,7 @@ class UnrolledDifferentiation(Estimator):
         return settings | ({} if self.horizon is None else {"horizon": self.horizon})
 
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
-        """Choose batches of runs and queries from measured memory and time.
+        """Choose batches of runs and queries by the memory and time of trials.
 
         Raises:
             AttributionError: If one query of one run does not fit in the memory budget.
@@ -179,7 +178,7 @@ class UnrolledDifferentiation(Estimator):
         baselines, responses, norms = [], [], []
         with kept_pages(replay.device):
             for chunk in numbers:
-                baseline, adjoint, of_statistics = measure(replay, question, chunk.tolist(), end)
+                baseline, adjoint, of_statistics = question.measure_with_gradients(replay, chunk.tolist())
                 baselines.append(baseline)
                 adjoints = Adjoints.at_end(replay, adjoint, of_statistics)
                 del adjoint, of_statistics
@@ -210,11 +209,11 @@ class UnrolledDifferentiation(Estimator):
     def _diagnoses(self, runs: Sequence[Run], question: Question, plan: Plan) -> list[Diagnosis]:
         some = range(min(len(question.queries), _DIAGNOSED_QUERIES))
 
-        def measured(replay: Replay, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-            _, adjoint, of_statistics = measure(replay, question, some, step)
+        def direction(replay: Replay, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+            _, adjoint, of_statistics = question.measure_with_gradients(replay, some, step)
             return adjoint.sum(1), {name: part.sum(1) for name, part in of_statistics.items()}
 
-        return diagnose(runs, partial(self._planned_replay, plan, question), measured, question.end(runs[0].steps))
+        return diagnose(runs, partial(self._planned_replay, plan, question), direction, question.end(runs[0].steps))
 
     def _planned_replay(
         self, plan: Plan, question: Question, runs: Sequence[Run], precision: Precision | None = None

@@ -1,4 +1,4 @@
-"""Forecasts of the cost of recording and attributing, measured on the first steps and a few examples."""
+"""Forecasts of the cost of recording and attributing, from trials of the first steps and a few examples."""
 
 from lightning_dtda.planning.planning import Forecast, plan
 from lightning_dtda.planning.trials import Cost

@@ -48,7 +48,7 @@ class Forecast:
         removals: K, the number of removals.
         device: Device for attributing.
         workers: Number of processes that the runs are distributed over.
-        recorded_steps: Number of steps that were measured, from which the cost of T steps is extrapolated.
+        recorded_steps: Number of steps that were tried, from which the cost of T steps is extrapolated.
         recorded_examples: Number of examples in the data, from which the cost of N examples is extrapolated.
         given_queries: Number of given queries, from which the cost of Q queries is extrapolated.
         recording: Cost of recording all runs; its memory is in addition to that of the training.

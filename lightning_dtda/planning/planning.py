@@ -72,7 +72,7 @@ def plan(
     With a Trainer, the first seconds of a training (at least ten steps) are run and recorded into a temporary directory
     (in ``TMPDIR``). With an ensemble, nothing is trained. Then each estimator plans its work for the full number of
     runs and steps; estimators that only use checkpoints are also tried on a few examples and queries.
-    ``docs/costs.md`` compares forecasts with measured costs.
+    ``docs/costs.md`` compares forecasts with actual costs.
 
     Args:
         module: The LightningModule, unchanged.

@@ -22,7 +22,7 @@ from lightning_dtda.recording.response_tracking import ResponseTracking, rows_of
 from lightning_dtda.recording.step_callback import StepCallback
 from lightning_dtda.recording.trial import try_step
 from lightning_dtda.replay import Draws, Examples, Measurement, Tangents, query_examples, resolve_measurement
-from lightning_dtda.replay.measured import measured
+from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.replay.tangents import changes
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
 
@@ -100,7 +100,7 @@ class ResponseTracker(StepCallback):
         size = max(1, _GRADIENT_BYTES // (theta.shape[1] * theta.dtype.itemsize))
         baseline, responses = [], []
         for numbers in torch.arange(len(examples)).split(size):
-            values, gradients, of_statistics = measured(
+            values, gradients, of_statistics = measure_with_gradients(
                 followed.eager,
                 theta,
                 followed.current_buffers(),

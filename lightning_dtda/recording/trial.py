@@ -19,8 +19,8 @@ from lightning_dtda.replay.cut import nodes_behind
 from lightning_dtda.replay.eager import Eager, sharing
 from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import drops_out_inside
-from lightning_dtda.replay.measured import Draws, measured
 from lightning_dtda.replay.measurements import loss
+from lightning_dtda.replay.measuring import Draws, measure_with_gradients
 from lightning_dtda.replay.replica import Replica, buffers
 from lightning_dtda.replay.stand_ins import Circumstances, Time
 from lightning_dtda.replay.steps import MicroBatchInputs, StepBatch
@@ -184,7 +184,7 @@ def _try_measurement(eager: Eager, inputs: MicroBatchInputs, theta: Tensor, buff
     """Take the default measurement of an example, and warn if this fails."""
     queries = Examples([0], collate_fn=lambda rows: inputs.make(rows))  # type: ignore[arg-type]
     try:
-        measured(eager, theta[None], buffers, queries, [0], loss, ["the start"], inputs.time, Draws(1))
+        measure_with_gradients(eager, theta[None], buffers, queries, [0], loss, ["the start"], inputs.time, Draws(1))
     except DTDAError as error:
         _log.warning(
             'The measurement "loss" cannot be taken of a single example: %s Use another measurement in attribute().',

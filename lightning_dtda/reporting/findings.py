@@ -127,8 +127,8 @@ def largest_drift(attribution: Attribution, part: str) -> float | None:
         part: ``"parameters"`` or ``"gradients"``.
     """
     drifts = [drift.get(part) for drift in attribution.about.get("drift", {}).values()]
-    measured = [drift for drift in drifts if drift is not None and not math.isnan(drift)]
-    return max(measured, default=None)
+    known = [drift for drift in drifts if drift is not None and not math.isnan(drift)]
+    return max(known, default=None)
 
 
 def worst_diagnosis(attribution: Attribution, part: str) -> float | None:

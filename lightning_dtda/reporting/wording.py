@@ -112,8 +112,8 @@ def estimator(attribution: Attribution) -> str:
 
 def drift(attribution: Attribution) -> str:
     """Return the largest relative differences between replayed and recorded runs."""
-    measured = {part: largest_drift(attribution, part) for part in ("parameters", "gradients")}
-    known = [f"{part} {value:.2g}" for part, value in measured.items() if value is not None]
+    drifts = {part: largest_drift(attribution, part) for part in ("parameters", "gradients")}
+    known = [f"{part} {value:.2g}" for part, value in drifts.items() if value is not None]
     return ", ".join(known) if known else "not measured"
 
 

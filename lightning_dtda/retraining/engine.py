@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.replay import Draws, Eager, Examples, Measurement
-from lightning_dtda.replay.measured import values
+from lightning_dtda.replay.measuring import measure
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.recipe import Recipe
 from lightning_dtda.retraining.task import Task
@@ -32,7 +32,7 @@ class Outcome:
     failure: str | None = None
 
     @classmethod
-    def measured(cls, task: Task, measurements: Tensor) -> Outcome:
+    def of(cls, task: Task, measurements: Tensor) -> Outcome:
         """Return the outcome of a training that ended; a training that diverged has failed."""
         if bool(measurements.isfinite().all()):
             return cls(task, measurements)
@@ -66,7 +66,7 @@ class Retraining:
         return () if task.subset is None else self.removed[task.subset]
 
     def measure(self, eager: Eager, theta: Tensor, buffers: Mapping[str, Tensor], time: Time) -> Tensor:
-        """Measure trained models ``(runs, queries)``; see :func:`~lightning_dtda.replay.measured.values`.
+        """Measure trained models ``(runs, queries)``; see :func:`~lightning_dtda.replay.measuring.measure`.
 
         Args:
             eager: Runner of the module.
@@ -74,7 +74,7 @@ class Retraining:
             buffers: Buffers and frozen parameters, each ``(runs, ...)``.
             time: Time at the end of the trainings.
         """
-        return values(eager, theta, buffers, self.queries, self.measurement, time, self.draws).cpu()
+        return measure(eager, theta, buffers, self.queries, self.measurement, time, self.draws).cpu()
 
 
 class Engine(ABC):

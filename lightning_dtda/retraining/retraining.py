@@ -279,7 +279,7 @@ def _train(
                     (outcome.task, outcome.measurements) for outcome in outcomes if outcome.measurements is not None
                 ]
                 if done and store is not None:
-                    store.add([task for task, _ in done], torch.stack([measured for _, measured in done]))
+                    store.add([task for task, _ in done], torch.stack([values for _, values in done]))
                 finished |= dict(done)
                 failures |= {outcome.task: outcome.failure for outcome in outcomes if outcome.failure is not None}
                 advance(len(outcomes))

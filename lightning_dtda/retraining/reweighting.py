@@ -75,10 +75,10 @@ class Reweighting(Engine):
             size = stack_size(lambda: first.gradient(0, start, buffers), start, len(of_shape), first.device)  # noqa: B023
             for begin in range(0, len(of_shape), size):
                 stack = of_shape[begin : begin + size]
-                values = self._measured(first.of(runs[begin : begin + size]), retraining, stack)
-                yield [Outcome.measured(task, row) for task, row in zip(stack, values, strict=True)]
+                values = self._reweighted(first.of(runs[begin : begin + size]), retraining, stack)
+                yield [Outcome.of(task, row) for task, row in zip(stack, values, strict=True)]
 
-    def _measured(self, replay: Replay, retraining: Retraining, tasks: Sequence[Task]) -> Tensor:
+    def _reweighted(self, replay: Replay, retraining: Retraining, tasks: Sequence[Task]) -> Tensor:
         """Return measurements ``(tasks, queries)``."""
         weights = torch.ones(len(tasks), len(replay.examples), dtype=replay.dtype, device=replay.device)
         # with all weights equal to one, a stretch must agree with the record

@@ -111,4 +111,4 @@ class StackedEngine(Engine):
             stacks.check_another(beginning)
         for numbers, theta, held in stacks.train([training(task) for task in tasks], self.compile):
             found = retraining.measure(stacks.eager, theta, held, stacks.schedule.end)
-            yield [Outcome.measured(tasks[number], row) for number, row in zip(numbers, found, strict=True)]
+            yield [Outcome.of(tasks[number], row) for number, row in zip(numbers, found, strict=True)]

@@ -72,7 +72,7 @@ def train_one(
         with quiet_lightning():
             removed = retraining.removed_in(task)
             trainer, module = retraining.recipe.fit(task.seed, removed, retraining.data, callbacks)
-        return Outcome.measured(task, measure_trained(retraining, trainer, module))
+        return Outcome.of(task, measure_module(retraining, trainer, module))
     except reraised:
         raise
     except Exception as error:  # any error in the user's code
@@ -81,7 +81,7 @@ def train_one(
         return Outcome(task, None, f"{type(error).__name__}: {error}")
 
 
-def measure_trained(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
+def measure_module(retraining: Retraining, trainer: pl.Trainer, module: pl.LightningModule) -> Tensor:
     """Measure a trained module in evaluation mode ``(queries,)``.
 
     Raises:

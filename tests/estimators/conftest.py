@@ -59,11 +59,11 @@ def take_100_mib(monkeypatch):
     """As if a pair of a run and a query, or a removal, took 100 MiB: two at a time fit 0.25 GiB."""
 
     def _take_100_mib(costs):
-        measured = getattr(sweep_costs, costs)
+        found = getattr(sweep_costs, costs)
         monkeypatch.setattr(
             sweep_costs,
             costs,
-            lambda *arguments: replace(measured(*arguments), per_run=0.0, per_direction=100 * 2**20, diagnosis=0.0),
+            lambda *arguments: replace(found(*arguments), per_run=0.0, per_direction=100 * 2**20, diagnosis=0.0),
         )
 
     return _take_100_mib

@@ -11,7 +11,6 @@ from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.estimators.forward import estimate_forward, forward_sweep
-from lightning_dtda.estimators.measuring import measure
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.estimators.sweep_costs import forward_costs
 from lightning_dtda.replay import Replay, query_examples, resolve_measurement, training_examples
@@ -197,7 +196,7 @@ def test_running_statistics_between_checkpoints_are_rebuilt(fit, tmp_path):
     asked = question(replay)
     chunks = {"removals_per_chunk": 12, "queries_per_chunk": 4}
     baseline, _ = estimate_forward(replay, one_by_one(replay), asked, step=6, **chunks)
-    expected, _, _ = measure(replay, asked, range(4), step=6)
+    expected, _, _ = asked.measure_with_gradients(replay, range(4), step=6)
     torch.testing.assert_close(baseline, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -243,7 +242,7 @@ def test_steps_that_are_not_asked_for_are_not_taken(replay, monkeypatch):
 
 def test_the_measurement_on_the_way_is_that_of_the_rebuilt_model(replay):
     (position,) = forward_sweep(replay, one_by_one(replay), {6})
-    values, gradients, _ = measure(replay, question(replay), range(4), step=6)
+    values, gradients, _ = question(replay).measure_with_gradients(replay, range(4), step=6)
     torch.testing.assert_close(position.theta, replay.trained(6)[0])
     assert values.shape == (1, 4)
     assert gradients.shape == (1, 4, replay.layout.size)

@@ -15,8 +15,8 @@ def expected(ensemble, step=None):
     """By run: margins of queries, their gradients, and those of examples' losses after a step, written out."""
     for run in ensemble:
         theta = run.theta_vector(run.steps if step is None else step)
-        measured, losses = written_out(run)
-        yield measured(theta), jacrev(measured)(theta), jacrev(losses)(theta)
+        margins, losses = written_out(run)
+        yield margins(theta), jacrev(margins)(theta), jacrev(losses)(theta)
 
 
 @pytest.mark.parametrize("step", [None, 5])

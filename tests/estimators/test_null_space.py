@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian, null_space
-from lightning_dtda.estimators.measuring import measure
+from lightning_dtda.estimators import ExactHessian, GaussNewton, Hessian
+from lightning_dtda.estimators.estimator import Question
 from lightning_dtda.estimators.null_space import null_space_response, range_share
 from tests.estimators.small_runs import Regressor
 
@@ -65,11 +65,11 @@ def queries(count=4):
 
 
 def gradients(run):
-    def measured(theta):
+    def predictions(theta):
         layers = run.replay.layout.unflatten(theta)
         return torch.func.functional_call(run.module.eval(), layers, (queries().tensors[0],)).sum(1)
 
-    return torch.func.jacrev(measured)(run.theta)
+    return torch.func.jacrev(predictions)(run.theta)
 
 
 def differences_of_training(run, group, step, change=1e-5):
@@ -116,13 +116,13 @@ def test_gradients_of_predictions_on_training_examples_are_inside_the_range(trai
 
 
 def test_queries_are_measured_as_many_at_once_as_the_memory_holds(trained, monkeypatch):
-    run, counts = trained(Regressor()), []
+    run, counts, measure = trained(Regressor()), [], Question.measure_with_gradients
 
-    def counted(replay, question, numbers, *arguments):
+    def counted(question, replay, numbers):
         counts.append(len(numbers))
-        return measure(replay, question, numbers, *arguments)
+        return measure(question, replay, numbers)
 
-    monkeypatch.setattr(null_space, "measure", counted)
+    monkeypatch.setattr(Question, "measure_with_gradients", counted)
     arguments = run.ensemble[0], Regressor(), run.data, queries(1000), prediction, GaussNewton(cutoff=CUTOFF)
     whole, parts = range_share(*arguments), range_share(*arguments, memory_budget=2**-12)
     # of a quarter of a MiB, half; four vectors of 37 numbers for each

@@ -63,10 +63,10 @@ def dense(run, starts, end, curvature=None, rates=None, matrix=None, decay=0.0):
         matrix: From a step to the diagonal matrix beside the rate.
         decay: Share of the parameters that a step's rate takes away.
     """
-    measured, losses = written_out(run)
+    margins, losses = written_out(run)
     rates = [0.2 * 0.9**step for step in range(STEPS)] if rates is None else rates
     curvature = curvature or hessian(lambda theta: losses(theta).mean())
-    adjoint = jacrev(measured)(run.theta_vector(end))
+    adjoint = jacrev(margins)(run.theta_vector(end))
     total = torch.zeros(QUERIES, EXAMPLES, dtype=torch.float64)
     for first, last in reversed(list(zip(starts, [*starts[1:], end], strict=True))):
         step = middle(rates, first, last)

@@ -32,11 +32,11 @@ class Linear(Classifier):
 
 def summed(run, starts, end):
     """The sum over uses of examples, each with the gradients of the last of ``starts`` before it."""
-    measured, losses = written_out(run)
+    margins, losses = written_out(run)
     total = torch.zeros(QUERIES, EXAMPLES, dtype=torch.float64)
     for step in range(end):
         theta = run.theta_vector(max(start for start in starts if start <= step))
-        products = jacrev(measured)(theta) @ jacrev(losses)(theta).T
+        products = jacrev(margins)(theta) @ jacrev(losses)(theta).T
         batch = run.batch_indices(step)
         for example in batch.tolist():
             total[:, example] += 0.2 * 0.9**step / len(batch) * products[:, example]

@@ -28,8 +28,10 @@ def test_the_right_order_needs_the_fewest_removals():
 
 def test_measurements_are_kept_until_the_flip():
     found = brittleness(CHANGES, retrain, sizes=[1, 2, 4])
-    torch.testing.assert_close(found.measured[:, 0], torch.tensor([1.0, 0.4, -0.1, torch.nan]).double(), equal_nan=True)
-    assert found.measured[1:, 2].isnan().all()
+    torch.testing.assert_close(
+        found.measurements[:, 0], torch.tensor([1.0, 0.4, -0.1, torch.nan]).double(), equal_nan=True
+    )
+    assert found.measurements[1:, 2].isnan().all()
 
 
 def test_nothing_is_retrained_after_the_flip():

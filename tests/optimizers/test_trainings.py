@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
 from lightning_dtda.optimizers import UPDATES, Muon
-from tests.finite_differences import assert_finite_differences_agree, measured
+from tests.finite_differences import assert_finite_differences_agree, losses
 from tests.optimizers.settings import ROUNDED
 from tests.recording.tracked import assert_tracked_as_recorded
 from tests.regression import WeightedRegressor, weighted_data
@@ -125,7 +125,7 @@ def test_with_rounding_muons_responses_tell_what_retraining_does(fit, tmp_path):
     found, expected = [], []
     for example in range(0, len(inputs), 3):
         ends = [
-            measured(train(fit, optimizer, inputs, targets, moved, **arguments), *queries[:2])
+            losses(train(fit, optimizer, inputs, targets, moved, **arguments), *queries[:2])
             for moved in (weights + sign * change * torch.eye(len(weights))[example] for sign in (1, -1))
         ]
         expected.append((ends[1] - ends[0]) / (2 * change))

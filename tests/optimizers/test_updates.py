@@ -123,12 +123,12 @@ def test_adjoints_through_many_steps_agree_with_finite_differences(optimizer, se
     theta, gradients, cotangent = random(size), random(STEPS, size, seed=1), random(size, seed=2)
     of_theta, of_gradients = pulled_back(update, group, theta, gradients, cotangent)
 
-    def measured(along, theta_along, gradients_along):
+    def moved(along, theta_along, gradients_along):
         return end_of(update, group, theta + along * theta_along, gradients + along * gradients_along) @ cotangent
 
     for seed in range(5):
         along = random(size, seed=3 + seed), random(STEPS, size, seed=50 + seed)
-        near, far = (measured(h, *along) - measured(-h, *along) for h in (1e-5, 2e-5))
+        near, far = (moved(h, *along) - moved(-h, *along) for h in (1e-5, 2e-5))
         expected = (8 * near - far) / 12e-5  # of fourth order
         found = of_theta @ along[0] + (of_gradients * along[1]).sum()
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)

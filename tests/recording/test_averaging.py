@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import RecordingError
-from tests.finite_differences import measured
+from tests.finite_differences import losses
 from tests.regression import WeightedRegressor, weighted_data
 from tests.trainings import of, sgd, train
 
@@ -66,10 +66,10 @@ def test_responses_are_the_derivatives_of_the_average(fit, tmp_path, average, ne
         estimator=UnrolledDifferentiation(mode=mode),
         progress=False,
     )
-    torch.testing.assert_close(answer.baseline[0], measured(module, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(answer.baseline[0], losses(module, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
     direction = torch.randn(len(weights), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     direction /= direction.norm()
-    moved = [measured(trained(weights + sign * STEP * direction), *QUERIES[:2]) for sign in (1, -1)]
+    moved = [losses(trained(weights + sign * STEP * direction), *QUERIES[:2]) for sign in (1, -1)]
     expected = -(moved[0] - moved[1]) / (2 * STEP)
     error = (answer.responses[0] @ direction - expected).abs().max() / expected.abs().max()
     assert error < TOLERANCE, f"relative error {error:.2e}"
@@ -111,7 +111,7 @@ def test_an_earlier_step_is_that_of_the_training(fit, tmp_path, mode):
         )
 
     earlier = answer(tmp_path / "averaged", step=4)
-    torch.testing.assert_close(earlier.baseline[0], measured(plain, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(earlier.baseline[0], losses(plain, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(earlier.responses, answer(tmp_path / "plain").responses, rtol=1e-9, atol=1e-12)
 
 

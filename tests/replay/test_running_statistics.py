@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lightning_dtda.replay import Draws
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.measured import measured
+from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.replay.running_statistics import RunningStatistics
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import StepBatch
@@ -174,7 +174,7 @@ def prediction(module, batch):
 def asked(case, theta=None, statistics=None):
     """A measurement of two of the items, its gradient, and its derivatives by running statistics."""
     buffers = case.buffers | (statistics or {})
-    return measured(
+    return measure_with_gradients(
         case.eager,
         (case.theta if theta is None else theta)[None],
         {name: buffer[None] for name, buffer in buffers.items()},

@@ -244,12 +244,12 @@ class SampledRoot:
         """Iterate over batches of training examples, and over the columns of the root of each batch."""
         size = self.objective.examples
         if self.objective.has_root:  # otherwise batches have the size of those in training
-            size = self.objective.examples_at_once("Kronecker factors", self._measured, _ENOUGH_BYTES) // 2
+            size = self.objective.examples_at_once("Kronecker factors", self._trial, _ENOUGH_BYTES) // 2
         for number, (indices, draw, factor) in enumerate(self.objective.parts(max(1, size))):
             yield from self._of_batch(indices, draw, factor, partial(self._columns, number))
 
-    def _measured(self, indices: Tensor) -> None:
-        """Run the computation whose memory is measured, including examples' gradients, one layer at a time."""
+    def _trial(self, indices: Tensor) -> None:
+        """Run a trial of the memory that examples take, including their gradients, one layer at a time."""
         for part in self._of_batch(
             indices, None, 1.0, partial(_columns, self.objective, self._samples, self._generator(0))
         ):

@@ -21,15 +21,15 @@ class Brittleness:
         sizes: Numbers of removals tried, ascending.
         removals: Smallest of them that flips each query's prediction ``(queries,)``, float64; 0 where the measurement
             was below the threshold from the start, infinite where no number flips it.
-        measured: Mean measurement over seeds after each number of removals ``(1 + sizes, queries)``, starting with no
-            removals; NaN where a query had already flipped.
+        measurements: Mean over seeds after each number of removals ``(1 + sizes, queries)``, starting with no removals;
+            NaN where a query had already flipped.
         flipped: Share of the queries flipped by at most each number of removals ``(sizes,)``, among those not below the
             threshold from the start; NaN if there are none.
     """
 
     sizes: tuple[int, ...]
     removals: Tensor
-    measured: Tensor
+    measurements: Tensor
     flipped: Tensor
 
 
@@ -74,20 +74,20 @@ def brittleness(
             "examples."
         )
     order = influence.argsort(dim=1, stable=True)
-    measured = torch.full((1 + len(wanted), queries), torch.nan, dtype=torch.float64)
-    measured[0] = _mean_over_seeds(retrain, (), queries)
+    measurements = torch.full((1 + len(wanted), queries), torch.nan, dtype=torch.float64)
+    measurements[0] = _mean_over_seeds(retrain, (), queries)
     removals = torch.full((queries,), torch.inf, dtype=torch.float64)
-    removals[measured[0] < threshold] = 0
+    removals[measurements[0] < threshold] = 0
     for query in (removals == torch.inf).nonzero()[:, 0].tolist():
         for position, size in enumerate(wanted, start=1):
             after = _mean_over_seeds(retrain, tuple(order[query, :size].tolist()), queries)[query]
-            measured[position, query] = after
+            measurements[position, query] = after
             if after < threshold:
                 removals[query] = size
                 break
     able = removals[removals > 0]
     flipped = torch.stack([(able <= size).double().mean() for size in wanted])
-    return Brittleness(wanted, removals, measured, flipped)
+    return Brittleness(wanted, removals, measurements, flipped)
 
 
 def _mean_over_seeds(retrain: Retraining, removed: tuple[int, ...], queries: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay import Draws, measurements
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.measured import is_random, measured, values
+from lightning_dtda.replay.measuring import is_random, measure, measure_with_gradients
 from lightning_dtda.replay.stand_ins import Time
 from tests.replay.steps import Step, Stepping, normal
 
@@ -54,7 +54,7 @@ class Models:
 
     def derivatives(self, measurement, draws=None, numbers=range(QUERIES)):
         where = [f"run {run}" for run in range(RUNS)]
-        return measured(
+        return measure_with_gradients(
             self.step.eager,
             self.theta,
             self.buffers,
@@ -66,8 +66,8 @@ class Models:
             draws or Draws(3),
         )
 
-    def values(self, measurement, draws=None):
-        return values(
+    def measure(self, measurement, draws=None):
+        return measure(
             self.step.eager, self.theta, self.buffers, Examples(Items()), measurement, Time(), draws or Draws(3)
         )
 
@@ -88,14 +88,14 @@ class Models:
 def test_it_is_that_of_each_query_by_each_model(measurement):
     models = Models()
     expected = models.by_hand(lambda module, batch, _: measurement(module, batch)[0])
-    for found in (models.values(measurement), models.derivatives(measurement)[0]):
+    for found in (models.measure(measurement), models.derivatives(measurement)[0]):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_the_loss_is_that_of_the_training_step():
     models = Models()
     expected = models.by_hand(lambda module, batch, _: functional.cross_entropy(module.net(batch[0]), batch[1]))
-    torch.testing.assert_close(models.values(measurements.loss), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(models.measure(measurements.loss), expected, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(models.derivatives(measurements.loss)[0], expected, rtol=1e-12, atol=1e-13)
 
 
@@ -106,7 +106,7 @@ def test_gradients_are_differences_of_values():
     moved = []
     for sign in (1, -1):
         models.theta = models.theta + sign * h * direction * (1 if sign == 1 else 2)
-        moved.append(models.values(prediction))
+        moved.append(models.measure(prediction))
     difference = (moved[0] - moved[1]) / (2 * h)
     torch.testing.assert_close((gradients @ direction[..., None])[..., 0], difference, rtol=1e-6, atol=1e-8)
 
@@ -130,10 +130,10 @@ def test_a_random_one_is_the_mean_over_draws_that_are_the_same_for_every_model()
         return total
 
     expected = models.by_hand(by_hand)
-    for found in (models.values(noisy, draws), models.derivatives(noisy, draws)[0]):
+    for found in (models.measure(noisy, draws), models.derivatives(noisy, draws)[0]):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
     assert len({seed for query in range(QUERIES) for seed in draws.of(query)}) == 5 * QUERIES
-    assert not torch.allclose(models.values(noisy, Draws(5, seed=4)), expected)
+    assert not torch.allclose(models.measure(noisy, Draws(5, seed=4)), expected)
 
 
 def test_what_draws_nothing_is_taken_once():
@@ -159,7 +159,7 @@ def test_nothing_that_is_drawn_is_missed_afterwards():
     np.random.seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     models.derivatives(noisy)
-    models.values(noisy)
+    models.measure(noisy)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 

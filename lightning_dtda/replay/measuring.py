@@ -50,7 +50,7 @@ class Draws:
         return torch.randint(2**31, (self.number,), generator=generator).tolist()
 
 
-def measured(
+def measure_with_gradients(
     eager: Eager,
     theta: Tensor,
     buffers: ByName,
@@ -104,10 +104,10 @@ def measured(
     return values, gradients, of_statistics
 
 
-def values(
+def measure(
     eager: Eager, theta: Tensor, buffers: ByName, queries: Examples, measurement: Measurement, time: Time, draws: Draws
 ) -> Tensor:
-    r"""Take a measurement of some models without its derivatives. The arguments are those of :func:`measured`.
+    r"""Take a measurement of some models; the arguments are those of :func:`measure_with_gradients`.
 
     All models and queries are computed at once if the queries are tensors of one shape, and the measurement neither
     draws random numbers nor branches on values.
