@@ -9,14 +9,13 @@ from lightning_dtda.attribution.exporting import export
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution.attributing import attribute, attribute_dampings
+    from lightning_dtda.attribution.attributing import attribute
     from lightning_dtda.attribution.checking import check
 
 __all__ = [
     "Attribution",
     "Suggestion",
     "attribute",
-    "attribute_dampings",
     "check",
     "export",
     "suggest_removals",
@@ -25,10 +24,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # imported on first use: lightning takes seconds to import, and reading a stored attribution does not need it
-    if name in ("attribute", "attribute_dampings"):
+    if name == "attribute":
         from lightning_dtda.attribution import attributing
 
-        return getattr(attributing, name)
+        return attributing.attribute
     if name == "check":
         from lightning_dtda.attribution import checking
 

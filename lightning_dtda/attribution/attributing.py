@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_dtda.attribution.answering import Answering
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.attribution_store import AttributionStore, with_runs
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
-from lightning_dtda.attribution.resources import check_resources
-from lightning_dtda.attribution.run_batches import estimates
-from lightning_dtda.attribution.trust import sizes
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
-    Estimate,
     Estimator,
     InfluenceFunctions,
-    Plan,
     Question,
     UnrolledDifferentiation,
     resolve_removals,
 )
 from lightning_dtda.estimators.curvatures.curvature import Damping, check_damping
-from lightning_dtda.estimators.estimator import Advance
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
-from lightning_dtda.execution import Workers, workers_of
+from lightning_dtda.execution import ThisProcess, Workers, workers_of
 from lightning_dtda.execution.device import usable_device
-from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.replay import (
     Draws,
     Measurement,
@@ -49,10 +40,55 @@ from lightning_dtda.replay import (
     training_examples,
 )
 from lightning_dtda.replay.measuring import is_random
-from lightning_dtda.trajectory import Ensemble, Run
+from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.version import __version__
 
 _log = logging.getLogger(__name__)
+
+
+@overload
+def attribute(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
+    *,
+    queries: DataLoader[Any] | Dataset[Any],
+    measurement: str | Measurement = "loss",
+    estimator: Estimator | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    removals: Any = LEAVE_ONE_OUT,
+    step: int | None = None,
+    measurement_draws: int = Draws.number,
+    measurement_seed: int = Draws.seed,
+    dampings: None = None,
+    keep_top: int | None = None,
+    scratch_budget: float = 2.0,
+    device: torch.device | str | None = None,
+    workers: int | Workers = 1,
+    progress: bool = True,
+) -> Attribution: ...
+
+
+@overload
+def attribute(
+    ensemble: Ensemble,
+    module: LightningModule,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
+    *,
+    queries: DataLoader[Any] | Dataset[Any],
+    dampings: Sequence[Damping],
+    measurement: str | Measurement = "loss",
+    estimator: Estimator | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    removals: Any = LEAVE_ONE_OUT,
+    step: int | None = None,
+    measurement_draws: int = Draws.number,
+    measurement_seed: int = Draws.seed,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> dict[Damping, Attribution]: ...
 
 
 def attribute(
@@ -69,12 +105,13 @@ def attribute(
     step: int | None = None,
     measurement_draws: int = Draws.number,
     measurement_seed: int = Draws.seed,
+    dampings: Sequence[Damping] | None = None,
     keep_top: int | None = None,
     scratch_budget: float = 2.0,
     device: torch.device | str | None = None,
     workers: int | Workers = 1,
     progress: bool = True,
-) -> Attribution:
+) -> Attribution | dict[Damping, Attribution]:
     r"""Predict how each query's measurement changes, in every run, when training examples are removed.
 
     .. math:: r_{s,q,k} \approx m_q(\theta_t^{(s)} \text{ with } w_n = 0 \text{ for } n \in S_k) - m_q(\theta_t^{(s)})
@@ -101,6 +138,9 @@ def attribute(
         measurement_draws: Number of draws to average over if the measurement draws random numbers (such as the
             denoising loss of a diffusion model). All runs use the same draws.
         measurement_seed: Seed of these draws.
+        dampings: Dampings, numbers or ``"auto"``, to use instead of the one of the curvature of influence functions.
+            The curvature is fitted once for all of them. With an output, the attributions are stored in its directories
+            ``damping-0.01`` and so on.
         keep_top: Number of removals at each end whose responses are kept for each query, with summary figures of all
             removals; see :meth:`Attribution.keep_top <lightning_dtda.Attribution.keep_top>`. Use it if there are more
             responses than can be stored. Queries are processed in blocks; a crash loses no finished run of a block.
@@ -115,6 +155,7 @@ def attribute(
 
     Returns:
         The attribution, with baseline ``(S, Q)`` and responses ``(S, Q, K)`` to K removals; K = N for leave-one-out.
+        With ``dampings``, a dictionary with an attribution for each of them.
 
     Raises:
         AttributionError: If an argument is invalid, or there is not enough memory or disk space.
@@ -125,7 +166,11 @@ def attribute(
         check_keep_top(keep_top)
         if not scratch_budget > 0:
             raise AttributionError(f"scratch_budget={scratch_budget}; give a positive number of GiB.")
-    estimator, workers = UnrolledDifferentiation() if estimator is None else estimator, workers_of(workers)
+    workers = workers_of(workers)
+    if dampings is not None:
+        estimator = InfluenceFunctions() if estimator is None else estimator
+        _check_dampings(dampings, estimator, workers, keep_top)
+    estimator = UnrolledDifferentiation() if estimator is None else estimator
     draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
@@ -136,22 +181,44 @@ def attribute(
             f"The measurement {name} has no unique name, so its stored results could be confused with those of "
             "another. Define it as a function at the top level of a Python module, or give no output."
         )
-    asked = len(question.removals), {run.name: run.checksum for run in sorted(ensemble, key=lambda run: run.name)}
-
-    def answered(numbers: range, into: Path | None) -> Attribution:
-        part = question if len(numbers) == len(names) else replace(question, queries=question.queries.stretch(numbers))
-        called = names[numbers.start : numbers.stop]
-        if into is None:
-            return _assembled(_estimates(list(ensemble), part, estimator, workers, progress), about, called)
-        store = AttributionStore.create(into, about, called, *asked, overwrite)
-        return _answer_to_disk(ensemble, part, estimator, workers, store, progress)
-
+    answering = Answering(ensemble, question, estimator, workers, about, names, overwrite, progress, dampings)
     if keep_top is None:
-        answer = answered(range(len(names)), path)
+        answers = answering.answer(path)
     else:
-        told = about | {"keep_top": keep_top}
-        kept = None if path is None else KeptStore.create(path, told, names, *asked, overwrite)
-        answer = attribute_in_blocks(ensemble, question, estimator, keep_top, scratch_budget, kept, answered)
+        store = None
+        if path is not None:
+            store = KeptStore.create(path, about | {"keep_top": keep_top}, names, *answering.asked, overwrite)
+        answers = [
+            attribute_in_blocks(
+                *(ensemble, question, estimator, keep_top, scratch_budget, store),
+                lambda numbers, scratch: answering.part(numbers).answer(scratch)[0],
+            )
+        ]
+    for answer in answers:
+        _log_trust(answer)
+    return answers[0] if dampings is None else dict(zip(dampings, answers, strict=True))
+
+
+def _check_dampings(dampings: Sequence[Damping], estimator: Estimator, workers: Workers, keep_top: int | None) -> None:
+    if not isinstance(estimator, InfluenceFunctions):
+        raise AttributionError(
+            f"{type(estimator).__name__} has no damping. Use InfluenceFunctions, or leave out dampings."
+        )
+    if not dampings or len(set(dampings)) != len(dampings):
+        raise AttributionError(f"dampings={dampings!r}; give at least one damping, each only once.")
+    for damping in dampings:
+        check_damping(damping)
+    if not isinstance(workers, ThisProcess):
+        raise AttributionError("dampings cannot be combined with workers. Leave out workers.")
+    if keep_top is not None:
+        raise AttributionError(
+            "dampings cannot be combined with keep_top. Leave out keep_top, or leave out dampings and set a single "
+            "damping in the estimator's curvature."
+        )
+
+
+def _log_trust(answer: Attribution) -> None:
+    """Log the drift of the replay, and warn of runs that cannot be trusted."""
     drift = answer.about["drift"]
     _log.info("Largest relative drift of the replayed parameters: %.2g", max(d["parameters"] for d in drift.values()))
     if answer.chaotic:
@@ -169,72 +236,6 @@ def attribute(
             len(answer.runs),
             ", ".join(answer.ill_conditioned),
         )
-    return answer
-
-
-def attribute_dampings(
-    ensemble: Ensemble,
-    module: LightningModule,
-    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any],
-    *,
-    queries: DataLoader[Any] | Dataset[Any],
-    dampings: Sequence[Damping],
-    estimator: InfluenceFunctions | None = None,
-    measurement: str | Measurement = "loss",
-    removals: Any = LEAVE_ONE_OUT,
-    step: int | None = None,
-    measurement_draws: int = Draws.number,
-    measurement_seed: int = Draws.seed,
-    device: torch.device | str | None = None,
-    progress: bool = True,
-) -> dict[Damping, Attribution]:
-    """Attribute with influence functions for several dampings, fitting the curvature only once.
-
-    Args:
-        ensemble: As for :func:`attribute`.
-        module: As for :func:`attribute`.
-        data: As for :func:`attribute`.
-        queries: As for :func:`attribute`.
-        dampings: Dampings that replace the curvature's own: numbers, or ``"auto"``.
-        estimator: Influence functions, with default settings if not given.
-        measurement: As for :func:`attribute`.
-        removals: As for :func:`attribute`.
-        step: As for :func:`attribute`.
-        measurement_draws: As for :func:`attribute`.
-        measurement_seed: As for :func:`attribute`.
-        device: As for :func:`attribute`.
-        progress: As for :func:`attribute`.
-
-    Returns:
-        An attribution for each damping; :meth:`Attribution.save` stores one.
-
-    Raises:
-        AttributionError: As for :func:`attribute`; or if there are no dampings, or one is given twice.
-        ReplayError: As for :func:`attribute`.
-    """
-    estimator = InfluenceFunctions() if estimator is None else estimator
-    if not isinstance(estimator, InfluenceFunctions):
-        raise AttributionError(f"{type(estimator).__name__} has no damping. Use InfluenceFunctions(...).")
-    if not dampings or len(set(dampings)) != len(dampings):
-        raise AttributionError(f"dampings={dampings!r}; give at least one damping, each only once.")
-    for damping in dampings:
-        check_damping(damping)
-    draws = Draws(measurement_draws, measurement_seed)
-    question, about, names = _ask(
-        ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
-    )
-    found: list[list[tuple[tuple[Run, ...], Estimate]]] = [[] for _ in dampings]
-    with _planned(list(ensemble), question, estimator, progress, answers=len(dampings)) as (plan, advance):
-        for batch in plan.batches:
-            estimates = estimator.estimate_dampings(batch, question, plan, advance, dampings)
-            for of_damping, estimate in zip(found, estimates, strict=True):
-                of_damping.append((batch, estimate))
-    attributions = {}
-    for damping, of_damping in zip(dampings, found, strict=True):
-        settings = estimator.settings()
-        settings["curvature"] = settings["curvature"] | {"damping": damping}
-        attributions[damping] = _assembled(of_damping, about | {"estimator": settings}, names)
-    return attributions
 
 
 def _ask(
@@ -286,78 +287,6 @@ def _ask(
         "version": __version__,
     }
     return question, about, query_names(question.queries)
-
-
-def _answer_to_disk(
-    ensemble: Ensemble,
-    question: Question,
-    estimator: Estimator,
-    workers: Workers,
-    store: AttributionStore,
-    progress: bool,
-) -> Attribution:
-    finished = set(store.finished)
-    if remaining := [run for run in ensemble if run.name not in finished]:
-        if finished:
-            _log.info("%d of %d runs are already attributed in %s.", len(finished), len(ensemble), store.path)
-        for answer in _run_by_run(_estimates(remaining, question, estimator, workers, progress, store.path)):
-            store.add(*answer)
-    return Attribution.load(store.path)
-
-
-def _assembled(
-    estimates: Iterable[tuple[tuple[Run, ...], Estimate]], about: dict[str, Any], names: tuple[int, ...]
-) -> Attribution:
-    """Combine the results of batches of runs."""
-    answers = sorted(_run_by_run(estimates), key=lambda answer: answer[0])
-    runs, baselines, responses, facts = zip(*answers, strict=True)
-    about = with_runs(about, dict(zip(runs, facts, strict=True)))
-    return Attribution(torch.stack(baselines), torch.stack(responses), runs, names, about)
-
-
-def _run_by_run(
-    estimates: Iterable[tuple[tuple[Run, ...], Estimate]],
-) -> Iterator[tuple[str, Tensor, Tensor, dict[str, Any]]]:
-    """Yield each run's name, baseline ``(queries,)``, responses ``(queries, removals)`` and facts."""
-    for batch, estimate in estimates:
-        for number, run in enumerate(batch):
-            norms = estimate.adjoint_norms[number] if estimate.adjoint_norms else {}
-            diagnosis = asdict(estimate.diagnoses[number]) if estimate.diagnoses else {}
-            known = {"drift": asdict(estimate.drift[number]), "adjoint_norms": norms, "diagnosis": diagnosis}
-            baseline, responses = estimate.baseline[number], estimate.responses[number]
-            yield run.name, baseline.cpu(), responses.cpu(), known | sizes(responses)
-
-
-def _estimates(
-    runs: list[Run],
-    question: Question,
-    estimator: Estimator,
-    workers: Workers,
-    progress: bool,
-    path: Path | None = None,
-) -> Iterator[tuple[tuple[Run, ...], Estimate]]:
-    """Yield the estimates batch by batch."""
-    processes = workers.processes_here()
-    with _planned(runs, question, estimator, progress, path, processes=processes) as (plan, advance):
-        yield from estimates(workers, estimator, question, plan, advance)
-
-
-@contextmanager
-def _planned(
-    runs: list[Run],
-    question: Question,
-    estimator: Estimator,
-    progress: bool,
-    path: Path | None = None,
-    answers: int = 1,
-    processes: int = 1,
-) -> Iterator[tuple[Plan, Advance]]:
-    """Yield the estimator's plan, after checking that it fits, and the callback of the progress bar."""
-    plan = estimator.plan(runs, question)
-    check_resources(plan, estimator, runs, question, path, answers, processes)
-    description, steps = f"{len(runs)} runs, {len(question.queries)} queries", sum(run.steps for run in runs)
-    with progress_bar(description, "steps", steps, progress) as advance:
-        yield plan, advance
 
 
 def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:

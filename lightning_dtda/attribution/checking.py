@@ -109,14 +109,14 @@ def check(
     """
     if examples < 1:
         raise AttributionError(f"examples={examples}; give the number of examples to compare, at least 1.")
-    question = {"queries": queries, "measurement": measurement, "device": device, "progress": False}
+    question: Any = {"queries": queries, "measurement": measurement, "device": device, "progress": False}
     try:
-        all_runs = attribute(ensemble, module, data, **question)  # type: ignore[arg-type]
+        all_runs = attribute(ensemble, module, data, **question)
     except ReplayError as error:
         return Check((Finding("replay", False, "stopped", str(error)),), float("nan"))
     double = UnrolledDifferentiation(precision="float64")
     try:
-        first = attribute(ensemble[:1], module, data, estimator=double, **question)  # type: ignore[arg-type]
+        first = attribute(ensemble[:1], module, data, estimator=double, **question)
     except Exception as error:  # the user's code may fail in any way in another precision
         advice = f"The module fails in double precision, which this check needs: {type(error).__name__}: {error}"
         if isinstance(error, ReplayError):

@@ -10,8 +10,8 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from lightning_dtda.attribution import Attribution, attribute, attribute_dampings
-from lightning_dtda.attribution.attribution_store import AttributionStore
+from lightning_dtda.attribution import attribute
+from lightning_dtda.attribution.answering import damping_path
 from lightning_dtda.cli import add_differences
 from lightning_dtda.cli.configuration_cli import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
@@ -85,45 +85,30 @@ def run(arguments: Sequence[str]) -> None:
     )
     from lightning_dtda.reporting import log_to_wandb, print_summary  # imported here to keep --help fast
 
-    for path, attribution in _attributions(cli):
-        print_summary(attribution, differences=cli.config.differences)
-        print(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
-        if cli.config.wandb:
-            log_to_wandb(
-                attribution, path, project=_project(Path(cli.config.ensemble)), differences=cli.config.differences
-            )
-
-
-def _attributions(cli: AttributeCLI) -> list[tuple[Path, Attribution]]:
-    """Return the attribution and its path, or those for each damping."""
     config, output = cli.config, Path(cli.config.output)
-    paths = {damping: output / f"damping-{damping}" for damping in config.dampings or ()}
-    if paths and config.workers != 1:
-        raise AttributionError("--dampings cannot be combined with --workers. Leave out --workers.")
-    if paths and config.keep_top is not None:
-        raise AttributionError(
-            "--dampings cannot be combined with --keep_top. Leave out --keep_top, or set a single damping in the "
-            "estimator's curvature instead of --dampings."
-        )
-    for path in paths.values():
-        # check before the work, not after it
-        if AttributionStore.is_at(path) and not config.overwrite:
-            raise AttributionError(f"{path} already holds an attribution. Choose another --output, or set --overwrite.")
-    question = cli.question() | {
-        "removals": read_removals(config.removals),
-        "step": config.step,
-        "measurement_draws": config.measurement_draws,
-        "measurement_seed": config.measurement_seed,
-        "estimator": cli.config_init.estimator,
-    }
-    if config.dampings is None:
-        where = {"output": output, "overwrite": config.overwrite, "workers": cli.workers()}
-        kept = {"keep_top": config.keep_top, "scratch_budget": config.scratch_budget}
-        return [(output, attribute(**question, **where, **kept))]
-    found = attribute_dampings(**question, dampings=config.dampings)
-    for damping, attribution in found.items():
-        attribution.save(paths[damping], overwrite=config.overwrite)
-    return [(paths[damping], attribution) for damping, attribution in found.items()]
+    found: Any = attribute(
+        **cli.question()
+        | {
+            "removals": read_removals(config.removals),
+            "step": config.step,
+            "measurement_draws": config.measurement_draws,
+            "measurement_seed": config.measurement_seed,
+            "estimator": cli.config_init.estimator,
+            "dampings": config.dampings,
+            "output": output,
+            "overwrite": config.overwrite,
+            "keep_top": config.keep_top,
+            "scratch_budget": config.scratch_budget,
+            "workers": cli.workers(),
+        }
+    )
+    answers = found if isinstance(found, dict) else {None: found}
+    for damping, attribution in answers.items():
+        path = output if damping is None else damping_path(output, damping)
+        print_summary(attribution, differences=config.differences)
+        print(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
+        if config.wandb:
+            log_to_wandb(attribution, path, project=_project(Path(config.ensemble)), differences=config.differences)
 
 
 def read_removals(removals: str) -> Any:

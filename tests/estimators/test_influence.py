@@ -5,8 +5,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.attribution import attribute_dampings
+from lightning_dtda import (
+    Attribution,
+    Ensemble,
+    InfluenceFunctions,
+    TrajectoryRecorder,
+    UnrolledDifferentiation,
+    attribute,
+)
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import Curvature, ExactHessian, GaussNewton, Hessian, Identity
 from lightning_dtda.estimators.curvatures.identity import DiagonalSpectrum
@@ -111,7 +117,7 @@ def test_one_fit_serves_many_dampings(converged, tmp_path, monkeypatch):
     fits = []
     fit_once = GaussNewton.fit
     monkeypatch.setattr(GaussNewton, "fit", lambda self, objective: fits.append(1) or fit_once(self, objective))
-    found = attribute_dampings(
+    found = attribute(
         ensemble, Ridge(), data, queries=queries, dampings=[0.1, "auto", 0.0], measurement="prediction", progress=False
     )
     assert len(fits) == len(ensemble)
@@ -120,11 +126,25 @@ def test_one_fit_serves_many_dampings(converged, tmp_path, monkeypatch):
         torch.testing.assert_close(attribution.responses, alone.responses, rtol=1e-12, atol=1e-14)
         assert attribution.about["estimator"] == alone.about["estimator"]
     with pytest.raises(AttributionError, match="each only once"):
-        attribute_dampings(ensemble, Ridge(), data, queries=queries, dampings=[0.1, 0.1])
+        attribute(ensemble, Ridge(), data, queries=queries, dampings=[0.1, 0.1])
     with pytest.raises(AttributionError, match="has no damping"):
-        attribute_dampings(
-            ensemble, Ridge(), data, queries=queries, dampings=[0.1], estimator=UnrolledDifferentiation()
-        )
+        attribute(ensemble, Ridge(), data, queries=queries, dampings=[0.1], estimator=UnrolledDifferentiation())
+
+
+def test_several_dampings_are_stored_run_by_run_and_continued(converged, tmp_path, monkeypatch):
+    ensemble, data, queries = converged
+
+    def answer(dampings, ensemble=ensemble):
+        return attribute(ensemble, Ridge(), data, queries=queries, dampings=dampings, output=tmp_path, progress=False)
+
+    part = answer([0.1, "auto"], ensemble[:1])
+    whole = answer([0.1, "auto"])
+    assert whole["auto"].runs == tuple(run.name for run in ensemble)
+    stored = Attribution.load(tmp_path / "damping-0.1")
+    assert torch.equal(stored.responses[:1][:], part[0.1].responses[:])
+    monkeypatch.setattr(GaussNewton, "fit", lambda *_: pytest.fail("everything is on disk"))
+    again = answer([0.1, "auto"])
+    assert torch.equal(again["auto"].responses[:], whole["auto"].responses[:])
 
 
 def test_other_data_are_found_out(converged):
