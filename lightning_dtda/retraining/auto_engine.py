@@ -31,7 +31,12 @@ class AutoEngine(Engine):
     def __init__(self, workers: Workers, compile: bool | None) -> None:
         self._trainer = TrainerEngine(workers)
         self._stacked = StackedEngine(compile)
-        self.name: str = StackedEngine.name  # type: ignore[misc]
+        self._used: list[Engine] = []
+
+    @property
+    @override
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(engine.name for engine in self._used))
 
     @override
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
@@ -39,11 +44,12 @@ class AutoEngine(Engine):
         if len(tasks) >= _FEWEST:
             try:
                 for outcomes in self._stacked.train(retraining, tasks):
+                    self._used.append(self._stacked)
                     for outcome in outcomes:
                         remaining.remove(outcome.task)
                     yield outcomes
             except CannotStackError as error:
                 _log.info("Not stacked: %s. Training one by one with the Trainer.", error.reason)
         if remaining:
-            self.name = TrainerEngine.name  # type: ignore[misc]
+            self._used.append(self._trainer)
             yield from self._trainer.train(retraining, remaining)

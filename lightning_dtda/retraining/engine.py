@@ -83,6 +83,11 @@ class Engine(ABC):
     name: ClassVar[str]
     """Name of the engine in the ground truth's ``about["engine"]``."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the engines that have trained: this one, or those that it leaves the work to."""
+        return (self.name,)
+
     @abstractmethod
     def train(self, retraining: Retraining, tasks: Sequence[Task]) -> Iterator[list[Outcome]]:
         """Train, and yield outcomes as soon as trainings finish, in any order; each task once.

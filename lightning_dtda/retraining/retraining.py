@@ -175,7 +175,7 @@ def retrain(
     finished, failures = _train(trained.engine, retraining, tasks, store, progress)
     measurements, baseline = gather(finished, positions, trained.seeds, trained.baseline_seeds, len(names))
     about |= {
-        "engine": trained.engine.name,
+        "engine": ", ".join(trained.engine.names),
         "failures": [
             {"subset": None if task.subset is None else positions.index(task.subset), "seed": task.seed, "reason": why}
             for task, why in failures.items()
@@ -285,7 +285,7 @@ def _train(
                 advance(len(outcomes))
     finally:
         if store is not None and remaining:
-            store.note(engine.name, failures)
+            store.note(engine.names, failures)
     if failures:
         what = f"{len(failures)} of {len(remaining)} trainings failed ({_reasons(failures)})"
         if not any(task in finished for task in tasks):

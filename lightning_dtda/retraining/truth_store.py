@@ -170,10 +170,10 @@ class TruthStore:
                 f"{self.path} cannot be written to ({error}). Free some disk space, then call again to continue."
             ) from error
 
-    def note(self, engine: str, failures: Mapping[Task, str]) -> None:
-        """Store which engine trained, and which trainings failed."""
+    def note(self, engines: Sequence[str], failures: Mapping[Task, str]) -> None:
+        """Store which engines trained, and which trainings failed."""
         with self._changed() as index:
-            index["engine"] = list(dict.fromkeys([*index["engine"], engine]))
+            index["engine"] = list(dict.fromkeys([*index["engine"], *engines]))
             finished = self.finished()
             known = {Task(entry["subset"], entry["seed"]): entry["reason"] for entry in index["failures"]}
             known.update(failures)

@@ -151,7 +151,7 @@ def _write_many(path, own):
     position = store.positions([[own]])[0]
     for seed in range(20):
         store.add([Task(position, seed)], torch.tensor([[float(100 * own + seed)]]))
-    store.note(f"engine-{own}", {Task(position, 99): "lost"})
+    store.note([f"engine-{own}"], {Task(position, 99): "lost"})
 
 
 @pytest.mark.slow
