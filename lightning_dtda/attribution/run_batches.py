@@ -38,6 +38,7 @@ def estimates(
         for batch in plan.batches:
             yield batch, estimator.estimate(batch, question, plan, advance)
         return
+    question.kept.clear()  # this process computes nothing
     runs = {str(run.path.resolve()): run for batch in plan.batches for run in batch}
     lost: list[str] = []
     for paths, found in workers.run(_Work(estimator, question, replace(plan, batches=())), _pieces(plan, workers)):

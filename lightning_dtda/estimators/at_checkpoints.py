@@ -29,6 +29,9 @@ workspace of convolutions."""
 _TIMED, _LONG_ENOUGH = 16, 0.05
 """Minimum number of examples, and minimum time in seconds, of a trial that predicts the time for all examples."""
 
+_PLANNED = "objective of the plan"
+"""Key in :attr:`Question.kept`."""
+
 Answer = tuple[Tensor, Sequence[Tensor]]
 """For one run, m ``(Q,)`` and the responses ``(Q, K)``, in one version or several."""
 
@@ -68,7 +71,6 @@ class CheckpointEstimator(Estimator):
         self.memory_budget = memory_budget
         self._chunks: dict[str, int] = {}
         self._kept: dict[Any, Any] = {}
-        self._planned: Objective | None = None
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class CheckpointEstimator(Estimator):
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         self._chunks.clear()
         self._kept.clear()
-        self._planned = None
+        question.kept.pop(_PLANNED, None)
         budget = self.memory_budget * GIB
         objective = self.objective(question.replay(runs[:1], self.precision), question, question.step)
         passes = self.passes(runs, question, objective)
@@ -115,7 +117,7 @@ class CheckpointEstimator(Estimator):
             )
         vectors = objective.theta.new_ones(chunk, objective.size)
         seconds = _seconds_of_slopes(objective, vectors) * passes
-        self._planned = objective
+        question.kept[_PLANNED] = self, objective
         return Plan(
             batches=batches_of_equal_shape(runs, _TOGETHER),
             queries_per_chunk=chunk,
@@ -164,8 +166,8 @@ class CheckpointEstimator(Estimator):
         """Return the training objective of a run at a step, with a fraction of the memory for its computations."""
         memory, draws = self.memory_budget * GIB * share, question.draws
         # the first answer reuses the objective of the plan, which then gives it up
-        planned, self._planned = self._planned, None
-        if planned is not None and scale is None and decay is None and planned.is_of(replay, step, memory):
+        owner, planned = question.kept.pop(_PLANNED, (None, None))
+        if owner is self and scale is None and decay is None and planned.is_of(replay, step, memory):
             return planned
         return Objective(
             replay, step, memory=memory, chunks=self._chunks, scale=scale, decay=decay, draws=draws, kept=self._kept
@@ -178,7 +180,7 @@ class CheckpointEstimator(Estimator):
         return objective
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_chunks": {}, "_kept": {}, "_planned": None}  # valid in this process only
+        return vars(self) | {"_chunks": {}, "_kept": {}}  # valid in this process only
 
 
 def answer_in_chunks(replay: Replay, question: Question, plan: Plan, respond: Responder) -> Answer:

@@ -22,8 +22,8 @@ Advance = Callable[[float], None]
 """Function called with the number of steps done since the last call; a step of R runs counts as R."""
 
 
-class _Kept(dict[Any, Replay]):
-    """Replays cached in one process; a pickled question takes none of them along."""
+class _Kept(dict[Any, Any]):
+    """Objects cached in one process; a pickled question takes none of them along."""
 
     def __reduce__(self) -> Any:
         return _Kept, ()
@@ -52,7 +52,8 @@ class Question:
     removals: Removals
     step: int | None = None
     draws: Draws = field(default_factory=Draws)
-    _replays: _Kept = field(default_factory=lambda: _Kept(), compare=False, repr=False)
+    kept: _Kept = field(default_factory=lambda: _Kept(), compare=False, repr=False)
+    """Replays, and what a plan leaves for the first answer."""
 
     def replay(self, runs: Sequence[Run], precision: Precision = "recorded", tolerance: float = 1e-3) -> Replay:
         """Return the replay of some runs; replays of the same precision share one copy of the module.
@@ -62,11 +63,11 @@ class Question:
             precision: See :class:`~lightning_dtda.replay.Replay`.
             tolerance: See :class:`~lightning_dtda.replay.Replay`.
         """
-        kept = self._replays.get((precision, tolerance))
+        kept: Replay | None = self.kept.get((precision, tolerance))
         if kept is not None:
             return kept.of(runs)
         replay = Replay(runs, self.module, self.examples, precision=precision, device=self.device, tolerance=tolerance)
-        self._replays[precision, tolerance] = replay
+        self.kept[precision, tolerance] = replay
         return replay
 
     def end(self, steps: int) -> int:
