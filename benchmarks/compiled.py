@@ -99,7 +99,7 @@ def trial(net: str, device: torch.device, runs: int, queries: int) -> dict[str, 
             started = time.perf_counter()
             step_of(compiled, count)()
             seconds = time.perf_counter() - started
-            if compiled.has_compiled:
+            if compiled.ways.has_compiled:
                 found[f"{name}, compiled"] = fastest(step_of(compiled, count), device) / unit / size
                 found[f"{name}, compiled, MiB"] = peak_memory(step_of(compiled, count), device) / 2**20
                 found[f"{name}, seconds to compile"] = seconds

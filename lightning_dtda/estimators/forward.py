@@ -105,7 +105,7 @@ def estimate_forward(
     step = replay.steps if step is None else step
     chunks = membership.split(removals_per_chunk)
     baseline, responses = torch.empty(0), []
-    averaged = set(replay.averaged_steps) if step == replay.steps else set()
+    averaged = set(replay.records.averaged_steps) if step == replay.steps else set()
     for chunk in chunks:
         average: Tangents | None = None
         for position in forward_sweep(
@@ -129,8 +129,8 @@ def estimate_forward(
 def _added(replay: Replay, average: Tangents | None, position: Position) -> Tangents:
     """Add the tangents of a step to the tangents of the weight average that training ended with."""
     found = position.tangents
-    of_theta = replay.averaged_steps.get(position.step, 0.0)
-    of_statistics = replay.averages_statistics(position.step)
+    of_theta = replay.records.averaged_steps.get(position.step, 0.0)
+    of_statistics = replay.records.averages_statistics(position.step)
     theta = of_theta * found.theta
     statistics = {name: of_statistics * part for name, part in found.statistics.items()}
     if average is not None:
@@ -140,7 +140,7 @@ def _added(replay: Replay, average: Tangents | None, position: Position) -> Tang
 
 
 def _answer(replay: Replay, position: Position, question: Question, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    is_average = position.step == replay.steps and bool(replay.averaged_steps)
+    is_average = position.step == replay.steps and bool(replay.records.averaged_steps)
     values, gradients, of_statistics = question.measure_with_gradients(
         replay, numbers, position.step, None if is_average else (position.theta, position.buffers)
     )

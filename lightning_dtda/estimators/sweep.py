@@ -67,7 +67,7 @@ def sweep(
     responses = adjoints.theta.new_zeros(runs, queries, examples)
     end = replay.steps if end is None else end
     enter: Enter | None = None
-    if end == replay.steps and replay.averaged_steps:
+    if end == replay.steps and replay.records.averaged_steps:
         # an average over steps is measured: its adjoint enters at each of these steps
         enter = _entering(replay, adjoints.theta, adjoints.statistics)
         nothing = {name: torch.zeros_like(part) for name, part in adjoints.statistics.items()}
@@ -133,12 +133,12 @@ def unroll(
 
 def _entering(replay: Replay, adjoint: Tensor, statistics_adjoint: dict[str, Tensor]) -> Enter:
     """Return a function that adds the adjoint of a weight average to the adjoints of the averaged steps."""
-    coefficients = replay.averaged_steps
+    coefficients = replay.records.averaged_steps
 
     def enter(step: int, current: Tensor, statistics: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if coefficient := coefficients.get(step, 0.0):
             current = current + coefficient * adjoint
-        if coefficient := replay.averages_statistics(step):
+        if coefficient := replay.records.averages_statistics(step):
             statistics = {name: part + coefficient * statistics_adjoint[name] for name, part in statistics.items()}
         return current, statistics
 

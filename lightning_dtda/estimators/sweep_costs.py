@@ -349,7 +349,7 @@ def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | No
     replay = make(size).stack(way.stacked).compile()
     take = costs.step(replay, directions)
     take()
-    if not replay.has_compiled:
+    if not replay.ways.has_compiled:
         return None
     peak = _peak(take, replay) / size
     if way.stacked:

@@ -61,6 +61,20 @@ class Records:
         of_buffers = {name: self._stack([one.buffers[name] for one in averages], cast) for name in averages[0].buffers}
         return theta, self.buffers(self.runs[0].steps) | of_buffers
 
+    @property
+    def averaged_steps(self) -> dict[int, float]:
+        """Coefficients of the average that the runs ended with, by step; empty if there is no average."""
+        return self.runs[0].averaged_steps
+
+    def averages_statistics(self, step: int) -> float:
+        """Return the coefficient of a step's running statistics in the final result of the training."""
+        average = self.runs[0].manifest.average
+        if average is None or average["buffers"] == "last":
+            return float(step == self.runs[0].steps)
+        if average["buffers"] == "updated":  # the statistics of the last update
+            return float(step == average["steps"][-1])
+        return self.averaged_steps.get(step, 0.0)
+
     def gradient(self, step: int) -> Tensor:
         """Read the gradient that was applied in a step ``(runs, P)``."""
         return self._stack([run.gradient_vector(step) for run in self.runs])

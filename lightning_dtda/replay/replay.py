@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.optimizers import Hyperparameters, State
 from lightning_dtda.optimizers.clipping import NormClipping
-from lightning_dtda.replay.batches import stack_leaves
-from lightning_dtda.replay.compiled import CompiledAlone, CompiledStack
 from lightning_dtda.replay.drift import Drift, RecordComparison, Recorded
 from lightning_dtda.replay.eager import Eager, Products
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.pieces import FEWEST_HELD, left_to_hold, piece_length
+from lightning_dtda.replay.pieces import Start, visit_backwards
+from lightning_dtda.replay.recorded_batches import RecordedBatches
 from lightning_dtda.replay.records import Records, check_fit
 from lightning_dtda.replay.replica import Replica
-from lightning_dtda.replay.running_statistics import batch_norm_layers
-from lightning_dtda.replay.stacked import Stacked
+from lightning_dtda.replay.running_statistics import affect_passes
 from lightning_dtda.replay.stand_ins import Circumstances, Time
-from lightning_dtda.replay.steps import MicroBatchInputs, Point, StepBatch
+from lightning_dtda.replay.steps import Point, StepBatch
 from lightning_dtda.replay.tangents import Position, gradient_tangents, push
-from lightning_dtda.trajectory import MicroBatch, Run
-
-_log = logging.getLogger(__name__)
+from lightning_dtda.replay.ways import Ways
+from lightning_dtda.trajectory import Run
 
 Precision = Literal["recorded", "float64"]
 
@@ -87,18 +83,11 @@ class Replay:
             module, self.layout, circumstances, self.dtype, self.device, self.recorded_dtype, examples.datamodule
         )
         self.eager = Eager(replica)
-        self._stacking = Stacked(self.eager)
-        self._compiling = {True: CompiledStack(self.eager), False: CompiledAlone(self.eager)}
-        self._is_stacked, self._is_compiled = False, False
+        self.ways = Ways(self.eager)
         self._can_stack: bool | None = None
-        statistics = set(self.eager.statistics.names)
-        counters = {
-            f"{name}.num_batches_tracked".lstrip(".")
-            for name, layer in batch_norm_layers(replica.module).items()
-            if layer.momentum is not None
-        }
-        # in training mode, the running statistics do not affect a pass
-        self._pass_depends_on_buffers = not statistics | counters >= set(circumstances.updated_buffers)
+        self._pass_depends_on_buffers = affect_passes(
+            circumstances.updated_buffers, replica.module, self.eager.statistics
+        )
         self._take(runs)
 
     def _take(self, runs: Sequence[Run]) -> None:
@@ -109,15 +98,14 @@ class Replay:
         self.update = first.update
         self.clipping = first.clipping
         self.checkpoint_steps = first.checkpoint_steps
-        self._records = Records(self.runs, self.dtype, self.device)
+        self.records = Records(self.runs, self.dtype, self.device)
+        self._batches = RecordedBatches(self.runs, self.examples, self.device)
         self._comparison = RecordComparison.of_runs(self.runs, self._tolerance, self.dtype, self.device)
         self.rebuilds_from_gradients = (
             first.has_exact_gradients and self.dtype == self.recorded_dtype and not self._pass_depends_on_buffers
         )
         """Whether steps are rebuilt from the recorded gradients, without running the module."""
         self._records_gradients = first.manifest.gradients != "none"
-        self._stores_batches = first.manifest.batches == "store"
-        self._ahead: Iterator[tuple[int, list[list[Any]]]] | None = None
 
     def of(self, runs: Sequence[Run]) -> Replay:
         """Return a replay of other runs of the same ensemble that shares the module with this one."""
@@ -153,9 +141,7 @@ class Replay:
 
         Steps that cannot be stacked always run one by one.
         """
-        other = copy.copy(self)
-        other._is_stacked = stacked
-        return other
+        return self._in(self.ways.stack(stacked))
 
     def compile(self, compiled: bool = True) -> Replay:
         """Return a copy of this replay that compiles the products of steps, for one run and direction or stacked.
@@ -163,22 +149,12 @@ class Replay:
         The first step then takes 15 seconds or more. Steps that cannot be compiled run uncompiled, and so do those of
         recurrent layers, whose operations grow with the number of time steps.
         """
-        module = self.eager.replica.module
-        is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in module.modules())
-        if compiled and is_recurrent:
-            _log.info(
-                "Steps of %s are not compiled: each time step of its recurrent layers would be compiled by itself, "
-                "which takes longer than it saves.",
-                type(module).__name__,
-            )
-        other = copy.copy(self)
-        other._is_compiled = compiled and not is_recurrent
-        return other
+        return self._in(self.ways.compile(compiled))
 
-    @property
-    def has_compiled(self) -> bool:
-        """Whether any step of this replay was compiled."""
-        return self._compiling[self._is_stacked].has_compiled
+    def _in(self, ways: Ways) -> Replay:
+        other = copy.copy(self)
+        other.ways = ways
+        return other
 
     @property
     def can_stack(self) -> bool:
@@ -187,14 +163,8 @@ class Replay:
             directions = torch.zeros(1, 1, self.layout.size, dtype=self.dtype, device=self.device)
             first = self.alone(0).stack()
             first.directional(0, first.point(0), directions, first.buffers(0), first.no_statistics(directions))
-            self._can_stack = self._stacking.has_traced
+            self._can_stack = self.ways.stacked.has_traced
         return self._can_stack
-
-    @property
-    def _way(self) -> Eager:
-        if self._is_compiled:
-            return self._compiling[self._is_stacked]
-        return self._stacking if self._is_stacked else self.eager
 
     def no_statistics(self, cotangents: Tensor) -> dict[str, Tensor]:
         """Return zero cotangents of the running statistics to match those of the parameters ``(runs, queries, P)``."""
@@ -211,14 +181,14 @@ class Replay:
         Both are rebuilt from the previous checkpoint. After the last step, they are the final result of the training,
         which may be an average over its steps.
         """
-        if step == self.steps and (average := self._records.average()) is not None:
+        if step == self.steps and (average := self.records.average()) is not None:
             return average
         theta, _, buffers = self._at(step, follows_buffers=bool(self._updated_buffers))
         return theta, buffers
 
     def point(self, step: int) -> Point:
         """Return the starting point of a step, rebuilt from the previous checkpoint."""
-        return self._point(step, *self._at(step))[0]
+        return self.point_at(step, *self._at(step))[0]
 
     def _at(self, step: int, follows_buffers: bool = False) -> tuple[Tensor, list[State], dict[str, Tensor]]:
         """Return parameters, states and buffers after a number of steps, rebuilt from the previous checkpoint."""
@@ -226,85 +196,29 @@ class Replay:
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
         for t in range(start, step):
-            point, buffers = self._point(t, theta, states, buffers, follows_buffers)
-            theta, states = self._advance(t, point)
+            point, buffers = self.point_at(t, theta, states, buffers, follows_buffers)
+            theta, states = self.advance(t, point)
         return theta, states, buffers
 
     def checkpoint(self, step: int) -> tuple[Tensor, list[State]]:
         """Read parameters ``(runs, P)`` and each group's optimizer state at a recorded checkpoint."""
-        return self._records.checkpoint(step)
+        return self.records.checkpoint(step)
 
     def buffers(self, step: int) -> dict[str, Tensor]:
         """Read buffers and frozen parameters at a recorded checkpoint, each ``(runs, ...)``."""
-        return self._records.buffers(step)
+        return self.records.buffers(step)
 
     def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
         """Return each group's hyperparameters; see :meth:`~lightning_dtda.replay.records.Records.hyperparameters`."""
-        return self._records.hyperparameters(step, ndim)
+        return self.records.hyperparameters(step, ndim)
 
     def batch(self, step: int) -> StepBatch:
         """Return the micro-batches of a step; their batches are made on demand."""
-        micro_batches = [run.micro_batches(step) for run in self.runs]
-        ready = self._read_ahead(step)
-        passes = [
-            [
-                self._inputs(run, step, micro_batch, ready[number][part] if ready else None)
-                for part, micro_batch in enumerate(of_run)
-            ]
-            for number, (run, of_run) in enumerate(zip(self.runs, micro_batches, strict=True))
-        ]
-        indices = [run.batch_indices(step) for run in self.runs]
-        return StepBatch.of(indices, passes, self.device, lambda part: self._leaves(micro_batches, passes, part))
+        return self._batches.of(step)
 
     def expect(self, steps: Sequence[int]) -> None:
         """Have DataLoader workers, if the training used them, read the batches of these steps ahead, in this order."""
-        if self._stores_batches or not self.examples.reads_ahead:
-            self._ahead = None
-            return
-        lists = [
-            [[micro_batch.indices.tolist() for micro_batch in run.micro_batches(step)] for run in self.runs]
-            for step in steps
-        ]
-        batches = self.examples.batches([indices for step in lists for run in step for indices in run])
-        self._ahead = (
-            (step, [[next(batches) for _ in run] for run in of_step])
-            for step, of_step in zip(steps, lists, strict=True)
-        )
-
-    def _read_ahead(self, step: int) -> list[list[Any]] | None:
-        if self._ahead is None:
-            return None
-        expected, batches = next(self._ahead, (None, None))
-        if expected != step:
-            self._ahead = None
-            return None
-        return batches
-
-    def _inputs(self, run: Run, step: int, micro_batch: MicroBatch, ready: Any) -> MicroBatchInputs:
-        def make(rows: Sequence[int]) -> Any:
-            if self._stores_batches:
-                return self.examples.restore([leaf[list(rows)] for leaf in micro_batch.leaves])
-            if ready is not None and isinstance(rows, range):
-                return ready
-            return self.examples.collated(micro_batch.indices[list(rows)].tolist())
-
-        time = Time(micro_batch.epoch, micro_batch.global_step, micro_batch.batch_idx, run.hyperparameters(step))
-        factor = 1 / (run.accumulation(step) * len(run.processes))
-        return MicroBatchInputs(
-            len(micro_batch.indices), time, micro_batch.rng_states, make, factor, micro_batch.process == 0
-        )
-
-    def _leaves(
-        self, micro_batches: list[list[MicroBatch]], passes: list[list[MicroBatchInputs]], part: int
-    ) -> list[Tensor] | None:
-        """Return the tensors of micro-batch number ``part`` of all runs; ``None`` if they cannot be stacked."""
-        if len({len(of_run) for of_run in passes}) > 1 or len({of_run[part].examples for of_run in passes}) > 1:
-            return None
-        if not self._stores_batches:
-            found = self.examples.tensors(torch.stack([of_run[part].indices for of_run in micro_batches]))
-            if found is not None:
-                return found
-        return stack_leaves([of_run[part].batch() for of_run in passes])
+        self._batches.expect(steps)
 
     # -- gradients
 
@@ -322,7 +236,7 @@ class Replay:
     def _gradient(
         self, step: int, theta: Tensor, buffers: dict[str, Tensor], weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return self._way.gradient(self.batch(step), theta, buffers, weights)
+        return self.ways.chosen.gradient(self.batch(step), theta, buffers, weights)
 
     def check_step(self, step: int) -> None:
         """Compare the gradient of one step with the record, for callers that do not replay steps.
@@ -336,21 +250,7 @@ class Replay:
         if self._records_gradients:
             start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
             gradient = self.gradient(start, self.checkpoint(start)[0], self.buffers(start))
-            self._comparison.gradient(start, self.clipping.apply(gradient), self._records.gradient(start))
-
-    @property
-    def averaged_steps(self) -> dict[int, float]:
-        """Coefficients of the average that the runs ended with, by step; empty if there is no average."""
-        return self.runs[0].averaged_steps
-
-    def averages_statistics(self, step: int) -> float:
-        """Return the coefficient of a step's running statistics in the final result of the training."""
-        average = self.runs[0].manifest.average
-        if average is None or average["buffers"] == "last":
-            return float(step == self.steps)
-        if average["buffers"] == "updated":  # the statistics of the last update
-            return float(step == average["steps"][-1])
-        return self.averaged_steps.get(step, 0.0)
+            self._comparison.gradient(start, self.clipping.apply(gradient), self.records.gradient(start))
 
     def retrain(
         self, weights: Tensor, start: int = 0, stop: int | None = None, *, averaged: bool = True
@@ -372,20 +272,20 @@ class Replay:
         stop = self.steps if stop is None else stop
         theta, states = self.checkpoint(start)
         buffers = self.buffers(start)
-        coefficients = self.averaged_steps if averaged and start == 0 and stop == self.steps else {}
+        coefficients = self.records.averaged_steps if averaged and start == 0 and stop == self.steps else {}
         total = torch.zeros_like(theta)
         of_statistics = {name: 0 * part for name, part in self.statistics(buffers).items()}
         self.expect(range(start, stop))
         for step in range(start, stop + 1):
             total += coefficients.get(step, 0.0) * theta
             for name, part in of_statistics.items():
-                part += self.averages_statistics(step) * buffers[name]
+                part += self.records.averages_statistics(step) * buffers[name]
             if step == stop:
                 break
             of_examples = weights.gather(1, self._indices(step))
             gradient, after = self._gradient(step, theta, buffers, of_examples)
             buffers = buffers | after
-            theta, states = self._advance(step, Point(theta, states, self.clipping.apply(gradient), gradient))
+            theta, states = self.advance(step, Point(theta, states, self.clipping.apply(gradient), gradient))
         if not coefficients:
             return theta, buffers
         return total, buffers | of_statistics
@@ -416,59 +316,8 @@ class Replay:
         Raises:
             ReplayError: If the end of the stretch differs from the recorded checkpoint by more than rounding.
         """
-        theta, states = self.checkpoint(first)
-        compare = last in self.checkpoint_steps
-        yield from self._backwards(first, last, stop or last, theta, states, self.buffers(first), compare)
-
-    def _backwards(
-        self,
-        first: int,
-        last: int,
-        stop: int,
-        theta: Tensor,
-        states: list[State],
-        buffers: dict[str, Tensor],
-        compare: bool = False,
-        held: float | None = None,
-    ) -> Iterator[tuple[int, Point]]:
-        held = max(FEWEST_HELD, self.held) if held is None else held
-        piece = piece_length(stop - first, held)
-        points, starts = self._rebuilt(first, last if compare else stop, stop, piece, theta, states, buffers, compare)
-        if points:
-            self.expect(range(stop - 1, first - 1, -1))
-        while points:
-            yield first + len(points) - 1, points.pop()()
-        while starts:
-            begin = first + piece * (len(starts) - 1)
-            end = min(begin + piece, stop)
-            # popped in the call: a local name would keep the starting point alive longer than the call needs it
-            yield from self._backwards(begin, end, end, *starts.pop(), held=left_to_hold(held, len(starts)))
-
-    def _rebuilt(
-        self,
-        first: int,
-        last: int,
-        stop: int,
-        piece: int,
-        theta: Tensor,
-        states: list[State],
-        buffers: dict[str, Tensor],
-        compare: bool,
-    ) -> tuple[list[Callable[[], Point]], list[tuple[Tensor, list[State], dict[str, Tensor]]]]:
-        """Return the starting points of the steps before ``stop`` if they are one piece, else those of the pieces."""
-        points, starts, first_theta = [], [], theta
-        if not self.rebuilds_from_gradients:
-            self.expect(range(first, last))
-        for step in range(first, last):
-            if step < stop and piece < stop - first and (step - first) % piece == 0:
-                starts.append((theta, states, buffers))
-            point, buffers = self._point(step, theta, states, buffers)
-            if step < stop and not starts:
-                points.append(self._held_point(step, point))
-            theta, states = self._advance(step, point)
-        if compare:
-            self.compare(first, last, first_theta, theta)
-        return points, starts
+        start = Start(*self.checkpoint(first), self.buffers(first))
+        yield from visit_backwards(self, first, last, stop or last, start, compares=last in self.checkpoint_steps)
 
     def compare(self, first: int, last: int, start: Tensor, theta: Tensor) -> None:
         """Compare the end of a replayed stretch with the record.
@@ -537,10 +386,10 @@ class Replay:
         """
         batch = self.batch(step)
         buffers = buffers | point.buffers
-        products = self._way.products(batch, point.theta, buffers, directions, statistics_cotangents)
+        products = self.ways.chosen.products(batch, point.theta, buffers, directions, statistics_cotangents)
         expected = [point.gradient]
         if self._records_gradients and not self.rebuilds_from_gradients:
-            expected.append(self._records.gradient(step))
+            expected.append(self.records.gradient(step))
         self._compare_gradient(step, products.gradient, expected, point.theta, buffers)
         return batch.indices, products
 
@@ -577,10 +426,10 @@ class Replay:
         batch = self.batch(step)
         removed = membership[:, batch.indices].transpose(0, 1)
         tangents = gradient_tangents(
-            self._way, batch, theta, buffers, removed, position.tangents, bool(self._updated_buffers)
+            self.ways.chosen, batch, theta, buffers, removed, position.tangents, bool(self._updated_buffers)
         )
         if self._records_gradients:
-            self._compare_gradient(step, tangents.gradient, [self._records.gradient(step)], theta, buffers)
+            self._compare_gradient(step, tangents.gradient, [self.records.gradient(step)], theta, buffers)
         point = (
             self._recorded_point(step, theta, states)
             if self.rebuilds_from_gradients
@@ -589,9 +438,9 @@ class Replay:
         after = push(
             self.update, self.clipping, self.hyperparameters(step, ndim=3), step, point, position.tangents, tangents
         )
-        return Position(step + 1, *self._advance(step, point), buffers | tangents.buffers, after)
+        return Position(step + 1, *self.advance(step, point), buffers | tangents.buffers, after)
 
-    def _point(
+    def point_at(
         self,
         step: int,
         theta: Tensor,
@@ -609,22 +458,23 @@ class Replay:
         return Point(theta, states, self.clipping.apply(unclipped), unclipped, held), buffers | after
 
     def _recorded_point(self, step: int, theta: Tensor, states: list[State]) -> Point:
-        applied = self._records.gradient(step)
+        applied = self.records.gradient(step)
         if isinstance(self.clipping, NormClipping):
-            norms = self._records.gradient_norms(step)
+            norms = self.records.gradient_norms(step)
             return Point(theta, states, applied, self.clipping.unclipped(applied, norms[:, None]))
         return Point(theta, states, applied, applied)
 
     @property
     def reads_gradients_again(self) -> bool:
         """Whether the gradients of held steps are read again when needed, instead of being held in memory."""
-        return self.rebuilds_from_gradients and not self._is_stacked
+        return self.rebuilds_from_gradients and not self.ways.is_stacked
 
-    def _held_point(self, step: int, point: Point) -> Callable[[], Point]:
+    def held_point(self, step: int, point: Point) -> Callable[[], Point]:
         """Return a function that recreates a point and holds as little memory as possible."""
         if self.reads_gradients_again:
             return partial(self._recorded_point, step, point.theta, point.states)
         return lambda: point
 
-    def _advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
+    def advance(self, step: int, point: Point) -> tuple[Tensor, list[State]]:
+        """Return the parameters and states after a step."""
         return self.update.step(point.theta, point.states, point.gradient, self.hyperparameters(step), step=step)

@@ -6,7 +6,7 @@ affect them through the parameters, and measurements of the trained model depend
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -20,6 +20,19 @@ from lightning_dtda.compatibility import BatchNorm
 def batch_norm_layers(module: nn.Module) -> dict[str, BatchNorm]:
     """Return the BatchNorm layers of a module by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BatchNorm)}
+
+
+def affect_passes(updated: Iterable[str], module: nn.Module, statistics: RunningStatistics) -> bool:
+    """Return whether any of the buffers that steps update may affect a pass.
+
+    In training mode, running statistics do not; nor do the counters of layers with a fixed momentum.
+    """
+    counters = {
+        _join(name, "num_batches_tracked")
+        for name, layer in batch_norm_layers(module).items()
+        if layer.momentum is not None
+    }
+    return not {*statistics.names, *counters} >= set(updated)
 
 
 class RunningStatistics:

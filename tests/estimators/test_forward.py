@@ -263,8 +263,8 @@ def test_a_replay_that_leaves_the_record_is_refused(fit, tmp_path, monkeypatch):
 
 
 def test_without_recorded_gradients_it_is_found_at_the_next_checkpoint(replay, monkeypatch):
-    advance = Replay._advance
-    monkeypatch.setattr(Replay, "_advance", lambda *arguments: (advance(*arguments)[0] + 1e-2, advance(*arguments)[1]))
+    advance = Replay.advance
+    monkeypatch.setattr(Replay, "advance", lambda *arguments: (advance(*arguments)[0] + 1e-2, advance(*arguments)[1]))
     with pytest.raises(ReplayError, match="not reproduced between step 0 and step 4"):
         list(forward_sweep(replay, one_by_one(replay)))
 

@@ -106,7 +106,7 @@ def test_a_short_training_is_not_worth_a_trace_and_a_long_one_is(recorded, monke
     monkeypatch.setattr(UnrolledDifferentiation, "plan", lambda *a: plans.append(original(*a)) or plans[-1])
     # not by the clock of this machine: a step one by one takes twice as long as a stacked one
     seconds = {False: 2e-6, True: 1e-6}
-    monkeypatch.setattr(sweep_costs.Costs, "seconds", lambda self, replay, directions: seconds[replay._is_stacked])
+    monkeypatch.setattr(sweep_costs.Costs, "seconds", lambda self, replay, directions: seconds[replay.ways.is_stacked])
     make = MODULES["a network"]
     ensemble = recorded(make)
     short = responses(ensemble, make())

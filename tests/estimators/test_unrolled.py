@@ -84,7 +84,7 @@ def times(monkeypatch):
     seconds = {"plain": 0.05, "stacked": 0.1, "compiled": 0.01}
 
     def timed(_costs, replay, _directions):
-        way = "compiled" if replay._is_compiled else "stacked" if replay._is_stacked else "plain"
+        way = "compiled" if replay.ways.is_compiled else "stacked" if replay.ways.is_stacked else "plain"
         return seconds[way]
 
     monkeypatch.setattr(sweep_costs.Costs, "seconds", timed)

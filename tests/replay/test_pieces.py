@@ -24,8 +24,8 @@ def sgd(module):
 @pytest.mark.parametrize("held", [4, 6, 8, 16, 50, 111, 200])
 def test_as_many_steps_are_rebuilt_as_is_said(replay, monkeypatch, held):
     taken = []
-    advance = Replay._advance
-    monkeypatch.setattr(Replay, "_advance", lambda self, step, point: taken.append(step) or advance(self, step, point))
+    advance = Replay.advance
+    monkeypatch.setattr(Replay, "advance", lambda self, step, point: taken.append(step) or advance(self, step, point))
     monkeypatch.setattr(replay, "held", held)
     assert [step for step, _ in replay.backwards(0, 111)] == list(range(110, -1, -1))
     assert len(taken) == rebuilt_steps(111, held)
