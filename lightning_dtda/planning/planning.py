@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain, count
@@ -117,12 +117,7 @@ def plan(
         >>> found.runs, found.steps, found.examples, found.queries
         (20, 24, 353, 89)
     """
-    counts = {"runs": runs, "steps": steps, "epochs": epochs, "examples": examples, "query_count": query_count}
-    for name, value in (counts | {"workers": workers}).items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise AttributionError(f"{name}={value!r} must be a positive integer.")
-    if steps is not None and epochs is not None:
-        raise AttributionError(f"steps={steps} and epochs={epochs} are both given. Leave one of them out.")
+    _check_counts(runs=runs, steps=steps, epochs=epochs, examples=examples, query_count=query_count, workers=workers)
     if (trainer is None) == (ensemble is None):
         raise AttributionError(
             "Pass either a trainer, to record the first steps with, or an ensemble of recorded runs, but not both."
@@ -137,10 +132,8 @@ def plan(
     ):
         if trainer is not None:
             _set_length(trainer, steps, epochs)
-            settings = {} if recorder is None else recorder
-            first = record_first_steps(
-                trainer, module, data, TrajectoryRecorder(directory, run="trial", **settings), _SECONDS
-            )
+            tried = TrajectoryRecorder(directory, run="trial", **({} if recorder is None else recorder))
+            first = record_first_steps(trainer, module, data, tried, _SECONDS)
             device = trainer.strategy.root_device if device is None else device
         else:
             assert ensemble is not None
@@ -160,10 +153,7 @@ def plan(
         )
         number = runs or (RUNS if ensemble is None else len(ensemble))
         alike = [first.prolonged(len(question.examples))] * number
-        costs: dict[str, Cost | str] = {}
-        for estimator in estimators:
-            costs[_unused(label(estimator), costs)] = _cost(estimator, alike, question, workers)
-            advance(1)
+        costs = _costs(estimators, alike, question, workers, advance)
         found = Forecast(
             runs=number,
             steps=first.steps,
@@ -208,6 +198,31 @@ def _unused(name: str, names: Container[str]) -> str:
     """Return the name, with a number appended if it is already used."""
     others = (f"{name} {number}" for number in count(2))
     return next(one for one in chain([name], others) if one not in names)
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise AttributionError(f"{name}={value!r} must be a positive integer.")
+    if counts["steps"] is not None and counts["epochs"] is not None:
+        raise AttributionError(
+            f"steps={counts['steps']} and epochs={counts['epochs']} are both given. Leave one of them out."
+        )
+
+
+def _costs(
+    estimators: Sequence[Estimator],
+    runs: Sequence[ProlongedRun],
+    question: TrialQuestion,
+    workers: int,
+    advance: Callable[[float], None],
+) -> dict[str, Cost | str]:
+    """Return the cost of each estimator by its label, or why it cannot answer."""
+    costs: dict[str, Cost | str] = {}
+    for estimator in estimators:
+        costs[_unused(label(estimator), costs)] = _cost(estimator, runs, question, workers)
+        advance(1)
+    return costs
 
 
 def _cost(estimator: Estimator, runs: Sequence[ProlongedRun], question: TrialQuestion, workers: int) -> Cost | str:

@@ -127,12 +127,7 @@ def retrain(
     """
     if removal not in get_args(Removal):
         raise RetrainingError(f"removal={removal!r}; choose from {', '.join(get_args(Removal))}.")
-    name, function = resolve_measurement(measurement)
-    if output is not None and "<" in name:
-        raise RetrainingError(
-            f"The measurement {name} has no unique name, so its stored answers could be confused with those for "
-            "another measurement. Define it as a function at the top level of a Python file, or leave out output."
-        )
+    name, function = _usable_measurement(measurement, output)
     draws = Draws(measurement_draws, measurement_seed)
     workers = workers_of(workers)
     if removal == "reweight" and (not isinstance(workers, ThisProcess) or stacked != "auto" or compile is not None):
@@ -160,9 +155,6 @@ def retrain(
     if output is not None:
         store = TruthStore.create(output, about, names, removed, trained.seeds, trained.baseline_seeds, overwrite)
     positions = list(range(len(removed))) if store is None else store.positions(removed)
-    tasks = [Task(None, seed) for seed in trained.baseline_seeds]
-    # all subsets for a seed before the next seed: an interrupted call has some of each
-    tasks += [Task(position, seed) for seed in trained.seeds for position in positions]
     retraining = Retraining(
         recipe=trained.recipe,
         removed=removed if store is None else store.removed,
@@ -172,7 +164,7 @@ def retrain(
         device=None if device is None else usable_device(device),
         draws=draws,
     )
-    finished, failures = _train(trained.engine, retraining, tasks, store, progress)
+    finished, failures = _train(trained.engine, retraining, trained.tasks(positions), store, progress)
     measurements, baseline = gather(finished, positions, trained.seeds, trained.baseline_seeds, len(names))
     about |= {
         "engine": ", ".join(trained.engine.names),
@@ -196,6 +188,23 @@ class _Trained:
     seeds: tuple[int, ...]
     baseline_seeds: tuple[int, ...]
     about: dict[str, Any]
+
+    def tasks(self, positions: Sequence[int]) -> list[Task]:
+        """Return the trainings on all examples, and those without the subsets at these positions."""
+        # all subsets for a seed before the next seed: an interrupted call has some of each
+        return [Task(None, seed) for seed in self.baseline_seeds] + [
+            Task(position, seed) for seed in self.seeds for position in positions
+        ]
+
+
+def _usable_measurement(measurement: str | Measurement, output: str | Path | None) -> tuple[str, Measurement]:
+    name, function = resolve_measurement(measurement)
+    if output is not None and "<" in name:
+        raise RetrainingError(
+            f"The measurement {name} has no unique name, so its stored answers could be confused with those for "
+            "another measurement. Define it as a function at the top level of a Python file, or leave out output."
+        )
+    return name, function
 
 
 def _dropped(
