@@ -335,7 +335,7 @@ def keep_index_sampler(loader: Any, sampler: Any) -> None:
 
 
 def sample_count(sampler: Any) -> int | None:
-    """Return the number of samples that a random sampler was told to draw; ``None`` for one of each example."""
+    """Return the number of samples that a random sampler draws by its arguments; ``None`` for one of each example."""
     count: int | None = _private(sampler, "_num_samples", "The number of samples of a RandomSampler")
     return count
 

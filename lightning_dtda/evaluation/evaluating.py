@@ -261,9 +261,9 @@ def _shared_seeds(attribution: Attribution, truth: GroundTruth) -> tuple[int, ..
 
 
 def _checksum(truth: GroundTruth) -> int:
-    told = repr((truth.removed, truth.queries, truth.seeds, truth.baseline_seeds)).encode()
+    question = repr((truth.removed, truth.queries, truth.seeds, truth.baseline_seeds)).encode()
     values = (part.double().cpu().contiguous().numpy().tobytes() for part in (truth.measurements, truth.baseline))
-    return zlib.crc32(b"".join([told, *values]))
+    return zlib.crc32(b"".join([question, *values]))
 
 
 def _score(found: dict[str, Tensor], replicates: Replicates | None) -> Score:

@@ -308,5 +308,5 @@ def _reasons(failures: Mapping[Task, str]) -> str:
     tasks_of: dict[str, list[Task]] = {}
     for task, reason in failures.items():
         tasks_of.setdefault(reason, []).append(task)
-    told = [f"{some_tasks(tasks)}: {reason}" for reason, tasks in list(tasks_of.items())[:_REASONS]]
-    return "; ".join(told) + ("; ..." if len(tasks_of) > _REASONS else "")
+    reasons = [f"{some_tasks(tasks)}: {reason}" for reason, tasks in list(tasks_of.items())[:_REASONS]]
+    return "; ".join(reasons) + ("; ..." if len(tasks_of) > _REASONS else "")

@@ -1,4 +1,4 @@
-"""Runs whose responses explode: told out by a rule, left out of influences, named in the result."""
+"""Runs whose responses explode: found by a rule, left out of influences, named in the result."""
 
 import pytest
 import torch

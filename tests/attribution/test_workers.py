@@ -110,7 +110,7 @@ def test_runs_that_kill_every_worker_are_named(ray_cluster, ensemble, tmp_path):
         ask(ensemble, workers=RayCluster(retries=0), measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
-def test_a_process_that_is_killed_is_told(ensemble, tmp_path):
+def test_a_process_that_is_killed_is_reported(ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
     with pytest.raises(ExecutionError, match=r"A process was killed.*\d tasks were finished.*run the call again"):
         ask(ensemble, workers=2, measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
@@ -128,7 +128,7 @@ def test_what_is_finished_is_stored_and_not_done_again(ensemble, tmp_path):
     assert_same(found, ask(ensemble, estimator=estimator))
 
 
-def test_what_has_no_pickle_is_told(ensemble):
+def test_what_has_no_pickle_is_refused(ensemble):
     lock = threading.Lock()
 
     def measurement(module, batch):

@@ -98,7 +98,7 @@ def test_what_cannot_be_stacked_is_an_error_that_names_the_way_out(record, capsy
 
 
 @pytest.mark.slow
-def test_what_fails_in_a_process_is_told_with_its_log(record, config, tmp_path, capsys):
+def test_what_fails_in_a_process_is_reported_with_its_log(record, config, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         record("--seeds", "2", "--workers", "2", "--trainer.devices", "2")
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What is said of each run's responses: right where a record can be told from a bad one."""
+"""What is said of each run's responses: right if it distinguishes a good record from a bad one."""
 
 import logging
 
@@ -103,7 +103,7 @@ def cancelling():
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), Cancelling(), nn.Linear(5, 1))
 
 
-def test_responses_that_rounding_is_part_of_are_told(fit, tmp_path, caplog):
+def test_responses_that_are_partly_rounding_are_reported(fit, tmp_path, caplog):
     recorded = record(fit, tmp_path, network=cancelling)
     # a replay in double precision is far from the record, too
     with caplog.at_level(logging.WARNING, "lightning_dtda"):

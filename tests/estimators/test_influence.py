@@ -89,7 +89,7 @@ def test_queries_in_chunks_give_the_same(converged, monkeypatch):
     torch.testing.assert_close(chunked.responses, whole.responses, rtol=1e-12, atol=1e-14)
 
 
-def test_answers_are_stored_and_told_from_others(converged, tmp_path):
+def test_answers_are_stored_and_not_confused_with_others(converged, tmp_path):
     output = tmp_path / "attribution"
     found = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)), output=output)
     again = ask(converged, InfluenceFunctions(GaussNewton(damping=0.1)), output=output)

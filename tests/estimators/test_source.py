@@ -434,7 +434,7 @@ def test_more_segments_than_steps_are_refused(classifiers):
         ask(classifiers, Source([2, 5]), step=5)
 
 
-def test_answers_are_stored_and_told_from_others(classifiers, tmp_path):
+def test_answers_are_stored_and_not_confused_with_others(classifiers, tmp_path):
     output = tmp_path / "attribution"
     found = ask(classifiers, Source([2, 5], ExactHessian()), output=output)
     again = ask(classifiers, Source((2, 5), ExactHessian()), output=output)

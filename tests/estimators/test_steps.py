@@ -228,7 +228,7 @@ class Adversarial(Step):
 
 
 @pytest.mark.parametrize(("make", "is_followed"), [(Step, True), (Detached, False), (Adversarial, False)])
-def test_what_autograd_does_not_follow_is_told_by_the_diagnosis(fit, tmp_path, make, is_followed):
+def test_what_autograd_does_not_follow_is_found_by_the_diagnosis(fit, tmp_path, make, is_followed):
     # to autograd, what is detached does not depend on the parameters, and a turned gradient is a derivative
     answer = recorded(fit, tmp_path, make)
     (diagnosis,) = answer.about["diagnosis"].values()

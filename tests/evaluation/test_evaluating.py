@@ -122,7 +122,7 @@ def test_what_neither_says_is_not_compared(attribution, truth):
     assert evaluate(attribution, bare, ["mean"], replicates=0).removal == "reweight"
 
 
-def test_shared_seeds_are_told(attribution, truth):
+def test_shared_seeds_are_reported(attribution, truth):
     with pytest.warns(UserWarning, match="2 seeds were both recorded and retrained"):
         found = evaluate(attribution, replace(truth, baseline_seeds=(8, 9, *truth.baseline_seeds[2:])), replicates=0)
     assert found.shared_seeds == (8, 9)
@@ -141,7 +141,7 @@ def test_chaotic_runs_are_left_out_unless_all_are_wanted(attribution, truth):
     assert trusted.scores["mean"].score > all_runs.scores["mean"].score
 
 
-def test_missing_trainings_are_told_and_left_out(attribution, truth):
+def test_missing_trainings_are_reported_and_left_out(attribution, truth):
     measurements = truth.measurements.clone()
     measurements[2, 1:] = torch.nan
     with pytest.warns(UserWarning, match="5 trainings .* are missing. The 14 subsets with 6 seeds"):

@@ -64,7 +64,7 @@ def test_batches_and_half_precision_give_the_same():
         (torch.ones(2), torch.tensor([True, False]), [10], "above 0 and at most 1"),
     ],
 )
-def test_what_cannot_be_told_is_refused(suspicion, wrong, inspected, message):
+def test_what_cannot_be_evaluated_is_refused(suspicion, wrong, inspected, message):
     with pytest.raises(AttributionError, match=message):
         mislabel_detection(suspicion, wrong, inspected)
 

@@ -55,7 +55,7 @@ def ray():
         found.init(address=address, logging_level="warning")
 
 
-def test_what_has_no_pickle_is_told_before_ray_is_started(ray):
+def test_what_has_no_pickle_is_refused_before_ray_is_started(ray):
     lock = threading.Lock()
     with pytest.raises(ExecutionError, match=r"cannot be pickled.*lock.*inside functions"):
         retrained(lambda: lock and Regressor(), workers=RayCluster(address="local"))
@@ -133,7 +133,7 @@ def test_no_more_is_handed_out_than_a_few_for_each_cpu(ray_cluster):
 
 
 @pytest.mark.slow
-def test_what_a_worker_cannot_load_is_told_with_the_way_out(ray_cluster):
+def test_what_a_worker_cannot_load_is_refused_with_the_way_out(ray_cluster):
     class Here:
         def __reduce__(self):
             return __import__, ("a_package_that_only_the_driver_has",)

@@ -46,7 +46,7 @@ def test_what_has_no_pickle_is_sent_to_no_process_and_works_in_this_one():
     assert list(workers_of(1).run(lambda item: lock and item, [1])) == [(1, 1)]
 
 
-def test_a_process_that_dies_is_told_with_the_way_out():
+def test_a_process_that_dies_is_reported_with_the_way_out():
     with pytest.raises(ExecutionError, match=r"A process was killed.*tasks were finished.*fewer workers"):
         list(Processes(2).run(lambda item: os._exit(1), [1, 2]))
 

@@ -50,12 +50,12 @@ def of_class(name):
 
 
 @pytest.mark.parametrize("name", NO_DERIVATIVE)
-def test_an_optimizer_without_a_useful_derivative_is_told_why(name):
+def test_an_optimizer_without_a_useful_derivative_is_refused_with_the_reason(name):
     with pytest.raises(RecordingError, match=f"some_package.{name} cannot be followed: (it|its) .*Train with .*AdamW"):
         refuse_optimizers([of_class(name)])
 
 
-def test_an_unknown_optimizer_is_told_the_name_that_its_update_goes_by(monkeypatch):
+def test_the_error_of_an_unknown_optimizer_says_under_which_name_to_register_it(monkeypatch):
     optimizer = of_class("Unheard")
     with pytest.raises(RecordingError, match="is unknown") as caught:
         refuse_optimizers([optimizer])

@@ -369,7 +369,7 @@ def test_a_last_batch_of_one_is_followed(record):
     assert answer.about["drift"]["run"]["gradients"] < 1e-6
 
 
-def test_examples_that_the_collate_fn_leaves_out_later_are_told_from_the_others(record):
+def test_examples_that_the_collate_fn_leaves_out_later_are_distinguished(record):
     # of the batch that lacks one, no tensor has four rows
     def dropping(items):
         return default_collate([item for item in items if item["index"] != 22] or items)

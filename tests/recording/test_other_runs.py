@@ -59,10 +59,10 @@ def test_a_split_that_follows_the_seed_is_refused_before_the_second_seed_is_trai
     train(0, split_by_the_seed)
     with pytest.raises(
         RecordingError, match=r"(?s)seed-0001 cannot be recorded .*seed-0000, which was trained on other data"
-    ) as told:
+    ) as caught:
         train(1, split_by_the_seed)
-    assert "example 0 (and 14 others: 1, 2, 3" in str(told.value)
-    assert "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))" in str(told.value)
+    assert "example 0 (and 14 others: 1, 2, 3" in str(caught.value)
+    assert "random_split(dataset, lengths, generator=torch.Generator().manual_seed(0))" in str(caught.value)
     assert train.steps == [8, 0]
     assert not (root / "seed-0001").exists()
 

@@ -340,7 +340,7 @@ def test_where_the_first_seed_fails_the_next_is_compared(tmp_path, capsys):
     assert [run.manifest.seed for run in Ensemble.open(tmp_path)] == SEEDS[1:]
 
 
-class Told(Regressor):
+class Numbered(Regressor):
     """Saves a random number among its hyperparameters."""
 
     def __init__(self, number=None):
@@ -377,7 +377,7 @@ def data_with_noise():
         (maker(Counting), "buffers change during training, which stacks do not support: seen"),
         (maker(Normalised, lambda: training_loader(drop_last=True)), "buffers change during training.*running_mean"),
         (maker(callbacks=[Noise()]), r"not reproduced between step 0 and step \d"),
-        (maker(Told), "the configuration depends on the seed:\n  module.hyperparameters.number"),
+        (maker(Numbered), "the configuration depends on the seed:\n  module.hyperparameters.number"),
         (maker(data=data_of_the_seed), "the configuration depends on the seed:\n  dataset.fingerprint"),
         (maker(data=data_of_one_seed), "created for seed 4 differs from that of seed 3:\n  dataset.fingerprint"),
     ],

@@ -213,14 +213,14 @@ def test_memory_for_gradients_is_used_again_but_not_before_it_is_on_disk(record,
         ({"gradients": "bfloat16", "checkpoint_every": 12}, 12 * 36 * 2 + 3 * 2 * 36 * 4, 4 * 12 * 36 * 2),
     ],
 )
-def test_what_a_recording_needs_is_told_before_the_first_step(record, caplog, recorder, disk, memory):
+def test_what_a_recording_needs_is_announced_before_the_first_step(record, caplog, recorder, disk, memory):
     caplog.set_level(logging.INFO, "lightning_dtda")
 
     run = record(Regressor(), shuffled(), max_epochs=2, recorder=recorder)
 
     assert (run.steps, run.layout.size) == (12, 36)
-    [told] = [message for message in caplog.messages if message.startswith("Recording ")]
-    assert f"about {human_bytes(disk)} of disk space and at most {human_bytes(memory)} of memory" in told
+    [announced] = [message for message in caplog.messages if message.startswith("Recording ")]
+    assert f"about {human_bytes(disk)} of disk space and at most {human_bytes(memory)} of memory" in announced
 
 
 def test_learning_rates_are_those_of_the_very_step(record):

@@ -87,7 +87,7 @@ def test_groups_are_shown_by_name_and_size(grouped):
     assert f"{largest['removal'][0]} ({largest['size'][0]})" in text
 
 
-def test_a_single_group_is_told_by_its_size():
+def test_a_single_group_is_shown_with_its_size():
     whole = make_attribution()
     about = {**whole.about, "removals": [{"name": "all", "examples": [1, 4, 5]}]}
     single = replace(whole, responses=whole.responses[..., 11:12], about=about)

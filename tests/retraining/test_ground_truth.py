@@ -51,7 +51,7 @@ def test_a_difference_of_pairs_needs_as_many_of_both(truth):
         truth.influence(Mean("median"))
 
 
-def test_missing_trainings_are_told_and_never_used(truth):
+def test_missing_trainings_are_reported_and_never_used(truth):
     truth.measurements[2, 1:] = torch.nan  # only one of its seeds is there
     truth.measurements[0, 3, 1] = torch.nan
     truth.baseline[4] = torch.nan

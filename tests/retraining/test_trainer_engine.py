@@ -249,7 +249,7 @@ class Killed(Regressor):
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_told_and_what_was_finished_is_kept(tmp_path, monkeypatch):
+def test_a_killed_process_is_reported_and_what_was_finished_is_kept(tmp_path, monkeypatch):
     arguments = {"module": Killed, "seeds": [3, 4], "subsets": [[1]], "output": tmp_path}
     with pytest.raises(ExecutionError, match=r"A process was killed.*\d tasks were finished.*call again"):
         retrained(workers=2, **arguments)
