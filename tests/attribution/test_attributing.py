@@ -3,30 +3,17 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ExecutionError
-from tests.regression import WeightedRegressor, loader, weighted_data
-
-DATA = TensorDataset(*weighted_data(dtype=torch.float32))
-QUERIES = TensorDataset(*weighted_data(5, seed=1, dtype=torch.float32))
-
-
-def module():
-    return WeightedRegressor(lambda module: torch.optim.SGD(module.parameters(), lr=0.1), dtype=torch.float32)
+from tests.attribution.regressors import DATA, QUERIES, ask, module, recorded
+from tests.regression import WeightedRegressor, loader
 
 
 @pytest.fixture
 def ensemble(fit, tmp_path):
-    for seed in range(3):
-        pl.seed_everything(seed, verbose=False)
-        fit(module(), loader(*DATA.tensors), TrajectoryRecorder(tmp_path / "runs"), max_epochs=3)
-    return Ensemble.open(tmp_path / "runs")
-
-
-def ask(ensemble, data=DATA, queries=QUERIES, **arguments):
-    return attribute(ensemble, module(), data, queries=queries, progress=False, **arguments)
+    return recorded(fit, tmp_path / "runs", seeds=3)
 
 
 def test_baseline_is_what_the_trained_models_measure(ensemble):

@@ -3,41 +3,22 @@
 import os
 import threading
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 
 from lightning_dtda import (
     Attribution,
-    Ensemble,
     InfluenceFunctions,
-    TrajectoryRecorder,
     UnrolledDifferentiation,
-    attribute,
 )
 from lightning_dtda.errors import AttributionError, ExecutionError
 from lightning_dtda.execution import RayCluster
-from tests.regression import WeightedRegressor, loader, weighted_data
-
-DATA = TensorDataset(*weighted_data(dtype=torch.float32))
-QUERIES = TensorDataset(*weighted_data(5, seed=1, dtype=torch.float32))
-
-
-def module():
-    return WeightedRegressor(lambda module: torch.optim.SGD(module.parameters(), lr=0.1), dtype=torch.float32)
+from tests.attribution.regressors import ask, recorded
 
 
 @pytest.fixture
 def ensemble(fit, tmp_path):
-    for seed in range(5):
-        pl.seed_everything(seed, verbose=False)
-        fit(module(), loader(*DATA.tensors), TrajectoryRecorder(tmp_path / "runs"), max_epochs=3)
-    return Ensemble.open(tmp_path / "runs")
-
-
-def ask(ensemble, **arguments):
-    return attribute(ensemble, module(), DATA, queries=QUERIES, **({"progress": False} | arguments))
+    return recorded(fit, tmp_path / "runs", seeds=5)
 
 
 def assert_same(found, expected):

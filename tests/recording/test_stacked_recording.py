@@ -25,6 +25,7 @@ from lightning_dtda.trajectory import writer
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.retraining.tasks import BATCH, Regressor, examples, make_trainer, queries, training_loader
 from tests.stacking.modules import (
+    SETTINGS,
     Branching,
     Clocked,
     Counting,
@@ -131,15 +132,7 @@ def test_stacks_and_the_trainer_agree_on_batches_of_different_sizes(tmp_path, dr
     assert_both_agree(tmp_path, maker(data=lambda: training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle)))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"gradient_clip_val": 0.3},
-        {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
-        {"accumulate_grad_batches": 3},
-        {"limit_train_batches": 2},
-    ],
-)
+@pytest.mark.parametrize("arguments", SETTINGS)
 def test_stacks_and_the_trainer_agree_on_clipping_accumulation_and_parts_of_epochs(tmp_path, arguments):
     assert_both_agree(tmp_path, maker(**arguments))
 

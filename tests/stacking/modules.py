@@ -6,6 +6,14 @@ from torch.utils.data import DataLoader
 
 from tests.retraining.tasks import Data, Regressor
 
+SETTINGS = [
+    {"gradient_clip_val": 0.3},
+    {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
+    {"accumulate_grad_batches": 3},
+    {"limit_train_batches": 2},
+]
+"""Arguments of the Trainer that change what a step is."""
+
 
 class Clocked(Regressor):
     """Its loss depends on the epoch and on the number of the batch, which a trace would make constants."""

@@ -25,6 +25,7 @@ from tests.retraining.tasks import (
     training_loader,
 )
 from tests.stacking.modules import (
+    SETTINGS,
     Branching,
     Clocked,
     Counting,
@@ -128,15 +129,7 @@ def test_stacks_and_the_trainer_agree_on_batches_of_different_sizes(dropping, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"gradient_clip_val": 0.3},
-        {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"},
-        {"accumulate_grad_batches": 3},
-        {"limit_train_batches": 2},
-    ],
-)
+@pytest.mark.parametrize("arguments", SETTINGS)
 def test_stacks_and_the_trainer_agree_on_clipping_accumulation_and_parts_of_epochs(arguments):
     assert_both_agree(trainer=lambda: make_trainer(**arguments))
 
