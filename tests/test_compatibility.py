@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import lightning_dtda
-from lightning_dtda.compatibility import replaced_recurrence, twice_differentiable_weight_norm
+from lightning_dtda.compatibility import missing, replaced_recurrence, twice_differentiable_weight_norm
 from lightning_dtda.errors import CompatibilityError
 
 _PACKAGE = Path(lightning_dtda.__file__).parent
@@ -119,6 +120,14 @@ def test_weight_normalisation_is_torchs_own_again_afterwards():
         fail()
     assert seen[0] is not function
     assert torch._weight_norm is function
+
+
+def test_the_versions_to_install_are_those_that_the_package_asks_for():
+    known = re.findall(r"(torch|lightning) ([\d.]+) to", str(missing("It", KeyError())))
+    requirements = (_PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert {name for name, _ in known} == {"torch", "lightning"}
+    for name, lowest in known:
+        assert re.search(rf'^    "{name}(\[.*\])?>={re.escape(lowest)}"', requirements, re.MULTILINE)
 
 
 def test_a_version_that_lacks_a_name_is_named(monkeypatch):

@@ -6,7 +6,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.errors import AttributionError, ExecutionError
+from lightning_dtda.errors import AttributionError, ExecutionError, TrajectoryError
+from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.attribution.regressors import DATA, QUERIES, ask, module, recorded
 from tests.regression import WeightedRegressor, loader
 
@@ -116,6 +117,20 @@ def test_more_runs_are_added_and_other_runs_are_refused(ensemble, fit, tmp_path)
     fit(module(), loader(*DATA.tensors), recorder, max_epochs=3)
     with pytest.raises(AttributionError, match="different runs"):
         ask(Ensemble.open(tmp_path / "runs"), output=tmp_path / "answer")
+
+
+def test_an_unknown_format_is_refused_until_it_is_attributed_again(ensemble, tmp_path):
+    output = tmp_path / "answer"
+    first = ask(ensemble, output=output)
+    expected = first.responses[:]
+    index = output / "attribution.json"
+    write_json(index, read_json(index) | {"format_version": 2})  # had the opposite sign
+    with pytest.raises(TrajectoryError, match=r"format version 2; .* Attribute again"):
+        Attribution.load(output)
+    with pytest.raises(AttributionError, match=r"different format_version.*overwrite=True"):
+        ask(ensemble, output=output)
+    ask(ensemble, output=output, overwrite=True)
+    assert torch.equal(Attribution.load(output).responses[:], expected)
 
 
 def test_a_measurement_without_a_name_is_not_stored(ensemble, tmp_path):

@@ -127,8 +127,31 @@ def test_one_fit_serves_many_dampings(converged, tmp_path, monkeypatch):
         assert attribution.about["estimator"] == alone.about["estimator"]
     with pytest.raises(AttributionError, match="each only once"):
         attribute(ensemble, Ridge(), data, queries=queries, dampings=[0.1, 0.1])
-    with pytest.raises(AttributionError, match="has no damping"):
-        attribute(ensemble, Ridge(), data, queries=queries, dampings=[0.1], estimator=UnrolledDifferentiation())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "remedies"),
+    [
+        (
+            {"estimator": UnrolledDifferentiation()},
+            "Use InfluenceFunctions, or leave out dampings",
+            [{"estimator": InfluenceFunctions()}, {"dampings": None}],
+        ),
+        ({"workers": 2}, "Leave out workers", [{"workers": 1}]),
+        (
+            {"keep_top": 1},
+            "Leave out keep_top, or leave out dampings",
+            [{"keep_top": None}, {"dampings": None, "estimator": InfluenceFunctions(GaussNewton(damping=0.1))}],
+        ),
+    ],
+)
+def test_without_what_dampings_refuse_they_are_answered(converged, arguments, message, remedies):
+    ensemble, data, queries = converged
+    asked = {"queries": queries, "dampings": [0.1], "progress": False} | arguments
+    with pytest.raises(AttributionError, match=message):
+        attribute(ensemble, Ridge(), data, **asked)
+    for remedy in remedies:
+        assert attribute(ensemble, Ridge(), data, **(asked | remedy))
 
 
 def test_several_dampings_are_stored_run_by_run_and_continued(converged, tmp_path, monkeypatch):

@@ -11,9 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from lightning_dtda import Run, TrajectoryRecorder
-from lightning_dtda.errors import DiskSpaceError, RecordingError
+from lightning_dtda.errors import DiskSpaceError, RecordingError, UnknownFormatError
 from lightning_dtda.recording.checks import refuse_strategy
 from lightning_dtda.recording.seeds import record_seeds
+from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.recording.modules import Classifier, IndexedExamples, Regressor, loader, shuffled
 
 
@@ -411,6 +412,18 @@ def test_the_same_trainer_trains_again_after_the_refused_recorder_is_removed(fit
     trainer.fit(Regressor(), data)
 
     assert trainer.state.finished
+
+
+def test_a_run_of_an_unknown_format_is_recorded_again_if_it_is_to_be_overwritten(fit, root):
+    fit(Regressor(), shuffled(), TrajectoryRecorder(root, "run"), max_epochs=1)
+    manifest = root / "run" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"format_version": 99})
+    with pytest.raises(UnknownFormatError, match=r"format version 99.* record the run again"):
+        Run(root / "run")
+    with pytest.raises(RecordingError, match="overwrite=True"):
+        fit(Regressor(), shuffled(), TrajectoryRecorder(root, "run"), max_epochs=1)
+    fit(Regressor(), shuffled(), TrajectoryRecorder(root, "run", overwrite=True), max_epochs=1)
+    assert Run(root / "run").complete
 
 
 def test_a_run_that_another_process_records_is_not_overwritten(fit, root):

@@ -1,5 +1,7 @@
 """Seeds recorded at once: the runs that the Trainer's recorder writes, or a refusal."""
 
+import shutil
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -426,6 +428,14 @@ def test_random_data_fail_as_they_do_by_the_trainer(tmp_path):
 def test_what_the_recorder_of_one_run_can_do_is_refused_for_several(tmp_path, arguments, reason):
     with pytest.raises(RecordingError, match=reason):
         stacked(tmp_path, **arguments)
+    assert stacked(tmp_path) == {}
+
+
+def test_runs_that_are_deleted_are_recorded_again(tmp_path):
+    for _ in range(2):
+        assert stacked(tmp_path) == {}
+        assert [run.manifest.seed for run in Ensemble.open(tmp_path)] == SEEDS
+        shutil.rmtree(tmp_path / run_name(SEEDS[0]))
 
 
 @pytest.mark.parametrize("seeds", [0, [], [1, 1], [-1, 2], "ab", 1.5])

@@ -13,6 +13,7 @@ from lightning_dtda.errors import RetrainingError, TrajectoryError
 from lightning_dtda.retraining import Task
 from lightning_dtda.retraining.truth_store import TruthStore
 from lightning_dtda.statistics.differences import Mean, Wasserstein
+from lightning_dtda.trajectory.storage import read_json, write_json
 
 SUBSETS, SEEDS, BASELINE_SEEDS, QUERIES = 4, 6, 9, 3
 REMOVED = ((0, 5), (3,), (1, 2, 7), (6,))
@@ -170,6 +171,18 @@ def test_processes_write_to_one_directory_at_the_same_time(tmp_path):
     for own in (1, 2):
         measurements, _ = store.read([[own]], range(20), [])
         assert measurements[0, :, 0].tolist() == [100.0 * own + seed for seed in range(20)]
+
+
+def test_an_unknown_format_is_refused_until_the_truth_is_made_again(truth, tmp_path):
+    truth.save(tmp_path)
+    index = tmp_path / "truth.json"
+    write_json(index, read_json(index) | {"format_version": 99})
+    with pytest.raises(TrajectoryError, match=r"format version 99.* Retrain again"):
+        GroundTruth.load(tmp_path)
+    with pytest.raises(RetrainingError, match=r"different format_version.*overwrite=True"):
+        TruthStore.create(tmp_path, ABOUT, truth.queries, truth.removed, truth.seeds, truth.baseline_seeds)
+    truth.save(tmp_path, overwrite=True)
+    assert torch.equal(GroundTruth.load(tmp_path).measurements, truth.measurements)
 
 
 def test_named_dimensions(truth):

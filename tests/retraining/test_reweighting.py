@@ -71,9 +71,16 @@ def test_more_runs_extend_what_is_stored_and_other_data_are_refused(ensemble, tm
         reweighted(ensemble, data=loader(inputs, targets + 1, weights))
 
 
+@pytest.mark.parametrize(
+    "arguments", [{"workers": 2}, {"stacked": True}, {"stacked": False}, {"compile": True}, {"baseline_seeds": [2]}]
+)
+def test_without_the_arguments_that_it_refuses_reweighting_works(ensemble, arguments):
+    with pytest.raises(RetrainingError, match=f"Leave out .*{next(iter(arguments))}"):
+        reweighted(ensemble, **arguments)
+    assert reweighted(ensemble).finished().measurements.isfinite().all()
+
+
 def test_what_reweighting_cannot_do_is_refused(ensemble):
-    with pytest.raises(RetrainingError, match="Leave out baseline_seeds"):
-        reweighted(ensemble, baseline_seeds=[2])
     with pytest.raises(RetrainingError, match=r"has no run with seed 7; it has the seeds \[2, 5\]"):
         reweighted(ensemble, seeds=[7])
     with pytest.raises(RetrainingError, match=r"has 2 runs\. Use 1 to 2"):
