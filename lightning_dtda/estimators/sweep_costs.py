@@ -28,11 +28,23 @@ _log = logging.getLogger(__name__)
 
 Mode = Literal["auto", "reverse", "forward"]
 
-_WORTH_TRACING = 5.0
-"""Minimum time of a sweep in seconds for stacking to pay off; tracing a step takes about one second."""
+_WORTH_TRACING = 2.0
+"""Minimum number of seconds that stacking should save: tracing a step and comparing it takes half a second for a small
+network and two seconds for a CNN."""
+
+_OVERHEAD = 0.003
+"""Python's part of a step on a CPU in seconds, which stacking saves: most of the step of a small network. On a GPU, it
+is nearly all of the step."""
 
 _LONG_STEP = 0.1
 """Maximum time of a step in seconds for stacking to pay off: it saves Python overhead, small in long steps."""
+
+_COMPARED = 3
+"""A step that was traced is compared for three runs with two directions each."""
+
+DIAGNOSED_TOGETHER = 16
+"""Number of runs from which their diagnoses are stacked. Tracing in double precision takes as long as the diagnosis of
+16 runs of a small network, or of 4 runs of a CNN."""
 
 _WORTHWHILE = 0.85
 """Maximum ratio of times per run at which a smaller batch of runs is preferred; smaller gains may be timing noise."""
@@ -45,9 +57,9 @@ half or more."""
 _TIMED_DIRECTIONS = 8
 """Number of directions for timing a short step; the time of one more direction would be lost in the noise."""
 
-_DIAGNOSED = 8
-"""Cost of a step of the diagnosis, in steps with one direction. Each of the two stretches counts 4: one step as
-recorded, one in double precision (twice the time), and two gradients in double precision (about one step)."""
+_DIAGNOSED = 12
+"""Cost of a step of the diagnosis of both stretches, in steps with one direction: 12 to 13 for a small network, a ViT
+and a GPT on a CPU, 20 for a CNN, whose convolutions are slow in double precision."""
 
 _TIMED_STEPS = 2
 """Number of timed steps, of which the fastest counts: the first one warms up, others may be disturbed."""
@@ -101,6 +113,7 @@ class Way:
         per_direction: Bytes per direction and run.
         diagnosis: Bytes for the diagnosis of a run.
         seconds: Seconds for a step of one run.
+        tracing: Bytes while a step is traced and compared, in the precision of the sweep.
         compiled: Whether steps are compiled.
     """
 
@@ -111,6 +124,7 @@ class Way:
     per_direction: float
     diagnosis: float
     seconds: float
+    tracing: float = 0.0
     compiled: bool = False
 
     @property
@@ -247,10 +261,19 @@ def held_steps(replay: Replay, way: Way, budget: float) -> int:
     return max(FEWEST_HELD, min(_longest(replay), FEWEST_HELD + math.floor(more)))
 
 
-def needed_bytes(replay: Replay, way: Way, held: int) -> float:
-    """Return the peak memory in bytes, with the given number of steps held per run."""
+def needed_bytes(replay: Replay, way: Way, held: int, runs: int) -> float:
+    """Return the peak memory in bytes.
+
+    Args:
+        replay: Replay of a run.
+        way: How steps are computed.
+        held: Number of steps held per run.
+        runs: Number of all runs.
+    """
     more = way.runs * max(0, held - FEWEST_HELD) * _point_size(replay) * replay.dtype.itemsize
-    return max(way.memory + more, way.runs * way.diagnosis)
+    # diagnoses that are stacked trace in double precision
+    tracing = way.tracing * (torch.float64.itemsize / replay.dtype.itemsize if runs >= DIAGNOSED_TOGETHER else 1)
+    return max(way.memory + more, way.runs * way.diagnosis, tracing)
 
 
 def seconds(make: Callable[[int], Replay], way: Way, costs: Costs, held: int, steps: int) -> float:
@@ -313,7 +336,8 @@ def fastest_way(
     one = costs.seconds(alone, 1)
     taken = _one_by_one(alone, costs, one, directions)
     best = eager = Way(False, runs, directions, costs.per_run, costs.per_direction, costs.diagnosis, taken)
-    if steps * costs.sweeps(eager) >= _WORTH_TRACING and one <= _LONG_STEP and alone.can_stack:
+    saved = steps * costs.sweeps(eager) * (min(1.0, _OVERHEAD / one) if alone.device.type == "cpu" else 1.0)
+    if saved >= _WORTH_TRACING and one <= _LONG_STEP and alone.can_stack:
         stacked = _stacked(make, costs, budget, asked, most)
         if stacked is not None and costs.sweeps(stacked) < costs.sweeps(eager):
             best = stacked
@@ -374,8 +398,9 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
     read_again = (_fewest_bytes(alone) - _fewest_bytes(make(1))) if costs.mode == "reverse" else 0
     per_run = max(costs.per_run, costs.per_run + peaks[0] - per_direction) + read_again
     diagnosis = max(costs.diagnosis, _diagnosis_bytes(peaks[0], alone))
+    tracing = _COMPARED * peaks[1]
     directions = min(costs.directions, int((budget / (asked or 1) - per_run) / per_direction))
-    if directions < 1:
+    if directions < 1 or tracing > budget:
         return None
     directions = _chunk(costs.directions, directions)
     needed = max(per_run + directions * per_direction, diagnosis)
@@ -388,7 +413,7 @@ def _stacked(make: Callable[[int], Replay], costs: Costs, budget: float, asked: 
         if timed / smaller > _WORTHWHILE * seconds / size:
             break
         size, seconds = smaller, timed
-    return Way(True, size, directions, per_run, per_direction, diagnosis, seconds / size)
+    return Way(True, size, directions, per_run, per_direction, diagnosis, seconds / size, tracing)
 
 
 def _peak(function: Callable[[], object], replay: Replay) -> float:

@@ -23,6 +23,7 @@ from lightning_dtda.estimators.estimator import (
 from lightning_dtda.estimators.forward import estimate_forward
 from lightning_dtda.estimators.sweep import Adjoints, sweep
 from lightning_dtda.estimators.sweep_costs import (
+    DIAGNOSED_TOGETHER,
     Mode,
     choose,
     diagnosis_seconds,
@@ -160,7 +161,7 @@ class UnrolledDifferentiation(Estimator):
         return Plan(
             batches=batches_of_equal_shape(runs, way.runs),
             queries_per_chunk=min(queries, max(1, int(left / costs.per_direction))) if is_forward else way.directions,
-            memory=int(needed_bytes(replay, way, held)),
+            memory=int(needed_bytes(replay, way, held, len(runs))),
             seconds=seconds(make, way, costs, held, steps) + len(runs) * diagnosis_seconds(replay, costs),
             removals_per_chunk=way.directions if is_forward else None,
             stacked=way.stacked,
@@ -218,9 +219,12 @@ class UnrolledDifferentiation(Estimator):
     def _planned_replay(
         self, plan: Plan, question: Question, runs: Sequence[Run], precision: Precision | None = None
     ) -> Replay:
-        replay = self._replay(runs, question, precision).stack(plan.stacked)
-        if precision is None:  # a diagnosis has too few steps to compile
-            replay = replay.compile(plan.compiled)
+        replay = self._replay(runs, question, precision)
+        if precision is None:
+            replay = replay.stack(plan.stacked).compile(plan.compiled)
+        else:  # a diagnosis has too few steps to compile, and that of few runs too few to trace again
+            is_traced = precision == self.precision or sum(map(len, plan.batches)) >= DIAGNOSED_TOGETHER
+            replay = replay.stack(plan.stacked and is_traced)
         replay.held = plan.held
         return replay
 

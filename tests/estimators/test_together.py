@@ -110,7 +110,7 @@ def test_a_short_training_is_not_worth_a_trace_and_a_long_one_is(recorded, monke
     make = MODULES["a network"]
     ensemble = recorded(make)
     short = responses(ensemble, make())
-    monkeypatch.setattr(sweep_costs, "_WORTH_TRACING", 0.1)
+    monkeypatch.setattr(sweep_costs, "_WORTH_TRACING", 0.01)
     seconds |= {False: 0.08, True: 0.04}
     long = responses(ensemble, make())
     seconds |= {False: 0.2, True: 0.1}  # so long that it computes all the time

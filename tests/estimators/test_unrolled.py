@@ -6,11 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators import sweep_costs
+from lightning_dtda.estimators import sweep_costs, unrolled
+from lightning_dtda.execution.memory import peak_memory
+from lightning_dtda.replay.stacked import Stacked
 from tests.regression import WeightedRegressor, loader, weighted_data
 
 INPUTS, TARGETS, WEIGHTS = weighted_data(dtype=torch.float32)
@@ -99,6 +101,39 @@ def test_compiled_steps_change_nothing_but_rounding(root, plans, times, stacked)
     plain, compiled = (attribution(root, compile=how).responses for how in (False, True))
     assert [(plan.stacked, plan.compiled) for plan in plans] == [(stacked, False), (stacked, True)]
     torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
+
+
+def test_the_announced_memory_covers_the_comparison_of_a_traced_step(fit, tmp_path, plans, times):
+    times["stacked"] = 0.02
+
+    def make():
+        network = nn.Sequential(nn.Linear(3, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+        return WeightedRegressor(
+            lambda module: torch.optim.SGD(module.parameters(), lr=0.1), dtype=torch.float32, network=lambda: network
+        )
+
+    data = TensorDataset(*weighted_data(64, dtype=torch.float32))
+    pl.seed_everything(0, verbose=False)
+    fit(make(), loader(*data.tensors, batch_size=64), TrajectoryRecorder(tmp_path), max_epochs=4)
+    ensemble, query = Ensemble.open(tmp_path), Subset(QUERIES, [0])
+
+    def attributed():
+        attribute(ensemble, make(), data, queries=query, progress=False)
+
+    attributed()  # plans outside of the measurement
+    peak = peak_memory(attributed, torch.device("cpu"))
+    assert plans[0].stacked
+    assert plans[0].memory / 1.5 < peak < 1.5 * plans[0].memory
+
+
+@pytest.mark.parametrize(("together", "traced"), [(4, {torch.float32}), (3, {torch.float32, torch.float64})])
+def test_steps_are_traced_in_double_precision_only_to_diagnose_many_runs(root, times, monkeypatch, together, traced):
+    times["stacked"] = 0.02
+    monkeypatch.setattr(unrolled, "DIAGNOSED_TOGETHER", together)
+    found, original = set(), Stacked._trace
+    monkeypatch.setattr(Stacked, "_trace", lambda *a: found.add(a[4][0].dtype) or original(*a))
+    assert attribution(root).ill_conditioned == ()
+    assert found == traced
 
 
 @pytest.mark.parametrize(("seconds", "compiled"), [(0.1, False), (11.0, False), (12.0, True)])
