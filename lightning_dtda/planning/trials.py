@@ -15,6 +15,7 @@ from lightning_dtda.attribution.resources import response_bytes
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import KFAC, Estimator, GaussNewton, Plan, Question, Removals
 from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator
+from lightning_dtda.estimators.curvatures.factors import combinations
 from lightning_dtda.execution.memory import peak_memory, resident_memory
 from lightning_dtda.planning.forecast import Cost
 from lightning_dtda.replay import Examples, Precision, Replay
@@ -93,12 +94,13 @@ def _shortened(estimator: CheckpointEstimator, run: ProlongedRun, question: Ques
 
 
 def _for_trials(estimator: CheckpointEstimator, run: Run, question: Question) -> CheckpointEstimator:
-    """Return a copy that writes to no cache, and uses the same solver for few examples as for all of them."""
+    """Return a copy that writes to no cache, and goes about few examples as about all of them."""
     estimator = copy.deepcopy(estimator)
     curvature = getattr(estimator, "curvature", None)
     for part in (curvature, getattr(curvature, "preconditioner", None)):
         if isinstance(part, KFAC):
             part.cache = None
+            part.samples = combinations(part.samples, len(question.examples))
     if isinstance(curvature, GaussNewton) and curvature.solver == "auto":
         objective = estimator.objective(question.replay([run], estimator.precision), question, question.step)
         if objective.lacks_curvature is None:

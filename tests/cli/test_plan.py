@@ -166,6 +166,19 @@ def test_a_cache_of_factors_is_left_alone(runs, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_trials_take_as_many_combinations_of_outputs_as_all_examples(runs, monkeypatch):
+    taken, fit = [], EKFAC.fit
+    monkeypatch.setattr(EKFAC, "fit", lambda self, *given: taken.append(self.samples) or fit(self, *given))
+    data, estimator = DiabetesData(), InfluenceFunctions(EKFAC())
+    data.setup("fit")
+    plan(
+        DiabetesRegressor(width=4), data, queries=Subset(data.validation, [0]), ensemble=Ensemble.open(runs),
+        estimators=[estimator], progress=False,
+    )  # fmt: skip
+    assert set(taken) == {3}  # 1,024 combinations over 353 examples, not over the few of a trial
+    assert estimator.curvature.samples == "auto"
+
+
 def test_other_data_than_those_of_the_runs_are_refused(runs):
     data = DiabetesData()
     data.setup("fit")

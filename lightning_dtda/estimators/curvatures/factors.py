@@ -298,6 +298,16 @@ class SampledRoot:
         return torch.Generator().manual_seed(hash((self._seed, batch)) % 2**63)
 
 
+def combinations(samples: Samples, examples: int) -> int | None:
+    """Return the number of random combinations per example; ``None`` for all outputs.
+
+    Args:
+        samples: That number, ``None``, or ``"auto"``.
+        examples: N, the number of training examples.
+    """
+    return math.ceil(_ENOUGH / examples) if samples == "auto" else samples
+
+
 def _columns(
     objective: Objective,
     samples: Samples,
@@ -324,7 +334,7 @@ def _columns(
         return factor * torch.cat([part.reshape(examples, -1) for part in curved], 1).to(objective.theta)
 
     count, theta = sum(sizes), objective.theta
-    taken = math.ceil(_ENOUGH / objective.examples) if samples == "auto" else samples
+    taken = combinations(samples, objective.examples)
     if taken is not None and taken < count:
         signs = torch.randint(2, (taken, examples, count), generator=generator).to(theta) * 2 - 1
         signs *= taken**-0.5
