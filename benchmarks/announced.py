@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.announced --nets demo cnn gpt
 
-Uses the network of ``lightning-dtda demo``, and the CNN and the GPT of ``influence_of_nets.py``. ``plan`` trains at
+Uses the network of ``lightning-dtda demo``, and the CNN and the GPT of ``problems.py``. ``plan`` trains at
 least ten steps; then the runs are recorded, and each estimator runs in a separate process. Times are CPU seconds on one
 thread in both cases. Memory is the peak of the process's private memory (``RssAnon``) above its value before the call.
 """
@@ -20,14 +20,15 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from benchmarks import influence_of_nets as nets
+from benchmarks import problems
 from benchmarks.large_attribution import Peak
+from benchmarks.ours import NetModule
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute, plan
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity, TracIn
 from lightning_dtda.planning.planning import label
 
-EPOCHS = {"demo": 50, **nets.EPOCHS}
+EPOCHS = {"demo": 50, **problems.EPOCHS}
 
 
 def estimators(net: str) -> list[Estimator]:
@@ -42,7 +43,8 @@ def parts(net: str) -> tuple[pl.LightningModule, DataLoader[Any], Any]:
         data = DiabetesData()
         data.setup("fit")
         return DiabetesRegressor(), data.train_dataloader(), data.validation
-    return nets.lightning_module(net), DataLoader(nets.parts(net)[0], nets.BATCH, shuffle=True), nets.parts(net)[1]
+    train, asked = problems.parts(net)
+    return NetModule(net), DataLoader(train, problems.BATCH, shuffle=True), asked
 
 
 def trainer(net: str, *callbacks: pl.Callback) -> pl.Trainer:

@@ -1,12 +1,14 @@
 """Growth of the time and memory of attribution: exponents in T, N, Q, S, P and B.
 
-    OMP_NUM_THREADS=1 python benchmarks/laws.py --json laws.json
+    OMP_NUM_THREADS=1 python -m benchmarks.laws --json laws.json
+    OMP_NUM_THREADS=1 python -m benchmarks.laws --net cnn --estimators UnrolledDifferentiation --variables T width
 
-An MLP with two hidden ReLU layers on random inputs, 10 classes, SGD with momentum. One variable is changed at a time,
-the others are those of ``MIDDLE``; P is changed through the width. Each case is a separate process on one thread: it
-trains and records, attributes once for one run and one query, then counts the CPU seconds of a whole ``attribute``
-call. Memory is the peak of the process's private memory (``RssAnon``) above its value before that call. An exponent is
-the slope of a straight line through the logarithms, over all cases of a variable and over the two largest ones.
+An MLP with two hidden ReLU layers, or a CNN with two convolutions, on random inputs, 10 classes, SGD with momentum. One
+variable is changed at a time, the others are those of ``MIDDLE``; P is changed through the width. Each case is a
+separate process on one thread: it trains and records, attributes once for one run and one query, then counts the CPU
+seconds of a whole ``attribute`` call. Memory is the peak of the process's private memory (``RssAnon``) above its value
+before that call. An exponent is the slope of a straight line through the logarithms, over all cases of a variable and
+over the two largest ones.
 """
 
 import argparse
@@ -23,17 +25,18 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from large_attribution import Peak
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.large_attribution import Peak
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity
 
 CLASSES, INPUTS = 10, 64
 
 MIDDLE = {"T": 64, "N": 1024, "Q": 8, "S": 2, "width": 256, "B": 32}
-"""Numbers of steps, examples, queries, runs, units in a hidden layer, and examples in a batch."""
+"""Numbers of steps, examples, queries, runs, units in a hidden layer, and examples in a batch. A CNN has a quarter as
+many channels."""
 
 VALUES = {
     "T": (16, 64, 256),
@@ -53,14 +56,32 @@ ESTIMATORS: dict[str, Callable[[], Estimator]] = {
 }
 
 
-class Classifier(pl.LightningModule):
+def mlp(width: int) -> nn.Module:
     """Two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(INPUTS, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)
+    )
 
-    def __init__(self, width: int) -> None:
+
+def cnn(width: int) -> nn.Module:
+    """Two convolutions of the inputs as an image of 8 x 8."""
+    channels = width // 4
+    return nn.Sequential(
+        *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, channels, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(channels, CLASSES),
+    )
+
+
+NETS = {"mlp": mlp, "cnn": cnn}
+
+
+class Classifier(pl.LightningModule):
+    """Trains a network."""
+
+    def __init__(self, net: str, width: int) -> None:
         super().__init__()
-        self.network = nn.Sequential(
-            nn.Linear(INPUTS, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, CLASSES)
-        )
+        self.network = NETS[net](width)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         """Cross entropy."""
@@ -78,26 +99,26 @@ def data(examples: int, seed: int) -> TensorDataset:
     return TensorDataset(centres[labels] + torch.randn(examples, INPUTS, generator=generator), labels)
 
 
-def record(size: dict[str, int], root: Path) -> None:
+def record(net: str, size: dict[str, int], root: Path) -> None:
     for seed in range(size["S"]):
         pl.seed_everything(seed, verbose=False)
         trainer = pl.Trainer(
             max_steps=size["T"], accelerator="cpu", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, callbacks=[TrajectoryRecorder(root)],
         )  # fmt: skip
-        trainer.fit(Classifier(size["width"]), DataLoader(data(size["N"], 0), size["B"], shuffle=True))
+        trainer.fit(Classifier(net, size["width"]), DataLoader(data(size["N"], 0), size["B"], shuffle=True))
 
 
-def trial(name: str, size: dict[str, int], results: Any) -> None:
+def trial(net: str, name: str, size: dict[str, int], results: Any) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for log in ("lightning_dtda", "lightning.pytorch"):
         logging.getLogger(log).setLevel(logging.ERROR)
     time.perf_counter = time.process_time  # what is timed to choose how to go about it, on a busy machine too
     with tempfile.TemporaryDirectory() as directory:
-        record(size, Path(directory))
+        record(net, size, Path(directory))
         ensemble, train = Ensemble.open(directory), data(size["N"], 0)
-        module = Classifier(size["width"])
+        module = Classifier(net, size["width"])
 
         def answer(runs: Ensemble, queries: int) -> None:
             asked = data(queries, 1)
@@ -112,11 +133,11 @@ def trial(name: str, size: dict[str, int], results: Any) -> None:
     results.put({"seconds": seconds, "memory": peak.own, "parameters": parameters})
 
 
-def case(name: str, size: dict[str, int]) -> dict[str, Any]:
+def case(net: str, name: str, size: dict[str, int]) -> dict[str, Any]:
     """Measure in a separate process."""
     context = get_context("spawn")
     results = context.Queue()
-    process = context.Process(target=trial, args=(name, size, results))
+    process = context.Process(target=trial, args=(net, name, size, results))
     process.start()
     found = results.get(timeout=900)
     process.join()
@@ -135,6 +156,7 @@ def exponents(values: list[float], costs: list[float]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--net", default="mlp", choices=list(NETS))
     parser.add_argument("--estimators", nargs="*", default=list(ESTIMATORS), choices=list(ESTIMATORS))
     parser.add_argument("--variables", nargs="*", default=list(VALUES), choices=list(VALUES))
     parser.add_argument("--json", type=Path, default=None, help="Where all figures go.")
@@ -142,10 +164,10 @@ def main() -> None:
     found: dict[str, Any] = {}
     print("| estimator | variable | range | time | memory | seconds | MiB |\n|---|---|---|---|---|---|---|", flush=True)
     for name in options.estimators:
-        middle = case(name, MIDDLE)
+        middle = case(options.net, name, MIDDLE)
         for variable in options.variables:
             cases = [
-                middle if value == MIDDLE[variable] else case(name, MIDDLE | {variable: value})
+                middle if value == MIDDLE[variable] else case(options.net, name, MIDDLE | {variable: value})
                 for value in VALUES[variable]
             ]
             is_width = variable == "width"

@@ -1,11 +1,13 @@
 """Cost of a sweep relative to training, for networks with a hundred thousand to two million parameters.
 
-    OMP_NUM_THREADS=1 python benchmarks/modules.py --modules resnet_group_norm vit
+    OMP_NUM_THREADS=1 python -m benchmarks.modules --modules resnet_group_norm vit
 
 Trains each network with a plain Trainer, records the same training, and sweeps it backwards for one query and for
 three, all in one process on one thread. Prints CPU seconds relative to the plain training, and the peak memory of a
 sweep for one query beyond that of the training, in units of the graph that a training step keeps for its backward pass,
-for two lengths of the training. The training's memory is that of a step, the parameters and their momentum.
+for two lengths of the training. The training's memory is that of a step, the parameters and their momentum. The share
+of planning and diagnosis is that of one query's attribution of one run of ``LONG`` steps: the plan is made for that
+length, the sweep is extrapolated.
 """
 
 import argparse
@@ -26,17 +28,22 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from benchmarks.problems import cnn
 from lightning_dtda import Ensemble, TrajectoryRecorder
 from lightning_dtda.estimators import UnrolledDifferentiation
-from lightning_dtda.estimators.estimator import Question
+from lightning_dtda.estimators.estimator import Plan, Question
 from lightning_dtda.estimators.removals import resolve_removals
 from lightning_dtda.execution.memory import kept_pages, peak_memory
 from lightning_dtda.replay import query_examples, resolve_measurement, training_examples
+from lightning_dtda.trajectory.prolonged import ProlongedRun
 
 BATCH, CPU = 64, torch.device("cpu")
 
 SHORT = 8
 """Number of steps in the shorter training whose memory is measured."""
+
+LONG = 400
+"""Number of steps in the training for which the share of planning and diagnosis is reported."""
 
 
 class Task(pl.LightningModule):
@@ -152,6 +159,7 @@ def tokens(examples: int) -> TensorDataset:
 
 
 MODULES = {
+    "cnn": (cnn, images),
     "resnet_group_norm": (lambda: resnet(nn.GroupNorm), images),
     "resnet_batch_norm": (lambda: resnet(nn.BatchNorm2d), images),
     "vit": (lambda: Transformer(Patches(4, 128), 16, 128, 4, 10, causal=False), images),
@@ -209,21 +217,30 @@ def trial(name: str, steps: int, repeats: int) -> dict[str, float]:
     ensemble = Ensemble.open(root)
     estimator = UnrolledDifferentiation(mode="reverse", runs_per_batch=1, memory_budget=8)
     times: dict[str, list[float]] = {"training": [], "one": [], "three": []}
-    plans = {}
+    # planning takes a step, which makes the module's copy and the cut
+    asked = {"one": ask(module, loader, 1), "three": ask(module, loader, 3)}
+    plans = {label: estimator.plan([*ensemble], question) for label, question in asked.items()}
     for _ in range(repeats):
         times["training"].append(cpu(fit))
-        for label, queries in (("one", 1), ("three", 3)):
-            asked = ask(module, loader, queries)
-            plan = plans.setdefault(label, estimator.plan([*ensemble], asked))
-            estimator.estimate([*ensemble], asked, plan, lambda steps: None)  # the module's copy, and the cut
-            times[label].append(cpu(partial(sweep_only, estimator, ensemble, asked, plan)))
+        for label, question in asked.items():
+            times[label].append(cpu(partial(sweep_only, estimator, ensemble, question, plans[label])))
     fastest = {label: min(found) for label, found in times.items()}
     size = sum(parameter.numel() for parameter in module.parameters())
     found = {
         "parameters": size,
+        "training, ms a step": round(1000 * fastest["training"] / steps, 1),
         "one query / training": round(fastest["one"] / fastest["training"], 2),
         "a further query / training": round((fastest["three"] - fastest["one"]) / 2 / fastest["training"], 2),
     }
+    run, question = ensemble[0], ask(module, loader, 1)  # without the copy and the cut
+    longer = ProlongedRun(run, LONG, round(LONG**0.5), len(examples))
+    planned: list[Plan] = []
+    planning = cpu(lambda: planned.append(estimator.plan([longer], question)))
+    diagnosis = cpu(lambda: estimator._diagnoses([run], question, planned[0]))
+    rest = planning + diagnosis
+    found[f"share of planning and diagnosis, {LONG} steps"] = round(rest / (rest + LONG / steps * fastest["one"]), 3)
+    found["planning / diagnosis, s"] = f"{planning:.1f} / {diagnosis:.1f}"
+    found["stacked"] = planned[0].stacked
     batch = next(iter(loader))
     graph = kept_memory(lambda: module.training_step(batch, 0))
     module.zero_grad()
@@ -231,10 +248,10 @@ def trial(name: str, steps: int, repeats: int) -> dict[str, float]:
     for length in (SHORT, 4 * SHORT):
         root = tempfile.mkdtemp()
         fit(TrajectoryRecorder(root), count=length)
-        recorded, asked = Ensemble.open(root), ask(module, loader, 1)
-        plan = estimator.plan([*recorded], asked)
+        recorded, question = Ensemble.open(root), ask(module, loader, 1)
+        plan = estimator.plan([*recorded], question)
         # the module's parameters, which were there before, are the training's as well
-        of_sweep = peak_memory(partial(sweep_only, estimator, recorded, asked, plan), CPU) + 4 * size
+        of_sweep = peak_memory(partial(sweep_only, estimator, recorded, question, plan), CPU) + 4 * size
         found[f"memory beyond the training's / graph, {length} steps"] = round((of_sweep - of_training) / graph, 2)
     return found | {"graph, MiB": round(graph / 2**20, 1)}
 
@@ -266,6 +283,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    time.perf_counter = time.process_time  # what planning times to choose how to go about it, on a busy machine too
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     for name in options.modules:
