@@ -12,6 +12,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
+from lightning_dtda.text import printable
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class _Fallback(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if not logging.root.hasHandlers():
-            print(self.format(record), file=sys.stderr)
+            print(printable(self.format(record)), file=sys.stderr)
 
 
 _log = logging.getLogger(__name__)

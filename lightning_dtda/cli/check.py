@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
-from rich.markup import escape
 from typing_extensions import override
 
 from lightning_dtda.attribution.checking import check
 from lightning_dtda.cli.question import QuestionCLI
+from lightning_dtda.reporting.formatting import escape
 
 _QUERIES = 5
 """Number of validation examples to check by default."""

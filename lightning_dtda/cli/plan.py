@@ -12,7 +12,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import DummyLogger
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from typing_extensions import override
 
@@ -24,6 +23,7 @@ from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.planning import Cost, Forecast, plan
 from lightning_dtda.recording import TrajectoryRecorder
+from lightning_dtda.reporting.formatting import escape
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.units import human_bytes, human_seconds
 

@@ -7,12 +7,11 @@ from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lightning_dtda.evaluation.comparing import Comparison, compare
 from lightning_dtda.evaluation.evaluating import Evaluation, Score
-from lightning_dtda.reporting.formatting import MINUS
+from lightning_dtda.reporting.formatting import MINUS, escape
 from lightning_dtda.reporting.wording import counted
 
 _COLUMNS = 100

@@ -1,15 +1,29 @@
-"""Formatting of numbers: those in a column share a power of ten, so they can be compared at a glance."""
+"""Formatting of numbers and names. Numbers in a column share a power of ten, so they can be compared at a glance."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 
+from rich import markup
+
+from lightning_dtda.text import printable
+
 MINUS = "\N{MINUS SIGN}"
 _UNKNOWN = "\N{EN DASH}"
 _DECIMALS = 3
 _MOST_COUNTED = 100_000
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def escape(text: str) -> str:
+    r"""Escape a text that may have names from files, for rich to print it as it is.
+
+    Example:
+        >>> print(escape("[bold] and \x1b[2J"))
+        \[bold] and \x1b\[2J
+    """
+    return markup.escape(printable(text))
 
 
 def common_exponent(values: Iterable[float]) -> int:

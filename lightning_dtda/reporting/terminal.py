@@ -7,7 +7,6 @@ from functools import partial
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
@@ -20,7 +19,7 @@ from lightning_dtda.reporting.findings import (
     top_examples,
     without_repeated_warnings,
 )
-from lightning_dtda.reporting.formatting import common_exponent, number, unit
+from lightning_dtda.reporting.formatting import common_exponent, escape, number, unit
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict
 from lightning_dtda.reporting.wording import describe
 from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
