@@ -6,21 +6,27 @@ import functools
 import os
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import joblib
+from loky import ProcessPoolExecutor, cpu_count
 from typing_extensions import override
 
 from lightning_dtda.errors import ExecutionError
 from lightning_dtda.execution.workers import Item, Lost, Result, ThisProcess, Workers
+from lightning_dtda.interruption import ended_by_sigterm
+
+_IN_FLIGHT = 2
+"""Number of items submitted per process: one that is being worked on and one ready to follow."""
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+"""Variables that limit the threads of torch and NumPy, whichever libraries they were built with."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,11 @@ class Processes(Workers):
     @override
     def run(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result | Lost]]:
         items = iter(items)
-        first = list(islice(items, self.number))
+        first = list(islice(items, _IN_FLIGHT * self.number))
         if not first:
             return
-        # two thread pools on the same cores are many times slower than one thread each
-        threads = _threads(len(first))
-        with tempfile.TemporaryDirectory() as directory, _ended_by_sigterm():
+        number = min(self.number, len(first))
+        with tempfile.TemporaryDirectory() as directory, ended_by_sigterm():
             # in a file rather than with every item, as it contains the data
             path = Path(directory) / "work.pickle"
             try:
@@ -71,21 +76,30 @@ class Processes(Workers):
                     f"The work cannot be pickled for other processes ({type(reason).__name__}: {reason}). Create "
                     "objects that cannot be pickled (open files, locks, loggers) inside functions, or set workers=1."
                 ) from reason
+            # two thread pools on the same cores are many times slower than one thread each
+            threads = dict.fromkeys(_THREADS, str(_threads(number)))
+            pool = ProcessPoolExecutor(number, initializer=_leave_interrupts, env=threads)
+            waiting: dict[Future[Result], Item] = {}
             finished = 0
-            with joblib.parallel_config("loky", n_jobs=len(first), inner_max_num_threads=threads):
-                results = joblib.Parallel(return_as="generator_unordered", batch_size=1)(
-                    joblib.delayed(_do)(path, item) for item in chain(first, items)
-                )
-                try:
-                    for result in results:
+            try:
+                waiting |= {pool.submit(_do, path, item): item for item in first}
+                while waiting:
+                    done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in sorted(done, key=lambda each: each.exception() is not None):  # results before errors
+                        result = future.result()
+                        item = waiting.pop(future)
                         finished += 1
-                        yield result
-                except BrokenProcessPool as reason:
-                    raise ExecutionError(
-                        f"A process was killed, perhaps because memory ran out, after {finished} tasks were finished. "
-                        "If their results are stored on disk, run the call again to continue from there, perhaps with "
-                        "fewer workers."
-                    ) from reason
+                        # keep the processes busy while the caller deals with the result
+                        waiting |= {pool.submit(_do, path, new): new for new in islice(items, 1)}
+                        yield item, result
+            except BrokenProcessPool as reason:
+                raise ExecutionError(
+                    f"A process was killed, perhaps because memory ran out, after {finished} tasks were finished. "
+                    "If their results are stored on disk, run the call again to continue from there, perhaps with "
+                    "fewer workers."
+                ) from reason
+            finally:
+                pool.shutdown(kill_workers=bool(waiting))
 
 
 def workers_of(workers: int | Workers) -> Workers:
@@ -107,28 +121,16 @@ def workers_of(workers: int | Workers) -> Workers:
 def _threads(processes: int) -> int:
     """Return the number of threads of each process: as the environment says, or its share of the usable CPUs."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # OpenMP takes a list, one for each level
-    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else max(1, joblib.cpu_count() // processes)
+    return int(wanted) if wanted.isdigit() and int(wanted) > 0 else max(1, cpu_count() // processes)
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process as Ctrl+C does; an immediate end would leave the other processes running."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-        yield
-        return
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _leave_interrupts() -> None:
+    # a terminal sends Ctrl+C to all its processes; the one that started the others ends them
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _do(path: Path, item: Any) -> tuple[Any, Any]:
-    return item, _loaded(path)(item)
+def _do(path: Path, item: Any) -> Any:
+    return _loaded(path)(item)
 
 
 @functools.lru_cache(maxsize=1)

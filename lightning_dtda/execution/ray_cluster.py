@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -138,6 +140,7 @@ class RayCluster(Workers):
             yield
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=self.address, include_dashboard=False, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -146,6 +149,8 @@ class RayCluster(Workers):
                 f"{os.environ.get('RAY_ADDRESS')!r}; {type(error).__name__}: {error}). Start a cluster with ray start "
                 '--head, or set address="local".'
             ) from error
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # instead of Ray's, which ends the program with exit code 15
         try:
             yield
         finally:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from typing_extensions import override
 
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.execution.fitting import fit
 from lightning_dtda.planning.forecast import Cost
 from lightning_dtda.recording import TrajectoryRecorder
 from lightning_dtda.recording.extent import checkpoint_interval
@@ -75,14 +76,9 @@ def record_first_steps(
     kept = [callback for callback in trainer.callbacks if not isinstance(callback, Checkpoint)]  # type: ignore[attr-defined]
     trainer.callbacks = [*kept, recorder, watch]  # type: ignore[attr-defined]
     started = time.perf_counter()
-    if isinstance(data, pl.LightningDataModule):
-        trainer.fit(module, datamodule=data)
-    else:
-        trainer.fit(module, None if data is module else data)
+    fit(trainer, module, None if data is module else data)
     (path,) = recorder.root.iterdir()
     run = Run(path)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     steps = run.steps if watch.at_end else run.manifest.planned_steps
     if steps is None:
         raise RecordingError(

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import RetrainingError
+from lightning_dtda.execution.fitting import fit
 from lightning_dtda.recording.configuration import class_path, module_configuration, training_configuration
 from lightning_dtda.replay import Examples, dataset_fingerprint, prepare_fit
 from lightning_dtda.retraining.dropping import without
@@ -162,7 +163,7 @@ class Recipe:
         trainer.callbacks.extend(callbacks)  # type: ignore[attr-defined]
         source = self.data
         if isinstance(source, DataLoader):
-            trainer.fit(module, train_dataloaders=without(source, removed))
+            fit(trainer, module, without(source, removed))
         else:
             # the Trainer asks the data module for its loader during fit, after its setup: shadow the method until then
             owner = module if isinstance(source, pl.LightningModule) else copy.copy(source)
@@ -175,9 +176,7 @@ class Recipe:
                 return left
 
             owner.train_dataloader = train_dataloader  # type: ignore[method-assign]
-            trainer.fit(module, datamodule=None if owner is module else owner)  # type: ignore[arg-type]
-        if trainer.interrupted:
-            raise KeyboardInterrupt
+            fit(trainer, module, None if owner is module else owner)
         return trainer, module
 
 
