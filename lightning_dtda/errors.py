@@ -10,7 +10,7 @@ class RecordingError(DTDAError):
 
 
 class DiskSpaceError(RecordingError):
-    """The disk has not enough space for the runs that are to be recorded."""
+    """The disk has not enough space for the runs that are to be recorded, or became full while they were."""
 
 
 class TrajectoryError(DTDAError):

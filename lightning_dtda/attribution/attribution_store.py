@@ -111,9 +111,19 @@ class Store:
         """Return whether an answer over some runs can be extended to others."""
         return before == after
 
-    def _add(self, part: str, entry: dict[str, Any]) -> None:
-        self._index[self.parts][part] = entry
-        _ANSWERS.write(self.path, self._index)
+    def _add(
+        self,
+        part: str,
+        name: str,
+        table: tuple[str, Tensor],
+        others: Mapping[str, Tensor],
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Write a part to its file, then list it."""
+        with _ANSWERS.written(self.path):
+            entry = StoredTable.write(self.path / f"{name}.safetensors", *table, others)
+            self._index[self.parts][part] = entry | dict(facts)
+            _ANSWERS.write(self.path, self._index)
 
 
 class AttributionStore(Store):
@@ -148,9 +158,11 @@ class AttributionStore(Store):
             baseline: Measurements m(theta_T) ``(queries,)``.
             responses: Responses ``(queries, removals)``.
             facts: The run's values of :data:`OF_RUNS`.
+
+        Raises:
+            AttributionError: If the directory cannot be written to.
         """
-        entry = StoredTable.write(self.path / f"{run}.safetensors", "responses", responses, {"baseline": baseline})
-        self._add(run, entry | {key: facts[key] for key in OF_RUNS})
+        self._add(run, run, ("responses", responses), {"baseline": baseline}, {key: facts[key] for key in OF_RUNS})
 
     def read(self) -> tuple[Tensor, StoredResponses]:
         """Read the baseline ``(runs, queries)`` and map the responses ``(runs, queries, removals)`` of finished runs.

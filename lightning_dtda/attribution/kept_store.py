@@ -57,19 +57,22 @@ class KeptStore(Store):
         Args:
             first: Position of the first query.
             block: The attribution of these queries, reduced to its top.
+
+        Raises:
+            AttributionError: If the directory cannot be written to.
         """
         responses: Any = block.responses
         figures = responses.figures
         beside = (block.baseline, responses.kept, responses.table, figures.reliability)
-        entry = StoredTable.write(
-            self.path / f"queries-{first:06d}.safetensors",
-            "figures",
-            figures.read().cpu(),
-            {name: tensor.cpu().contiguous() for name, tensor in zip(_BESIDE, beside, strict=True)},
-        )
         known = {key: block.about[key] for key in OF_RUNS if key in block.about}
         self._index["trusted"] = list(figures.runs)
-        self._add(str(first), entry | {"queries": len(block.queries), "trusted": list(figures.runs), **known})
+        self._add(
+            str(first),
+            f"queries-{first:06d}",
+            ("figures", figures.read().cpu()),
+            {name: tensor.cpu().contiguous() for name, tensor in zip(_BESIDE, beside, strict=True)},
+            {"queries": len(block.queries), "trusted": list(figures.runs), **known},
+        )
 
     def block(self, first: int) -> tuple[Tensor, KeptResponses, tuple[str, ...], tuple[int, ...], dict[str, Any]]:
         """Return the arguments of an attribution of a block of queries; its figures stay on disk.

@@ -6,6 +6,7 @@ import logging
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +17,7 @@ from lightning_dtda.execution import Lost, ThisProcess, Workers, workers_of
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import output_to, quiet_lightning
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
-from lightning_dtda.recording.seeds import Data, MakeTraining, is_complete, record_seeds
+from lightning_dtda.recording.seeds import Data, MakeTraining, is_complete, record_seeds, refuse_shared
 from lightning_dtda.recording.stacked_recording import record_stacked
 from lightning_dtda.stacking.choice import Stacked, chosen_stacked
 
@@ -38,7 +39,8 @@ def record(
 
     .. math:: (\theta_0^{(s)}, \dots, \theta_T^{(s)}), \quad s \in \text{seeds}, \qquad \theta_T^{(s)} \sim \mu_D
 
-    Complete runs are skipped and incomplete ones are recorded again; a seed that fails does not stop the others.
+    Complete runs are skipped and incomplete ones are recorded again. A seed that fails does not stop the others, unless
+    it is clear that they would fail, too.
     Open the runs with ``Ensemble.open(recorder.root)``.
 
     Args:
@@ -60,8 +62,9 @@ def record(
         Reasons of failures, by seed; empty if all runs are complete.
 
     Raises:
-        RecordingError: If the seeds or the recorder's settings are invalid; or, for stacks, if another process records
-            one of these runs or a file cannot be written.
+        RecordingError: If the seeds or the recorder's settings are invalid; if the first two of more seeds fail for the
+            same reason; or, for stacks, if another process records one of these runs or a file cannot be written.
+        DiskSpaceError: If the disk has not enough space for all runs, or becomes full.
         CannotStackError: If the trainings cannot be stacked although ``stacked=True``. Complete runs are kept.
         ExecutionError: If the workers or the device do not exist, or a process was lost.
 
@@ -107,7 +110,8 @@ def record(
         if isinstance(workers, ThisProcess):
             return record_seeds(make, recorder, missing, finished)
         failures: dict[int, str] = {}
-        for seed, result in workers.run(_Elsewhere(make, recorder, tuple(missing)), missing):
+        results = workers.run(_Elsewhere(make, recorder, tuple(missing)), missing)
+        for tried, (seed, result) in enumerate(results, 1):
             reason = result.reason if isinstance(result, Lost) else result
             if reason is None and not is_complete(recorder.root / run_name(seed)):
                 reason = (
@@ -115,8 +119,15 @@ def record(
                 )
             if reason is not None:
                 failures[seed] = reason
+                refuse_shared(failures, tried, len(missing))
             finished(seed)
-    return failures
+    logs = {seed: _log_of(recorder, seed) for seed in failures}
+    return {seed: f"{why} (see {logs[seed]})" if logs[seed].exists() else why for seed, why in failures.items()}
+
+
+def _log_of(recorder: TrajectoryRecorder, seed: int) -> Path:
+    """Return the path of the file for what a training in another process prints."""
+    return recorder.root / "logs" / f"{run_name(seed)}.log"
 
 
 @dataclass(frozen=True)
@@ -134,11 +145,9 @@ class _Elsewhere:
     seeds: tuple[int, ...]
 
     def __call__(self, seed: int) -> str | None:
-        log = self.recorder.root / "logs" / f"{run_name(seed)}.log"
         to_fit = len(self.seeds) if seed == self.seeds[0] else 0
-        with output_to(log), quiet_lightning():
-            reason = record_seeds(self._make, self.recorder, [seed], to_fit=to_fit).get(seed)
-        return reason and f"{reason} (see {log})"
+        with output_to(_log_of(self.recorder, seed)), quiet_lightning():
+            return record_seeds(self._make, self.recorder, [seed], to_fit=to_fit).get(seed)
 
     def _make(self) -> tuple[pl.Trainer, pl.LightningModule, Data]:
         training = self.make()

@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,9 +14,11 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from lightning_dtda.errors import DiskSpaceError, DTDAError, TrajectoryError, UnknownFormatError
+from lightning_dtda.errors import DiskSpaceError, DTDAError, RecordingError, TrajectoryError, UnknownFormatError
+from lightning_dtda.execution.fitting import fit
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.trajectory import Run
+from lightning_dtda.trajectory.storage import is_disk_full
 
 Data: TypeAlias = "pl.LightningDataModule | DataLoader[Any] | None"
 """Training data; ``None`` for modules that have a ``train_dataloader`` method."""
@@ -32,7 +34,7 @@ def record_seeds(
     to_fit: int | None = None,
     reraised: tuple[type[Exception], ...] = (),
 ) -> dict[int, str]:
-    """Train and record one run for each seed; a seed that fails does not stop the others.
+    """Train and record one run for each seed; a seed that fails does not stop the others, unless they would fail too.
 
     Complete runs are skipped; incomplete runs are recorded again.
 
@@ -49,12 +51,14 @@ def record_seeds(
         Reasons of failures, by seed.
 
     Raises:
-        DiskSpaceError: If the disk does not have space for all runs.
+        DiskSpaceError: If the disk does not have space for all runs, or becomes full.
+        RecordingError: If the first two seeds fail for the same reason, and there are more.
     """
-    failures, root = {}, recorder.root
+    failures: dict[int, str] = {}
+    root = recorder.root
     missing = [seed for seed in seeds if not is_complete(root / run_name(seed))]
     to_fit = len(missing) if to_fit is None else to_fit
-    for seed in missing:
+    for number, seed in enumerate(missing):
         name = run_name(seed)
         if is_complete(root / name):  # another process recorded it in the meantime
             finished(seed)
@@ -70,13 +74,38 @@ def record_seeds(
         except reraised:
             raise
         except Exception as error:
+            if is_disk_full(error):
+                raise DiskSpaceError(
+                    f"The disk became full while seed {seed} was trained ({error}). Free some space, then record "
+                    "again: complete runs are kept."
+                ) from error
             if not isinstance(error, DTDAError):  # in the user's code: show where
                 traceback.print_exc()
             failures[seed] = f"{type(error).__name__}: {error}"
+            refuse_shared(failures, number + 1, len(missing))
         if of_seed.needed is not None:  # the space was checked for all
             to_fit = 0
         finished(seed)
     return failures
+
+
+def refuse_shared(failures: Mapping[int, str], tried: int, seeds: int) -> None:
+    """Stop trying seeds when the first two have failed for the same reason: so would the others.
+
+    Args:
+        failures: Reasons of failures, by seed.
+        tried: Number of seeds tried.
+        seeds: Number of seeds to try.
+
+    Raises:
+        RecordingError: If there are more than these two.
+    """
+    if tried == len(failures) == 2 < seeds and len(set(failures.values())) == 1:
+        first, second = failures
+        raise RecordingError(
+            f"Seeds {first} and {second} failed for the same reason, so the other {seeds - 2} were not tried: "
+            f"{failures[first]}"
+        )
 
 
 def is_complete(directory: Path) -> bool:
@@ -97,9 +126,7 @@ def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) ->
     pl.seed_everything(seed, workers=True, verbose=False)
     trainer, module, data = make()
     trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
-    trainer.fit(module, data)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, module, data)
 
 
 @contextmanager

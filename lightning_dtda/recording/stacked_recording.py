@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader
 
 from lightning_dtda.errors import CannotStackError, RecordingError
 from lightning_dtda.execution.device import usable_device
+from lightning_dtda.execution.fitting import fit
 from lightning_dtda.recording import TrajectoryRecorder, run_name
 from lightning_dtda.recording.configuration import module_configuration, training_configuration
 from lightning_dtda.recording.data import describe_data
 from lightning_dtda.recording.extent import checkpoint_interval
 from lightning_dtda.recording.first_step import first_step_of
 from lightning_dtda.recording.run_recording import make_directory
-from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds
+from lightning_dtda.recording.seeds import MakeTraining, is_complete, record_seeds, refuse_shared
 from lightning_dtda.recording.stack_writer import StackWriter, footprint
 from lightning_dtda.replay import Examples, prepare_fit
 from lightning_dtda.stacking.stacks import Stacks, Training
@@ -70,7 +71,8 @@ def record_stacked(
 
     Raises:
         CannotStackError: If these trainings cannot be stacked. Runs that the Trainer has recorded are kept.
-        RecordingError: If another process records one of these runs, or a file cannot be written.
+        RecordingError: If another process records one of these runs, a file cannot be written, or the first two seeds
+            fail with the Trainer for the same reason.
         ExecutionError: If the device does not exist.
     """
     if recorder.batches == "store":
@@ -104,11 +106,13 @@ def _record_reference(
         return trainer, module, data
 
     failures: dict[int, str] = {}
+    seeds = len(missing)
     while missing:
         to_fit, seed = len(missing), missing.pop(0)
         failures |= record_seeds(watched, recorder, [seed], finished, to_fit, reraised=(CannotStackError,))
         if is_complete(directory := recorder.root / run_name(seed)):
             return failures, Run(directory)
+        refuse_shared(failures, seeds - len(missing), seeds)
     return failures, None
 
 
@@ -187,14 +191,12 @@ class _Stacking:
     def _check_another(self, stacks: Stacks, seed: int) -> None:
         """Take a step of another seed with the Trainer, as properties of the reference may be specific to its seed."""
 
-        def fit(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
+        def begin(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
             pl.seed_everything(seed, workers=True, verbose=False)
             trainer, module, data = self._make()
-            prepared(trainer).fit(module, data)
-            if trainer.interrupted:
-                raise KeyboardInterrupt
+            fit(prepared(trainer), module, data)
 
-        with first_step_of(seed, fit) as run:
+        with first_step_of(seed, begin) as run:
             if changes := mismatch(self._reference.manifest.comparable, run.manifest.comparable):
                 raise CannotStackError(f"the configuration depends on the seed:\n{changes}")
             stacks.check_another(run)

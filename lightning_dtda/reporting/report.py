@@ -36,6 +36,7 @@ from lightning_dtda.reporting.findings import (
 from lightning_dtda.reporting.formatting import capital, common_exponent, count, number, p_value, unit
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
 from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.trajectory.storage import replace_file
 from lightning_dtda.version import __version__
 
 MOST_QUERIES = 50
@@ -110,7 +111,7 @@ def report(
         page = environment.get_template("report.html.jinja").render(_content(attribution, trusted, k, chosen))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8")
+        replace_file(output, page.encode())
     except OSError as error:
         raise AttributionError(
             f"The report cannot be written to {output} ({error}). Give another file name."

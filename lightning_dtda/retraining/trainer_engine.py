@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dtda.errors import DTDAError
+from lightning_dtda.errors import DTDAError, RetrainingError
 from lightning_dtda.execution import Lost, Workers
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording.configuration import circumstances, current_hyperparameters
@@ -23,6 +23,7 @@ from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.retraining.engine import Engine, Outcome, Retraining
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.trajectory import ParameterLayout
+from lightning_dtda.trajectory.storage import is_disk_full
 from lightning_dtda.units import human_seconds
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,9 @@ def train_one(
         task: The training.
         callbacks: Callbacks to add to those of the Trainer.
         reraised: Types of errors that the callbacks raise and that are not failures of the training.
+
+    Raises:
+        RetrainingError: If the disk is full.
     """
     assert retraining.recipe is not None
     try:
@@ -76,6 +80,10 @@ def train_one(
     except reraised:
         raise
     except Exception as error:  # any error in the user's code
+        if is_disk_full(error):
+            raise RetrainingError(
+                f"The disk became full while a model was trained ({error}). Free some space, then call again."
+            ) from error
         if not isinstance(error, DTDAError):
             traceback.print_exc()
         return Outcome(task, None, f"{type(error).__name__}: {error}")

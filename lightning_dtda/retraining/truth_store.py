@@ -163,15 +163,15 @@ class TruthStore:
         content = safetensors.torch.save(tensors)
         # a random part, so two processes with the same training do not write to the same file
         name = f"trainings-{uuid.uuid4().hex[:12]}-{zlib.crc32(content):08x}.safetensors"
-        try:
+        with _ANSWERS.written(self.path):
             replace_file(self.path / name, content)
-        except OSError as error:
-            raise RetrainingError(
-                f"{self.path} cannot be written to ({error}). Free some disk space, then call again to continue."
-            ) from error
 
     def note(self, engines: Sequence[str], failures: Mapping[Task, str]) -> None:
-        """Store which engines trained, and which trainings failed."""
+        """Store which engines trained, and which trainings failed.
+
+        Raises:
+            RetrainingError: If the index cannot be written.
+        """
         with self._changed() as index:
             index["engine"] = list(dict.fromkeys([*index["engine"], *engines]))
             finished = self.finished()
@@ -226,7 +226,7 @@ class TruthStore:
 
     @contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
-        with FileLock(self.path / _LOCK):
+        with _ANSWERS.written(self.path), FileLock(self.path / _LOCK):
             self._index = read_json(self.path / _INDEX)
             yield self._index
             write_json(self.path / _INDEX, self._index)

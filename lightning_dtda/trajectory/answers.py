@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dtda.errors import DTDAError, TrajectoryError
-from lightning_dtda.trajectory.storage import read_json, write_json
+from lightning_dtda.trajectory.storage import is_disk_full, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,29 @@ class Answers:
 
     @contextmanager
     def opened(self, path: Path) -> Iterator[None]:
-        """Create the directory, and turn errors of writing to it inside the context into readable ones.
+        """Create the directory, and write to it inside the context.
 
         Raises:
             DTDAError: If the directory holds something else or cannot be written to.
         """
         if path.is_dir() and not self.is_at(path) and any(file.name not in self.ignored for file in path.iterdir()):
             raise self.error(f"{path} is not empty and holds no {self.noun}. Choose another output.")
-        try:
+        with self.written(path):
             path.mkdir(parents=True, exist_ok=True)
             yield
+
+    @contextmanager
+    def written(self, path: Path) -> Iterator[None]:
+        """Turn errors of writing to the directory into readable ones.
+
+        Raises:
+            DTDAError: If the directory cannot be written to.
+        """
+        try:
+            yield
         except OSError as error:
-            raise self.error(f"{path} cannot be written to ({error}). Choose another output.") from error
+            remedy = "Free some, then call again to continue" if is_disk_full(error) else "Choose another output"
+            raise self.error(f"{path} cannot be written to ({error}). {remedy}.") from error
 
     def check_same(self, path: Path, changes: Sequence[str]) -> None:
         """Refuse the answer to another question.

@@ -69,9 +69,22 @@ PAGE = mmap.PAGESIZE
 def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """Open a file under a temporary name and rename it into place, so no reader ever sees a partial file."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        yield file
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+        partial.replace(path)
+    except BaseException:  # also if the program is interrupted
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether a full disk, or an exhausted quota, is what caused an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def replace_file(path: Path, content: bytes) -> None:

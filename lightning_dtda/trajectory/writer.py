@@ -12,10 +12,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from lightning_dtda.errors import RecordingError
+from lightning_dtda.errors import DiskSpaceError, RecordingError
 from lightning_dtda.trajectory.example_checksums import ExampleChecksums
 from lightning_dtda.trajectory.manifest import AVERAGE, EXAMPLES, Manifest, Status
-from lightning_dtda.trajectory.storage import write_tensors
+from lightning_dtda.trajectory.storage import is_disk_full, write_tensors
 
 _QUEUE_LENGTH = 2
 """Number of files that may wait in memory. With one more, the training waits for the disk, which bounds the memory."""
@@ -100,7 +100,8 @@ class RunWriter:
         """Wait until everything is on disk, then write to the manifest how the run ended.
 
         Raises:
-            RecordingError: If a file could not be written; the manifest records this too.
+            RecordingError: If a file could not be written, a :class:`~lightning_dtda.errors.DiskSpaceError` if the disk
+                is full; the manifest records this too.
         """
         self._queue.put(None)
         self._thread.join()
@@ -140,7 +141,8 @@ class RunWriter:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise RecordingError(
+            kind = DiskSpaceError if is_disk_full(self._failure) else RecordingError
+            raise kind(
                 f"Writing to {self._directory} failed: {self._failure}. Free disk space or choose another root, then "
                 "record the run again."
             ) from self._failure
