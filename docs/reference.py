@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import io
 import os
-import re
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -48,12 +47,6 @@ EXTENDING = (
     "lightning_dtda.replay.training_examples",
 )
 """What is of use to those who write an estimator, but is not exported by the package of estimators."""
-
-LIGHTNINGS = re.compile(
-    r"^(Customize every aspect of training|<class '.*LightningModule'>|A DataModule|Base class for all optimizers|"
-    r"\(<class 'torch.optim.lr_scheduler)"
-)
-"""Heads of the groups of options that are LightningCLI's; Lightning documents them."""
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -110,9 +103,7 @@ def write_commands(path: Path) -> None:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main([command, "--help"])
         shown = "".join(character for character in printed.getvalue() if character.isprintable() or character == "\n")
-        groups = shown.strip().split("\n\n")
-        own = "\n\n".join(group for group in groups if not LIGHTNINGS.match(group))
-        parts.append(f"## {command}\n\n{purpose[0].upper()}{purpose[1:]}.\n\n```text\n{own}\n```\n")
+        parts.append(f"## {command}\n\n{purpose[0].upper()}{purpose[1:]}.\n\n```text\n{shown.strip()}\n```\n")
     _write(path, "\n".join(parts))
 
 

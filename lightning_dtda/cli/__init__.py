@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_dtda.errors import DTDAError
+from lightning_dtda.interruption import Terminated, ended_by_sigterm
+from lightning_dtda.text import did_you_mean, printable
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: With code 0 after printing help or the version, 1 if the command failed, 2 if the arguments are
-            wrong.
+            wrong, 130 after Ctrl+C, 143 after SIGTERM.
     """
     command, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     rest = rest[:-1]
@@ -59,29 +63,82 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"lightning-dtda {__version__}")
         raise SystemExit(0)
     if command not in COMMANDS:
-        print(f"{_USAGE}\n\nlightning-dtda: error: there is no command {command!r}", file=sys.stderr)
+        print(_USAGE, file=sys.stderr)
+        _complain("lightning-dtda: error", f"there is no command {command!r}.{did_you_mean(command, COMMANDS)}")
         raise SystemExit(2)
-    # unlike python -m, a console script does not put the working directory, where class_paths may be, on sys.path
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        # import only the command's module: parsing the options of report does not need lightning
-        importlib.import_module(f"lightning_dtda.cli.{command}").run(rest)
-    except KeyboardInterrupt:
-        print(f"lightning-dtda {command}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except DTDAError as error:
-        print(f"lightning-dtda {command}: error: {error}", file=sys.stderr)
+        with ended_by_sigterm(), stoppable(command), _printable_warnings():
+            # import only the command's module: most commands need lightning, which takes seconds to import
+            importlib.import_module(f"lightning_dtda.cli.{command}").run(rest)
+    except (DTDAError, OSError) as error:
+        _complain(f"lightning-dtda {command}: error", str(error))
         raise SystemExit(1) from error
+
+
+@contextmanager
+def stoppable(command: str, progress: Callable[[], str] | None = None) -> Iterator[None]:
+    """End a command with one line after Ctrl+C and SIGTERM, and with the exit code that other programs have then.
+
+    Args:
+        command: Name of the command.
+        progress: Function that says how far the command has come, if the same command continues from there.
+
+    Raises:
+        SystemExit: With code 130 after Ctrl+C, 143 after SIGTERM.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as end:
+        by, code = ("Ctrl+C", 130) if isinstance(end, KeyboardInterrupt) else ("SIGTERM", end.code)
+        far = "nothing was written" if progress is None else f"{progress()}; the same command continues"
+        _complain(f"lightning-dtda {command}", f"stopped by {by}: {far}.")
+        raise SystemExit(code) from None
+
+
+def say(text: str) -> None:
+    """Print a line to standard output."""
+    print(printable(text))
+
+
+def _complain(who: str, text: str) -> None:
+    print(printable(f"{who}: {text}"), file=sys.stderr)
+
+
+@contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Escape what names in warnings could do to the terminal."""
+    original = warnings.formatwarning
+    warnings.formatwarning = lambda *of_warning, **more: printable(original(*of_warning, **more))
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
+
+
+def find_own_modules() -> None:
+    """Let import paths name modules in the working directory, which a console script does not see.
+
+    They come last: a file beside the data that happens to be called ``html.py`` must not replace Python's module.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def add_differences(parser: ArgumentParser) -> None:
     """Add the option for the differences between distributions to show."""
     parser.add_argument(
         "--differences",
-        type=str,
+        type=_difference,
         nargs="+",
         default=None,
         help="Differences to show: mean, variance, wasserstein (these three by default), energy, quantile, tail, "
         "gaussian_kl, or import paths of your own classes.",
     )
+
+
+def _difference(name: str) -> str:
+    """Return the name, or import path, of a difference."""
+    if "." in name:
+        find_own_modules()
+    return name

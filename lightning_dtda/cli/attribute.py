@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_dtda.attribution import attribute
 from lightning_dtda.attribution.answering import damping_path
-from lightning_dtda.cli import add_differences
+from lightning_dtda.attribution.attribution_store import AttributionStore, read_index
+from lightning_dtda.cli import add_differences, say, stoppable
 from lightning_dtda.cli.configuration_cli import CONFIG, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
@@ -86,29 +87,38 @@ def run(arguments: Sequence[str]) -> None:
     from lightning_dtda.reporting import log_to_wandb, print_summary  # imported here to keep --help fast
 
     config, output = cli.config, Path(cli.config.output)
-    found: Any = attribute(
-        **cli.question()
-        | {
-            "removals": read_removals(config.removals),
-            "step": config.step,
-            "measurement_draws": config.measurement_draws,
-            "measurement_seed": config.measurement_seed,
-            "estimator": cli.config_init.estimator,
-            "dampings": config.dampings,
-            "output": output,
-            "overwrite": config.overwrite,
-            "keep_top": config.keep_top,
-            "scratch_budget": config.scratch_budget,
-            "workers": cli.workers(),
-        }
-    )
+    with stoppable("attribute", None if config.dampings else lambda: _progress(output)):
+        found: Any = attribute(
+            **cli.question()
+            | {
+                "removals": read_removals(config.removals),
+                "step": config.step,
+                "measurement_draws": config.measurement_draws,
+                "measurement_seed": config.measurement_seed,
+                "estimator": cli.config_init.estimator,
+                "dampings": config.dampings,
+                "output": output,
+                "overwrite": config.overwrite,
+                "keep_top": config.keep_top,
+                "scratch_budget": config.scratch_budget,
+                "workers": cli.workers(),
+            }
+        )
     answers = found if isinstance(found, dict) else {None: found}
     for damping, attribution in answers.items():
         path = output if damping is None else damping_path(output, damping)
         print_summary(attribution, differences=config.differences)
-        print(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
+        say(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if config.wandb:
             log_to_wandb(attribution, path, project=_project(Path(config.ensemble)), differences=config.differences)
+
+
+def _progress(output: Path) -> str:
+    """Return how much of an attribution is stored."""
+    index = read_index(output) if AttributionStore.is_at(output) else {}
+    if "blocks" in index:
+        return f"{len(index['blocks'])} blocks of queries are finished in {output}"
+    return f"{len(index.get('runs', ()))} of {len(index.get('wanted', ()))} runs are attributed in {output}"
 
 
 def read_removals(removals: str) -> Any:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
+from lightning_dtda.cli import find_own_modules
+from lightning_dtda.cli.help import OwnHelp, PlainHelp
 from lightning_dtda.errors import DTDAError
 from lightning_dtda.execution import Workers
 from lightning_dtda.stacking.choice import Stacked
 from lightning_dtda.trajectory.manifest import MANIFEST, changed_leaves
+from lightning_dtda.trajectory.storage import replace_file
 
 CONFIG = "config.yaml"
 
 _METHOD_OPTIONS = ("ckpt_path", "weights_only")
 """Options of ``Trainer.fit`` that ``fit --print_config`` and ``SaveConfigCallback`` add to a configuration."""
-
-
-class PlainHelp(DefaultHelpFormatter):
-    """Help without the reST markup of the docstrings that it comes from."""
-
-    @override
-    def format_help(self) -> str:
-        return re.sub(r":\w+:`~?([^`]*)`", r"\1", super().format_help()).replace("``", "")
 
 
 class ConfigurationCLI(LightningCLI):
@@ -46,8 +40,10 @@ class ConfigurationCLI(LightningCLI):
     """Main options, for ``--help``."""
 
     def __init__(self, command: str, description: str, arguments: Sequence[str], **kwargs: Any) -> None:
+        find_own_modules()  # the configuration may name classes there
+        everything = "--help-all" in arguments
         super().__init__(
-            args=list(arguments),
+            args=["--help" if argument == "--help-all" else argument for argument in arguments],
             run=False,
             save_config_callback=None,
             seed_everything_default=False,
@@ -55,8 +51,9 @@ class ConfigurationCLI(LightningCLI):
             parser_kwargs={
                 "prog": f"lightning-dtda {command}",
                 "usage": f"lightning-dtda {command} {self.usage} [options]; --help lists them",
-                "description": f"{description} The main options come first, then those of Trainer, model and data.",
-                "formatter_class": PlainHelp,
+                "description": f"{description} The options of the configuration, --model, --data, --trainer, "
+                "--optimizer and --lr_scheduler, are listed by --help-all.",
+                "formatter_class": PlainHelp if everything else OwnHelp,
             },
             **kwargs,
         )
@@ -150,7 +147,7 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
             )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+        replace_file(path, yaml.safe_dump(content, sort_keys=False).encode())
     except OSError as error:
         raise DTDAError(f"{root} cannot be written to ({error}). Choose another --ensemble.") from error
 

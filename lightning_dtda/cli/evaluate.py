@@ -6,15 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.cli import add_differences
+from lightning_dtda.cli import add_differences, say
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.evaluation import Evaluation, compare, evaluate
-from lightning_dtda.reporting.evaluations import print_evaluations
-from lightning_dtda.retraining.ground_truth import GroundTruth
+
+if TYPE_CHECKING:
+    from lightning_dtda.evaluation import Evaluation
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -34,6 +34,12 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str | None, default=None, help="JSON file to write all figures to.")
     add_differences(parser)
     options = parser.parse_args(list(arguments))
+    # imported here to keep --help fast
+    from lightning_dtda import Attribution, GroundTruth, evaluate
+    from lightning_dtda.evaluation import compare
+    from lightning_dtda.reporting.evaluations import print_evaluations
+    from lightning_dtda.trajectory.storage import replace_file
+
     truth = GroundTruth.load(options.truth)
     evaluations = {path: evaluate(Attribution.load(path), truth, options.differences) for path in options.attribution}
     print_evaluations(_by_short_name(evaluations))
@@ -45,12 +51,12 @@ def run(arguments: Sequence[str]) -> None:
             for path, evaluation in evaluations.items()
         }
         try:
-            Path(options.output).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            replace_file(Path(options.output), json.dumps(content, indent=1).encode())
         except OSError as error:
             raise AttributionError(
                 f"{options.output} cannot be written to ({error}). Choose another --output."
             ) from error
-        print(f"All figures are in {options.output}.")
+        say(f"All figures are in {options.output}.")
 
 
 def _by_short_name(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:

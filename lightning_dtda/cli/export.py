@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_dtda.attribution.exporting import Format, export
-from lightning_dtda.cli import add_differences
+from lightning_dtda.cli import add_differences, say
+
+FORMATS = ("parquet", "zarr", "netcdf")
+"""The formats of :func:`lightning_dtda.export`, which takes seconds to import."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -21,7 +23,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, required=True, help="File to write; for zarr, a directory.")
     parser.add_argument(
         "--format",
-        type=Format,
+        choices=FORMATS,
         default="parquet",
         help="parquet, with one row for each query and example; zarr or netcdf, a data set for xarray.",
     )
@@ -35,6 +37,8 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     options = parser.parse_args(list(arguments))
+    from lightning_dtda import export  # imported here to keep --help fast
+
     path = export(
         options.attribution,
         options.output,
@@ -44,4 +48,4 @@ def run(arguments: Sequence[str]) -> None:
         replicates=options.replicates,
         overwrite=options.overwrite,
     )
-    print(f"The influences are in {path}.")
+    say(f"The influences are in {path}.")

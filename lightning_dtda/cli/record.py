@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
 
+from lightning_dtda.cli import say, stoppable
 from lightning_dtda.cli.configuration_cli import CONFIG, ConfigurationCLI, save_configuration
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import TrajectoryRecorder, record, run_name
@@ -109,30 +110,37 @@ def run(arguments: Sequence[str]) -> None:
     config, root = cli.config, cli.root
     seeds = checked_seeds(config.seeds)
     # if a training uses several processes, the others run this command too
-    say = print if getattr(rank_zero_only, "rank", 0) == 0 else _log.debug
+    tell = say if getattr(rank_zero_only, "rank", 0) == 0 else _log.debug
+
+    def progress() -> str:
+        return (
+            f"{sum(is_complete(root / run_name(seed)) for seed in seeds)} of {len(seeds)} runs are complete in {root}"
+        )
+
     save_configuration(root, cli.dump(without=_OWN_OPTIONS))
     if skipped := sum(is_complete(root / run_name(seed)) for seed in seeds):
-        say(f"{skipped} of {len(seeds)} runs are already complete in {root}.")
-    failures = record(
-        ConfiguredRecording(cli),
-        TrajectoryRecorder(root.resolve(), **config.recorder.as_dict()),
-        seeds,
-        workers=cli.workers(),
-        stacked=config.stacked,
-        compile=config.compile,
-    )
+        tell(f"{skipped} of {len(seeds)} runs are already complete in {root}.")
+    with stoppable("record", progress):
+        failures = record(
+            ConfiguredRecording(cli),
+            TrajectoryRecorder(root.resolve(), **config.recorder.as_dict()),
+            seeds,
+            workers=cli.workers(),
+            stacked=config.stacked,
+            compile=config.compile,
+        )
     for seed, reason in failures.items():
-        say(f"seed {seed} failed: {reason}")
-    complete = sum(is_complete(root / run_name(seed)) for seed in seeds)
-    say(f"{complete} of {len(seeds)} runs are complete in {root}.")
-    if complete < len(seeds):
+        tell(f"seed {seed} failed: {reason}")
+    tell(f"{progress()}.")
+    if not all(is_complete(root / run_name(seed)) for seed in seeds):
         raise SystemExit(1)
 
 
 def _cli(arguments: Sequence[str]) -> RecordCLI:
     return RecordCLI(
         "record",
-        "Train a LightningCLI configuration (model, data, trainer) once for each seed and record every step.",
+        "Train a LightningCLI configuration (model, data, trainer) once for each seed and record every step, on "
+        "the device that --trainer.accelerator and --trainer.devices choose.",
         arguments,
         # the bars and summaries of twenty trainings hide the bar that matters; a configuration may enable them
         trainer_defaults={"enable_progress_bar": False, "enable_model_summary": False},

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.cli import add_differences
-from lightning_dtda.reporting import report
+from lightning_dtda.cli import add_differences, say
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -21,6 +19,9 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--k", type=int, default=10, help="Number of examples to show for each query and difference.")
     add_differences(parser)
     options = parser.parse_args(list(arguments))
+    # imported here to keep --help fast
+    from lightning_dtda import Attribution, report
+
     attribution = Attribution.load(options.attribution)
     path = report(attribution, options.output, k=options.k, differences=options.differences)
-    print(f"The report is {path}; open it in a browser.")
+    say(f"The report is {path}; open it in a browser.")

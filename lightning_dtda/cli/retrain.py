@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers.logger import DummyLogger
 from typing_extensions import override
 
+from lightning_dtda.cli import say, stoppable
 from lightning_dtda.cli.configuration_cli import read_json_option
 from lightning_dtda.cli.question import QuestionCLI, query_loader
 from lightning_dtda.errors import RetrainingError
@@ -21,6 +22,7 @@ from lightning_dtda.recording import run_name
 from lightning_dtda.replay import training_examples
 from lightning_dtda.retraining import GroundTruth, random_subsets, retrain
 from lightning_dtda.retraining.retraining import Removal
+from lightning_dtda.retraining.truth_store import TruthStore
 from lightning_dtda.trajectory import Ensemble
 
 
@@ -179,30 +181,40 @@ def retrained(
     with quiet_lightning():
         module = configured.module()
     data = module if configured.cli.datamodule is None else configured.cli.datamodule
-    truth = retrain(
-        module if config.removal == "reweight" else configured.module,
-        data,
-        subsets=read_subsets(config, len(training_examples(data))) if subsets is None else subsets,
-        seeds=config.seeds,
-        baseline_seeds=config.baseline_seeds,
-        queries=query_loader(data, config.queries.split, config.queries.indices),
-        measurement=config.measurement,
-        measurement_draws=config.measurement_draws,
-        measurement_seed=config.measurement_seed,
-        removal=config.removal,
-        trainer=configured.trainer,
-        ensemble=None if config.ensemble is None else Ensemble.open(config.ensemble),
-        output=config.output,
-        overwrite=config.overwrite,
-        workers=configured.cli.workers(),
-        stacked=config.stacked,
-        compile=config.compile,
-        device=config.device,
-    )
-    print(f"{truth} is in {config.output}.")
+    with stoppable("retrain", lambda: _progress(config.output)):
+        truth = retrain(
+            module if config.removal == "reweight" else configured.module,
+            data,
+            subsets=read_subsets(config, len(training_examples(data))) if subsets is None else subsets,
+            seeds=config.seeds,
+            baseline_seeds=config.baseline_seeds,
+            queries=query_loader(data, config.queries.split, config.queries.indices),
+            measurement=config.measurement,
+            measurement_draws=config.measurement_draws,
+            measurement_seed=config.measurement_seed,
+            removal=config.removal,
+            trainer=configured.trainer,
+            ensemble=None if config.ensemble is None else Ensemble.open(config.ensemble),
+            output=config.output,
+            overwrite=config.overwrite,
+            workers=configured.cli.workers(),
+            stacked=config.stacked,
+            compile=config.compile,
+            device=config.device,
+        )
+    say(f"{truth} is in {config.output}.")
     if truth.unfinished:
         raise SystemExit(1)
     return truth
+
+
+def _progress(output: str) -> str:
+    """Return how many trainings are stored."""
+    if not TruthStore.is_at(output):
+        return "no training is finished"
+    store = TruthStore.open(output)
+    wanted = len(store.baseline_seeds) + len(store.removed) * len(store.seeds)
+    return f"{len(store.finished())} of {wanted} trainings are stored in {output}"
 
 
 def read_subsets(config: Any, examples: int) -> list[Any]:

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
-from lightning_dtda.cli.configuration_cli import PlainHelp
+from lightning_dtda.cli.help import PlainHelp
 from lightning_dtda.cli.retrain import retrained
 from lightning_dtda.evaluation import Verification, verify
 from lightning_dtda.evaluation.evaluating import check_alignment
-from lightning_dtda.reporting.formatting import common_exponent, number, unit
+from lightning_dtda.reporting.formatting import common_exponent, escape, number, unit
 from lightning_dtda.retraining import GroundTruth
 
 
