@@ -92,7 +92,8 @@ def export(
         _remove(output)
         partial.rename(output)
     except OSError as error:
-        raise AttributionError(f"{output} cannot be written to ({error}). Choose another output.") from error
+        reason = " ".join(str(error).split())  # HDF5 puts every detail on a line of its own
+        raise AttributionError(f"{output} cannot be written to ({reason}). Choose another output.") from error
     finally:
         _remove(partial)
     return output

@@ -19,6 +19,7 @@ from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
+from lightning_dtda.statistics.differences import resolve_difference
 
 
 class AttributeCLI(QuestionCLI):
@@ -86,8 +87,11 @@ def run(arguments: Sequence[str]) -> None:
     )
     from lightning_dtda.reporting import log_to_wandb, print_summary  # imported here to keep --help fast
 
+    for difference in cli.config.differences or ():
+        resolve_difference(difference)  # a wrong name is an error before the work, not after it
     config, output = cli.config, Path(cli.config.output)
-    with stoppable("attribute", None if config.dampings else lambda: _progress(output)):
+    last = damping_path(output, config.dampings[-1]) if config.dampings else output
+    with stoppable("attribute", lambda: _progress(last)):
         found: Any = attribute(
             **cli.question()
             | {

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_dtda import estimators
 from lightning_dtda.cli import find_own_modules
 from lightning_dtda.cli.help import OwnHelp, PlainHelp
 from lightning_dtda.errors import DTDAError
+from lightning_dtda.estimators import curvatures
 from lightning_dtda.execution import Workers
 from lightning_dtda.stacking.choice import Stacked
+from lightning_dtda.text import did_you_mean
 from lightning_dtda.trajectory.manifest import MANIFEST, changed_leaves
 from lightning_dtda.trajectory.storage import replace_file
 
@@ -24,6 +30,19 @@ CONFIG = "config.yaml"
 
 _METHOD_OPTIONS = ("ckpt_path", "weights_only")
 """Options of ``Trainer.fit`` that ``fit --print_config`` and ``SaveConfigCallback`` add to a configuration."""
+
+
+class ConfigurationParser(LightningArgumentParser):
+    """Suggests a class where the name of one is misspelt."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        suggestion = ""
+        if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
+            suggestion = did_you_mean(found[2], dir(sys.modules.get(found[1])))
+        elif found := re.search(r"Expected a dot import path string: (\w+)", message):
+            suggestion = did_you_mean(found[1], [*estimators.__all__, *curvatures.__all__])
+        super().error(f"{message}\n{suggestion.strip()}".rstrip(), ex)
 
 
 class ConfigurationCLI(LightningCLI):
@@ -46,6 +65,7 @@ class ConfigurationCLI(LightningCLI):
             args=["--help" if argument == "--help-all" else argument for argument in arguments],
             run=False,
             save_config_callback=None,
+            parser_class=ConfigurationParser,
             seed_everything_default=False,
             # a usage of our own: the list of all options is longer than a screen and hides the error below it
             parser_kwargs={
@@ -113,8 +133,15 @@ class ConfigurationCLI(LightningCLI):
         """Do nothing yet: commands build the classes themselves, once per seed."""
 
     def build(self) -> None:
-        """Create new ``model``, ``datamodule`` and ``trainer``."""
-        super().instantiate_classes()
+        """Create new ``model``, ``datamodule`` and ``trainer``.
+
+        Raises:
+            DTDAError: If Lightning rejects the configuration.
+        """
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise DTDAError(f"Lightning rejects the configuration: {error}") from error
 
     def dump(self, without: Sequence[str]) -> dict[str, Any]:
         """Return the configuration in plain types, without the given options of the command."""

@@ -96,7 +96,7 @@ def _question(arguments: Sequence[str], directory: str) -> dict[str, Any]:
         "--ensemble" + one.removeprefix("--runs") if one.split("=")[0] == "--runs" else one for one in arguments
     ]
     given = {argument.split("=")[0] for argument in arguments}
-    if not given & {"--config", "-c", "--ensemble", "-h", "--help"}:
+    if not given & {"--config", "-c", "--ensemble", "-h", "--help", "--help-all"}:
         raise AttributionError("Give --config, the configuration to train, or --runs, the directory of recorded runs.")
     cli = PlanCLI(
         "plan",

@@ -120,7 +120,7 @@ def query_loader(data: LightningDataModule | LightningModule, split: Split, indi
 
 def _with_configuration(arguments: list[str]) -> list[str]:
     """Prepend the ensemble's saved configuration, unless one is given."""
-    given = any(argument.split("=")[0] in ("--config", "-c", "-h", "--help") for argument in arguments)
+    given = any(argument.split("=")[0] in ("--config", "-c", "-h", "--help", "--help-all") for argument in arguments)
     if given:
         return arguments
     root = option_value(arguments, "--ensemble")

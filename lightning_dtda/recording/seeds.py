@@ -79,9 +79,10 @@ def record_seeds(
                     f"The disk became full while seed {seed} was trained ({error}). Free some space, then record "
                     "again: complete runs are kept."
                 ) from error
-            if not isinstance(error, DTDAError):  # in the user's code: show where
+            reason = f"{type(error).__name__}: {error}"
+            if not isinstance(error, DTDAError) and reason not in failures.values():  # in the user's code: show where
                 traceback.print_exc()
-            failures[seed] = f"{type(error).__name__}: {error}"
+            failures[seed] = reason
             refuse_shared(failures, number + 1, len(missing))
         if of_seed.needed is not None:  # the space was checked for all
             to_fit = 0
@@ -103,8 +104,7 @@ def refuse_shared(failures: Mapping[int, str], tried: int, seeds: int) -> None:
     if tried == len(failures) == 2 < seeds and len(set(failures.values())) == 1:
         first, second = failures
         raise RecordingError(
-            f"Seeds {first} and {second} failed for the same reason, so the other {seeds - 2} were not tried: "
-            f"{failures[first]}"
+            f"Seeds {first} and {second} failed for the same reason, so no others were tried: {failures[first]}"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_dtda.compatibility import overrides
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay.replica import step_loss
+from lightning_dtda.text import did_you_mean
 
 Measurement: TypeAlias = Callable[[LightningModule, Any], Tensor]
 """Function ``(module, batch) -> (B,)``. The module is in evaluation mode and holds the run's parameters."""
@@ -138,6 +139,6 @@ def resolve_measurement(measurement: str | Measurement) -> tuple[str, Measuremen
     if not callable(found):
         raise AttributionError(
             f"Unknown measurement {measurement!r}. Choose from {', '.join(MEASUREMENTS)}, or give the import path of a "
-            "callable (module, batch) -> (B,)."
+            f"callable (module, batch) -> (B,).{did_you_mean(measurement, MEASUREMENTS)}"
         )
     return measurement, found() if isinstance(found, type) else found

@@ -1,15 +1,20 @@
 """The command line from configuration to attribution, in process."""
 
 import json
+import logging
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
 from lightning_dtda import Attribution, Ensemble, attribute
+from lightning_dtda.attribution.exporting import Format
 from lightning_dtda.cli import main
 from lightning_dtda.cli.configuration_cli import save_configuration
+from lightning_dtda.cli.export import FORMATS
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
+from lightning_dtda.reporting import print_summary
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.cli.configuration import CONFIG
 
@@ -143,6 +148,61 @@ def test_one_bad_seed_does_not_lose_the_others(record, capsys, monkeypatch):
     output = capsys.readouterr()
     assert "seed 1 failed: RuntimeError: bad luck" in output.out
     assert "bad luck" in output.err
+
+
+def test_what_fails_for_all_seeds_ends_the_command(record, capsys, monkeypatch):
+    original = DiabetesRegressor.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 5:
+            raise RuntimeError("no such column")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(DiabetesRegressor, "training_step", training_step)
+    with pytest.raises(SystemExit, match="1"):
+        record("--seeds", "20")
+    written = capsys.readouterr().err
+    assert "error: Seeds 0 and 1 failed for the same reason, so no others were tried: RuntimeError: no such" in written
+    assert written.count("Traceback") == 1
+
+
+def test_a_configuration_that_lightning_rejects_is_one_line(record, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        record("--seeds", "3", "--trainer.limit_train_batches=-1")
+    written = capsys.readouterr().err
+    assert "Lightning rejects the configuration: " in written
+    assert "Traceback" not in written
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong", "code", "message"),
+    [
+        ("record", ["--model", "lightning_dtda.demo.diabetes.DiabetesRegresor"], 2, "Did you mean DiabetesRegressor?"),
+        ("record", ["--model", "lightning_dtda.demo.diabetes.DiabetesRegresor.x"], 2, "Problem with given class_path"),
+        ("record", ["--model", "no_such_module.Net"], 2, "No module named 'no_such_module'"),
+        ("record", ["--model.init_args.widht", "3"], 2, "widht"),
+        ("record", ["--config", "no-such-file.yaml"], 2, "no-such-file.yaml'"),
+        ("attribute", ["--estimator", "Sorce"], 2, "Did you mean Source?"),
+        ("attribute", ["--measurement", "los"], 1, "Did you mean loss?"),
+        ("attribute", ["--differences", "mean", "varience"], 1, "Did you mean variance?"),
+    ],
+)
+def test_a_wrong_name_is_an_error_without_a_traceback_before_the_work(
+    record, config, tmp_path, capsys, monkeypatch, command, wrong, code, message
+):
+    arguments = {
+        "record": ["--config", str(config), "--ensemble", str(tmp_path / "runs")],
+        "attribute": ["--ensemble", str(tmp_path / "runs"), "--output", str(tmp_path / "answer")],
+    }
+    if command == "attribute":
+        record("--seeds", "1")
+    with pytest.raises(SystemExit) as stop:
+        main([command, *arguments[command], *wrong])
+    assert stop.value.code == code
+    written = capsys.readouterr().err
+    assert message in written
+    assert "Traceback" not in written
+    assert not (tmp_path / "answer").exists()
 
 
 def test_another_configuration_is_not_recorded_into_the_same_ensemble(record, capsys):
@@ -396,7 +456,9 @@ def test_a_split_that_the_data_module_lacks_is_refused(record, tmp_path, capsys)
     assert "DiabetesData has no test_dataloader" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([each, "--help"] for each in ("report", "export", "evaluate", "demo"))]
+)
 def test_help_needs_no_lightning(arguments):
     import subprocess
     import sys
@@ -410,4 +472,37 @@ def test_an_unknown_command_is_an_error(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["atribute"])
     assert stop.value.code == 2
-    assert "no command 'atribute'" in capsys.readouterr().err
+    assert "no command 'atribute'. Did you mean attribute?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["record", "attribute", "retrain", "check", "plan"])
+def test_help_is_on_a_command_s_own_options_and_help_all_on_everything(capsys, command):
+    printed = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit, match="0"):
+            main([command, option])
+        printed[option] = capsys.readouterr().out
+    assert "--ensemble" in printed["--help"]
+    assert "--trainer.max_epochs" not in printed["--help"]
+    assert "--help-all" in printed["--help"]
+    assert {"--ensemble", "--trainer.max_epochs", "--model"} <= set(printed["--help-all"].split())
+
+
+def test_the_formats_of_export_are_those_of_the_function():
+    assert get_args(Format) == FORMATS
+
+
+def test_names_cannot_control_the_terminal(tmp_path, capsys):
+    ends = ["\x1b[2J", "\x9b2J", "\u202e", "\udcff"]
+    with pytest.raises(SystemExit, match="1"):
+        main(["report", "--attribution", str(tmp_path / "".join(ends))])
+    groups = [f"group {end}" for end in ends[:3]]
+    about = {"removals": [{"name": name, "examples": [n]} for n, name in enumerate(groups)]}
+    attribution = Attribution(torch.randn(5, 1), torch.randn(5, 1, 3), tuple("abcde"), (0,), about)
+    attribution.save(tmp_path / "answer")
+    print_summary(Attribution.load(tmp_path / "answer"))
+    logging.getLogger("lightning_dtda.test").warning("no %s", ends)
+    written = capsys.readouterr()
+    assert "group \\x1b[2J" in written.out
+    assert "\\udcff" in written.err
+    assert not any(end[0] in written.out + written.err for end in ends)

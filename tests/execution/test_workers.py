@@ -59,6 +59,33 @@ def test_another_thread_than_the_main_one_may_share_work_out():
     assert sorted(found) == [(-2, 2), (-1, 1)]
 
 
+def test_what_was_finished_when_a_process_dies_is_not_lost(tmp_path):
+    def work(item):
+        if item == "dies":
+            while len(list(tmp_path.iterdir())) < 3:
+                time.sleep(0.01)
+            time.sleep(1)  # for the last result to be on its way
+            os._exit(1)
+        (tmp_path / item).touch()
+        return item.upper()
+
+    results = Processes(2).run(work, ["dies", "a", "b", "c"])
+    found = [next(results)]
+    while len(list(tmp_path.iterdir())) < 3:
+        time.sleep(0.01)
+    time.sleep(3)  # the process dies while the first result is dealt with
+    found += [next(results), next(results)]
+    assert sorted(found) == [("a", "A"), ("b", "B"), ("c", "C")]
+    with pytest.raises(ExecutionError, match=r"A process was killed.* after 3 tasks were finished"):
+        next(results)
+
+
+def test_no_process_stays_after_the_work():
+    processes = {process for _, process in Processes(2).run(lambda item: os.getpid(), [1, 2, 3])}
+    assert processes
+    assert not any(map(is_there, processes))
+
+
 UNDER_WAY = """
 import os, pathlib, sys, time
 from lightning_dtda.execution import Processes

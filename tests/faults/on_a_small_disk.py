@@ -3,6 +3,9 @@
 python -m tests.faults.on_a_small_disk DIRECTORY
 """
 
+import contextlib
+import io
+import re
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_dtda import Run, TrajectoryRecorder
+from lightning_dtda import Run, TrajectoryRecorder, cli
 from lightning_dtda.errors import RecordingError
 from tests.recording.modules import Regressor, shuffled
 
@@ -18,17 +21,20 @@ from tests.recording.modules import Regressor, shuffled
 class Fill(pl.Callback):
     """Writes a file that leaves no more than ``room`` pages of the disk free."""
 
-    def __init__(self, disk, room):
-        self.disk, self.room = disk, room
+    def __init__(self, disk: str | Path, room: int):
+        self.disk, self.room = Path(disk), room
 
     def on_train_batch_end(self, trainer, *args):
         if trainer.global_step == 20:
-            with (self.disk / "ballast").open("wb", buffering=0) as file:
-                try:
-                    while file.write(bytes(4096)):
-                        pass
-                except OSError:  # full: give back the last pages
-                    file.truncate(file.tell() - 4096 * self.room)
+            self.fill()
+
+    def fill(self):
+        with (self.disk / "ballast").open("wb", buffering=0) as file:
+            try:
+                while file.write(bytes(4096)):
+                    pass
+            except OSError:  # full: give back the last pages
+                file.truncate(file.tell() - 4096 * self.room)
 
 
 def train(root, *callbacks):
@@ -45,7 +51,57 @@ def train(root, *callbacks):
     trainer.fit(Regressor(), shuffled())
 
 
+def stops(arguments, message):
+    """Run a command that fails for lack of space, and check that it says so in one line and leaves nothing behind."""
+    written = io.StringIO()
+    with contextlib.redirect_stderr(written), pytest.raises(SystemExit, match="1"):
+        cli.main(arguments)
+    *_, last = written.getvalue().splitlines()
+    assert last.startswith(f"lightning-dtda {arguments[0]}: error:"), last
+    assert re.search(message, last), last
+    assert "Traceback" not in written.getvalue()
+
+
+def commands(disk):
+    """Fill the disk under the commands."""
+    import yaml
+
+    from tests.cli.configuration import CONFIG
+
+    fill = {"class_path": "tests.faults.on_a_small_disk.Fill", "init_args": {"disk": str(disk), "room": 1}}
+    of_fill = {"trainer": CONFIG["trainer"] | {"max_steps": 60, "callbacks": [fill]}}
+    (disk / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    (disk / "fill.yaml").write_text(yaml.safe_dump(CONFIG | of_fill))
+    runs, answer, queries = str(disk / "runs"), str(disk / "answer"), "--queries.indices=[0,1]"
+    recording = ["record", "--config", str(disk / "fill.yaml"), "--ensemble", str(disk / "fills"), "--seeds", "20"]
+    stops([*recording, "--recorder.checkpoint_every", "5"], "No space left on device.*Free disk space")
+    assert [path.name for path in (disk / "fills").glob("seed-*")] == ["seed-0000"]
+    (disk / "ballast").unlink()
+    cli.main(["record", "--config", str(disk / "config.yaml"), "--ensemble", runs, "--seeds", "3"])
+    cli.main(["attribute", "--ensemble", runs, "--output", answer, queries])
+    Fill(disk, 1).fill()
+    full = "No space left on device|disk space"
+    stops(["record", "--config", str(disk / "config.yaml"), "--ensemble", runs, "--seeds", "9"], full)
+    stops(
+        ["attribute", "--ensemble", runs, "--output", str(disk / "other"), queries, "--measurement", "prediction"], full
+    )
+    retraining = ["retrain", "--ensemble", runs, "--removal", "reweight", "--seeds=[0,1]", "--subsets", "400"]
+    stops([*retraining, "--output", str(disk / "truth"), queries], full)
+    stops(["report", "--attribution", answer, "--output", str(disk / "report.html")], full)
+    for kind in ("parquet", "netcdf", "zarr"):
+        stops(
+            ["export", "--attribution", answer, "--output", str(disk / kind), "--format", kind, "--replicates=0"], full
+        )
+    for name in ("report.html", "parquet", "netcdf", "zarr"):
+        assert not (disk / name).exists()
+    assert not [path for path in disk.rglob("*") if "partial" in path.name]
+    (disk / "ballast").unlink()
+    cli.main(["attribute", "--ensemble", runs, "--output", answer, queries])  # what was there is intact
+    print("commands")
+
+
 def main(disk):
+    commands(disk)
     train(disk / "whole")
     whole = Run(disk / "whole" / "run")
     for room in range(8):

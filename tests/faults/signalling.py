@@ -1,8 +1,6 @@
 """A callback and a measurement that send a signal to their own process, or to all that a terminal would reach."""
 
 import os
-import signal
-from pathlib import Path
 
 import lightning.pytorch as pl
 

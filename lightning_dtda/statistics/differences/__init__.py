@@ -12,6 +12,7 @@ from lightning_dtda.statistics.differences.quantile import Quantile
 from lightning_dtda.statistics.differences.sliced_wasserstein import SlicedWasserstein
 from lightning_dtda.statistics.differences.tail import Tail
 from lightning_dtda.statistics.differences.variance import Variance
+from lightning_dtda.text import did_you_mean
 
 __all__ = [
     "DIFFERENCES",
@@ -87,5 +88,5 @@ def _imported(name: str) -> object:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise AttributionError(
             f"Unknown difference {name!r} ({error}). Choose from {', '.join(DIFFERENCES)}, or give the import path of "
-            "a class such as lightning_dtda.statistics.Mean."
+            f"a class such as lightning_dtda.statistics.Mean.{did_you_mean(name, DIFFERENCES)}"
         ) from error
