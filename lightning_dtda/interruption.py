@@ -23,7 +23,8 @@ class Terminated(SystemExit):
 def ended_by_sigterm() -> Iterator[None]:
     """Let SIGTERM raise :class:`Terminated`; an immediate end would leave other processes and partial files behind.
 
-    In threads other than the main one, and if the application handles SIGTERM itself, nothing changes.
+    Once it has arrived, SIGTERM is ignored. In threads other than the main one, and if the application handles SIGTERM
+    itself, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from lightning_dtda.errors import ExecutionError
 from lightning_dtda.execution.workers import Item, Lost, Result, Workers
+from lightning_dtda.interruption import Terminated, ended_by_sigterm
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +77,14 @@ class RayCluster(Workers):
         """
         content = _pickled(work)
         ray = _ray()
-        with self._connected(ray):
-            yield from self._run(ray, content, iter(items))
+        with ended_by_sigterm(), self._connected(ray):
+            try:
+                yield from self._run(ray, content, iter(items))
+            except SystemExit:
+                # Ray, while it waits, replaces what the handler of a signal raises by an exit with code 1
+                if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:
+                    raise Terminated from None
+                raise
 
     @override
     def places(self) -> int:
@@ -150,7 +157,7 @@ class RayCluster(Workers):
                 '--head, or set address="local".'
             ) from error
         if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # instead of Ray's, which ends the program with exit code 15
+            signal.signal(signal.SIGTERM, handler)  # Ray sets one that exits with code 15
         try:
             yield
         finally:

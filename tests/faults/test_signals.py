@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import lightning.pytorch as pl
 import pytest
@@ -233,9 +234,17 @@ def test_what_workers_had_finished_is_kept_when_one_of_them_is_killed(tmp_path):
 
 @pytest.mark.slow
 @SIGNALS
-def test_a_cluster_is_left_in_order(ray_cluster, tmp_path, capsys, monkeypatch, number, code, name):
-    monkeypatch.setattr(  # it is asked for before the work, and after each seed
-        "lightning_dtda.recording.recording.is_complete", lambda run: send(number) if run.exists() else False
-    )
-    arguments = [*configured(tmp_path), "--ensemble", str(tmp_path / "runs"), "--seeds", "2", "--workers", "RayCluster"]
-    stopped(["record", *arguments], code, capsys)
+def test_a_recording_on_a_cluster_ends_with_the_code_and_a_line(tmp_path, number, code, name):
+    pytest.importorskip("ray", reason="clusters need the extra [ray]")
+    config = yaml.safe_dump(CONFIG | {"trainer": CONFIG["trainer"] | {"max_steps": 100_000}})
+    (tmp_path / "config.yaml").write_text(config)
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--ensemble", str(tmp_path / "runs"), "--seeds", "2"]
+    command = [sys.executable, "-m", "lightning_dtda", "record", *arguments, "--workers", "RayCluster"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
+        while running.poll() is None and not list((tmp_path / "runs").glob("*/manifest.json")):
+            time.sleep(0.1)
+        running.send_signal(number)
+        written = running.communicate()[1]
+    assert running.returncode == code, written
+    assert "0 of 2 runs are complete" in written
+    assert "Traceback" not in written
