@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,8 @@ def stoppable(command: str, progress: Callable[[], str] | None = None) -> Iterat
     except (KeyboardInterrupt, Terminated) as end:
         by, code = ("Ctrl+C", 130) if isinstance(end, KeyboardInterrupt) else ("SIGTERM", end.code)
         far = "nothing was written" if progress is None else f"{progress()}; the same command continues"
-        _complain(f"lightning-dtda {command}", f"stopped by {by}: {far}.")
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of a training speaks for all
+            _complain(f"lightning-dtda {command}", f"stopped by {by}: {far}.")
         raise SystemExit(code) from None
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from typing_extensions import override
 
 from lightning_dtda.interruption import Terminated
 
@@ -27,30 +28,55 @@ def fit(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> None:
         KeyboardInterrupt: After Ctrl+C.
         Terminated: After SIGTERM.
     """
+    sigterm = _Sigterm()
+    if trainer.world_size > 1:
+        trainer.callbacks.append(sigterm)  # type: ignore[attr-defined]
     try:
-        with _handlers_restored(trainer):
+        with _handlers_restored():
             trainer.fit(module, data)
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):
+        if isinstance(end.__context__, KeyboardInterrupt) and not sigterm.received:
             raise KeyboardInterrupt from None
-        if not trainer.received_sigterm:
+        if not (sigterm.received or trainer.received_sigterm):
             raise
-    if trainer.received_sigterm:
+    if sigterm.received or trainer.received_sigterm:
         raise Terminated
     if trainer.interrupted:  # by Ctrl+C, in versions of Lightning that let the program go on
         raise KeyboardInterrupt
 
 
+class _Sigterm(pl.Callback):
+    """Lets SIGTERM end a training of several processes as Ctrl+C does.
+
+    Lightning's handler, in the middle of a batch, waits for the other processes, which wait for this one.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on_train_start(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # only now, because Lightning has set its handler after all hooks of the set-up
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._interrupt)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.received = True
+        raise KeyboardInterrupt
+
+
 @contextmanager
-def _handlers_restored(trainer: pl.Trainer) -> Iterator[None]:
+def _handlers_restored() -> Iterator[None]:
     """Restore the handlers of signals: after Ctrl+C before the first batch, Lightning leaves SIGINT ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if trainer.world_size > 1:
-        # without another handler, Lightning stops all processes of the training together, after a batch
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
     finally:

@@ -234,12 +234,14 @@ def test_what_workers_had_finished_is_kept_when_one_of_them_is_killed(tmp_path):
 
 @pytest.mark.slow
 @SIGNALS
-def test_a_recording_on_a_cluster_ends_with_the_code_and_a_line(tmp_path, number, code, name):
-    pytest.importorskip("ray", reason="clusters need the extra [ray]")
+@pytest.mark.parametrize("processes", [["--workers", "RayCluster"], ["--trainer.devices", "2"]], ids=["Ray", "DDP"])
+def test_a_recording_on_a_cluster_or_of_several_processes_ends_so_too(tmp_path, processes, number, code, name):
+    if "RayCluster" in processes:
+        pytest.importorskip("ray", reason="clusters need the extra [ray]")
     config = yaml.safe_dump(CONFIG | {"trainer": CONFIG["trainer"] | {"max_steps": 100_000}})
     (tmp_path / "config.yaml").write_text(config)
     arguments = ["--config", str(tmp_path / "config.yaml"), "--ensemble", str(tmp_path / "runs"), "--seeds", "2"]
-    command = [sys.executable, "-m", "lightning_dtda", "record", *arguments, "--workers", "RayCluster"]
+    command = [sys.executable, "-m", "lightning_dtda", "record", *arguments, *processes]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as running:
         while running.poll() is None and not list((tmp_path / "runs").glob("*/manifest.json")):
             time.sleep(0.1)
