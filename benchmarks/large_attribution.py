@@ -51,13 +51,13 @@ TASKS: dict[str, Callable[[Attribution, Path], object]] = {
     "influence of all, variance": lambda attribution, scratch: attribution.influence("variance"),
     "reliability of all": lambda attribution, scratch: attribution.reliability(),
     "export of all to Parquet, mean, no intervals": lambda attribution, scratch: export(
-        attribution, scratch / "table", differences=["mean"], replicates=0
+        attribution, scratch / "table", differences=["mean"]
     ),
     "export of all to Zarr, mean, no intervals": lambda attribution, scratch: export(
-        attribution, scratch / "table", "zarr", ["mean"], replicates=0, overwrite=True
+        attribution, scratch / "table", "zarr", ["mean"], overwrite=True
     ),
     "export of all to netCDF, mean, no intervals": lambda attribution, scratch: export(
-        attribution, scratch / "table", "netcdf", ["mean"], replicates=0, overwrite=True
+        attribution, scratch / "table", "netcdf", ["mean"], overwrite=True
     ),
     "joint influence of 5 queries": lambda attribution, scratch: attribution.joint_influence(queries=range(5)),
 }

@@ -15,14 +15,14 @@ from torch import Tensor
 from lightning_dtda.attribution import inference, tables
 from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
 from lightning_dtda.attribution.inference import Runs
-from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, moment_of
+from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, known_as
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
 from lightning_dtda.attribution.responses import AT_ONCE, in_parts
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.statistics.differences import Difference, resolve_difference, resolve_joint
-from lightning_dtda.statistics.resampling import jackknife, standard_error_of
+from lightning_dtda.statistics.resampling import jackknife
 
 ENOUGH_RUNS = 8
 """Number of runs below which the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so it
@@ -147,11 +147,12 @@ class Attribution:
 
         For each query it keeps the responses of all runs to ``4 k`` removals: those with the k largest and the k
         smallest influences on the mean, and on the variance, over the trusted runs. Where these overlap, the next
-        removals in order fill the places. For every removal it keeps the influence on mean and variance, with standard
-        errors and p-values, in the precision of the responses. So for ``"mean"`` and ``"variance"``,
-        :meth:`influence`, :meth:`standard_error`, :meth:`p_values`, :meth:`significant` and :meth:`reliability` are the
-        same as with all responses, and so is :meth:`top` up to k. :meth:`interval` and :meth:`retrainings_needed` are
-        available for the removals that are kept. Anything that needs other responses raises an error.
+        removals in order fill the places. For every removal it keeps the influence on mean, variance and spread, with
+        standard errors, in the precision of the responses. So for ``"mean"``, ``"variance"`` and ``"spread"``,
+        :meth:`influence`, :meth:`standard_error`, :meth:`interval`, :meth:`p_values`, :meth:`significant` and
+        :meth:`reliability` are the same as with all responses, and so is :meth:`top` up to k.
+        :meth:`retrainings_needed`, and :meth:`interval` of other differences, are available for the removals that are
+        kept. Anything that needs other responses raises an error.
 
         Args:
             k: Number of removals to keep at each end.
@@ -180,9 +181,10 @@ class Attribution:
         """Return the distributional influence of each removal, or of several made together.
 
         Args:
-            difference: Difference between the distributions: ``"mean"``, ``"variance"``, ``"wasserstein"``,
-                ``"energy"``, ``"quantile"``, ``"tail"``, ``"gaussian_kl"``, the import path of a class, or a
-                :class:`~lightning_dtda.statistics.differences.Difference`, such as ``Mean("median")`` or ``Tail(0.8)``.
+            difference: Difference between the distributions: ``"mean"``, ``"spread"``, ``"variance"``,
+                ``"wasserstein"``, ``"energy"``, ``"quantile"``, ``"tail"``, ``"gaussian_kl"``, the import path of a
+                class, or a :class:`~lightning_dtda.statistics.differences.Difference`, such as ``Mean("median")`` or
+                ``Tail(0.8)``.
             removed: Training examples, or groups, that are removed together, as for :meth:`predict`; ``None`` means
                 each on its own.
             runs: Runs to use: ``"trusted"``, those that are not :attr:`chaotic`; or ``"all"``.
@@ -200,10 +202,11 @@ class Attribution:
     def standard_error(
         self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
     ) -> Tensor:
-        """Return the jackknife standard error of :meth:`influence` over runs; same arguments and shape.
+        """Return the standard error of :meth:`influence` over runs; same arguments and shape.
 
-        It shows how much the influence depends on the seeds, not how good the linear prediction is. For
-        ``Mean("median")`` it comes from the bootstrap, because leaving out one run hardly changes a median.
+        It shows how much the influence depends on the seeds, not how good the linear prediction is. It comes from the
+        jackknife, or for quantiles from the bootstrap, because leaving out one run hardly changes a quantile; see
+        :meth:`Difference.standard_error <lightning_dtda.statistics.Difference.standard_error>`.
         """
         selected = self._selected(runs)
         return selected._standard_error(selected._difference(difference), removed)
@@ -222,7 +225,7 @@ class Attribution:
 
     @property
     def available_differences(self) -> list[str]:
-        """Names of the paper's differences for which there are enough runs: those in tables and reports.
+        """Names of the differences that tables and reports show: mean, spread, Wasserstein, if there are enough runs.
 
         :meth:`influence` accepts others too. With :meth:`keep_top`, these are the ones known for every removal.
         """
@@ -329,14 +332,14 @@ class Attribution:
         return replace(self, baseline=self.baseline[positions], responses=self.responses[positions], runs=names)
 
     def _influence(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
-        if removed is None and (moment := moment_of(difference)) and self._figures is not None:
-            return self._figures.of(f"{moment}_influence")
+        if removed is None and (name := known_as(difference)) and self._figures is not None:
+            return self._figures.of(f"{name}_influence")
         return self._each_query(difference, removed)
 
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
-        if removed is None and (moment := moment_of(difference)) and self._figures is not None:
-            return self._figures.of(f"{moment}_standard_error")
-        return self._each_query(standard_error_of(difference), removed)
+        if removed is None and (name := known_as(difference)) and self._figures is not None:
+            return self._figures.of(f"{name}_standard_error")
+        return self._each_query(difference.standard_error, removed)
 
     @property
     def _figures(self) -> Figures | None:

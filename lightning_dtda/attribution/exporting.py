@@ -32,7 +32,6 @@ def export(
     differences: Sequence[str | Difference] | None = None,
     *,
     level: float = 0.95,
-    replicates: int = 1000,
     runs: Runs = "trusted",
     overwrite: bool = False,
 ) -> Path:
@@ -41,7 +40,8 @@ def export(
     For each difference the file has ``influence``, ``standard_error``, ``low`` and ``high`` (the ends of the interval),
     ``p`` (the p-value, :meth:`Attribution.p_values`) and ``q`` (the smallest false discovery rate at which the
     influence is :meth:`Attribution.significant`), prefixed with the name of the difference, as in ``mean_influence``.
-    Values that need more runs are NaN. An influence is the change of the property when the examples are removed.
+    Values that need more runs, and the ends of intervals that do not exist, are NaN. An influence is the change of the
+    property when the examples are removed.
 
     Queries are computed and written one by one: memory does not grow with their number.
 
@@ -51,11 +51,8 @@ def export(
         format: ``"parquet"``, with one row for each query and example, and one row group for each query; ``"zarr"`` or
             ``"netcdf"``, data sets for xarray with the dimensions ``query`` and ``example``. With groups of examples,
             ``removal`` and ``size`` replace ``example``.
-        differences: As for :meth:`Attribution.influence`. ``None`` means mean, variance and Wasserstein distance, if
-            there are enough runs for them.
+        differences: As for :meth:`Attribution.influence`. ``None`` means :attr:`Attribution.available_differences`.
         level: Confidence level of the intervals.
-        replicates: Number of bootstrap replicates for each interval; 0 omits the intervals, which take hundreds of
-            times as long as everything else.
         runs: As for :meth:`Attribution.influence`.
         overwrite: Whether to replace an existing output.
 
@@ -83,7 +80,7 @@ def export(
     names = [difference.name for difference in chosen]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AttributionError(f"Two differences are called {min(twice)}. Export them to separate files.")
-    content = _Content(selected, chosen, level, replicates)
+    content = _Content(selected, chosen, level)
     partial = output.with_name(f".{output.name}.partial")
     _remove(partial)
     try:
@@ -106,7 +103,6 @@ class _Content:
     attribution: Attribution
     differences: Sequence[Difference]
     level: float
-    replicates: int
 
     @property
     def removal(self) -> str:
@@ -130,7 +126,7 @@ class _Content:
     @property
     def columns(self) -> list[str]:
         """Names of the computed columns."""
-        kinds = ["influence", "standard_error", *(["low", "high"] if self.replicates else []), "p", "q"]
+        kinds = ["influence", "standard_error", "low", "high", "p", "q"]
         return [f"{difference.name}_{kind}" for difference in self.differences for kind in kinds]
 
     def queries(self) -> Iterator[dict[str, Any]]:
@@ -143,13 +139,10 @@ class _Content:
         runs = len(one.runs)
         unknown = torch.full(one.responses.shape[2:], torch.nan, dtype=torch.float64)
         found = {"influence": one._influence(difference)[0], "standard_error": one._standard_error(difference)[0]}
-        if self.replicates:
-            ends: Sequence[Any] = (unknown, unknown)
-            if runs > max(difference.least_runs, 1):
-                ends = one.interval(difference, self.level, runs="all", replicates=self.replicates)[:, 0].unbind()
-            found["low"], found["high"] = ends
-        found["p"] = found["q"] = unknown
-        if runs >= significance.least_runs(difference):
+        found["low"] = found["high"] = found["p"] = found["q"] = unknown
+        if not difference.no_interval(runs):
+            found["low"], found["high"] = one.interval(difference, self.level, runs="all")[:, 0]
+        if runs >= difference.least_runs_to_test:
             found["p"] = one.p_values(difference, runs="all")[0]
             found["q"] = significance.q_values(found["p"])
         for name, column in found.items():

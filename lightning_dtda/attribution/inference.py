@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution.kept import MOMENTS, moment_of
+from lightning_dtda.attribution.kept import KNOWN, known_as
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import power as power_of
 from lightning_dtda.statistics import reliability as ranking
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import Difference, resolve_difference
-from lightning_dtda.statistics.intervals import bootstrap_interval
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
@@ -32,42 +31,36 @@ def interval(
     level: float = 0.95,
     removed: Sequence[int | str] | None = None,
     runs: Runs = "trusted",
-    replicates: int = 1000,
 ) -> Tensor:
-    """Return a bootstrap confidence interval over seeds of :meth:`Attribution.influence`.
+    """Return a confidence interval over seeds of :meth:`Attribution.influence`.
 
-    With few runs it is too narrow: a 95 % interval contains the mean influence in 87 % of cases with 8 runs, and in
-    93 % with 20. For distances, which are never negative, it does not test against zero; use :func:`p_values`. See
-    :func:`~lightning_dtda.statistics.intervals.bootstrap_interval`.
+    It excludes zero if and only if :func:`p_values` is below ``1 - level``. It takes the linear response as given. See
+    :meth:`Difference.interval <lightning_dtda.statistics.Difference.interval>`.
 
     Args:
         attribution: The attribution.
         difference: As for :meth:`Attribution.influence`.
         level: Confidence level.
-        removed: As for :meth:`Attribution.influence`. For ``None``, the difference is computed ``replicates`` times
-            for each removal.
+        removed: As for :meth:`Attribution.influence`.
         runs: As for :meth:`Attribution.influence`.
-        replicates: Number of bootstrap replicates.
 
     Returns:
         Lower and upper ends ``(2, queries, removals)``, or ``(2, queries)`` for removals made together; float64.
-        NaN for removals whose responses were not kept; see :meth:`Attribution.keep_top`.
+        NaN where the influence is NaN; for other differences than mean and spread also for removals whose responses
+        were not kept, see :meth:`Attribution.keep_top`.
 
     Raises:
-        AttributionError: If the difference needs more runs, or the level is not between 0 and 1.
+        AttributionError: If the difference needs more runs or has no interval, or the level is not between 0 and 1.
     """
     check_share(level, "level")
-    if replicates < 2:
-        raise AttributionError(f"replicates={replicates}; give a number of replicates: at least 2, better 1000.")
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
-    selected._enough(chosen, max(chosen.least_runs, 1) + 1, "interval")
-    ends = selected._each_query(
-        partial(bootstrap_interval, chosen, level=level, replicates=replicates),
-        removed,
-        outputs=(2,),
-        copies=1 + 4 * replicates // len(selected.runs),  # the replicates take more memory than the samples
-        kept=True,
-    )
+    if reason := chosen.no_interval(len(selected.runs)):
+        raise AttributionError(f"The {chosen.name} influence has no interval: {reason}")
+    figures = selected._figures
+    if removed is None and figures is not None and (name := known_as(chosen)):
+        return figures.interval(name, level)
+    # an estimate, its standard error, both ends and what they are computed from
+    ends = selected._each_query(partial(chosen.interval, level=level), removed, outputs=(2,), copies=4, kept=True)
     return ends.movedim(1, 0)
 
 
@@ -79,8 +72,8 @@ def p_values(
 ) -> Tensor:
     """Return the probability, over seeds, of an influence at least this clear if the removal had no effect.
 
-    The test depends on the difference; see :mod:`lightning_dtda.statistics.significance`. It takes the linear response
-    as given.
+    The test depends on the difference; see :meth:`Difference.p_values
+    <lightning_dtda.statistics.Difference.p_values>`. It takes the linear response as given.
 
     Args:
         attribution: The attribution.
@@ -95,11 +88,11 @@ def p_values(
         AttributionError: If the test needs more runs.
     """
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
-    selected._enough(chosen, significance.least_runs(chosen), "test")
+    selected._enough(chosen, chosen.least_runs_to_test, "test")
     figures = selected._figures
     if removed is None and chosen.moments and figures is not None:
         return significance.of_any([figures.p_values(moment) for moment in chosen.moments])
-    return selected._each_query(partial(significance.p_values, chosen), removed)
+    return selected._each_query(chosen.p_values, removed)
 
 
 def significant(
@@ -205,9 +198,9 @@ def reliability(attribution: Attribution, difference: str | Difference = "mean",
     """
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
-    moment, figures = moment_of(chosen), selected._figures
-    if moment and figures is not None:
-        return figures.reliability[:, MOMENTS.index(moment)]
+    figures = selected._figures
+    if figures is not None and (name := known_as(chosen)):
+        return figures.reliability[:, KNOWN.index(name)]
     # query by query: influences of all queries, for each half of the runs, take as much memory as the responses
     found = [
         ranking.reliability(partial(_of_runs, selected.select([query]), chosen), len(selected.runs))

@@ -14,17 +14,20 @@ from typing_extensions import override
 from lightning_dtda.attribution.responses import StoredTable, of_each_dimension
 from lightning_dtda.compatibility import plain_results, shaped
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import DIFFERENCES, Difference, Mean, Variance
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference
+from lightning_dtda.statistics.student import extended_to_zero, student_ends, student_p_values
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
 
-MOMENTS = ("mean", "variance")
+KNOWN = ("mean", "variance", "spread")
 """Differences that are known for every removal."""
 
-FIGURES = ("mean_influence", "mean_standard_error", "variance_influence", "variance_standard_error", "variance_p")
-"""Figures that are kept for every removal, in this order; the p-value of the mean follows from the first two."""
+RANKED = ("mean", "variance")
+"""Differences whose largest and smallest influences are kept; the spread has the order of the variance."""
+
+FIGURES = (*(f"{name}_{what}" for name in KNOWN for what in ("influence", "standard_error")), "spread_p")
+"""Figures that are kept for every removal, in this order; intervals and the p-value of the mean follow from them."""
 
 _EVERYTHING = slice(None)
 
@@ -35,9 +38,9 @@ class Figures:
 
     Args:
         runs: Names of the runs that they are computed from, the trusted ones.
-        reliability: Reliability of the ranking by each of :data:`MOMENTS` ``(queries, 2)``, float64; NaN with too few
+        reliability: Reliability of the ranking by each of :data:`KNOWN` ``(queries, 3)``, float64; NaN with too few
             runs.
-        rows: For each query, a table ``(rows, 5, removals)`` in memory or on disk, and the query's row in it.
+        rows: For each query, a table ``(rows, 7, removals)`` in memory or on disk, and the query's row in it.
     """
 
     runs: tuple[str, ...]
@@ -52,11 +55,17 @@ class Figures:
     def p_values(self, moment: str) -> Tensor:
         """Return the p-values of a moment's test ``(queries, removals)``, float64."""
         if moment == "variance":
-            return self.of("variance_p")
-        return significance.student(self.of("mean_influence"), self.of("mean_standard_error"), len(self.runs))
+            return self.of("spread_p")
+        return student_p_values(self.of("mean_influence"), self.of("mean_standard_error"), len(self.runs) - 1)
+
+    def interval(self, name: str, level: float) -> Tensor:
+        """Return the interval of the mean or the spread ``(2, queries, removals)``, float64."""
+        estimate, standard_error = self.of(f"{name}_influence"), self.of(f"{name}_standard_error")
+        ends = student_ends(estimate, standard_error, len(self.runs) - 1, level)
+        return extended_to_zero(ends, self.p_values("mean" if name == "mean" else "variance"), level)
 
     def read(self) -> Tensor:
-        """Read all figures ``(queries, 5, removals)``, without a copy if they are one table in memory."""
+        """Read all figures ``(queries, 7, removals)``, without a copy if they are one table in memory."""
         table = self.rows[0][0]
         in_order = all(each is table and row == place for place, (each, row) in enumerate(self.rows))
         if isinstance(table, Tensor) and in_order and len(table) == len(self.rows):
@@ -121,10 +130,10 @@ class KeptResponses(Tensor):
     def _missing(self, what: str = "The responses to all removals") -> AttributionError:
         return AttributionError(
             f"{what} were not kept: for each query, keep_top={self.k} keeps the responses to the {self.kept.shape[1]} "
-            "removals with the largest and smallest mean and variance influence. For every removal, only the mean and "
-            "variance influence over the trusted runs are known, with standard errors and p-values. For anything else, "
-            "use removals that were kept (responses.kept lists them for each query; select takes some queries), or "
-            "attribute without keep_top, or with a larger one."
+            "removals with the largest and smallest mean and variance influence. For every removal, only the "
+            "influences on mean, variance and spread over the trusted runs are known, with standard errors and "
+            "p-values. For anything else, use removals that were kept (responses.kept lists them for each query; "
+            "select takes some queries), or attribute without keep_top, or with a larger one."
         )
 
     @classmethod
@@ -163,10 +172,10 @@ class KeptResponses(Tensor):
         return self
 
 
-def moment_of(difference: Difference) -> str | None:
-    """Return which of the :data:`MOMENTS` a difference is; ``None`` for others, such as the change of the median."""
-    is_mean = isinstance(difference, Mean) and difference.location == "mean"
-    return "mean" if is_mean else "variance" if isinstance(difference, Variance) else None
+def known_as(difference: Difference) -> str | None:
+    """Return which of :data:`KNOWN` a difference is; ``None`` for others, such as the change of the median."""
+    name = difference.name
+    return name if name in KNOWN and type(difference) is type(DIFFERENCES[name]) else None
 
 
 def keep_top(attribution: Attribution, k: int) -> Attribution:
@@ -177,21 +186,22 @@ def keep_top(attribution: Attribution, k: int) -> Attribution:
     kept = torch.empty(queries, size, dtype=torch.int64, device=responses.device)
     table = torch.empty(runs, queries, size, dtype=responses.dtype, device=responses.device)
     figures = torch.full((queries, len(FIGURES), removals), torch.nan, dtype=responses.dtype, device=responses.device)
-    reliability = torch.full((queries, len(MOMENTS)), torch.nan, dtype=torch.float64, device=responses.device)
+    reliability = torch.full((queries, len(KNOWN)), torch.nan, dtype=torch.float64, device=responses.device)
     for query in range(queries):
         one, ranked = trusted.select([query]), []
-        for place, moment in enumerate(MOMENTS):
-            difference = DIFFERENCES[moment]
+        for place, name in enumerate(KNOWN):
+            difference = DIFFERENCES[name]
             if len(one.runs) < difference.least_runs:
                 continue
             influence = one._influence(difference)[0]
-            ranked.append(influence)
+            if name in RANKED:
+                ranked.append(influence)
             figures[query, 2 * place] = influence
             figures[query, 2 * place + 1] = one._standard_error(difference)[0]
             if len(one.runs) >= 2 * max(difference.least_runs, 2):
                 reliability[query, place] = one.reliability(difference)[0]
-        if len(one.runs) >= significance.least_runs(DIFFERENCES["variance"]):
-            figures[query, FIGURES.index("variance_p")] = one.p_values("variance")[0]
+        if len(one.runs) >= DIFFERENCES["spread"].least_runs_to_test:
+            figures[query, FIGURES.index("spread_p")] = one.p_values("spread")[0]
         kept[query] = _outermost(ranked, size)
         table[:, query] = responses[:, query, kept[query]]
     known = Figures(trusted.runs, reliability, tuple((figures, query) for query in range(queries)))
@@ -214,11 +224,11 @@ def check_keep_top(k: Any) -> int:
 
 
 def number_kept(k: int, removals: int) -> int:
-    """Return the number of removals kept for each query: k at each end by each of :data:`MOMENTS`, but at most all.
+    """Return the number of removals kept for each query: k at each end by each of :data:`RANKED`, but at most all.
 
     Where the ends overlap, the next removals in order fill the places, so all queries keep the same number.
     """
-    return min(removals, 2 * len(MOMENTS) * k)
+    return min(removals, 2 * len(RANKED) * k)
 
 
 def bytes_kept(k: int, runs: int, queries: int, removals: int, itemsize: int) -> int:

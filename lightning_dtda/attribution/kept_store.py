@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution_store import OF_RUNS, Store
-from lightning_dtda.attribution.kept import Figures, KeptResponses
+from lightning_dtda.attribution.kept import FIGURES, Figures, KeptResponses
 from lightning_dtda.attribution.responses import StoredTable
+from lightning_dtda.errors import TrajectoryError
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
@@ -83,6 +84,10 @@ class KeptStore(Store):
         index, entry = self._index, self._index["blocks"][str(first)]
         table = StoredTable.map(self.path, entry, "figures", _BESIDE)
         baseline, kept, responses, reliability = (table.others[name] for name in _BESIDE)
+        if table.table.shape[1] != len(FIGURES):
+            raise TrajectoryError(
+                f"{table.path} has other figures than this version of lightning-dtda keeps. Attribute again."
+            )
         names = tuple(index["wanted"])
         trusted, removals, k = tuple(entry["trusted"]), index["removals"], index["about"]["keep_top"]
         figures = Figures(trusted, reliability, tuple((table, row) for row in range(len(kept))))

@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.inference import Runs, check_share
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences.variance import variance
-from lightning_dtda.statistics.intervals import student_interval
+from lightning_dtda.statistics.moments import variance
+from lightning_dtda.statistics.student import student_interval
 
 if TYPE_CHECKING:
     import pandas as pd

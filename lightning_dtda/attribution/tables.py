@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.inference import Runs
-from lightning_dtda.attribution.kept import MOMENTS, KeptResponses, moment_of
+from lightning_dtda.attribution.kept import KNOWN, KeptResponses, known_as
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences import DIFFERENCES, PAPERS, Difference
-from lightning_dtda.statistics.resampling import standard_error_of
+from lightning_dtda.statistics.differences import DIFFERENCES, SHOWN, Difference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
 def available_differences(attribution: Attribution) -> list[str]:
     """Return :attr:`Attribution.available_differences`."""
     runs = len(attribution.runs) - len(attribution.chaotic)
-    names = MOMENTS if isinstance(attribution.responses, KeptResponses) else PAPERS
-    return [name for name in names if runs >= DIFFERENCES[name].least_runs]
+    known = KNOWN if isinstance(attribution.responses, KeptResponses) else SHOWN
+    return [name for name in SHOWN if name in known and runs >= DIFFERENCES[name].least_runs]
 
 
 def top(
@@ -49,7 +48,7 @@ def top(
     Returns:
         One row for each query and rank, with ``query``, ``rank`` (from 1), ``example`` (for groups ``removal``, the
         name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_influence``
-        and ``variance_influence`` (NaN with a single run).
+        and ``spread_influence`` (NaN with a single run).
 
     Raises:
         AttributionError: If the difference needs more runs, the query does not exist, ``k`` is less than 1, or larger
@@ -62,7 +61,7 @@ def top(
     if attribution.most_listed < min(k, attribution.responses.shape[2]):
         raise AttributionError(
             f"k={k} is more than keep_top={attribution.most_listed}, the number that was kept. Give a smaller k, or "
-            "use to_dataframe, which has the mean and variance influence of every removal."
+            "use to_dataframe, which has the mean, variance and spread influence of every removal."
         )
     positions = range(len(attribution.queries)) if query is None else attribution._positions([query])
     selected = attribution._selected(runs)
@@ -74,12 +73,12 @@ def top(
         order, influence = candidates[first], influence[first]
         of_query = selected.baseline[:, q, None].double()
         samples = of_query, of_query + selected.responses[:, q, order].double()
-        variance = DIFFERENCES["variance"](*samples) if len(selected.runs) > 1 else influence * torch.nan
+        spread = DIFFERENCES["spread"](*samples) if len(selected.runs) > 1 else influence * torch.nan
         columns = {
             "influence": influence,
-            "standard_error": standard_error_of(chosen)(*samples),
+            "standard_error": chosen.standard_error(*samples),
             "mean_influence": DIFFERENCES["mean"](*samples),
-            "variance_influence": variance,
+            "spread_influence": spread,
         }
         values = zip(*(column.tolist() for column in columns.values()), strict=True)
         for rank, (n, figures) in enumerate(zip(order.tolist(), values, strict=True), start=1):
@@ -112,7 +111,8 @@ def to_xarray(attribution: Attribution) -> xr.Dataset:
         data["responses"] = ("run", "query", "place"), attribution.responses.table.cpu().numpy()
     else:
         data["responses"] = ("run", "query", removal), attribution.responses.cpu().numpy()
-    for name in attribution.available_differences:
+    names = attribution.available_differences
+    for name in names + ["variance"] * ("spread" in names):  # the paper's, in the measurement's unit
         data[f"{name}_influence"] = (("query", removal), attribution.influence(name).cpu().numpy())
         data[f"{name}_standard_error"] = (("query", removal), attribution.standard_error(name).cpu().numpy())
     coordinates: dict[str, Any] = {
@@ -134,7 +134,7 @@ def to_dataframe(attribution: Attribution) -> pd.DataFrame:
 
 def _candidates(attribution: Attribution, difference: Difference) -> tuple[Tensor, Tensor]:
     """Return positions and influences of removals on a single query, including those at the top."""
-    if attribution._figures is not None and moment_of(difference) and isinstance(attribution.responses, KeptResponses):
+    if attribution._figures is not None and known_as(difference) and isinstance(attribution.responses, KeptResponses):
         # from responses: the figures are rounded, which could change the order
         samples = attribution.baseline.double()
         return attribution.responses.kept[0], difference(samples, samples + attribution.responses.table[:, 0].double())

@@ -134,8 +134,8 @@ def add_differences(parser: ArgumentParser) -> None:
         type=_difference,
         nargs="+",
         default=None,
-        help="Differences to show: mean, variance, wasserstein (these three by default), energy, quantile, tail, "
-        "gaussian_kl, or import paths of your own classes.",
+        help="Differences to show: mean, spread, wasserstein (these three by default), variance, energy, quantile, "
+        "tail, gaussian_kl, or import paths of your own classes.",
     )
 
 

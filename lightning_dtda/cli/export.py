@@ -29,12 +29,6 @@ def run(arguments: Sequence[str]) -> None:
     )
     add_differences(parser)
     parser.add_argument("--level", type=float, default=0.95, help="Confidence level of the intervals.")
-    parser.add_argument(
-        "--replicates",
-        type=int,
-        default=1000,
-        help="Number of bootstrap draws for each interval; 0 skips the intervals, which take by far the most time.",
-    )
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing file.")
     options = parser.parse_args(list(arguments))
     from lightning_dtda import export  # imported here to keep --help fast
@@ -45,7 +39,6 @@ def run(arguments: Sequence[str]) -> None:
         options.format,
         options.differences,
         level=options.level,
-        replicates=options.replicates,
         overwrite=options.overwrite,
     )
     say(f"The influences are in {path}.")

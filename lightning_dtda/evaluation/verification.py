@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lightning_dtda.attribution.suggesting import GOALS, Suggestion
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.retraining.ground_truth import GroundTruth
-from lightning_dtda.statistics.intervals import student_interval
+from lightning_dtda.statistics.student import student_interval
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
 
     The goal's quantity is a mean of contributions of the trainings, :math:`f(y) = \frac1S \sum_s c_s(y)` (see
     :func:`~lightning_dtda.suggest_removals`), and the effect is :math:`f(y) - f(x)`. Its error is that of the
-    difference of two means (:func:`~lightning_dtda.statistics.intervals.student_interval`), or that of the mean of
+    difference of two means (:func:`~lightning_dtda.statistics.student.student_interval`), or that of the mean of
     differences if both have the same seeds and therefore the same initial parameters.
 
     Args:

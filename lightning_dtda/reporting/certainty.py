@@ -9,8 +9,7 @@ from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import Difference, resolve_difference
-from lightning_dtda.statistics.intervals import bootstrap_interval
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
 from lightning_dtda.statistics.power import retrainings_needed, runs_for_significance
 
 FDR = 0.05
@@ -21,9 +20,6 @@ LEVEL = 0.95
 
 POWER = 0.8
 """Probability that the suggested number of runs or retrainings shows the effect; 80 % is customary in planning."""
-
-REPLICATES = 1000
-"""Number of bootstrap replicates for each interval: 25 of them lie beyond each end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +71,7 @@ def tested(selected: Attribution, difference: str | Difference) -> Tested:
         difference: The difference to test.
     """
     chosen, runs = resolve_difference(difference), len(selected.runs)
-    least = significance.least_runs(chosen)
+    least = chosen.least_runs_to_test
     if runs < least:
         p = torch.full(selected.responses.shape[2:], torch.nan, dtype=torch.float64)
     else:
@@ -84,14 +80,18 @@ def tested(selected: Attribution, difference: str | Difference) -> Tested:
 
 
 def intervals(selected: Attribution, difference: Difference, positions: list[int]) -> Tensor:
-    """Return bootstrap intervals of a few removals' influences on one query ``(2, positions)``; NaN with too few runs.
+    """Return intervals of a few removals' influences on one query ``(2, positions)``; NaN if there are none.
 
-    The same as :meth:`Attribution.interval`, but not for all removals: each costs :data:`REPLICATES` differences.
+    From the responses of these removals: not for all, and not from the rounded figures of kept attributions.
     """
-    baseline, predicted = _samples(selected, positions)
-    if len(selected.runs) <= max(difference.least_runs, 1):
-        return torch.full((2, len(positions)), torch.nan, dtype=torch.float64)
-    return bootstrap_interval(difference, baseline, predicted, LEVEL, REPLICATES).cpu()
+    return difference.interval(*_samples(selected, positions), LEVEL).cpu()
+
+
+def all_intervals(selected: Attribution, name: str) -> Tensor:
+    """Return intervals of all removals' influences on one query ``(2, removals)``; NaN with too few runs."""
+    if DIFFERENCES[name].no_interval(len(selected.runs)):
+        return torch.full((2, selected.responses.shape[2]), torch.nan, dtype=torch.float64)
+    return selected.interval(name, LEVEL, runs="all")[:, 0].cpu()
 
 
 def retrainings(selected: Attribution, difference: Difference, positions: list[int]) -> Tensor | None:

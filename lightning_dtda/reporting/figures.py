@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.reporting.certainty import FDR, LEVEL, tested
+from lightning_dtda.reporting.certainty import FDR, LEVEL, all_intervals, tested
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
 from lightning_dtda.reporting.findings import TopExample, top_examples
 from lightning_dtda.reporting.formatting import MINUS, capital
@@ -32,17 +34,17 @@ _LABELLED = 3  # removals labelled for each of the two axes: more would overlap
 
 
 def influence_figure(attribution: Attribution, query: int, most_points: int = MOST_POINTS) -> go.Figure:
-    """Draw the mean influence of every example, or group, against its variance influence, for one query.
+    """Draw the mean influence of every example, or group, against its spread influence, for one query.
 
     Colours show which of the two are significant, at a false discovery rate of
-    :data:`~lightning_dtda.reporting.certainty.FDR` among all removals. With a single run there is no variance; the
+    :data:`~lightning_dtda.reporting.certainty.FDR` among all removals. With a single run there is no spread; the
     mean influence is then drawn against the example's index or the group's position.
 
     Args:
         attribution: The attribution.
         query: Position of the query.
         most_points: Maximum number of examples, or groups, to draw. If there are more, half of the points are those
-            with the largest mean and variance influence, the other half every n-th of the rest; the title says so.
+            with the largest mean and spread influence, the other half every n-th of the rest; the title says so.
     """
     selected, measurement = attribution.select([query]), escape(attribution.measurement)
     what = noun(attribution)
@@ -50,23 +52,23 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
     points = _points(selected)
     drawn, removals = _drawn(points, most_points), len(points.shift)
     thinned = f" ({len(drawn)} of {removals} {what}s)" if len(drawn) < removals else ""
-    change = f"change of the {measurement}'s variance<br>if removed (Var Y {MINUS} Var X)"
+    change = f"change of the {measurement}'s standard deviation<br>if removed (SD Y / SD X {MINUS} 1, in %)"
     every, place = "training example", "training example (index)"
     if what == "group":
         every, place = "group of training examples", "group (position)"
-    one_run = f"{place};<br>a single run has no variance"
+    one_run = f"{place};<br>a single run has no spread"
     plot = figure(
         f"Every {every}, query {selected.queries[0]}{thinned}",
         xaxis={"title": {"text": f"change of the mean {measurement}<br>if removed (E Y {MINUS} E X)"}},
         yaxis={"title": {"text": change if several else one_run}},
-        legend={"title": {"text": f"significant (false discovery rate {100 * FDR:g} %):"}},
+        legend={"title": {"text": f"significant (false discovery rate {100 * FDR:g} %), {100 * LEVEL:g} % intervals:"}},
         showlegend=several,
     )
-    clear_shift, clear_change = (tested(selected, name).significant.numpy() for name in ("mean", "variance"))
+    clear_shift, clear_change = (tested(selected, name).significant.numpy() for name in ("mean", "spread"))
     for name, color, members in (
         ("neither", MUTED, ~clear_shift & ~clear_change),
         ("mean", BLUE, clear_shift & ~clear_change),
-        ("variance", VERMILLION, ~clear_shift & clear_change),
+        ("spread", VERMILLION, ~clear_shift & clear_change),
         ("both", GREEN, clear_shift & clear_change),
     ):
         add = plot.add_scattergl if len(drawn) > _SVG_POINTS else plot.add_scatter
@@ -153,13 +155,15 @@ def top_figure(
             ``None`` computes them.
     """
     what = noun(attribution)
-    words = describe(resolve_difference(difference), escape(attribution.measurement), what)
+    difference = resolve_difference(difference)
+    words = describe(difference, escape(attribution.measurement), what)
+    bars = "" if difference.no_interval(len(attribution.runs)) else f" (lines: {100 * LEVEL:g} % intervals)"
     title = "training example" if what == "example" else "group of training examples"
     top = top_examples(attribution, query, difference, k) if rows is None else rows
     names = [escape(row.name) for row in top]
     plot = figure(
         f"{capital(words.title)}, query {attribution.queries[query]}",
-        xaxis={"title": {"text": f"{words.formula}:<br>{words.short}"}},
+        xaxis={"title": {"text": f"{words.formula}{' (%)' * difference.relative}:<br>{words.short}{bars}"}},
         yaxis={"title": {"text": title}, "type": "category", "autorange": "reversed", "showgrid": False},
         showlegend=False,
     )
@@ -167,16 +171,16 @@ def top_figure(
         x=[row.influence for row in top],
         y=names,
         customdata=[
-            [row.interval_low, row.interval_high, row.p_value, row.mean_influence, row.variance_influence]
+            [_interval(row.interval_low, row.interval_high), row.p_value, row.mean_influence, row.spread_influence]
             for row in top
         ],
         orientation="h",
         marker={"color": [BLUE if row.significant else MUTED for row in top]},
-        hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}}, {100 * LEVEL:g} % interval "
-        "%{customdata[0]:.3g} to %{customdata[1]:.3g}<br>p = %{customdata[2]:.2g}<br>"
-        "mean influence %{customdata[3]:.3g}<br>variance influence %{customdata[4]:.3g}<extra></extra>",
+        hovertemplate=f"<b>{what} %{{y}}</b><br>influence %{{x:.3g}}%{{customdata[0]}}<br>"
+        "p = %{customdata[1]:.2g}<br>mean influence %{customdata[2]:.3g}<br>"
+        "spread influence %{customdata[3]:.3g} %<extra></extra>",
     )
-    # separate lines: error bars have to contain the estimate, and a bootstrap interval need not
+    # separate lines: error bars have to contain the estimate, and an interval need not
     plot.add_scatter(
         x=[end for row in top for end in (row.interval_low, row.interval_high, None)],
         y=[name for name in names for _ in range(3)],
@@ -266,23 +270,25 @@ def adjoint_figure(attribution: Attribution) -> go.Figure:
 
 @dataclass(frozen=True)
 class _Points:
-    """Mean and variance influence of every removal, with standard errors, each ``(removals,)``.
+    """Mean and spread influence of every removal ``(removals,)``, with intervals ``(2, removals)``; spread in percent.
 
-    With a single run, the removal's position replaces the variance influence.
+    With a single run, the removal's position replaces the spread influence.
     """
 
     shift: np.ndarray
-    shift_error: np.ndarray
+    shift_ends: np.ndarray
     change: np.ndarray
-    change_error: np.ndarray
+    change_ends: np.ndarray
 
 
 def _points(selected: Attribution) -> _Points:
-    shift, shift_error = _numpy(selected.influence("mean")[0]), _numpy(selected.standard_error("mean")[0])
+    shift, shift_ends = _numpy(selected.influence("mean")[0]), _numpy(all_intervals(selected, "mean"))
     if len(selected.runs) == 1:
-        return _Points(shift, shift_error, np.arange(len(shift), dtype=np.float64), np.full_like(shift, np.nan))
-    change, change_error = selected.influence("variance")[0], selected.standard_error("variance")[0]
-    return _Points(shift, shift_error, _numpy(change), _numpy(change_error))
+        return _Points(shift, shift_ends, np.arange(len(shift), dtype=np.float64), shift_ends)
+    change, change_ends = selected.influence("spread")[0], all_intervals(selected, "spread")
+    in_percent = 100 * np.expm1(_numpy(torch.cat([change[None], change_ends])))
+    in_percent[:, ~np.isfinite(in_percent[0])] = np.nan  # from no spread at all: not on this scale
+    return _Points(shift, shift_ends, in_percent[0], in_percent[1:])
 
 
 def _drawn(points: _Points, most_points: int) -> np.ndarray:
@@ -300,26 +306,28 @@ def _markers(
     points: _Points, chosen: np.ndarray, color: str, several: bool, attribution: Attribution
 ) -> dict[str, Any]:
     """Return the arguments of a scatter trace of some removals."""
-    change = "<br>variance influence %{y:.3g} ± %{customdata[2]:.2g}" if several else ""
-    errors = (_numbers(error[chosen], _ERROR_DIGITS) for error in (points.shift_error, points.change_error))
+    change = "<br>spread influence %{y:.3g} %%{customdata[2]}" if several else ""
+    ends = (
+        [_interval(*pair) for pair in each[:, chosen].T.tolist()] for each in (points.shift_ends, points.change_ends)
+    )
     return {
         "x": _numbers(points.shift[chosen], _POINT_DIGITS),
         "y": _numbers(points.change[chosen], _POINT_DIGITS),
-        "customdata": list(zip(_names(attribution, chosen), *errors, strict=True)),
+        "customdata": list(zip(_names(attribution, chosen), *ends, strict=True)),
         "mode": "markers",
         "marker": {"color": color, "size": 7, "opacity": 0.75, "line": {"width": 0.5, "color": "white"}},
         "hovertemplate": f"<b>{noun(attribution)} %{{customdata[0]}}</b><br>"
-        f"mean influence %{{x:.3g}} ± %{{customdata[1]:.2g}}{change}<extra></extra>",
+        f"mean influence %{{x:.3g}}%{{customdata[1]}}{change}<extra></extra>",
     }
 
 
 def _labels(points: _Points, named: np.ndarray, attribution: Attribution) -> dict[str, Any]:
-    """Return the arguments of a scatter trace that labels some removals and shows their standard errors."""
+    """Return the arguments of a scatter trace that labels some removals and shows their intervals."""
     return {
         "x": _numbers(points.shift[named]),
         "y": _numbers(points.change[named]),
-        "error_x": _error_bars(points.shift_error[named], thickness=0.8, width=0),
-        "error_y": _error_bars(points.change_error[named], thickness=0.8, width=0),
+        "error_x": _interval_bars(points.shift[named], points.shift_ends[:, named]),
+        "error_y": _interval_bars(points.change[named], points.change_ends[:, named]),
         "text": [str(name) for name in _names(attribution, named)],
         "textposition": "top right",
         "cliponaxis": False,
@@ -332,6 +340,16 @@ def _labels(points: _Points, named: np.ndarray, attribution: Attribution) -> dic
 
 def _largest(values: np.ndarray, number: int) -> np.ndarray:
     return np.argsort(-np.abs(values), kind="stable")[:number]
+
+
+def _interval(low: float, high: float) -> str:
+    """Return what a hover text says of an interval; nothing if there is none."""
+    return "" if math.isnan(low) else f" [{low:.{_ERROR_DIGITS}g}, {high:.{_ERROR_DIGITS}g}]"
+
+
+def _interval_bars(values: np.ndarray, ends: np.ndarray) -> dict[str, Any]:
+    bars = _error_bars(ends[1] - values, thickness=0.8, width=0)
+    return bars | {"symmetric": False, "arrayminus": _numbers(values - ends[0])}
 
 
 def _error_bars(errors: np.ndarray, thickness: float, width: float) -> dict[str, Any]:

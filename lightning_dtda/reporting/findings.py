@@ -9,15 +9,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.certainty import Tested, intervals, retrainings, tested
-from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
 
 
 @dataclass(frozen=True)
 class TopExample:
     """An example, or a group, with a large influence on a query: a row of ``Attribution.top`` with its uncertainty.
+
+    Influences are as they are shown: those of a relative difference, such as the spread, in percent.
 
     Args:
         rank: Rank, from 1 for the largest.
@@ -27,8 +31,8 @@ class TopExample:
         influence: Influence, the change of the property if it is removed.
         standard_error: Standard error of the influence.
         mean_influence: Change of the mean if removed.
-        variance_influence: Change of the variance if removed.
-        interval_low: Lower end of the influence's interval over seeds; NaN with too few runs.
+        spread_influence: Change of the standard deviation if removed, in percent; NaN with a single run.
+        interval_low: Lower end of the influence's interval over seeds; NaN if there is none.
         interval_high: Upper end of the interval.
         p_value: p-value of no effect; NaN with too few runs.
         significant: Whether it is significant among all removals, at a false discovery rate of
@@ -44,7 +48,7 @@ class TopExample:
     influence: float
     standard_error: float
     mean_influence: float
-    variance_influence: float
+    spread_influence: float
     interval_low: float
     interval_high: float
     p_value: float
@@ -86,6 +90,11 @@ def top_examples(
         table["position"] = table["name"].map(positions)
     shown = table["position"].tolist()
     table["interval_low"], table["interval_high"] = intervals(selected, chosen, shown).tolist()
+    if chosen.relative:
+        table["standard_error"] *= 100 * np.exp(table["influence"])
+    for column in ("influence", "interval_low", "interval_high"):
+        table[column] = table[column].map(chosen.shown)
+    table["spread_influence"] = table["spread_influence"].map(DIFFERENCES["spread"].shown)
     table["p_value"], table["significant"] = tests.p_values[shown].tolist(), tests.significant[shown].tolist()
     needed = retrainings(selected, chosen, shown)
     rows = table.to_dict("records")
@@ -102,7 +111,7 @@ def about_in_brief(attribution: Attribution) -> dict[str, Any]:
 
 
 def most_interesting(attribution: Attribution, most: int) -> list[int]:
-    """Return the positions, in order, of the queries on which a single removal changes the variance most.
+    """Return the positions, in order, of the queries on which a single removal changes the spread most.
 
     With a single run, those on which it changes the mean most.
 
@@ -113,7 +122,7 @@ def most_interesting(attribution: Attribution, most: int) -> list[int]:
     positions = range(len(attribution.queries))
     if len(positions) <= most:
         return list(positions)
-    difference = "variance" if "variance" in attribution.available_differences else "mean"
+    difference = "spread" if "spread" in attribution.available_differences else "mean"
     # query by query: all influences at once would take as much memory as the responses
     largest = [float(attribution.select([query]).influence(difference).abs().max()) for query in positions]
     return sorted(sorted(positions, key=lambda query: -largest[query])[:most])

@@ -43,12 +43,12 @@ MOST_QUERIES = 50
 """Maximum number of queries in a report: with the points below and ten examples per table, at most about 12 MB."""
 
 MOST_POINTS = 100_000
-"""Maximum number of points in all figures of mean against variance influence together, about 50 bytes each."""
+"""Maximum number of points in all figures of mean against spread influence together, about 50 bytes each."""
 
 
 @dataclass(frozen=True)
 class _Table:
-    """The top examples, or groups, by one difference, and the result of its test."""
+    """The top examples, or groups, by one difference, the result of its test, and why there is no interval if so."""
 
     key: str
     difference: Difference
@@ -56,6 +56,7 @@ class _Table:
     tests: Tested
     rows: list[TopExample]
     verdicts: list[str]
+    no_interval: str
 
 
 @dataclass(frozen=True)
@@ -76,15 +77,15 @@ def report(
     It states how many influences are significant and, if none is, how many more runs it would take. For each query and
     difference it has a table of the top examples, or groups, with intervals over seeds, and interactive figures. It
     opens without a network: plotly.js is included. If there are more than :data:`MOST_QUERIES` queries, it shows those
-    on which a single removal changes the variance most, and says so.
+    on which a single removal changes the spread most, and says so.
 
     Args:
         attribution: The attribution.
         output: File to write; its folder is created if it does not exist.
         k: Number of examples, or groups, in each table.
-        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means the
-            paper's: mean, variance and Wasserstein. Differences without a test of their own, such as quantiles, are
-            tested by 2,000 random exchanges of X and Y: about a second per query for 20 runs and 1000 examples.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
+            spread and Wasserstein. Differences without a test of their own, such as quantiles, are tested by 2,000
+            random exchanges of X and Y: about a second per query for 20 runs and 1000 examples.
 
     Returns:
         The path of the file.
@@ -169,7 +170,9 @@ def _table(attribution: Attribution, position: int, k: int, number: int, differe
     verdicts = [verdict(attribution, tests), retraining_verdict(attribution, rows)]
     words = wording.describe(difference, attribution.measurement, wording.noun(attribution))
     # a key by number: a name may have any characters, and two settings of a class may share it
-    return _Table(f"difference-{number}", difference, words, tests, rows, [text for text in verdicts if text])
+    no_interval = difference.no_interval(len(attribution.runs))
+    said = [text for text in verdicts if text]
+    return _Table(f"difference-{number}", difference, words, tests, rows, said, no_interval)
 
 
 def _exponent(rows: list[TopExample], *fields: str) -> int:

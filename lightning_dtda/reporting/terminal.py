@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -47,14 +48,14 @@ def print_summary(
 ) -> None:
     """Print the question, how reliable the answer is, and the top examples, or groups, of a few queries.
 
-    If there are more than :data:`MOST_QUERIES` queries, it prints those on which a single removal changes the variance
+    If there are more than :data:`MOST_QUERIES` queries, it prints those on which a single removal changes the spread
     most.
 
     Args:
         attribution: The attribution.
         k: Number of examples, or groups, for each query.
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean
-            and variance, the differences of the paper that have a sign.
+            and spread.
         console: Console to print to. Defaults to standard output.
 
     Raises:
@@ -68,8 +69,8 @@ def print_summary(
     say(f"Largest relative replay drift of a run: {wording.drift(attribution)}.")
     cautions = wording.cautions(attribution)
     attribution = attribution.trusted()
-    paper = [DIFFERENCES[name] for name in attribution.available_differences]
-    chosen = [resolve_difference(each) for each in differences or []] or [each for each in paper if each.signed]
+    default = [DIFFERENCES[name] for name in attribution.available_differences]
+    chosen = [resolve_difference(each) for each in differences or []] or [each for each in default if each.signed]
     say(f"Largest relative error of responses on a sample of steps: {wording.diagnosis(attribution)}.")
     with without_repeated_warnings():
         agreement = wording.reliability(attribution)
@@ -91,11 +92,11 @@ def print_summary(
     console.print()
     notes = (
         f"{_NOT_SIGNIFICANT}: not significant among all {wording.noun(attribution)}s (false discovery rate "
-        f"{100 * FDR:g} %). In brackets: {100 * LEVEL:g} % intervals over seeds (bootstrap). Numbers of runs and "
+        f"{100 * FDR:g} %). In brackets: {100 * LEVEL:g} % intervals over seeds. Numbers of runs and "
         f"retrainings give a power of {100 * POWER:g} % if the effect is as large as estimated."
     )
     if len(shown) < len(attribution.queries):
-        what = "variance" if len(attribution.runs) > 1 else "mean"
+        what = "spread" if len(attribution.runs) > 1 else "mean"
         notes += f" Shown: the {len(shown)} of {len(attribution.queries)} queries with the largest {what} influence."
     say(notes, style="dim")
 
@@ -124,7 +125,7 @@ def _table(
         exponent = common_exponent(end for row in rows for end in (row.influence, row.interval_low, row.interval_high))
         values = [_with_interval(row, exponent, separator) for row in rows]
         words = describe(difference, attribution.measurement, wording.noun(attribution))
-        head = f"{words.short}\n{unit(exponent)}".rstrip()
+        head = f"{words.short}\n{unit(exponent)}{' %' * difference.relative}".rstrip()
         labels = [_label(attribution, row) for row in rows]
         table.add_column(
             "example" if attribution.removals is None else "group (examples)",
@@ -143,7 +144,7 @@ def _table(
 
 def _with_interval(row: TopExample, exponent: int, separator: str) -> str:
     value, low, high = (number(part, exponent) for part in (row.influence, row.interval_low, row.interval_high))
-    return escape(f"{value}{separator}[{low}, {high}]")
+    return escape(value if math.isnan(row.interval_low) else f"{value}{separator}[{low}, {high}]")
 
 
 def _label(attribution: Attribution, row: TopExample) -> str:

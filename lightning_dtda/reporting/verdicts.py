@@ -10,7 +10,6 @@ from lightning_dtda.reporting.certainty import FDR, Tested
 from lightning_dtda.reporting.findings import TopExample
 from lightning_dtda.reporting.formatting import p_value
 from lightning_dtda.reporting.wording import counted, describe, noun
-from lightning_dtda.statistics.significance import fewest_runs
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _RATE = f"false discovery rate {100 * FDR:g}{_SPACE}%"
@@ -70,7 +69,7 @@ def retraining_verdict(attribution: Attribution, rows: Sequence[TopExample]) -> 
 def _what_would(attribution: Attribution, tests: Tested) -> str:
     """Return how many runs would make the clearest removal of a query significant."""
     number, needed, what = len(tests.p_values), tests.runs_for_clearest, noun(attribution)
-    fewest = fewest_runs(tests.difference, FDR / number)
+    fewest = tests.difference.fewest_runs(FDR / number)
     if math.isinf(fewest):
         return (
             f"More runs do not help: among {number}, no p-value of this test is small enough. Attribute fewer, larger "

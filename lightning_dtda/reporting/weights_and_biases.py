@@ -45,7 +45,7 @@ _NUMBERS = (
     "significant",
     "retrainings",
     "mean_influence",
-    "variance_influence",
+    "spread_influence",
 )
 
 
@@ -61,7 +61,7 @@ def log_to_wandb(
     """Log an attribution as one summary run of Weights & Biases.
 
     The run has the configuration of the attribution, a table of the top examples or groups, and the attribution's
-    directory as an artifact. For each of up to :data:`MOST_QUERIES` queries it has a figure of mean against variance
+    directory as an artifact. For each of up to :data:`MOST_QUERIES` queries it has a figure of mean against spread
     influence, and histograms of the measurement as trained and without the example or group that changes it most. The
     notes say how many influences on these queries are significant; the summary has the median number of significant
     examples or groups over these queries. It is a separate run: an active run is not affected.
@@ -72,8 +72,8 @@ def log_to_wandb(
         project: Name of the project. Defaults to ``WANDB_PROJECT``, or ``lightning-dtda``.
         group: Group of the run. Defaults to the name of the ensemble.
         k: Number of examples, or groups, for each query and difference.
-        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means the
-            paper's. The last of them selects the example of the histograms.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means
+            mean, spread and Wasserstein. The last of them selects the example of the histograms.
 
     Returns:
         The id of the run.

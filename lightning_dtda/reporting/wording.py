@@ -159,8 +159,8 @@ def cautions(attribution: Attribution) -> list[str]:
         )
     if runs == 1:
         said.append(
-            "There is a single run, so no effect can be distinguished from seed noise. The variance influence needs "
-            "two runs; standard errors need two for the mean and three for the variance. Record more seeds."
+            "There is a single run, so no effect can be distinguished from seed noise. The spread influence needs "
+            "two runs; intervals need two for the mean and three for the spread. Record more seeds."
         )
     elif runs < ENOUGH_RUNS:
         said.append(

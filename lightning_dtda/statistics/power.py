@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.statistics.differences import Difference
-from lightning_dtda.statistics.significance import fewest_runs
 
 _DRAWS = 400
 """Number of simulated pairs of samples per number of seeds: the power is then known to 0.02."""
@@ -73,7 +72,8 @@ def runs_for_significance(difference: Difference, p: Tensor, runs: int, level: f
     .. math:: n = S \left(\frac{z_{1-level/2} + z_{power}}{z_{1-p/2}}\right)^2
 
     runs give a p-value below the level with the given power. The result is at least the number of runs with which the
-    test can reach the level at all, see :func:`~lightning_dtda.statistics.significance.fewest_runs`.
+    test can reach the level at all, see :meth:`Difference.fewest_runs
+    <lightning_dtda.statistics.Difference.fewest_runs>`.
 
     Args:
         difference: The difference.
@@ -92,7 +92,7 @@ def runs_for_significance(difference: Difference, p: Tensor, runs: int, level: f
     """
     wanted = float(torch.special.ndtri(torch.tensor([1 - level / 2, power], dtype=torch.float64)).sum())
     needed = runs * (wanted / torch.special.ndtri(p.double() / 2)).square()
-    return needed.round(decimals=6).ceil().clamp_min(fewest_runs(difference, level)).nan_to_num(torch.inf, torch.inf)
+    return needed.round(decimals=6).ceil().clamp_min(difference.fewest_runs(level)).nan_to_num(torch.inf, torch.inf)
 
 
 def _simulated(difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float) -> Tensor:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_dtda.statistics.differences.difference import Difference
-
-
-def standard_error_of(difference: Difference) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a function that computes the standard error of a difference from samples ``(runs, ...)`` of X and Y."""
-    return partial(jackknife if difference.smooth else bootstrap, difference)
+if TYPE_CHECKING:
+    from lightning_dtda.statistics.differences.difference import Difference
 
 
 def jackknife(difference: Difference, baseline: Tensor, predicted: Tensor) -> Tensor:

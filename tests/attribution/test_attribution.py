@@ -56,7 +56,7 @@ def test_top_examples_are_the_largest_in_absolute_value(attribution):
     assert top["rank"].tolist() == [1, 2]
     np.testing.assert_allclose(top["influence"], influence[best])
     np.testing.assert_allclose(top["mean_influence"], attribution.influence("mean")[1, best])
-    np.testing.assert_allclose(top["variance_influence"], influence[best])
+    np.testing.assert_allclose(top["spread_influence"], attribution.influence("spread")[1, best])
     np.testing.assert_allclose(top["standard_error"], attribution.standard_error("variance")[1, best])
 
 

@@ -49,7 +49,7 @@ def both(request, tmp_path, monkeypatch):
     return full, kept
 
 
-@pytest.mark.parametrize("difference", ["mean", "variance"])
+@pytest.mark.parametrize("difference", ["mean", "variance", "spread"])
 @pytest.mark.parametrize("query", [None, 2])
 def test_the_top_is_that_of_all_responses(both, difference, query):
     full, kept = both
@@ -59,7 +59,7 @@ def test_the_top_is_that_of_all_responses(both, difference, query):
     )
 
 
-@pytest.mark.parametrize("difference", ["mean", "variance"])
+@pytest.mark.parametrize("difference", ["mean", "variance", "spread"])
 def test_figures_of_every_removal_are_those_of_all_responses(both, difference):
     full, kept = both
     for ask in (
@@ -71,12 +71,14 @@ def test_figures_of_every_removal_are_those_of_all_responses(both, difference):
     torch.testing.assert_close(kept.p_values(difference), full.p_values(difference), rtol=1e-5, atol=0)
     assert torch.equal(kept.significant(difference), full.significant(difference))
     assert torch.equal(kept.reliability(difference), full.reliability(difference))
+    if difference != "variance":
+        torch.testing.assert_close(kept.interval(difference), full.interval(difference), rtol=1e-4, atol=1e-6)
 
 
 def test_figures_in_double_precision_are_not_rounded():
     full = made(dtype=torch.float64)
     kept = full.keep_top(K)
-    for difference in ("mean", "variance"):
+    for difference in ("mean", "variance", "spread"):
         assert torch.equal(kept.influence(difference), full.influence(difference))
         assert torch.equal(kept.standard_error(difference), full.standard_error(difference))
         torch.testing.assert_close(kept.p_values(difference), full.p_values(difference), rtol=1e-12, atol=0)
@@ -155,7 +157,7 @@ def test_what_is_asked_of_kept_responses_is_what_all_of_them_say(both):
         expected = full.influence(difference, removed=removed)[2]
         torch.testing.assert_close(kept.select([2]).influence(difference, removed=removed)[0], expected)
     for name, ends in (
-        ("interval", lambda attribution: attribution.interval("mean", replicates=20)),
+        ("interval", lambda attribution: attribution.interval("wasserstein")),
         ("seeds", lambda attribution: attribution.retrainings_needed()),
     ):
         found, expected = ends(kept), ends(full)
@@ -185,7 +187,7 @@ def test_few_runs_say_what_they_can(runs):
     kept = full.keep_top(K)
     with pytest.warns(UserWarning, match=f"Influences of {runs} runs"):
         pd.testing.assert_frame_equal(kept.top(K), full.top(K), rtol=1e-13)
-    assert kept.available_differences == ["mean", "variance"][: 1 + (runs > 1)]
+    assert kept.available_differences == ["mean", "spread"][: 1 + (runs > 1)]
     if runs > 1:
         torch.testing.assert_close(kept.p_values("mean"), full.p_values("mean"), rtol=1e-5, atol=0)
 

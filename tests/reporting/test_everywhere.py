@@ -3,6 +3,7 @@
 import html
 import io
 import json
+import math
 import re
 from itertools import product
 
@@ -14,7 +15,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import log_to_wandb, print_summary, report
 from lightning_dtda.reporting.figures import influence_figure, top_figure
 from lightning_dtda.reporting.formatting import common_exponent, number
-from lightning_dtda.statistics import Difference, SlicedWasserstein, resolve_difference
+from lightning_dtda.statistics import DIFFERENCES, Difference, SlicedWasserstein, resolve_difference
 from tests.reporting.attributions import QUERIES
 from tests.reporting.wandb_log import Logged
 
@@ -50,35 +51,36 @@ def change(attribution, difference, query, example):
     """What removing an example changes, from its samples alone."""
     x = attribution.baseline[:, query].double()
     y = x + attribution.responses[:, query, example].double()
-    return float(y.mean() - x.mean() if difference == "mean" else y.var() - x.var())
+    return float(y.mean() - x.mean() if difference == "mean" else (y.std() / x.std()).log())
 
 
 def test_the_change_by_removal_is_the_same_number_everywhere(attribution, saved, tmp_path):
     text, (rows, _) = printed(attribution), logged(attribution, saved, tmp_path)
     page = report(attribution, tmp_path / "report.html", k=K).read_text()
     frame = attribution.to_dataframe().set_index(["query", "example"])
-    for query, difference in product(range(len(QUERIES)), ("mean", "variance")):
+    for query, difference in product(range(len(QUERIES)), ("mean", "spread")):
         top = attribution.top(K, difference, query=query)
         example = int(top["example"][0])
         expected = change(attribution, difference, query, example)
-        close = pytest.approx(expected, rel=5e-6)  # half a unit of the last of the six digits that a figure holds
+        shown = expected if difference == "mean" else 100 * math.expm1(expected)  # in percent
+        # half a unit of the last of the six digits that a figure holds
+        close, close_shown = (pytest.approx(value, rel=5e-6) for value in (expected, shown))
         assert float(attribution.influence(difference)[query, example]) == close
         assert float(attribution.influence(difference, removed=[example])[query]) == close
         assert (top["influence"][0], top[f"{difference}_influence"][0]) == (close, close)
         assert frame[f"{difference}_influence"][QUERIES[query], example] == close
         [row] = [r for r in rows if (r["query"], r["difference"], r["rank"]) == (QUERIES[query], difference, 1)]
-        assert (row["example"], row["influence"], row[f"{difference}_influence"]) == (example, close, close)
+        assert (row["example"], row["influence"], row[f"{difference}_influence"]) == (example, close_shown, close_shown)
         [article] = re.findall(rf'<article class="figures" data-query="{query}".*?</article>', page, re.DOTALL)
-        [table] = re.findall(
-            rf'data-difference="difference-{difference == "variance":d}".*?</table>', article, re.DOTALL
-        )
-        assert float(re.search(r'title="(\S+) ± ', table)[1]) == close
-        low, high = attribution.interval(difference)[:, query, top["example"].tolist()].tolist()
-        assert f"{number(expected, common_exponent([*top['influence'], *low, *high]))} [" in text
-        assert top_figure(attribution, query, difference, K).data[0].x[0] == close
+        [table] = re.findall(rf'data-difference="difference-{difference == "spread":d}".*?</table>', article, re.DOTALL)
+        assert float(re.search(r'title="(\S+) ± ', table)[1]) == close_shown
+        ends = attribution.interval(difference)[:, query, top["example"].tolist()].flatten().tolist()
+        scale = common_exponent(map(DIFFERENCES[difference].shown, [*top["influence"], *ends]))
+        assert f"{number(shown, scale)} [" in text
+        assert top_figure(attribution, query, difference, K).data[0].x[0] == close_shown
         points = [trace for trace in influence_figure(attribution, query).data if trace.mode == "markers"]
         drawn = {n: (x, y) for t in points for x, y, (n, *_) in zip(t.x, t.y, t.customdata, strict=True)}
-        assert drawn[example][difference == "variance"] == close
+        assert drawn[example][difference == "spread"] == close_shown
 
 
 def test_a_new_difference_is_one_class_and_is_shown_everywhere(attribution, saved, tmp_path):

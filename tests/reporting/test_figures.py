@@ -16,53 +16,60 @@ from lightning_dtda.reporting.figures import (
 from tests.reporting.attributions import EXAMPLES, GROUPS, make_attribution
 
 
-def test_every_example_is_a_point_at_its_mean_and_variance_influence(attribution):
+def test_every_example_is_a_point_at_its_mean_and_spread_influence(attribution):
     traces = [trace for trace in influence_figure(attribution, 1).data if trace.mode == "markers"]
     points = {int(row[0]): (x, y, *row[1:]) for t in traces for x, y, row in zip(t.x, t.y, t.customdata, strict=True)}
-    expected = torch.stack(
-        [
-            attribution.influence("mean")[1],
-            attribution.influence("variance")[1],
-            attribution.standard_error("mean")[1],
-            attribution.standard_error("variance")[1],
-        ],
-        1,
-    )
     assert sorted(points) == list(range(EXAMPLES))
-    drawn = np.array([points[n] for n in range(EXAMPLES)])
-    # half a unit of the last of six digits, and of three for standard errors
-    np.testing.assert_allclose(drawn[:, :2], expected[:, :2], rtol=5e-6, atol=1e-12)
-    np.testing.assert_allclose(drawn[:, 2:], expected[:, 2:], rtol=5e-3, atol=1e-12)
+    shift, change = attribution.influence("mean")[1], 100 * attribution.influence("spread")[1].expm1()
+    # half a unit of the last of six digits
+    drawn = np.array([points[n][:2] for n in range(EXAMPLES)])
+    np.testing.assert_allclose(drawn, torch.stack([shift, change], 1), rtol=5e-6, atol=1e-12)
+    for place, ends in enumerate((attribution.interval("mean"), 100 * attribution.interval("spread").expm1())):
+        assert [points[n][2 + place] for n in range(EXAMPLES)] == [
+            f" [{low:.3g}, {high:.3g}]" for low, high in ends[:, 1].T.tolist()
+        ]
+
+
+def test_labelled_examples_have_their_intervals_as_error_bars(attribution):
+    [labels] = [trace for trace in influence_figure(attribution, 1).data if trace.mode == "markers+text"]
+    at = [int(text) for text in labels.text]
+    expected = attribution.interval("mean")[:, 1, at], 100 * attribution.interval("spread")[:, 1, at].expm1()
+    for values, bars, ends in zip((labels.x, labels.y), (labels.error_x, labels.error_y), expected, strict=True):
+        drawn = np.array(values) - bars.arrayminus, np.array(values) + bars.array
+        np.testing.assert_allclose(drawn, ends, rtol=1e-6)
+    legend = influence_figure(attribution, 1).layout.legend.title.text
+    assert legend == "significant (false discovery rate 5 %), 95 % intervals:"
 
 
 def test_groups_tell_what_is_clear_of_seed_noise(attribution):
     groups = {
         trace.name: {row[0] for row in trace.customdata}
-        for trace in influence_figure(attribution, 0).data
+        for trace in influence_figure(attribution, 1).data
         if trace.name
     }
     assert 11 in groups["mean"] | groups["both"]
-    assert 23 in groups["variance"] | groups["both"]
+    assert 23 in groups["spread"] | groups["both"]
     assert 5 in groups["neither"], "an example without any influence is not clear of anything"
-    mean, variance = (set(attribution.significant(name)[0].nonzero()[:, 0].tolist()) for name in ("mean", "variance"))
+    mean, spread = (set(attribution.significant(name)[1].nonzero()[:, 0].tolist()) for name in ("mean", "spread"))
     assert groups == {
-        "mean": mean - variance,
-        "variance": variance - mean,
-        "both": mean & variance,
-        "neither": set(range(EXAMPLES)) - mean - variance,
+        "mean": mean - spread,
+        "spread": spread - mean,
+        "both": mean & spread,
+        "neither": set(range(EXAMPLES)) - mean - spread,
     }
 
 
 def test_axes_say_sign_and_unit_in_words(attribution):
     layout = influence_figure(attribution, 0).layout
     assert layout.xaxis.title.text == "change of the mean loss<br>if removed (E Y \N{MINUS SIGN} E X)"
-    assert layout.yaxis.title.text == "change of the loss's variance<br>if removed (Var Y \N{MINUS SIGN} Var X)"
+    expected = "change of the loss's standard deviation<br>if removed (SD Y / SD X \N{MINUS SIGN} 1, in %)"
+    assert layout.yaxis.title.text == expected
 
 
 @pytest.mark.filterwarnings("ignore:Influences of")
-def test_a_single_run_has_a_mean_influence_and_no_variance():
+def test_a_single_run_has_a_mean_influence_and_no_spread():
     figure = influence_figure(make_attribution(runs=1), 0)
-    assert "a single run has no variance" in figure.layout.yaxis.title.text
+    assert "a single run has no spread" in figure.layout.yaxis.title.text
     [points] = [trace for trace in figure.data if trace.name == "neither"]
     np.testing.assert_array_equal(points.y, np.arange(EXAMPLES))
 
@@ -94,17 +101,26 @@ def test_each_run_is_joined_to_its_own_prediction(attribution):
     np.testing.assert_allclose(summary.customdata, [trained.double().std(), predicted.double().std()])
 
 
-@pytest.mark.parametrize("difference", ["mean", "variance", "wasserstein"])
+@pytest.mark.parametrize("difference", ["mean", "spread", "wasserstein"])
 def test_bars_are_the_top_examples_with_their_intervals(attribution, difference):
     bars, intervals = top_figure(attribution, 1, difference, k=6).data
     top = attribution.top(6, difference, query=1)
     assert list(bars.y) == [str(example) for example in top.example]
-    np.testing.assert_allclose(bars.x, top.influence)
-    expected = attribution.interval(difference)[:, 1, top.example.tolist()]
+    expected, influence = attribution.interval(difference)[:, 1, top.example.tolist()], top.influence
+    if difference == "spread":
+        expected, influence = 100 * expected.expm1(), 100 * np.expm1(influence)
+    np.testing.assert_allclose(bars.x, influence)
     np.testing.assert_allclose([intervals.x[0::3], intervals.x[1::3]], expected)
     assert list(intervals.y[0::3]) == list(bars.y)
     significant = attribution.significant(difference)[1, top.example.tolist()]
     assert [color == bars.marker.color[0] for color in bars.marker.color] == significant.tolist()
+
+
+def test_without_an_interval_only_bars_are_drawn(attribution):
+    bars, intervals = top_figure(attribution, 1, "variance", k=6).data
+    assert np.isnan([end for end in intervals.x if end is not None]).all()
+    assert "interval" not in top_figure(attribution, 1, "variance").layout.xaxis.title.text
+    assert [row[0] for row in bars.customdata] == 6 * [""]
 
 
 def test_baselines_start_with_the_query_that_depends_most_on_the_seed(attribution):

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 from selenium import webdriver
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -17,7 +18,7 @@ from tests.reporting.attributions import QUERIES, make_attribution
 
 _WIDTH = "return document.documentElement.scrollWidth"
 _TABLE = "article:not([hidden]) .difference:not([hidden]) table"
-DIFFERENCES = ("mean", "variance", "wasserstein")
+DIFFERENCES = ("mean", "spread", "wasserstein")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,10 @@ def _visible_rows(page):
 def _expected_rows(attribution, position, difference, k=5):
     top = attribution.top(k, difference, query=position)
     low, high = attribution.interval(difference)[:, position, top.example.tolist()]
-    exponents = {column: common_exponent(top[column]) for column in ("mean_influence", "variance_influence")}
+    top["spread_influence"] = 100 * np.expm1(top["spread_influence"])
+    if difference == "spread":
+        top["influence"], low, high = top["spread_influence"], 100 * low.expm1(), 100 * high.expm1()
+    exponents = {column: common_exponent(top[column]) for column in ("mean_influence", "spread_influence")}
     exponent = common_exponent([*top.influence, *low.tolist()])
     p = attribution.p_values(difference)[position]
     needed = attribution.retrainings_needed(difference=difference)[position] if difference != "wasserstein" else None
@@ -95,8 +99,8 @@ def _expected_rows(attribution, position, difference, k=5):
         # what the influence is already is not said again
         if difference != "mean":
             cells += [number(row.mean_influence, exponents["mean_influence"])]
-        if difference != "variance":
-            cells += [number(row.variance_influence, exponents["variance_influence"])]
+        if difference != "spread":
+            cells += [number(row.spread_influence, exponents["spread_influence"])]
         rows.append(cells)
     return rows
 
@@ -122,8 +126,8 @@ def test_the_page_makes_no_request_and_logs_no_error(page):
 
 @pytest.mark.browser
 def test_choosing_an_example_shows_the_runs_without_it(page, attribution):
-    _choose(page, QUERIES[1], "variance")
-    example = attribution.top(5, "variance", query=1).example[2]
+    _choose(page, QUERIES[1], "spread")
+    example = attribution.top(5, "spread", query=1).example[2]
     page.find_element("css selector", f"{_TABLE} tr[data-example='{example}'] button").click()
     shown = page.execute_script(
         "const slot = document.querySelector('article:not([hidden]) .removal');"
@@ -198,10 +202,17 @@ def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribu
     numbers = {difference: attribution.significant(difference).sum(1).tolist() for difference in DIFFERENCES}
     assert set(numbers["mean"]) == {1}
     assert "On 3 of 3 queries, 1 of 40 examples has a significant mean influence (12 runs, " in found
-    assert set(numbers["variance"]) == {1}
-    needed = attribution.retrainings_needed([23], "variance").tolist()
+    assert numbers["spread"] == [0, 1, 1]
+    assert "On 2 of 3 queries, 1 of 40 examples has a significant spread influence (12 runs, " in found
+    needed = attribution.retrainings_needed([23], "spread").tolist()[1:]
     for query in needed:
         assert f"To confirm example 23: retrain {query:.0f} times without it and {query:.0f} times with all" in page
+
+
+def test_where_there_is_no_interval_the_page_says_why_and_what_to_use(attribution, tmp_path):
+    page = html.unescape(report(attribution, tmp_path / "report.html", differences=["variance"]).read_text())
+    assert "interval <i>over seeds</i>" not in page
+    assert "No interval is shown: no method holds its level with few runs. Use the spread influence" in page
 
 
 def test_if_nothing_is_significant_the_page_says_how_many_runs_it_would_take(tmp_path):
@@ -320,7 +331,7 @@ def test_groups_are_named_with_their_sizes(grouped, tmp_path):
 
 
 def test_a_top_that_was_kept_is_reported_as_all_responses_are(attribution, tmp_path):
-    of_all = report(attribution, tmp_path / "all.html", k=4, differences=["mean", "variance"]).read_text()
+    of_all = report(attribution, tmp_path / "all.html", k=4, differences=["mean", "spread"]).read_text()
     kept = report(attribution.keep_top(4), tmp_path / "kept.html", k=4).read_text()
     # but for the last digits of p-values, which the titles have in full
     pages = [re.sub(r'<td title="[^"]*"', "<td", page) for page in (kept, of_all)]

@@ -6,6 +6,7 @@ from rich.console import Console
 
 from lightning_dtda.reporting import print_summary
 from lightning_dtda.reporting.formatting import common_exponent, number
+from lightning_dtda.statistics import DIFFERENCES
 from tests.reporting.attributions import make_attribution
 
 
@@ -17,23 +18,23 @@ def _printed(attribution, **arguments):
 
 def test_the_summary_holds_the_top_examples_with_their_intervals(attribution):
     text = _printed(attribution, k=4)
-    for difference in ("mean", "variance"):
+    for difference in ("mean", "spread"):
         for query in range(3):
             top = attribution.top(4, difference, query=query)
-            low, high = attribution.interval(difference)[:, query, top.example.tolist()].tolist()
-            values = top.influence.tolist()
-            exponent = common_exponent([*values, *low, *high])
-            for row in zip(values, low, high, strict=True):
+            rows = zip(top.influence, *attribution.interval(difference)[:, query, top.example.tolist()], strict=True)
+            shown = [[DIFFERENCES[difference].shown(float(part)) for part in row] for row in rows]
+            exponent = common_exponent(part for row in shown for part in row)
+            for row in shown:
                 assert "{} [{}, {}]".format(*(number(part, exponent) for part in row)) in text
 
 
 def test_the_summary_says_whether_influences_are_more_than_seed_noise(attribution):
     text = " ".join(_printed(attribution).split())
-    assert attribution.significant("variance").sum(1).tolist() == [1, 1, 1]
-    sentence = "1 of 40 examples has a significant variance influence (12 runs, false discovery rate 5 %)."
-    assert text.count(sentence) == 3
-    few = " ".join(_printed(make_attribution(3)).split())
-    assert "3 runs cannot show whether the variance influence is significant: the test needs at least 4." in few
+    assert attribution.significant("spread").sum(1).tolist() == [0, 1, 1]
+    sentence = "1 of 40 examples has a significant spread influence (12 runs, false discovery rate 5 %)."
+    assert text.count(sentence) == 2
+    few = " ".join(_printed(make_attribution(2)).split())
+    assert "2 runs cannot show whether the spread influence is significant: the test needs at least 3." in few
 
 
 def test_the_summary_says_what_was_asked_and_how_sure_it_is(attribution):

@@ -39,8 +39,8 @@ def test_a_single_removal_is_spoken_of_alone():
 
 
 def test_too_few_runs_for_the_test_are_reported():
-    assert said(make_attribution(3), "variance") == (
-        "3 runs cannot show whether the variance influence is significant: the test needs at least 4."
+    assert said(make_attribution(2), "spread") == (
+        "2 runs cannot show whether the spread influence is significant: the test needs at least 3."
     )
     assert said(make_attribution(1), "mean") == (
         "1 run cannot show whether the mean influence is significant: the test needs at least 2."
@@ -48,8 +48,8 @@ def test_too_few_runs_for_the_test_are_reported():
 
 
 def test_a_test_that_cannot_find_any_says_how_many_runs_it_needs():
-    assert "With fewer than 16 runs, none of 1000 examples can be significant." in said(noise(8, 1000), "variance")
-    assert "fewer than" not in said(noise(16, 1000), "variance")
+    assert "With fewer than 16 runs, none of 1000 examples can be significant." in said(noise(8, 1000), "spread")
+    assert "fewer than" not in said(noise(16, 1000), "spread")
     assert "More runs do not help: among 1000, no p-value of this test is small enough." in said(
         noise(9, 1000), Quantile(0.5)
     )

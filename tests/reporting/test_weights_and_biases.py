@@ -18,9 +18,13 @@ def test_the_table_holds_the_top_examples_of_every_query_and_difference(attribut
     columns = table["columns"]
     assert columns[:2] == ["query", "difference"]
     assert len(table["data"]) == len(QUERIES) * 3 * 6
-    for difference in ("mean", "variance", "wasserstein"):
+    for difference in ("mean", "spread", "wasserstein"):
         top = attribution.top(6, difference)
         rows = [row for row in table["data"] if row[1] == difference]
+        top["spread_influence"] = 100 * np.expm1(top["spread_influence"])
+        if difference == "spread":  # in percent
+            top["standard_error"] *= 100 * np.exp(top["influence"])
+            top["influence"] = top["spread_influence"]
         for column in top.columns:
             np.testing.assert_allclose([row[columns.index(column)] for row in rows], top[column], rtol=1e-12)
 
@@ -30,9 +34,9 @@ def test_a_top_that_was_kept_is_logged(attribution, tmp_path):
     kept.save(tmp_path / "kept")
     logged = Logged(tmp_path, log_to_wandb(kept, tmp_path / "kept"))
     rows = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())["data"]
-    assert [row[3] for row in rows if row[1] == "variance"] == attribution.top(4, "variance")["example"].tolist()
+    assert [row[3] for row in rows if row[1] == "spread"] == attribution.top(4, "spread")["example"].tolist()
     assert logged.summary["reliability"] == pytest.approx(float(attribution.reliability().median()))
-    example = attribution.top(1, "variance", query=0)["example"][0]
+    example = attribution.top(1, "spread", query=0)["example"][0]
     assert f"distribution/query {QUERIES[0]}, without example {example}" in logged.history
 
 
@@ -40,12 +44,13 @@ def test_the_table_and_the_notes_say_how_sure_it_is(attribution, saved, tmp_path
     logged = Logged(tmp_path, log_to_wandb(attribution, saved, k=6))
     table = json.loads((logged.files / logged.history["top_examples"]["path"]).read_text())
     columns = table["columns"]
-    for difference in ("mean", "variance", "wasserstein"):
+    for difference in ("mean", "spread", "wasserstein"):
         rows = [row for row in table["data"] if row[1] == difference]
         at = [(QUERIES.index(row[0]), row[columns.index("example")]) for row in rows]
+        shown = (lambda ends: 100 * ends.expm1()) if difference == "spread" else (lambda ends: ends)
         expected = {
-            "interval_low": attribution.interval(difference)[0],
-            "interval_high": attribution.interval(difference)[1],
+            "interval_low": shown(attribution.interval(difference)[0]),
+            "interval_high": shown(attribution.interval(difference)[1]),
             "p_value": attribution.p_values(difference),
             "significant": attribution.significant(difference),
         }
@@ -55,7 +60,7 @@ def test_the_table_and_the_notes_say_how_sure_it_is(attribution, saved, tmp_path
             )
         significant = attribution.significant(difference).sum(1)
         assert logged.summary[f"significant/{difference}"] == significant.median().item()
-    assert "1 of 40 examples has a significant variance influence (12 runs, " in logged.run.notes
+    assert "1 of 40 examples has a significant spread influence (12 runs, " in logged.run.notes
 
 
 def test_histograms_count_the_runs_as_trained_and_without_the_top_example(attribution, saved, tmp_path):
@@ -84,7 +89,7 @@ def test_each_query_has_its_figure_with_every_example(attribution, saved, tmp_pa
         figure = json.loads((logged.files / entry["path"]).read_text())
         traces = [trace for trace in figure["data"] if trace.get("name")]
         points = [(x, y) for trace in traces for x, y in zip(trace["x"], trace["y"], strict=True)]
-        shift, change = attribution.influence("mean")[position], attribution.influence("variance")[position]
+        shift, change = attribution.influence("mean")[position], 100 * attribution.influence("spread")[position].expm1()
         expected = sorted(zip(shift.tolist(), change.tolist(), strict=True))
         # half a unit of the last of the six digits that a figure holds
         np.testing.assert_allclose(sorted(points), expected, rtol=5e-6, atol=1e-12)

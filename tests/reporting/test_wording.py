@@ -10,6 +10,7 @@ from lightning_dtda.statistics.differences import (
     Mean,
     Quantile,
     SlicedWasserstein,
+    Spread,
     Tail,
     Variance,
 )
@@ -40,7 +41,7 @@ def test_parameters_are_put_into_words_and_names():
 def test_the_sign_in_words_is_that_of_the_numbers():
     x, higher, apart = torch.arange(10.0), torch.arange(10.0) + 1, 2 * torch.arange(10.0)
     for difference in (each for each in ALL if not each.joint):
-        y = apart if isinstance(difference, Variance) else higher
+        y = apart if isinstance(difference, Spread | Variance) else higher
         assert describe(difference, "loss").meaning.startswith("change of") == difference.signed
         assert difference(x, y) > 0
         assert (difference(y, x) < 0) == difference.signed

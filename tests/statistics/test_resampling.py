@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_dtda.statistics.differences import Mean, Quantile, Variance
-from lightning_dtda.statistics.resampling import bootstrap, jackknife, standard_error_of
+from lightning_dtda.statistics.resampling import bootstrap, jackknife
 from tests.simulated import attribution_of
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -34,4 +34,4 @@ def test_the_error_of_order_statistics_is_the_spread_over_repeated_ensembles(dif
     spread, (estimated, jackknifed) = difference(x, y).std(), (f(difference, x, y) for f in (bootstrap, jackknife))
     # why not by the jackknife: it spreads by more than half of itself, and lies twice too high for a median
     assert jackknifed.std() > 2 * estimated.std()
-    assert standard_error_of(difference)(x, y).mean() / spread == pytest.approx(1, abs=0.15)
+    assert difference.standard_error(x, y).mean() / spread == pytest.approx(1, abs=0.15)

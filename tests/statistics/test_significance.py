@@ -8,8 +8,18 @@ import torch
 from scipy import stats
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import Difference, Energy, Mean, Tail, Variance, Wasserstein
+from lightning_dtda.statistics.differences import (
+    Difference,
+    Energy,
+    Mean,
+    Quantile,
+    Spread,
+    Tail,
+    Variance,
+    Wasserstein,
+)
+from lightning_dtda.statistics.significance import exchange_test
+from lightning_dtda.statistics.signs import sign_test
 from tests.simulated import KINDS, attribution_of, without_effect
 
 ENSEMBLES, EXAMPLES = 400, 200
@@ -33,22 +43,41 @@ def of_all_signs(terms):
     return ((signs @ terms).abs() >= terms.sum(0).abs() * (1 - 1e-9)).double().mean(0)
 
 
-def test_p_values_of_the_variance_are_those_of_exchanged_pairs():
-    attribution = without_effect("heteroscedastic", runs=8, queries=1, examples=50)
+def test_the_p_values_of_the_variance_are_those_of_the_spread(attribution):
+    assert torch.equal(attribution.p_values("variance"), attribution.p_values("spread"))
+
+
+def test_p_values_of_the_spread_are_the_larger_of_students_t_and_of_exchanged_pairs():
+    attribution = without_effect("heteroscedastic", runs=9, queries=1, examples=50)
     x, noise = attribution.baseline, attribution.responses[:, 0]
-    y = x + noise + 0.2 * x
+    y = x + noise + 0.2 * x + 3
+    squares = ((x + y) / 2 - ((x + y) / 2).mean(0)).square()
+    weights = (1 + squares / squares.mean(0)) ** -2
+    moved = y - (weights * (y - x)).sum(0) / weights.sum(0)
     # differences of variances themselves, of all exchanges, in place of the sums they come down to
     counted = torch.zeros(50, dtype=torch.float64)
     observed = Variance()(x, y).abs()
-    for pattern in product([False, True], repeat=8):
+    for pattern in product([False, True], repeat=9):
         exchanged = torch.tensor(pattern)[:, None]
-        difference = Variance()(torch.where(exchanged, y, x), torch.where(exchanged, x, y))
+        difference = Variance()(torch.where(exchanged, moved, x), torch.where(exchanged, x, moved))
         counted += difference.abs() >= observed * (1 - 1e-9)
-    halfway = (x + y) / 2
-    torch.testing.assert_close(of_all_signs((y - x) * (halfway - halfway.mean(0))), counted / 2**8)
-    found = significance.p_values(Variance(), x, y)
-    # sums of 8 terms move in jumps: the smooth approximation is between the shares before and after one
-    assert ((found / (counted / 2**8)).log().abs() < 1).all()
+    t = (Spread()(x, y) / Spread().standard_error(x, y)).abs().numpy()
+    expected = torch.as_tensor(2 * stats.t.sf(t, 8)).maximum(counted / 2**9)
+    # sums of 9 terms move in jumps: the smooth approximation is between the shares before and after one
+    assert ((Spread().p_values(x, y) / expected).log().abs() < 1).all()
+
+
+def test_the_standard_error_of_the_spread_takes_each_run_relative_to_the_others():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 7, 3, generator=generator, dtype=torch.float64).numpy()
+    terms = np.stack(
+        [
+            (y.var(0) / np.delete(y, s, 0).var(0, ddof=1) - x.var(0) / np.delete(x, s, 0).var(0, ddof=1)) * 7 / 12
+            for s in range(7)
+        ]
+    )
+    expected = (6 / 7 * ((terms - terms.mean(0)) ** 2).sum(0)) ** 0.5
+    np.testing.assert_allclose(Spread().standard_error(torch.tensor(x), torch.tensor(y)), expected, rtol=1e-10)
 
 
 @pytest.mark.parametrize("runs", [12, 15])
@@ -56,7 +85,7 @@ def test_shares_of_signs_are_those_that_one_counts(runs):
     generator = torch.Generator().manual_seed(0)
     x, e = torch.randn(2, runs, 400, generator=generator, dtype=torch.float64)
     terms = x * (e + 0.7 * x)
-    ratio = significance.sign_test(terms) / of_all_signs(terms)
+    ratio = sign_test(terms) / of_all_signs(terms)
     # down to the smallest that there are, 2^(1 - runs), where a jump of the count is a factor of two
     assert of_all_signs(terms).amin() < 1e-3
     assert ratio.median() == pytest.approx(1, abs=0.05)
@@ -66,18 +95,18 @@ def test_shares_of_signs_are_those_that_one_counts(runs):
 
 def test_a_sum_of_one_sign_has_the_smallest_share_there_is():
     terms = torch.rand(30, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    torch.testing.assert_close(significance.sign_test(-terms), torch.full((1000,), 2.0**-29, dtype=torch.float64))
+    torch.testing.assert_close(sign_test(-terms), torch.full((1000,), 2.0**-29, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["wasserstein", "energy", "gaussian_kl"])
 def test_distances_have_an_effect_if_mean_or_variance_has(attribution, name):
-    smaller = torch.minimum(attribution.p_values("mean"), attribution.p_values("variance"))
+    smaller = torch.minimum(attribution.p_values("mean"), attribution.p_values("spread"))
     torch.testing.assert_close(attribution.p_values(name), (2 * smaller).clamp_max(1))
 
 
 def test_a_removal_without_any_response_is_sure_to_have_no_effect():
     attribution = attribution_of(torch.randn(9, 1), torch.zeros(9, 1, 2))
-    for difference in ("mean", "variance", "wasserstein", Tail()):
+    for difference in ("mean", "spread", "wasserstein", Tail()):
         assert attribution.p_values(difference).tolist() == [[1.0, 1.0]]
         assert not attribution.significant(difference).any()
 
@@ -86,7 +115,7 @@ def test_the_same_response_in_every_run_is_sure_to_have_one():
     attribution = attribution_of(torch.arange(9.0)[:, None], torch.full((9, 1, 1), 0.5))
     assert attribution.p_values("mean").item() == 0
     assert attribution.p_values("wasserstein").item() == 0
-    assert attribution.p_values("variance").item() > 0.9
+    assert attribution.p_values("spread").item() == 1
 
 
 def test_a_set_is_tested_together(attribution):
@@ -106,27 +135,27 @@ def test_exchange_is_that_of_scipy():
     expected = stats.permutation_test(
         (x, y), statistic, permutation_type="samples", alternative="greater", n_resamples=np.inf
     )
-    found = attribution.p_values(Tail(3 / 7)).item()  # the largest four of seven
+    # the largest four of seven
+    found = exchange_test(Tail(3 / 7), attribution.baseline, attribution.predict([0])).item()
     assert found == pytest.approx(expected.pvalue, abs=1e-12)
 
 
-def test_the_trimmed_mean_is_tested_by_exchange_and_agrees_with_the_t_test_on_gaussians():
-    generator = torch.Generator().manual_seed(0)
-    responses = 0.6 + torch.randn(20, 1, 200, generator=generator, dtype=torch.float64)
-    attribution = attribution_of(torch.zeros(20, 1, dtype=torch.float64), responses)
-    exchanged, student = (attribution.p_values(difference) for difference in (Mean("trimmed"), Mean()))
-    assert stats.spearmanr(exchanged[0], student[0]).statistic > 0.9
-
-
 @pytest.mark.parametrize("runs", [8, 20, 64])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("difference", ["mean", "variance", "wasserstein"])
+@pytest.mark.parametrize("kind", ["gaussian", "heavy-tailed", "bounded"])
+@pytest.mark.parametrize("difference", ["mean", "spread", "wasserstein"])
 def test_false_discoveries_are_as_rare_as_promised_where_nothing_has_an_effect(difference, kind, runs):
     attribution = without_effect(kind, runs, ENSEMBLES, EXAMPLES)
     # all discoveries are false: their expected share is the probability of having one
     rate = attribution.significant(difference, fdr=0.05).any(1).double().mean().item()
     # three standard errors of a share of 0.05 in so many ensembles
     assert rate <= 0.05 + 3 * (0.05 * 0.95 / ENSEMBLES) ** 0.5
+
+
+@pytest.mark.parametrize("runs", [20, 64])
+def test_false_discoveries_of_a_spread_are_few_even_where_responses_grow_with_the_measurement(runs):
+    attribution = without_effect("heteroscedastic", runs, ENSEMBLES, EXAMPLES)
+    # Student's t alone has them in 0.7 to 0.8 of all ensembles; 0.1 and three standard errors
+    assert attribution.significant("spread", fdr=0.05).any(1).double().mean() < 0.2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,7 +173,7 @@ def test_false_discoveries_are_as_rare_as_promised_among_true_ones(kind):
 
 def test_exchange_rejects_no_more_often_than_its_level():
     attribution = without_effect("heteroscedastic", 8, 40, 50)
-    for difference in (Tail(0.5), Mean("median")):
+    for difference in (Quantile(0.5), Mean("median")):
         p = attribution.p_values(difference)
         for level in (0.05, 0.2):
             rejected = (p <= level).double().mean(1)  # of independent ensembles
@@ -167,20 +196,10 @@ def test_power_for_the_variance_is_near_that_of_the_best_test_of_gaussians(runs,
     y = x + slope * x + 0.1 * torch.randn(runs, 4000, generator=generator, dtype=torch.float64)
     attribution = attribution_of(x, (y - x)[..., None])
     best = stats.pearsonr((y - x).numpy(), (x + y).numpy(), axis=0).pvalue  # Pitman's and Morgan's
-    found = (attribution.p_values("variance")[:, 0] < 0.05).double().mean()
+    found = (attribution.p_values("spread")[:, 0] < 0.05).double().mean()
     assert (best < 0.05).mean() > 0.9
-    assert (best < 0.05).mean() - 0.05 < found < 1
-
-
-def test_the_classical_test_of_the_variance_would_not_do():
-    # the reason for the other one: many times the level, where responses grow with the distance from the centre
-    generator = torch.Generator().manual_seed(0)
-    v, e = torch.randn(2, 20, 20000, generator=generator, dtype=torch.float64)
-    x, y = v - 0.15 * v * e, v + 0.15 * v * e
-    classical = stats.pearsonr((y - x).numpy(), v.numpy(), axis=0).pvalue
-    assert (classical < 0.001).mean() > 0.02
-    # three standard errors of 20,000
-    assert (significance.p_values(Variance(), x, y) < 0.001).double().mean() < 0.0017
+    # a tenth is what it costs to hold the level of samples that are not Gaussian, too
+    assert (best < 0.05).mean() - 0.1 < found < 1
 
 
 def test_distances_find_a_shift_and_a_change_of_spread():
@@ -216,10 +235,10 @@ def test_an_effect_that_is_not_a_number_is_not_significant():
 
 
 def test_too_few_runs_and_senseless_rates_are_refused(attribution):
-    few = attribution_of(attribution.baseline[:3], attribution.responses[:3])
+    few = attribution_of(attribution.baseline[:2], attribution.responses[:2])
     assert few.p_values("mean").isfinite().all()
-    with pytest.raises(AttributionError, match=r"variance influence needs 4 runs; there are 3"):
-        few.p_values("variance")
+    with pytest.raises(AttributionError, match=r"spread influence needs 3 runs; there are 2"):
+        few.p_values("spread")
     for rate in (0, 1, 5, float("nan")):
         with pytest.raises(AttributionError, match="share between 0 and 1"):
             attribution.significant("mean", fdr=rate)

@@ -10,6 +10,7 @@ from lightning_dtda.statistics.differences.distances import Energy, GaussianKL, 
 from lightning_dtda.statistics.differences.mean import Location, Mean
 from lightning_dtda.statistics.differences.quantile import Quantile
 from lightning_dtda.statistics.differences.sliced_wasserstein import SlicedWasserstein
+from lightning_dtda.statistics.differences.spread import Spread
 from lightning_dtda.statistics.differences.tail import Tail
 from lightning_dtda.statistics.differences.variance import Variance
 from lightning_dtda.text import did_you_mean
@@ -17,6 +18,7 @@ from lightning_dtda.text import did_you_mean
 __all__ = [
     "DIFFERENCES",
     "PAPERS",
+    "SHOWN",
     "Difference",
     "Energy",
     "GaussianKL",
@@ -25,6 +27,7 @@ __all__ = [
     "Moment",
     "Quantile",
     "SlicedWasserstein",
+    "Spread",
     "Tail",
     "Variance",
     "Wasserstein",
@@ -33,11 +36,14 @@ __all__ = [
 ]
 
 PAPERS = ("mean", "variance", "wasserstein")
-"""Names of the differences in the paper: those that tables and reports show by default."""
+"""Names of the differences in the paper: those by which attributions are evaluated."""
+
+SHOWN = ("mean", "spread", "wasserstein")
+"""Names of the differences that tables and reports show by default: those with an interval."""
 
 DIFFERENCES: dict[str, Difference] = {
     difference.name: difference
-    for difference in (Mean(), Variance(), Wasserstein(), Energy(), Quantile(), Tail(), GaussianKL())
+    for difference in (Mean(), Spread(), Variance(), Wasserstein(), Energy(), Quantile(), Tail(), GaussianKL())
 }
 
 

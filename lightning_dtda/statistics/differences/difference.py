@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from lightning_dtda.statistics.moments import TESTS
+from lightning_dtda.statistics.resampling import bootstrap, jackknife
+from lightning_dtda.statistics.significance import exchange_test, fewest_to_exchange, of_any
+from lightning_dtda.statistics.signs import fewest_to_flip
+from lightning_dtda.statistics.student import extended_to_zero, student_ends, student_p_values
 
 Moment = Literal["mean", "variance"]
 
@@ -32,10 +39,11 @@ class Difference(ABC):
         signed: Whether it is a change :math:`p(Y) - p(X)` of a property, positive if removal raises it. Other
             differences are distances, which are never negative.
         least_runs: Minimum number of runs.
-        moments: Moments whose change it reflects: ``"mean"``, ``"variance"`` or both. Their tests are then its test,
-            see :mod:`~lightning_dtda.statistics.significance`. Without any, it is tested by exchange.
+        relative: Whether its value d is a logarithm, ``log(1 + formula)``. Tables and pages show ``exp(d) - 1``, the
+            formula, in percent.
+        moments: Moments whose change it reflects: ``"mean"``, ``"variance"`` or both. Its test is then that of these.
         smooth: Whether leaving one run out changes it little. If not, as for a median, its standard error comes from
-            the bootstrap.
+            the bootstrap, and it has no interval.
         paired: Whether it compares run by run, in which case X and Y must come from the same seeds.
         joint: Whether it compares joint distributions of several measurements, which lie along the second dimension
             ``(runs, measurements, ...)``; see :meth:`Attribution.joint_influence
@@ -62,6 +70,7 @@ class Difference(ABC):
     unit: str
     reading: str = ""
     signed: bool = True
+    relative: bool = False
     least_runs: int = 1
     moments: tuple[Moment, ...] = ()
     smooth: bool = True
@@ -95,6 +104,87 @@ class Difference(ABC):
         """
         keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
         return (self(baseline[rows], predicted[rows]) for rows in keep)
+
+    def shown(self, value: float) -> float:
+        """Return a value as tables and pages show it: in percent if it is ``relative``."""
+        return 100 * math.expm1(value) if self.relative else value
+
+    @property
+    def by_student(self) -> bool:
+        """Whether it has an :meth:`interval` by Student's t: for smooth changes of a property."""
+        return self.signed and self.smooth
+
+    def standard_error(self, baseline: Tensor, predicted: Tensor) -> Tensor:
+        """Return the standard error over runs ``(...)``, by the jackknife, or if not ``smooth`` by the bootstrap.
+
+        Args:
+            baseline: Samples of X ``(runs, ...)``.
+            predicted: Samples of Y ``(runs, ...)``.
+        """
+        return (jackknife if self.smooth else bootstrap)(self, baseline, predicted)
+
+    def p_values(self, baseline: Tensor, predicted: Tensor) -> Tensor:
+        """Return the probability, over seeds, of a difference at least this clear if there is none.
+
+        If it names moments, their tests (:func:`~lightning_dtda.statistics.moments.mean_test`,
+        :func:`~lightning_dtda.statistics.moments.spread_test`); for both, twice the smaller p-value (Bonferroni).
+        Otherwise Student's t for smooth changes of a property, and for the rest exchange
+        (:func:`~lightning_dtda.statistics.significance.exchange_test`).
+
+        Args:
+            baseline: Samples of X, broadcastable against ``predicted`` ``(runs, ...)``.
+            predicted: Samples of Y, from the same runs in the same order ``(runs, ...)``.
+
+        Returns:
+            p-values ``(...)``, float64; 1 where no run's measurement changes, NaN where the difference is NaN.
+        """
+        if self.moments:
+            return of_any([TESTS[moment](baseline, predicted) for moment in self.moments])
+        if self.by_student:
+            standard_error = self.standard_error(baseline, predicted)
+            return student_p_values(self(baseline, predicted), standard_error, len(predicted) - 1)
+        return exchange_test(self, baseline, predicted)
+
+    @property
+    def least_runs_to_test(self) -> int:
+        """Minimum number of runs for :meth:`p_values`: one more than for the difference, to leave one out."""
+        return max(self.least_runs + 1, 3 if "variance" in self.moments else 2)
+
+    def fewest_runs(self, level: float) -> float:
+        """Return the minimum number of runs with which a p-value can be as small as a level, or infinity.
+
+        Example:
+            >>> from lightning_dtda.statistics import Mean, Spread
+            >>> Mean().fewest_runs(0.001), Spread().fewest_runs(0.001)  # 2 ** -10 is below it
+            (2, 11)
+        """
+        if "mean" in self.moments or (self.by_student and not self.moments):
+            return self.least_runs_to_test
+        of_test = fewest_to_flip(level) if self.moments else fewest_to_exchange(level)
+        return max(self.least_runs_to_test, of_test)
+
+    def no_interval(self, runs: int) -> str:
+        """Return why there is no :meth:`interval` with a number of runs, and what to do; an empty text if there is."""
+        if runs < self.least_runs_to_test:
+            return f"it needs {self.least_runs_to_test} runs; there are {runs}. Record more seeds."
+        return "" if self.by_student else "no method known to hold its level with few runs. Use the p-value."
+
+    def interval(self, baseline: Tensor, predicted: Tensor, level: float) -> Tensor:
+        """Return a confidence interval over runs, which excludes zero if and only if p is below ``1 - level``.
+
+        Args:
+            baseline: Samples of X ``(runs, ...)``.
+            predicted: Samples of Y ``(runs, ...)``.
+            level: Confidence level.
+
+        Returns:
+            Lower and upper end ``(2, ...)``; NaN where the difference is NaN, or if :meth:`no_interval` has a reason.
+        """
+        estimate = self(baseline, predicted)
+        if self.no_interval(len(predicted)):
+            return torch.full((2, *estimate.shape), torch.nan, dtype=estimate.dtype, device=estimate.device)
+        ends = student_ends(estimate, self.standard_error(baseline, predicted), len(predicted) - 1, level)
+        return extended_to_zero(ends, self.p_values(baseline, predicted), level)
 
 
 def percent(share: float) -> str:

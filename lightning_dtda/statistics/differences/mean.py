@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference, Moment
+from lightning_dtda.statistics.moments import variance
 
 Location = Literal["mean", "median", "trimmed"]
 
@@ -52,6 +53,12 @@ class Mean(Difference):
             self.name, self.title = "trimmed_mean", "trimmed mean influence"
             self.formula = "trimmed mean of Y \N{MINUS SIGN} X"
             self.meaning = "change of the {measurement}, mean over runs without the fifths that change most and least,"
+
+    def standard_error(self, baseline: Tensor, predicted: Tensor) -> Tensor:
+        """Return the standard error of the mean response, or that of the location."""
+        if self.location != "mean":
+            return super().standard_error(baseline, predicted)
+        return (variance(predicted - baseline) / len(predicted)).sqrt()
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``E Y - E X``, or the location of ``Y - X`` over runs."""

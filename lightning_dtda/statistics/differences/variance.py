@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_dtda.statistics.differences.difference import Difference
+from lightning_dtda.statistics.moments import variance
 
 
 class Variance(Difference):
     r"""Change of the variance, :math:`\mathrm{Var}\, Y - \mathrm{Var}\, X`, unbiased (arXiv 2506.12965, section 3).
 
-    In the square of the measurement's unit. Positive: removing the examples makes training less reproducible.
+    In the square of the measurement's unit. Positive: removing the examples makes training less reproducible. It has
+    the p-value of :class:`Spread`, since the hypothesis, Var X = Var Y, is the same. It has no interval: few runs say
+    little about Var X, and so about the size of its change, even where they are sure of the sign.
 
     Example:
         >>> import torch
@@ -33,6 +36,10 @@ class Variance(Difference):
         """Return ``Var Y - Var X`` with divisor S - 1."""
         return variance(predicted) - variance(baseline)
 
+    def no_interval(self, runs: int) -> str:
+        """Return why there is none: no method holds its level with few runs."""
+        return "no method holds its level with few runs. Use the spread influence, whose interval does."
+
     def leave_one_out(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         r"""Return the difference without each run ``(runs, ...)``, in the time of a single difference.
 
@@ -43,12 +50,3 @@ class Variance(Difference):
         runs = len(predicted)
         squares = (predicted - predicted.mean(0)).square_() - (baseline - baseline.mean(0)).square()
         return (squares.sum(0) - squares.mul_(runs / (runs - 1))).div_(runs - 2)
-
-
-def variance(samples: Tensor) -> Tensor:
-    """Return the unbiased variance along the first dimension, eight times faster than ``Tensor.var`` does.
-
-    Args:
-        samples: ``(runs, ...)``.
-    """
-    return (samples - samples.mean(0)).square_().sum(0) / (len(samples) - 1)
