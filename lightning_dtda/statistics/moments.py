@@ -50,7 +50,7 @@ def log_spread_error(baseline: Tensor, predicted: Tensor) -> Tensor:
     where :math:`\hat\sigma_{(s)}` is the spread of the other runs. The jackknife has the logarithm of each ratio in
     place of the ratio, and is too small where a single run makes most of the spread: for exponential samples, intervals
     of 95 % then hold the change in 90 to 93 % of ensembles, and with this one in 94 to 96 %
-    (``benchmarks/statistics.py``). Squared deviations are thus taken relative to the spread of the other runs, as the
+    (``benchmarks/significance.py``). Squared deviations are thus taken relative to the spread of the other runs, as the
     residuals of a regression are by the covariance estimator HC3 (MacKinnon and White, *Journal of Econometrics* 29,
     1985).
 

@@ -6,7 +6,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting.certainty import POWER
 from lightning_dtda.reporting.findings import significance_on, top_examples
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
-from lightning_dtda.statistics.differences import Quantile
+from lightning_dtda.statistics.differences import Tail
 from tests.reporting.attributions import make_attribution
 
 
@@ -51,7 +51,7 @@ def test_a_test_that_cannot_find_any_says_how_many_runs_it_needs():
     assert "With fewer than 16 runs, none of 1000 examples can be significant." in said(noise(8, 1000), "spread")
     assert "fewer than" not in said(noise(16, 1000), "spread")
     assert "More runs do not help: among 1000, no p-value of this test is small enough." in said(
-        noise(9, 1000), Quantile(0.5)
+        noise(9, 1000), Tail(0.5)
     )
 
 

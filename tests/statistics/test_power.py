@@ -114,7 +114,7 @@ def test_a_test_that_cannot_have_so_small_a_p_value_asks_for_runs_that_let_it():
     # 2^-15 is the first p-value below 0.05 / 1000, however lucky the runs are
     assert attribution.runs_for_significance("variance", power=0.1)[0, 0].item() == 16
     # two thousand exchanges have no p-value below 1 / 2000
-    assert attribution.runs_for_significance("quantile")[0, 0].item() == torch.inf
+    assert attribution.runs_for_significance("tail")[0, 0].item() == torch.inf
 
 
 def simulated_runs(runs, examples, noise, seed):

@@ -18,6 +18,9 @@ from lightning_dtda.statistics.student import extended_to_zero, student_ends, st
 
 Moment = Literal["mean", "variance"]
 
+_MOST_RUNS = 10_000
+"""Number of runs that nobody records."""
+
 _SAID = ("name", "formula", "meaning", "unit")
 """Attributes with which every difference describes itself in tables, pages and W&B."""
 
@@ -43,7 +46,7 @@ class Difference(ABC):
             formula, in percent.
         moments: Moments whose change it reflects: ``"mean"``, ``"variance"`` or both. Its test is then that of these.
         smooth: Whether leaving one run out changes it little. If not, as for a median, its standard error comes from
-            the bootstrap, and it has no interval.
+            the bootstrap, and it has an interval only if :meth:`freedom` says so.
         paired: Whether it compares run by run, in which case X and Y must come from the same seeds.
         joint: Whether it compares joint distributions of several measurements, which lie along the second dimension
             ``(runs, measurements, ...)``; see :meth:`Attribution.joint_influence
@@ -109,10 +112,12 @@ class Difference(ABC):
         """Return a value as tables and pages show it: in percent if it is ``relative``."""
         return 100 * math.expm1(value) if self.relative else value
 
-    @property
-    def by_student(self) -> bool:
-        """Whether it has an :meth:`interval` by Student's t: for smooth changes of a property."""
-        return self.signed and self.smooth
+    def freedom(self, runs: int) -> float:
+        """Return the degrees of freedom of Student's t with a number of runs; 0 if it is not by Student's t.
+
+        By default ``runs - 1`` for smooth changes of a property.
+        """
+        return runs - 1 if self.signed and self.smooth else 0
 
     def standard_error(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return the standard error over runs ``(...)``, by the jackknife, or if not ``smooth`` by the bootstrap.
@@ -128,7 +133,7 @@ class Difference(ABC):
 
         If it names moments, their tests (:func:`~lightning_dtda.statistics.moments.mean_test`,
         :func:`~lightning_dtda.statistics.moments.spread_test`); for both, twice the smaller p-value (Bonferroni).
-        Otherwise Student's t for smooth changes of a property, and for the rest exchange
+        Otherwise Student's t, if there are degrees of :meth:`freedom`, and for the rest exchange
         (:func:`~lightning_dtda.statistics.significance.exchange_test`).
 
         Args:
@@ -140,9 +145,8 @@ class Difference(ABC):
         """
         if self.moments:
             return of_any([TESTS[moment](baseline, predicted) for moment in self.moments])
-        if self.by_student:
-            standard_error = self.standard_error(baseline, predicted)
-            return student_p_values(self(baseline, predicted), standard_error, len(predicted) - 1)
+        if freedom := self.freedom(len(predicted)):
+            return student_p_values(self(baseline, predicted), self.standard_error(baseline, predicted), freedom)
         return exchange_test(self, baseline, predicted)
 
     @property
@@ -158,16 +162,17 @@ class Difference(ABC):
             >>> Mean().fewest_runs(0.001), Spread().fewest_runs(0.001)  # 2 ** -10 is below it
             (2, 11)
         """
-        if "mean" in self.moments or (self.by_student and not self.moments):
-            return self.least_runs_to_test
-        of_test = fewest_to_flip(level) if self.moments else fewest_to_exchange(level)
-        return max(self.least_runs_to_test, of_test)
+        least = self.least_runs_to_test
+        if self.moments:
+            return least if "mean" in self.moments else max(least, fewest_to_flip(level))
+        by_exchange = max(least, fewest_to_exchange(level))
+        return next((runs for runs in range(least, _MOST_RUNS) if self.freedom(runs) or runs >= by_exchange), math.inf)
 
     def no_interval(self, runs: int) -> str:
         """Return why there is no :meth:`interval` with a number of runs, and what to do; an empty text if there is."""
         if runs < self.least_runs_to_test:
             return f"it needs {self.least_runs_to_test} runs; there are {runs}. Record more seeds."
-        return "" if self.by_student else "no method known to hold its level with few runs. Use the p-value."
+        return "" if self.freedom(runs) else "no method is known to hold its level with few runs. Use the p-value."
 
     def interval(self, baseline: Tensor, predicted: Tensor, level: float) -> Tensor:
         """Return a confidence interval over runs, which excludes zero if and only if p is below ``1 - level``.
@@ -183,7 +188,7 @@ class Difference(ABC):
         estimate = self(baseline, predicted)
         if self.no_interval(len(predicted)):
             return torch.full((2, *estimate.shape), torch.nan, dtype=estimate.dtype, device=estimate.device)
-        ends = student_ends(estimate, self.standard_error(baseline, predicted), len(predicted) - 1, level)
+        ends = student_ends(estimate, self.standard_error(baseline, predicted), self.freedom(len(predicted)), level)
         return extended_to_zero(ends, self.p_values(baseline, predicted), level)
 
 

@@ -60,6 +60,10 @@ class Mean(Difference):
             return super().standard_error(baseline, predicted)
         return (variance(predicted - baseline) / len(predicted)).sqrt()
 
+    def freedom(self, runs: int) -> float:
+        """Return the degrees of freedom of Student's t; a median of fewer than 4 runs is tested by exchange."""
+        return 0 if self.location == "median" and runs < 4 else runs - 1
+
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``E Y - E X``, or the location of ``Y - X`` over runs."""
         if self.location == "mean":

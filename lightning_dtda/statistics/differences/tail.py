@@ -55,6 +55,14 @@ class Tail(Difference):
         self.title = f"influence on the {side} tail, {share}"
         self.meaning = f"change of the mean {{measurement}} over the {end} {share} of the runs"
 
+    def freedom(self, runs: int) -> float:
+        """Return 0: it is tested by exchange. The few runs in the tail say too little about their own spread."""
+        return 0
+
+    def no_interval(self, runs: int) -> str:
+        """Return why there is none: Student's t held 67 to 89 % where it promised 95 (8 to 64 runs)."""
+        return "no method holds its level with the few runs in a tail. Use the p-value, or the interval of a quantile."
+
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``ES(Y) - ES(X)``."""
         return self._shortfall(predicted) - self._shortfall(baseline)
