@@ -15,6 +15,7 @@ import numpy as np
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.figures import influence_figure
 from lightning_dtda.reporting.findings import (
     about_in_brief,
@@ -26,7 +27,6 @@ from lightning_dtda.reporting.findings import (
     worst_diagnosis,
 )
 from lightning_dtda.reporting.verdicts import verdict_on_all
-from lightning_dtda.reporting.wording import noun
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 
 MOST_QUERIES = 20
@@ -63,8 +63,9 @@ def log_to_wandb(
     The run has the configuration of the attribution, a table of the top examples or groups, and the attribution's
     directory as an artifact. For each of up to :data:`MOST_QUERIES` queries it has a figure of mean against spread
     influence, and histograms of the measurement as trained and without the example or group that changes it most. The
-    notes say how many influences on these queries are significant; the summary has the median number of significant
-    examples or groups over these queries. It is a separate run: an active run is not affected.
+    notes say how many influences on these queries are significant, and what to know before trusting them, such as the
+    runs that are left out. The summary has the median number of significant examples or groups over these queries. It
+    is a separate run: an active run is not affected.
 
     Args:
         attribution: The attribution.
@@ -85,7 +86,7 @@ def log_to_wandb(
     import wandb  # takes a second, which report and terminal should not pay
 
     directory = Path(directory)
-    facts = _facts(attribution)
+    facts, cautions = _facts(attribution), wording.cautions(attribution)
     attribution = attribution.trusted()
     queries = most_interesting(attribution, MOST_QUERIES)
     chosen = [resolve_difference(each) for each in differences or attribution.available_differences]
@@ -104,7 +105,7 @@ def log_to_wandb(
         group=group or attribution.about.get("ensemble"),
         job_type="attribution",
         config=about_in_brief(attribution),
-        notes="\n".join(verdict_on_all(attribution, of_queries) for of_queries in tests),
+        notes="\n".join([*(verdict_on_all(attribution, of_queries) for of_queries in tests), *cautions]),
         reinit="create_new",
     ) as run:
         run.log({"top_examples": table, **panels})
@@ -144,14 +145,14 @@ def _panels(attribution: Attribution, queries: list[int], difference: Difference
         bins = np.histogram_bin_edges(np.concatenate([trained, predicted]), _BINS)
         yield f"distribution/{name}, as trained", wandb.Histogram(np_histogram=np.histogram(trained, bins))
         yield (
-            f"distribution/{name}, without {noun(attribution)} {largest.name}",
+            f"distribution/{name}, without {wording.noun(attribution)} {largest.name}",
             wandb.Histogram(np_histogram=np.histogram(predicted, bins)),
         )
 
 
 def _facts(attribution: Attribution) -> dict[str, Any]:
     runs, queries, removals = attribution.responses.shape
-    facts: dict[str, Any] = {"runs": runs, "queries": queries, f"{noun(attribution)}s": removals}
+    facts: dict[str, Any] = {"runs": runs, "queries": queries, f"{wording.noun(attribution)}s": removals}
     facts["chaotic_runs"] = len(attribution.chaotic)
     with without_repeated_warnings(), suppress(AttributionError):  # too few runs
         facts["reliability"] = float(attribution.reliability("mean").median())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +141,7 @@ def cautions(attribution: Attribution) -> list[str]:
     if chaotic := attribution.chaotic:
         said = [
             f"{counted(len(chaotic), 'run is', 'runs are')} left out of {runs} as chaotic ({', '.join(chaotic)}): "
-            "small changes grew during training, so responses are out of proportion to those of the other runs. "
+            f"small changes grew during training, so responses are {_how_large(attribution)}. "
             'UnrolledDifferentiation(horizon="auto") may help. In Python, influence(..., runs="all") includes them.'
         ]
         runs -= len(chaotic)
@@ -168,6 +169,16 @@ def cautions(attribution: Attribution) -> list[str]:
             "by more than a quarter. Record more seeds."
         )
     return said
+
+
+def _how_large(attribution: Attribution) -> str:
+    """Return how large the responses of the chaotic runs are."""
+    norms = attribution.about.get("response_norm", {})
+    if not set(attribution.runs) <= norms.keys():
+        return "out of proportion to those of the other runs"
+    median = statistics.median(norms[run] for run in attribution.runs)
+    least, most = (f"{pick(norms[run] for run in attribution.chaotic) / median:,.0f}" for pick in (min, max))
+    return f"{least if least == most else f'{least} to {most}'} times as large as those of a typical run"
 
 
 def reliability(attribution: Attribution) -> str:

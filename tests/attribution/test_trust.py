@@ -22,7 +22,40 @@ def test_runs_far_above_the_others_are_chaotic():
 def test_runs_below_the_others_and_runs_that_only_spread_are_trusted():
     assert chaotic(norms(1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 0.001)) == []
     assert chaotic(norms(*(2.0**k for k in range(12)))) == []  # no run stands out: they all differ by as much
-    assert chaotic(norms(*[1.0] * 10, 1.5)) == []  # the only one that differs, but less than twofold
+    assert chaotic(norms(*[1.0] * 10, 2.1)) == []  # the only one that differs, but not enough to spoil an average
+
+
+@pytest.mark.parametrize("runs", [8, 20])
+@pytest.mark.parametrize(
+    ("healthy", "least"),
+    [
+        (lambda normal: normal.exp(), 0.97),
+        (lambda normal: (1.5 * normal).exp(), 0.95),
+        (lambda normal: normal.abs(), 0.99),
+        (lambda normal: -torch.special.ndtr(normal).log(), 0.99),
+    ],
+    ids=["log-normal", "wider log-normal", "gaussian", "exponential"],
+)
+def test_heavy_tails_of_healthy_runs_stay_in_the_average(healthy, least, runs):
+    kept = total = 0.0
+    for sizes in healthy(torch.randn(1000, runs, generator=torch.Generator().manual_seed(1), dtype=torch.float64)):
+        named = norms(*sizes.tolist())
+        trusted = named.keys() - chaotic(named)
+        kept += sum(named[run] for run in trusted) / len(trusted)
+        total += float(sizes.mean())
+    # the same runs in both sums, so that the error of the simulation is below half a percent
+    assert kept / total > least
+
+
+def test_most_runs_with_thirtyfold_responses_are_found():
+    generator, found, number = torch.Generator().manual_seed(2), 0, 0
+    for _ in range(500):
+        wild = torch.rand(20, generator=generator) < 0.1
+        sizes = (0.3 * torch.randn(20, generator=generator)).exp() * torch.where(wild, 30, 1)
+        named = norms(*sizes.tolist())
+        found += len(set(chaotic(named)) & {run for run, is_wild in zip(named, wild, strict=True) if is_wild})
+        number += int(wild.sum())
+    assert found / number > 0.93
 
 
 def test_few_runs_give_no_verdict():

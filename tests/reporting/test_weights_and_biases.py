@@ -112,6 +112,14 @@ def test_the_run_says_what_was_asked(attribution, saved, tmp_path):
     assert logged.exit_code == 0
 
 
+def test_runs_that_are_left_out_are_named_with_the_size_of_their_responses(saved, tmp_path):
+    norms = {f"seed-{run:04d}": 1.0 for run in range(12)} | {"seed-0003": 8.0, "seed-0007": 40.0}
+    chaotic = make_attribution(chaotic=["seed-0003", "seed-0007"], response_norm=norms)
+    notes = Logged(tmp_path, log_to_wandb(chaotic, saved)).run.notes
+    assert "2 runs are left out of 12 as chaotic (seed-0003, seed-0007)" in notes
+    assert "responses are 8 to 40 times as large as those of a typical run" in notes
+
+
 def test_the_attribution_itself_is_an_artifact(attribution, saved, tmp_path):
     logged = Logged(tmp_path, log_to_wandb(attribution, saved))
     [artifact] = [artifact for artifact in logged.artifacts if artifact.type == "attribution"]
