@@ -151,7 +151,7 @@ def main() -> None:
     path = options.output / "attributions" / f"unrolled-{max(RUNS)}"
     attribution = answer(ensemble, data, UnrolledDifferentiation(), path)
     rows = over_the_range(attribution, ROWS)
-    needed = attribution.retrainings_needed()[:, rows]
+    needed = attribution.retrainings_needed().estimate[:, rows]
     # for each row, to show its effect on the query that shows it best
     asked = needed.amin(0)
     seeds = int(asked.max().clamp(max=options.most))

@@ -18,6 +18,7 @@ from lightning_dtda.statistics import power as power_of
 from lightning_dtda.statistics import reliability as ranking
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.power import Needed
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
@@ -121,11 +122,13 @@ def runs_for_significance(
     fdr: float = 0.05,
     power: float = 0.8,
     runs: Runs = "trusted",
-) -> Tensor:
-    """Return the total number of runs at which each removal would be :func:`significant`, given its estimated effect.
+    level: float = 0.8,
+) -> Needed:
+    """Return the total number of runs at which each removal would be :func:`significant`, as a range.
 
     It would be so even if it were the only significant one: its p-value would be below ``fdr`` divided by the number of
-    removals. The largest of many influences are overestimated, so for them the number is a lower bound. See
+    removals. The ranges of all removals on a query hold together, with a confidence of ``level``, so also that of the
+    removal that looks clearest. Where a removal may have no effect at all, there is no upper end. See
     :func:`~lightning_dtda.statistics.power.runs_for_significance`.
 
     Args:
@@ -134,18 +137,23 @@ def runs_for_significance(
         fdr: As for :func:`significant`.
         power: Probability that this number of runs is enough.
         runs: As for :meth:`Attribution.influence`.
+        level: Confidence level of the ranges.
 
     Returns:
-        Numbers of runs ``(queries, removals)``, float64; infinite without an effect.
+        Numbers of runs ``low``, ``estimate`` and ``high``, each ``(queries, removals)``, float64; infinite without an
+        effect.
 
     Raises:
-        AttributionError: If the test needs more runs, or ``fdr`` or ``power`` is not between 0 and 1.
+        AttributionError: If the test needs more runs, or ``fdr``, ``power`` or ``level`` is not between 0 and 1.
     """
-    check_share(fdr, "fdr")
-    check_share(power, "power")
+    for value, name in ((fdr, "fdr"), (power, "power"), (level, "level")):
+        check_share(value, name)
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
-    level = fdr / attribution.responses.shape[2]
-    return power_of.runs_for_significance(chosen, selected.p_values(chosen), len(selected.runs), level, power)
+    removals, p = attribution.responses.shape[2], selected.p_values(chosen)
+    together = 1 - (1 - level) / removals
+    return Needed(
+        *power_of.runs_for_significance(chosen, p, len(selected.runs), fdr / removals, power, together).unbind()
+    )
 
 
 def retrainings_needed(
@@ -155,36 +163,50 @@ def retrainings_needed(
     power: float = 0.8,
     alpha: float = 0.05,
     runs: Runs = "trusted",
-) -> Tensor:
-    """Return the number of actual retrainings that would show the predicted effect.
+    level: float = 0.8,
+) -> Needed:
+    """Return the number of actual retrainings that would show the predicted effect, as a range.
 
     The experiment takes this number of retrainings with the examples, and the same number without them, all with new
-    seeds; see :func:`~lightning_dtda.statistics.power.retrainings_needed`. The effect is assumed to be as predicted.
-    The largest of many influences are overestimated, so for them the number is a lower bound.
+    seeds; see :func:`~lightning_dtda.statistics.power.retrainings_needed`. The ranges of all removals on a query hold
+    together, with a confidence of ``level``, so also that of the removal that looks clearest. They take the linear
+    response as given.
 
     Args:
         attribution: The attribution.
-        removed: Removals that are made together; ``None`` means each on its own, which is slow for differences other
-            than mean and variance, because they are simulated.
+        removed: Removals that are made together; ``None`` means each on its own.
         difference: As for :meth:`Attribution.influence`.
         power: Probability of finding the effect.
         alpha: Probability of finding an effect if there is none.
         runs: As for :meth:`Attribution.influence`.
+        level: Confidence level of the ranges.
 
     Returns:
-        Numbers of retrainings ``(queries, removals)``, or ``(queries,)`` for removals made together; float64. Infinite
-        without an effect, NaN for removals whose responses were not kept.
+        Numbers of retrainings ``low``, ``estimate`` and ``high``, each ``(queries, removals)``, or ``(queries,)`` for
+        removals made together; float64. Infinite without an effect, NaN for removals whose responses were not kept.
 
     Raises:
-        AttributionError: If the difference needs more runs, or ``power`` or ``alpha`` is not between 0 and 1.
+        AttributionError: If the difference needs more runs or cannot be planned by, or ``power``, ``alpha`` or
+            ``level`` is not between 0 and 1.
     """
-    check_share(power, "power")
-    check_share(alpha, "alpha")
+    for value, name in ((power, "power"), (alpha, "alpha"), (level, "level")):
+        check_share(value, name)
     selected, chosen = attribution._selected(runs), resolve_difference(difference)
-    selected._enough(chosen, max(2, chosen.least_runs), "number of seeds")
-    return selected._each_query(
-        partial(power_of.retrainings_needed, chosen, power=power, alpha=alpha), removed, kept=True
+    selected._enough(chosen, chosen.least_runs_to_test, "number of retrainings")
+    if not power_of.can_be_planned(chosen, len(selected.runs)):
+        raise AttributionError(
+            f"Retrainings cannot be planned by the {chosen.name} influence: there is no standard error that holds for "
+            'new seeds. Give difference="mean" or "spread".'
+        )
+    together = level if removed is not None else 1 - (1 - level) / attribution.responses.shape[2]
+    numbers = selected._each_query(
+        partial(power_of.retrainings_needed, chosen, power=power, alpha=alpha, level=together),
+        removed,
+        outputs=(3,),
+        copies=6,  # the differences without each run, in X and in Y, and their squares
+        kept=True,
     )
+    return Needed(*numbers.movedim(1, 0).unbind())
 
 
 def reliability(attribution: Attribution, difference: str | Difference = "mean", runs: Runs = "trusted") -> Tensor:

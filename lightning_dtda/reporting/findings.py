@@ -37,8 +37,9 @@ class TopExample:
         p_value: p-value of no effect; NaN with too few runs.
         significant: Whether it is significant among all removals, at a false discovery rate of
             :data:`~lightning_dtda.reporting.certainty.FDR`.
-        retrainings: Number of retrainings without it, and as large a number with all data, that would show the effect;
-            ``None`` if there is no formula.
+        retrainings_low: Lower end of the number of retrainings without it, and as large a number with all data, that
+            would show the effect; NaN with too few runs, or if the difference cannot be planned by.
+        retrainings_high: Upper end, infinite if there may be no effect.
     """
 
     rank: int
@@ -53,7 +54,8 @@ class TopExample:
     interval_high: float
     p_value: float
     significant: bool
-    retrainings: float | None
+    retrainings_low: float
+    retrainings_high: float
 
 
 def significance_on(attribution: Attribution, query: int, difference: str | Difference) -> Tested:
@@ -96,10 +98,8 @@ def top_examples(
         table[column] = table[column].map(chosen.shown)
     table["spread_influence"] = table["spread_influence"].map(DIFFERENCES["spread"].shown)
     table["p_value"], table["significant"] = tests.p_values[shown].tolist(), tests.significant[shown].tolist()
-    needed = retrainings(selected, chosen, shown)
-    rows = table.to_dict("records")
-    counts = [None] * len(rows) if needed is None else needed.tolist()
-    return [TopExample(**row, retrainings=count) for row, count in zip(rows, counts, strict=True)]
+    table["retrainings_low"], table["retrainings_high"] = retrainings(selected, chosen, shown).tolist()
+    return [TopExample(**row) for row in table.to_dict("records")]
 
 
 def about_in_brief(attribution: Attribution) -> dict[str, Any]:

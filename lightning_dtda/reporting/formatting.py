@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich import markup
 
@@ -84,13 +84,30 @@ def p_value(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.2g}" if value < 0.995 else "1"
 
 
-def count(value: float | None) -> str:
-    """Format a number of trainings, cut off where nobody would train; a dash if it is unknown.
+def count(value: float, rounded: Callable[[float], int] = math.ceil) -> str:
+    """Format a number of trainings to two digits, cut off where nobody would train.
 
     Example:
-        >>> count(1234.0), count(3e7), count(None)
-        ('1,234', '> 100,000', '–')
+        >>> count(1234.0), count(1234.0, math.floor), count(17.0), count(3e7)
+        ('1,300', '1,200', '17', 'more than 100,000')
     """
-    if value is None or math.isnan(value):
+    if value > _MOST_COUNTED:
+        return f"more than {_MOST_COUNTED:,}"
+    step = 10 ** max(math.floor(math.log10(max(value, 1))) - 1, 0)
+    return f"{rounded(value / step) * step:,.0f}"
+
+
+def counts(low: float, high: float) -> str:
+    """Format a range of numbers of trainings; a dash if it is unknown.
+
+    Example:
+        >>> counts(12.0, 61.0), counts(12.0, math.inf), counts(4.0, 4.0), counts(math.nan, math.nan)
+        ('12 to 61', 'at least 12', '4', '–')
+    """
+    if math.isnan(low):
         return _UNKNOWN
-    return f"{value:,.0f}" if value <= _MOST_COUNTED else f"> {_MOST_COUNTED:,}"
+    if low > _MOST_COUNTED:
+        return count(low)
+    if high > _MOST_COUNTED:
+        return f"at least {count(low, math.floor)}"
+    return count(low) if low == high else f"{count(low, math.floor)} to {count(high)}"

@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
-from lightning_dtda.reporting.certainty import FDR, LEVEL, POWER, Tested
+from lightning_dtda.reporting.certainty import FDR, LEVEL, NEGLIGIBLE, PLANNING, POWER, Tested
 from lightning_dtda.reporting.figure_style import TEMPLATE
 from lightning_dtda.reporting.figures import (
     adjoint_figure,
@@ -33,9 +33,10 @@ from lightning_dtda.reporting.findings import (
     top_examples,
     without_repeated_warnings,
 )
-from lightning_dtda.reporting.formatting import capital, common_exponent, count, number, p_value, unit
+from lightning_dtda.reporting.formatting import capital, common_exponent, counts, number, p_value, unit
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
 from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.power import can_be_planned
 from lightning_dtda.trajectory.storage import replace_file
 from lightning_dtda.version import __version__
 
@@ -48,7 +49,7 @@ MOST_POINTS = 100_000
 
 @dataclass(frozen=True)
 class _Table:
-    """The top examples, or groups, by one difference, the result of its test, and why there is no interval if so."""
+    """The top examples, or groups, by one difference, and what its tests say."""
 
     key: str
     difference: Difference
@@ -57,6 +58,7 @@ class _Table:
     rows: list[TopExample]
     verdicts: list[str]
     no_interval: str
+    planned: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def report(
         loader=PackageLoader("lightning_dtda.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(
-        capital=capital, number=number, unit=unit, p_value=p_value, count=count, exponent=_exponent
+        capital=capital, number=number, unit=unit, p_value=p_value, counts=counts, exponent=_exponent
     )
     with without_repeated_warnings():
         page = environment.get_template("report.html.jinja").render(_content(attribution, trusted, k, chosen))
@@ -144,6 +146,8 @@ def _content(
         "fdr": f"{100 * FDR:g} %",
         "power": f"{100 * POWER:g} %",
         "level": f"{100 * LEVEL:g} %",
+        "planning": f"{100 * PLANNING:g} %",
+        "negligible": f"{100 * NEGLIGIBLE:g} %",
         "verdicts": [verdict_on_all(attribution, tests) for tests in of_differences],
         "queries": queries,
         "has_adjoints": any(attribution.about.get("adjoint_norms", {}).values()),
@@ -172,7 +176,16 @@ def _table(attribution: Attribution, position: int, k: int, number: int, differe
     # a key by number: a name may have any characters, and two settings of a class may share it
     no_interval = difference.no_interval(len(attribution.runs))
     said = [text for text in verdicts if text]
-    return _Table(f"difference-{number}", difference, words, tests, rows, said, no_interval)
+    return _Table(
+        f"difference-{number}",
+        difference,
+        words,
+        tests,
+        rows,
+        said,
+        no_interval,
+        can_be_planned(difference, len(attribution.runs)),
+    )
 
 
 def _exponent(rows: list[TopExample], *fields: str) -> int:

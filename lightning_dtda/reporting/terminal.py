@@ -12,7 +12,7 @@ from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting import wording
-from lightning_dtda.reporting.certainty import FDR, LEVEL, POWER
+from lightning_dtda.reporting.certainty import FDR, LEVEL, PLANNING, POWER
 from lightning_dtda.reporting.findings import (
     TopExample,
     most_interesting,
@@ -93,7 +93,8 @@ def print_summary(
     notes = (
         f"{_NOT_SIGNIFICANT}: not significant among all {wording.noun(attribution)}s (false discovery rate "
         f"{100 * FDR:g} %). In brackets: {100 * LEVEL:g} % intervals over seeds. Numbers of runs and "
-        f"retrainings give a power of {100 * POWER:g} % if the effect is as large as estimated."
+        f"retrainings give a power of {100 * POWER:g} %; their ranges hold for all {wording.noun(attribution)}s on "
+        f"{100 * PLANNING:g} % of queries."
     )
     if len(shown) < len(attribution.queries):
         what = "spread" if len(attribution.runs) > 1 else "mean"

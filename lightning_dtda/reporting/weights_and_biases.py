@@ -43,7 +43,8 @@ _NUMBERS = (
     "interval_high",
     "p_value",
     "significant",
-    "retrainings",
+    "retrainings_low",
+    "retrainings_high",
     "mean_influence",
     "spread_influence",
 )
@@ -126,8 +127,9 @@ def _rows(attribution: Attribution, differences: Sequence[Difference], k: int) -
             for row in top_examples(attribution, query, difference, k):
                 fields = {"query": attribution.queries[query], "difference": difference.name, **vars(row)}
                 fields |= {"example": row.position, "removal": row.name}
-                if row.retrainings is not None and not math.isfinite(row.retrainings):
-                    fields["retrainings"] = None  # JSON has no infinity
+                for end in ("retrainings_low", "retrainings_high"):
+                    if not math.isfinite(fields[end]):
+                        fields[end] = None  # JSON has no infinity
                 yield [fields[column] for column in _columns(attribution)]
 
 

@@ -1,130 +1,267 @@
-"""Number of retrainings, or of recorded runs, needed to show an effect."""
+"""How many runs or retrainings show an effect, and how large an effect some runs would have shown."""
 
 from __future__ import annotations
 
 import math
+from functools import cache
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy import special
 from torch import Tensor
 
-from lightning_dtda.statistics.differences import Difference
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference
+
+_MOST = 2**40
+"""Number beyond which no number of runs or retrainings is enough."""
+
+_T = (1e-6, 1e3)
+"""Range of t in which SciPy inverts the noncentral distribution. Above, noncentralities are proportional to t."""
 
 _DRAWS = 400
-"""Number of simulated pairs of samples per number of seeds: the power is then known to 0.02."""
+"""Number of simulated ensembles: the power is then known to 0.02."""
 
-_MOST = 4096
-"""Number of seeds beyond which the simulated search gives up; nobody retrains that often."""
+_LARGEST_RISE = math.log(1000)
+"""Rise of a log standard deviation beyond which a search gives up."""
+
+_SPREAD = DIFFERENCES["spread"]
+
+_DIFFERENCE_OF = {"mean": DIFFERENCES["mean"], "variance": _SPREAD}
+"""Difference whose interval tells how large the change of a moment may be."""
 
 
-def retrainings_needed(
-    difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float
-) -> Tensor:
-    r"""Return the number of retrainings with, and equally without, the examples that would show the difference.
-
-    Both samples come from fresh seeds, independent of each other, with n retrainings each. To find the predicted effect
-    with the given power, a two-sided test at :math:`\alpha` needs
-
-    - for the mean, by Welch's t-test, :math:`n = (z_{1-\alpha/2} + z_{power})^2 (\sigma_X^2 + \sigma_Y^2) / \delta^2 +
-      z_{1-\alpha/2}^2 (\sigma_X^4 + \sigma_Y^4) / 2 (\sigma_X^2 + \sigma_Y^2)^2`, where the last term accounts for
-      estimating the variances (Schouten, *Statistics in Medicine* 18, 1999);
-    - for the variance, by the F-test on Gaussian samples, :math:`n = 1 + 4 (z_{1-\alpha/2} + z_{power})^2 /
-      \log^2(\sigma_Y^2 / \sigma_X^2)`, since the logarithm of a sample variance has variance :math:`2 / (n - 1)`;
-    - for others, the smallest n at which enough pairs of samples drawn from X and from Y differ by more than a share of
-      :math:`1 - \alpha` of the pairs drawn from X and Y pooled; this is simulated.
+class Needed(NamedTuple):
+    """Numbers of runs or of retrainings that show effects, as ranges: the sizes of the effects are uncertain.
 
     Args:
-        difference: The difference.
-        baseline: Samples of X ``(runs, ...)``.
-        predicted: Samples of Y ``(runs, ...)``.
-        power: Probability of finding the effect.
-        alpha: Probability of finding an effect that does not exist.
+        low: Number if the effect is as large as the data allow ``(...)``.
+        estimate: Number if it is as large as estimated ``(...)``.
+        high: Number if it is as small as the data allow ``(...)``; infinite if there may be none.
+    """
 
-    Returns:
-        Number of retrainings ``(...)``, float64; infinite where there is no effect, or where the simulated search
-        exceeds 4096.
+    low: Tensor
+    estimate: Tensor
+    high: Tensor
+
+
+def detectable(freedom: float, alpha: float, power: float) -> float:
+    r"""Return the effect, in standard errors, that Student's t finds with the given power at a level of ``alpha``.
+
+    It is the :math:`\delta` at which a noncentral t, with these degrees of freedom, exceeds :math:`t_{1-\alpha/2}` with
+    this probability.
 
     Example:
-        >>> from lightning_dtda.statistics import Mean
-        >>> x = torch.tensor([-1.0, 0.0, 1.0])
-        >>> retrainings_needed(Mean(), x, x + 1, power=0.8, alpha=0.05)  # effect of one standard deviation
-        tensor(17., dtype=torch.float64)
+        >>> round(detectable(19, alpha=0.05, power=0.8), 2)  # 2.80 with infinitely many runs
+        2.95
     """
-    z = torch.special.ndtri(torch.tensor([1 - alpha / 2, power], dtype=torch.float64))
-    squared = float(z.sum().square())
-    if difference.moments == ("mean",):
-        of_x, of_y, shift = baseline.var(0), predicted.var(0), predicted.mean(0) - baseline.mean(0)
-        both = of_x + of_y
-        estimated = float(z[0].square()) / 2 * (of_x.square() + of_y.square()) / both.square()
-        needed = squared * both / shift.square() + estimated.nan_to_num(0)
-    elif difference.moments == ("variance",):
-        needed = 1 + 4 * squared / (predicted.var(0) / baseline.var(0)).log().square()
-    else:
-        return _simulated(difference, baseline.expand_as(predicted), predicted, power, alpha)
-    return needed.double().ceil().clamp_min(2).nan_to_num(torch.inf, torch.inf)
+    return float(_noncentrality(-special.stdtrit(freedom, alpha / 2), freedom, 1 - power))
 
 
-def runs_for_significance(difference: Difference, p: Tensor, runs: int, level: float, power: float) -> Tensor:
-    r"""Return the total number of runs with which the test of an effect would give a p-value below a level.
+def detectable_spread(standard_error: float, runs: int, alpha: float, power: float) -> float:
+    r"""Return the rise of the log standard deviation that the test of the spread finds with the given power.
 
-    A test statistic grows with the square root of the number of runs S. On the scale of a standard Gaussian, it is now
-    :math:`z_{1-p/2}`. If the effect is as large as it seems,
+    By simulation, since the test has no closed form: :math:`Y = k\, (\rho X + \sqrt{1 - \rho^2}\, \epsilon)` with
+    Gaussian X and :math:`\epsilon` has a change of :math:`\log k`, whose standard error
+    :math:`\sqrt{(1 - \rho^2) / (S - 1)}` gives the correlation :math:`\rho`.
 
-    .. math:: n = S \left(\frac{z_{1-level/2} + z_{power}}{z_{1-p/2}}\right)^2
+    Args:
+        standard_error: Standard error of the change.
+        runs: Number of runs, S.
+        alpha: Level of the test.
+        power: Probability of finding the change.
 
-    runs give a p-value below the level with the given power. The result is at least the number of runs with which the
-    test can reach the level at all, see :meth:`Difference.fewest_runs
-    <lightning_dtda.statistics.Difference.fewest_runs>`.
+    Returns:
+        The change, infinite if none is found.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, runs, _DRAWS, generator=generator, dtype=torch.float64)
+    independent = min(standard_error**2 * (runs - 1), 1.0)
+    y = (1 - independent) ** 0.5 * x + independent**0.5 * noise
+    missed, found = 0.0, _LARGEST_RISE
+
+    def shows(rise: float) -> bool:
+        return bool((_SPREAD.p_values(x, math.exp(rise) * y) <= alpha).double().mean() >= power)
+
+    if not shows(found):
+        return math.inf
+    while found - missed > 0.01 * found:
+        middle = (missed + found) / 2
+        missed, found = (missed, middle) if shows(middle) else (middle, found)
+    return found
+
+
+def runs_to_detect(effect: Tensor, alpha: float, power: float) -> Tensor:
+    r"""Return the number of runs with which Student's t finds an effect.
+
+    Args:
+        effect: Effect in standard deviations of what one run adds to the estimate: the standard error times
+            :math:`\sqrt S` ``(...)``.
+        alpha: Level of the test.
+        power: Probability of finding the effect.
+
+    Returns:
+        Numbers ``(...)``, float64; infinite where there is no effect.
+
+    Example:
+        >>> runs_to_detect(torch.tensor([1.0, 0.5]), alpha=0.05, power=0.8)
+        tensor([10., 34.], dtype=torch.float64)
+    """
+    return torch.as_tensor(_fewest(effect.abs().cpu().numpy(), alpha, power), device=effect.device)
+
+
+def runs_for_significance(
+    difference: Difference, p: Tensor, runs: int, alpha: float, power: float, level: float
+) -> Tensor:
+    r"""Return the total number of runs with which the test of an effect would give a p-value below ``alpha``.
+
+    From S runs, the p-value tells t, and a noncentral t with :math:`S - 1` degrees of freedom tells which effects,
+    :math:`\delta / \sqrt S` standard deviations, would have given a t as large: the ends of the interval are the
+    :math:`\delta` at which :math:`P(T \le t)` is :math:`(1 \mp level) / 2`, and the estimate is that at which it is one
+    half. It is exact for the mean of Gaussian responses. The number is the smallest at which such an effect is found
+    with the given power, at least that with which the test can reach the level at all
+    (:meth:`Difference.fewest_runs <lightning_dtda.statistics.Difference.fewest_runs>`).
 
     Args:
         difference: The difference.
         p: p-values of its test ``(...)``.
         runs: Number of runs that gave them, S.
-        level: Level that the p-value must be below.
+        alpha: Level that the p-value must be below.
         power: Probability that it is.
+        level: Confidence level of the range.
 
     Returns:
-        Number of runs ``(...)``, float64; infinite where there is no effect, or where no number of runs is enough.
+        Low end, estimate and high end ``(3, ...)``, float64; infinite where there is, or may be, no effect.
 
     Example:
         >>> from lightning_dtda.statistics import Mean
-        >>> runs_for_significance(Mean(), torch.tensor([0.05]), runs=20, level=0.05, power=0.5)  # as likely as not
-        tensor([20.], dtype=torch.float64)
+        >>> runs_for_significance(Mean(), torch.tensor(0.001), runs=20, alpha=0.01, power=0.8, level=0.9)
+        tensor([11., 20., 68.], dtype=torch.float64)
     """
-    wanted = float(torch.special.ndtri(torch.tensor([1 - level / 2, power], dtype=torch.float64)).sum())
-    needed = runs * (wanted / torch.special.ndtri(p.double() / 2)).square()
-    return needed.round(decimals=6).ceil().clamp_min(difference.fewest_runs(level)).nan_to_num(torch.inf, torch.inf)
+    tests = max(len(difference.moments), 1)  # the p-value is Bonferroni's, of that many
+    freedom = difference.freedom(runs) or runs - 1
+    t = -special.stdtrit(freedom, p.double().cpu().numpy() / (2 * tests))
+    outside = (1 - level) / (2 * tests)
+    found = [
+        _fewest(_noncentrality(t, freedom, share) / runs**0.5, alpha / tests, power)
+        for share in (outside, 0.5, 1 - outside)
+    ]
+    return torch.as_tensor(np.stack(found), device=p.device).clamp_min(difference.fewest_runs(alpha))
 
 
-def _simulated(difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float) -> Tensor:
-    columns = zip(baseline.reshape(len(baseline), -1).T, predicted.reshape(len(predicted), -1).T, strict=True)
-    needed = [_fewest(difference, x, y, power, alpha) for x, y in columns]
-    return torch.tensor(needed, dtype=torch.float64, device=predicted.device).reshape(predicted.shape[1:])
+def can_be_planned(difference: Difference, runs: int) -> bool:
+    """Return whether :func:`retrainings_needed` knows a difference, and a number of runs is enough."""
+    if difference.moments:
+        return runs >= difference.least_runs_to_test
+    # without pairs, the noise of X and of Y is that of leaving runs out, which needs a smooth property
+    return difference.smooth and not difference.paired and not difference.no_interval(runs)
 
 
-def _fewest(difference: Difference, x: Tensor, y: Tensor, power: float, alpha: float) -> float:
-    if torch.equal(x, y):
-        return math.inf
-    too_few, enough = 0, max(2, difference.least_runs)
-    while not _shows(difference, x, y, enough, power, alpha):
-        too_few, enough = enough, 2 * enough
-        if enough > _MOST:
-            return math.inf
-    while enough - too_few > 1 and enough > max(2, difference.least_runs):
-        middle = (too_few + enough) // 2
-        if _shows(difference, x, y, middle, power, alpha):
-            enough = middle
-        else:
-            too_few = middle
-    return enough
+def retrainings_needed(
+    difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float, level: float
+) -> Tensor:
+    r"""Return the number of retrainings with, and equally without, the examples that would show the difference.
+
+    Both samples come from fresh seeds, independent of each other, with n retrainings each. The difference
+    :math:`\Delta` of a property of Y and X then has a standard error of :math:`\tau / \sqrt n`, where
+    :math:`\tau^2 = \tau_X^2 + \tau_Y^2` is S times the jackknife's squared standard error of each, and Welch's t-test,
+    with :math:`(n - 1)\, \tau^4 / (\tau_X^4 + \tau_Y^4)` degrees of freedom, finds it if
+    :math:`\sqrt n\, |\Delta| / \tau` is large enough for a noncentral t. For the mean, :math:`\tau_X` and
+    :math:`\tau_Y` are standard deviations.
+
+    :math:`\Delta` and :math:`\tau` are both estimated from S runs, so :math:`\Delta / \tau` has an interval: its ends
+    are as far from the estimate, on a logarithmic scale, as those of :math:`\Delta` and :math:`\tau` together (square
+    root of the sum of squares; Zou and Donner, *Statistics in Medicine* 27, 2008). The change of a variance is planned
+    as that of the spread, and a distance by mean and spread, each tested at half of ``alpha``: the smaller number.
+
+    Args:
+        difference: The difference; one that :func:`can_be_planned`.
+        baseline: Samples of X, broadcastable against ``predicted`` ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+        power: Probability of finding the effect.
+        alpha: Probability of finding an effect that does not exist.
+        level: Confidence level of the range.
+
+    Returns:
+        Low end, estimate and high end ``(3, ...)``, float64; infinite where there is, or may be, no effect.
+
+    Example:
+        >>> from lightning_dtda.statistics import Mean
+        >>> x = torch.tensor([-1.0, 0.0, 1.0, 0.5, -0.5], dtype=torch.float64)
+        >>> y = x + torch.tensor([0.6, 0.8, 0.9, 0.7, 1.0], dtype=torch.float64)
+        >>> retrainings_needed(Mean(), x, y, power=0.8, alpha=0.05, level=0.9)
+        tensor([ 6., 18., 69.], dtype=torch.float64)
+    """
+    planned = [_DIFFERENCE_OF[moment] for moment in difference.moments] or [difference]
+    baseline, predicted = torch.broadcast_tensors(baseline.double(), predicted.double())
+    of_each = [
+        _retrainings(each, baseline, predicted, power, alpha / len(planned), 1 - (1 - level) / len(planned))
+        for each in planned
+    ]
+    return torch.stack(of_each).amin(0)
 
 
-def _shows(difference: Difference, x: Tensor, y: Tensor, seeds: int, power: float, alpha: float) -> bool:
-    generator = torch.Generator().manual_seed(0)
+def _retrainings(
+    difference: Difference, baseline: Tensor, predicted: Tensor, power: float, alpha: float, level: float
+) -> Tensor:
+    runs, effect = len(predicted), difference(baseline, predicted)
+    ends = difference.interval(baseline, predicted, level)
+    # of each run: what leaving it out tells about the errors of X's property and of Y's
+    squares = (runs - 1) * runs * torch.stack(list(_left_out(difference, baseline, predicted))).square()
+    of_both = squares.sum(0)
+    of_one, of_all = squares.mean(1), of_both.mean(0)
+    # of the logarithm of tau, as moments.log_spread_error: a single run may make most of the scatter
+    others = of_all * (runs - 1) / (of_all * runs - of_both)
+    error = ((others - others.mean(0)).square().sum(0).sqrt() / 2).nan_to_num(torch.inf, torch.inf)
+    width = special.stdtrit(runs - 1, (1 + level) / 2) * error.where(of_all > 0, 0.0)
+    sure = ends.sign().prod(0) > 0
+    farthest, nearest = ends.abs().amax(0), ends.abs().amin(0).where(sure, 0)
+    larger = (width.square() + (farthest / effect.abs()).log().square()).sqrt().exp()
+    smaller = (-(width.square() + (nearest / effect.abs()).log().square()).sqrt()).exp()
+    of_size = effect.abs() / of_all.sqrt()
+    # no effect and no scatter is no effect
+    effects = torch.stack([of_size * larger, of_size, of_size * smaller]).where(effect != 0, 0.0)
+    shape = of_all.square() / of_one.square().sum(0)
+    found = _fewest(effects.cpu().numpy(), alpha, power, shape.nan_to_num(1).cpu().numpy())
+    return torch.as_tensor(found, device=predicted.device)
 
-    def draw(samples: Tensor) -> Tensor:
-        rows = torch.randint(len(samples), (seeds, _DRAWS), generator=generator)
-        return samples[rows.to(samples.device)]
 
-    both = torch.cat([x, y])
-    limit = difference(draw(both), draw(both)).abs().quantile(1 - alpha)
-    return bool((difference(draw(x), draw(y)).abs() > limit).double().mean() >= power)
+def _left_out(difference: Difference, baseline: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far the difference is from its mean without each run in X, and in Y ``(runs, ...)``."""
+    keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
+    of_x = torch.stack([difference(baseline[rows], predicted) for rows in keep])
+    of_y = torch.stack([difference(baseline, predicted[rows]) for rows in keep])
+    return of_x - of_x.mean(0), of_y - of_y.mean(0)
+
+
+def _fewest(effect: Any, alpha: float, power: float, shape: Any = 1.0) -> Any:
+    """Return the smallest n at which Student's t finds an effect, infinite if there is none.
+
+    Args:
+        effect: Effect in standard deviations of the noise that each of the n adds ``(...)``.
+        alpha: Level of the test.
+        power: Probability of finding the effect.
+        shape: Degrees of freedom for each n beyond the first ``(...)``.
+    """
+    inverse, wanted = _wanted(alpha, power)
+    too_few, enough = np.ones(np.shape(effect)), np.full(np.shape(effect), float(_MOST))
+    while (enough - too_few > 1).any():
+        middle = np.floor((too_few + enough) / 2)
+        found = np.sqrt(middle) * effect >= np.interp(-1 / (shape * (middle - 1).clip(0.5)), inverse, wanted)
+        too_few, enough = np.where(found, too_few, middle), np.where(found, middle, enough)
+    enough = np.where(enough < _MOST, enough, np.inf)
+    return np.where(np.isnan(effect), np.nan, enough)
+
+
+@cache
+def _wanted(alpha: float, power: float) -> tuple[Any, Any]:
+    """Tabulate the noncentrality that Student's t needs, against -1 / f: it is smooth in that of degrees of freedom."""
+    freedom = np.concatenate([np.arange(1, 65), np.geomspace(65, 2.0 * _MOST, 100)])
+    limits = -special.stdtrit(freedom, alpha / 2)
+    return -1 / freedom, _noncentrality(limits, freedom, 1 - power)
+
+
+def _noncentrality(t: Any, freedom: Any, share: float) -> Any:
+    """Return the noncentrality at which Student's t is below t with a probability of ``share``; NaN for NaN."""
+    known = np.clip(np.nan_to_num(t, posinf=_T[1]), *_T)
+    return special.nctdtrinc(freedom, share, known) * np.maximum(t / known, 1)

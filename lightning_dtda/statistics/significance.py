@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -69,6 +69,36 @@ def fewest_to_exchange(level: float) -> float:
 def of_any(p: Sequence[Tensor]) -> Tensor:
     """Combine the p-values of several tests ``(...)`` into one for an effect in any of them, by Bonferroni."""
     return (len(p) * torch.stack(list(p)).amin(0)).clamp_max(1)
+
+
+def equivalence_p_values(estimate: Tensor, standard_error: Tensor, freedom: float, bound: float) -> Tensor:
+    r"""Return p-values of the hypothesis that an effect is at least as large as a bound, in absolute value.
+
+    .. math:: p = P\left(T_\nu > \frac{b - |\hat\Delta|}{\widehat{se}}\right),
+
+    the larger of two one-sided Student's t-tests (Schuirmann, *Journal of Pharmacokinetics and Biopharmaceutics* 15,
+    1987). If it is small, the effect is smaller than the bound. That all of several effects are, each at a level
+    :math:`\alpha`, is wrong with a probability of at most :math:`\alpha`, whatever their number: it is only wrong if it
+    is for the largest (Berger, *Technometrics* 24, 1982).
+
+    Args:
+        estimate: Estimates ``(...)``.
+        standard_error: Their standard errors ``(...)``.
+        freedom: Degrees of freedom, :math:`\nu`.
+        bound: Bound, in the unit of the estimates; for NaN, p-values are NaN.
+
+    Returns:
+        p-values ``(...)``, float64.
+
+    Example:
+        >>> errors = torch.tensor([0.1, 0.1])
+        >>> equivalence_p_values(torch.tensor([0.0, -0.2]), errors, freedom=19, bound=0.3).round(decimals=3)
+        tensor([0.0040, 0.1650], dtype=torch.float64)
+    """
+    room = bound - estimate.double().abs()
+    certain = torch.where(room < 0, -torch.inf, torch.inf).where(~room.isnan(), torch.nan)
+    t = torch.where(standard_error == 0, certain, room / standard_error)
+    return torch.as_tensor(special.stdtr(freedom, -t.cpu().numpy()), device=t.device)
 
 
 def q_values(p: Tensor) -> Tensor:

@@ -158,14 +158,17 @@ def test_what_is_asked_of_kept_responses_is_what_all_of_them_say(both):
         torch.testing.assert_close(kept.select([2]).influence(difference, removed=removed)[0], expected)
     for name, ends in (
         ("interval", lambda attribution: attribution.interval("wasserstein")),
-        ("seeds", lambda attribution: attribution.retrainings_needed()),
+        ("seeds", lambda attribution: torch.stack(attribution.retrainings_needed())),
     ):
         found, expected = ends(kept), ends(full)
         for query, positions in enumerate(kept.responses.kept):
             torch.testing.assert_close(found[..., query, positions], expected[..., query, positions], msg=name)
         assert (found.isnan().sum(-1) == EXAMPLES - 4 * K).all(), name
     needed = kept.runs_for_significance("variance"), full.runs_for_significance("variance")
-    torch.testing.assert_close(*needed, rtol=1e-4, atol=1)  # by the millions where p, which is rounded, is close to 1
+    for found, expected in zip(*needed, strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=1e-3, atol=1
+        )  # by the millions where p, rounded, is close to 1
 
 
 def test_runs_that_are_left_out_are_in_no_figure_and_in_the_responses():

@@ -12,7 +12,7 @@ from selenium import webdriver
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from lightning_dtda.reporting import report
-from lightning_dtda.reporting.formatting import common_exponent, count, number, p_value
+from lightning_dtda.reporting.formatting import common_exponent, count, counts, number, p_value
 from lightning_dtda.statistics import Mean, Quantile
 from tests.reporting.attributions import QUERIES, make_attribution
 
@@ -88,14 +88,13 @@ def _expected_rows(attribution, position, difference, k=5):
     exponents = {column: common_exponent(top[column]) for column in ("mean_influence", "spread_influence")}
     exponent = common_exponent([*top.influence, *low.tolist()])
     p = attribution.p_values(difference)[position]
-    needed = attribution.retrainings_needed(difference=difference)[position] if difference != "wasserstein" else None
+    least, _, most = (each[position] for each in attribution.retrainings_needed(difference=difference))
     rows = []
     for at, row in enumerate(top.itertuples()):
         cells = [str(row.rank), str(row.example), number(row.influence, exponent)]
         cells += [f"{number(float(low[at]), exponent)} to {number(float(high[at]), exponent)}"]
         cells += [p_value(float(p[row.example]))]
-        if needed is not None:
-            cells += [count(float(needed[row.example]))]
+        cells += [counts(float(least[row.example]), float(most[row.example]))]
         # what the influence is already is not said again
         if difference != "mean":
             cells += [number(row.mean_influence, exponents["mean_influence"])]
@@ -204,9 +203,9 @@ def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribu
     assert "On 3 of 3 queries, 1 of 40 examples has a significant mean influence (12 runs, " in found
     assert numbers["spread"] == [0, 1, 1]
     assert "On 2 of 3 queries, 1 of 40 examples has a significant spread influence (12 runs, " in found
-    needed = attribution.retrainings_needed([23], "spread").tolist()[1:]
-    for query in needed:
-        assert f"To confirm example 23: retrain {query:.0f} times without it and {query:.0f} times with all" in page
+    low, _, high = (each[:, 11].tolist() for each in attribution.retrainings_needed(difference="mean"))
+    for ends in zip(low, high, strict=True):
+        assert f"To confirm example 11: retrain {counts(*ends)} times without it, and the same number of times" in page
 
 
 def test_where_there_is_no_interval_the_page_says_why_and_what_to_use(attribution, tmp_path):
@@ -219,13 +218,16 @@ def test_if_nothing_is_significant_the_page_says_how_many_runs_it_would_take(tmp
     noise = make_attribution()
     noise.responses[..., [11, 23]] = noise.responses[..., [12, 24]]
     noise.responses[..., 30] += 0.0012
+    noise.responses.mul_(1000)  # so that the runs cannot show that effects are small
     page = html.unescape(report(noise, tmp_path / "report.html").read_text()).replace("\xa0", " ")
     assert not noise.significant("mean").any()
     assert "No example has a significant mean influence on any of 3 queries with 12 runs (false discovery" in page
-    p, runs = noise.p_values("mean"), noise.runs_for_significance("mean")
+    p, (low, _, high) = noise.p_values("mean"), noise.runs_for_significance("mean")
     query, example = divmod(int(p.argmin()), 40)
-    more = int(runs[query, example]) - 12
-    assert f"The clearest is example {example} (p = {p.min():.2g}): about {more} more runs would make it" in page
+    assert low[query, example] <= 12
+    more = count(float(high[query, example]) - 12)
+    assert f"The clearest is example {example} (p = {p.min():.2g}): up to {more} more runs would make it" in page
+    assert "Cannot tell for 39 of 40 examples: with 12 runs, an effect is found with a probability of 80 %" in page
 
 
 def test_other_differences_are_shown_with_a_sentence_and_a_unit(attribution, tmp_path):

@@ -17,7 +17,7 @@ from lightning_dtda.statistics.differences import (
     Variance,
     Wasserstein,
 )
-from lightning_dtda.statistics.significance import exchange_test
+from lightning_dtda.statistics.significance import equivalence_p_values, exchange_test
 from lightning_dtda.statistics.signs import sign_test
 from tests.simulated import KINDS, attribution_of, without_effect
 
@@ -241,3 +241,23 @@ def test_too_few_runs_and_senseless_rates_are_refused(attribution):
     for rate in (0, 1, 5, float("nan")):
         with pytest.raises(AttributionError, match="share between 0 and 1"):
             attribution.significant("mean", fdr=rate)
+
+
+def test_effects_as_large_as_the_bound_are_seldom_called_smaller_one_or_many_at_once():
+    generator = torch.Generator().manual_seed(0)
+    responses = 1 + torch.randn(20, 4000, 10, generator=generator, dtype=torch.float64)
+    p = equivalence_p_values(responses.mean(0), responses.std(0) / 20**0.5, freedom=19, bound=1.0)
+    # exact on one side; the other is far away
+    assert (p <= 0.05).double().mean().item() == pytest.approx(0.05, abs=0.004)
+    # that all are smaller is hardly ever said
+    assert (p <= 0.05).all(1).double().mean().item() < 0.005
+    one = responses.mul(0.1)
+    one[..., 0] += 0.9  # the others are close to zero
+    p = equivalence_p_values(one.mean(0), one.std(0) / 20**0.5, freedom=19, bound=1.0)
+    assert (p <= 0.05).all(1).double().mean().item() == pytest.approx(0.05, abs=0.011)
+
+
+def test_equivalence_without_noise_is_certain_and_with_an_unknown_bound_unknown():
+    p = equivalence_p_values(torch.tensor([0.5, 1.0, 2.0]), torch.zeros(3), freedom=7, bound=1.0)
+    assert p.tolist() == [0.0, 0.0, 1.0]
+    assert equivalence_p_values(torch.ones(2), torch.tensor([0.0, 1.0]), freedom=7, bound=float("nan")).isnan().all()
