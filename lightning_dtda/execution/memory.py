@@ -9,9 +9,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -35,11 +35,7 @@ def available_memory(device: torch.device) -> int | None:
     """Return the number of bytes that can still be allocated on a device; ``None`` if the system does not report it."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if device.type != "cpu" or not meminfo.exists():
-        return None
-    lines = meminfo.read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return psutil.virtual_memory().available if device.type == "cpu" else None
 
 
 def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
