@@ -59,7 +59,7 @@ def read(directory):
 
     def content(kind, header):
         [path] = Path(directory).glob(f"*{kind}*")
-        return torch.frombuffer(bytearray(gzip.open(path).read()[header:]), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(gzip.open(path, encoding="utf-8").read()[header:]), dtype=torch.uint8)
 
     images = content("images", 16).float().reshape(-1, 784) / 255
     return (images - 0.1307) / 0.3081, content("labels", 8).long()

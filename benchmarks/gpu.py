@@ -390,7 +390,7 @@ class Account:
             self.found["failed"].append(f"{name}: {type(error).__name__}: {error}")
         self.found["seconds"][name] = round(time.perf_counter() - started, 1)
         if self.path:
-            self.path.write_text(json.dumps(self.found, indent=1))
+            self.path.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
 
     def check(self, what: str, figure: float, limit: float) -> None:
         """Print a check and keep it."""

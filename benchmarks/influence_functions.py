@@ -216,7 +216,7 @@ def main() -> None:
     if options.json:
         settings = {"threads": options.threads, "repeats": options.repeats, "torch": torch.__version__}
         everything = {"settings": settings, "packages": PACKAGES, "methods": results, "noise": limits, "ratios": times}
-        options.json.write_text(json.dumps(everything, indent=1))
+        options.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def main() -> None:
                 found.append({"net": net, "theirs": theirs, "failed": str(error)})
             print(json.dumps(found[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def make(path: Path, runs: int, queries: int, examples: int) -> None:
 
 
 def memory(field: str) -> int:
-    return int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+    return int(re.findall(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) * 1024
 
 
 class Peak:
@@ -83,7 +83,7 @@ class Peak:
 
     def __enter__(self):
         self.start, self.before, self.own, self.done = memory("RssAnon"), memory("VmRSS"), 0, Event()
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         self.thread = Thread(target=self.watch)
         self.thread.start()
         return self

@@ -306,7 +306,7 @@ def main() -> None:
         for other in others:
             other.join()
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"setting": about, "timings": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"setting": about, "timings": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> None:
             "ratios": ratios,
             "seconds of the first compiled call": first,
         }
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def trial(options: argparse.Namespace, directory: Path) -> tuple[dict[str, float], list[dict[str, dict[str, float]]]]:

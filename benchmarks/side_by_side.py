@@ -55,4 +55,4 @@ def account(answer: Callable[[], object]) -> None:
 
 def peak() -> float:
     """Return the peak resident memory of this process in MiB; ``getrusage`` would include the parent process."""
-    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) / 1024

@@ -94,7 +94,7 @@ def main() -> None:
             "seconds": repeats,
             "ratios": ratios,
         }
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+        options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def main() -> None:
     for runs in RUNS:
         print_evaluations({name: of_runs[runs] for name, of_runs in evaluations.items()})
     content = {name: {runs: each.content() for runs, each in of_runs.items()} for name, of_runs in evaluations.items()}
-    (options.output / "scores.json").write_text(json.dumps(content, indent=1))
+    (options.output / "scores.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     draw(evaluations).write_html(options.output / "scores.html", config={"displayModeBar": False})
 
 

@@ -196,7 +196,7 @@ def main() -> None:
         "numbers": numbers,
         "curves": curves,
     }
-    (options.output / "leave_one_out.json").write_text(json.dumps(content, indent=1))
+    (options.output / "leave_one_out.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
     draw(found, seeds, curves, numbers).write_html(
         options.output / "leave_one_out.html", config={"displayModeBar": False}
     )

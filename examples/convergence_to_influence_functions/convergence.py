@@ -140,7 +140,7 @@ def draw(rows):
 
 def write(rows, output):
     """Write the table and the figure, and print the table."""
-    with (output / "convergence.csv").open("w", newline="") as file:
+    with (output / "convergence.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -14,7 +13,7 @@ from lightning_dtda.attribution import attribute
 from lightning_dtda.attribution.answering import damping_path
 from lightning_dtda.attribution.attribution_store import AttributionStore, read_index
 from lightning_dtda.cli import add_differences, say, stoppable
-from lightning_dtda.cli.configuration_cli import CONFIG, read_json_option
+from lightning_dtda.cli.configuration_cli import CONFIG, read_configuration, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
@@ -145,8 +144,10 @@ def read_removals(removals: str) -> Any:
 def _project(root: Path) -> str | None:
     """Return the W&B project that the runs were logged to, for the summary to appear next to them."""
     path = root / CONFIG
-    loggers = yaml.safe_load(path.read_text())["trainer"].get("logger") if path.exists() else None
+    trainer = read_configuration(path).get("trainer") if path.exists() else None
+    loggers = trainer.get("logger") if isinstance(trainer, dict) else None
     for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if isinstance(logger, dict) and logger.get("class_path", "").endswith("WandbLogger"):
-            return logger.get("init_args", {}).get("project")
+        if isinstance(logger, dict) and str(logger.get("class_path")).endswith("WandbLogger"):
+            arguments = logger.get("init_args")
+            return arguments.get("project") if isinstance(arguments, dict) else None
     return None

@@ -163,7 +163,7 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
     # the command chooses the seeds, not the configuration
     content = {key: value for key, value in content.items() if key != "seed_everything"}
     if path.exists():
-        changes = list(changed_leaves(yaml.safe_load(path.read_text()), content))
+        changes = list(changed_leaves(read_configuration(path), content))
         if not changes:  # and do not write it again while another job may be reading it
             return
         if any(root.glob(f"*/{MANIFEST}")):  # otherwise nothing was recorded with it
@@ -179,6 +179,23 @@ def save_configuration(root: Path, content: dict[str, Any]) -> None:
         raise DTDAError(f"{root} cannot be written to ({error}). Choose another --ensemble.") from error
 
 
+def read_configuration(path: Path) -> dict[str, Any]:
+    """Read an ensemble's configuration.
+
+    Raises:
+        DTDAError: If it cannot be read.
+    """
+    try:
+        if not path.is_file():  # reading a pipe may never end
+            raise ValueError("it is not a regular file")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not a configuration")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DTDAError(f"{path} cannot be read ({error}). Delete it, or put the recorded one back.") from error
+    return content
+
+
 def read_json_option(option: str, path: str, error: type[DTDAError]) -> Any:
     """Return the content of the JSON file that an option names.
 
@@ -189,5 +206,5 @@ def read_json_option(option: str, path: str, error: type[DTDAError]) -> Any:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as reason:
+    except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{option} {path} cannot be read ({reason}). Give a JSON file.") from reason

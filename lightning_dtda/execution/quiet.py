@@ -37,7 +37,7 @@ def output_to(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     streams = [(1, sys.stdout), (2, sys.stderr)]
     before = [os.dup(number) for number, _ in streams]
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         try:
             for number, stream in streams:
                 stream.flush()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from typing import get_args
 
 import pytest
@@ -14,6 +15,7 @@ from lightning_dtda.cli import main
 from lightning_dtda.cli.configuration_cli import save_configuration
 from lightning_dtda.cli.export import FORMATS
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
+from lightning_dtda.errors import DTDAError
 from lightning_dtda.reporting import print_summary
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.cli.configuration import CONFIG
@@ -62,6 +64,17 @@ def test_a_configuration_that_is_there_is_left_alone_for_workers_that_read_it(tm
     before = path.stat().st_mtime_ns
     save_configuration(tmp_path, CONFIG | {"seed_everything": 3})
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("content", ["[1, 2", "- 1", "\0", "pipe", "[" * 5000])
+def test_a_configuration_that_cannot_be_read_is_named_and_may_be_deleted(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    os.mkfifo(path) if content == "pipe" else path.write_text(content, encoding="utf-8")
+    with pytest.raises(DTDAError, match=f"(?s){path} cannot be read .*Delete it"):
+        save_configuration(tmp_path, CONFIG)
+    path.unlink()
+    save_configuration(tmp_path, CONFIG)
+    save_configuration(tmp_path, CONFIG)
 
 
 @pytest.mark.slow
