@@ -1,9 +1,25 @@
-"""Quantities as people read them."""
+"""Quantities as people give and read them."""
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
+from typing import Any
+
 GIB = 2**30
 """Bytes in a GiB, the unit of the budgets that users give."""
+
+
+def is_quantity(value: Any, whole: bool = False) -> bool:
+    """Return whether a value is a finite number, or a whole one; truth values and text are none.
+
+    Example:
+        >>> [is_quantity(value) for value in (2, 0.5, True, float("nan"), "2", None)]
+        [True, True, False, False, False, False]
+    """
+    if isinstance(value, Integral):
+        return not isinstance(value, bool)
+    return not whole and isinstance(value, Real) and math.isfinite(value)
 
 
 def human_bytes(count: float) -> str:

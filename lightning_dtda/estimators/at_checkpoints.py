@@ -17,7 +17,7 @@ from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay
 from lightning_dtda.trajectory import Run
-from lightning_dtda.units import GIB, human_bytes
+from lightning_dtda.units import GIB, human_bytes, is_quantity
 
 _TOGETHER = 8
 """Number of runs that share a copy of the module and the data, and whose answers are stored together."""
@@ -65,8 +65,8 @@ class CheckpointEstimator(Estimator):
     def __init__(self, precision: Precision = "recorded", memory_budget: float = 1.0) -> None:
         if precision not in ("recorded", "float64"):
             raise AttributionError(f'precision={precision!r}; choose "recorded" or "float64".')
-        if memory_budget <= 0:
-            raise AttributionError("memory_budget must be positive.")
+        if not (is_quantity(memory_budget) and memory_budget > 0):
+            raise AttributionError(f"memory_budget={memory_budget!r} must be positive.")
         self.precision = precision
         self.memory_budget = memory_budget
         self._chunks: dict[str, int] = {}

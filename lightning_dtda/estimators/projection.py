@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.units import is_quantity
 
 _COLUMNS = 4096
 """Number of parameters whose part of the projection is drawn together."""
@@ -37,8 +38,8 @@ class Projection:
     """
 
     def __init__(self, size: int, dimension: int, seed: int = 0) -> None:
-        if dimension < 1:
-            raise AttributionError(f"dimension={dimension}; give at least 1.")
+        if not (is_quantity(dimension, whole=True) and dimension >= 1):
+            raise AttributionError(f"dimension={dimension!r}; give at least 1.")
         self.size = size
         self.dimension = dimension
         self._seed = seed

@@ -35,7 +35,7 @@ from lightning_dtda.estimators.sweep_costs import (
 from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay, shape_key
 from lightning_dtda.trajectory import Run
-from lightning_dtda.units import GIB, human_bytes
+from lightning_dtda.units import GIB, human_bytes, is_quantity
 
 _DIAGNOSED_QUERIES = 4
 """Number of queries in the diagnosis, which uses the sum of their measurements: a single gradient may be zero."""
@@ -99,8 +99,10 @@ class UnrolledDifferentiation(Estimator):
             raise AttributionError(f'runs_per_batch={runs_per_batch!r}; give "auto" or a positive number.')
         if precision not in ("recorded", "float64"):
             raise AttributionError(f'precision={precision!r}; choose "recorded" or "float64".')
-        if memory_budget <= 0 or tolerance <= 0:
-            raise AttributionError("memory_budget and tolerance must be positive.")
+        if not all(is_quantity(value) and value > 0 for value in (memory_budget, tolerance)):
+            raise AttributionError(
+                f"memory_budget={memory_budget!r} and tolerance={tolerance!r} must be positive numbers."
+            )
         if not (horizon in (None, "auto") or (isinstance(horizon, int) and horizon > 0)):
             raise AttributionError(f'horizon={horizon!r}; give a positive number of steps, "auto", or None.')
         if mode not in ("auto", "reverse", "forward"):

@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_dtda.errors import ExecutionError
 from lightning_dtda.execution.workers import Item, Lost, Result, Workers
 from lightning_dtda.interruption import Terminated, ended_by_sigterm
+from lightning_dtda.units import is_quantity
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +54,12 @@ class RayCluster(Workers):
 
     def __post_init__(self) -> None:
         for name, number in (("cpus", self.cpus), ("gpus", self.gpus)):
-            if number < 0 or (number > 1 and number != int(number)):
-                raise ExecutionError(f"{name}={number}; give a fraction up to 1, or a whole number.")
+            if not is_quantity(number) or number < 0 or (number > 1 and number != int(number)):
+                raise ExecutionError(f"{name}={number!r}; give a fraction up to 1, or a whole number.")
         if self.cpus == self.gpus == 0:
             raise ExecutionError("cpus=0, gpus=0; all tasks would run at once. Set at least one of them above 0.")
-        if self.retries < 0:
-            raise ExecutionError(f"retries={self.retries}; give how often to repeat lost work, 0 or more.")
+        if not (is_quantity(self.retries, whole=True) and self.retries >= 0):
+            raise ExecutionError(f"retries={self.retries!r}; give how often to repeat lost work, 0 or more.")
         _ray()
 
     @override

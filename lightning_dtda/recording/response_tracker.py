@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from lightning_dtda.replay import Draws, Examples, Measurement, Tangents, query_
 from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.replay.tangents import changes
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
+from lightning_dtda.units import is_quantity
 
 _GRADIENT_BYTES = 2**28
 """Maximum size in bytes of the gradients of queries that are computed together."""
@@ -59,8 +60,10 @@ class ResponseTracker(StepCallback):
 
     def __init__(self, groups: Sequence[Sequence[int]], tolerance: float = 1e-3) -> None:
         super().__init__()
-        if tolerance <= 0:
+        if not (is_quantity(tolerance) and tolerance > 0):
             raise RecordingError(f"tolerance={tolerance!r} must be positive.")
+        if not isinstance(groups, Iterable):
+            raise RecordingError(f"groups={groups!r} must contain at least one list of data set indices.")
         self.groups = [_indices(group) for group in groups]
         if not self.groups:
             raise RecordingError("groups must contain at least one list of data set indices.")
@@ -233,8 +236,8 @@ class ResponseTracker(StepCallback):
 
 def _indices(group: Sequence[int]) -> list[int]:
     """Return the indices of a group in ascending order."""
-    given = group.tolist() if hasattr(group, "tolist") else list(group)
     try:
+        given = group.tolist() if hasattr(group, "tolist") else list(group)
         indices = sorted(map(operator.index, given))  # not int(), which accepts 1.5
     except TypeError as error:
         raise RecordingError(f"The group {group!r} is not a list of data set indices.") from error

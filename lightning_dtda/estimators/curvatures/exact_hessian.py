@@ -10,7 +10,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, Damping, check_damping
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.objective import Objective
-from lightning_dtda.units import human_bytes
+from lightning_dtda.units import human_bytes, is_quantity
 
 _ROWS = 64
 """Number of rows of the Hessian that are computed together."""
@@ -81,7 +81,7 @@ def check_cutoff(cutoff: float | None) -> float | None:
     Raises:
         AttributionError: If it is invalid.
     """
-    if cutoff is not None and not 0 <= cutoff < 1:
+    if cutoff is not None and not (is_quantity(cutoff) and 0 <= cutoff < 1):
         raise AttributionError(f"cutoff={cutoff!r}; give a fraction of the largest eigenvalue, at least 0 and below 1.")
     return cutoff
 

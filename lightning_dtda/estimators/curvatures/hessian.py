@@ -23,6 +23,7 @@ from lightning_dtda.estimators.curvatures.solvers import (
     mean_eigenvalue,
 )
 from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.units import is_quantity
 
 _PRODUCT = 4.0
 """Time of a Hessian product relative to a directional derivative of the losses, which has no backward pass."""
@@ -68,7 +69,8 @@ class Hessian(Curvature):
     ) -> None:
         if solver not in ("cg", "lissa"):
             raise AttributionError(f'solver={solver!r}; choose "cg" or "lissa".')
-        if repeats < 1 or (batch_size is not None and batch_size < 1):
+        sizes = (repeats, 1 if batch_size is None else batch_size)
+        if not all(is_quantity(size, whole=True) and size >= 1 for size in sizes):
             raise AttributionError("batch_size and repeats must be at least 1.")
         self.solver = solver
         self.damping = check_damping(damping)

@@ -11,6 +11,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature, resolve_damping
 from lightning_dtda.estimators.curvatures.spectrum import fit_spectrum
 from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.units import is_quantity
 
 Products = Callable[[Tensor], Tensor]
 """Function from vectors ``(Q, P)`` to the matrix times each of them."""
@@ -281,7 +282,7 @@ def check_iterations(iterations: int | None, tolerance: float) -> None:
     Raises:
         AttributionError: If one is out of range.
     """
-    if iterations is not None and iterations < 1:
-        raise AttributionError(f"iterations={iterations}; give at least 1, or None to go on until convergence.")
-    if not 0 < tolerance < 1:
-        raise AttributionError(f"tolerance={tolerance}; give a relative residual between 0 and 1.")
+    if iterations is not None and not (is_quantity(iterations, whole=True) and iterations >= 1):
+        raise AttributionError(f"iterations={iterations!r}; give at least 1, or None to go on until convergence.")
+    if not (is_quantity(tolerance) and 0 < tolerance < 1):
+        raise AttributionError(f"tolerance={tolerance!r}; give a relative residual between 0 and 1.")

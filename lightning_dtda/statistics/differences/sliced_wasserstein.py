@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference
 from lightning_dtda.statistics.differences.distances import Wasserstein
+from lightning_dtda.units import is_quantity
 
 
 class SlicedWasserstein(Difference):
@@ -44,7 +45,7 @@ class SlicedWasserstein(Difference):
     joint = True
 
     def __init__(self, projections: int = 64) -> None:
-        if projections < 1:
+        if not (is_quantity(projections, whole=True) and projections >= 1):
             raise AttributionError(f"projections={projections}; give the number of directions, at least 1.")
         self.projections = projections
 

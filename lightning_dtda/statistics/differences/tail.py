@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference, percent
+from lightning_dtda.units import is_quantity
 
 Side = Literal["upper", "lower"]
 
@@ -44,8 +45,8 @@ class Tail(Difference):
     unit = "the {measurement}'s unit"
 
     def __init__(self, level: float = DEFAULT, side: Side = "upper") -> None:
-        if not 0 <= level < 1:
-            raise AttributionError(f"level={level}; it must be at least 0 and less than 1.")
+        if not (is_quantity(level) and 0 <= level < 1):
+            raise AttributionError(f"level={level!r}; it must be at least 0 and less than 1.")
         if side not in get_args(Side):
             raise AttributionError(f"side={side!r}; choose from {', '.join(get_args(Side))}.")
         self.level, self.side = level, side
