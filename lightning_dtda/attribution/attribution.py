@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution import inference, tables
+from lightning_dtda.attribution.about import About
 from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, known_as
@@ -23,6 +24,7 @@ from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.statistics.differences import Difference, resolve_difference, resolve_joint
 from lightning_dtda.statistics.resampling import jackknife
+from lightning_dtda.trajectory.schema import FLOATS, Expected, FileName, check_tensors, conform
 
 ENOUGH_RUNS = 8
 """Number of runs below which the standard error itself is uncertain by more than a quarter (1 / sqrt(2 (S - 1))), so it
@@ -46,7 +48,8 @@ class Attribution:
         about: Description of the attribution, as JSON: measurement, estimator, removals, drift, versions.
 
     Raises:
-        AttributionError: If the number of groups in ``about`` differs from the number of removals.
+        AttributionError: If names, shapes or data types do not fit, or the number of groups in ``about`` differs from
+            the number of removals. NaN is allowed; what is computed from it is NaN.
 
     Example:
         >>> responses = torch.tensor([[[1.0, 0.0]], [[3.0, 0.0]]])
@@ -65,6 +68,19 @@ class Attribution:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        conform(self.runs, list[FileName], "runs", AttributionError)
+        conform(self.queries, list[int], "queries", AttributionError)
+        conform(self.about, About, "about", AttributionError)
+        if len(set(self.runs)) < len(self.runs):
+            raise AttributionError(f"runs={self.runs} has a name twice. Give each run a name of its own.")
+        expected: dict[str, Expected] = {
+            "baseline": (FLOATS, ("runs", "queries")),
+            "responses": (FLOATS, ("runs", "queries", "removals")),
+        }
+        tensors, sizes = {name: getattr(self, name) for name in expected}, {"runs": len(self.runs)}
+        check_tensors(tensors, expected, "Attribution", sizes | {"queries": len(self.queries)}, AttributionError)
+        if not all(self.responses.shape):
+            raise AttributionError("An attribution needs at least one run, one query and one removal.")
         if self.removals is not None and len(self.removals) != self.responses.shape[2]:
             raise AttributionError(
                 f"about names {len(self.removals)} groups; there are responses to {self.responses.shape[2]}."

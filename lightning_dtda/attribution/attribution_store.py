@@ -12,16 +12,18 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, override
 
+from lightning_dtda.attribution.about import Index
 from lightning_dtda.attribution.responses import StoredResponses, StoredTable
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.answers import Answers
+from lightning_dtda.trajectory.schema import FLOATS, Expected
 
 OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
 """Keys of ``about`` that have a value for each run."""
 
 FORMAT_VERSION = 3
-_ANSWERS = Answers("attribution.json", "attribution", "attribute", FORMAT_VERSION, AttributionError)
+_ANSWERS = Answers("attribution.json", "attribution", "attribute", FORMAT_VERSION, Index, AttributionError)
 
 
 class Store:
@@ -79,8 +81,8 @@ class Store:
                 _ANSWERS.check_same(path, cls._changes(found, index))
                 index |= {key: found[key] for key in (cls.parts, "trusted") if key in found}
             _ANSWERS.write(path, index)
-            for left in path.glob("scratch-*") if overwrite else ():
-                shutil.rmtree(left)
+            if overwrite:
+                cls.clear_scratch(path)
             if not index[cls.parts]:  # files of an answer that is replaced: deleted only now, when no index lists them
                 for file in path.glob("*.safetensors"):
                     file.unlink()
@@ -91,6 +93,13 @@ class Store:
         """Return whether a directory holds an attribution, finished or not."""
         return _ANSWERS.is_at(path)
 
+    @staticmethod
+    def clear_scratch(path: Path, but: Path | None = None) -> None:
+        """Delete the attributions of blocks that were under way, all but one."""
+        for left in path.glob("scratch-*"):
+            if left != but and left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+
     @property
     def queries(self) -> tuple[int, ...]:
         """Names of all queries, including those without an answer yet."""
@@ -99,10 +108,10 @@ class Store:
     @classmethod
     def _changes(cls, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         """Return the names of the settings in which two questions differ."""
-        before, after = found.get("about", {}), wanted["about"]
+        before, after = found["about"], wanted["about"]
         names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-        names += [key for key in ("format_version", "queries", "removals") if found.get(key) != wanted[key]]
-        if not cls._goes_on(found.get("wanted", {}), wanted["wanted"]):
+        names += [key for key in ("queries", "removals") if found[key] != wanted[key]]
+        if not cls._goes_on(found["wanted"], wanted["wanted"]):
             names.append("runs")
         return list(dict.fromkeys(names))
 
@@ -173,7 +182,14 @@ class AttributionStore(Store):
         if not self.finished:
             raise TrajectoryError(f"{self.path} has no finished run. Call attribute again with this output.")
         entries = [self._index["runs"][run] for run in self.finished]
-        runs = [StoredTable.map(self.path, entry, "responses", ["baseline"]) for entry in entries]
+        sizes = {"queries": len(self.queries), "removals": self._index["removals"]}
+        expected: dict[str, Expected] = {
+            "baseline": (FLOATS, ("queries",)),
+            "responses": (FLOATS, ("queries", "removals")),
+        }
+        runs = [StoredTable.map(self.path, entry, "responses", expected, sizes) for entry in entries]
+        if len({run.table.dtype for run in runs}) > 1:
+            raise TrajectoryError(f"{self.path} holds responses of different data types. Attribute again.")
         return torch.stack([run.others["baseline"] for run in runs]), StoredResponses(runs)
 
     @staticmethod
@@ -186,9 +202,12 @@ def read_index(path: str | Path) -> dict[str, Any]:
     """Return the index of a stored attribution; it has either ``runs`` or ``blocks`` of queries.
 
     Raises:
-        TrajectoryError: If the index does not exist, or has an unknown format.
+        TrajectoryError: If the index does not exist, is damaged, or has an unknown format.
     """
-    return _ANSWERS.read(Path(path))
+    index = _ANSWERS.read(Path(path))
+    if ("runs" in index) == ("blocks" in index):
+        raise TrajectoryError(f"{path} is damaged: it lists no runs, or blocks as well. Attribute again.")
+    return index
 
 
 def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

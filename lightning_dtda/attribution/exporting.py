@@ -82,8 +82,8 @@ def export(
         raise AttributionError(f"Two differences are called {min(twice)}. Export them to separate files.")
     content = _Content(selected, chosen, level)
     partial = output.with_name(f".{output.name}.partial")
-    _remove(partial)
     try:
+        _remove(partial)
         output.parent.mkdir(parents=True, exist_ok=True)
         _WRITERS[format](partial, content)
         _remove(output)
@@ -211,7 +211,7 @@ def _require(package: str) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.exists():
+    elif path.exists() or path.is_symlink():
         path.unlink()

@@ -8,7 +8,6 @@ scratch store deleted.
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -136,6 +135,5 @@ class _Blocks:
 
     def _clear(self, but: Path | None = None) -> None:
         """Delete scratch stores that are no longer needed, such as those of blocks of another size."""
-        for left in () if self._store is None else self._store.path.glob("scratch-*"):
-            if left != but:
-                shutil.rmtree(left)
+        if self._store is not None:
+            self._store.clear_scratch(self._store.path, but)

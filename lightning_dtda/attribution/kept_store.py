@@ -5,18 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution_store import OF_RUNS, Store
-from lightning_dtda.attribution.kept import FIGURES, Figures, KeptResponses
+from lightning_dtda.attribution.kept import FIGURES, KNOWN, Figures, KeptResponses, number_kept
 from lightning_dtda.attribution.responses import StoredTable
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.schema import FLOATS, INT64, Expected
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution
 
 _BESIDE = ("baseline", "kept", "responses", "reliability")
 """Tensors in a block's file besides the figures of every removal."""
+
+_EXPECTED: dict[str, Expected] = {
+    "baseline": (FLOATS, ("runs", "queries")),
+    "kept": (INT64, ("queries", "kept")),
+    "responses": (FLOATS, ("runs", "queries", "kept")),
+    "reliability": ((torch.float64,), ("queries", "rankings")),
+    "figures": (FLOATS, ("queries", "figures", "removals")),
+}
 
 
 class KeptStore(Store):
@@ -82,14 +92,23 @@ class KeptStore(Store):
             TrajectoryError: If a file is missing or damaged.
         """
         index, entry = self._index, self._index["blocks"][str(first)]
-        table = StoredTable.map(self.path, entry, "figures", _BESIDE)
-        baseline, kept, responses, reliability = (table.others[name] for name in _BESIDE)
-        if table.table.shape[1] != len(FIGURES):
+        names = tuple(index["wanted"])
+        trusted, removals, k = tuple(entry["trusted"]), index["removals"], index["about"].get("keep_top", 1)
+        sizes = {
+            "runs": len(names),
+            "removals": removals,
+            "queries": entry["queries"],
+            "kept": number_kept(k, removals),
+        }
+        table = StoredTable.map(self.path, entry, "figures", _EXPECTED, sizes)
+        if (table.table.shape[1], table.others["reliability"].shape[1]) != (len(FIGURES), len(KNOWN)):
             raise TrajectoryError(
                 f"{table.path} has other figures than this version of lightning-dtda keeps. Attribute again."
             )
-        names = tuple(index["wanted"])
-        trusted, removals, k = tuple(entry["trusted"]), index["removals"], index["about"]["keep_top"]
+        baseline, kept, responses, reliability = (table.others[name] for name in _BESIDE)
+        in_order = kept.diff(prepend=kept.new_full((len(kept), 1), -1), append=kept.new_full((len(kept), 1), removals))
+        if bool((in_order <= 0).any()) or not {*trusted} <= {*names} or first + len(kept) > len(self.queries):
+            raise TrajectoryError(f"{table.path} contradicts itself or the index. Attribute these queries again.")
         figures = Figures(trusted, reliability, tuple((table, row) for row in range(len(kept))))
         known = {key: entry[key] for key in OF_RUNS if key in entry}
         about = index["about"] | known | {"chaotic": [run for run in names if run not in trusted]}

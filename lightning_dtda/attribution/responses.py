@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_dtda.compatibility import is_in_place, plain_results, shaped, tree_map_only
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.trajectory.storage import check_size, entry_path, write_tensors
+from lightning_dtda.trajectory.schema import INT64, Expected, FileEntry, check_tensors
+from lightning_dtda.trajectory.storage import DAMAGED_TENSORS, check_size, write_tensors
 
 _READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clone()."
 
@@ -43,30 +44,42 @@ class StoredTable:
     compared: Tensor
 
     @classmethod
-    def write(cls, path: Path, name: str, table: Tensor, others: Mapping[str, Tensor]) -> dict[str, Any]:
+    def write(cls, path: Path, name: str, table: Tensor, others: Mapping[str, Tensor]) -> FileEntry:
         """Write a table under a name; return the file's entry for an index, with a checksum of the other tensors."""
         checksums = torch.tensor([_checksum(row) for row in table], dtype=torch.int64)
         entry = write_tensors(path, {**others, "checksums": checksums, name: table})
-        return entry | {"crc32": _checksum_of_all([*others.values(), checksums])}
+        entry["crc32"] = _checksum_of_all([*others.values(), checksums])
+        return entry
 
     @classmethod
-    def map(cls, directory: Path, entry: Mapping[str, Any], name: str, others: Sequence[str]) -> StoredTable:
+    def map(
+        cls, directory: Path, entry: FileEntry, name: str, expected: Mapping[str, Expected], sizes: Mapping[str, int]
+    ) -> StoredTable:
         """Open the table that an index lists, without reading it.
+
+        Args:
+            directory: Directory of the file.
+            entry: Entry of the index.
+            name: Name of the table.
+            expected: Types and shapes of the table, which has a row for each of the ``"queries"``, and the others.
+            sizes: Sizes that the index says.
 
         Raises:
             TrajectoryError: If the file is missing or truncated, or tensors other than the table are damaged.
         """
-        check_size(directory, entry)
-        path = entry_path(directory, entry)
+        path = check_size(directory, entry)
+        names = [*(other for other in expected if other != name), "checksums"]
         try:
             with safe_open(path, framework="pt") as file:
-                *beside, checksums, table = map(file.get_tensor, (*others, "checksums", name))
-        except (SafetensorError, ValueError, TypeError, RuntimeError) as error:  # possible effects of a damaged header
+                tensors = {each: file.get_tensor(each) for each in (*names, name)}
+        except (*DAMAGED_TENSORS, OSError) as error:
             raise TrajectoryError(f"{path} cannot be read ({error}). Attribute the run again.") from error
-        if _checksum_of_all([*beside, checksums]) != entry["crc32"] or len(table) != len(checksums):
+        if _checksum_of_all([tensors[each] for each in names]) != entry["crc32"]:
             raise _damaged(path)
-        held = {name: tensor.clone() for name, tensor in zip(others, beside, strict=True)}
-        return cls(path, held, table, checksums.clone(), torch.zeros(len(checksums), dtype=torch.bool))
+        check_tensors(tensors, {**expected, "checksums": (INT64, ("queries",))}, path, sizes)
+        held = {each: tensors[each].clone() for each in names}
+        checksums = held.pop("checksums")
+        return cls(path, held, tensors[name], checksums, torch.zeros(len(checksums), dtype=torch.bool))
 
     def __getitem__(self, index: Any) -> Tensor:
         """Read the part at an index.

@@ -14,6 +14,7 @@ from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import KNOWN, KeptResponses, known_as
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import DIFFERENCES, SHOWN, Difference
+from lightning_dtda.statistics.samples import as_array
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,12 +106,12 @@ def to_xarray(attribution: Attribution) -> xr.Dataset:
     import xarray as xr
 
     removal = "example" if attribution.removals is None else "removal"
-    data: dict[str, Any] = {"baseline": (("run", "query"), attribution.baseline.cpu().numpy())}
+    data: dict[str, Any] = {"baseline": (("run", "query"), as_array(attribution.baseline))}
     if isinstance(attribution.responses, KeptResponses):
         data["kept"] = ("query", "place"), attribution.responses.kept.cpu().numpy()
-        data["responses"] = ("run", "query", "place"), attribution.responses.table.cpu().numpy()
+        data["responses"] = ("run", "query", "place"), as_array(attribution.responses.table)
     else:
-        data["responses"] = ("run", "query", removal), attribution.responses.cpu().numpy()
+        data["responses"] = ("run", "query", removal), as_array(attribution.responses)
     names = attribution.available_differences
     for name in names + ["variance"] * ("spread" in names):  # the paper's, in the measurement's unit
         data[f"{name}_influence"] = (("query", removal), attribution.influence(name).cpu().numpy())

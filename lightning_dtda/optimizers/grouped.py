@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.optimizers.update import Hyperparameters, State, Update
 
 
@@ -110,8 +111,14 @@ class GroupedUpdate:
 
     def _settings(self, hyperparameters: Sequence[Hyperparameters]) -> list[Hyperparameters]:
         return [
-            {**group, "params": parameters} for group, parameters in zip(hyperparameters, self.parameters, strict=True)
+            _Settings({**group, "params": parameters})
+            for group, parameters in zip(hyperparameters, self.parameters, strict=True)
         ]
+
+
+class _Settings(dict[str, Any]):
+    def __missing__(self, name: str) -> Any:
+        raise TrajectoryError(f"The optimizer needs {name}, which was not recorded. Record the run again.")
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

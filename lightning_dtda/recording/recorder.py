@@ -45,6 +45,7 @@ from lightning_dtda.recording.trial import Trial, try_step
 from lightning_dtda.replay.batches import example_shapes, map_tensors, rows_of
 from lightning_dtda.trajectory import Manifest, MicroBatch, Run, RunWriter
 from lightning_dtda.trajectory.run import process_path
+from lightning_dtda.units import is_quantity
 
 _log = logging.getLogger(__name__)
 
@@ -103,7 +104,11 @@ class TrajectoryRecorder(StepCallback):
             raise RecordingError(f'batches={batches!r}; choose "indices" or "store".')
         if not (checkpoint_every in ("sqrt", "all") or (type(checkpoint_every) is int and checkpoint_every > 0)):
             raise RecordingError(f'checkpoint_every={checkpoint_every!r}; choose "sqrt", "all" or a positive number.')
-        if run is not None and (Path(run).name != run or run in ("", "..")):
+        if not (is_quantity(gradients_budget) and gradients_budget >= 0):
+            raise RecordingError(f"gradients_budget={gradients_budget!r}; give a number of GiB.")
+        if not isinstance(root, (str, os.PathLike)):
+            raise RecordingError(f"root={root!r} must be the path of a directory.")
+        if run is not None and (not isinstance(run, str) or Path(run).name != run or run in ("", "..")):
             raise RecordingError(f"run={run!r} must be the plain name of a sub-directory of root.")
         self.root = Path(root)
         self.run = run
@@ -262,27 +267,28 @@ class TrajectoryRecorder(StepCallback):
         layout = trial.layout
         numbers, options = hyperparameters(optimizer)
         planned, seed = planned_steps(trainer), _global_seed()
-        return Manifest(
-            seed=seed,
-            configuration=configuration(trainer, pl_module, self._loader, self._data.description, optimizer, seed),
-            parameters=[
+        facts: dict[str, Any] = {
+            "seed": seed,
+            "configuration": configuration(trainer, pl_module, self._loader, self._data.description, optimizer, seed),
+            "parameters": [
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)
             ],
-            group_lengths=list(layout.group_lengths),
-            dtype=str(pl_module.get_parameter(layout.names[0]).dtype).removeprefix("torch."),
-            optimizer=checks.optimizer_path(optimizer),
-            options=options,
-            hyperparameters=numbers,
-            gradients=gradient_precision(self.gradients, self.gradients_budget, layout, planned),
-            batches=self.batches,
-            processes=trainer.world_size,
-            evaluation_modules=list(trial.circumstances.evaluation_modules),
-            circumstances=trial.circumstances.content(),
-            shared=trial.shared,
-            threads=torch.get_num_threads(),
-            versions=versions(),
-            planned_steps=planned,
-        )
+            "group_lengths": list(layout.group_lengths),
+            "dtype": str(pl_module.get_parameter(layout.names[0]).dtype).removeprefix("torch."),
+            "optimizer": checks.optimizer_path(optimizer),
+            "options": options,
+            "hyperparameters": numbers,
+            "gradients": gradient_precision(self.gradients, self.gradients_budget, layout, planned),
+            "batches": self.batches,
+            "processes": trainer.world_size,
+            "evaluation_modules": list(trial.circumstances.evaluation_modules),
+            "circumstances": trial.circumstances.content(),
+            "shared": trial.shared,
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+            "planned_steps": planned,
+        }
+        return Manifest(**facts)
 
     def _prepare(self, directory: Path, manifest: Manifest, pl_module: pl.LightningModule) -> Manifest:
         """Create a run directory, or truncate the existing record to the step where the training resumes."""

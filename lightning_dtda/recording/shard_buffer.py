@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_dtda.recording.step_watch import TakenStep
 from lightning_dtda.trajectory import MicroBatch, ParameterLayout
-from lightning_dtda.trajectory.run import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
+from lightning_dtda.trajectory.shard import LEAF, RNG_MICRO_BATCHES, RNG_SIZES, RNG_STATES
 
 SHARD_BYTES = 64 * 2**20
 """Size in bytes of the gradients or batches in a shard, which bounds the memory and what a killed training loses."""

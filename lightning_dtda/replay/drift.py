@@ -152,8 +152,8 @@ class RecordComparison:
         """Return whether rebuilt parameters ``(runs, P)`` match the record up to rounding ``(runs,)``."""
         difference, travelled, size = recorded.distances(rebuilt)
         rounding = _ROUNDING_STEPS * (recorded.last - recorded.first) ** 0.5 * torch.finfo(self._recorded_dtype).eps
-        # also false for NaN
-        return difference <= self._of_parameters * travelled + rounding * size
+        # a huge tolerance lets everything pass, even where nothing moved; also false for NaN
+        return difference <= self._of_parameters * (travelled + rounding * size) + rounding * size
 
     def parameters(self, recorded: Recorded, rebuilt: Tensor) -> None:
         """Compare rebuilt parameters ``(runs, P)`` with the recorded ones.

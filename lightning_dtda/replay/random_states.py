@@ -18,6 +18,9 @@ from typing_extensions import override
 from lightning_dtda.compatibility import TorchDispatchMode, tree_map
 from lightning_dtda.errors import ReplayError
 
+_NOT_A_STATE = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, struct.error)
+"""What generators may raise for an invalid state."""
+
 _OWN = "own."
 """Name prefix of generators that are attributes of the module; a number follows, in the order of its submodules."""
 
@@ -75,23 +78,32 @@ class Generators:
             ReplayError: If the states include that of a GPU but the module is not on one.
         """
         for name, state in states.items():
-            if name == "cpu":
-                torch.set_rng_state(state)
-            elif name == "cuda":
-                if self._device.type != "cuda":
-                    raise ReplayError(
-                        f"The training drew random numbers on a GPU, but the replay runs on {self._device}, which "
-                        'cannot draw the same. Give device="cuda" (on the command line: --device cuda).'
-                    )
-                torch.cuda.set_rng_state(state, self._device)
-            elif name == "numpy":
-                np.random.set_state(_to_numpy(state))
-                self._numpy = None  # a normal number may be cached again, unnoticed
-            elif name == "python":
-                random.setstate(_to_python(state))
-                self._python = None
-            else:
-                _set_state(self._own[int(name.removeprefix(_OWN))], state)
+            if name == "cuda" and self._device.type != "cuda":
+                raise ReplayError(
+                    f"The training drew random numbers on a GPU, but the replay runs on {self._device}, which "
+                    'cannot draw the same. Give device="cuda" (on the command line: --device cuda).'
+                )
+            try:
+                self._set(name, state)
+            except _NOT_A_STATE as error:
+                raise ReplayError(
+                    f"The recorded state of the random number generator {name} does not fit this module or these "
+                    f"versions of torch and NumPy ({error}). Give the module that was trained, or record the run again."
+                ) from error
+
+    def _set(self, name: str, state: Tensor) -> None:
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif name == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+        elif name == "numpy":
+            np.random.set_state(_to_numpy(state))
+            self._numpy = None  # a normal number may be cached again, unnoticed
+        elif name == "python":
+            random.setstate(_to_python(state))
+            self._python = None
+        else:
+            _set_state(self._own[int(name.removeprefix(_OWN))], state)
 
     def seed(self, seed: int) -> None:
         """Seed all generators."""
@@ -214,6 +226,7 @@ def _to_numpy(state: Tensor) -> tuple[str, Any, int, int, float]:
     content = state.numpy().tobytes()
     (position,) = struct.unpack_from("<i", content, 624 * 4)
     has_gaussian, gaussian = _GAUSSIAN.unpack_from(content, _TWISTER_BYTES)
+    _check_position(position, 624)
     return "MT19937", np.frombuffer(content, "<u4", 624), position, int(has_gaussian), gaussian
 
 
@@ -260,11 +273,21 @@ def _state(generator: Any) -> Tensor:
 def _set_state(generator: Any, state: Tensor) -> None:
     if isinstance(generator, torch.Generator):
         generator.set_state(state)
-    elif isinstance(generator, random.Random):
+        return
+    if isinstance(generator, random.Random):
         generator.setstate(_to_python(state))
-    elif isinstance(generator, np.random.RandomState):
-        content = json.loads(state.numpy().tobytes())
+        return
+    content = json.loads(state.numpy().tobytes())
+    _check_position(content["state"].get("pos", 0), 624)  # of a Mersenne Twister
+    _check_position(content.get("buffer_pos", 0), 4)  # of Philox
+    if isinstance(generator, np.random.RandomState):
         content["state"]["key"] = np.array(content["state"]["key"], np.uint32)
         generator.set_state(content)
     else:
-        generator.bit_generator.state = json.loads(state.numpy().tobytes())
+        generator.bit_generator.state = content
+
+
+def _check_position(position: int, most: int) -> None:
+    # NumPy would read what lies behind the state in memory, and may crash
+    if not 0 <= position <= most:
+        raise ValueError(f"position {position}")

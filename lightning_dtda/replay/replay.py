@@ -182,7 +182,7 @@ class Replay:
         which may be an average over its steps.
         """
         if step == self.steps and (average := self.records.average()) is not None:
-            return average
+            return average[0], self._with_statistics(average[1])
         theta, _, buffers = self._at(step, follows_buffers=bool(self._updated_buffers))
         return theta, buffers
 
@@ -206,7 +206,18 @@ class Replay:
 
     def buffers(self, step: int) -> dict[str, Tensor]:
         """Read buffers and frozen parameters at a recorded checkpoint, each ``(runs, ...)``."""
-        return self.records.buffers(step)
+        return self._with_statistics(self.records.buffers(step))
+
+    def _with_statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return recorded buffers, after comparing the shapes of running statistics with those of the module."""
+        for name in self.eager.statistics.names:
+            found, wanted = buffers.get(name), self.eager.replica.module.get_buffer(name).shape
+            if found is None or found.shape[1:] != wanted:
+                raise ReplayError(
+                    f"The recorded buffer {name} is missing or has another shape than that of the module, "
+                    f"{tuple(wanted)}. Give the module that was trained, or record the runs again."
+                )
+        return buffers
 
     def hyperparameters(self, step: int, ndim: int = 2) -> list[Hyperparameters]:
         """Return each group's hyperparameters; see :meth:`~lightning_dtda.replay.records.Records.hyperparameters`."""
@@ -241,16 +252,24 @@ class Replay:
     def check_step(self, step: int) -> None:
         """Compare the gradient of one step with the record, for callers that do not replay steps.
 
-        The step compared is the first after the checkpoint at or before ``step``, whose parameters are on disk. Does
-        nothing if no gradients were recorded.
+        The step compared is the first after the checkpoint at or before ``step``, whose parameters are on disk. If
+        gradients were recorded in the precision of the parameters, the next checkpoint is rebuilt from them as well and
+        compared: its parameters are those that the caller uses. Does nothing if no gradients were recorded.
 
         Raises:
-            ReplayError: If the gradient is not the recorded one. The message names run and step.
+            ReplayError: If the gradient or the checkpoint is not the recorded one. The message names run and step.
         """
-        if self._records_gradients:
-            start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
-            gradient = self.gradient(start, self.checkpoint(start)[0], self.buffers(start))
-            self._comparison.gradient(start, self.clipping.apply(gradient), self.records.gradient(start))
+        if not self._records_gradients:
+            return
+        start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
+        theta, states = self.checkpoint(start)
+        gradient = self.gradient(start, theta, self.buffers(start))
+        self._comparison.gradient(start, self.clipping.apply(gradient), self.records.gradient(start))
+        if all(run.has_exact_gradients for run in self.runs):
+            first, end = theta, min(t for t in self.checkpoint_steps if t > start)
+            for t in range(start, end):
+                theta, states = self.advance(t, self._recorded_point(t, theta, states))
+            self.compare(start, end, first, theta)
 
     def retrain(
         self, weights: Tensor, start: int = 0, stop: int | None = None, *, averaged: bool = True

@@ -81,8 +81,14 @@ class Replica:
         if any(self.module.get_parameter(name).dtype != dtype for name in layout.names):
             self.module.to(dtype)
         self.module.to(device).train()
+        layers = dict(self.module.named_modules())
+        if unknown := set(circumstances.evaluation_modules) - layers.keys():
+            raise ReplayError(
+                f"The recorded runs have a submodule {min(unknown)} that {type(module).__name__} lacks. Give a module "
+                "of the class that was trained, created with the same arguments."
+            )
         for name in circumstances.evaluation_modules:
-            self.module.get_submodule(name).eval()
+            layers[name].eval()
         self.trainer = ReplayTrainer(circumstances.trainer)
         self.trainer.datamodule, self.trainer.lightning_module = datamodule, self.module
         give_trainer(self.module, self.trainer)

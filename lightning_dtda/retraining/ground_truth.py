@@ -6,15 +6,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.retraining.task import Task
-from lightning_dtda.retraining.truth_store import TruthStore
+from lightning_dtda.retraining.truth_store import About, TruthStore
 from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.samples import as_array
+from lightning_dtda.trajectory.schema import FLOATS, Count, Expected, check_tensors, conform
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -39,7 +42,7 @@ class GroundTruth:
         about: What was trained and how, as JSON: removal, measurement, engine, module, data, versions.
 
     Raises:
-        RetrainingError: If the shapes do not match.
+        RetrainingError: If the shapes, data types or ``about`` do not fit.
 
     Example:
         >>> measurements = torch.tensor([[[1.0], [3.0]], [[0.0], [8.0]]])
@@ -59,14 +62,19 @@ class GroundTruth:
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, tensor, shape in (
-            ("measurements", self.measurements, (len(self.removed), len(self.seeds), len(self.queries))),
-            ("baseline", self.baseline, (len(self.baseline_seeds), len(self.queries))),
-        ):
-            if tensor.shape != shape:
-                raise RetrainingError(
-                    f"{name} has shape {tuple(tensor.shape)}, but the subsets, seeds and queries require {shape}."
-                )
+        conform(self.about, About, "about", RetrainingError)
+        queries = Annotated[list[int], msgspec.Meta(min_length=1)]
+        conform(self.queries, queries, "queries", RetrainingError)
+        conform(self.removed, list[list[Count]], "removed", RetrainingError)
+        conform(self.seeds, list[Count], "seeds", RetrainingError)
+        conform(self.baseline_seeds, list[Count], "baseline_seeds", RetrainingError)
+        sizes = {"subsets": len(self.removed), "seeds": len(self.seeds), "baseline seeds": len(self.baseline_seeds)}
+        expected: dict[str, Expected] = {
+            "measurements": (FLOATS, ("subsets", "seeds", "queries")),
+            "baseline": (FLOATS, ("baseline seeds", "queries")),
+        }
+        tensors = {name: getattr(self, name) for name in expected}
+        check_tensors(tensors, expected, "GroundTruth", sizes | {"queries": len(self.queries)}, RetrainingError)
 
     def __repr__(self) -> str:
         subsets, seeds, queries = self.measurements.shape
@@ -100,9 +108,9 @@ class GroundTruth:
         # take subsets in order of their number of trainings, up to where the seeds they all have leave most trainings
         common = [there[order[: number + 1]].all(0) for number in range(len(order))]
         kept = [(number + 1) * int(seeds.sum()) for number, seeds in enumerate(common)]
-        best = max(range(len(order)), key=lambda number: (kept[number], number))
+        best = max(range(len(order)), key=lambda number: (kept[number], number), default=-1)
         subsets = sorted(order[: best + 1])
-        seeds = common[best].nonzero()[:, 0].tolist()
+        seeds = common[best].nonzero()[:, 0].tolist() if subsets else []
         baseline_seeds = (~self.baseline.isnan().any(1)).nonzero()[:, 0].tolist()
         if self.removal == "reweight":  # pairs stay pairs
             seeds = baseline_seeds = sorted(set(seeds) & set(baseline_seeds))
@@ -212,8 +220,8 @@ class GroundTruth:
 
         return xr.Dataset(
             {
-                "measurements": (("subset", "seed", "query"), self.measurements.cpu().numpy()),
-                "baseline": (("baseline_seed", "query"), self.baseline.cpu().numpy()),
+                "measurements": (("subset", "seed", "query"), as_array(self.measurements)),
+                "baseline": (("baseline_seed", "query"), as_array(self.baseline)),
             },
             {
                 "subset": range(len(self.removed)),

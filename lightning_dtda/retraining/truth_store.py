@@ -7,24 +7,65 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from filelock import FileLock
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lightning_dtda.errors import RetrainingError, TrajectoryError
 from lightning_dtda.retraining.task import Task
 from lightning_dtda.trajectory.answers import Answers
-from lightning_dtda.trajectory.storage import read_json, read_tensors, replace_file, write_json
+from lightning_dtda.trajectory.schema import FLOATS, INT64, Count, Expected, FileEntry, check_tensors
+from lightning_dtda.trajectory.storage import read_tensors, replace_file
 
 FORMAT_VERSION = 1
 _INDEX, _LOCK = "truth.json", ".truth.lock"
 _OWN = (_LOCK, f".{_INDEX}.partial")
 """Files that may exist before the first index, from a process that is about to write it or was killed before."""
 
-_ANSWERS = Answers(_INDEX, "ground truth", "retrain", FORMAT_VERSION, RetrainingError, ignored=_OWN)
+
+class Failure(TypedDict):
+    """A training that failed."""
+
+    subset: Count | None
+    seed: Count
+    reason: str
+
+
+class About(TypedDict, total=False):
+    """Description of a ground truth. It may have more entries; none of these has to be there."""
+
+    removal: Literal["drop", "reweight"]
+    data: dict[str, Any]
+    runs: dict[str, Count]
+    failures: list[Failure]
+    versions: dict[str, str]
+
+
+class _Index(TypedDict):
+    """``truth.json``."""
+
+    about: About
+    queries: list[int]
+    removed: list[list[Count]]
+    seeds: list[Count]
+    baseline_seeds: list[Count]
+    engine: list[str]
+    failures: list[Failure]
+    versions: dict[str, str]
+
+
+_ANSWERS = Answers(_INDEX, "ground truth", "retrain", FORMAT_VERSION, _Index, RetrainingError, ignored=_OWN)
+_TRAININGS: dict[str, Expected] = {
+    "subsets": (INT64, ("trainings",)),
+    "seeds": (INT64, ("trainings",)),
+    "measurements": (FLOATS, ("trainings", "queries")),
+}
+"""Tensors in a file of finished trainings."""
+
 _ALL_DATA = -1
 """Stored in place of the subset for a training on all examples."""
 
@@ -192,10 +233,11 @@ class TruthStore:
         found: dict[Task, Tensor] = {}
         for path in sorted(self.path.glob("trainings-*.safetensors")):
             checksum = path.stem.rpartition("-")[2]
-            entry = {"file": path.name, "bytes": path.stat().st_size, "crc32": int(checksum, 16)}
             try:
+                entry: FileEntry = {"file": path.name, "bytes": path.stat().st_size, "crc32": int(checksum, 16)}
                 tensors = read_tensors(self.path, entry)
-            except TrajectoryError as error:
+                check_tensors(tensors, _TRAININGS, path, {"queries": len(self.queries)})
+            except (TrajectoryError, OSError, ValueError) as error:
                 raise TrajectoryError(
                     f"{path} was altered or damaged. Delete it and retrain again; only its trainings are repeated."
                 ) from error
@@ -227,9 +269,9 @@ class TruthStore:
     @contextmanager
     def _changed(self) -> Iterator[dict[str, Any]]:
         with _ANSWERS.written(self.path), FileLock(self.path / _LOCK):
-            self._index = read_json(self.path / _INDEX)
+            self._index = _ANSWERS.read(self.path)
             yield self._index
-            write_json(self.path / _INDEX, self._index)
+            _ANSWERS.write(self.path, self._index)
 
 
 def gather(
@@ -262,9 +304,9 @@ def gather(
 
 
 def _changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    before, after = found.get("about", {}), wanted["about"]
+    before, after = found["about"], wanted["about"]
     names = [key for key in {**before, **after} if before.get(key) != after.get(key) and key != "runs"]
     # additional recorded runs are additional seeds, but a different run with the same name is a different question
     if any(after.get("runs", {}).get(run, checksum) != checksum for run, checksum in before.get("runs", {}).items()):
         names.append("runs")
-    return names + [key for key in ("format_version", "queries") if found.get(key) != wanted[key]]
+    return names + (["queries"] if found["queries"] != wanted["queries"] else [])

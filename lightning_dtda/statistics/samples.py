@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import Difference
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array; NumPy has no bfloat16, which becomes single precision."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
 
 
 @dataclass(frozen=True, eq=False)

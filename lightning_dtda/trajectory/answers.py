@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dtda.errors import DTDAError, TrajectoryError
+from lightning_dtda.trajectory.schema import conform
 from lightning_dtda.trajectory.storage import is_disk_full, read_json, write_json
 
 
@@ -21,6 +22,7 @@ class Answers:
         noun: What the directory holds, e.g. "attribution".
         verb: Function and command that make one, e.g. "attribute".
         version: Version of the format.
+        schema: Types of what the index holds.
         error: Exception to raise if an answer cannot be started.
         ignored: Files that may exist before the index does.
     """
@@ -29,6 +31,7 @@ class Answers:
     noun: str
     verb: str
     version: int
+    schema: Any
     error: type[DTDAError]
     ignored: tuple[str, ...] = ()
 
@@ -40,7 +43,7 @@ class Answers:
         """Read the index of a stored answer.
 
         Raises:
-            TrajectoryError: If there is none, or its format is unknown.
+            TrajectoryError: If there is none, it is damaged, or its format is unknown.
         """
         if not self.is_at(path):
             verb = self.verb
@@ -53,11 +56,21 @@ class Answers:
                 f"{path / self.index} has format version {index.get('format_version')!r}; this lightning-dtda reads "
                 f"version {self.version}. {self.verb.capitalize()} again."
             )
+        conform(index, self.schema, path / self.index)
         return index
 
     def found(self, path: Path, overwrite: bool) -> dict[str, Any]:
-        """Return the index of the answer in a directory, in any format; empty if a new answer may start."""
-        return read_json(path / self.index) if self.is_at(path) and not overwrite else {}
+        """Return the index of the answer in a directory; empty if a new answer may start.
+
+        Raises:
+            DTDAError: If it is damaged, or has another format.
+        """
+        if overwrite or not self.is_at(path):
+            return {}
+        index = read_json(path / self.index)
+        self.check_same(path, [] if index.get("format_version") == self.version else ["format_version"])
+        conform(index, self.schema, path / self.index)
+        return index
 
     def write(self, path: Path, index: dict[str, Any]) -> None:
         """Write the index."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.schema import INT64, check_tensors
 
 _LISTED = 10
 """Number of examples that a message names."""
@@ -59,11 +60,9 @@ class ExampleChecksums:
         Raises:
             TrajectoryError: If the file holds something else.
         """
-        try:
-            values, stride = tensors["checksums"], int(tensors["stride"])
-        except (KeyError, RuntimeError) as error:
-            raise TrajectoryError(f"The checksums of the training examples are incomplete ({error}).") from None
-        if stride < 1 or stride & (stride - 1) or values.shape != (len(range(0, length, stride)),):
+        check_tensors(tensors, {"checksums": (INT64, ("checksums",)), "stride": (INT64, ())}, "The file of examples")
+        values, stride = tensors["checksums"], int(tensors["stride"])
+        if stride < 1 or stride & (stride - 1) or len(values) != -(-length // stride):
             raise TrajectoryError(
                 f"{len(values)} checksums with stride {stride} cannot belong to {length} training examples."
             )

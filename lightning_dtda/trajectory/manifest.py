@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from typing_extensions import NotRequired, TypedDict
 
 from lightning_dtda.errors import TrajectoryError, UnknownFormatError
 from lightning_dtda.trajectory.layout import ParameterLayout
+from lightning_dtda.trajectory.schema import Count, FileEntry, conform
 from lightning_dtda.trajectory.storage import read_json, write_json
 
 FORMAT_VERSION = 2
@@ -19,6 +23,77 @@ EXAMPLES = "examples.safetensors"
 AVERAGE = "average.safetensors"
 
 Status = Literal["recording", "complete", "incomplete"]
+Float = Literal["float64", "float32", "float16", "bfloat16"]
+Sharing = Literal["none", "network", "loss"]
+
+
+class Dataset(TypedDict):
+    """The part of the configuration that says what was trained on; it may have more entries."""
+
+    length: Count
+    fingerprint: Any
+
+
+class Training(TypedDict):
+    """The part of the configuration that says how the Trainer was set up; it has more entries."""
+
+    gradient_clip_val: float | None
+    gradient_clip_algorithm: Literal["norm", "value"] | None
+    precision: str
+
+
+class Configuration(TypedDict):
+    """Settings that all runs of an ensemble share."""
+
+    module: dict[str, Any]
+    dataset: Dataset
+    training: Training
+    hyperparameters: dict[str, list[float]]
+
+
+class Parameter(TypedDict):
+    """Name and shape of a trained parameter."""
+
+    name: str
+    shape: Annotated[list[Count], msgspec.Meta(max_length=64)]
+
+
+class Circumstance(TypedDict):
+    """Other inputs that ``training_step`` may have depended on."""
+
+    trainer: dict[str, int | float | str | bool | None]
+    updated_buffers: list[str]
+    transfer_hooks: dict[str, str]
+    kernels: NotRequired[list[str] | None]
+
+
+class Shared(TypedDict):
+    """What the examples of a batch share."""
+
+    training: Sharing
+    evaluation: Sharing
+    reduction: Literal["mean", "sum", "other"]
+
+
+class Shard(FileEntry):
+    """A file of per-step records."""
+
+    first_step: Count
+    last_step: Count
+
+
+class CheckpointFile(FileEntry):
+    """A file of parameters and optimizer state."""
+
+    step: Count
+
+
+class AverageFile(FileEntry):
+    """A file of averaged parameters."""
+
+    steps: list[Count]
+    coefficients: list[float]
+    buffers: Literal["last", "updated", "averaged"]
 
 
 @dataclass
@@ -57,30 +132,30 @@ class Manifest:
         examples: File of the training examples' checksums; ``None`` if batches are stored.
     """
 
-    seed: int | None
-    configuration: dict[str, Any]
-    parameters: list[dict[str, Any]]
-    group_lengths: list[int]
-    dtype: str
+    seed: Count | None
+    configuration: Configuration
+    parameters: list[Parameter]
+    group_lengths: list[Count]
+    dtype: Float
     optimizer: str
     options: list[dict[str, Any]]
     hyperparameters: list[str]
-    gradients: str
-    batches: str
-    processes: int
+    gradients: Float | Literal["none"]
+    batches: Literal["store", "indices"]
+    processes: Count
     evaluation_modules: list[str]
-    circumstances: dict[str, Any]
-    shared: dict[str, str]
-    threads: int
+    circumstances: Circumstance
+    shared: Shared
+    threads: Count
     versions: dict[str, str]
-    planned_steps: int | None
+    planned_steps: Count | None
     status: Status = "recording"
     reason: str | None = None
-    steps: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    checkpoints: list[dict[str, Any]] = field(default_factory=list)
-    examples: dict[str, Any] | None = None
-    average: dict[str, Any] | None = None
+    steps: Count = 0
+    shards: list[Shard] = field(default_factory=list)
+    checkpoints: list[CheckpointFile] = field(default_factory=list)
+    examples: FileEntry | None = None
+    average: AverageFile | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -98,7 +173,7 @@ class Manifest:
         return getattr(torch, self.dtype)
 
     @property
-    def files(self) -> list[dict[str, Any]]:
+    def files(self) -> list[FileEntry]:
         """All files listed in the manifest."""
         return [*self.shards, *self.checkpoints, *(one for one in (self.examples, self.average) if one is not None)]
 
@@ -145,10 +220,45 @@ class Manifest:
                 f"{path} has format version {version!r}; this lightning-dtda reads version {FORMAT_VERSION}. "
                 "Install the version that wrote it, or record the run again."
             )
+        conform(content, cls, path)
         known = {item.name for item in fields(cls)}
-        if missing := sorted(known - content.keys()):
+        if missing := sorted(known - content.keys()):  # those with a default are not missed above
             raise TrajectoryError(f"{path} is missing {', '.join(missing)}. Record the run again.")
-        return cls(**{name: content[name] for name in known})
+        manifest = cls(**{name: content[name] for name in known})
+        if reason := manifest._contradiction():
+            raise TrajectoryError(f"{path} is damaged: {reason}. Record the run again.")
+        return manifest
+
+    def _contradiction(self) -> str | None:
+        """Return which fields contradict each other, if any do."""
+        names, steps = [entry["name"] for entry in self.parameters], [entry["step"] for entry in self.checkpoints]
+        starts = [entry["first_step"] for entry in self.shards]
+        ends = [entry["last_step"] for entry in self.shards]
+        # an axis of length 0 counts as well, since torch multiplies the others
+        size = sum(math.prod(max(1, length) for length in entry["shape"]) for entry in self.parameters)
+        size *= self.torch_dtype.itemsize
+        average = self.average
+        contradictions = {
+            "parameters are listed twice": len(set(names)) < len(names),
+            "groups and parameters differ in number": sum(self.group_lengths) != len(names),
+            "options and groups differ in number": len(self.options) != len(self.group_lengths),
+            "hyperparameters are listed twice": len(set(self.hyperparameters)) < len(self.hyperparameters),
+            "settings and groups differ in number": any(
+                len(values) != len(self.options) for values in self.configuration["hyperparameters"].values()
+            ),
+            "there is no learning rate": "lr" not in self.hyperparameters,
+            "it lists no process": self.processes < 1,
+            "the shards do not follow each other": [*starts, self.steps] != [0, *ends] or starts != sorted(set(starts)),
+            "the checkpoints are not in order": steps != sorted(set(steps))
+            or (steps != [] and (steps[0] > 0 or steps[-1] > self.steps)),
+            "the parameters are larger than a checkpoint": size >= 2**63
+            or any(entry["bytes"] < size for entry in self.checkpoints),
+            "the average's steps and coefficients differ in number": average is not None
+            and len(average["steps"]) != len(average["coefficients"]),
+            "the average has steps that were not taken": average is not None
+            and (not average["steps"] or max(average["steps"]) > self.steps),
+        }
+        return next((text for text, found in contradictions.items() if found), None)
 
 
 def changed_leaves(first: Any, second: Any, absent: Any = None, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from typing_extensions import override
 
-from lightning_dtda.trajectory.run import Checkpoint, MicroBatch, Run, _Shard
+from lightning_dtda.trajectory.run import Checkpoint, Run
+from lightning_dtda.trajectory.shard import MicroBatch, Shard
 
 
 class ProlongedRun(Run):
@@ -56,5 +57,5 @@ class ProlongedRun(Run):
         return [replace(micro_batch, indices=micro_batch.indices % examples) for micro_batch in found]
 
     @override
-    def _locate(self, step: int) -> tuple[_Shard, int]:
+    def _locate(self, step: int) -> tuple[Shard, int]:
         return super()._locate(step % self._recorded)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +13,13 @@ from lightning_dtda.errors import TrajectoryError
 from lightning_dtda.optimizers import UPDATES, Clipping, GroupedUpdate, Hyperparameters, State, clipping
 from lightning_dtda.trajectory.example_checksums import ExampleChecksums
 from lightning_dtda.trajectory.layout import ParameterLayout
-from lightning_dtda.trajectory.manifest import Manifest
+from lightning_dtda.trajectory.manifest import AVERAGE, Manifest
+from lightning_dtda.trajectory.schema import FLOATS, check_tensors
+from lightning_dtda.trajectory.shard import MicroBatch, Shard
 from lightning_dtda.trajectory.storage import check_size, read_tensors
 
-LEAF = "leaves."
-"""Prefix of a shard's entries for stored batches, one entry per tensor in a batch."""
-
-RNG_STATES, RNG_SIZES, RNG_MICRO_BATCHES = "rng_states.", "rng_sizes.", "rng_micro_batches."
-"""Prefixes of a shard's entries for each random number generator: its concatenated states, the number of bytes of each
-state, and the micro-batch that follows each state."""
+_SAME_AVERAGE = 1e-3
+"""Largest relative distance of an average from what is rebuilt: it was computed step by step, perhaps on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +39,6 @@ class Checkpoint:
     buffers: dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward and backward pass of a step.
-
-    Args:
-        indices: Data set indices in order ``(B,)``.
-        epoch: ``trainer.current_epoch``.
-        batch_idx: ``batch_idx`` as passed to ``training_step``.
-        rng_states: States of the random number generators that the pass drew from, by name (torch's are ``cpu`` and
-            ``cuda``), taken before the batch was moved to the module.
-        leaves: Tensors of the batch, each ``(B, ...)``; empty if batches were not stored.
-        process: Process that ran the pass; 0 if there was only one.
-        global_step: ``trainer.global_step``, which also counts steps that were not taken.
-    """
-
-    indices: Tensor
-    epoch: int
-    batch_idx: int
-    rng_states: dict[str, Tensor]
-    leaves: tuple[Tensor, ...] = ()
-    process: int = 0
-    global_step: int = 0
-
-
 class Run:
     """One seeded training on disk: what happened at each of its T optimizer steps.
 
@@ -79,17 +52,21 @@ class Run:
         TrajectoryError: If the manifest cannot be read, or files are missing or truncated.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, _process: int = 0) -> None:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
+        if _process and self.manifest.processes != 1:  # a process has no processes of its own, without end
+            raise TrajectoryError(f"{self.path} is damaged: it is not the record of one process. Record the run again.")
         for entry in self.manifest.files:
             check_size(self.path, entry)
-        self.processes = (self, *(Run(process_path(self.path, n)) for n in range(1, self.manifest.processes)))
+        self.processes = (self, *(Run(process_path(self.path, n), n) for n in range(1, self.manifest.processes)))
         # the processes of a killed training may have recorded different numbers of steps
         self._checkpoints = {entry["step"]: entry for entry in self.manifest.checkpoints if entry["step"] <= self.steps}
         self._shard_starts = [entry["first_step"] for entry in self.manifest.shards]
-        self._shard: tuple[int, _Shard] | None = None
+        self._on_disk = self.manifest  # a hypothetical run changes the other
+        self._shard: tuple[int, Shard] | None = None
         self._cursor: tuple[int, Tensor, list[State]] | None = None
+        self._has_compared_average = False
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, steps={self.steps}, status={self.manifest.status!r})"
@@ -107,7 +84,9 @@ class Run:
     @property
     def checksum(self) -> int:
         """Checksum of the trained model, which distinguishes the run from another one recorded under the same name."""
-        return max(self.manifest.checkpoints, key=lambda entry: entry["step"])["crc32"]
+        if not self.manifest.checkpoints:
+            raise TrajectoryError(f"{self.path} ended before its initial parameters were written. Record it again.")
+        return self.manifest.checkpoints[-1]["crc32"]
 
     @property
     def example_checksums(self) -> ExampleChecksums | None:
@@ -152,7 +131,12 @@ class Run:
         """Update of the optimizer, over all of its parameter groups."""
         layout = self.layout
         parameters = layout.group_parameters(self.manifest.torch_dtype)
-        return GroupedUpdate(UPDATES[self.manifest.optimizer], layout.group_slices, parameters)
+        if (update := UPDATES.get(self.manifest.optimizer)) is None:
+            raise TrajectoryError(
+                f"{self.path} was trained with {self.manifest.optimizer}, whose update is not known here. Add it to "
+                "lightning_dtda.optimizers.UPDATES, as when the run was recorded."
+            )
+        return GroupedUpdate(update, layout.group_slices, parameters)
 
     def has_theta(self, step: int) -> bool:
         """Return whether theta_t can be read or rebuilt from the record alone."""
@@ -200,20 +184,15 @@ class Run:
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Read the checkpoint after ``step`` optimizer steps, which must be one of :attr:`checkpoint_steps`."""
+        if step not in self._checkpoints:
+            raise TrajectoryError(f"{self.path} has no checkpoint at step {step}. Record the run again.")
         tensors = read_tensors(self.path, self._checkpoints[step])
-        layout = self.layout
-        try:
-            theta = layout.flatten([tensors[f"parameters.{name}"] for name in layout.names])
-        except KeyError as error:
-            raise TrajectoryError(
-                f"The checkpoint of {self.path} at step {step} is missing {error}. Record the run again."
-            ) from None
-        states: list[State] = [{} for _ in layout.group_lengths]
-        for name, tensor in _below("state.", tensors).items():
-            group, key = name.split(".", 1)
-            states[int(group)][key] = tensor
-        if step == 0 and self.steps:  # the initial state follows from the first step's hyperparameters
-            states = self.update.initial_states(theta, self.hyperparameters(0))
+        where = f"The checkpoint of {self.path} at step {step}"
+        theta = self._theta(tensors, where)
+        if step:
+            states = self._states(tensors, theta, where)
+        else:  # the initial state follows from the first step's hyperparameters
+            states = self.update.initial_states(theta, self.hyperparameters(0)) if self.steps else []
         return Checkpoint(step, theta, states, _below("buffers.", tensors))
 
     def average(self) -> Checkpoint | None:
@@ -221,8 +200,39 @@ class Run:
         if self.manifest.average is None:
             return None
         tensors = read_tensors(self.path, self.manifest.average)
-        theta = self.layout.flatten([tensors[f"parameters.{name}"] for name in self.layout.names])
+        theta = self._theta(tensors, f"The average of {self.path}")
+        is_precise = self.manifest.dtype in ("float64", "float32")  # else it may be far from the sum, by rounding
+        if self.has_exact_gradients and is_precise and not self._has_compared_average:
+            rebuilt = torch.stack([c * self.theta_vector(t).double() for t, c in self.averaged_steps.items()]).sum(0)
+            if not (rebuilt - theta).norm() <= _SAME_AVERAGE * rebuilt.norm():  # NaN is not the same
+                raise TrajectoryError(
+                    f"{self.path}: {AVERAGE} is not the average of the recorded parameters. Record the run again."
+                )
+            self._has_compared_average = True
         return Checkpoint(self.steps, theta, [], _below("buffers.", tensors))
+
+    def _theta(self, tensors: dict[str, Tensor], where: str) -> Tensor:
+        layout, dtypes = self.layout, (self.manifest.torch_dtype,)
+        names = [f"parameters.{name}" for name in layout.names]
+        check_tensors(tensors, {n: (dtypes, shape) for n, shape in zip(names, layout.shapes, strict=True)}, where)
+        return layout.flatten([tensors[name] for name in names])
+
+    def _states(self, tensors: dict[str, Tensor], theta: Tensor, where: str) -> list[State]:
+        """Return the optimizer state of each parameter group, which has the sizes of the initial state."""
+        first = self.manifest.configuration["hyperparameters"]
+        settings = [
+            {name: values[group] for name, values in first.items()} | options
+            for group, options in enumerate(self.manifest.options)
+        ]
+        states = self.update.initial_states(theta.to("meta"), settings)
+        expected = {
+            # torch keeps some numbers in another data type than the parameters
+            f"state.{group}.{key}": (FLOATS if part.numel() == 1 else (part.dtype,), tuple(part.shape))
+            for group, state in enumerate(states)
+            for key, part in state.items()
+        }
+        check_tensors(tensors, expected, where)
+        return [{key: tensors[f"state.{group}.{key}"] for key in state} for group, state in enumerate(states)]
 
     @property
     def averaged_steps(self) -> dict[int, float]:
@@ -306,13 +316,13 @@ class Run:
             raise TrajectoryError(f"{self.path} has no gradient norms: its gradients were not clipped by norm.")
         return shard.tensors["gradient_norms"][row]
 
-    def _locate(self, step: int) -> tuple[_Shard, int]:
+    def _locate(self, step: int) -> tuple[Shard, int]:
         """Return the shard that holds the step's record, reading it if necessary, and the step's row in it."""
         if not 0 <= step < self.steps:
             raise TrajectoryError(f"{self.path} has no record of step {step}; it has {self.steps} steps, 0 first.")
         number = bisect_right(self._shard_starts, step) - 1
         if self._shard is None or self._shard[0] != number:
-            self._shard = (number, _Shard(read_tensors(self.path, self.manifest.shards[number])))
+            self._shard = (number, Shard(self.path, self._on_disk, number))
         return self._shard[1], step - self._shard_starts[number]
 
 
@@ -334,37 +344,3 @@ def changed_examples(first: Run, second: Run) -> list[int]:
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names start with a prefix, with the prefix removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-class _Shard:
-    """The records of consecutive steps; ragged data are concatenated and stored together with their lengths."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-        sizes = tensors["micro_batch_sizes"].tolist()
-        self._indices = torch.split(tensors["indices"], sizes)
-        leaves = sorted((key for key in tensors if key.startswith(LEAF)), key=lambda key: int(key.removeprefix(LEAF)))
-        self._leaves = list(zip(*(torch.split(tensors[key], sizes) for key in leaves), strict=True))
-        self._first_micro_batch = [0, *tensors["micro_batches"].cumsum(0).tolist()]
-        self._rng: dict[int, dict[str, Tensor]] = {}
-        for key in tensors:
-            if key.startswith(RNG_STATES):
-                name = key.removeprefix(RNG_STATES)
-                states = torch.split(tensors[key], tensors[f"{RNG_SIZES}{name}"].tolist())
-                for micro_batch, state in zip(tensors[f"{RNG_MICRO_BATCHES}{name}"].tolist(), states, strict=True):
-                    # a copy: torch.set_rng_state crashes on a view into a larger tensor
-                    self._rng.setdefault(micro_batch, {})[name] = state.clone()
-
-    def micro_batches(self, row: int) -> list[MicroBatch]:
-        tensors: dict[str, Any] = self.tensors
-        return [
-            MicroBatch(
-                indices=self._indices[m],
-                epoch=int(tensors["epochs"][m]),
-                batch_idx=int(tensors["batch_idx"][m]),
-                global_step=int(tensors["global_steps"][m]),
-                rng_states=self._rng.get(m, {}),
-                leaves=self._leaves[m] if self._leaves else (),
-            )
-            for m in range(self._first_micro_batch[row], self._first_micro_batch[row + 1])
-        ]

@@ -7,6 +7,7 @@ import io
 import json
 import mmap
 import os
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lightning_dtda.errors import TrajectoryError
+from lightning_dtda.trajectory.schema import FileEntry
 
 if sys.platform == "linux":
     import fcntl
@@ -52,7 +54,16 @@ _DTYPES = {
 }
 """Names of the data types in safetensors."""
 
+_LARGEST_JSON = 2**30
+"""Largest size of a JSON file in bytes; the manifest of a run with a million checkpoints has a tenth of it."""
+
+_DEEPEST_JSON = 100
+"""Largest number of levels in JSON. Python limits those that functions of it can follow to about a thousand."""
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+DAMAGED_TENSORS = (SafetensorError, ValueError, KeyError, TypeError, RuntimeError)
+"""What safetensors may raise for a damaged header; ``KeyError`` for a data type that torch does not have."""
 
 _PIECE = 2**22
 """Number of bytes that are checksummed and written at a time."""
@@ -69,8 +80,9 @@ PAGE = mmap.PAGESIZE
 def _replacing(path: Path) -> Iterator[io.BufferedWriter]:
     """Open a file under a temporary name and rename it into place, so no reader ever sees a partial file."""
     partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # left by a killed process, or a link or a pipe, which must not be written to
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
         partial.replace(path)
     except BaseException:  # also if the program is interrupted
@@ -127,23 +139,40 @@ def read_json(path: Path) -> dict[str, Any]:
         TrajectoryError: If the file is missing, is not a JSON object, or was changed after it was written.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise TrajectoryError(f"{path} is not a regular file. Record or compute it again.")
+        if status.st_size > _LARGEST_JSON:
+            raise TrajectoryError(f"{path} is damaged: it is too large. Record or compute it again.")
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise TrajectoryError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise TrajectoryError(f"{path} cannot be read ({error}). Record or compute it again.") from error
     if not isinstance(content, dict):
         raise TrajectoryError(f"{path} is not a JSON object. Record or compute it again.")
+    if _is_deep(content):
+        raise TrajectoryError(f"{path} is damaged: it has too many levels. Record or compute it again.")
     if content.pop(_CHECKSUM, None) != _checksum(content):
         raise TrajectoryError(f"{path} was altered or damaged (checksum mismatch). Record or compute it again.")
     return content
+
+
+def _is_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_DEEPEST_JSON):
+        containers = [value for value in level if isinstance(value, (dict, list))]
+        if not containers:
+            return False
+        level = [below for one in containers for below in (one.values() if isinstance(one, dict) else one)]
+    return True
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
     return crc32(json.dumps(content).encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = False) -> dict[str, Any]:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], direct: bool = False) -> FileEntry:
     """Write tensors as safetensors and return the file's entry for a manifest: name, bytes and checksum.
 
     The tensors are written without a copy, unless they are on another device.
@@ -208,46 +237,43 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield content[start : start + _PIECE]
 
 
-def check_size(directory: Path, entry: Mapping[str, Any]) -> None:
+def check_size(directory: Path, entry: FileEntry) -> Path:
     """Compare a file's size with its manifest entry: a cheap check for truncated and missing files.
 
+    Returns:
+        Path of the file.
+
     Raises:
-        TrajectoryError: If the size differs or the file is missing; the message names the file.
+        TrajectoryError: If the size differs or there is no such regular file; the message names the file.
     """
-    path = entry_path(directory, entry)
-    size = path.stat().st_size if path.is_file() else None
+    path = directory / entry["file"]
+    try:
+        size = path.stat().st_size if path.is_file() else None
+    except OSError as error:
+        raise TrajectoryError(f"{path} cannot be read ({error}). Make it readable, or record it again.") from error
     if size != entry["bytes"]:
         found = "is missing" if size is None else f"has {size} bytes"
         raise TrajectoryError(
             f"{path} {found}; the manifest lists {entry['bytes']} bytes. The run is damaged: record it again."
         )
+    return path
 
 
-def read_tensors(directory: Path, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(directory: Path, entry: FileEntry) -> dict[str, Tensor]:
     """Read a safetensors file listed in a manifest, and verify its checksum.
 
     Raises:
         TrajectoryError: If the file is missing, truncated or altered; the message names it.
     """
-    check_size(directory, entry)
-    path = entry_path(directory, entry)
-    content = path.read_bytes()
+    path = check_size(directory, entry)
+    try:
+        content = path.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise TrajectoryError(f"{path} cannot be read ({error or 'too large for the memory'}).") from error
     if crc32(content) != entry["crc32"]:
         raise TrajectoryError(f"{path} was altered or damaged (checksum mismatch). Record the run again.")
     try:
         # no pickle: a header of names, shapes and offsets, limited to the bytes whose checksum was just verified
         return safetensors.torch.load(content)
-    except SafetensorError as error:
+    except DAMAGED_TENSORS as error:
         raise TrajectoryError(f"{path} is not a safetensors file ({error}). Record the run again.") from error
-
-
-def entry_path(directory: Path, entry: Mapping[str, Any]) -> Path:
-    """Return the path of a manifest entry, which must be a plain file name in the manifest's directory.
-
-    Raises:
-        TrajectoryError: If the name points anywhere else.
-    """
-    name = entry["file"]
-    if not isinstance(name, str) or Path(name).name != name:
-        raise TrajectoryError(f"The manifest in {directory} lists {name!r}, which is not a plain file name.")
-    return directory / name

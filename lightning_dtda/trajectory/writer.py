@@ -157,7 +157,7 @@ class RunWriter:
                 # if another file is waiting, the disk is not keeping up: then write through the page cache, so the
                 # training need not wait for the disk
                 keeps_up = self._queue.empty()
-                written = write_tensors(self._directory / name, tensors, keeps_up) | entry
+                written: Any = {**write_tensors(self._directory / name, tensors, keeps_up), **entry}
                 if name == EXAMPLES:
                     self._manifest.examples = written
                 elif name == AVERAGE:
@@ -188,3 +188,7 @@ def is_being_written(directory: Path) -> bool:
             return False
     except Timeout:
         return True
+    except OSError as error:
+        raise RecordingError(
+            f"{directory / _LOCK} cannot be locked ({error}). Delete it if nothing records there."
+        ) from error

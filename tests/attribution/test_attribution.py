@@ -1,5 +1,7 @@
 """The result: predictions, influences, tables, and what is on disk."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -258,3 +260,43 @@ def test_groups_are_as_many_as_responses(attribution):
     about = {"removals": [{"name": "web", "examples": [0]}]}
     with pytest.raises(AttributionError, match="names 1 groups; there are responses to 7"):
         Attribution(attribution.baseline, attribution.responses, attribution.runs, attribution.queries, about)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"baseline": torch.ones(1, QUERIES)},
+            r"shape \(1, 3\), but must be \(runs, queries\) = \(10, 3\)",
+        ),
+        ({"responses": torch.ones(RUNS, QUERIES)}, r"responses has shape .* must be \(runs, queries, removals\)"),
+        ({"responses": torch.ones(RUNS, QUERIES, 2).long()}, "responses has data type torch.int64"),
+        ({"baseline": np.ones((RUNS, QUERIES))}, "baseline is of type ndarray, but must be a tensor"),
+        ({"responses": torch.ones(RUNS, QUERIES, 0)}, "at least one run, one query and one removal"),
+        ({"runs": ("seed-0000",) * RUNS}, "has a name twice"),
+        ({"runs": ("a/b", *map(str, range(RUNS - 1)))}, r"runs is not valid: .* at `\$\[0\]`"),
+        ({"queries": ("first", 1, 2)}, r"queries is not valid: Expected `int`, got `str`"),
+        ({"about": {"step": -1}}, r"about is not valid: .* at `\$.step`"),
+        ({"about": {"removals": [{"name": "a"}]}}, "missing required field `examples`"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_at_once(attribution, change, message):
+    with pytest.raises(AttributionError, match=message):
+        replace(attribution, **change)
+
+
+def test_what_is_not_a_number_is_known_as_such_and_leaves_the_others_alone(attribution):
+    expected = attribution.influence("mean")
+    responses = attribution.responses.clone()
+    responses[3, 1, 2] = torch.nan
+    found = replace(attribution, responses=responses).influence("mean")
+    assert found.isnan().nonzero().tolist() == [[1, 2]]
+    found[1, 2] = expected[1, 2]
+    torch.testing.assert_close(found, expected)
+
+
+def test_arrays_of_a_training_in_bfloat16_have_single_precision(attribution):
+    coarse = replace(attribution, baseline=attribution.baseline.bfloat16(), responses=attribution.responses.bfloat16())
+    table = coarse.to_xarray()
+    assert table.responses.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(table.baseline.values), coarse.baseline.float())

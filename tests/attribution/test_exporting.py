@@ -1,6 +1,7 @@
 """Exports, read back by the libraries that own the formats."""
 
 import json
+import os
 import sys
 from importlib.util import find_spec
 
@@ -178,3 +179,18 @@ def test_two_settings_of_a_difference_have_columns_of_their_own(attribution, tmp
     found = read(export(attribution, tmp_path / "table", format, [low, high]), format)
     for name, difference in (("quantile(0.1)", low), ("quantile", high)):
         np.testing.assert_allclose(found[f"{name}_influence"].values, attribution.influence(difference), rtol=1e-12)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes and links")
+@pytest.mark.parametrize("what", ["pipe", "link", "link to nothing"])
+def test_nothing_is_exported_through_a_pipe_or_a_link(attribution, tmp_path, what):
+    (tmp_path / "precious").mkdir()
+    for path in (tmp_path / "table.parquet", tmp_path / ".table.parquet.partial"):
+        if what == "pipe":
+            os.mkfifo(path)
+        else:
+            path.symlink_to(tmp_path / ("precious" if what == "link" else "nothing"))
+    output = export(attribution, tmp_path / "table.parquet", overwrite=True)
+    assert output.is_file()
+    assert not output.is_symlink()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["precious", "table.parquet"]

@@ -10,6 +10,7 @@ import torch
 
 from lightning_dtda.attribution.responses import StoredResponses, StoredTable
 from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.trajectory.schema import FLOATS
 
 RUNS, QUERIES, REMOVALS = 4, 5, 6
 
@@ -35,7 +36,8 @@ def stored(entries, tmp_path):
 
 
 def mapped(directory, entry):
-    return StoredTable.map(directory, entry, "responses", ["baseline"])
+    expected = {"baseline": (FLOATS, ("queries",)), "responses": (FLOATS, ("queries", "removals"))}
+    return StoredTable.map(directory, entry, "responses", expected, {})
 
 
 def damage_last_query(path: Path) -> None:

@@ -7,25 +7,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_dtda import Ensemble, Run
+from lightning_dtda import Run
 from lightning_dtda.errors import TrajectoryError
+from tests.faults.asking import everything
 from tests.trajectory.runs import write_run
-
-
-def everything(root):
-    """All that can be asked of the only run of an ensemble."""
-    [run] = Ensemble.open(root)
-    steps = range(run.steps)
-    return {
-        "theta": [run.theta_vector(step) for step in range(run.steps + 1)],
-        "gradients": [run.gradient_vector(step) for step in steps],
-        "indices": [run.batch_indices(step) for step in steps],
-        "coefficients": [run.coefficients(step) for step in steps],
-        "hyperparameters": [run.hyperparameters(step) for step in steps],
-        "states": [run.checkpoint(step).states for step in run.checkpoint_steps],
-        "examples": run.example_checksums.values,
-        "manifest": dict(vars(run.manifest)),
-    }
 
 
 def same(first, second):

@@ -1,5 +1,6 @@
 """Every generator that a step may draw from is put back to where it was, and draws what it drew then."""
 
+import json
 import random
 
 import numpy as np
@@ -252,3 +253,38 @@ def test_dropout_of_parameters_in_double_is_differentiated():
 def test_numbers_drawn_on_a_gpu_are_not_drawn_again_on_the_cpu(module):
     with pytest.raises(ReplayError, match=r'cannot draw the same\. Give device="cuda"'):
         Generators(module, CPU).set({"cuda": torch.get_rng_state()})
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("damage", ["empty", "shorter", "ones", "of another"])
+def test_an_invalid_state_is_refused_by_the_name_of_the_generator(module, name, damage):
+    generators = Generators(module, CPU)
+    states = generators.states()
+    other = states["own.1" if name in ("cpu", "numpy", "python", "own.0") else "cpu"]
+    state = {"empty": states[name][:0], "shorter": states[name][:-9], "ones": torch.full_like(states[name], 255)}
+    with pytest.raises(ReplayError, match=f"generator {name} does not fit"):
+        generators.set({name: state.get(damage, other)})
+
+
+@pytest.mark.parametrize("bits", [np.random.MT19937, np.random.Philox])
+def test_a_position_behind_the_state_is_refused_as_numpy_would_read_there(bits):
+    # without the check, the next draw ends the process with a segmentation fault
+    module = nn.Module()
+    module.rng = np.random.Generator(bits(0))
+    generators = Generators(module, CPU)
+    content = json.loads(bytes(generators.states()["own.0"].numpy()))
+    if bits is np.random.MT19937:
+        content["state"]["pos"] = 9**7
+    else:
+        content["buffer_pos"] = 9**7
+    forged = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+    with pytest.raises(ReplayError, match=r"own\.0 does not fit .*position 4782969"):
+        generators.set({"own.0": forged})
+
+
+def test_a_position_behind_the_state_of_the_global_generator_is_refused(module):
+    generators = Generators(module, CPU)
+    state = generators.states()["numpy"].clone()
+    state[624 * 4 + 2] = 1
+    with pytest.raises(ReplayError, match="numpy does not fit"):
+        generators.set({"numpy": state})

@@ -31,9 +31,20 @@ def manifest(**changes):
     fields = {
         "seed": 7,
         "configuration": {
-            "dataset": {"length": EXAMPLES},
-            "training": {"batch_size": 2},
+            "dataset": {"length": EXAMPLES, "fingerprint": None},
+            "training": {
+                "batch_size": 2,
+                "gradient_clip_val": None,
+                "gradient_clip_algorithm": None,
+                "precision": "32-true",
+            },
             "module": {"class": "Linear"},
+            "hyperparameters": {
+                "lr": [0.1, 0.2],
+                "momentum": [0.9, 0.0],
+                "dampening": [0.0, 0.0],
+                "weight_decay": [0.0, 0.01],
+            },
         },
         "parameters": [{"name": name, "shape": list(shape)} for name, shape in SHAPES.items()],
         "group_lengths": list(LAYOUT.group_lengths),

@@ -79,7 +79,7 @@ def test_a_newer_format_is_refused_with_both_versions(directory):
 def test_a_manifest_that_lacks_a_field_is_refused(directory):
     change_manifest(directory, lambda content: content.pop("threads"))
 
-    with pytest.raises(TrajectoryError, match="is missing threads"):
+    with pytest.raises(TrajectoryError, match="missing required field `threads`"):
         Run(directory)
 
 

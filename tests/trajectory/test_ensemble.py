@@ -6,9 +6,9 @@ import pytest
 
 from lightning_dtda import Ensemble
 from lightning_dtda.errors import TrajectoryError
-from tests.trajectory.runs import STEPS, write_run
+from tests.trajectory.runs import STEPS, manifest, write_run
 
-SAME = {"dataset": {"length": 10}, "training": {"batch_size": 2}, "module": {"class": "Linear"}}
+SAME = manifest().configuration
 
 
 def test_runs_come_in_the_order_of_their_names(tmp_path):
@@ -51,8 +51,11 @@ def test_incomplete_runs_are_left_out_and_named_with_the_reason(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"configuration": {**SAME, "training": {"batch_size": 4}}}, "training.batch_size: 2 vs. 4"),
-        ({"configuration": {**SAME, "dataset": {"length": 9}}}, "dataset.length: 10 vs. 9"),
+        (
+            {"configuration": {**SAME, "training": {**SAME["training"], "batch_size": 4}}},
+            "training.batch_size: 2 vs. 4",
+        ),
+        ({"configuration": {**SAME, "dataset": {**SAME["dataset"], "length": 9}}}, "dataset.length: 10 vs. 9"),
         ({"configuration": {**SAME, "more": True}}, "more: 'absent' vs. True"),
         ({"evaluation_modules": ["norm"]}, r"evaluation_modules: \[\] vs. \['norm'\]"),
         ({"options": [{"nesterov": True}] * 2}, "options"),

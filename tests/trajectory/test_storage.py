@@ -125,7 +125,7 @@ def opening(monkeypatch, kind):
     monkeypatch.setattr(
         Path,
         "open",
-        lambda path, mode: io.BufferedWriter(kind(path, mode)) if mode == "wb" else usual(path, mode),
+        lambda path, mode: io.BufferedWriter(kind(path, mode)) if mode == "xb" else usual(path, mode),
     )
 
 

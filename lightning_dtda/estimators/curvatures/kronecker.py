@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError, TrajectoryError
@@ -28,6 +28,7 @@ from lightning_dtda.estimators.curvatures.factors import (
 from lightning_dtda.estimators.curvatures.spectrum import Function, Spectrum
 from lightning_dtda.estimators.layer_gradients import WatchedLayer
 from lightning_dtda.estimators.objective import Objective
+from lightning_dtda.trajectory.schema import FLOATS, Expected, FileEntry, check_tensors, conform
 from lightning_dtda.trajectory.storage import read_json, read_tensors, write_json, write_tensors
 
 _log = logging.getLogger(__name__)
@@ -113,12 +114,17 @@ class KFAC(Curvature):
             _log.info("Using the diagonal of the Gauss-Newton matrix for these parameters: %s.", ", ".join(others))
         root = None if known is None else SampledRoot(objective, known, self.samples, self.seed)
         path = None if self.cache is None else _cache_file(objective, self)
-        tensors = None if path is None else _read(path)
+        tensors = None if path is None else _read(path, layers, objective)
         if tensors is None:
             tensors = _fitted(objective, root, self.is_corrected)
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_json(path.with_suffix(".json"), {"factors": write_tensors(path, tensors)})
+                except OSError as error:
+                    raise AttributionError(
+                        f"cache={str(self.cache)!r} cannot be written to ({error}). Choose another directory, or None."
+                    ) from error
         blocks = [block for number, layer in layers.items() for block in _blocks(number, layer, tensors, objective)]
         lengths = _lengths(objective, root) if self.rescale else None
         return KroneckerSpectrum(blocks, tensors["diagonal"].to(objective.theta) + objective.penalty, lengths)
@@ -272,9 +278,22 @@ def _cache_file(objective: Objective, curvature: KFAC) -> Path:
     return Path(str(curvature.cache)) / f"{objective.run.name}-{digest}.safetensors"
 
 
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """Read factors from the cache; ``None`` if they are missing or damaged."""
+def _read(path: Path, layers: Mapping[int, WatchedLayer], objective: Objective) -> dict[str, Tensor] | None:
+    """Read factors from the cache; ``None`` if they are missing, damaged or of other layers."""
+    expected: dict[str, Expected] = {"diagonal": (FLOATS, objective.theta.shape)}
+    for number, layer in layers.items():
+        groups, inputs, outputs = (f"{size} of {number}" for size in ("groups", "inputs", "outputs"))
+        expected[f"{number}.values"] = FLOATS, (groups, outputs, inputs)
+        expected[f"{number}.right"] = FLOATS, (groups, inputs, inputs)
+        if not isinstance(layer.module, nn.Embedding):
+            expected[f"{number}.left"] = FLOATS, (groups, outputs, outputs)
     try:
-        return read_tensors(path.parent, read_json(path.with_suffix(".json"))["factors"])
+        index = read_json(path.with_suffix(".json"))
+        conform(index, dict[str, FileEntry], path)
+        tensors = read_tensors(path.parent, index["factors"])
+        check_tensors(tensors, expected, path)
     except (TrajectoryError, KeyError):
         return None
+    places = {number: [place for place in (layer.weight, layer.bias) if place] for number, layer in layers.items()}
+    sizes = {number: sum(place.stop - place.start for place in each) for number, each in places.items()}
+    return tensors if all(tensors[f"{number}.values"].numel() == size for number, size in sizes.items()) else None

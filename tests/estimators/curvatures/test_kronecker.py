@@ -6,11 +6,13 @@ from itertools import product
 import lightning.pytorch as pl
 import pytest
 import torch
+from safetensors.torch import load
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import EKFAC, KFAC
 from lightning_dtda.estimators.curvatures import factors, kronecker
 from lightning_dtda.estimators.curvatures.factors import eigen
+from lightning_dtda.trajectory.storage import write_json, write_tensors
 from tests.estimators.small_runs import Classifier, Regressor, close
 
 
@@ -393,14 +395,21 @@ def test_factors_are_read_from_the_cache(trained, vectors, tmp_path, monkeypatch
     torch.testing.assert_close(again, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("other", [{"curvature": KFAC}, {"seed": 1}, {"step": 7}, {"damage": True}])
+@pytest.mark.parametrize(
+    "other", [{"curvature": KFAC}, {"seed": 1}, {"step": 7}, {"damage": "cut"}, {"damage": "forged"}]
+)
 def test_a_cache_of_something_else_is_not_read(trained, vectors, tmp_path, other):
     run = trained(Classifier())
     v, cache = vectors(len(run.theta)), tmp_path / "factors"
     EKFAC(cache=cache).fit(run.objective())
     if "damage" in other:
         file = next(cache.glob("*.safetensors"))
-        file.write_bytes(file.read_bytes()[:-8])
+        if other["damage"] == "cut":
+            file.write_bytes(file.read_bytes()[:-8])
+        else:  # with right checksums
+            whole = load(file.read_bytes())
+            tensors = {name: part[:, :-1].contiguous() if "right" in name else part for name, part in whole.items()}
+            write_json(file.with_suffix(".json"), {"factors": write_tensors(file, tensors)})
     curvature = other.get("curvature", EKFAC)
     arguments = {"seed": other.get("seed", 0)}
     objective = run.objective(step=other.get("step"))
