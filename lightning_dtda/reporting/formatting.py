@@ -21,7 +21,7 @@ def escape(text: str) -> str:
 
     Example:
         >>> print(escape("[bold] and \x1b[2J"))
-        \[bold] and \x1b\[2J
+        \[bold] and \x1b[2J
     """
     return markup.escape(printable(text))
 

@@ -89,9 +89,7 @@ def commands(disk):
     stops([*retraining, "--output", str(disk / "truth"), queries], full)
     stops(["report", "--attribution", answer, "--output", str(disk / "report.html")], full)
     for kind in ("parquet", "netcdf", "zarr"):
-        stops(
-            ["export", "--attribution", answer, "--output", str(disk / kind), "--format", kind, "--replicates=0"], full
-        )
+        stops(["export", "--attribution", answer, "--output", str(disk / kind), "--format", kind], full)
     for name in ("report.html", "parquet", "netcdf", "zarr"):
         assert not (disk / name).exists()
     assert not [path for path in disk.rglob("*") if "partial" in path.name]
