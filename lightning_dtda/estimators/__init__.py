@@ -14,6 +14,7 @@ from lightning_dtda.estimators.curvatures import (
     Spectrum,
 )
 from lightning_dtda.estimators.estimator import Estimate, Estimator, Plan, Question
+from lightning_dtda.estimators.exact_removal import ExactRemoval
 from lightning_dtda.estimators.gradient_products import GradientCosine, GradientDot
 from lightning_dtda.estimators.influence import InfluenceFunctions
 from lightning_dtda.estimators.removals import Removals, resolve_removals
@@ -32,6 +33,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "ExactHessian",
+    "ExactRemoval",
     "FittedCurvature",
     "GaussNewton",
     "GradientCosine",

@@ -15,7 +15,7 @@ from lightning_dtda.execution.memory import available_memory, peak_memory
 _SHARE = 0.5
 """Share of the free memory to use: the allocator and the measurement take some, and other programs may need some."""
 
-_COPIES = 8
+COPIES = 8
 """Number of copies of the parameters in addition to a step's memory: the optimizer's states, old and new."""
 
 LARGEST = 512
@@ -62,7 +62,7 @@ def fitting(of_step: int, theta: Tensor, device: torch.device, beside: Footprint
         device: Device to train on.
         beside: Additional memory of each training.
     """
-    needed = {device: of_step + _COPIES * theta.numel() * theta.element_size() + beside.device}
+    needed = {device: of_step + COPIES * theta.numel() * theta.element_size() + beside.device}
     if beside.host:
         host = torch.device("cpu")
         needed[host] = needed.get(host, 0) + beside.host

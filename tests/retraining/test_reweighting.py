@@ -44,7 +44,7 @@ def reweighted(ensemble, **arguments):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_reweighting_is_training_with_weights_of_zero_in_the_same_order(ensemble, monkeypatch, stacked):
-    monkeypatch.setattr("lightning_dtda.retraining.reweighting._STACKED_SECONDS", 0 if stacked else torch.inf)
+    monkeypatch.setattr("lightning_dtda.stacking.reweighted._STACKED_SECONDS", 0 if stacked else torch.inf)
     truth = reweighted(ensemble)
     assert (truth.seeds, truth.baseline_seeds, truth.queries) == (SEEDS, SEEDS, (4, 7))
     assert truth.about["removal"] == "reweight"
