@@ -53,6 +53,7 @@ __all__ = [
     "prelu_backward",
     "replaced_recurrence",
     "sample_count",
+    "saved_for_backward",
     "shaped",
     "shapes_out_of",
     "training_loaders",
@@ -121,6 +122,11 @@ def shapes_out_of(node: Any) -> list[tuple[int, ...]]:
 def dropout_rate(node: Any) -> float:
     """Return the rate of the dropout inside the kernel of a node in the autograd graph; zero if it has none."""
     return float(getattr(node, "_saved_dropout_p", getattr(node, "_saved_dropout", 0.0)))
+
+
+def saved_for_backward(node: Any, name: str) -> Any:
+    """Return an argument that a node in the autograd graph kept for its derivative; ``None`` if it kept none."""
+    return getattr(node, f"_saved_{name}", None)
 
 
 def padding_of(convolution: nn.Module) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from typing_extensions import NotRequired, TypedDict
 
+from lightning_dtda.attribution.scales import ScaleName
 from lightning_dtda.trajectory.schema import Count, FileEntry
 
 _Number = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,18}\Z")]
@@ -48,6 +49,8 @@ class About(TypedDict, total=False):
 
     removals: str | list[Group] | None
     step: Count | None
+    range: Annotated[list[float | None], msgspec.Meta(min_length=2, max_length=2)] | None
+    scale: ScaleName
     chaotic: list[str]
     keep_top: Annotated[int, msgspec.Meta(ge=1)]
     draws: Draws | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
+from lightning_dtda.attribution.scales import ScaleName, check_scale
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import (
@@ -39,7 +41,8 @@ from lightning_dtda.replay import (
     resolve_measurement,
     training_examples,
 )
-from lightning_dtda.replay.measuring import is_random
+from lightning_dtda.replay.measuring import measure, nature
+from lightning_dtda.replay.ranges import EVERYTHING
 from lightning_dtda.trajectory import Ensemble
 from lightning_dtda.version import __version__
 
@@ -59,6 +62,7 @@ def attribute(
     overwrite: bool = False,
     removals: Any = LEAVE_ONE_OUT,
     step: int | None = None,
+    scale: ScaleName = "linear",
     measurement_draws: int = Draws.number,
     measurement_seed: int = Draws.seed,
     dampings: None = None,
@@ -84,6 +88,7 @@ def attribute(
     overwrite: bool = False,
     removals: Any = LEAVE_ONE_OUT,
     step: int | None = None,
+    scale: ScaleName = "linear",
     measurement_draws: int = Draws.number,
     measurement_seed: int = Draws.seed,
     device: torch.device | str | None = None,
@@ -103,6 +108,7 @@ def attribute(
     overwrite: bool = False,
     removals: Any = LEAVE_ONE_OUT,
     step: int | None = None,
+    scale: ScaleName = "linear",
     measurement_draws: int = Draws.number,
     measurement_seed: int = Draws.seed,
     dampings: Sequence[Damping] | None = None,
@@ -135,6 +141,10 @@ def attribute(
             such lists; a label for each example, one group for each label; or ``"column:KEY"``, where KEY is the
             position or the key of the labels in the data set's items.
         step: The step t after which m is measured; ``None`` means the end of each run, t = T.
+        scale: Scale on which the responses are extrapolated, so that predictions stay where the measurement can be:
+            ``"sqrt"`` for losses that are never negative, ``"logit"`` for probabilities; see
+            :meth:`Attribution.on_scale <lightning_dtda.Attribution.on_scale>`. A finished attribution in ``output``
+            takes another scale at once.
         measurement_draws: Number of draws to average over if the measurement draws random numbers (such as the
             denoising loss of a diffusion model). All runs use the same draws.
         measurement_seed: Seed of these draws.
@@ -173,7 +183,7 @@ def attribute(
     estimator = UnrolledDifferentiation() if estimator is None else estimator
     draws = Draws(measurement_draws, measurement_seed)
     question, about, names = _ask(
-        ensemble, module, data, queries, measurement, estimator, removals, step, device, draws
+        ensemble, module, data, queries, measurement, estimator, removals, step, device, draws, scale
     )
     path = None if output is None else Path(output)
     if path is not None and "<" in (name := about["measurement"]):
@@ -249,6 +259,7 @@ def _ask(
     step: int | None,
     device: torch.device | str | None,
     draws: Draws,
+    scale: ScaleName = "linear",
 ) -> tuple[Question, dict[str, Any], tuple[int, ...]]:
     """Return the question, its part of ``Attribution.about``, and the names of the queries."""
     for value, kind, example in (
@@ -272,10 +283,17 @@ def _ask(
         draws=draws,
     )
     replay = question.replay([ensemble[0]])
-    draws_numbers = is_random(replay.eager, question.queries, function, replay.time(replay.steps))
+    first = nature(replay.eager, question.queries, function, replay.time(replay.steps))
+    check_scale(scale, torch.empty(0), name)
+    if scale != "linear":  # measured before the work, not after it; one run says what kind of measurement it is
+        end = question.end(replay.steps)
+        trained = *replay.trained(end), question.queries, function, replay.time(end), draws
+        check_scale(scale, measure(replay.eager, *trained), name)
     about = {
         "measurement": name,
-        "draws": asdict(draws) if draws_numbers else None,
+        "draws": asdict(draws) if first.is_random else None,
+        "range": None if first.range == EVERYTHING else [end if math.isfinite(end) else None for end in first.range],
+        "scale": scale,
         "shared": ensemble[0].manifest.shared,
         "estimator": estimator.settings(),
         "removal": "reweight",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution import inference, tables
+from lightning_dtda.attribution import inference, predicting, tables
 from lightning_dtda.attribution.about import About
 from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
 from lightning_dtda.attribution.inference import Runs
@@ -20,6 +21,7 @@ from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_t
 from lightning_dtda.attribution.kept_store import KeptStore
 from lightning_dtda.attribution.removed import positions_of_examples, positions_of_groups
 from lightning_dtda.attribution.responses import AT_ONCE, in_parts
+from lightning_dtda.attribution.scales import predicted
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.statistics.differences import Difference, resolve_difference, resolve_joint
@@ -115,6 +117,23 @@ class Attribution:
         return str(self.about.get("measurement", "measurement"))
 
     @property
+    def scale(self) -> str:
+        """Scale on which predictions are made; see :meth:`on_scale`."""
+        return str(self.about.get("scale", "linear"))
+
+    @property
+    def known_range(self) -> tuple[float, float]:
+        """Lowest and highest value that the measurement can take; infinite where none is known.
+
+        It follows from the operations that compute it, such as a squared error, or from the measurement's own attribute
+        ``range``. It is unknown if a measurement as trained contradicts it.
+        """
+        low, high = self.about.get("range") or (None, None)
+        ends = -math.inf if low is None else low, math.inf if high is None else high
+        holds = bool(((self.baseline >= ends[0]) & (self.baseline <= ends[1])).all())
+        return ends if holds else (-math.inf, math.inf)
+
+    @property
     def chaotic(self) -> tuple[str, ...]:
         """Names of the runs whose responses are out of proportion to those of the others.
 
@@ -158,6 +177,22 @@ class Attribution:
             return self
         return self._of([position for position, run in enumerate(self.runs) if run not in self.chaotic])
 
+    def without_runs(self, runs: Sequence[str]) -> Attribution:
+        """Return the attribution without some runs, such as one that diverged.
+
+        Args:
+            runs: Names of the runs.
+
+        Raises:
+            AttributionError: If a run does not exist, or none is left.
+        """
+        if unknown := set(runs) - set(self.runs):
+            raise AttributionError(f"There is no run {min(unknown)}; the runs are {', '.join(self.runs)}.")
+        kept = [position for position, run in enumerate(self.runs) if run not in runs]
+        if not kept:
+            raise AttributionError("No run would be left. Keep at least one.")
+        return self._of(kept)
+
     def keep_top(self, k: int) -> Attribution:
         """Return an attribution that keeps the responses to a few removals for each query, and summary figures of all.
 
@@ -178,10 +213,16 @@ class Attribution:
         """
         return keep_top(self, check_keep_top(k))
 
+    on_scale = predicting.on_scale
+    out_of_range = predicting.out_of_range
+
     def predict(self, removed: Sequence[int | str]) -> Tensor:
         r"""Return samples ``(runs, queries)`` of the measurement's distribution without some examples.
 
         .. math:: m(\theta_t) + \sum_{k \in S} r_k
+
+        or the same on another scale; see :meth:`on_scale`. For a group that is large, the real change may be larger:
+        :class:`~lightning_dtda.estimators.ExactRemoval` computes it.
 
         Args:
             removed: Indices of the training examples, each at most once; with groups, their names or positions.
@@ -189,7 +230,7 @@ class Attribution:
         Raises:
             AttributionError: If an example or group does not exist, or an example would be removed twice.
         """
-        return self.baseline + self._response(removed)
+        return self._predicted(self.baseline, self._response(removed))
 
     def influence(
         self, difference: str | Difference, removed: Sequence[int | str] | None = None, runs: Runs = "trusted"
@@ -338,6 +379,9 @@ class Attribution:
         warn_unfinished(path, "runs", store.unfinished)
         return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
 
+    def _predicted(self, baseline: Tensor, response: Tensor) -> Tensor:
+        return predicted(self.scale, baseline, response)
+
     def _selected(self, runs: Runs) -> Attribution:
         if runs not in get_args(Runs):
             raise AttributionError(f"runs={runs!r}; choose from {', '.join(get_args(Runs))}.")
@@ -403,17 +447,17 @@ class Attribution:
         for query, into in enumerate(found):
             if kept and isinstance(responses, KeptResponses):
                 known = into[..., responses.kept[query]]
-                in_parts(function, self.baseline, responses.table, query, known, copies)
+                in_parts(function, self.baseline, responses.table, query, known, self.scale, copies)
                 into[..., responses.kept[query]] = known
             else:
-                in_parts(function, self.baseline, responses, query, into, copies)
+                in_parts(function, self.baseline, responses, query, into, self.scale, copies)
         return found if removed is None else found.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:
         responses = self.responses if removed is None else self._response(removed)[..., None]
         positions = slice(None) if queries is None else self._positions(queries)
         found = torch.empty(responses.shape[2], dtype=torch.float64, device=responses.device)
-        in_parts(function, self.baseline, responses, positions, found)
+        in_parts(function, self.baseline, responses, positions, found, self.scale)
         return found if removed is None else found.squeeze(-1)
 
     def _positions(self, queries: Sequence[int]) -> list[int]:

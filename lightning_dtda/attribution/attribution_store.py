@@ -39,6 +39,9 @@ class Store:
     parts: ClassVar[str]
     """Key of the parts in the index."""
 
+    _free: ClassVar[tuple[str, ...]] = ()
+    """Settings that the stored parts do not depend on, so that a finished answer may change them."""
+
     def __init__(self, path: Path, index: dict[str, Any]) -> None:
         self.path = path
         self._index = index
@@ -109,7 +112,7 @@ class Store:
     def _changes(cls, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
         """Return the names of the settings in which two questions differ."""
         before, after = found["about"], wanted["about"]
-        names = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+        names = [key for key in {**before, **after} if key not in cls._free and before.get(key) != after.get(key)]
         names += [key for key in ("queries", "removals") if found[key] != wanted[key]]
         if not cls._goes_on(found["wanted"], wanted["wanted"]):
             names.append("runs")
@@ -143,6 +146,7 @@ class AttributionStore(Store):
     """
 
     parts: ClassVar[str] = "runs"
+    _free: ClassVar[tuple[str, ...]] = ("range", "scale")
 
     @property
     def about(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,8 +41,9 @@ def export(
     For each difference the file has ``influence``, ``standard_error``, ``low`` and ``high`` (the ends of the interval),
     ``p`` (the p-value, :meth:`Attribution.p_values`) and ``q`` (the smallest false discovery rate at which the
     influence is :meth:`Attribution.significant`), prefixed with the name of the difference, as in ``mean_influence``.
-    Values that need more runs, and the ends of intervals that do not exist, are NaN. An influence is the change of the
-    property when the examples are removed.
+    Values that need more runs, and the ends of intervals that do not exist, are NaN. If the measurement's range is
+    known, ``out_of_range`` is the share of runs that are predicted outside of it without the example
+    (:meth:`Attribution.out_of_range`). An influence is the change of the property when the examples are removed.
 
     Queries are computed and written one by one: memory does not grow with their number.
 
@@ -127,13 +129,20 @@ class _Content:
     def columns(self) -> list[str]:
         """Names of the computed columns."""
         kinds = ["influence", "standard_error", "low", "high", "p", "q"]
-        return [f"{difference.name}_{kind}" for difference in self.differences for kind in kinds]
+        names = [f"{difference.name}_{kind}" for difference in self.differences for kind in kinds]
+        return [*names, "out_of_range"] if self._has_range else names
+
+    @property
+    def _has_range(self) -> bool:
+        return any(map(math.isfinite, self.attribution.known_range))
 
     def queries(self) -> Iterator[dict[str, Any]]:
         """Yield the computed columns of each query, arrays ``(removals,)``."""
         for position in range(len(self.attribution.queries)):
             one = self.attribution.select([position])
-            yield {name: column for difference in self.differences for name, column in self._of(one, difference)}
+            columns = {name: column for difference in self.differences for name, column in self._of(one, difference)}
+            outside = {"out_of_range": one.out_of_range(runs="all")[0].cpu().numpy()} if self._has_range else {}
+            yield columns | outside
 
     def _of(self, one: Attribution, difference: Difference) -> Iterator[tuple[str, Any]]:
         runs = len(one.runs)

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_dtda.attribution.scales import predicted
 from lightning_dtda.compatibility import is_in_place, plain_results, shaped, tree_map_only
 from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.schema import INT64, Expected, FileEntry, check_tensors
@@ -223,13 +224,29 @@ def _damaged(path: Path) -> TrajectoryError:
 
 
 def in_parts(
-    function: Any, baseline: Tensor, responses: Tensor, queries: int | slice | list[int], into: Tensor, copies: int = 1
+    function: Any,
+    baseline: Tensor,
+    responses: Tensor,
+    queries: int | slice | list[int],
+    into: Tensor,
+    scale: str,
+    copies: int = 1,
 ) -> None:
-    """Apply a function to samples ``(runs, queries)`` and their changes, and write the result ``(..., removals)``."""
+    """Apply a function to samples ``(runs, queries)`` and their predictions, and write the result ``(..., removals)``.
+
+    Args:
+        function: The function.
+        baseline: Samples of all queries.
+        responses: Responses ``(runs, queries, removals)``.
+        queries: Queries to use.
+        into: Tensor for the result.
+        scale: Scale of the predictions.
+        copies: Memory that the function needs, as a multiple of its argument.
+    """
     # in double precision: a change of the variance is a small difference of large squares; in parts, to save memory
     samples = baseline[:, queries, None].double()
     size = max(1, AT_ONCE // (samples.numel() * copies))
     # written in place: small results between large intermediate ones would fragment the heap
     for start in range(0, responses.shape[2], size):
         part = responses[:, queries, start : start + size].double()
-        into[..., start : start + size] = function(samples, samples + part)
+        into[..., start : start + size] = function(samples, predicted(scale, samples, part))

@@ -5,6 +5,7 @@ Functions of an attribution, and methods of :class:`~lightning_dtda.Attribution`
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import KNOWN, KeptResponses, known_as
+from lightning_dtda.attribution.predicting import share_outside
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import DIFFERENCES, SHOWN, Difference
 from lightning_dtda.statistics.samples import as_array
@@ -48,8 +50,8 @@ def top(
 
     Returns:
         One row for each query and rank, with ``query``, ``rank`` (from 1), ``example`` (for groups ``removal``, the
-        name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_influence``
-        and ``spread_influence`` (NaN with a single run).
+        name, and ``size``, the number of examples), ``influence``, ``standard_error``, ``mean_influence``,
+        ``spread_influence`` (NaN with a single run) and ``out_of_range``, as :meth:`Attribution.out_of_range`.
 
     Raises:
         AttributionError: If the difference needs more runs, the query does not exist, ``k`` is less than 1, or larger
@@ -73,13 +75,14 @@ def top(
         first = influence.abs().argsort(descending=True)[:k]
         order, influence = candidates[first], influence[first]
         of_query = selected.baseline[:, q, None].double()
-        samples = of_query, of_query + selected.responses[:, q, order].double()
+        samples = of_query, selected._predicted(of_query, selected.responses[:, q, order].double())
         spread = DIFFERENCES["spread"](*samples) if len(selected.runs) > 1 else influence * torch.nan
         columns = {
             "influence": influence,
             "standard_error": chosen.standard_error(*samples),
             "mean_influence": DIFFERENCES["mean"](*samples),
             "spread_influence": spread,
+            "out_of_range": share_outside(attribution, samples[1]),
         }
         values = zip(*(column.tolist() for column in columns.values()), strict=True)
         for rank, (n, figures) in enumerate(zip(order.tolist(), values, strict=True), start=1):
@@ -99,6 +102,7 @@ def most_listed(attribution: Attribution) -> int:
 def to_xarray(attribution: Attribution) -> xr.Dataset:
     """Return baseline, responses, influences and standard errors as a data set with named dimensions, in memory.
 
+    If the measurement's range is known, ``out_of_range`` is the share of runs that are predicted outside of it.
     The dimensions are ``run``, ``query`` and ``example``. With groups, ``removal`` replaces ``example``, and the
     coordinate ``size`` is the number of examples. With :meth:`Attribution.keep_top`, ``responses`` has the dimension
     ``place`` instead, and ``kept`` the positions of its removals.
@@ -112,6 +116,8 @@ def to_xarray(attribution: Attribution) -> xr.Dataset:
         data["responses"] = ("run", "query", "place"), as_array(attribution.responses.table)
     else:
         data["responses"] = ("run", "query", removal), as_array(attribution.responses)
+    if any(map(math.isfinite, attribution.known_range)):
+        data["out_of_range"] = ("query", removal), attribution.out_of_range().cpu().numpy()
     names = attribution.available_differences
     for name in names + ["variance"] * ("spread" in names):  # the paper's, in the measurement's unit
         data[f"{name}_influence"] = (("query", removal), attribution.influence(name).cpu().numpy())
@@ -138,7 +144,8 @@ def _candidates(attribution: Attribution, difference: Difference) -> tuple[Tenso
     if attribution._figures is not None and known_as(difference) and isinstance(attribution.responses, KeptResponses):
         # from responses: the figures are rounded, which could change the order
         samples = attribution.baseline.double()
-        return attribution.responses.kept[0], difference(samples, samples + attribution.responses.table[:, 0].double())
+        without = attribution._predicted(samples, attribution.responses.table[:, 0].double())
+        return attribution.responses.kept[0], difference(samples, without)
     influence = attribution._influence(difference)[0]
     return torch.arange(len(influence), device=influence.device), influence
 

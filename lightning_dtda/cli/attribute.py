@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_dtda.attribution import attribute
 from lightning_dtda.attribution.answering import damping_path
 from lightning_dtda.attribution.attribution_store import AttributionStore, read_index
+from lightning_dtda.attribution.scales import ScaleName
 from lightning_dtda.cli import add_differences, say, stoppable
 from lightning_dtda.cli.configuration_cli import CONFIG, read_configuration, read_json_option
 from lightning_dtda.cli.question import QuestionCLI
@@ -42,6 +43,13 @@ class AttributeCLI(QuestionCLI):
         )
         parser.add_argument(
             "--step", type=int | None, default=None, help="Step to measure at; the end of training by default."
+        )
+        parser.add_argument(
+            "--scale",
+            type=ScaleName,
+            default="linear",
+            help="Scale of the predictions, which keeps them where the measurement can be: sqrt for losses, logit "
+            "for probabilities. Another call changes it at once.",
         )
         parser.add_argument(
             "--keep_top",
@@ -96,6 +104,7 @@ def run(arguments: Sequence[str]) -> None:
             | {
                 "removals": read_removals(config.removals),
                 "step": config.step,
+                "scale": config.scale,
                 "measurement_draws": config.measurement_draws,
                 "measurement_seed": config.measurement_seed,
                 "estimator": cli.config_init.estimator,

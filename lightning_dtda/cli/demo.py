@@ -43,5 +43,6 @@ def run(arguments: Sequence[str]) -> None:
     seeds = ["--seeds", str(options.seeds), "--workers", str(options.workers)]
     record.run(["--config", str(configuration), "--ensemble", str(ensemble), *seeds])
     queries = f"--queries.indices={list(range(QUERIES))}"
-    attribute.run(["--ensemble", str(ensemble), "--output", str(attribution), queries])
+    # a squared error, which the square root keeps from being predicted below zero
+    attribute.run(["--ensemble", str(ensemble), "--output", str(attribution), queries, "--scale", "sqrt"])
     report.run(["--attribution", str(attribution), "--output", str(directory / "report.html")])

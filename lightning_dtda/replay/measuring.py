@@ -19,6 +19,7 @@ from lightning_dtda.replay.examples import Examples
 from lightning_dtda.replay.kernels import tolerated
 from lightning_dtda.replay.measurements import Measurement, loss
 from lightning_dtda.replay.random_states import drawn_from
+from lightning_dtda.replay.ranges import EVERYTHING, Range, known_range
 from lightning_dtda.replay.stand_ins import Time
 from lightning_dtda.replay.steps import ByName
 
@@ -181,18 +182,35 @@ def _taken(eager: Eager, queries: Examples, query: int, measurement: Measurement
         raise
 
 
-def is_random(eager: Eager, queries: Examples, measurement: Measurement, time: Time) -> bool:
-    """Return whether a measurement draws random numbers for the first query."""
+@dataclass(frozen=True)
+class Nature:
+    """What the first value of a measurement shows about it.
+
+    Args:
+        is_random: Whether it draws random numbers.
+        range: Values that it can take, as far as they are certain.
+    """
+
+    is_random: bool = False
+    range: Range = EVERYTHING
+
+
+def nature(eager: Eager, queries: Examples, measurement: Measurement, time: Time) -> Nature:
+    """Take a measurement of the first query with the parameters that are loaded, to see what kind it is.
+
+    Raises:
+        AttributionError: If the measurement declares a range that is none.
+    """
     replica = eager.replica
-    with replica.generators.kept(), replica.passing(training=False), torch.no_grad():
+    with replica.generators.kept(), replica.passing(training=False):
         replica.trainer.time = time
         batch = queries.collated([0])
         before = replica.generators.states()
         try:
-            measurement(replica.module, replica.moved(batch))
+            value = measurement(replica.module, replica.moved(batch))
         except Exception:  # the failure is reported when the measurement is taken
-            return False
-        return bool(drawn_from(before, replica.generators.states()))
+            return Nature()
+        return Nature(bool(drawn_from(before, replica.generators.states())), known_range(measurement, value))
 
 
 def _value(

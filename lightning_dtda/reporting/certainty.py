@@ -182,4 +182,4 @@ def retrainings(selected: Attribution, difference: Difference, positions: list[i
 
 def _samples(selected: Attribution, positions: list[int]) -> tuple[Tensor, Tensor]:
     baseline = selected.baseline[:, :1].double()
-    return baseline, baseline + selected.responses[:, 0, positions].double()
+    return baseline, selected._predicted(baseline, selected.responses[:, 0, positions].double())

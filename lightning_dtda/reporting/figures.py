@@ -105,6 +105,12 @@ def removal_figure(attribution: Attribution, query: int, removed: Sequence[int])
         },
         yaxis={"title": {"text": f"{escape(attribution.measurement)} on the query"}, "zeroline": False},
     )
+    if float(selected.out_of_range(removed)[0]):
+        sides = ("below", "bottom right"), ("above", "top right")
+        for end, (side, place) in zip(selected.known_range, sides, strict=True):
+            if math.isfinite(end):
+                words = f"the {escape(attribution.measurement)} is never {side} {end:g}"
+                plot.add_hline(end, line_dash="dot", annotation_text=words, annotation_position=place)
     for name, color, members in (("falls", BLUE, predicted <= trained), ("rises", VERMILLION, predicted > trained)):
         runs = [escape(run) for run, member in zip(selected.runs, members, strict=True) if member]
         pairs = np.stack([trained[members], predicted[members], np.full(len(runs), np.nan)], 1)

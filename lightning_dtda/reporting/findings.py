@@ -32,6 +32,7 @@ class TopExample:
         standard_error: Standard error of the influence.
         mean_influence: Change of the mean if removed.
         spread_influence: Change of the standard deviation if removed, in percent; NaN with a single run.
+        out_of_range: Share of runs in which the measurement is predicted where it cannot be.
         interval_low: Lower end of the influence's interval over seeds; NaN if there is none.
         interval_high: Upper end of the interval.
         p_value: p-value of no effect; NaN with too few runs.
@@ -50,6 +51,7 @@ class TopExample:
     standard_error: float
     mean_influence: float
     spread_influence: float
+    out_of_range: float
     interval_low: float
     interval_high: float
     p_value: float
@@ -126,6 +128,15 @@ def most_interesting(attribution: Attribution, most: int) -> list[int]:
     # query by query: all influences at once would take as much memory as the responses
     largest = [float(attribution.select([query]).influence(difference).abs().max()) for query in positions]
     return sorted(sorted(positions, key=lambda query: -largest[query])[:most])
+
+
+def predicted_out_of_range(attribution: Attribution) -> tuple[int, int]:
+    """Return the number of queries, and of predictions for a query and a removal, that leave the range in some run."""
+    if not any(map(math.isfinite, attribution.known_range)):
+        return 0, 0
+    # query by query: shares of all queries at once would take as much memory as the responses
+    outside = [int((attribution.select([query]).out_of_range() > 0).sum()) for query in range(len(attribution.queries))]
+    return sum(number > 0 for number in outside), sum(outside)
 
 
 def largest_drift(attribution: Attribution, part: str) -> float | None:

@@ -140,6 +140,7 @@ def _content(
         "attribution": attribution,
         "removals": attribution.responses.shape[2],
         "noun": wording.noun(attribution),
+        "out_of_range": wording.OUT_OF_RANGE,
         "a_noun": "an example" if attribution.removals is None else "a group",
         "about": json.dumps(about_in_brief(attribution), indent=2, default=str),
         "k": k,

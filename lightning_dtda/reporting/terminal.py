@@ -149,7 +149,8 @@ def _with_interval(row: TopExample, exponent: int, separator: str) -> str:
 
 
 def _label(attribution: Attribution, row: TopExample) -> str:
-    return row.name if attribution.removals is None else escape(f"{row.name} ({row.size})")
+    mark = wording.OUT_OF_RANGE if row.out_of_range else ""
+    return mark + (row.name if attribution.removals is None else escape(f"{row.name} ({row.size})"))
 
 
 def _shade(text: str, significant: bool) -> str:

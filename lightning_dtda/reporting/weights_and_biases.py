@@ -21,6 +21,7 @@ from lightning_dtda.reporting.findings import (
     about_in_brief,
     largest_drift,
     most_interesting,
+    predicted_out_of_range,
     significance_on,
     top_examples,
     without_repeated_warnings,
@@ -47,6 +48,7 @@ _NUMBERS = (
     "retrainings_high",
     "mean_influence",
     "spread_influence",
+    "out_of_range",
 )
 
 
@@ -156,6 +158,7 @@ def _facts(attribution: Attribution) -> dict[str, Any]:
     runs, queries, removals = attribution.responses.shape
     facts: dict[str, Any] = {"runs": runs, "queries": queries, f"{wording.noun(attribution)}s": removals}
     facts["chaotic_runs"] = len(attribution.chaotic)
+    facts["queries_predicted_out_of_range"] = predicted_out_of_range(attribution)[0]
     with without_repeated_warnings(), suppress(AttributionError):  # too few runs
         facts["reliability"] = float(attribution.reliability("mean").median())
     worst = {f"largest_drift/{part}": largest_drift(attribution, part) for part in ("parameters", "gradients")}

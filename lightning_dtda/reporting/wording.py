@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.reporting.findings import largest_drift, worst_diagnosis
+from lightning_dtda.reporting.findings import largest_drift, predicted_out_of_range, worst_diagnosis
 from lightning_dtda.statistics.differences import Difference
 
 
@@ -93,11 +94,12 @@ def answer(attribution: Attribution) -> str:
     """Return how the question was answered."""
     ensemble = attribution.about.get("ensemble")
     of = f" of the ensemble {ensemble}" if ensemble else ""
+    scale = "" if attribution.scale == "linear" else f', on the scale "{attribution.scale}"'
     step = "" if attribution.step is None else f"step {attribution.step} of "
     return (
         f"The {attribution.measurement} was measured after {step}{counted(len(attribution.runs), 'seeded run')}{of}; "
-        f"its change in each run is predicted by {estimator(attribution)}. Removing an example means giving it weight "
-        "zero: batch order, batch size and the loss's denominator stay the same."
+        f"its change in each run is predicted by {estimator(attribution)}{scale}. Removing an example means giving it "
+        "weight zero: batch order, batch size and the loss's denominator stay the same."
     )
 
 
@@ -134,6 +136,23 @@ _SHARED = {
 """Cautions for batches whose examples depend on each other."""
 
 
+OUT_OF_RANGE = "\N{DAGGER}"
+"""Mark of a removal without which the measurement is predicted where it cannot be."""
+
+
+def _outside(attribution: Attribution) -> str:
+    low, high = attribution.known_range
+    ends = [*([f"below {low:g}"] if math.isfinite(low) else []), *([f"above {high:g}"] if math.isfinite(high) else [])]
+    return " or ".join(ends)
+
+
+def _remedy(attribution: Attribution) -> str:
+    if attribution.scale != "linear" or attribution.known_range[0] != 0:
+        return "Take a measurement without bounds, such as a margin."
+    scale = "logit" if attribution.known_range[1] == 1 else "sqrt"
+    return f'Attribute again with scale="{scale}": it takes no time, and its predictions stay in range.'
+
+
 def cautions(attribution: Attribution) -> list[str]:
     """Return what readers must know before they trust a number; an empty list if there is nothing."""
     runs = len(attribution.runs)
@@ -150,6 +169,14 @@ def cautions(attribution: Attribution) -> list[str]:
             f"{counted(len(failed), 'run is', 'runs are')} ill-conditioned ({', '.join(failed)}): on a sample of "
             "steps, responses in single and double precision differ by more than 5 %. Attribute with "
             'UnrolledDifferentiation(precision="float64").'
+        )
+    queries, predictions = predicted_out_of_range(attribution)
+    if predictions:
+        said.append(
+            f"On {queries} of {counted(len(attribution.queries), 'query', 'queries')}, {predictions} of "
+            f"{len(attribution.queries) * attribution.responses.shape[2]} predictions are {_outside(attribution)} in "
+            f"some run, where the {attribution.measurement} cannot be; they are marked {OUT_OF_RANGE}. These removals "
+            f"are too large for a linear prediction. {_remedy(attribution)}"
         )
     if (shared := (attribution.about.get("shared") or {}).get("training", "none")) != "none":
         said.append(_SHARED[shared])

@@ -378,6 +378,22 @@ def test_groups_are_read_from_a_file_and_a_step_is_asked_for(record, tmp_path, c
     torch.testing.assert_close(found.responses, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_predictions_take_a_scale_and_groups_are_removed_exactly(record, tmp_path, capsys):
+    root = record("--seeds", "2")
+    (tmp_path / "groups.json").write_text(json.dumps([list(range(40))]))
+    question = ["--ensemble", str(root), "--queries.indices=[3,1]", "--removals", str(tmp_path / "groups.json")]
+    main(["attribute", *question, "--output", str(tmp_path / "linear"), "--scale", "sqrt"])
+    assert 'on the scale "sqrt"' in " ".join(capsys.readouterr().out.split())
+    rooted = Attribution.load(tmp_path / "linear")
+    # the training step returns a mean squared error
+    assert (rooted.scale, rooted.known_range) == ("sqrt", (0.0, float("inf")))
+    main(["attribute", *question, "--output", str(tmp_path / "exact"), "--estimator", "ExactRemoval"])
+    exact = Attribution.load(tmp_path / "exact")
+    assert not exact.out_of_range().any()
+    change = exact.influence("mean")
+    assert 0 < float((rooted.influence("mean") - change).norm() / change.norm()) < 0.5
+
+
 @pytest.mark.parametrize(
     ("removals", "content", "message"),
     [

@@ -9,7 +9,7 @@ from torch.nn import functional
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay import Draws, measurements
 from lightning_dtda.replay.examples import Examples
-from lightning_dtda.replay.measuring import is_random, measure, measure_with_gradients
+from lightning_dtda.replay.measuring import measure, measure_with_gradients, nature
 from lightning_dtda.replay.stand_ins import Time
 from tests.replay.steps import Step, Stepping, normal
 
@@ -149,7 +149,7 @@ def test_what_draws_nothing_is_taken_once():
 
 def test_whether_it_is_random_is_seen():
     models = Models()
-    found = [is_random(models.step.eager, Examples(Items()), one, Time()) for one in (prediction, noisy)]
+    found = [nature(models.step.eager, Examples(Items()), one, Time()).is_random for one in (prediction, noisy)]
     assert found == [False, True]
 
 
