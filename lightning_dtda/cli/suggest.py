@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
+from lightning_dtda.attribution.suggesting import Suggestion, effect_text, suggest_removals
 from lightning_dtda.cli.help import PlainHelp
 from lightning_dtda.cli.retrain import retrained
 from lightning_dtda.evaluation import Verification, verify
 from lightning_dtda.evaluation.evaluating import check_alignment
-from lightning_dtda.reporting.formatting import common_exponent, escape, number, unit
+from lightning_dtda.reporting.formatting import escape
 from lightning_dtda.retraining import GroundTruth
 
 
@@ -27,8 +27,8 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = ArgumentParser(
         prog="lightning-dtda suggest",
-        description="Suggest examples whose joint removal serves a goal. With --verify, all other options are those of "
-        "lightning-dtda retrain.",
+        description="Suggest examples whose joint removal serves a goal, or say that none does. With --verify, all "
+        "other options are those of lightning-dtda retrain.",
         formatter_class=PlainHelp,
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
@@ -45,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     attribution = Attribution.load(options.attribution)
     suggestion = suggest_removals(attribution, **{name: options[name] for name in settings})
     print_suggestion(suggestion)
-    if options.verify and suggestion.removals:
+    if options.verify and suggestion.removed:
         print_verification(suggestion, verify(suggestion, _retrained(attribution, suggestion, others)))
 
 
@@ -71,48 +71,36 @@ def _retrained(attribution: Attribution, suggestion: Suggestion, arguments: Sequ
 
 def print_verification(suggestion: Suggestion, found: Verification) -> None:
     """Print the change found by retraining next to the predicted change."""
-    predicted = [float(each) for each in (suggestion.effects[-1], *suggestion.intervals[:, -1])]
-    exponent = common_exponent([found.before, found.effect, found.low, found.high, *predicted])
-
-    def interval(effect: float, low: float, high: float) -> str:
-        ends = f"{number(low, exponent)} to {number(high, exponent)}"
-        return f"{number(effect, exponent)} ({ends}) {unit(exponent)}".rstrip()
-
-    before = f"{number(found.before, exponent)} {unit(exponent)}".rstrip()
+    real = effect_text(suggestion.goal, found.effect, found.low, found.high)
     Console(highlight=False).print(
         f"Retrained {found.seeds} times without the {len(suggestion.removed)} examples and {found.baseline_seeds} "
-        f"times with them. The {escape(suggestion.quantity)} was {before} and changed by "
-        f"{interval(found.effect, found.low, found.high)}, {found.level:.0%} interval; the prediction was "
-        f"{interval(*predicted)}."
+        f"times with them. The {escape(suggestion.quantity)} was {found.before:.3g} and changed by {escape(real)}, "
+        f"{found.level:.0%} interval; the prediction was {escape(suggestion.effect(suggestion.best))}."
     )
 
 
 def print_suggestion(suggestion: Suggestion) -> None:
-    """Print the removals in order, each with the effect of all removals up to it."""
+    """Print the verdict, and the removals in order, each with the effect of all removals up to it."""
     console = Console(highlight=False)
+    console.print(f"[bold]{escape(suggestion.verdict)}[/]")
     if not suggestion.removals:
-        console.print(
-            f"No removal is predicted to improve the {escape(suggestion.quantity)} by more than its uncertainty over "
-            "runs. More runs, or a lower --caution, may find some."
-        )
+        console.print("More runs, or a lower --caution, may find some.")
         return
-    ends = suggestion.intervals.flatten().tolist()
-    exponent = common_exponent([suggestion.before, *suggestion.effects.tolist(), *ends])
     runs = f"{len(suggestion.evaluated_on)} runs " + (
         "not used for the choice" if suggestion.held_out else "also used for the choice, so the effects are optimistic"
     )
-    table = Table(box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("remove", justify="right")
-    table.add_column("examples so far", justify="right")
-    table.add_column(f"predicted change {unit(exponent)}".strip(), justify="right")
-    table.add_column(f"{suggestion.level:.0%} interval", justify="right")
-    for row in suggestion.to_dataframe().itertuples():
-        interval = f"{number(row.lower, exponent)} to {number(row.upper, exponent)}"
-        table.add_row(escape(str(row.removal)), str(row.examples), number(row.effect, exponent), interval)
-    before = f"{number(suggestion.before, exponent)} {unit(exponent)}".rstrip()
     console.print(
-        f"Change of the {escape(suggestion.quantity)}, averaged over {len(suggestion.queries)} queries. As trained, it "
-        f"is {before}. Evaluated on {runs}."
+        f"Change of the {escape(suggestion.quantity)}, over {len(suggestion.queries)} queries. As trained, it is "
+        f"{suggestion.before:.3g}. Evaluated on {runs}. The {suggestion.level:.0%} intervals hold together, for all "
+        "numbers of removals."
     )
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for head in ("remove", "examples so far", f"predicted change [{suggestion.level:.0%} interval]"):
+        table.add_column(escape(head), justify="right")
+    table.add_column("")
+    for step, (removal, together) in enumerate(zip(suggestion.removals, suggestion.sets, strict=True), start=1):
+        mark, style = ("best", "bold") if step == suggestion.best else ("", "" if step < suggestion.best else "dim")
+        table.add_row(escape(str(removal)), str(len(together)), escape(suggestion.effect(step)), mark, style=style)
     console.print(table)
-    console.print("These are predictions: retrain without the examples before you rely on them.", style="dim")
+    if suggestion.best:
+        console.print("These are predictions: retrain without the examples before you rely on them.", style="dim")

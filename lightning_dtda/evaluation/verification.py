@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lightning_dtda.attribution.suggesting import GOALS, Suggestion
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.retraining.ground_truth import GroundTruth
@@ -16,7 +18,7 @@ class Verification:
 
     Args:
         before: The quantity for models trained on everything.
-        effect: Its change for models trained without all suggested examples.
+        effect: Its change for models trained without the suggested examples; for a standard deviation, relative.
         low: Lower limit of the effect's interval, by Student's t.
         high: Upper limit of the effect's interval.
         level: Confidence level of the interval.
@@ -33,22 +35,23 @@ class Verification:
     baseline_seeds: int
 
 
-def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> Verification:
+def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95, step: int | None = None) -> Verification:
     r"""Compare models retrained without the suggested examples with models trained on everything.
 
-    The goal's quantity is a mean of contributions of the trainings, :math:`f(y) = \frac1S \sum_s c_s(y)` (see
-    :func:`~lightning_dtda.suggest_removals`), and the effect is :math:`f(y) - f(x)`. Its error is that of the
-    difference of two means (:func:`~lightning_dtda.statistics.student.student_interval`), or that of the mean of
+    The effect is the goal's quantity (see :func:`~lightning_dtda.suggest_removals`) without the examples less the
+    quantity with them. Its interval is Student's, of what each training adds to the quantity
+    (:func:`~lightning_dtda.statistics.student.student_interval`): of the difference of two means, or of the mean of
     differences if both have the same seeds and therefore the same initial parameters.
 
     Args:
         suggestion: The suggestion; its queries are positions among the queries of the truth.
-        truth: Ground truth whose subsets include the set of all suggested examples.
+        truth: Ground truth whose subsets include the set of the suggested examples.
         level: Confidence level of the interval.
+        step: Number of removals to verify; ``None`` means the suggested one, :attr:`Suggestion.best`.
 
     Raises:
-        AttributionError: If the truth lacks the set or some of its trainings, or there are fewer than two trainings
-            with or without the examples.
+        AttributionError: If there are no removals to verify, the truth lacks the set or some of its trainings, or
+            there are fewer than three trainings with or without the examples.
 
     Example:
         >>> import torch
@@ -57,26 +60,35 @@ def verify(suggestion: Suggestion, truth: GroundTruth, level: float = 0.95) -> V
         >>> attribution = Attribution(x, -0.5 * x[..., None], tuple(f"seed-{s:04d}" for s in range(8)), (0,))
         >>> suggestion = suggest_removals(attribution, k=1)
         >>> truth = GroundTruth(0.5 * x[None], x, ((0,),), (0,), tuple(range(8)), tuple(range(8)))
-        >>> round(verify(suggestion, truth).effect / verify(suggestion, truth).before, 6)
-        -0.75
+        >>> round(verify(suggestion, truth).effect, 6)  # half the standard deviation
+        -0.5
     """
-    wanted = tuple(sorted(suggestion.removed))
+    step = suggestion.best if step is None else step
+    if not 1 <= step <= len(suggestion.removals):
+        raise AttributionError(
+            f"There are no removals to verify ({suggestion.verdict}) Give step=1 to {len(suggestion.removals)}, the "
+            "number of removals, to verify them all the same."
+            if suggestion.removals
+            else suggestion.verdict
+        )
+    wanted = tuple(sorted(suggestion.sets[step - 1]))
     if wanted not in truth.removed:
         raise AttributionError(
             f"None of the ground truth's subsets is the set of the {len(wanted)} suggested examples. Retrain with "
-            "subsets=[suggestion.removed]."
+            f"subsets=[suggestion.sets[{step - 1}]]."
         )
-    contributions = GOALS[suggestion.goal].contributions
+    goal = GOALS[suggestion.goal]
     columns = list(suggestion.queries)
     real, baseline = truth.measurements[truth.removed.index(wanted)].double(), truth.baseline.double()
     paired = truth.seeds == truth.baseline_seeds
     for what, samples in (("without the suggested examples", real), ("on everything", baseline)):
-        if len(samples) < 2 or not bool(samples.isfinite().all()):
+        if len(samples) < 3 or not bool(samples.isfinite().all()):
             raise AttributionError(
                 f"{int(samples.isfinite().all(1).sum())} of the {len(samples)} trainings {what} are available; all are "
-                "needed, and at least two. Retrain the missing ones, with at least two seeds."
+                "needed, and at least three. Retrain the missing ones, with at least three seeds."
             )
-    after, before = contributions(real[:, columns]), contributions(baseline[:, columns])
-    low, high = student_interval(*([after - before] if paired else [after, before]), level=level).tolist()
-    effect = float(after.mean() - before.mean())
-    return Verification(float(before.mean()), effect, low, high, level, len(real), len(baseline))
+    after, before = goal.of_runs(real[:, columns]), goal.of_runs(baseline[:, columns])
+    ends = student_interval(*([after - before] if paired else [after, before]), level=level)
+    effect, low, high = goal.shown(torch.stack([after.mean() - before.mean(), *ends])).tolist()
+    was = float(before.mean().exp() if goal.spread else before.mean())
+    return Verification(was, effect, low, high, level, len(real), len(baseline))

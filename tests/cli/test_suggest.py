@@ -18,23 +18,43 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
-def test_the_table_has_the_removals_in_order_and_says_of_what_runs(saved, capsys):
+def printed(capsys):
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_verdict_comes_first_and_the_best_number_is_marked(saved, capsys):
     main(["suggest", "--attribution", str(saved), "--k", "2"])
-    out = " ".join(capsys.readouterr().out.split())
-    assert "variance of the loss over seeds" in out
+    out = printed(capsys)
+    # the second and the third example each take a part of the spread, exactly the same in every run
+    assert out.startswith("Remove these 2 (1, 2): standard deviation of the loss over seeds \N{MINUS SIGN}60 % [")
     assert "6 runs not used for the choice" in out
-    assert out.index(" 1 1 ") < out.index(" 2 2 ")
-    assert "95% interval" in out
+    assert out.index(" 1 1 \N{MINUS SIGN}40 % ") < out.index(" 2 2 \N{MINUS SIGN}60 % ") < out.index("best")
+    assert "[95% interval]" in out
 
 
 def test_effects_on_the_runs_that_chose_are_called_too_good(saved, capsys):
     main(["suggest", "--attribution", str(saved), "--held_out", "0"])
-    assert "the effects are optimistic" in " ".join(capsys.readouterr().out.split())
+    out = printed(capsys)
+    assert "the effects are optimistic" in out
+    assert out.startswith("No verdict, for want of held-out runs: with the first 2, standard deviation")
+    assert "on 12 runs that also chose." in out
 
 
-def test_nothing_to_suggest_is_said(saved, capsys):
+def test_that_nothing_helps_is_said_first(saved, capsys):
     main(["suggest", "--attribution", str(saved), "--goal", "improve_mean", "--caution", "2"])
-    assert "No removal is predicted" in capsys.readouterr().out
+    assert printed(capsys).startswith("No removal helps: none is predicted")
+    main(["suggest", "--attribution", str(saved), "--goal", "improve_mean", "--caution", "0", "--verify"])
+    out = printed(capsys)
+    assert out.startswith("No removal helps: at best, mean loss over seeds")
+    assert "best " not in out.split("numbers of removals.")[1]  # no row is marked
+    assert "Retrained" not in out
+
+
+def test_more_removals_than_there_are_are_refused(saved, capsys):
+    with pytest.raises(SystemExit):
+        main(["suggest", "--attribution", str(saved), "--k", "4"])
+    assert "k=4, but there are 3 removals. Give a k of at most 3" in capsys.readouterr().err
+    main(["suggest", "--attribution", str(saved), "--k", "3"])
 
 
 def test_an_unknown_goal_is_refused(saved, capsys):
@@ -67,14 +87,15 @@ def test_a_suggestion_is_verified_by_retraining(tmp_path, capsys):
     main(["attribute", "--ensemble", str(root), "--output", str(tmp_path / "attribution"), *question])
     capsys.readouterr()
     truth = tmp_path / "truth"
-    suggest = ["suggest", "--attribution", str(tmp_path / "attribution"), "--k", "3", "--caution=0"]
+    suggest = ["suggest", "--attribution", str(tmp_path / "attribution"), "--goal", "improve_mean", "--held_out=0"]
     main([*suggest, "--verify", "--ensemble", str(root), "--output", str(truth), "--seeds", "4", "--stacked", "false"])
     out = " ".join(capsys.readouterr().out.split())
-    assert "Retrained 4 times without the 3 examples and 4 times with them." in out
+    suggestion = suggest_removals(Attribution.load(tmp_path / "attribution"), "improve_mean", held_out=0)
+    assert suggestion.best
+    assert f"Retrained 4 times without the {suggestion.best} examples and 4 times with them." in out
     found = GroundTruth.load(truth)
-    suggestion = suggest_removals(Attribution.load(tmp_path / "attribution"), k=3, caution=0)
     assert found.removed == (tuple(sorted(suggestion.removed)),)
     assert found.queries == (4, 0)
-    # by hand: the variance over seeds, averaged over queries, of what was measured
-    change = float((found.measurements[0].var(0) - found.baseline.var(0)).mean())
+    # by hand: the mean over seeds, averaged over queries, of what was measured
+    change = float((found.measurements[0].mean(0) - found.baseline.mean(0)).mean())
     assert verify(suggestion, found).effect == pytest.approx(change, rel=1e-5)

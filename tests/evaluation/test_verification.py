@@ -14,7 +14,7 @@ from lightning_dtda.evaluation import verify
 @pytest.fixture
 def suggestion():
     x = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]
-    responses = torch.stack([0.3 * x - 0.1, -0.4 * x, -0.2 * x], -1)
+    responses = torch.stack([0.3 * x - 0.5, -0.4 * x, -0.2 * x], -1)
     attribution = Attribution(x, responses, tuple(f"seed-{s:04d}" for s in range(12)), (5,))
     return suggest_removals(attribution, "improve_mean", k=1, caution=0)
 
@@ -48,3 +48,31 @@ def test_a_truth_of_other_sets_or_with_missing_trainings_is_refused(suggestion):
     missing[1, 3] = torch.nan
     with pytest.raises(AttributionError, match="8 of the 9 trainings without"):
         verify(suggestion, replace(complete, measurements=missing))
+
+
+def test_what_is_not_suggested_is_verified_on_request():
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]
+    noise = torch.randn(12, 1, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    runs = tuple(f"seed-{s:04d}" for s in range(12))
+    unclear = suggest_removals(Attribution(x, noise, runs, (5,)), "improve_mean", caution=0)
+    assert unclear.removals
+    assert not unclear.removed
+    data = replace(truth(range(9), range(9)), removed=((1, 2), tuple(sorted(unclear.sets[0]))))
+    with pytest.raises(AttributionError, match=r"no removals to verify .No removal helps: .* Give step=1 to"):
+        verify(unclear, data)
+    found = verify(unclear, data, step=1)
+    assert found.effect == pytest.approx(float((data.measurements[1] - data.baseline).mean()), rel=1e-9)
+
+
+def test_a_spread_s_change_is_relative_and_its_interval_holds(suggestion):
+    """Retrained with 0.7 of the standard deviation and other seeds; by simulation."""
+    spread = replace(suggestion, goal="reduce_variance")
+    generator, held = torch.Generator().manual_seed(1), 0
+    for _ in range(300):
+        real = 0.7 * torch.randn(2, 12, 1, generator=generator, dtype=torch.float64)
+        baseline = torch.randn(16, 1, generator=generator, dtype=torch.float64)
+        data = GroundTruth(real, baseline, ((2,), (0,)), (5,), tuple(range(12)), tuple(range(20, 36)))
+        found = verify(spread, data, step=1)
+        assert found.effect == pytest.approx(float(real[1].std() / baseline.std()) - 1, rel=1e-9)
+        held += found.low <= -0.3 <= found.high
+    assert 0.92 <= held / 300 <= 0.99  # 0.95 is found to within 0.025
