@@ -35,7 +35,6 @@ INTERNAL = {"is_being_written", "run_name", "RunWriter", "ThisProcess", "workers
 
 EXTENDING = (
     "lightning_dtda.estimators.forward.forward_sweep",
-    "lightning_dtda.estimators.measuring.measure",
     "lightning_dtda.estimators.null_space.null_space_response",
     "lightning_dtda.estimators.null_space.range_share",
     "lightning_dtda.estimators.objective.Objective",
