@@ -26,7 +26,6 @@ from benchmarks.ours import NetModule
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute, plan
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity, TracIn
-from lightning_dtda.planning.planning import label
 
 EPOCHS = {"demo": 50, **problems.EPOCHS}
 
@@ -128,11 +127,10 @@ def main() -> None:
             real = alone(recorded, net, options.runs, root)
             line(net, "recording", "s", before["recording"]["seconds"], real["seconds"])
             line(net, "recording, disk", "MiB", before["recording"]["disk"] / 2**20, real["disk"] / 2**20)
-            for number, estimator in enumerate(estimators(net)):
-                cost = before["estimators"][label(estimator)]
+            for number, (name, cost) in enumerate(before["estimators"].items()):
                 real = alone(attributed, net, number, options.queries, root)
-                line(net, label(estimator), "s", cost["seconds"], real["seconds"])
-                line(net, f"{label(estimator)}, memory", "MiB", cost["memory"] / 2**20, real["memory"] / 2**20)
+                line(net, name, "s", cost["seconds"], real["seconds"])
+                line(net, f"{name}, memory", "MiB", cost["memory"] / 2**20, real["memory"] / 2**20)
 
 
 if __name__ == "__main__":

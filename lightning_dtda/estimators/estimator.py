@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from inspect import signature
+from itertools import chain, count, groupby
 from typing import Any
 
 import torch
@@ -204,3 +205,30 @@ def batches_of_equal_shape(runs: Sequence[Run], size: int) -> tuple[tuple[Run, .
         alike = tuple(group)
         batches += [alike[start : start + size] for start in range(0, len(alike), size)]
     return tuple(batches)
+
+
+def labels(estimators: Sequence[Estimator]) -> list[str]:
+    """Return a name for each estimator: its class and the settings that are not the default ones.
+
+    Example:
+        >>> from lightning_dtda.estimators import EKFAC, InfluenceFunctions, UnrolledDifferentiation
+        >>> labels([UnrolledDifferentiation(), UnrolledDifferentiation(horizon="auto")])
+        ['UnrolledDifferentiation', 'UnrolledDifferentiation(horizon=auto)']
+        >>> labels([InfluenceFunctions(EKFAC()), InfluenceFunctions(EKFAC(damping=0.1))])
+        ['InfluenceFunctions(EKFAC)', 'InfluenceFunctions(EKFAC(damping=0.1))']
+    """
+    found: list[str] = []
+    for name in map(_label, estimators):
+        others = (f"{name} {number}" for number in count(2))
+        found.append(next(one for one in chain([name], others) if one not in found))
+    return found
+
+
+def _label(described: Any) -> str:
+    defaults = {name: parameter.default for name, parameter in signature(type(described)).parameters.items()}
+    shown = [
+        _label(getattr(described, name)) if isinstance(value, dict) else f"{name}={value}"
+        for name, value in described.settings().items()
+        if name in defaults and value != defaults[name]
+    ]
+    return type(described).__name__ + (f"({', '.join(shown)})" if shown else "")

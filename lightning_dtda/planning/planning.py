@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, count
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,6 +25,7 @@ from lightning_dtda.estimators import (
     UnrolledDifferentiation,
     resolve_removals,
 )
+from lightning_dtda.estimators.estimator import labels
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.progress import progress_bar
@@ -172,17 +172,6 @@ def plan(
         return replace(found, advice=advice(found, question.device, hours))
 
 
-def label(estimator: Estimator) -> str:
-    """Return the name of an estimator for a table.
-
-    Example:
-        >>> label(UnrolledDifferentiation()), label(InfluenceFunctions(EKFAC()))
-        ('UnrolledDifferentiation', 'InfluenceFunctions(EKFAC)')
-    """
-    curvature = getattr(estimator, "curvature", None)
-    return type(estimator).__name__ + ("" if curvature is None else f"({type(curvature).__name__})")
-
-
 def _all_estimators() -> list[Estimator]:
     """Return the estimators in order of their agreement with retraining, best first; see the figures in the README."""
     return [
@@ -192,12 +181,6 @@ def _all_estimators() -> list[Estimator]:
         InfluenceFunctions(Identity()),
         TracIn(),
     ]
-
-
-def _unused(name: str, names: Container[str]) -> str:
-    """Return the name, with a number appended if it is already used."""
-    others = (f"{name} {number}" for number in count(2))
-    return next(one for one in chain([name], others) if one not in names)
 
 
 def _check_counts(**counts: int | None) -> None:
@@ -219,8 +202,8 @@ def _costs(
 ) -> dict[str, Cost | str]:
     """Return the cost of each estimator by its label, or why it cannot answer."""
     costs: dict[str, Cost | str] = {}
-    for estimator in estimators:
-        costs[_unused(label(estimator), costs)] = _cost(estimator, runs, question, workers)
+    for name, estimator in zip(labels(estimators), estimators, strict=True):
+        costs[name] = _cost(estimator, runs, question, workers)
         advance(1)
     return costs
 
