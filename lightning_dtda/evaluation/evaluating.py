@@ -152,7 +152,8 @@ def evaluate(
     check_alignment(attribution, truth)
     left_out = attribution.chaotic if runs == "trusted" else ()
     selected = attribution._selected(runs)
-    shared = _shared_seeds(selected, truth)
+    of_runs = [int(match[1]) if (match := _SEED.search(run)) else None for run in selected.runs]
+    shared = tuple(sorted({*truth.seeds, *truth.baseline_seeds} & set(of_runs) - {None}))
     if shared:
         other = "removal='drop'" if truth.removal == "reweight" else "other seeds"
         warnings.warn(
@@ -164,6 +165,7 @@ def evaluate(
     samples = collect(
         arrange(predicted_samples(selected, truth), selected.baseline, truth.measurements, truth.baseline),
         paired=truth.seeds == truth.baseline_seeds,
+        repeated=truth.removal == "reweight" and tuple(of_runs) == truth.seeds,
     )
     if differences is None:
         least = min(len(selected.runs), len(truth.seeds), len(truth.baseline_seeds))
@@ -253,11 +255,6 @@ def _groups_of(subset: Sequence[int], members: Sequence[Sequence[int]], number: 
             "whole groups."
         )
     return found
-
-
-def _shared_seeds(attribution: Attribution, truth: GroundTruth) -> tuple[int, ...]:
-    recorded = {int(match[1]) for run in attribution.runs if (match := _SEED.search(run))}
-    return tuple(sorted(recorded & {*truth.seeds, *truth.baseline_seeds}))
 
 
 def _checksum(truth: GroundTruth) -> int:

@@ -44,7 +44,8 @@ class Resamples:
         """Draw from samples.
 
         Two predictions compared with the same truth get the same draws of the truth. They also get the same draws of
-        the runs if the runs are the same, and independent ones otherwise.
+        the runs if the runs are the same, and independent ones otherwise. Runs that were repeated for the truth are
+        drawn together with their repetitions.
 
         Args:
             samples: The samples.
@@ -59,10 +60,11 @@ class Resamples:
             return positions(of, number, generator).T.contiguous().to(samples.real.device)
 
         queries, removals = samples.real.shape[1:]
+        of_removals, seeds = drawn(removals), drawn(len(samples.real))
         return cls(
-            removals=drawn(removals),
-            runs=drawn(len(samples.baseline), of_runs),
-            seeds=drawn(len(samples.real)),
+            removals=of_removals,
+            runs=seeds if samples.repeated else drawn(len(samples.baseline), of_runs),
+            seeds=seeds,
             baseline_seeds=drawn(len(samples.real_baseline)),
             queries=torch.rand(queries, number, generator=of_truth, dtype=torch.float64).to(samples.real.device),
         )

@@ -27,6 +27,7 @@ class Samples:
         real: m of models trained without the removed examples ``(seeds, queries, removals)``.
         real_baseline: m of models trained on everything ``(baseline seeds, queries, 1)``.
         paired: Whether the seeds of ``real`` are those of ``real_baseline``, in the same order.
+        repeated: Whether the seeds of ``real`` are the runs, in the same order: they are then drawn together.
     """
 
     predicted: Tensor
@@ -34,6 +35,7 @@ class Samples:
     real: Tensor
     real_baseline: Tensor
     paired: bool = False
+    repeated: bool = False
 
     def predicted_influence(self, difference: Difference, runs: Tensor | None = None) -> Tensor:
         """Return the predicted difference.
@@ -113,7 +115,7 @@ def arrange(predicted: Tensor, baseline: Tensor, real: Tensor, real_baseline: Te
     return predicted.permute(2, 1, 0), baseline.T, real.permute(2, 1, 0), real_baseline.T
 
 
-def collect(arranged: tuple[Tensor, ...], paired: bool = False) -> Samples:
+def collect(arranged: tuple[Tensor, ...], paired: bool = False, repeated: bool = False) -> Samples:
     """Return the samples of all queries, from what :func:`arrange` returned.
 
     Raises:
@@ -137,6 +139,7 @@ def collect(arranged: tuple[Tensor, ...], paired: bool = False) -> Samples:
         real.movedim(1, 0).double(),
         real_baseline.T[..., None].double(),
         paired,
+        repeated,
     )
 
 

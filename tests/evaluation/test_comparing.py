@@ -82,6 +82,16 @@ def test_the_same_runs_are_drawn_together_and_others_apart():
         assert torch.equal(getattr(one, part), getattr(other, part)), "the truth is the same"
 
 
+def test_runs_and_their_repetitions_are_drawn_together():
+    # a perfect prediction of repeated runs is perfect in every draw
+    generator = torch.Generator().manual_seed(0)
+    changed, baseline = normal(generator, SUBSETS, RUNS, QUERIES), normal(generator, RUNS, QUERIES)
+    arranged = arrange(changed, baseline, changed, baseline)
+    together, apart = (collect(arranged, paired=True, repeated=repeated) for repeated in (True, False))
+    assert replicated(together, "a").means().min() == pytest.approx(1)
+    assert replicated(apart, "a").means().mean() < 0.9
+
+
 def test_a_prediction_is_as_good_as_itself_without_any_doubt():
     samples, _ = two_predictions(torch.Generator().manual_seed(0), (0.5, 0.5), True)
     low, high = difference_interval(replicated(samples, "a"), replicated(samples, "a"))
