@@ -16,9 +16,9 @@ from lightning_dtda.text import printable
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
-    from lightning_dtda.attribution import Attribution, attribute, check, export, suggest_removals
+    from lightning_dtda.attribution import Attribution, attribute, export, suggest_removals
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
-    from lightning_dtda.evaluation import evaluate
+    from lightning_dtda.evaluation import check, evaluate
     from lightning_dtda.planning import plan
     from lightning_dtda.recording import TrajectoryRecorder, record
     from lightning_dtda.reporting import report
@@ -52,7 +52,7 @@ _HOMES = {
     "TrajectoryRecorder": "lightning_dtda.recording",
     "UnrolledDifferentiation": "lightning_dtda.estimators",
     "attribute": "lightning_dtda.attribution",
-    "check": "lightning_dtda.attribution",
+    "check": "lightning_dtda.evaluation",
     "evaluate": "lightning_dtda.evaluation",
     "export": "lightning_dtda.attribution",
     "plan": "lightning_dtda.planning",

@@ -10,13 +10,11 @@ from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attributing import attribute
-    from lightning_dtda.attribution.checking import check
 
 __all__ = [
     "Attribution",
     "Suggestion",
     "attribute",
-    "check",
     "export",
     "suggest_removals",
 ]
@@ -28,8 +26,4 @@ def __getattr__(name: str) -> Any:
         from lightning_dtda.attribution import attributing
 
         return attributing.attribute
-    if name == "check":
-        from lightning_dtda.attribution import checking
-
-        return checking.check
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

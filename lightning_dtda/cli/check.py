@@ -8,9 +8,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from typing_extensions import override
 
-from lightning_dtda.attribution.checking import check
 from lightning_dtda.cli.question import QuestionCLI
+from lightning_dtda.estimators import Estimator
+from lightning_dtda.evaluation.checking import check
+from lightning_dtda.evaluation.ranking import Ranking
 from lightning_dtda.reporting.formatting import escape
+from lightning_dtda.units import human_seconds
 
 _QUERIES = 5
 """Number of validation examples to check by default."""
@@ -29,6 +32,13 @@ class CheckCLI(QuestionCLI):
             default=3,
             help="Number of training examples whose responses are compared with retraining.",
         )
+        parser.add_argument(
+            "--estimators",
+            type=list[Estimator] | None,
+            default=None,
+            help="Estimators to compare, at least two: which one predicts replays without random tenths of the data?",
+        )
+        parser.add_argument("--sets", type=int, default=20, help="For --estimators: number of random tenths.")
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -43,7 +53,9 @@ def run(arguments: Sequence[str]) -> None:
         "the runs agree. The exit code is 1 if a check fails.",
         arguments,
     )
-    found = check(**cli.question(), examples=cli.config.examples)
+    question, config = cli.question(), cli.config
+    estimators = cli.config_init.estimators or ()
+    found = check(**question, examples=config.examples, estimators=estimators, sets=config.sets)
     console = Console(highlight=False)
     for finding in found.findings:
         mark = "[green]passed[/]" if finding.passed else "[red]failed[/]"
@@ -53,5 +65,22 @@ def run(arguments: Sequence[str]) -> None:
         "equal steps: 1 if the parameters move in the same direction both times, 0 if the second change is unrelated "
         "to the first. If it is low, predictions of large removals are rough."
     )
+    if found.ranking is not None:
+        _print(found.ranking, console)
     if not found.passed:
         raise SystemExit(1)
+
+
+def _print(ranking: Ranking, console: Console) -> None:
+    first = next(iter(ranking.evaluations.values()))
+    console.print(
+        f"estimators: rank correlation of predicted and real mean influence over {first.subsets} random tenths, with "
+        f"its 95% interval. {first.runs} runs were repeated with the weights of these examples set to zero."
+    )
+    for name, evaluation in ranking.evaluations.items():
+        score = evaluation.scores["mean"]
+        console.print(
+            f"{score.score:6.3f} [{score.low:.2f}, {score.high:.2f}]  {name}, {human_seconds(ranking.seconds[name])}",
+            markup=False,
+        )
+    console.print(ranking.advice, markup=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dtda.attribution.attributing import attribute
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.estimators import UnrolledDifferentiation
+from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.diagnosis import weight_step
+from lightning_dtda.evaluation.ranking import Ranking, rank_estimators
 from lightning_dtda.replay import Draws, Measurement, Replay, query_examples, resolve_measurement, training_examples
 from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.trajectory import Ensemble, Run
@@ -65,10 +67,12 @@ class Check:
     Args:
         findings: Results of the checks.
         metasmoothness: Metasmoothness of the training, from -1 to 1; see :func:`metasmoothness`.
+        ranking: Comparison of the estimators; ``None`` if there are none to compare, or the replay stopped.
     """
 
     findings: tuple[Finding, ...]
     metasmoothness: float
+    ranking: Ranking | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,13 +88,16 @@ def check(
     queries: DataLoader[Any] | Dataset[Any],
     measurement: str | Measurement = "loss",
     examples: int = 3,
+    estimators: Sequence[Estimator] = (),
+    sets: int = 20,
     device: torch.device | str | None = None,
 ) -> Check:
     """Replay the runs, compare responses with finite differences of retraining, and compare the runs.
 
     For a few examples, the first run is retrained in double precision with the example's weight slightly larger and
     slightly smaller, and the change of the measurement is compared with the response. All runs are attributed, which
-    compares each step with the record.
+    compares each step with the record. Estimators are compared on replays of the first eight runs without random tenths
+    of the examples.
 
     Args:
         ensemble: The recorded runs.
@@ -99,22 +106,32 @@ def check(
         queries: Queries to use; a few are enough.
         measurement: As for :func:`~lightning_dtda.attribute`.
         examples: Number of training examples to compare, those with the largest responses.
+        estimators: Estimators to compare, at least two: which one predicts exact replays best?
+        sets: Number of random tenths, each of which is one replay of each of these runs.
         device: Device to compute on; ``None`` means the module's device.
 
     Returns:
         The results of the checks.
 
     Raises:
-        AttributionError: If ``examples`` is less than one, or another argument is invalid.
+        AttributionError: If ``examples`` is less than one, there is only one estimator or set, or another argument is
+            invalid.
+        RetrainingError: If two runs have the same seed, and there are estimators to compare.
     """
     if examples < 1:
         raise AttributionError(f"examples={examples}; give the number of examples to compare, at least 1.")
+    if estimators and (len(estimators) < 2 or sets < 2):
+        raise AttributionError(
+            f"There are {len(estimators)} estimators and {sets} sets. Give at least two estimators to compare, and at "
+            "least two sets; about twenty sets are needed to tell estimators apart."
+        )
     question: Any = {"queries": queries, "measurement": measurement, "device": device, "progress": False}
+    exact, double = UnrolledDifferentiation(), UnrolledDifferentiation(precision="float64")
     try:
-        all_runs = attribute(ensemble, module, data, **question)
+        all_runs = attribute(ensemble, module, data, estimator=exact, **question)
     except ReplayError as error:
         return Check((Finding("replay", False, "stopped", str(error)),), float("nan"))
-    double = UnrolledDifferentiation(precision="float64")
+    ranking = rank_estimators(ensemble, module, data, estimators, sets, **question) if estimators else None
     try:
         first = attribute(ensemble[:1], module, data, estimator=double, **question)
     except Exception as error:  # the user's code may fail in any way in another precision
@@ -122,7 +139,7 @@ def check(
         if isinstance(error, ReplayError):
             advice = f"{error} {_NOISE}"
         stopped = Finding("replay in double precision", False, "stopped", advice)
-        return Check((_replay(all_runs), stopped, _chaos(all_runs)), float("nan"))
+        return Check((_replay(all_runs), stopped, _chaos(all_runs)), float("nan"), ranking)
     responses = first.responses[0]
     chosen = responses.abs().amax(0).argsort(descending=True)[:examples]
     ones = torch.ones(responses.shape[1], dtype=torch.float64)
@@ -142,7 +159,7 @@ def check(
     ]
     if len(all_runs.trusted().runs) >= 4:
         findings.append(_agreement(all_runs))
-    return Check(tuple(findings), metasmoothness(*thetas[len(moved) :]))
+    return Check(tuple(findings), metasmoothness(*thetas[len(moved) :]), ranking)
 
 
 def _replay(attribution: Attribution) -> Finding:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from typing import get_args
 
 import pytest
@@ -419,17 +420,30 @@ def test_removals_that_cannot_be_are_refused_in_words(
 
 def test_check_says_in_words_whether_an_ensemble_can_be_trusted(record, capsys, monkeypatch):
     root = record("--seeds", "4")
-    monkeypatch.setattr("lightning_dtda.attribution.checking._RELIABLE", 0.0)  # of 12 steps, and 4 runs
+    monkeypatch.setattr("lightning_dtda.evaluation.checking._RELIABLE", 0.0)  # of 12 steps, and 4 runs
     main(["check", "--ensemble", str(root), "--queries.indices=[0,1]", "--examples", "1"])
     text = " ".join(capsys.readouterr().out.split())
     assert "passed finite differences: relative error" in text
     assert "1 examples and 2 queries of seed-0000" in text
     assert "metasmoothness:" in text
-    monkeypatch.setattr("lightning_dtda.attribution.checking._AGREEMENT", 0.0)
+    monkeypatch.setattr("lightning_dtda.evaluation.checking._AGREEMENT", 0.0)
     with pytest.raises(SystemExit) as stop:
         main(["check", "--ensemble", str(root), "--queries.indices=[0,1]", "--examples", "1"])
     assert stop.value.code == 1
     assert "failed finite differences" in " ".join(capsys.readouterr().out.split())
+
+
+def test_check_says_which_estimator_predicts_replays_best(record, capsys, monkeypatch):
+    root = record("--seeds", "2")
+    monkeypatch.setattr("lightning_dtda.evaluation.checking._AGREEMENT", float("inf"))
+    compared = "[UnrolledDifferentiation, {class_path: InfluenceFunctions, init_args: {curvature: Identity}}]"
+    question = ["check", "--ensemble", str(root), "--queries.indices=[0,1]", "--examples", "1", "--sets", "4"]
+    main([*question, "--estimators", compared])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "predicted and real mean influence over 4 random tenths" in text
+    assert "] UnrolledDifferentiation, " in text
+    assert "] InfluenceFunctions(Identity), " in text
+    assert re.search(r"(Use|None of|cannot tell)", text)
 
 
 def test_a_configuration_printed_can_be_used_again(config, tmp_path, capsys):

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
-from lightning_dtda.attribution.checking import check
 from lightning_dtda.errors import ReplayError
 from lightning_dtda.estimators.diagnosis import diagnose
 from lightning_dtda.estimators.estimator import Diagnosis
+from lightning_dtda.evaluation.checking import check
 from lightning_dtda.optimizers.adam import Adam
 from lightning_dtda.replay import Replay, training_examples
 from tests.regression import WeightedRegressor, loader, weighted_data

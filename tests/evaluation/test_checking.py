@@ -1,13 +1,15 @@
 """The check finds what is wrong, and finds nothing wrong where nothing is."""
 
+from dataclasses import replace
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder
-from lightning_dtda.attribution.checking import check, metasmoothness
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.evaluation.checking import check, metasmoothness
 from lightning_dtda.optimizers import Adam
 from tests.regression import WeightedRegressor, loader, weighted_data
 
@@ -89,6 +91,42 @@ def test_three_runs_say_nothing_about_their_agreement(recorded):
 def test_at_least_one_example_is_compared(recorded):
     with pytest.raises(AttributionError, match="at least 1"):
         check(recorded(make, seeds=1), make(), DATA, queries=QUERIES, examples=0)
+
+
+class Reversed(UnrolledDifferentiation):
+    """The exact derivative with the wrong sign."""
+
+    def estimate(self, *arguments):
+        found = super().estimate(*arguments)
+        return replace(found, responses=-found.responses)
+
+
+def test_the_estimator_that_predicts_replays_best_is_chosen(recorded):
+    estimators = [Reversed(), UnrolledDifferentiation(), UnrolledDifferentiation(precision="float64")]
+    ranking = check(recorded(make), make(), DATA, queries=QUERIES, estimators=estimators, sets=8).ranking
+    *equal, last = ranking.evaluations
+    assert set(equal) == {"UnrolledDifferentiation", "UnrolledDifferentiation(precision=float64)"}
+    assert last == "Reversed"
+    best, worst = (ranking.evaluations[name].scores["mean"] for name in (equal[0], last))
+    assert best.low > 0.8
+    assert worst.score == pytest.approx(-best.score)
+    assert ranking.behind[last].low > 1.5
+
+    for cheapest in equal:
+        timed = replace(ranking, seconds=dict.fromkeys(equal, 2.0) | {cheapest: 1.0, last: 0.1})
+        assert timed.advice.endswith(f"apart. Use {cheapest}, the cheapest of them.")
+    alone = replace(ranking, evaluations={name: ranking.evaluations[name] for name in (equal[0], last)})
+    assert alone.advice == f"Use {equal[0]}: it predicts the replays better than the others."
+    wrong = replace(ranking, evaluations={last: ranking.evaluations[last]})
+    assert wrong.advice.startswith("None of these estimators predicts the replays")
+
+
+def test_two_estimators_and_two_sets_are_the_least_to_compare(recorded):
+    ensemble, one = recorded(make, seeds=2), UnrolledDifferentiation()
+    for estimators, sets in (([one], 20), ([one, one], 1)):
+        with pytest.raises(AttributionError, match="at least two"):
+            check(ensemble, make(), DATA, queries=QUERIES, estimators=estimators, sets=sets)
+    assert check(ensemble, make(), DATA, queries=QUERIES, estimators=[one, one], sets=2).ranking is not None
 
 
 def test_metasmoothness_is_the_weighted_agreement_of_signs():
