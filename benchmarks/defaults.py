@@ -184,8 +184,8 @@ def tasks(concrete: str | None, mnist: str | None) -> dict[str, Task]:
     train, asked = (TensorDataset(pixels[part], labels[part]) for part in (slice(600), slice(600, 612)))
     for name, what, make, optimizer, epochs, seeds in (
         ("mlp", "digits, MLP, AdamW", mlp, adamw, 20, 64),
-        ("cnn", "digits, CNN with BatchNorm, SGD with momentum", cnn, momentum, 10, 16),
-        ("transformer", "digits, transformer, AdamW", Rows, adamw, 12, 20),
+        ("cnn", "digits, CNN with BatchNorm, SGD with momentum", cnn, momentum, 10, 14),
+        ("transformer", "digits, transformer, AdamW", Rows, adamw, 12, 16),
     ):
 
         def module(make=make, optimizer=optimizer) -> pl.LightningModule:
