@@ -32,7 +32,11 @@ EPOCHS = {"demo": 50, **problems.EPOCHS}
 
 def estimators(net: str) -> list[Estimator]:
     """Return the estimators to measure for a net; conjugate gradients take too long for the larger nets."""
-    some: list[Estimator] = [UnrolledDifferentiation(), InfluenceFunctions(EKFAC()), InfluenceFunctions(Identity())]
+    some: list[Estimator] = [
+        UnrolledDifferentiation(horizon=None),
+        InfluenceFunctions(EKFAC()),
+        InfluenceFunctions(Identity()),
+    ]
     return [*some, TracIn(), InfluenceFunctions(GaussNewton())] if net == "demo" else some
 
 

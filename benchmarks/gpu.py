@@ -163,7 +163,8 @@ def finite_differences(setting: Setting, root: Path) -> Iterator[Found]:
     ones = torch.ones(96, dtype=torch.float64)
     queries = Subset(weighted(ones), range(4))
     train_weighted(setting, ones, TrajectoryRecorder(root), dropout=0.2)
-    arguments = {"queries": queries, "device": setting.device, "progress": False}
+    estimator = UnrolledDifferentiation(horizon=None)
+    arguments = {"queries": queries, "estimator": estimator, "device": setting.device, "progress": False}
     found = attribute(Ensemble.open(root), Weighted(), weighted(ones), **arguments)
     yield from drift("dropout, float64", found, 1e-12, ROUNDED)
     pictures, labels, _ = weighted(ones)[:4]
@@ -188,7 +189,7 @@ def both_devices(setting: Setting, root: Path) -> Iterator[Found]:
     ones = torch.ones(96, dtype=torch.float64)
     train_weighted(setting, ones, TrajectoryRecorder(root), dropout=0.0)
     for name, estimator in {
-        "unrolled": UnrolledDifferentiation(),
+        "unrolled": UnrolledDifferentiation(horizon=None),
         "EK-FAC": InfluenceFunctions(EKFAC()),
     }.items():
         on_cpu, on_device = (
@@ -249,7 +250,8 @@ def record(
 def responses(setting: Setting, root: Path, module: pl.LightningModule, loader: DataLoader) -> Attribution:
     """Attribute by exact unrolling."""
     queries = Subset(loader.dataset, range(2))
-    return attribute(Ensemble.open(root), module, loader, queries=queries, device=setting.device, progress=False)
+    arguments = {"estimator": UnrolledDifferentiation(horizon=None), "device": setting.device, "progress": False}
+    return attribute(Ensemble.open(root), module, loader, queries=queries, **arguments)
 
 
 # -- figures: each function returns figures by name, and gets those of the network so far
@@ -304,7 +306,10 @@ def sweeps(setting: Setting, net: str, before: dict[str, float]) -> dict[str, fl
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         module, loader = record(setting, root, net, setting.runs)
-        ensemble, estimator = Ensemble.open(root), UnrolledDifferentiation(mode="reverse", memory_budget=8)
+        ensemble, estimator = (
+            Ensemble.open(root),
+            UnrolledDifferentiation(mode="reverse", horizon=None, memory_budget=8),
+        )
 
         def seconds(runs: Ensemble, queries: int, stacked: bool) -> float:
             question = ask(module, loader, queries, setting.device)

@@ -5,7 +5,7 @@ r"""Influence functions compared with those of other packages (``peers.py``): ti
 
 20 runs x 20 queries x 927 examples, as trained by ``examples/concrete``; the measurement is the prediction. The runs,
 the ground truth (``concrete_truth.py``: 40 removals of a tenth of the rows, 192 retrainings each) and the exact
-responses (``UnrolledDifferentiation``) are created if they do not exist, and so is an environment for each of the other
+responses (unrolling without a horizon) are created if they do not exist, and so is an environment for each of the other
 packages, from PyPI. bergson's unroller takes minutes for each run, so it is used for one run and three queries only,
 and only its agreement with the exact responses and its time for each are reported.
 

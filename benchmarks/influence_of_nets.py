@@ -10,7 +10,7 @@ computing scores, including files, for the others. Imports and a first call for 
 runs in a separate process. In each repeat, our method and the one it is compared with run one after the other, and
 their ratio is taken within the repeat. Memory is the peak resident memory of the process. Agreement is Spearman's
 correlation over examples between the scores of two methods, averaged over queries and runs: of ours with the one it is
-compared with, and, with ``--exact``, of both with the exact responses (``UnrolledDifferentiation``).
+compared with, and, with ``--exact``, of both with the exact responses (``UnrolledDifferentiation(horizon=None)``).
 
 kronfluence and curvlinops leave all layers except linear and two-dimensional convolutional ones out of EK-FAC; dattri
 leaves out all except linear ones. kronfluence and curvlinops draw one label for each output, which is their default;

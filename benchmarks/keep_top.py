@@ -35,7 +35,7 @@ from lightning_dtda.estimators import EKFAC
 from lightning_dtda.units import GIB
 
 ESTIMATORS = {
-    "UnrolledDifferentiation()": lambda: UnrolledDifferentiation(memory_budget=1.0),
+    "UnrolledDifferentiation(horizon=None)": lambda: UnrolledDifferentiation(horizon=None, memory_budget=1.0),
     "InfluenceFunctions(EKFAC())": lambda: InfluenceFunctions(EKFAC(), memory_budget=0.5),
 }
 FEATURES, WIDTH, BATCH = 16, 32, 250

@@ -48,7 +48,7 @@ VALUES = {
 }
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
-    "UnrolledDifferentiation": lambda: UnrolledDifferentiation(runs_per_batch=1, mode="reverse"),
+    "UnrolledDifferentiation": lambda: UnrolledDifferentiation(runs_per_batch=1, mode="reverse", horizon=None),
     "Identity": lambda: InfluenceFunctions(Identity()),
     "EKFAC": lambda: InfluenceFunctions(EKFAC()),
     # the same number of iterations in each case, as the real number depends on the spectrum

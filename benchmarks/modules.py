@@ -215,7 +215,7 @@ def trial(name: str, steps: int, repeats: int) -> dict[str, float]:
     module = fit(TrajectoryRecorder(root))
     fit(count=2)  # warms up
     ensemble = Ensemble.open(root)
-    estimator = UnrolledDifferentiation(mode="reverse", runs_per_batch=1, memory_budget=8)
+    estimator = UnrolledDifferentiation(mode="reverse", horizon=None, runs_per_batch=1, memory_budget=8)
     times: dict[str, list[float]] = {"training": [], "one": [], "three": []}
     # planning takes a step, which makes the module's copy and the cut
     asked = {"one": ask(module, loader, 1), "three": ask(module, loader, 3)}

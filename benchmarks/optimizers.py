@@ -99,7 +99,7 @@ def main():
             name: record(name, Path(directory) / str(number), data, options.runs, options.steps)
             for number, name in enumerate(OPTIMIZERS)
         }
-        estimator = UnrolledDifferentiation(runs_per_batch=options.runs)
+        estimator = UnrolledDifferentiation(horizon=None, runs_per_batch=options.runs)
         seconds = {name: [] for name in OPTIMIZERS}
         for _ in range(options.repeats + 1):  # the first round warms up
             for name, ensemble in ensembles.items():

@@ -81,7 +81,7 @@ METHODS: dict[str, Callable[[], Estimator]] = {
     "source-ekfac-1": lambda: source(1, "EKFAC"),
     "source-ekfac-3": lambda: source(3, "EKFAC"),
     "source-ekfac-6": lambda: source(6, "EKFAC"),
-    "unrolled": UnrolledDifferentiation,
+    "unrolled": lambda: UnrolledDifferentiation(horizon=None),
 }
 
 

@@ -49,7 +49,7 @@ def assert_finite_differences_agree(
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(queries, wanted, ones),
         measurement=measurement,
-        estimator=UnrolledDifferentiation(mode=mode),
+        estimator=UnrolledDifferentiation(mode=mode, horizon=None),
         progress=False,
     )
     generator = torch.Generator().manual_seed(1)

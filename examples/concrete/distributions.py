@@ -134,7 +134,12 @@ def main() -> None:
     data.setup("fit")
     ensemble = record(data, options.output / "runs", max(RUNS))
     attributions = [
-        answer(ensemble[:runs], data, UnrolledDifferentiation(), options.output / "attributions" / f"unrolled-{runs}")
+        answer(
+            ensemble[:runs],
+            data,
+            UnrolledDifferentiation(horizon=None),
+            options.output / "attributions" / f"unrolled-{runs}",
+        )
         for runs in RUNS
     ]
     # chosen by the attribution with the most runs, which is also drawn; the other is counted on the same removals

@@ -47,7 +47,8 @@ RUNS = (20, 64)
 SUBSETS, KEPT, SEEDS, BASELINE_SEEDS = 40, 0.9, 192, 256
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
-    "unrolled": UnrolledDifferentiation,
+    "unrolled": lambda: UnrolledDifferentiation(horizon=None),
+    "horizon": UnrolledDifferentiation,
     "Source": Source,
     "Gauss-Newton, damping 0.01": lambda: InfluenceFunctions(GaussNewton(damping=0.01)),
     "Gauss-Newton, damping 0.03": lambda: InfluenceFunctions(GaussNewton(damping=0.03)),

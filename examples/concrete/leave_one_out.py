@@ -149,7 +149,7 @@ def main() -> None:
     data.setup("fit")
     ensemble = record(data, options.output / "runs", max(RUNS))
     path = options.output / "attributions" / f"unrolled-{max(RUNS)}"
-    attribution = answer(ensemble, data, UnrolledDifferentiation(), path)
+    attribution = answer(ensemble, data, UnrolledDifferentiation(horizon=None), path)
     rows = over_the_range(attribution, ROWS)
     needed = attribution.retrainings_needed().estimate[:, rows]
     # for each row, to show its effect on the query that shows it best

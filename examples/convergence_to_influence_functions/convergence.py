@@ -90,7 +90,7 @@ def compare(ensemble, data, queries, step, output):
             progress=False,
         ).responses
 
-    unrolled = responses(UnrolledDifferentiation(), "unrolled")
+    unrolled = responses(UnrolledDifferentiation(horizon=None), "unrolled")
     time = sum(float(ensemble[0].learning_rates(t)) for t in range(step))
     shares = [
         range_share(run, ConcreteRegressor(), data, queries, "prediction", GaussNewton(), step) for run in ensemble

@@ -132,7 +132,8 @@ def attribute(
             ``train_dataloader``.
         queries: The Q inputs on which the measurement is taken. The indices of a ``Subset`` become their names.
         measurement: ``"loss"``, ``"margin"``, ``"prediction"``, or a callable ``(module, batch) -> (B,)``.
-        estimator: Method that computes the responses. Defaults to exact unrolled differentiation.
+        estimator: Method that computes the responses. Defaults to unrolled differentiation with
+            ``horizon="auto"``.
         output: Directory for the result. Each batch of runs is stored there as soon as it is finished; after a crash,
             the same call continues where it stopped.
         overwrite: Whether to replace an attribution with other settings in ``output``.

@@ -66,8 +66,8 @@ class AttributeCLI(QuestionCLI):
             help="For --keep_top: disk space in GiB for a block of queries until its top examples are known.",
         )
         parser.add_subclass_arguments(Estimator, "estimator", help="Estimator of the responses.")
-        exact = f"{UnrolledDifferentiation.__module__}.{UnrolledDifferentiation.__qualname__}"
-        parser.set_defaults({"estimator": {"class_path": exact}})
+        default = f"{UnrolledDifferentiation.__module__}.{UnrolledDifferentiation.__qualname__}"
+        parser.set_defaults({"estimator": {"class_path": default}})
         parser.add_argument(
             "--dampings",
             type=list[float | Literal["auto"]] | None,

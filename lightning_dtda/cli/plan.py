@@ -57,7 +57,7 @@ class PlanCLI(QuestionCLI):
             "--estimators",
             type=list[Estimator] | None,
             default=None,
-            help="Estimators to consider, the preferred one first; by default, exact unrolling, influence functions "
+            help="Estimators to consider, the preferred one first; by default, unrolling, influence functions "
             "and TracIn.",
         )
         parser.add_argument("--workers", type=int, default=1, help="Number of processes that will share the runs.")

@@ -212,8 +212,8 @@ def labels(estimators: Sequence[Estimator]) -> list[str]:
 
     Example:
         >>> from lightning_dtda.estimators import EKFAC, InfluenceFunctions, UnrolledDifferentiation
-        >>> labels([UnrolledDifferentiation(), UnrolledDifferentiation(horizon="auto")])
-        ['UnrolledDifferentiation', 'UnrolledDifferentiation(horizon=auto)']
+        >>> labels([UnrolledDifferentiation(), UnrolledDifferentiation(horizon=None)])
+        ['UnrolledDifferentiation', 'UnrolledDifferentiation(horizon=None)']
         >>> labels([InfluenceFunctions(EKFAC()), InfluenceFunctions(EKFAC(damping=0.1))])
         ['InfluenceFunctions(EKFAC)', 'InfluenceFunctions(EKFAC(damping=0.1))']
     """

@@ -150,7 +150,7 @@ def choose(
     """
     costs_grow = f"the cost grows with the {queries} queries, not with the {len(removals)} removals"
     if mode == "auto" and (horizon == "auto" or queries <= len(removals)):
-        why = 'horizon="auto" needs adjoints' if horizon == "auto" else costs_grow
+        why = 'horizon="auto" needs adjoints (horizon=None may take forward mode)' if horizon == "auto" else costs_grow
         _log.info("Reverse mode: %s.", why)
         mode = "reverse"
     if mode == "reverse":

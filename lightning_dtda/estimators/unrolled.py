@@ -1,4 +1,4 @@
-"""Unrolled differentiation: the exact derivative of the recorded training."""
+"""Unrolled differentiation: the derivative of the recorded training, back to where it forgets changes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _DIAGNOSED_QUERIES = 4
 
 
 class UnrolledDifferentiation(Estimator):
-    r"""Exact responses by differentiation of the recorded training, in reverse or forward mode.
+    r"""Responses by differentiation of the recorded training, in reverse or forward mode.
 
     The response of a measurement m to the removal of example n is minus the derivative with respect to its weight,
 
@@ -62,7 +62,7 @@ class UnrolledDifferentiation(Estimator):
     slots and the loss's divisor stay the same.
 
     Forward mode propagates the responses of the parameters from start to end instead: one sweep per removal, for any
-    number of queries, with no steps held in memory. Both modes give the same numbers.
+    number of queries, with no steps held in memory. Both modes give the same numbers for the same horizon.
 
     Args:
         runs_per_batch: Number of runs of equal shape to process together; ``"auto"`` chooses the fastest number that
@@ -70,13 +70,15 @@ class UnrolledDifferentiation(Estimator):
         precision: ``"recorded"``, or ``"float64"`` to replay and differentiate in double precision.
         memory_budget: Memory budget in GiB; queries are processed in chunks that fit in it.
         tolerance: Maximum deviation of a replay from its record; see ``lightning_dtda.replay.Replay``.
-        horizon: Number of last steps to unroll; ``None`` for all steps, which gives the exact derivative. Effects of an
-            example before the horizon are left out. ``"auto"`` goes back, for each run and query, to the checkpoint
-            where the norm of the adjoint is smallest. While the norm shrinks on the way back, training forgets
-            perturbations. Where it grows again, training amplified them, and a derivative says little about changes as
-            large as a removal. This happens in the first steps of many trainings with Adam.
+        horizon: Number of last steps to unroll; effects of an example before the horizon are left out. ``"auto"`` goes
+            back, for each run and query, to the checkpoint where the norm of the adjoint is smallest. While the norm
+            shrinks on the way back, training forgets perturbations. Where it grows again, training amplified them, and
+            a derivative says little about changes as large as a removal: this happens in the first steps of many
+            trainings with Adam. ``None`` unrolls all steps, which gives the exact derivative. Over five
+            trainings of 8 epochs or more, ``"auto"`` predicted retraining better; with SGD and a few epochs, ``None``
+            does (``benchmarks/defaults.py``).
         mode: ``"reverse"``, whose cost grows with the number of queries; ``"forward"``, whose cost grows with the
-            number of removals; or ``"auto"`` for the cheaper one.
+            number of removals; or ``"auto"`` for the cheaper one. ``horizon="auto"`` is in reverse mode.
         compile: Whether to compile the steps of reverse sweeps with ``torch.compile``, which takes ten seconds to two
             minutes once; ``"auto"`` to compile if there is enough work. Compiled steps are used only if they give the
             same results and are faster. Compilation needs a C++ compiler, or Triton on a GPU.
@@ -91,7 +93,7 @@ class UnrolledDifferentiation(Estimator):
         precision: Precision = "recorded",
         memory_budget: float = 4.0,
         tolerance: float = 1e-3,
-        horizon: int | str | None = None,
+        horizon: int | str | None = "auto",
         mode: Mode = "auto",
         compile: bool | Literal["auto"] = "auto",
     ) -> None:
@@ -111,8 +113,8 @@ class UnrolledDifferentiation(Estimator):
             raise AttributionError(f'compile={compile!r}; choose True, False or "auto".')
         if mode == "forward" and horizon == "auto":
             raise AttributionError(
-                'horizon="auto" needs the norms of adjoints, which mode="forward" does not compute. Give a number of '
-                'steps, or mode="reverse".'
+                'horizon="auto" needs the norms of adjoints, which mode="forward" does not compute. Give '
+                'horizon=None, a number of steps, or mode="reverse".'
             )
         self.runs_per_batch = runs_per_batch
         self.precision = precision
@@ -124,8 +126,8 @@ class UnrolledDifferentiation(Estimator):
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments that the responses depend on; the others change only rounding."""
-        settings = {"class": f"{type(self).__module__}.{type(self).__qualname__}", "precision": self.precision}
-        return settings | ({} if self.horizon is None else {"horizon": self.horizon})
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class": name, "precision": self.precision, "horizon": self.horizon}
 
     def plan(self, runs: Sequence[Run], question: Question) -> Plan:
         """Choose batches of runs and queries by the memory and time of trials.

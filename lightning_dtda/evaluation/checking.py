@@ -32,7 +32,7 @@ _RELIABLE = 0.5
 _CHAOTIC = 0.25
 """Share of chaotic runs above which leaving them out is not enough."""
 
-_TAME = 'UnrolledDifferentiation(horizon="auto") may help'
+_TAME = "InfluenceFunctions() may help"
 
 _NOISE = (
     "A possible cause is a parameter whose gradient is zero up to rounding, such as a bias before BatchNorm: Adam "
@@ -126,14 +126,14 @@ def check(
             "least two sets; about twenty sets are needed to tell estimators apart."
         )
     question: Any = {"queries": queries, "measurement": measurement, "device": device, "progress": False}
-    exact, double = UnrolledDifferentiation(), UnrolledDifferentiation(precision="float64")
+    exact = UnrolledDifferentiation(precision="float64", horizon=None)
     try:
-        all_runs = attribute(ensemble, module, data, estimator=exact, **question)
+        all_runs = attribute(ensemble, module, data, **question)
     except ReplayError as error:
         return Check((Finding("replay", False, "stopped", str(error)),), float("nan"))
     ranking = rank_estimators(ensemble, module, data, estimators, sets, **question) if estimators else None
     try:
-        first = attribute(ensemble[:1], module, data, estimator=double, **question)
+        first = attribute(ensemble[:1], module, data, estimator=exact, **question)
     except Exception as error:  # the user's code may fail in any way in another precision
         advice = f"The module fails in double precision, which this check needs: {type(error).__name__}: {error}"
         if isinstance(error, ReplayError):
@@ -167,7 +167,7 @@ def _replay(attribution: Attribution) -> Finding:
     gradients = [drift["gradients"] for drift in of_runs if drift["gradients"] is not None]
     figure = f"parameters {max(drift['parameters'] for drift in of_runs):.1e}, gradients "
     figure += f"{max(gradients):.1e}" if gradients else "not recorded"
-    return Finding("replay", True, figure, "Every recorded step was reproduced, up to rounding.")
+    return Finding("replay", True, figure, "Every step that was unrolled was reproduced, up to rounding.")
 
 
 def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Finding:

@@ -11,7 +11,6 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from lightning_dtda.attribution.attributing import attribute
-from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.estimators import Estimator
 from lightning_dtda.estimators.estimator import labels
 from lightning_dtda.evaluation.comparing import Comparison, compare
@@ -93,7 +92,7 @@ def rank_estimators(
         started = perf_counter()
         attributions[name] = attribute(ensemble[:_RUNS], module, data, estimator=estimator, **question)
         seconds[name] = perf_counter() - started
-    chaotic = {run for attribution in attributions.values() for run in attribution.chaotic}
+    chaotic = list(dict.fromkeys(run for attribution in attributions.values() for run in attribution.chaotic))
     left = Ensemble([run for run in ensemble[:_RUNS] if run.name not in chaotic], ensemble.root)
     # a tenth of few examples may be drawn twice
     subsets = list(dict.fromkeys(random_subsets(ensemble.examples, sets, _KEPT)))
@@ -102,14 +101,10 @@ def rank_estimators(
         # that runs and replays have the same seeds is the purpose here: estimators are compared on these runs
         warnings.filterwarnings("ignore", message=".*were both recorded and retrained")
         evaluations = {
-            name: evaluate(_without(attribution, chaotic), truth) for name, attribution in attributions.items()
+            name: evaluate(attribution.without_runs(chaotic), truth) for name, attribution in attributions.items()
         }
     order = sorted(evaluations, key=lambda name: -evaluations[name].scores[_DIFFERENCE].score)
     return Ranking({name: evaluations[name] for name in order}, seconds)
-
-
-def _without(attribution: Attribution, runs: set[str]) -> Attribution:
-    return attribution._of([position for position, name in enumerate(attribution.runs) if name not in runs])
 
 
 def _listed(names: Sequence[str]) -> str:

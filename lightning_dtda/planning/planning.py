@@ -80,7 +80,7 @@ def plan(
         queries: Inputs on which the measurement will be taken.
         trainer: Trainer with the settings of the training; it is used up. Give either this or ``ensemble``.
         ensemble: Recorded runs.
-        estimators: Estimators to plan for, in order of preference; by default exact unrolling, then influence functions
+        estimators: Estimators to plan for, in order of preference; by default unrolling, then influence functions
             with increasingly rough curvatures and TracIn.
         runs: S, the number of runs; by default those of the ensemble, or 20.
         steps: T, the number of steps; by default as set in the Trainer, or as recorded.

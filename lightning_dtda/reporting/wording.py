@@ -161,7 +161,8 @@ def cautions(attribution: Attribution) -> list[str]:
         said = [
             f"{counted(len(chaotic), 'run is', 'runs are')} left out of {runs} as chaotic ({', '.join(chaotic)}): "
             f"small changes grew during training, so responses are {_how_large(attribution)}. "
-            'UnrolledDifferentiation(horizon="auto") may help. In Python, influence(..., runs="all") includes them.'
+            "The default horizon of UnrolledDifferentiation, or InfluenceFunctions, may help. In Python, "
+            'influence(..., runs="all") includes them.'
         ]
         runs -= len(chaotic)
     if failed := attribution.ill_conditioned:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.replay import resolve_measurement
 
 STEP = 1e-4
@@ -55,7 +55,13 @@ def test_responses_are_the_derivatives_of_retraining(fit, tmp_path, measurement)
     queries = TensorDataset(*labelled(5, 1), torch.ones(5, dtype=torch.float64))
     _, data = train(fit, ones, TrajectoryRecorder(tmp_path))
     found = attribute(
-        Ensemble.open(tmp_path), WeightedClassifier(), data, queries=queries, measurement=measurement, progress=False
+        Ensemble.open(tmp_path),
+        WeightedClassifier(),
+        data,
+        queries=queries,
+        measurement=measurement,
+        estimator=UnrolledDifferentiation(horizon=None),
+        progress=False,
     )
     measure = MEASUREMENTS[measurement]
     expected = []

@@ -42,7 +42,7 @@ def answer(root, optimizer, network=None, dtype=torch.float64, queries=QUERIES, 
         WeightedRegressor(optimizer, network=network, dtype=dtype),
         TensorDataset(*weighted_data(dtype=dtype)),
         queries=queries,
-        estimator=UnrolledDifferentiation(**settings),
+        estimator=UnrolledDifferentiation(**{"horizon": None} | settings),
         progress=False,
     )
 

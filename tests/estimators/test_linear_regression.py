@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 
 RATE, STEPS = 0.1, 40
 
@@ -70,6 +70,7 @@ def test_responses_are_those_of_the_closed_form(fit, tmp_path):
         data,
         queries=TensorDataset(queries, torch.zeros(3, dtype=torch.float64)),
         measurement="prediction",
+        estimator=UnrolledDifferentiation(horizon=None),
         progress=False,
     )
     torch.testing.assert_close(

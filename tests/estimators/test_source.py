@@ -261,7 +261,7 @@ def test_in_a_quadratic_valley_it_is_the_flow_of_the_gradient(fit, tmp_path, seg
     # plain steps instead of a flow: the same derivative, with a power in place of the exponential
     power = torch.linalg.matrix_power(identity - rate * matrix, steps)
     stepped = regression(3, seed=1).tensors[0] @ (identity - power) @ torch.linalg.solve(matrix, gradients.T)
-    torch.testing.assert_close(answer(UnrolledDifferentiation()), stepped, rtol=1e2 * AWAY, atol=1e1 * AWAY)
+    torch.testing.assert_close(answer(UnrolledDifferentiation(horizon=None)), stepped, rtol=1e2 * AWAY, atol=1e1 * AWAY)
 
 
 SMALL_STEPS = {
@@ -299,7 +299,7 @@ def test_with_small_steps_it_comes_to_unrolled_differentiation(fit, tmp_path, na
     distances = []
     for steps in (25, 100):
         answer = descend(fit, tmp_path / str(steps), start, optimizer(3.0 / steps), steps)
-        unrolled = answer(UnrolledDifferentiation())
+        unrolled = answer(UnrolledDifferentiation(horizon=None))
         found = answer(Source(steps if segments == "all" else segments, ExactHessian()))
         distances.append(float((found - unrolled).norm() / unrolled.norm()))
     assert distances[1] < 0.03

@@ -58,7 +58,7 @@ def recorded(fit, tmp_path):
 
 
 def responses(ensemble, module, data=DATA, **arguments):
-    estimator = UnrolledDifferentiation(**arguments)
+    estimator = UnrolledDifferentiation(horizon=None, **arguments)
     found = attribute(ensemble, module, data, queries=QUERIES, estimator=estimator, progress=False)
     return found.responses
 

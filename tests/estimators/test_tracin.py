@@ -67,7 +67,7 @@ def test_for_losses_without_curvature_it_is_unrolled_differentiation(fit, tmp_pa
         arguments = {"queries": queries, "measurement": "prediction", "progress": False}
         return attribute(Ensemble.open(tmp_path), Linear(), data, estimator=estimator, **arguments).responses
 
-    unrolled = answer(UnrolledDifferentiation())
+    unrolled = answer(UnrolledDifferentiation(horizon=None))
     assert bool(unrolled.any())
     torch.testing.assert_close(answer(TracIn()), unrolled, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(answer(TracIn(1)), unrolled, rtol=1e-10, atol=1e-12)

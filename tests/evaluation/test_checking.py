@@ -102,11 +102,11 @@ class Reversed(UnrolledDifferentiation):
 
 
 def test_the_estimator_that_predicts_replays_best_is_chosen(recorded):
-    estimators = [Reversed(), UnrolledDifferentiation(), UnrolledDifferentiation(precision="float64")]
+    estimators = [Reversed(horizon=None), UnrolledDifferentiation(horizon=None), UnrolledDifferentiation()]
     ranking = check(recorded(make), make(), DATA, queries=QUERIES, estimators=estimators, sets=8).ranking
     *equal, last = ranking.evaluations
-    assert set(equal) == {"UnrolledDifferentiation", "UnrolledDifferentiation(precision=float64)"}
-    assert last == "Reversed"
+    assert set(equal) == {"UnrolledDifferentiation(horizon=None)", "UnrolledDifferentiation"}
+    assert last == "Reversed(horizon=None)"
     best, worst = (ranking.evaluations[name].scores["mean"] for name in (equal[0], last))
     assert best.low > 0.8
     assert worst.score == pytest.approx(-best.score)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.optimizers import UPDATES, Muon
 from tests.finite_differences import assert_finite_differences_agree, losses
 from tests.optimizers.settings import ROUNDED
@@ -120,6 +120,7 @@ def test_with_rounding_muons_responses_tell_what_retraining_does(fit, tmp_path):
         WeightedRegressor(optimizer, network=matrices),
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(*queries),
+        estimator=UnrolledDifferentiation(horizon=None),
         progress=False,
     )
     found, expected = [], []

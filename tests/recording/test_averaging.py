@@ -63,7 +63,7 @@ def test_responses_are_the_derivatives_of_the_average(fit, tmp_path, average, ne
         WeightedRegressor(optimizer, network=network),
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(*QUERIES),
-        estimator=UnrolledDifferentiation(mode=mode),
+        estimator=UnrolledDifferentiation(mode=mode, horizon=None),
         progress=False,
     )
     torch.testing.assert_close(answer.baseline[0], losses(module, *QUERIES[:2]), rtol=1e-10, atol=1e-12)
@@ -105,7 +105,7 @@ def test_an_earlier_step_is_that_of_the_training(fit, tmp_path, mode):
             WeightedRegressor(sgd()),
             data,
             queries=TensorDataset(*QUERIES),
-            estimator=UnrolledDifferentiation(mode=mode),
+            estimator=UnrolledDifferentiation(mode=mode, horizon=None),
             progress=False,
             **arguments,
         )

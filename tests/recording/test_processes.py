@@ -77,7 +77,7 @@ def ask(root, network=None, **settings):
         WeightedRegressor(sgd, network=network),
         TensorDataset(inputs, targets, weights),
         queries=TensorDataset(queries, wanted, ones),
-        estimator=UnrolledDifferentiation(**settings),
+        estimator=UnrolledDifferentiation(horizon=None, **settings),
         progress=False,
     )
 

@@ -106,7 +106,7 @@ def test_it_is_replayed_with_dropout_and_accumulation(train, root, tmp_path, gra
         Regressor(dropout=0.3),
         loader(),
         queries=IndexedExamples(),
-        estimator=UnrolledDifferentiation(),
+        estimator=UnrolledDifferentiation(horizon=None),
         progress=False,
     )
 
@@ -122,7 +122,8 @@ def test_it_is_attributed_as_the_same_training_in_one_go(train, fit, root, tmp_p
     fit(Regressor(), loader(), TrajectoryRecorder(root, "whole", checkpoint_every=100), max_epochs=3)
 
     ensemble = Ensemble.open(root)
-    answer = attribute(ensemble, Regressor(), loader(), queries=IndexedExamples(), progress=False)
+    exact = UnrolledDifferentiation(horizon=None)
+    answer = attribute(ensemble, Regressor(), loader(), queries=IndexedExamples(), estimator=exact, progress=False)
 
     assert answer.runs == ("seed-0007", "whole")
     torch.testing.assert_close(answer.responses[0], answer.responses[1], rtol=1e-5, atol=1e-7)

@@ -43,7 +43,7 @@ def assert_tracked_as_recorded(fit, root, optimizer, network=None, batches="indi
         module,
         data,
         queries=QUERIES,
-        estimator=UnrolledDifferentiation(mode="reverse"),
+        estimator=UnrolledDifferentiation(mode="reverse", horizon=None),
         progress=False,
     )
     baseline, responses = tracker.measure(QUERIES)

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Subset
 
-from lightning_dtda import Ensemble, TrajectoryRecorder, attribute
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.estimators import InfluenceFunctions
 from lightning_dtda.replay import Replay, training_examples
@@ -95,7 +95,14 @@ def test_responses_are_those_of_weighted_retraining(case, device, recorded):
     ensemble, module, data = recorded
     queries = Subset(case.queries(), range(2))
     attribution = attribute(
-        ensemble, module, data, queries=queries, measurement=projected, device=device, progress=False
+        ensemble,
+        module,
+        data,
+        queries=queries,
+        measurement=projected,
+        estimator=UnrolledDifferentiation(horizon=None),
+        device=device,
+        progress=False,
     )
     responses = attribution.responses[:, 0].double()
     assert responses.abs().max() > 0
