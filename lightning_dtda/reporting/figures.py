@@ -53,15 +53,16 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
     drawn, removals = _drawn(points, most_points), len(points.shift)
     thinned = f" ({len(drawn)} of {removals} {what}s)" if len(drawn) < removals else ""
     change = f"change of the {measurement}'s standard deviation<br>if removed (SD Y / SD X {MINUS} 1, in %)"
+    lines = f"; lines: {100 * LEVEL:g} % intervals" if several else ""
     every, place = "training example", "training example (index)"
     if what == "group":
         every, place = "group of training examples", "group (position)"
     one_run = f"{place};<br>a single run has no spread"
     plot = figure(
         f"Every {every}, query {selected.queries[0]}{thinned}",
-        xaxis={"title": {"text": f"change of the mean {measurement}<br>if removed (E Y {MINUS} E X)"}},
+        xaxis={"title": {"text": f"change of the mean {measurement}<br>if removed (E Y {MINUS} E X){lines}"}},
         yaxis={"title": {"text": change if several else one_run}},
-        legend={"title": {"text": f"significant (false discovery rate {100 * FDR:g} %), {100 * LEVEL:g} % intervals:"}},
+        legend={"title": {"text": f"significant (FDR {100 * FDR:g} %):"}},
         showlegend=several,
     )
     clear_shift, clear_change = (tested(selected, name).significant.numpy() for name in ("mean", "spread"))
