@@ -249,12 +249,13 @@ def norms(responses: Tensor) -> Tensor:
 def seconds(directory: Path) -> dict[str, float]:
     """Return the CPU seconds of what has been done in a directory."""
     path = directory / "seconds.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def note(directory: Path, name: str, taken: float) -> None:
     """Add CPU seconds."""
-    (directory / "seconds.json").write_text(json.dumps(seconds(directory) | {name: taken}, indent=1))
+    content = json.dumps(seconds(directory) | {name: taken}, indent=1)
+    (directory / "seconds.json").write_text(content, encoding="utf-8")
     print(f"{directory.name}: {name}, {taken:.0f} CPU s", flush=True)
 
 

@@ -144,8 +144,8 @@ def attribute(
         step: The step t after which m is measured; ``None`` means the end of each run, t = T.
         scale: Scale on which the responses are extrapolated, so that predictions stay where the measurement can be:
             ``"sqrt"`` for losses that are never negative, ``"logit"`` for probabilities; see
-            :meth:`Attribution.on_scale <lightning_dtda.Attribution.on_scale>`. A finished attribution in ``output``
-            takes another scale at once.
+            :meth:`Attribution.on_scale <lightning_dtda.Attribution.on_scale>`. Without ``keep_top``, a finished
+            attribution in ``output`` takes another scale at once.
         measurement_draws: Number of draws to average over if the measurement draws random numbers (such as the
             denoising loss of a diffusion model). All runs use the same draws.
         measurement_seed: Seed of these draws.

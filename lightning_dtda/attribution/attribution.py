@@ -200,8 +200,9 @@ class Attribution:
         smallest influences on the mean, and on the variance, over the trusted runs. Where these overlap, the next
         removals in order fill the places. For every removal it keeps the influence on mean, variance and spread, with
         standard errors, in the precision of the responses. So for ``"mean"``, ``"variance"`` and ``"spread"``,
-        :meth:`influence`, :meth:`standard_error`, :meth:`interval`, :meth:`p_values`, :meth:`significant` and
-        :meth:`reliability` are the same as with all responses, and so is :meth:`top` up to k.
+        :meth:`influence`, :meth:`standard_error`, :meth:`p_values`, :meth:`significant`,
+        :meth:`runs_for_significance` and :meth:`reliability` are the same as with all responses, as are
+        :meth:`interval` for ``"mean"`` and ``"spread"``, and :meth:`top` up to k.
         :meth:`retrainings_needed`, and :meth:`interval` of other differences, are available for the removals that are
         kept. Anything that needs other responses raises an error.
 

@@ -44,7 +44,8 @@ class Goal:
     def value(self, samples: Tensor) -> Tensor:
         """Return the quantity ``(...)``, for a spread its logarithm, of samples ``(runs, queries, ...)``."""
         mean = self.contributions(samples).mean(0)
-        return mean.log() / 2 if self.spread else mean
+        # no spread at all is as little as a number can be
+        return mean.clamp_min(torch.finfo(mean.dtype).tiny).log() / 2 if self.spread else mean
 
     def of_runs(self, samples: Tensor) -> Tensor:
         r"""Return what each run adds to :meth:`value` ``(runs, ...)``, by leaving it out; their mean is the value.
@@ -172,7 +173,7 @@ class Suggestion:
     def _worst(self) -> Tensor:
         """The less favourable ends of the intervals ``(steps,)``, signed so that less is better."""
         worst = self.intervals[1] if self.lowers else -self.intervals[0]
-        return worst.nan_to_num(torch.inf)  # unknown if a single run makes all of the spread
+        return worst.nan_to_num(torch.inf, torch.inf, -torch.inf)  # unknown if a single run makes all of the spread
 
     @property
     def _promising(self) -> int:

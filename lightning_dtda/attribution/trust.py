@@ -81,16 +81,19 @@ def chaotic(norms: Mapping[str, float]) -> list[str]:
         norms: :func:`response_norm` of each run, by name.
 
     Returns:
-        Names of the chaotic runs; empty for fewer than :data:`FEWEST_RUNS` runs.
+        Names of the chaotic runs, those with a NaN norm included; empty if fewer than :data:`FEWEST_RUNS` runs have a
+        finite norm.
 
     Example:
         >>> norms = [1.0, 1.1, 0.9, 1.2, 1.0, 0.8, 1.1, 30.0]
         >>> chaotic({f"seed-{seed}": norm for seed, norm in enumerate(norms)})
         ['seed-7']
     """
-    if len(norms) < FEWEST_RUNS:
-        return []
     above = torch.tensor(list(norms.values()), dtype=torch.float64).log()
-    above -= above.quantile(0.5)
-    limit = max(_OUTLYING * float(above.abs().quantile(0.5)) / 0.6745, math.log(_TIMES))
-    return [name for name, height in zip(norms, above.tolist(), strict=True) if height > limit]
+    finite = above[above.isfinite()]
+    if len(finite) < FEWEST_RUNS:
+        return []
+    median = finite.quantile(0.5)
+    limit = max(_OUTLYING * float((finite - median).abs().quantile(0.5)) / 0.6745, math.log(_TIMES))
+    # a norm that is not a number exceeds every limit
+    return [name for name, height in zip(norms, (above - median).tolist(), strict=True) if not height <= limit]

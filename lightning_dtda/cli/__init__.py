@@ -127,15 +127,20 @@ def find_own_modules() -> None:
         sys.path.append(here)
 
 
-def add_differences(parser: ArgumentParser) -> None:
-    """Add the option for the differences between distributions to show."""
+def add_differences(parser: ArgumentParser, shown: str = "mean, spread and wasserstein") -> None:
+    """Add the option for the differences between distributions to show.
+
+    Args:
+        parser: Parser of a command.
+        shown: Differences that the command shows by default.
+    """
     parser.add_argument(
         "--differences",
         type=_difference,
         nargs="+",
         default=None,
-        help="Differences to show: mean, spread, wasserstein (these three by default), variance, energy, quantile, "
-        "tail, gaussian_kl, or import paths of your own classes.",
+        help="Differences to show: mean, spread, variance, wasserstein, energy, quantile, tail, gaussian_kl, or import "
+        f"paths of your own classes. Default: {shown}.",
     )
 
 

@@ -56,7 +56,7 @@ class AttributeCLI(QuestionCLI):
             type=int | None,
             default=None,
             help="For more responses than can be stored: for each query, keep the responses to this many examples with "
-            "the largest and smallest mean and variance influence, and both influences of every example with their "
+            "the largest and smallest mean and variance influence, and mean, variance and spread of every example with "
             "standard errors.",
         )
         parser.add_argument(
@@ -76,7 +76,7 @@ class AttributeCLI(QuestionCLI):
             "writes the attributions OUTPUT/damping-0.01 and so on.",
         )
         self.add_workers_to_parser(parser)
-        add_differences(parser)
+        add_differences(parser, "mean and spread")
         parser.add_argument("--wandb", action="store_true", help="Log the result to W&B as one summary run.")
 
 

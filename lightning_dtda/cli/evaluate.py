@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--attribution", type=str, nargs="+", required=True, help="Directories of attributions.")
     parser.add_argument("--truth", type=str, required=True, help="Directory of the ground truth.")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file to write all figures to.")
-    add_differences(parser)
+    add_differences(parser, "mean, variance and wasserstein")
     options = parser.parse_args(list(arguments))
     # imported here to keep --help fast
     from lightning_dtda import Attribution, GroundTruth, evaluate

@@ -286,4 +286,4 @@ def _retrained(
         replay.time(replay.steps),
         Draws(),
     )
-    return theta, values
+    return theta.cpu(), values.cpu()

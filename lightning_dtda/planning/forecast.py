@@ -13,7 +13,7 @@ from lightning_dtda.execution.memory import available_memory
 from lightning_dtda.units import human_bytes, human_seconds
 
 _MUCH_FASTER = 5.0
-"""Ratio of times above which a faster but less exact estimator is mentioned."""
+"""Ratio of times above which a faster but less accurate estimator is mentioned."""
 
 
 @dataclass(frozen=True)
@@ -116,5 +116,5 @@ def advice(found: Forecast, device: torch.device, hours: float | None) -> str:
         said += f", {seconds / recorded:.2g} times as long as the recording"
     fastest, least = min(fit, key=lambda one: one[1])
     if seconds > _MUCH_FASTER * least:
-        reasons.insert(0, f"{fastest} takes {human_seconds(least)} and is less exact")
+        reasons.insert(0, f"{fastest} takes {human_seconds(least)} and is less accurate")
     return "; ".join([said, *reasons]) + "."

@@ -173,7 +173,7 @@ def plan(
 
 
 def _all_estimators() -> list[Estimator]:
-    """Return the estimators in order of their agreement with retraining, best first; see the figures in the README."""
+    """Return the estimators in order of their agreement with retraining, best first; see docs/estimators.md."""
     return [
         UnrolledDifferentiation(),
         InfluenceFunctions(GaussNewton()),

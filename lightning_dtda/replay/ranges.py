@@ -23,7 +23,8 @@ _OF_FUNCTIONS: dict[str, Range] = {
     **dict.fromkeys(("Sigmoid", "Softmax"), (0.0, 1.0)),
     **dict.fromkeys(("LogSigmoid", "LogSoftmax"), (-math.inf, 0.0)),
 }
-"""Ranges of functions whatever their arguments are; the names are those of autograd."""
+"""Ranges of functions; the names are those of autograd. Those of cross-entropies hold for targets that are
+probabilities and class weights of at least zero."""
 
 _WITHIN = (
     *("Mean", "Select", "Slice", "Index", "Gather", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze"),

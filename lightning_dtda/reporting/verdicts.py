@@ -44,7 +44,7 @@ def verdict_on_all(attribution: Attribution, of_queries: Sequence[Tested]) -> st
         nobody = f"No {what} has a" if number > 1 else f"The {what} has no"
         anywhere = f" on any of {queries} queries" if queries > 1 else ""
         said = [f"{nobody} significant {name}{anywhere} with {runs} ({_RATE})."]
-        clearest = min(of_queries, key=lambda tests: float(tests.p_values[tests.clearest]))
+        clearest = min(of_queries, key=lambda tests: float(tests.p_values.nan_to_num(1).amin()))
         said += [_silence(attribution, of_queries), _what_would(attribution, clearest)]
         return " ".join(filter(None, said))
     where = f"On {len(found)} of {queries} queries, " if queries > 1 else ""
@@ -138,7 +138,7 @@ def _what_would(attribution: Attribution, tests: Tested) -> str:
         )
     cannot = f" {capital(_too_few(attribution, tests))}." if tests.silence is None and tests.runs < fewest else ""
     low, high = tests.runs_for_clearest
-    if math.isinf(low) or (tests.silence is not None and not tests.silence.unknown):
+    if not math.isfinite(low) or (tests.silence is not None and not tests.silence.unknown):
         return cannot.strip()
     name = tests.clearest if attribution.removals is None else attribution.removals[tests.clearest]
     p = p_value(float(tests.p_values[tests.clearest]))

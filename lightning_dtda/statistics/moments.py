@@ -58,7 +58,11 @@ def log_spread_error(baseline: Tensor, predicted: Tensor) -> Tensor:
         baseline: Samples of X ``(runs, ...)``.
         predicted: Samples of Y ``(runs, ...)``.
     """
-    return _error_of_logarithm(_spread_without(predicted) - _spread_without(baseline))
+    unknown = (baseline.sum(0) + predicted.sum(0)).isnan()
+    if len(predicted) < 3:
+        return torch.full_like(unknown, torch.nan, dtype=predicted.dtype)
+    error = _error_of_logarithm(_spread_without(predicted) - _spread_without(baseline))
+    return error.where(~unknown, torch.nan)
 
 
 def size_interval(samples: Tensor, level: float) -> Tensor:
@@ -88,6 +92,16 @@ def common_spread_interval(baseline: Tensor, predicted: Tensor, level: float) ->
     return _interval_of_logarithm((variance(predicted) * variance(baseline)).log() / 4, terms, level)
 
 
+def spread_interval(samples: Tensor, level: float) -> Tensor:
+    """Return the confidence interval of the standard deviation ``(2, ...)``, as :func:`size_interval` does.
+
+    Args:
+        samples: ``(runs, ...)``.
+        level: Confidence level.
+    """
+    return _interval_of_logarithm(variance(samples).log() / 2, _spread_without(samples), level)
+
+
 def _interval_of_logarithm(logarithm: Tensor, terms: Tensor, level: float) -> Tensor:
     return student_ends(logarithm, _error_of_logarithm(terms), len(terms) - 1, level).exp()
 
@@ -95,8 +109,6 @@ def _interval_of_logarithm(logarithm: Tensor, terms: Tensor, level: float) -> Te
 def _error_of_logarithm(terms: Tensor) -> Tensor:
     """Return the standard error of half a logarithm, from the relative sums of :func:`_relative` ``(runs, ...)``."""
     runs = len(terms)
-    if runs < 3:
-        return torch.full_like(terms[0], torch.nan)
     squares = (terms - terms.mean(0)).square_().sum(0) * ((runs - 1) / runs)
     # infinite where a single run makes all of the sum: nothing is known
     return squares.sqrt().nan_to_num(torch.inf, torch.inf) / 2
@@ -110,7 +122,9 @@ def _spread_without(samples: Tensor) -> Tensor:
 
 
 def _relative(total: Tensor, without: Tensor) -> Tensor:
-    return torch.where(total == 0, 1.0, total / without.clamp_min(0))
+    # where a single run makes all of the sum, the others leave nothing but rounding
+    rounding = _ROUNDING * len(without) * torch.finfo(without.dtype).eps * total
+    return torch.where(total == 0, 1.0, total / without.where(without > rounding, 0.0))
 
 
 def _squares(samples: Tensor) -> Tensor:

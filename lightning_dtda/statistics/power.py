@@ -143,7 +143,7 @@ def runs_for_significance(
     t = -special.stdtrit(freedom, p.double().cpu().numpy() / (2 * tests))
     outside = (1 - level) / (2 * tests)
     found = [
-        _fewest(_noncentrality(t, freedom, share) / runs**0.5, alpha / tests, power)
+        _fewest(_noncentrality(t, freedom, share) / runs**0.5, alpha / tests, power, freedom / (runs - 1))
         for share in (outside, 0.5, 1 - outside)
     ]
     return torch.as_tensor(np.stack(found), device=p.device).clamp_min(difference.fewest_runs(alpha))
@@ -219,8 +219,10 @@ def _retrainings(
     larger = (width.square() + (farthest / effect.abs()).log().square()).sqrt().exp()
     smaller = (-(width.square() + (nearest / effect.abs()).log().square()).sqrt()).exp()
     of_size = effect.abs() / of_all.sqrt()
-    # no effect and no scatter is no effect
-    effects = torch.stack([of_size * larger, of_size, of_size * smaller]).where(effect != 0, 0.0)
+    ratios = torch.stack([of_size * larger, of_size, of_size * smaller])
+    # an estimate of zero may be an effect as large as the end of its interval; without scatter it is none
+    of_none = torch.stack([(farthest / of_all.sqrt()).nan_to_num(0), *2 * [torch.zeros_like(of_size)]])
+    effects = torch.where(effect == 0, of_none, ratios)
     shape = of_all.square() / of_one.square().sum(0)
     found = _fewest(effects.cpu().numpy(), alpha, power, shape.nan_to_num(1).cpu().numpy())
     return torch.as_tensor(found, device=predicted.device)

@@ -101,8 +101,10 @@ def top_agreement(influence: Influence, runs: int, k: int) -> Tensor:
     """
 
     def shared(first: Tensor, second: Tensor) -> Tensor:
-        one, other = (each.abs().topk(k).indices for each in (first, second))
-        return (one[..., :, None] == other[..., None, :]).sum((-1, -2)).double() / k
+        one, other = (each.abs().topk(k) for each in (first, second))
+        same = one.indices[..., :, None] == other.indices[..., None, :]
+        # removals without any influence are in no order
+        return (same & (one.values > 0)[..., :, None] & (other.values > 0)[..., None, :]).sum((-1, -2)).double() / k
 
     return split_half(influence, (runs,), shared, 2 * SPLITS)  # more, as it uses k removals only
 
@@ -134,8 +136,8 @@ def runs_for_stable_top(share: Tensor, runs: int, k: int, removals: int, agreeme
     correlations = 1 - np.logspace(0, -8, 801)  # fine near 1, where a stable top is
     shares = _shared_top(correlations, k / removals)
     rho, goal = (np.interp(values, shares, correlations) for values in (share.cpu().numpy(), agreement))
-    with np.errstate(divide="ignore"):
-        factor = goal * (1 - rho) / (rho * (1 - goal))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        factor = np.where(goal == 0, 0.0, goal * (1 - rho) / (rho * (1 - goal)))
     needed = np.ceil((runs * factor).round(6)).clip(1)  # rounded: the desired share itself needs no further run
     return torch.as_tensor(needed, dtype=torch.float64, device=share.device)
 

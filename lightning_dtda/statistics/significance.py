@@ -63,7 +63,8 @@ def exchange_test(difference: Difference, baseline: Tensor, predicted: Tensor, e
 
 def fewest_to_exchange(level: float) -> float:
     """Return the minimum number of runs with which :func:`exchange_test` can give a p-value as small as a level."""
-    return math.ceil(-math.log2(level)) if level * _EXCHANGES >= 1 else math.inf
+    # exchanging all runs gives a difference as large, so two of 2 ** S patterns reach it
+    return 1 + math.ceil(-math.log2(level)) if level * _EXCHANGES >= 1 else math.inf
 
 
 def of_any(p: Sequence[Tensor]) -> Tensor:

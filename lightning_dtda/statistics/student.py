@@ -17,13 +17,15 @@ def student_ends(estimate: Tensor, standard_error: Tensor, freedom: Tensor | flo
         level: Confidence level.
 
     Returns:
-        Lower and upper end ``(2, ...)``; NaN where estimate or standard error is NaN.
+        Lower and upper end ``(2, ...)``; NaN where estimate or standard error is NaN, and everything where the
+        standard error is infinite.
     """
     degrees = torch.as_tensor(freedom, dtype=torch.float64)
     quantile = torch.as_tensor(special.stdtrit(degrees.cpu().numpy(), (1 + level) / 2), device=estimate.device)
     # an infinite estimate without noise has infinite ends
     width = torch.where(standard_error == 0, 0.0, quantile * standard_error)
-    return torch.stack([estimate - width, estimate + width])
+    center = torch.where(width.isinf() & ~estimate.isnan(), 0.0, estimate)  # infinity less infinity is NaN
+    return torch.stack([center - width, center + width])
 
 
 def extended_to_zero(ends: Tensor, p: Tensor, level: float) -> Tensor:
@@ -38,8 +40,9 @@ def extended_to_zero(ends: Tensor, p: Tensor, level: float) -> Tensor:
 
 def student_p_values(estimate: Tensor, standard_error: Tensor, freedom: float) -> Tensor:
     """Return two-sided p-values of an effect of zero, from its estimate and standard error ``(...)``; float64."""
-    # 0 / 0 is no effect; anything else / 0 is an effect without noise
-    t = torch.where(estimate == 0, 0.0, estimate / standard_error).double()
+    # 0 / 0 is no effect; anything else / 0 is an effect without noise; with infinite noise, nothing is known
+    unknown = standard_error.isinf() & ~estimate.isnan()
+    t = torch.where((estimate == 0) | unknown, 0.0, estimate / standard_error).double()
     return torch.as_tensor(2 * special.stdtr(freedom, -t.abs().cpu().numpy()), device=t.device)
 
 

@@ -88,7 +88,8 @@ def check_tensors(
             raise error(f"{where}: {name} is of type {type(found).__name__}, but must be a tensor.")
         if len(found.shape) == len(shape):
             for size, length in zip(shape, found.shape, strict=True):
-                known.setdefault(str(size), length)
+                if isinstance(size, str):
+                    known.setdefault(size, length)
         wanted = tuple(size if isinstance(size, int) else known.get(size, size) for size in shape)
         if tuple(found.shape) != wanted:
             raise error(f"{where}: {name} has shape {tuple(found.shape)}, but must be {_described(shape, wanted)}.")

@@ -26,11 +26,15 @@ def data(examples=EXAMPLES, flipped=()):
     return TensorDataset(inputs, labels)
 
 
+def configuration(description):
+    return manifest().configuration | {"dataset": description}
+
+
 def recorded(directory, dataset, checksums=None):
     """A run that says nothing but what it was trained on."""
     directory.mkdir()
     description = {"length": len(dataset), "fingerprint": dataset_fingerprint(dataset)}
-    writer = RunWriter(directory, manifest(configuration={"dataset": description}))
+    writer = RunWriter(directory, manifest(configuration=configuration(description)))
     writer.add_examples(example_checksums(dataset) if checksums is None else checksums)
     writer.close("complete")
     return Run(directory)
@@ -166,5 +170,5 @@ def test_data_sets_that_read_several_examples_at_once_are_read_so():
 def test_runs_that_stored_their_batches_have_nothing_to_compare(tmp_path):
     (tmp_path / "run").mkdir()
     description = {"length": EXAMPLES, "fingerprint": None}
-    RunWriter(tmp_path / "run", manifest(configuration={"dataset": description})).close("complete")
+    RunWriter(tmp_path / "run", manifest(configuration=configuration(description))).close("complete")
     refuse_changed_data(Run(tmp_path / "run"), data(flipped=[0]))

@@ -110,7 +110,12 @@ class Difference(ABC):
 
     def shown(self, value: float) -> float:
         """Return a value as tables and pages show it: in percent if it is ``relative``."""
-        return 100 * math.expm1(value) if self.relative else value
+        if not self.relative:
+            return value
+        try:
+            return 100 * math.expm1(value)
+        except OverflowError:  # the end of an interval where a single run makes most of the spread
+            return math.inf
 
     def freedom(self, runs: int) -> float:
         """Return the degrees of freedom of Student's t with a number of runs; 0 if it is not by Student's t.

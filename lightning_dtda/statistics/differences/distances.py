@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_dtda.statistics.differences.difference import Difference
 from lightning_dtda.statistics.differences.mean import Mean
 from lightning_dtda.statistics.differences.spread import Spread
-from lightning_dtda.statistics.moments import common_spread_interval, size_interval, variance
+from lightning_dtda.statistics.moments import common_spread_interval, size_interval, spread_interval, variance
 
 
 class Wasserstein(Difference):
@@ -76,7 +76,9 @@ class Wasserstein(Difference):
             _away_from_zero(moment.interval(baseline, predicted, of_each)) for moment in (Mean(), Spread())
         )
         spread = common_spread_interval(baseline, predicted, of_each)[0]
-        lower = (shift.square() + (2 * spread * (change / 2).sinh()).square()).sqrt()
+        # where only one of both has a spread, the change is infinite, and that spread the difference
+        lone = torch.maximum(*(spread_interval(each, of_each)[0] for each in (baseline, predicted)))
+        lower = (shift.square() + torch.where(change.isinf(), lone, 2 * spread * (change / 2).sinh()).square()).sqrt()
         return torch.stack([lower, size_interval(predicted - baseline, (3 + level) / 4)[1]])
 
 
@@ -151,4 +153,5 @@ class GaussianKL(Difference):
         divergence = (excess - excess.log1p() + shift.square() / of_baseline) / 2
         # also for samples of different sizes that have no spread
         unmoved = (baseline == baseline[0]).all(0) & (predicted == baseline[0]).all(0)
-        return torch.where(unmoved, 0.0, divergence.nan_to_num(torch.inf, torch.inf))
+        unknown = (baseline.sum(0) + predicted.sum(0)).isnan()
+        return torch.where(unmoved, 0.0, divergence.nan_to_num(torch.inf, torch.inf)).where(~unknown, torch.nan)

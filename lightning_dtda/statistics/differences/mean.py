@@ -55,14 +55,28 @@ class Mean(Difference):
             self.meaning = "change of the {measurement}, mean over runs without the fifths that change most and least,"
 
     def standard_error(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Return the standard error of the mean response, or that of the location."""
-        if self.location != "mean":
+        """Return the standard error of the mean response, or that of the location.
+
+        For a trimmed mean, from the samples in which those cut off are replaced by the nearest that are not (Yuen,
+        *Biometrika* 61, 1974).
+        """
+        runs, cut = len(predicted), self._cut(len(predicted))
+        if self.location == "median":
             return super().standard_error(baseline, predicted)
-        return (variance(predicted - baseline) / len(predicted)).sqrt()
+        changes = predicted - baseline
+        if self.location == "trimmed":
+            ordered = changes.sort(0).values
+            changes = changes.clamp(ordered[cut], ordered[runs - 1 - cut])
+        left = runs - 2 * cut
+        return (variance(changes) * ((runs - 1) / (left * (left - 1)))).sqrt()
 
     def freedom(self, runs: int) -> float:
         """Return the degrees of freedom of Student's t; a median of fewer than 4 runs is tested by exchange."""
-        return 0 if self.location == "median" and runs < 4 else runs - 1
+        return 0 if self.location == "median" and runs < 4 else runs - 2 * self._cut(runs) - 1
+
+    def _cut(self, runs: int) -> int:
+        """Return how many runs are cut off at each end."""
+        return runs // 5 if self.location == "trimmed" else 0
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``E Y - E X``, or the location of ``Y - X`` over runs."""
@@ -71,5 +85,5 @@ class Mean(Difference):
         changes = predicted - baseline
         if self.location == "median":
             return changes.quantile(0.5, dim=0)
-        cut = len(changes) // 5
+        cut = self._cut(len(changes))
         return changes.sort(0).values[cut : len(changes) - cut].mean(0)
