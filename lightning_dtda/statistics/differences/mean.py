@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences.difference import Difference, Moment
-from lightning_dtda.statistics.moments import variance
 
 Location = Literal["mean", "median", "trimmed"]
 
@@ -68,7 +67,7 @@ class Mean(Difference):
             ordered = changes.sort(0).values
             changes = changes.clamp(ordered[cut], ordered[runs - 1 - cut])
         left = runs - 2 * cut
-        return (variance(changes) * ((runs - 1) / (left * (left - 1)))).sqrt()
+        return ((changes - changes.mean(0)).square_().sum(0) / (left * (left - 1))).sqrt()
 
     def freedom(self, runs: int) -> float:
         """Return the degrees of freedom of Student's t; a median of fewer than 4 runs is tested by exchange."""
