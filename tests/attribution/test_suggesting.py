@@ -131,6 +131,7 @@ def test_information_does_not_depend_on_the_units_of_the_queries():
     assert chosen[0] == chosen[1]
 
 
+@pytest.mark.slow
 def test_effects_on_runs_held_out_are_honest_and_those_on_all_runs_are_not():
     # responses are noise: what the removals really do is to add their variance
     noise, held, flattered = 0.3, [], []

@@ -433,6 +433,7 @@ def test_check_says_in_words_whether_an_ensemble_can_be_trusted(record, capsys, 
     assert "failed finite differences" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_check_says_which_estimator_predicts_replays_best(record, capsys, monkeypatch):
     root = record("--seeds", "2")
     monkeypatch.setattr("lightning_dtda.evaluation.checking._AGREEMENT", float("inf"))

@@ -45,6 +45,7 @@ def run(directory, *arguments, as_module=False):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_module", [False, True], ids=["console script", "python -m"])
 def test_a_report_executes_nothing_beside_the_data(beside, as_module):
     done = run(beside, "report", "--attribution", "answer", as_module=as_module)
@@ -53,6 +54,7 @@ def test_a_report_executes_nothing_beside_the_data(beside, as_module):
     assert not list(beside.glob("*.executed"))
 
 
+@pytest.mark.slow
 def test_a_difference_in_the_working_directory_is_found(beside):
     (beside / "mine.py").write_text(_OWN)
     for optional in ("orjson", "isal"):  # the directory comes last: what is not installed is found there, too

@@ -101,6 +101,7 @@ class Reversed(UnrolledDifferentiation):
         return replace(found, responses=-found.responses)
 
 
+@pytest.mark.slow
 def test_the_estimator_that_predicts_replays_best_is_chosen(recorded):
     estimators = [Reversed(horizon=None), UnrolledDifferentiation(horizon=None), UnrolledDifferentiation()]
     ranking = check(recorded(make), make(), DATA, queries=QUERIES, estimators=estimators, sets=8).ranking

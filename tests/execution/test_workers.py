@@ -51,6 +51,7 @@ def test_a_process_that_dies_is_reported_with_the_way_out():
         list(Processes(2).run(lambda item: os._exit(1), [1, 2]))
 
 
+@pytest.mark.slow
 def test_another_thread_than_the_main_one_may_share_work_out():
     found = []
     other = threading.Thread(target=lambda: found.extend(Processes(2).run(abs, [-1, -2])))
@@ -59,6 +60,7 @@ def test_another_thread_than_the_main_one_may_share_work_out():
     assert sorted(found) == [(-2, 2), (-1, 1)]
 
 
+@pytest.mark.slow
 def test_what_was_finished_when_a_process_dies_is_not_lost(tmp_path):
     def work(item):
         if item == "dies":
@@ -80,6 +82,7 @@ def test_what_was_finished_when_a_process_dies_is_not_lost(tmp_path):
         next(results)
 
 
+@pytest.mark.slow
 def test_no_process_stays_after_the_work():
     processes = {process for _, process in Processes(2).run(lambda item: os.getpid(), [1, 2, 3])}
     assert processes

@@ -40,6 +40,7 @@ def test_a_disk_that_fills_up_is_an_error_and_the_prefix_stays(fit, tmp_path):
     assert run.theta_vector(run.steps).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_small_disk_that_is_full_costs_only_what_was_not_yet_written_and_every_command_says_so(tmp_path):
     namespace = ["unshare", "--user", "--map-root-user", "--mount"]
     mount = f"mount -t tmpfs -o size=4m none {tmp_path}"

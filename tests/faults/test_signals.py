@@ -112,6 +112,7 @@ def test_attributing_goes_on_after_it_was_stopped(tmp_path, capsys, monkeypatch,
     assert len(Attribution.load(tmp_path / "answer").runs) == 3
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_stopped_keeps_what_was_written(tmp_path, capsys, monkeypatch):
     from lightning_dtda.recording.stack_writer import StackWriter
 

@@ -188,6 +188,7 @@ def test_power_for_the_mean_is_that_of_students_t():
     assert found == pytest.approx(expected, abs=0.01)  # three standard errors of 20,000, and the other tail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("runs", "slope"), [(20, 0.1), (64, 0.05)])
 def test_power_for_the_variance_is_near_that_of_the_best_test_of_gaussians(runs, slope):
     generator = torch.Generator().manual_seed(0)

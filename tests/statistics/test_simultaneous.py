@@ -29,6 +29,7 @@ def test_independent_means_need_the_quantile_of_the_largest_of_them():
     assert half_widths(columns)[0].item() == pytest.approx(sidak, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
 def test_all_means_are_covered_at_once_also_with_more_means_than_draws(correlation):
     generator, covered, alone = torch.Generator().manual_seed(2), 0, 0
