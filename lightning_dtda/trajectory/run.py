@@ -200,8 +200,8 @@ class Run:
         if self.manifest.average is None:
             return None
         tensors = read_tensors(self.path, self.manifest.average)
-        theta = self._theta(tensors, f"The average of {self.path}")
-        is_precise = self.manifest.dtype in ("float64", "float32")  # else it may be far from the sum, by rounding
+        theta = self._theta(tensors, f"The average of {self.path}", FLOATS)  # perhaps less precise than the parameters
+        is_precise = theta.dtype in (torch.float64, torch.float32)  # else it may be far from the sum, by rounding
         if self.has_exact_gradients and is_precise and not self._has_compared_average:
             rebuilt = torch.stack([c * self.theta_vector(t).double() for t, c in self.averaged_steps.items()]).sum(0)
             if not (rebuilt - theta).norm() <= _SAME_AVERAGE * rebuilt.norm():  # NaN is not the same
@@ -211,8 +211,8 @@ class Run:
             self._has_compared_average = True
         return Checkpoint(self.steps, theta, [], _below("buffers.", tensors))
 
-    def _theta(self, tensors: dict[str, Tensor], where: str) -> Tensor:
-        layout, dtypes = self.layout, (self.manifest.torch_dtype,)
+    def _theta(self, tensors: dict[str, Tensor], where: str, dtypes: tuple[torch.dtype, ...] | None = None) -> Tensor:
+        layout, dtypes = self.layout, dtypes or (self.manifest.torch_dtype,)
         names = [f"parameters.{name}" for name in layout.names]
         check_tensors(tensors, {n: (dtypes, shape) for n, shape in zip(names, layout.shapes, strict=True)}, where)
         return layout.flatten([tensors[name] for name in names])

@@ -145,6 +145,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if status.st_size > _LARGEST_JSON:
             raise TrajectoryError(f"{path} is damaged: it is too large. Record or compute it again.")
         content = json.loads(path.read_bytes())
+        json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair is no text
     except FileNotFoundError:
         raise TrajectoryError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError, MemoryError) as error:

@@ -151,7 +151,7 @@ def forged(sound, tmp_path, data, kind):
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
-LONG = settings(QUICK, max_examples=1000, derandomize=False, print_blob=True)
+LONG = settings(QUICK, max_examples=1000, print_blob=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
