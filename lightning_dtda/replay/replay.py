@@ -209,13 +209,13 @@ class Replay:
         return self._with_statistics(self.records.buffers(step))
 
     def _with_statistics(self, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return recorded buffers, after comparing the shapes of running statistics with those of the module."""
+        """Return recorded buffers, after comparing running statistics with those of the module."""
         for name in self.eager.statistics.names:
             found, wanted = buffers.get(name), self.eager.replica.module.get_buffer(name).shape
-            if found is None or found.shape[1:] != wanted:
+            if found is None or found.shape[1:] != wanted or not found.is_floating_point():
                 raise ReplayError(
-                    f"The recorded buffer {name} is missing or has another shape than that of the module, "
-                    f"{tuple(wanted)}. Give the module that was trained, or record the runs again."
+                    f"The recorded buffer {name} is missing, holds no real numbers, or has another shape than "
+                    f"that of the module, {tuple(wanted)}. Give the module that was trained, or record the runs again."
                 )
         return buffers
 
