@@ -29,11 +29,12 @@ SIGNALS = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _handlers():
-    """Fail if handlers of signals are left behind."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+    """Start with Python's own handlers (Ray, once it was started, leaves others), and fail if any are left behind."""
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in own.items()}
     yield
-    assert [signal.getsignal(number) for number in numbers] == before
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert after == own
 
 
 def configured(tmp_path, *callbacks):
