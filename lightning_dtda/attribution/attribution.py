@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_dtda.attribution import inference, predicting, tables
 from lightning_dtda.attribution.about import About
 from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
+from lightning_dtda.attribution.gallery import Gallery
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, known_as
 from lightning_dtda.attribution.kept_store import KeptStore
@@ -48,6 +49,8 @@ class Attribution:
         runs: Names of the runs.
         queries: Names of the queries: their indices in the data set they came from.
         about: Description of the attribution, as JSON: measurement, estimator, removals, drift, versions.
+        gallery: The queries, and the examples with the largest influences, as people see them.
+        path: Directory from which the attribution was loaded, if it was.
 
     Raises:
         AttributionError: If names, shapes or data types do not fit, or the number of groups in ``about`` differs from
@@ -68,6 +71,8 @@ class Attribution:
     runs: tuple[str, ...]
     queries: tuple[int, ...]
     about: dict[str, Any] = field(default_factory=dict)
+    gallery: Gallery = field(default_factory=Gallery)
+    path: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         conform(self.runs, list[FileName], "runs", AttributionError)
@@ -375,10 +380,10 @@ class Attribution:
             warn_unfinished(path, "queries", missing)
             if not kept.current:
                 raise TrajectoryError(f"{path} has no finished query. Call attribute again with this output.")
-            return joined([cls(*kept.block(first)) for first in kept.current])
+            return replace(joined([cls(*kept.block(first)) for first in kept.current]), path=Path(path))
         store = AttributionStore(Path(path), index)
         warn_unfinished(path, "runs", store.unfinished)
-        return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about)
+        return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about, path=store.path)
 
     def _predicted(self, baseline: Tensor, response: Tensor) -> Tensor:
         return predicted(self.scale, baseline, response)
