@@ -441,22 +441,27 @@ class Attribution:
         copies: int = 1,
         kept: bool = False,
     ) -> Tensor:
-        """Apply a function ``(runs, removals) -> (*outputs, removals)`` for each query.
+        """Apply a function of samples and predictions to all queries, ``outputs`` ``(*outputs, queries, removals)``.
 
         ``copies`` is the memory that the function needs, as a multiple of its argument. With ``kept``, only removals
         whose responses were kept are computed; the others are NaN.
         """
         responses = self.responses if removed is None else self._response(removed)[..., None]
-        found = torch.full(
-            (len(self.queries), *outputs, responses.shape[2]), torch.nan, dtype=torch.float64, device=responses.device
-        )
-        for query, into in enumerate(found):
-            if kept and isinstance(responses, KeptResponses):
-                known = into[..., responses.kept[query]]
-                in_parts(function, self.baseline, responses.table, query, known, self.scale, copies)
-                into[..., responses.kept[query]] = known
-            else:
-                in_parts(function, self.baseline, responses, query, into, self.scale, copies)
+        queries, removals = responses.shape[1:]
+        found = torch.full((*outputs, queries, removals), torch.nan, dtype=torch.float64, device=responses.device)
+        some = responses if kept and isinstance(responses, KeptResponses) else None
+        table = responses if some is None else some.table
+        size = max(1, AT_ONCE // (table.shape[0] * table.shape[2] * copies))  # many queries at once if they are small
+        for start in range(0, queries, size):
+            block = slice(start, min(start + size, queries))
+            into = found[..., block, :]
+            if some is None:
+                in_parts(function, self.baseline, table, block, into, self.scale, copies)
+                continue
+            places = some.kept[block].expand(*outputs, -1, -1)
+            known = into.gather(-1, places)
+            in_parts(function, self.baseline, table, block, known, self.scale, copies)
+            into.scatter_(-1, places, known)
         return found if removed is None else found.squeeze(-1)
 
     def _jointly(self, function: Any, queries: Sequence[int] | None, removed: Sequence[int | str] | None) -> Tensor:

@@ -227,15 +227,15 @@ def in_parts(
     function: Any,
     baseline: Tensor,
     responses: Tensor,
-    queries: int | slice | list[int],
+    queries: slice | list[int],
     into: Tensor,
     scale: str,
     copies: int = 1,
 ) -> None:
-    """Apply a function to samples ``(runs, queries)`` and their predictions, and write the result ``(..., removals)``.
+    """Apply a function to samples ``(runs, queries, 1)`` and their predictions, and write the result.
 
     Args:
-        function: The function.
+        function: Function of samples and predictions ``(runs, queries, removals)`` that returns ``(..., removals)``.
         baseline: Samples of all queries.
         responses: Responses ``(runs, queries, removals)``.
         queries: Queries to use.

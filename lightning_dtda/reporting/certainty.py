@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from scipy import special
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.inference import inference
 from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
+from lightning_dtda.statistics.differences import DIFFERENCES, Difference, Inference, resolve_difference
 from lightning_dtda.statistics.power import (
     can_be_planned,
     detectable,
@@ -36,6 +38,9 @@ PLANNING = 0.8
 NEGLIGIBLE = 0.1
 """Share of the standard deviation over seeds below which an effect is none for practical purposes: where the mean moves
 by so little, the samples as trained and without the example overlap by 96 %."""
+
+_AT_ONCE = 2**20
+"""Number of responses of the queries that are tested at once."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,13 @@ class Tested:
         difference: The difference that is tested.
         runs: Number of runs.
         least_runs: Number of runs that the test needs.
-        p_values: p-values ``(removals,)``; NaN if there are too few runs.
-        significant: Whether each removal is significant at a false discovery rate of :data:`FDR` ``(removals,)``.
+        influence: Influences ``(removals,)``. As the other figures, float64, and NaN where it is unknown: with too few
+            runs, or with ``keep_top`` for other differences than mean, variance and spread.
+        standard_error: Their standard errors ``(removals,)``.
+        interval: Lower and upper ends of their intervals over seeds ``(2, removals)``.
+        p_values: p-values ``(removals,)``.
+        q_values: Smallest false discovery rate at which each removal is significant ``(removals,)``, among all removals
+            on the query (Benjamini and Hochberg); 1 where the p-value is NaN.
         silence: What is known about those that are not significant; ``None`` if all are, or if the difference has no
             interval.
     """
@@ -77,9 +87,17 @@ class Tested:
     difference: Difference
     runs: int
     least_runs: int
+    influence: Tensor
+    standard_error: Tensor
+    interval: Tensor
     p_values: Tensor
-    significant: Tensor
+    q_values: Tensor
     silence: Silence | None
+
+    @property
+    def significant(self) -> Tensor:
+        """Whether each removal is significant at a false discovery rate of :data:`FDR` ``(removals,)``."""
+        return self.q_values <= FDR
 
     @property
     def possible(self) -> bool:
@@ -108,6 +126,29 @@ class Tested:
         return low, high
 
 
+def each_tested(attribution: Attribution, difference: str | Difference) -> Iterator[Tested]:
+    """Yield the tests of every removal for one difference, query by query, in order.
+
+    Queries are tested in blocks of bounded memory, so one result after the other can be used and dropped: each takes
+    48 bytes for each removal.
+
+    Args:
+        attribution: The attribution, restricted to the runs to use.
+        difference: The difference to test.
+    """
+    chosen, (runs, queries, removals) = resolve_difference(difference), attribution.responses.shape
+    size = max(1, _AT_ONCE // (runs * removals))
+    for start in range(0, queries, size):
+        block = attribution.select(range(start, min(start + size, queries)))
+        found = _inference(block, chosen)
+        q = significance.q_values(found.p_values)
+        silences = _silences(block, chosen, found, q <= FDR)
+        for each in zip(*found[:3], found.interval.unbind(1), q, silences, strict=True):
+            influence, error, p, ends, of_query, silence = each
+            least = chosen.least_runs_to_test
+            yield Tested(chosen, runs, least, influence, error, ends, p, of_query, silence)
+
+
 def tested(selected: Attribution, difference: str | Difference) -> Tested:
     """Test every removal of an attribution of one query.
 
@@ -115,41 +156,66 @@ def tested(selected: Attribution, difference: str | Difference) -> Tested:
         selected: The attribution, restricted to the runs to use.
         difference: The difference to test.
     """
-    chosen, runs = resolve_difference(difference), len(selected.runs)
-    least = chosen.least_runs_to_test
-    if runs < least:
-        p = torch.full(selected.responses.shape[2:], torch.nan, dtype=torch.float64)
-    else:
-        p = selected.p_values(chosen)[0].cpu()
-    significant = significance.discoveries(p, FDR)
-    return Tested(chosen, runs, least, p, significant, _silence(selected, chosen, significant))
+    return next(each_tested(selected, difference))
 
 
-def _silence(selected: Attribution, difference: Difference, significant: Tensor) -> Silence | None:
-    runs, alpha = len(selected.runs), FDR / len(significant)
-    if not difference.signed or difference.no_interval(runs) or significant.all():
-        return None
-    freedom = difference.freedom(runs)
-    estimates, errors = (of(difference)[0].cpu() for of in (selected.influence, selected.standard_error))
-    negligible = math.nan
+def _inference(block: Attribution, difference: Difference) -> Inference:
+    """Return what the runs say about every removal, in memory of the CPU; NaN for everything with too few runs."""
+    if len(block.runs) < difference.least_runs:
+        unknown = torch.full(block.responses.shape[1:], torch.nan, dtype=torch.float64)
+        return Inference(unknown, unknown, unknown, torch.stack([unknown, unknown]))
+    return Inference(*(part.cpu() for part in inference(block, difference, LEVEL, runs="all")))
+
+
+def _silences(
+    block: Attribution, difference: Difference, found: Inference, significant: Tensor
+) -> list[Silence | None]:
+    """Return what is known about the removals that are not significant, for each query."""
+    queries, runs = len(block.queries), len(block.runs)
+    if not difference.signed or difference.no_interval(runs):
+        return [None] * queries
+    freedom, negligible = difference.freedom(runs), torch.full((queries, 1), torch.nan, dtype=torch.float64)
     if difference.relative:
-        negligible = math.log1p(NEGLIGIBLE)
+        negligible.fill_(math.log1p(NEGLIGIBLE))
     elif difference.unit == DIFFERENCES["mean"].unit:
-        negligible = NEGLIGIBLE * float(selected.baseline[:, 0].double().std())
-    small = significance.discoveries(significance.equivalence_p_values(estimates, errors, freedom, negligible), FDR)
-    none, unknown = small & ~significant, ~(small | significant)
-    if not unknown.any():
-        return Silence(negligible, int(none.sum()), 0, 0.0, 0.0)
-    error, needed = float(errors[unknown].amax()), math.inf
+        negligible = NEGLIGIBLE * block.baseline.double().std(0).cpu()[:, None]
+    p = significance.equivalence_p_values(found.estimate, found.standard_error, freedom, negligible)
+    small = significance.discoveries(p, FDR) & ~significant
+    unknown = ~(small | significant)
+    errors = found.standard_error.masked_fill(~unknown, 0.0).amax(1)
+    rows = zip(negligible[:, 0].tolist(), small.sum(1).tolist(), unknown.sum(1).tolist(), errors.tolist(), strict=True)
+    return [
+        None if every else _silence(difference, runs, significant.shape[1], *row)
+        for every, row in zip(significant.all(1).tolist(), rows, strict=True)
+    ]
+
+
+def _silence(
+    difference: Difference, runs: int, removals: int, negligible: float, none: int, unknown: int, error: float
+) -> Silence:
+    """Return what is known about the removals that are not significant, on one query.
+
+    Args:
+        difference: The difference.
+        runs: Number of runs.
+        removals: Number of all removals.
+        negligible: As in :class:`Silence`.
+        none: As in :class:`Silence`.
+        unknown: As in :class:`Silence`.
+        error: Largest standard error among the unknown.
+    """
+    if not unknown:
+        return Silence(negligible, none, 0, 0.0, 0.0)
+    alpha, needed = FDR / removals, math.inf
     if difference.moments == ("variance",):
         found_from = detectable_spread(error, runs, alpha, POWER)
     else:
-        found_from = error * detectable(freedom, alpha, POWER)
+        found_from = error * detectable(difference.freedom(runs), alpha, POWER)
     if difference.moments == ("mean",):
         # the largest standard error may be underestimated: by chi squared
         of_a_run = error * (runs * (runs - 1) / special.chdtri(runs - 1, (1 + PLANNING) / 2)) ** 0.5
         needed = float(runs_to_detect(torch.tensor(negligible / of_a_run), alpha, POWER))
-    return Silence(negligible, int(none.sum()), int(unknown.sum()), found_from, needed)
+    return Silence(negligible, none, unknown, found_from, needed)
 
 
 def intervals(selected: Attribution, difference: Difference, positions: list[int]) -> Tensor:

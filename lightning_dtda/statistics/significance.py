@@ -72,7 +72,7 @@ def of_any(p: Sequence[Tensor]) -> Tensor:
     return (len(p) * torch.stack(list(p)).amin(0)).clamp_max(1)
 
 
-def equivalence_p_values(estimate: Tensor, standard_error: Tensor, freedom: float, bound: float) -> Tensor:
+def equivalence_p_values(estimate: Tensor, standard_error: Tensor, freedom: float, bound: float | Tensor) -> Tensor:
     r"""Return p-values of the hypothesis that an effect is at least as large as a bound, in absolute value.
 
     .. math:: p = P\left(T_\nu > \frac{b - |\hat\Delta|}{\widehat{se}}\right),
@@ -86,7 +86,7 @@ def equivalence_p_values(estimate: Tensor, standard_error: Tensor, freedom: floa
         estimate: Estimates ``(...)``.
         standard_error: Their standard errors ``(...)``.
         freedom: Degrees of freedom, :math:`\nu`.
-        bound: Bound, in the unit of the estimates; for NaN, p-values are NaN.
+        bound: Bound, a number or ``(...)``, in the unit of the estimates; for NaN, p-values are NaN.
 
     Returns:
         p-values ``(...)``, float64.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences.difference import Difference, Moment
+from lightning_dtda.statistics.differences.difference import Difference, Inference, Moment
 from lightning_dtda.statistics.differences.distances import Energy, GaussianKL, Wasserstein
 from lightning_dtda.statistics.differences.mean import Location, Mean
 from lightning_dtda.statistics.differences.quantile import Quantile
@@ -22,6 +22,7 @@ __all__ = [
     "Difference",
     "Energy",
     "GaussianKL",
+    "Inference",
     "Location",
     "Mean",
     "Moment",

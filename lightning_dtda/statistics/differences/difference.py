@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,22 @@ _MOST_RUNS = 10_000
 
 _SAID = ("name", "formula", "meaning", "unit")
 """Attributes with which every difference describes itself in tables, pages and W&B."""
+
+
+class Inference(NamedTuple):
+    """What samples of X and Y say about a difference.
+
+    Args:
+        estimate: The difference ``(...)``.
+        standard_error: Its standard error over runs ``(...)``; NaN if there are too few.
+        p_values: p-values of no difference ``(...)``; NaN if there are too few runs.
+        interval: Lower and upper end ``(2, ...)``; NaN where there is none.
+    """
+
+    estimate: Tensor
+    standard_error: Tensor
+    p_values: Tensor
+    interval: Tensor
 
 
 class Difference(ABC):
@@ -182,6 +198,8 @@ class Difference(ABC):
     def interval(self, baseline: Tensor, predicted: Tensor, level: float) -> Tensor:
         """Return a confidence interval over runs, which excludes zero if and only if p is below ``1 - level``.
 
+        It is that of :meth:`inference`, which subclasses with another interval override.
+
         Args:
             baseline: Samples of X ``(runs, ...)``.
             predicted: Samples of Y ``(runs, ...)``.
@@ -190,11 +208,27 @@ class Difference(ABC):
         Returns:
             Lower and upper end ``(2, ...)``; NaN where the difference is NaN, or if :meth:`no_interval` has a reason.
         """
-        estimate = self(baseline, predicted)
         if self.no_interval(len(predicted)):
-            return torch.full((2, *estimate.shape), torch.nan, dtype=estimate.dtype, device=estimate.device)
-        ends = student_ends(estimate, self.standard_error(baseline, predicted), self.freedom(len(predicted)), level)
-        return extended_to_zero(ends, self.p_values(baseline, predicted), level)
+            estimate = self(baseline, predicted)
+            return torch.full_like(estimate, torch.nan).expand(2, *estimate.shape)
+        return self.inference(baseline, predicted, level).interval
+
+    def inference(self, baseline: Tensor, predicted: Tensor, level: float) -> Inference:
+        """Return the difference, its standard error, p-values and interval, each computed once.
+
+        Args:
+            baseline: Samples of X ``(runs, ...)``.
+            predicted: Samples of Y ``(runs, ...)``.
+            level: Confidence level of the interval.
+        """
+        runs, estimate = len(predicted), self(baseline, predicted)
+        error, p = self.standard_error(baseline, predicted), torch.full_like(estimate, torch.nan)
+        if runs >= self.least_runs_to_test:
+            p = self.p_values(baseline, predicted)
+        if self.no_interval(runs):
+            return Inference(estimate, error, p, torch.full_like(estimate, torch.nan).expand(2, *estimate.shape))
+        ends = student_ends(estimate, error, self.freedom(runs), level)
+        return Inference(estimate, error, p, extended_to_zero(ends, p, level))
 
 
 def percent(share: float) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_dtda.statistics.differences.difference import Difference
+from lightning_dtda.statistics.differences.difference import Difference, Inference
 from lightning_dtda.statistics.differences.mean import Mean
 from lightning_dtda.statistics.differences.spread import Spread
 from lightning_dtda.statistics.moments import common_spread_interval, size_interval, spread_interval, variance
+from lightning_dtda.statistics.significance import of_any
 
 
 class Wasserstein(Difference):
@@ -47,8 +48,8 @@ class Wasserstein(Difference):
         """Return why there is no interval with a number of runs, or an empty text."""
         return Spread().no_interval(runs)
 
-    def interval(self, baseline: Tensor, predicted: Tensor, level: float) -> Tensor:
-        r"""Return a confidence interval over runs, whose lower end is positive if and only if p is below ``1 - level``.
+    def inference(self, baseline: Tensor, predicted: Tensor, level: float) -> Inference:
+        r"""Return the distance, its standard error, p-values, and an interval that is above zero if p is small.
 
         The estimate is biased upwards, so the interval comes from bounds of the distance itself:
 
@@ -57,29 +58,30 @@ class Wasserstein(Difference):
 
         (Gelbrich, *Mathematische Nachrichten* 147, 1990; the right-hand side is the cost of pairing by seed). The lower
         end is the smallest left-hand side within the intervals of the mean, of the spread :math:`\log \sigma_Y - \log
-        \sigma_X` and of :math:`\sqrt{\sigma_X \sigma_Y}`, which err half as often as ``1 - level`` (Bonferroni). The
-        upper end is that of the right-hand side; it errs an eighth as often by Student's t, and so no more than
-        promised for skewed samples.
+        \sigma_X` and of :math:`\sqrt{\sigma_X \sigma_Y}`, which err half as often as ``1 - level`` (Bonferroni). It is
+        positive if and only if p is below ``1 - level``. The upper end is that of the right-hand side; it errs an
+        eighth as often by Student's t, and so no more than promised for skewed samples.
 
         Args:
             baseline: Samples of X ``(runs, ...)``.
             predicted: Samples of Y ``(runs, ...)``.
-            level: Confidence level.
-
-        Returns:
-            Lower and upper end ``(2, ...)``.
+            level: Confidence level of the interval.
         """
         if self.no_interval(len(predicted)):
-            return torch.full_like(self(baseline, predicted), torch.nan).expand(2, *predicted.shape[1:])
+            return super().inference(baseline, predicted, level)
         of_each = (1 + level) / 2
-        shift, change = (
-            _away_from_zero(moment.interval(baseline, predicted, of_each)) for moment in (Mean(), Spread())
-        )
+        moments = [moment.inference(baseline, predicted, of_each) for moment in (Mean(), Spread())]
+        shift, change = (_away_from_zero(moment.interval) for moment in moments)
         spread = common_spread_interval(baseline, predicted, of_each)[0]
         # where only one of both has a spread, the change is infinite, and that spread the difference
         lone = torch.maximum(*(spread_interval(each, of_each)[0] for each in (baseline, predicted)))
         lower = (shift.square() + torch.where(change.isinf(), lone, 2 * spread * (change / 2).sinh()).square()).sqrt()
-        return torch.stack([lower, size_interval(predicted - baseline, (3 + level) / 4)[1]])
+        return Inference(
+            self(baseline, predicted),
+            self.standard_error(baseline, predicted),
+            of_any([moment.p_values for moment in moments]),
+            torch.stack([lower, size_interval(predicted - baseline, (3 + level) / 4)[1]]),
+        )
 
 
 def _away_from_zero(ends: Tensor) -> Tensor:
