@@ -93,6 +93,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments,
     )
     from lightning_dtda.reporting import log_to_wandb, print_summary  # imported here to keep --help fast
+    from lightning_dtda.reporting.commands import keep_command
 
     for difference in cli.config.differences or ():
         resolve_difference(difference)  # a wrong name is an error before the work, not after it
@@ -119,6 +120,7 @@ def run(arguments: Sequence[str]) -> None:
     answers = found if isinstance(found, dict) else {None: found}
     for damping, attribution in answers.items():
         path = output if damping is None else damping_path(output, damping)
+        keep_command(path, arguments)
         print_summary(attribution, differences=config.differences)
         say(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if config.wandb:

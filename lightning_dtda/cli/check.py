@@ -8,7 +8,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from typing_extensions import override
 
+from lightning_dtda.attribution.attribution_store import AttributionStore
 from lightning_dtda.cli.question import QuestionCLI
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator
 from lightning_dtda.evaluation.checking import check
 from lightning_dtda.evaluation.ranking import Ranking
@@ -38,11 +40,17 @@ class CheckCLI(QuestionCLI):
             default=None,
             help="Estimators to compare, at least two: which one predicts replays without random tenths of the data?",
         )
+        parser.add_argument(
+            "--attribution",
+            type=str | None,
+            default=None,
+            help="Directory of an attribution of these runs to store the results with, for the verdict of its reports.",
+        )
         parser.add_argument("--sets", type=int, default=20, help="For --estimators: number of random tenths.")
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Check an ensemble and print the findings.
+    """Check an ensemble and print the results.
 
     Raises:
         SystemExit: With code 1 if a check fails.
@@ -55,11 +63,15 @@ def run(arguments: Sequence[str]) -> None:
     )
     question, config = cli.question(), cli.config
     estimators = cli.config_init.estimators or ()
+    if config.attribution is not None and not AttributionStore.is_at(config.attribution):
+        raise AttributionError(f"--attribution {config.attribution} holds no attribution. Give the directory of one.")
     found = check(**question, examples=config.examples, estimators=estimators, sets=config.sets)
+    if config.attribution is not None:
+        found.save(config.attribution)
     console = Console(highlight=False)
-    for finding in found.findings:
-        mark = "[green]passed[/]" if finding.passed else "[red]failed[/]"
-        console.print(f"{mark}  [bold]{finding.name}[/]: {escape(finding.figure)}. {escape(finding.advice)}")
+    for result in found.results:
+        mark = "[green]passed[/]" if result.passed else "[red]failed[/]"
+        console.print(f"{mark}  [bold]{result.name}[/]: {escape(result.figure)}. {escape(result.advice)}")
     console.print(
         f"metasmoothness: {found.metasmoothness:.2f}. The weight of a fifth of the examples was lowered in two "
         "equal steps: 1 if the parameters move in the same direction both times, 0 if the second change is unrelated "

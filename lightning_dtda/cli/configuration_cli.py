@@ -197,14 +197,14 @@ def read_configuration(path: Path) -> dict[str, Any]:
 
 
 def read_json_option(option: str, path: str, error: type[DTDAError]) -> Any:
-    """Return the content of the JSON file that an option names.
+    """Return the content of the JSON file that an option names, or of JSON that is given in its place.
 
     Args:
         option: Name of the option.
-        path: Path of the file.
-        error: Type of error to raise if the file cannot be read.
+        path: Path of the file, or a list or object in JSON.
+        error: Type of error to raise if it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(path if path.lstrip().startswith(("[", "{")) else Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"{option} {path} cannot be read ({reason}). Give a JSON file.") from reason

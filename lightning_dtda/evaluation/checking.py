@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attributing import attribute
-from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError, ReplayError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.diagnosis import weight_step
 from lightning_dtda.evaluation.ranking import Ranking, rank_estimators
+from lightning_dtda.evaluation.self_checks import (
+    NOISE,
+    CheckResult,
+    chaos_check,
+    keep_results,
+    replay_check,
+    self_checks,
+)
 from lightning_dtda.replay import Draws, Measurement, Replay, query_examples, resolve_measurement, training_examples
 from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.trajectory import Ensemble, Run
@@ -26,38 +34,8 @@ _AGREEMENT = 0.05
 loose because the replay in double precision restarts from the recorded parameters at every checkpoint, the retraining
 only at the first."""
 
-_RELIABLE = 0.5
-"""Split-half reliability below which a ranking is mostly seed noise."""
-
-_CHAOTIC = 0.25
-"""Share of chaotic runs above which leaving them out is not enough."""
-
-_TAME = "InfluenceFunctions() may help"
-
-_NOISE = (
-    "A possible cause is a parameter whose gradient is zero up to rounding, such as a bias before BatchNorm: Adam "
-    "turns the rounding into steps. Remove that parameter (bias=False)."
-)
-
 _REMOVED = 0.2
 """Share of the examples whose weights are lowered to compute the metasmoothness."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The result of one check.
-
-    Args:
-        name: Name of the check.
-        passed: Whether it passed.
-        figure: The figures found.
-        advice: What the result means, and what to do if the check did not pass.
-    """
-
-    name: str
-    passed: bool
-    figure: str
-    advice: str
 
 
 @dataclass(frozen=True)
@@ -65,19 +43,30 @@ class Check:
     """The results of :func:`check`.
 
     Args:
-        findings: Results of the checks.
+        results: Results of the checks.
         metasmoothness: Metasmoothness of the training, from -1 to 1; see :func:`metasmoothness`.
         ranking: Comparison of the estimators; ``None`` if there are none to compare, or the replay stopped.
     """
 
-    findings: tuple[Finding, ...]
+    results: tuple[CheckResult, ...]
     metasmoothness: float
     ranking: Ranking | None = None
 
     @property
     def passed(self) -> bool:
         """Whether all checks passed."""
-        return all(finding.passed for finding in self.findings)
+        return all(result.passed for result in self.results)
+
+    def save(self, attribution: str | Path) -> None:
+        """Store the results with an attribution of these runs: the verdict of its reports then takes them into account.
+
+        Args:
+            attribution: Directory of the attribution.
+
+        Raises:
+            AttributionError: If it holds no attribution.
+        """
+        keep_results(self.results, attribution)
 
 
 def check(
@@ -130,16 +119,16 @@ def check(
     try:
         all_runs = attribute(ensemble, module, data, **question)
     except ReplayError as error:
-        return Check((Finding("replay", False, "stopped", str(error)),), float("nan"))
+        return Check((CheckResult("replay", False, "stopped", str(error)),), float("nan"))
     ranking = rank_estimators(ensemble, module, data, estimators, sets, **question) if estimators else None
     try:
         first = attribute(ensemble[:1], module, data, estimator=exact, **question)
     except Exception as error:  # the user's code may fail in any way in another precision
         advice = f"The module fails in double precision, which this check needs: {type(error).__name__}: {error}"
         if isinstance(error, ReplayError):
-            advice = f"{error} {_NOISE}"
-        stopped = Finding("replay in double precision", False, "stopped", advice)
-        return Check((_replay(all_runs), stopped, _chaos(all_runs)), float("nan"), ranking)
+            advice = f"{error} {NOISE}"
+        stopped = CheckResult("replay in double precision", False, "stopped", advice)
+        return Check((replay_check(all_runs), stopped, chaos_check(all_runs)), float("nan"), ranking)
     responses = first.responses[0]
     chosen = responses.abs().amax(0).argsort(descending=True)[:examples]
     ones = torch.ones(responses.shape[1], dtype=torch.float64)
@@ -151,31 +140,17 @@ def check(
     thetas, values = _retrained(ensemble, module, data, weights, queries, measurement, device)
     pairs = values[: len(moved)].reshape(len(chosen), 2, -1)
     differences = -(pairs[:, 0] - pairs[:, 1]).T / (2 * change)
-    findings = [
-        _replay(all_runs),
-        _finite_differences(responses[:, chosen], differences, ensemble[0]),
-        _conditioning(all_runs),
-        _chaos(all_runs),
-    ]
-    if len(all_runs.trusted().runs) >= 4:
-        findings.append(_agreement(all_runs))
-    return Check(tuple(findings), metasmoothness(*thetas[len(moved) :]), ranking)
+    exactness = _finite_differences(responses[:, chosen], differences, ensemble[0])
+    replayed, *others = self_checks(all_runs)
+    return Check((replayed, exactness, *others), metasmoothness(*thetas[len(moved) :]), ranking)
 
 
-def _replay(attribution: Attribution) -> Finding:
-    of_runs = attribution.about["drift"].values()
-    gradients = [drift["gradients"] for drift in of_runs if drift["gradients"] is not None]
-    figure = f"parameters {max(drift['parameters'] for drift in of_runs):.1e}, gradients "
-    figure += f"{max(gradients):.1e}" if gradients else "not recorded"
-    return Finding("replay", True, figure, "Every step that was unrolled was reproduced, up to rounding.")
-
-
-def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Finding:
+def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> CheckResult:
     scale = responses.abs().max().clamp_min(torch.finfo(responses.dtype).tiny)
     distance = float((differences - responses).abs().max() / scale)
     queries, examples = responses.shape
     passed = distance < _AGREEMENT + run.update.update.rounding
-    return Finding(
+    return CheckResult(
         "finite differences",
         passed,
         f"relative error {distance:.1e} over {examples} examples and {queries} queries of {run.name}",
@@ -183,47 +158,6 @@ def _finite_differences(responses: Tensor, differences: Tensor, run: Run) -> Fin
         if passed
         else "The responses are not the derivatives of this training. Either it is not smooth when weights change by a "
         "ten-millionth, or it does something that lightning-dtda does not capture: please report it.",
-    )
-
-
-def _conditioning(attribution: Attribution) -> Finding:
-    found = [diagnosis.get("precision") for diagnosis in attribution.about["diagnosis"].values()]
-    worst = max((precision for precision in found if precision is not None), default=float("nan"))
-    failed, runs = attribution.ill_conditioned, len(attribution.runs)
-    return Finding(
-        "precision",
-        not failed,
-        f"responses in recorded and double precision differ by at most {worst:.1e}, on a sample of steps"
-        + (f"; ill-conditioned: {len(failed)} of {runs} ({', '.join(failed)})" if failed else ""),
-        "The recorded precision is enough."
-        if not failed
-        else 'Rounding dominates these responses: use UnrolledDifferentiation(precision="float64"). If finite '
-        f"differences fail too, rounding affects the training itself. {_NOISE}",
-    )
-
-
-def _chaos(attribution: Attribution) -> Finding:
-    chaotic, runs = attribution.chaotic, len(attribution.runs)
-    passed = len(chaotic) <= _CHAOTIC * runs
-    return Finding(
-        "chaotic runs",
-        passed,
-        f"{len(chaotic)} of {runs}" + (f" ({', '.join(chaotic)})" if chaotic else ""),
-        ("Influences leave them out." if chaotic else "The responses of all runs are of similar size.")
-        if passed
-        else f"Too many to leave out. {_TAME}, or a smaller learning rate.",
-    )
-
-
-def _agreement(attribution: Attribution) -> Finding:
-    reliability = float(attribution.reliability().median())
-    return Finding(
-        "agreement between runs",
-        reliability >= _RELIABLE,
-        f"{reliability:.2f} (split-half reliability of the mean influence, median over queries)",
-        "Other seeds would rank the examples similarly."
-        if reliability >= _RELIABLE
-        else f"The ranking is mostly seed noise: record more runs. {_TAME}.",
     )
 
 

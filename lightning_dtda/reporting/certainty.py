@@ -65,6 +65,48 @@ class Silence:
     runs: float
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What the tests of one difference on one query say of all removals together.
+
+    Args:
+        difference: The difference that was tested.
+        runs: Number of runs.
+        least_runs: Number of runs that the test needs.
+        removals: Number of removals.
+        discoveries: Number of significant removals.
+        clearest: Position of the removal with the smallest p-value.
+        clearest_p: Its p-value; NaN with too few runs.
+        silence: What is known about those that are not significant; ``None`` if all are, or if the difference has no
+            interval.
+    """
+
+    difference: Difference
+    runs: int
+    least_runs: int
+    removals: int
+    discoveries: int
+    clearest: int
+    clearest_p: float
+    silence: Silence | None
+
+    @property
+    def possible(self) -> bool:
+        """Whether there are enough runs for the test."""
+        return self.runs >= self.least_runs
+
+    @property
+    def runs_for_clearest(self) -> tuple[float, float]:
+        """Ends of the range of the total number of runs at which the clearest would be significant.
+
+        The range holds for every removal at once, so also for one that is chosen because it looks clearest.
+        """
+        p, level = torch.tensor(self.clearest_p, dtype=torch.float64), 1 - (1 - PLANNING) / self.removals
+        alpha = FDR / self.removals
+        low, _, high = runs_for_significance(self.difference, p, self.runs, alpha, POWER, level).tolist()
+        return low, high
+
+
 @dataclass(frozen=True, eq=False)
 class Tested:
     """The tests of every removal for one difference, on one query.
@@ -110,20 +152,20 @@ class Tested:
         return int(self.significant.sum())
 
     @property
-    def clearest(self) -> int:
-        """Position of the removal with the smallest p-value."""
-        return int(self.p_values.nan_to_num(1.0).argmin())
-
-    @property
-    def runs_for_clearest(self) -> tuple[float, float]:
-        """Ends of the range of the total number of runs at which the clearest would be significant.
-
-        The range holds for every removal at once, so also for one that is chosen because it looks clearest.
-        """
-        number, clearest = len(self.p_values), self.p_values[self.clearest]
-        level = 1 - (1 - PLANNING) / number
-        low, _, high = runs_for_significance(self.difference, clearest, self.runs, FDR / number, POWER, level).tolist()
-        return low, high
+    def outcome(self) -> Outcome:
+        """What the tests say of all removals together."""
+        p = self.p_values.nan_to_num(1.0)
+        clearest = int(p.argmin())
+        return Outcome(
+            self.difference,
+            self.runs,
+            self.least_runs,
+            len(p),
+            self.discoveries,
+            clearest,
+            float(self.p_values[clearest]),
+            self.silence,
+        )
 
 
 def each_tested(attribution: Attribution, difference: str | Difference) -> Iterator[Tested]:
@@ -223,7 +265,7 @@ def intervals(selected: Attribution, difference: Difference, positions: list[int
 
     From the responses of these removals: not for all, and not from the rounded figures of kept attributions.
     """
-    return difference.interval(*_samples(selected, positions), LEVEL).cpu()
+    return difference.interval(*samples(selected, positions), LEVEL).cpu()
 
 
 def all_intervals(selected: Attribution, name: str) -> Tensor:
@@ -242,10 +284,11 @@ def retrainings(selected: Attribution, difference: Difference, positions: list[i
     if not can_be_planned(difference, len(selected.runs)):
         return torch.full((2, len(positions)), torch.nan, dtype=torch.float64)
     level = 1 - (1 - PLANNING) / selected.responses.shape[2]
-    ends = retrainings_needed(difference, *_samples(selected, positions), POWER, 1 - LEVEL, level)
+    ends = retrainings_needed(difference, *samples(selected, positions), POWER, 1 - LEVEL, level)
     return ends[[0, 2]].cpu()
 
 
-def _samples(selected: Attribution, positions: list[int]) -> tuple[Tensor, Tensor]:
+def samples(selected: Attribution, positions: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the measurement of one query as trained ``(runs, 1)`` and without a few removals ``(runs, positions)``."""
     baseline = selected.baseline[:, :1].double()
     return baseline, selected._predicted(baseline, selected.responses[:, 0, positions].double())

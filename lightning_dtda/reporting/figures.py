@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting.certainty import FDR, LEVEL, all_intervals, tested
 from lightning_dtda.reporting.figure_style import BLUE, GREEN, INK, MUTED, VERMILLION, figure
-from lightning_dtda.reporting.findings import TopExample, top_examples
 from lightning_dtda.reporting.formatting import MINUS, capital
+from lightning_dtda.reporting.rows import TopExample, top_examples
 from lightning_dtda.reporting.wording import counted, describe, noun
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 

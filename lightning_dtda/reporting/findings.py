@@ -1,171 +1,223 @@
-"""What a report takes from an attribution: the top examples, their significance, the queries to show."""
+"""What was found, in one object: page, terminal and W&B show the same findings, so they cannot disagree."""
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.errors import AttributionError
-from lightning_dtda.reporting.certainty import Tested, intervals, retrainings, tested
-from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
+from lightning_dtda.attribution.gallery import Shown
+from lightning_dtda.execution.progress import progress_bar
+from lightning_dtda.reporting import wording
+from lightning_dtda.reporting.certainty import Outcome, Tested, each_tested
+from lightning_dtda.reporting.facts import agreement, without_repeated_warnings
+from lightning_dtda.reporting.judging import Verdict, judge
+from lightning_dtda.reporting.next_steps import NextStep, next_steps
+from lightning_dtda.reporting.rows import TopExample, top_examples
+from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
+from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.power import can_be_planned
+
+MOST_CARDS = 5
+"""Number of examples, or groups, that are shown in full for each query."""
+
+MOST_MEMBERS = 4
+"""Number of a group's examples that are shown."""
 
 
 @dataclass(frozen=True)
-class TopExample:
-    """An example, or a group, with a large influence on a query: a row of ``Attribution.top`` with its uncertainty.
-
-    Influences are as they are shown: those of a relative difference, such as the spread, in percent.
+class Card:
+    """One of the examples, or groups, that matter most to a query, to be shown in full.
 
     Args:
-        rank: Rank, from 1 for the largest.
-        position: The example's index, or the group's position.
-        name: The example's index, or the group's name.
-        size: Number of examples.
-        influence: Influence, the change of the property if it is removed.
-        standard_error: Standard error of the influence.
-        mean_influence: Change of the mean if removed.
-        spread_influence: Change of the standard deviation if removed, in percent; NaN with a single run.
-        out_of_range: Share of runs in which the measurement is predicted where it cannot be.
-        interval_low: Lower end of the influence's interval over seeds; NaN if there is none.
-        interval_high: Upper end of the interval.
-        p_value: p-value of no effect; NaN with too few runs.
-        significant: Whether it is significant among all removals, at a false discovery rate of
-            :data:`~lightning_dtda.reporting.certainty.FDR`.
-        retrainings_low: Lower end of the number of retrainings without it, and as large a number with all data, that
-            would show the effect; NaN with too few runs, or if the difference cannot be planned by.
-        retrainings_high: Upper end, infinite if there may be no effect.
+        row: Its influence, interval and significance.
+        title: What to call it: "example 155", or its name.
+        shown: The example as people see it; for a group, some of its members.
+        effect: What happens without it, in words.
     """
 
-    rank: int
+    row: TopExample
+    title: str
+    shown: tuple[Shown, ...]
+    effect: str
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """The examples, or groups, with the largest influences on one query by one difference.
+
+    Args:
+        difference: The difference.
+        words: What introduces it.
+        outcome: What the tests say of all removals together.
+        verdict: The same in sentences.
+        rows: The top examples, or groups.
+        cards: The first of them, to be shown in full.
+        no_interval: Why there are no intervals; empty if there are.
+        planned: Whether numbers of retrainings are known.
+    """
+
+    difference: Difference
+    words: wording.Wording
+    outcome: Outcome
+    verdict: str
+    rows: tuple[TopExample, ...]
+    cards: tuple[Card, ...]
+    no_interval: str
+    planned: bool
+
+
+@dataclass(frozen=True)
+class QueryFindings:
+    """What was found on one query.
+
+    Args:
+        position: Its position in the attribution.
+        name: What to call it: "query 4", or its own name.
+        shown: The query as people see it.
+        as_trained: The measurement as trained, over runs, in words.
+        ranked: The top examples, or groups, by each difference.
+    """
+
     position: int
     name: str
-    size: int
-    influence: float
-    standard_error: float
-    mean_influence: float
-    spread_influence: float
-    out_of_range: float
-    interval_low: float
-    interval_high: float
-    p_value: float
-    significant: bool
-    retrainings_low: float
-    retrainings_high: float
+    shown: Shown
+    as_trained: str
+    ranked: tuple[Ranked, ...]
 
 
-def significance_on(attribution: Attribution, query: int, difference: str | Difference) -> Tested:
-    """Return the tests of every removal's influence on the query at a position, over the trusted runs."""
-    return tested(attribution.trusted().select([query]), difference)
-
-
-def top_examples(
-    attribution: Attribution, query: int, difference: str | Difference, k: int, tests: Tested | None = None
-) -> list[TopExample]:
-    """Return the k examples, or groups, with the largest absolute influence on the query at a position.
+@dataclass(frozen=True)
+class Findings:
+    """What an attribution shows, and how far it can be trusted.
 
     Args:
-        attribution: The attribution; only its trusted runs are used.
-        query: Position of the query.
-        difference: Difference to rank by.
-        k: Number of examples or groups, at most :attr:`Attribution.most_listed`.
-        tests: Result of :func:`significance_on`; ``None`` computes it.
+        attribution: The attribution, with all runs.
+        question: What was asked.
+        answer: How it was answered.
+        verdict: Whether the attribution can be used.
+        said: For each difference, what is significant on how many queries.
+        cautions: What to know before trusting a number.
+        queries: What was found on each query.
+        next_steps: What to do now.
+        agreement: Agreement of halves of the runs on the mean influence, median over queries; NaN if unknown.
+    """
+
+    attribution: Attribution
+    question: str
+    answer: str
+    verdict: Verdict
+    said: tuple[str, ...]
+    cautions: tuple[str, ...]
+    queries: tuple[QueryFindings, ...]
+    next_steps: tuple[NextStep, ...]
+    agreement: float
+
+    @property
+    def most_interesting(self) -> list[int]:
+        """Positions of the queries, those with the most significant influences first."""
+
+        def interest(query: QueryFindings) -> tuple[int, float]:
+            outcomes = [ranked.outcome for ranked in query.ranked]
+            return sum(each.discoveries for each in outcomes), -min(each.clearest_p for each in outcomes)
+
+        return [query.position for query in sorted(self.queries, key=interest, reverse=True)]
+
+
+def find(
+    attribution: Attribution,
+    k: int = 10,
+    differences: Sequence[str | Difference] | None = None,
+    progress: bool = False,
+) -> Findings:
+    """Test every removal on every query, and put together what people need to know.
+
+    Args:
+        attribution: The attribution; results are those of its trusted runs.
+        k: Number of examples, or groups, to list for each query and difference.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
+            spread and Wasserstein.
+        progress: Whether to show a progress bar.
 
     Raises:
-        AttributionError: If ``k`` is less than one.
+        AttributionError: If ``k`` is less than one, a difference is unknown, or it needs more runs.
     """
-    if k < 1:
-        raise AttributionError(f"k={k}; give the number of removals to show, at least 1.")
-    selected, chosen = attribution.trusted().select([query]), resolve_difference(difference)
-    tests = tested(selected, chosen) if tests is None else tests
-    table = selected.top(min(k, selected.most_listed), chosen, query=0).drop(columns="query")
-    if attribution.removals is None:
-        table = table.rename(columns={"example": "position"})
-        table["name"], table["size"] = table["position"].map(str), 1
+    trusted = attribution.trusted()
+    chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
+    judged = [resolve_difference(name) for name in ("mean", "spread") if name in trusted.available_differences]
+    asked = chosen + [each for each in judged if each.name not in {other.name for other in chosen}]
+    queries, outcomes = [], []
+    outside = 0
+    with (
+        without_repeated_warnings(),
+        progress_bar("statistics", "queries", len(trusted.queries), progress) as advance,
+    ):
+        for position, tests in enumerate(zip(*(each_tested(trusted, each) for each in asked), strict=True)):
+            one = trusted.select([position])
+            found = _on_query(one, position, tests[: len(chosen)], k)
+            queries.append(found)
+            outcomes.append({each.difference.name: each.outcome for each in tests})
+            outside += _leaves_range(one)
+            advance(1)
+        agreed = agreement(trusted)
+    of_judged = {each.name: [of_query[each.name] for of_query in outcomes] for each in judged}
+    return Findings(
+        attribution,
+        wording.question(attribution),
+        wording.answer(attribution),
+        judge(attribution, of_judged, agreed, outside),
+        tuple(verdict_on_all(trusted, [query.ranked[n].outcome for query in queries]) for n in range(len(chosen))),
+        tuple(wording.cautions(attribution)),
+        tuple(queries),
+        tuple(next_steps(attribution, queries, agreed)),
+        agreed,
+    )
+
+
+def _on_query(one: Attribution, position: int, tests: Sequence[Tested], k: int) -> QueryFindings:
+    name, number = one.gallery.query(one.queries[0]), one.queries[0]
+    return QueryFindings(
+        position,
+        name.name or f"query {number}",
+        name,
+        wording.as_trained(one.measurement, one.baseline[:, 0]),
+        tuple(_ranked(one, each, k) for each in tests),
+    )
+
+
+def _ranked(one: Attribution, tests: Tested, k: int) -> Ranked:
+    difference, runs = tests.difference, len(one.runs)
+    rows = top_examples(one, 0, difference, k, tests)
+    said = [verdict(one, tests.outcome), retraining_verdict(one, rows)]
+    return Ranked(
+        difference,
+        wording.describe(difference, one.measurement, wording.noun(one)),
+        tests.outcome,
+        " ".join(filter(None, said)),
+        tuple(rows),
+        tuple(_card(one, row, difference) for row in rows[:MOST_CARDS]),
+        difference.no_interval(runs),
+        can_be_planned(difference, runs),
+    )
+
+
+def _card(one: Attribution, row: TopExample, difference: Difference) -> Card:
+    members = one.members
+    if members is None:
+        shown: tuple[Shown, ...] = (one.gallery.example(row.position),)
+        title = shown[0].name or f"example {row.name}"
     else:
-        positions = {name: position for position, name in enumerate(attribution.removals)}
-        table = table.rename(columns={"removal": "name"})
-        table["position"] = table["name"].map(positions)
-    shown = table["position"].tolist()
-    table["interval_low"], table["interval_high"] = intervals(selected, chosen, shown).tolist()
-    if chosen.relative:
-        table["standard_error"] *= 100 * np.exp(table["influence"])
-    for column in ("influence", "interval_low", "interval_high"):
-        table[column] = table[column].map(chosen.shown)
-    table["spread_influence"] = table["spread_influence"].map(DIFFERENCES["spread"].shown)
-    table["p_value"], table["significant"] = tests.p_values[shown].tolist(), tests.significant[shown].tolist()
-    table["retrainings_low"], table["retrainings_high"] = retrainings(selected, chosen, shown).tolist()
-    return [TopExample(**row) for row in table.to_dict("records")]
+        shown = tuple(one.gallery.example(member) for member in members[row.position][:MOST_MEMBERS])
+        title = f"{row.name} ({wording.counted(row.size, 'example')})"
+    return Card(row, title, shown, wording.effect(difference, one.measurement, row))
 
 
-def about_in_brief(attribution: Attribution) -> dict[str, Any]:
-    """Return an attribution's ``about``, with the sizes of the groups in place of their members, which may be many."""
-    if attribution.removals is None or attribution.members is None:
-        return attribution.about
-    sizes = [len(group) for group in attribution.members]
-    return {**attribution.about, "removals": dict(zip(attribution.removals, sizes, strict=True))}
-
-
-def most_interesting(attribution: Attribution, most: int) -> list[int]:
-    """Return the positions, in order, of the queries on which a single removal changes the spread most.
-
-    With a single run, those on which it changes the mean most.
-
-    Args:
-        attribution: The attribution.
-        most: Maximum number of queries.
-    """
-    positions = range(len(attribution.queries))
-    if len(positions) <= most:
-        return list(positions)
-    difference = "spread" if "spread" in attribution.available_differences else "mean"
-    # query by query: all influences at once would take as much memory as the responses
-    largest = [float(attribution.select([query]).influence(difference).abs().max()) for query in positions]
-    return sorted(sorted(positions, key=lambda query: -largest[query])[:most])
-
-
-def predicted_out_of_range(attribution: Attribution) -> tuple[int, int]:
-    """Return the number of queries, and of predictions for a query and a removal, that leave the range in some run."""
-    if not any(map(math.isfinite, attribution.known_range)):
-        return 0, 0
-    # query by query: shares of all queries at once would take as much memory as the responses
-    outside = [int((attribution.select([query]).out_of_range() > 0).sum()) for query in range(len(attribution.queries))]
-    return sum(number > 0 for number in outside), sum(outside)
-
-
-def largest_drift(attribution: Attribution, part: str) -> float | None:
-    """Return the largest relative replay drift over runs, ``None`` if none was measured.
-
-    Args:
-        attribution: The attribution.
-        part: ``"parameters"`` or ``"gradients"``.
-    """
-    drifts = [drift.get(part) for drift in attribution.about.get("drift", {}).values()]
-    known = [drift for drift in drifts if drift is not None and not math.isnan(drift)]
-    return max(known, default=None)
-
-
-def worst_diagnosis(attribution: Attribution, part: str) -> float | None:
-    """Return the largest error in the runs' diagnoses, ``None`` if there are none.
-
-    Args:
-        attribution: The attribution.
-        part: ``"finite_differences"`` or ``"precision"``.
-    """
-    diagnoses = attribution.about.get("diagnosis", {})
-    figures = [diagnoses.get(run, {}).get(part) for run in attribution.runs]
-    return max((figure for figure in figures if figure is not None), default=None)
-
-
-@contextmanager
-def without_repeated_warnings() -> Iterator[None]:
-    """Silence the warning about few runs, which every influence repeats; each report states it once."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Influences of .* runs")
-        yield
+def _leaves_range(one: Attribution) -> bool:
+    """Return whether a prediction on the query is out of the measurement's range in some run."""
+    low, high = one.known_range
+    if low == -torch.inf and high == torch.inf:
+        return False
+    outside: Tensor = one.out_of_range()
+    return bool((outside > 0).any())

@@ -17,6 +17,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.certainty import FDR, LEVEL, NEGLIGIBLE, PLANNING, POWER, Tested
+from lightning_dtda.reporting.facts import about_in_brief, most_interesting, without_repeated_warnings
 from lightning_dtda.reporting.figure_style import TEMPLATE
 from lightning_dtda.reporting.figures import (
     adjoint_figure,
@@ -25,15 +26,8 @@ from lightning_dtda.reporting.figures import (
     removal_figure,
     top_figure,
 )
-from lightning_dtda.reporting.findings import (
-    TopExample,
-    about_in_brief,
-    most_interesting,
-    significance_on,
-    top_examples,
-    without_repeated_warnings,
-)
 from lightning_dtda.reporting.formatting import capital, common_exponent, counts, number, p_value, unit
+from lightning_dtda.reporting.rows import TopExample, significance_on, top_examples
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.power import can_be_planned
@@ -128,7 +122,7 @@ def _content(
     """Return what the page shows: the question for all runs, the results for the trusted ones."""
     shown = most_interesting(attribution, MOST_QUERIES)
     queries = [_query(attribution, position, k, MOST_POINTS // len(shown), differences) for position in shown]
-    of_differences = zip(*([table.tests for table in query.tables] for query in queries), strict=True)
+    of_differences = zip(*([table.tests.outcome for table in query.tables] for query in queries), strict=True)
     return {
         "question": wording.question(everything),
         "answer": wording.answer(everything),
@@ -172,7 +166,7 @@ def _query(attribution: Attribution, position: int, k: int, most_points: int, di
 def _table(attribution: Attribution, position: int, k: int, number: int, difference: Difference) -> _Table:
     tests = significance_on(attribution, position, difference)
     rows = top_examples(attribution, position, difference, k, tests)
-    verdicts = [verdict(attribution, tests), retraining_verdict(attribution, rows)]
+    verdicts = [verdict(attribution, tests.outcome), retraining_verdict(attribution, rows)]
     words = wording.describe(difference, attribution.measurement, wording.noun(attribution))
     # a key by number: a name may have any characters, and two settings of a class may share it
     no_interval = difference.no_interval(len(attribution.runs))

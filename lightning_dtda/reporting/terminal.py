@@ -13,14 +13,9 @@ from rich.table import Table
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.certainty import FDR, LEVEL, PLANNING, POWER
-from lightning_dtda.reporting.findings import (
-    TopExample,
-    most_interesting,
-    significance_on,
-    top_examples,
-    without_repeated_warnings,
-)
+from lightning_dtda.reporting.facts import most_interesting, without_repeated_warnings
 from lightning_dtda.reporting.formatting import common_exponent, escape, number, unit
+from lightning_dtda.reporting.rows import TopExample, significance_on, top_examples
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict
 from lightning_dtda.reporting.wording import describe
 from lightning_dtda.statistics.differences import DIFFERENCES, Difference, resolve_difference
@@ -88,7 +83,7 @@ def print_summary(
                 table = _table(attribution, query, chosen[part], tops[part], beside=beside)
                 console.print(table, width=width)
             for each, top in zip(tests, tops, strict=True):
-                say(escape(f"{verdict(attribution, each)} {retraining_verdict(attribution, top)}".strip()))
+                say(escape(f"{verdict(attribution, each.outcome)} {retraining_verdict(attribution, top)}".strip()))
     console.print()
     notes = (
         f"{_NOT_SIGNIFICANT}: not significant among all {wording.noun(attribution)}s (false discovery rate "

@@ -6,26 +6,26 @@ import math
 from collections.abc import Sequence
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.reporting.certainty import FDR, NEGLIGIBLE, POWER, Tested
-from lightning_dtda.reporting.findings import TopExample
+from lightning_dtda.reporting.certainty import FDR, NEGLIGIBLE, POWER, Outcome
 from lightning_dtda.reporting.formatting import capital, count, counts, p_value
+from lightning_dtda.reporting.rows import TopExample
 from lightning_dtda.reporting.wording import counted, describe, noun
 
 _SPACE = "\N{NO-BREAK SPACE}"
 _RATE = f"false discovery rate {100 * FDR:g}{_SPACE}%"
 
 
-def verdict(attribution: Attribution, tests: Tested) -> str:
+def verdict(attribution: Attribution, tests: Outcome) -> str:
     """Return how many removals are significant for one query and, if none is, how many more runs it would take.
 
     Args:
         attribution: The attribution.
-        tests: The tests of one difference on one query.
+        tests: What the tests of one difference on one query say.
     """
     return verdict_on_all(attribution, [tests])
 
 
-def verdict_on_all(attribution: Attribution, of_queries: Sequence[Tested]) -> str:
+def verdict_on_all(attribution: Attribution, of_queries: Sequence[Outcome]) -> str:
     """Return on how many queries removals are significant, and what is known about the others.
 
     Those either have no effect for practical purposes, or the runs cannot tell; see
@@ -33,10 +33,10 @@ def verdict_on_all(attribution: Attribution, of_queries: Sequence[Tested]) -> st
 
     Args:
         attribution: The attribution.
-        of_queries: The tests of one difference, one for each query that is shown; at least one.
+        of_queries: What the tests of one difference say, for each query; at least one.
     """
     first, queries, what = of_queries[0], len(of_queries), noun(attribution)
-    name, number, runs = _name(attribution, first), len(first.p_values), counted(first.runs, "run")
+    name, number, runs = _name(attribution, first), first.removals, counted(first.runs, "run")
     if not first.possible:
         return f"{runs} cannot show whether the {name} is significant: the test needs at least {first.least_runs}."
     found = [tests.discoveries for tests in of_queries if tests.discoveries]
@@ -44,7 +44,7 @@ def verdict_on_all(attribution: Attribution, of_queries: Sequence[Tested]) -> st
         nobody = f"No {what} has a" if number > 1 else f"The {what} has no"
         anywhere = f" on any of {queries} queries" if queries > 1 else ""
         said = [f"{nobody} significant {name}{anywhere} with {runs} ({_RATE})."]
-        clearest = min(of_queries, key=lambda tests: float(tests.p_values.nan_to_num(1).amin()))
+        clearest = min(of_queries, key=lambda tests: tests.clearest_p)
         said += [_silence(attribution, of_queries), _what_would(attribution, clearest)]
         return " ".join(filter(None, said))
     where = f"On {len(found)} of {queries} queries, " if queries > 1 else ""
@@ -69,13 +69,13 @@ def retraining_verdict(attribution: Attribution, rows: Sequence[TopExample]) -> 
     )
 
 
-def _silence(attribution: Attribution, of_queries: Sequence[Tested]) -> str:
+def _silence(attribution: Attribution, of_queries: Sequence[Outcome]) -> str:
     """Return what is known about removals that are not significant: that they do nothing, or that nobody can tell."""
     known = [(tests, tests.silence) for tests in of_queries if tests.silence is not None]
     if not known:
         by_moments = of_queries[0].difference.moments and not any(tests.discoveries for tests in of_queries)
         return "Mean and spread influence show whether effects are small or cannot be seen." if by_moments else ""
-    said, number, what = [], len(of_queries[0].p_values), noun(attribution)
+    said, number, what = [], of_queries[0].removals, noun(attribution)
     none, unknown = ([getattr(silence, part) for _, silence in known] for part in ("none", "unknown"))
     tests, silence = max(known, key=lambda each: each[1].found_from / (each[1].negligible or math.inf))
     small = f"{100 * NEGLIGIBLE:g}{_SPACE}%"
@@ -119,17 +119,17 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2g}{_SPACE}%" if share < 1 else f"{100 * share:,.0f}{_SPACE}%"
 
 
-def _too_few(attribution: Attribution, tests: Tested) -> str:
-    number = len(tests.p_values)
+def _too_few(attribution: Attribution, tests: Outcome) -> str:
+    number = tests.removals
     fewest = tests.difference.fewest_runs(FDR / number)
     if tests.runs >= fewest:
         return f"with {tests.runs} runs, even a large effect is seldom significant among {number} {noun(attribution)}s"
     return f"with fewer than {fewest:.0f} runs, nothing can be significant among {number} {noun(attribution)}s"
 
 
-def _what_would(attribution: Attribution, tests: Tested) -> str:
+def _what_would(attribution: Attribution, tests: Outcome) -> str:
     """Return how many runs would make the clearest removal of a query significant."""
-    number, what = len(tests.p_values), noun(attribution)
+    number, what = tests.removals, noun(attribution)
     fewest = tests.difference.fewest_runs(FDR / number)
     if math.isinf(fewest):
         return (
@@ -141,7 +141,7 @@ def _what_would(attribution: Attribution, tests: Tested) -> str:
     if not math.isfinite(low) or (tests.silence is not None and not tests.silence.unknown):
         return cannot.strip()
     name = tests.clearest if attribution.removals is None else attribution.removals[tests.clearest]
-    p = p_value(float(tests.p_values[tests.clearest]))
+    p = p_value(tests.clearest_p)
     p = p if p.startswith("<") else f"= {p}"
     clearest = f"The clearest is {what} {name} (p {p})" if number > 1 else f"Its p-value is {p.lstrip('= ')}"
     return f"{clearest}: {_more_runs(low - tests.runs, high - tests.runs)}.{cannot}"
@@ -158,5 +158,5 @@ def _more_runs(low: float, high: float) -> str:
     return f"up to {count(high)} more runs would make it significant"
 
 
-def _name(attribution: Attribution, tests: Tested) -> str:
+def _name(attribution: Attribution, tests: Outcome) -> str:
     return describe(tests.difference, attribution.measurement, noun(attribution)).title

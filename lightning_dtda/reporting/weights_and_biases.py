@@ -16,17 +16,16 @@ import numpy as np
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
-from lightning_dtda.reporting.figures import influence_figure
-from lightning_dtda.reporting.findings import (
+from lightning_dtda.reporting.facts import (
     about_in_brief,
     largest_drift,
     most_interesting,
     predicted_out_of_range,
-    significance_on,
-    top_examples,
     without_repeated_warnings,
     worst_diagnosis,
 )
+from lightning_dtda.reporting.figures import influence_figure
+from lightning_dtda.reporting.rows import significance_on, top_examples
 from lightning_dtda.reporting.verdicts import verdict_on_all
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 
@@ -108,7 +107,9 @@ def log_to_wandb(
         group=group or attribution.about.get("ensemble"),
         job_type="attribution",
         config=about_in_brief(attribution),
-        notes="\n".join([*(verdict_on_all(attribution, of_queries) for of_queries in tests), *cautions]),
+        notes="\n".join(
+            [*(verdict_on_all(attribution, [each.outcome for each in of_queries]) for of_queries in tests), *cautions]
+        ),
         reinit="create_new",
     ) as run:
         run.log({"top_examples": table, **panels})

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.reporting.findings import largest_drift, predicted_out_of_range, worst_diagnosis
+from lightning_dtda.reporting.facts import largest_drift, predicted_out_of_range, worst_diagnosis
+from lightning_dtda.reporting.formatting import supported
+from lightning_dtda.reporting.rows import TopExample
 from lightning_dtda.statistics.differences import Difference
 
 
@@ -70,6 +73,45 @@ def describe(difference: Difference, measurement: str, removed: str = "example")
         unit=unit,
         reading=reading or sign,
     )
+
+
+def effect(difference: Difference, measurement: str, row: TopExample) -> str:
+    r"""Return what happens without an example, or a group, as a sentence.
+
+    Example:
+        >>> row = TopExample(1, 3, "3", 1, -12.3, 4.0, 0.1, -12.3, 0.0, -20.1, -4.5, 0.004, 0.03, True, 9.0, 40.0)
+        >>> from lightning_dtda.statistics import Spread
+        >>> effect(Spread(), "loss", row)
+        "Without it, the loss's standard deviation over runs falls (−12.3\xa0% [−20.1, −4.5])."
+    """
+    meaning = difference.meaning.format(measurement=measurement, removed="example").rstrip(",")
+    size, low, high = supported(row.influence, row.interval_low, row.interval_high)
+    percent = "\N{NO-BREAK SPACE}%" * difference.relative
+    interval = "" if math.isnan(row.interval_low) else f" [{low}, {high}]"
+    amount = f"{size}{percent}{interval}"
+    if difference.signed and meaning.startswith("change of "):
+        moves = "falls" if row.influence < 0 else "rises"
+        return f"Without it, {meaning.removeprefix('change of ')} {moves} ({amount})."
+    distance, by_which, moves = meaning.partition(" by which ")
+    if by_which:
+        return f"Without it, {moves} (by {'an' if distance[0] in 'aeiou' else 'a'} {distance} of {amount})."
+    return f"Without it, {meaning}: {amount}."
+
+
+def as_trained(measurement: str, baseline: Tensor) -> str:
+    """Return a measurement's mean and standard deviation over runs ``(runs,)``.
+
+    Example:
+        >>> as_trained("loss", torch.tensor([1.0, 2.0, 3.0])), as_trained("loss", torch.tensor([1.0]))
+        ('loss 2.00 ± 1.00 over 3 runs', 'loss 1 in the single run')
+    """
+    values = baseline.double()
+    if len(values) == 1:
+        return f"{measurement} {float(values):.3g} in the single run"
+    mean, deviation = float(values.mean()), float(values.std())
+    shown = supported(mean, mean - deviation, mean + deviation)[0]
+    decimals = len(shown.partition(".")[2])
+    return f"{measurement} {shown} ± {deviation:.{decimals}f} over {len(values)} runs"
 
 
 def noun(attribution: Attribution) -> str:

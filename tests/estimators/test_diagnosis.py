@@ -157,6 +157,6 @@ def test_a_module_that_computes_in_one_precision_only_is_attributed_without_a_di
     assert answer.responses.abs().sum() > 0
     assert answer.ill_conditioned == ()
     assert "double precision: the module fails in float64 (RuntimeError" in caplog.text
-    finding = check(Ensemble.open(tmp_path), InSingle(adam, dtype=torch.float32), data, queries=data).findings[1]
+    finding = check(Ensemble.open(tmp_path), InSingle(adam, dtype=torch.float32), data, queries=data).results[1]
     assert (finding.name, finding.passed) == ("replay in double precision", False)
     assert "The module fails in double precision" in finding.advice

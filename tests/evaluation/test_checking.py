@@ -38,7 +38,7 @@ def recorded(fit, tmp_path):
 
 
 def by_name(found):
-    return {finding.name: finding for finding in found.findings}
+    return {result.name: result for result in found.results}
 
 
 @pytest.mark.parametrize("make_module", [make, lambda: make(network=network)], ids=["plain", "BatchNorm and dropout"])
@@ -46,7 +46,7 @@ def test_a_sound_ensemble_passes(recorded, make_module):
     found = check(recorded(make_module), make_module(), DATA, queries=QUERIES)
     assert found.passed
     names = ["replay", "finite differences", "precision", "chaotic runs", "agreement between runs"]
-    assert [finding.name for finding in found.findings] == names
+    assert [result.name for result in found.results] == names
     assert by_name(found)["chaotic runs"].figure == "0 of 4"
     assert -1 <= found.metasmoothness <= 1
 

@@ -7,7 +7,7 @@ from scipy import stats
 
 from lightning_dtda.reporting import certainty
 from lightning_dtda.reporting.certainty import FDR, each_tested
-from lightning_dtda.reporting.findings import without_repeated_warnings
+from lightning_dtda.reporting.facts import without_repeated_warnings
 from lightning_dtda.statistics.differences import Mean, Quantile, resolve_difference
 from tests.reporting.attributions import EXAMPLES, GROUPS, make_attribution
 

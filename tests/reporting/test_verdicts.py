@@ -9,15 +9,15 @@ from scipy.stats import nct, t
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.reporting.certainty import POWER
-from lightning_dtda.reporting.findings import significance_on, top_examples
 from lightning_dtda.reporting.formatting import count, counts
+from lightning_dtda.reporting.rows import significance_on, top_examples
 from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
 from lightning_dtda.statistics.differences import Mean, Tail
 from tests.reporting.attributions import make_attribution
 
 
 def said(attribution, difference, query=0):
-    return verdict(attribution, significance_on(attribution, query, difference)).replace("\xa0", " ")
+    return verdict(attribution, significance_on(attribution, query, difference).outcome).replace("\xa0", " ")
 
 
 def noise(runs, examples, queries=1, **about):
@@ -76,7 +76,7 @@ def test_of_several_queries_the_clearest_example_is_named():
     several = noise(12, 200, queries=3)
     p = several.p_values("mean")
     query, example = divmod(int(p.argmin()), 200)
-    text = verdict_on_all(several, [significance_on(several, each, "mean") for each in range(3)])
+    text = verdict_on_all(several, [significance_on(several, each, "mean").outcome for each in range(3)])
     assert "No example has a significant mean influence on any of 3 queries with 12 runs" in text
     assert f"The clearest is example {example} (p = {p.min():.2g})" in text
     low, _, high = (int(each[query, example]) for each in several.runs_for_significance("mean", power=POWER))
