@@ -77,6 +77,9 @@ class AttributeCLI(QuestionCLI):
         )
         self.add_workers_to_parser(parser)
         add_differences(parser, "mean and spread")
+        parser.add_argument(
+            "--verbose", action="store_true", help="Print how the question was answered, and more of each query."
+        )
         parser.add_argument("--wandb", action="store_true", help="Log the result to W&B as one summary run.")
 
 
@@ -121,7 +124,7 @@ def run(arguments: Sequence[str]) -> None:
     for damping, attribution in answers.items():
         path = output if damping is None else damping_path(output, damping)
         keep_command(path, arguments)
-        print_summary(attribution, differences=config.differences)
+        print_summary(attribution, differences=config.differences, verbose=config.verbose)
         say(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if config.wandb:
             log_to_wandb(attribution, path, project=_project(Path(config.ensemble)), differences=config.differences)
@@ -141,7 +144,7 @@ def read_removals(removals: str) -> Any:
     Raises:
         AttributionError: If the file cannot be read, or its content is invalid.
     """
-    if not removals.endswith(".json"):
+    if not removals.endswith(".json") and not removals.lstrip().startswith(("[", "{")):
         return removals
     content = read_json_option("--removals", removals, AttributionError)
     if not isinstance(content, (dict, list)):

@@ -5,8 +5,9 @@ own. Every influence shown is marked as significant or not (:mod:`lightning_dtda
 in :mod:`lightning_dtda.reporting.figures`.
 """
 
+from lightning_dtda.reporting.findings import Findings, find
 from lightning_dtda.reporting.report import report
 from lightning_dtda.reporting.terminal import print_summary
 from lightning_dtda.reporting.weights_and_biases import log_to_wandb
 
-__all__ = ["log_to_wandb", "print_summary", "report"]
+__all__ = ["Findings", "find", "log_to_wandb", "print_summary", "report"]

@@ -85,7 +85,7 @@ class QueryFindings:
     position: int
     name: str
     shown: Shown
-    as_trained: str
+    as_trained: wording.AsTrained
     ranked: tuple[Ranked, ...]
 
 

@@ -53,18 +53,20 @@ def number(value: float, exponent: int = 0) -> str:
 
 
 def supported(value: float, low: float, high: float) -> tuple[str, str, str]:
-    """Format a value and the ends of its interval, with the digits that the interval supports: two of its half-width.
+    """Format a value and the ends of its interval, with the digits that the interval supports.
 
-    Without an interval, the value has three digits, and the ends are dashes.
+    They end at the first digit of half its width, or at the second if the first is a one. Without an interval, the
+    value has three digits, and the ends are dashes.
 
     Example:
-        >>> supported(0.123456, 0.0512, 0.1957), supported(-1234.5, -1500.0, -1000.0), supported(0.123456, math.nan, 1)
-        (('0.123', '0.051', '0.196'), ('−1230', '−1500', '−1000'), ('0.123', '–', '–'))
+        >>> supported(0.123456, 0.0512, 0.1957), supported(-1234.5, -1350.0, -1120.0), supported(0.123456, math.nan, 1)
+        (('0.12', '0.05', '0.20'), ('−1230', '−1350', '−1120'), ('0.123', '–', '–'))
     """
     width = (high - low) / 2
     if not (math.isfinite(width) and width > 0):
         return (f"{value:.3g}".replace("-", MINUS) if math.isfinite(value) else _UNKNOWN), _UNKNOWN, _UNKNOWN
-    decimals = 1 - math.floor(math.log10(width))
+    magnitude = math.floor(math.log10(width))
+    decimals = (width < 2 * 10**magnitude) - magnitude
     rounded = (f"{round(each, decimals):.{max(decimals, 0)}f}" for each in (value, low, high))
     first, second, third = (text.replace("-", MINUS) if float(text) else text.lstrip("-") for text in rounded)
     return first, second, third

@@ -106,12 +106,12 @@ def _verify(asked: _Asked, queries: Sequence[QueryFindings]) -> NextStep | None:
     if not rows:
         return None
     high, low, row = min(rows, key=lambda each: each[:2])
-    seeds = math.ceil(high if high <= _MOST_TRAININGS else low)
+    seeds = math.ceil(math.sqrt(low * min(high, _MOST_TRAININGS)))  # the middle of the range, in proportion
     what = noun(asked.attribution)
     times = 2 * seeds / len(asked.attribution.runs)
     cost = (
         f"{counted(seeds, 'training')} without it and {seeds} with all data, {times:.2g} times the recording "
-        f"({counts(low, high)} would show the effect)."
+        f"({counts(low, high)} may be needed to show the effect)."
     )
     return NextStep(f"Verify: retrain without {what} {row.name}", cost, _retraining(asked, row, seeds))
 

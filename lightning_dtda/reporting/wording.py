@@ -98,20 +98,35 @@ def effect(difference: Difference, measurement: str, row: TopExample) -> str:
     return f"Without it, {meaning}: {amount}."
 
 
-def as_trained(measurement: str, baseline: Tensor) -> str:
-    """Return a measurement's mean and standard deviation over runs ``(runs,)``.
+@dataclass(frozen=True)
+class AsTrained:
+    """A measurement as trained.
+
+    Args:
+        value: Its mean and standard deviation over runs.
+        sentence: The same, with what it is.
+    """
+
+    value: str
+    sentence: str
+
+
+def as_trained(measurement: str, baseline: Tensor) -> AsTrained:
+    """Return a measurement's mean and standard deviation over runs ``(runs,)``, in words.
 
     Example:
-        >>> as_trained("loss", torch.tensor([1.0, 2.0, 3.0])), as_trained("loss", torch.tensor([1.0]))
+        >>> as_trained("loss", torch.tensor([1.0, 2.0, 3.0])).sentence, as_trained("loss", torch.tensor([1.0])).sentence
         ('loss 2.00 ± 1.00 over 3 runs', 'loss 1 in the single run')
     """
     values = baseline.double()
     if len(values) == 1:
-        return f"{measurement} {float(values):.3g} in the single run"
+        value = f"{float(values):.3g}"
+        return AsTrained(value, f"{measurement} {value} in the single run")
     mean, deviation = float(values.mean()), float(values.std())
     shown = supported(mean, mean - deviation, mean + deviation)[0]
     decimals = len(shown.partition(".")[2])
-    return f"{measurement} {shown} ± {deviation:.{decimals}f} over {len(values)} runs"
+    value = f"{shown} ± {deviation:.{decimals}f}"
+    return AsTrained(value, f"{measurement} {value} over {len(values)} runs")
 
 
 def noun(attribution: Attribution) -> str:

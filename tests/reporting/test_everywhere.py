@@ -36,7 +36,7 @@ class Range(Difference):
 
 def printed(attribution, differences=None):
     console = Console(file=io.StringIO(), width=140, record=True)
-    print_summary(attribution, K, differences, console=console)
+    print_summary(attribution, K, differences, verbose=True, console=console)
     return console.export_text()
 
 
