@@ -160,7 +160,7 @@ class Suggestion:
         if not self.best:
             return f"No removal helps: at best, {effect}"
         if not self.held_out:
-            return f"No verdict, for want of held-out runs: with the first {self.best}, {effect}"
+            return f"No verdict without held-out runs: with the first {self.best}, {effect}"
         ones = ", ".join(map(str, self.removals[: self.best]))
         listed = f" ({ones})" if self.best <= _MOST else ""
         return f"Remove {'this one' if self.best == 1 else f'these {self.best}'}{listed}: {effect}"

@@ -124,7 +124,7 @@ def run(arguments: Sequence[str]) -> None:
     for damping, attribution in answers.items():
         path = output if damping is None else damping_path(output, damping)
         keep_command(path, arguments)
-        print_summary(attribution, differences=config.differences, verbose=config.verbose)
+        print_summary(attribution, differences=config.differences, verbose=config.verbose, progress=True)
         say(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if config.wandb:
             log_to_wandb(attribution, path, project=_project(Path(config.ensemble)), differences=config.differences)

@@ -13,6 +13,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import Suggestion, effect_text, suggest_removals
 from lightning_dtda.cli.help import PlainHelp
 from lightning_dtda.cli.retrain import retrained
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation import Verification, verify
 from lightning_dtda.evaluation.evaluating import check_alignment
 from lightning_dtda.reporting.formatting import escape
@@ -32,21 +33,43 @@ def run(arguments: Sequence[str]) -> None:
         formatter_class=PlainHelp,
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
-    settings = parser.add_function_arguments(suggest_removals, as_group=False, skip={"attribution", "level", "runs"})
+    settings = parser.add_function_arguments(
+        suggest_removals, as_group=False, skip={"attribution", "queries", "level", "runs"}
+    )
+    parser.add_argument(
+        "--queries", type=int | list[int] | None, default=None, help="Indices of the queries to use; all by default."
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
         help="Retrain with and without the suggested examples: --ensemble (or --config), --output, --seeds ...",
     )
-    own, others = _split(arguments, ("attribution", "verify", "h", "help", *settings))
+    own, others = _split(arguments, ("attribution", "queries", "verify", "h", "help", *settings))
     options = parser.parse_args(own)
     if others and not options.verify:
         parser.error(f"unrecognized: {' '.join(others)}. Options of retrain need --verify")
     attribution = Attribution.load(options.attribution)
-    suggestion = suggest_removals(attribution, **{name: options[name] for name in settings})
+    queries = _positions(attribution, options.queries)
+    suggestion = suggest_removals(attribution, queries=queries, **{name: options[name] for name in settings})
     print_suggestion(suggestion)
     if options.verify and suggestion.removed:
         print_verification(suggestion, verify(suggestion, _retrained(attribution, suggestion, others)))
+
+
+def _positions(attribution: Attribution, indices: int | list[int] | None) -> list[int] | None:
+    """Return the positions of queries that are given by their indices in the data set.
+
+    Raises:
+        AttributionError: If the attribution has no such query.
+    """
+    if indices is None:
+        return None
+    positions = {index: position for position, index in enumerate(attribution.queries)}
+    chosen = [indices] if isinstance(indices, int) else indices
+    if unknown := [index for index in chosen if index not in positions]:
+        known = ", ".join(map(str, attribution.queries))
+        raise AttributionError(f"--queries has {unknown[0]}; the queries of the attribution are {known}.")
+    return [positions[index] for index in chosen]
 
 
 def _split(arguments: Sequence[str], options: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,9 @@ from lightning_dtda.statistics.power import can_be_planned
 
 MOST_CARDS = 5
 """Number of examples, or groups, that are shown in full for each query."""
+
+_QUICK = 2**22
+"""Number of responses that are tested in a few seconds."""
 
 MOST_MEMBERS = 4
 """Number of a group's examples that are shown."""
@@ -139,7 +143,7 @@ def find(
         k: Number of examples, or groups, to list for each query and difference.
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
             spread and Wasserstein.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar if it takes more than a few seconds.
 
     Raises:
         AttributionError: If ``k`` is less than one, a difference is unknown, or it needs more runs.
@@ -148,11 +152,10 @@ def find(
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
     judged = [resolve_difference(name) for name in ("mean", "spread") if name in trusted.available_differences]
     asked = chosen + [each for each in judged if each.name not in {other.name for other in chosen}]
-    queries, outcomes = [], []
-    outside = 0
+    queries, outcomes, outside, size = [], [], 0, math.prod(trusted.responses.shape)
     with (
         without_repeated_warnings(),
-        progress_bar("statistics", "queries", len(trusted.queries), progress) as advance,
+        progress_bar("statistics", "queries", len(trusted.queries), progress and size > _QUICK) as advance,
     ):
         for position, tests in enumerate(zip(*(each_tested(trusted, each) for each in asked), strict=True)):
             one = trusted.select([position])

@@ -44,6 +44,7 @@ def print_summary(
     differences: Sequence[str | Difference] | None = None,
     *,
     verbose: bool = False,
+    progress: bool = False,
     console: Console | None = None,
 ) -> None:
     """Print the verdict, the example or group that matters most to each query, and what to do now.
@@ -56,6 +57,7 @@ def print_summary(
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`, for an attribution.
             ``None`` means mean and spread.
         verbose: Whether to print how the question was answered, and the top examples, or groups, of three queries.
+        progress: Whether to show a progress bar if it takes more than a few seconds.
         console: Console to print to. Defaults to standard output.
 
     Raises:
@@ -63,7 +65,7 @@ def print_summary(
     """
     if isinstance(found, Attribution):
         names = [resolve_difference(name) for name in found.trusted().available_differences]
-        found = find(found, k, differences or [each for each in names if each.signed])
+        found = find(found, k, differences or [each for each in names if each.signed], progress)
     console = console or Console()
     width = min(console.width, _COLUMNS)
 

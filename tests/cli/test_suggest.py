@@ -36,7 +36,7 @@ def test_effects_on_the_runs_that_chose_are_called_too_good(saved, capsys):
     main(["suggest", "--attribution", str(saved), "--held_out", "0"])
     out = printed(capsys)
     assert "the effects are optimistic" in out
-    assert out.startswith("No verdict, for want of held-out runs: with the first 2, standard deviation")
+    assert out.startswith("No verdict without held-out runs: with the first 2, standard deviation")
     assert "on 12 runs that also chose." in out
 
 
@@ -99,3 +99,17 @@ def test_a_suggestion_is_verified_by_retraining(tmp_path, capsys):
     # by hand: the mean over seeds, averaged over queries, of what was measured
     change = float((found.measurements[0].mean(0) - found.baseline.mean(0)).mean())
     assert verify(suggestion, found).effect == pytest.approx(change, rel=1e-5)
+
+
+def test_queries_are_given_by_their_indices(tmp_path, capsys):
+    x = torch.stack([torch.linspace(-1, 1, 12), torch.linspace(2, 0, 12)], 1)
+    responses = torch.stack([0.3 * x, -0.4 * x.flip(1), -0.2 * x], -1)
+    attribution = Attribution(x, responses, tuple(map(str, range(12))), (5, 3), {"measurement": "loss"})
+    attribution.save(tmp_path / "saved")
+    suggest = ["suggest", "--attribution", str(tmp_path / "saved")]
+    for queries, positions in (("--queries=[3]", [1]), ("--queries=5", [0]), ("--queries=[3,5]", [1, 0])):
+        main([*suggest, queries])
+        assert suggest_removals(attribution, queries=positions).verdict in printed(capsys)
+    with pytest.raises(SystemExit):
+        main([*suggest, "--queries=0"])
+    assert "--queries has 0; the queries of the attribution are 5, 3." in capsys.readouterr().err
