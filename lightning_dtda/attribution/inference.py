@@ -245,7 +245,7 @@ def retrainings_needed(
         partial(power_of.retrainings_needed, chosen, power=power, alpha=alpha, level=together),
         removed,
         outputs=(3,),
-        copies=6,  # the differences without each run, in X and in Y, and their squares
+        copies=4 * len(selected.runs),  # the runs but one, of X and of Y, for each run
         kept=True,
     )
     return Needed(*numbers.unbind())

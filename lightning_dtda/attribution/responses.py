@@ -25,6 +25,9 @@ _READ_ONLY = "Responses on disk cannot be changed. Change a copy: responses.clon
 AT_ONCE = 2**20
 """Number of samples processed at once: 8 MiB in double precision, and a few times that while they are sorted."""
 
+_FREED = 31 * 2**20
+"""Bytes of the largest block, less a few pages, by which glibc's malloc adapts its thresholds (mallopt(3))."""
+
 
 @dataclass(frozen=True, eq=False)
 class StoredTable:
@@ -243,6 +246,9 @@ def in_parts(
         scale: Scale of the predictions.
         copies: Memory that the function needs, as a multiple of its argument.
     """
+    if into.device.type == "cpu":
+        # glibc hands freed memory back until a block as large as this was freed; to get it again took half of the time
+        torch.empty(_FREED, dtype=torch.uint8)
     # in double precision: a change of the variance is a small difference of large squares; in parts, to save memory
     samples = baseline[:, queries, None].double()
     size = max(1, AT_ONCE // (samples.numel() * copies))

@@ -224,7 +224,7 @@ def _silences(
     p = significance.equivalence_p_values(found.estimate, found.standard_error, freedom, negligible)
     small = significance.discoveries(p, FDR) & ~significant
     unknown = ~(small | significant)
-    errors = found.standard_error.masked_fill(~unknown, 0.0).amax(1)
+    errors = found.standard_error.masked_fill(~unknown | found.standard_error.isnan(), -torch.inf).amax(1)
     rows = zip(negligible[:, 0].tolist(), small.sum(1).tolist(), unknown.sum(1).tolist(), errors.tolist(), strict=True)
     return [
         None if every else _silence(difference, runs, significant.shape[1], *row)
@@ -244,10 +244,12 @@ def _silence(
         negligible: As in :class:`Silence`.
         none: As in :class:`Silence`.
         unknown: As in :class:`Silence`.
-        error: Largest standard error among the unknown.
+        error: Largest standard error among the unknown; -infinity if they are all NaN.
     """
     if not unknown:
         return Silence(negligible, none, 0, 0.0, 0.0)
+    if error < 0:
+        return Silence(negligible, none, unknown, math.inf, math.inf)
     alpha, needed = FDR / removals, math.inf
     if difference.moments == ("variance",):
         found_from = detectable_spread(error, runs, alpha, POWER)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_dtda.statistics.signs import sign_test
 from lightning_dtda.statistics.student import student_ends, student_p_values
 
-_ROUNDING = 8
+ROUNDING = 8
 """Multiple of the floating-point precision below which a deviation from the mean is rounding."""
 
 
@@ -34,7 +34,7 @@ def log_spread_change(baseline: Tensor, predicted: Tensor) -> Tensor:
     """
     of_x, of_y = (_squares(samples).sum(0) / (len(samples) - 1) for samples in (baseline, predicted))
     change = (of_y / of_x).log() / 2
-    rounding = _ROUNDING * torch.finfo(change.dtype).eps * baseline.abs().amax(0)
+    rounding = ROUNDING * torch.finfo(change.dtype).eps * baseline.abs().amax(0)
     unchanged = (change.abs() * of_x.sqrt() <= rounding) | ((of_x == 0) & (of_y == 0))
     return torch.where(unchanged, 0.0, change)
 
@@ -62,6 +62,8 @@ def log_spread_error(baseline: Tensor, predicted: Tensor) -> Tensor:
     if len(predicted) < 3:
         return torch.full_like(unknown, torch.nan, dtype=predicted.dtype)
     error = _error_of_logarithm(_spread_without(predicted) - _spread_without(baseline))
+    # the terms are about 1: without any response, they differ by rounding, as sums in another order do
+    error = error.where(error > ROUNDING * torch.finfo(error.dtype).eps, 0.0)
     return error.where(~unknown, torch.nan)
 
 
@@ -123,14 +125,14 @@ def _spread_without(samples: Tensor) -> Tensor:
 
 def _relative(total: Tensor, without: Tensor) -> Tensor:
     # where a single run makes all of the sum, the others leave nothing but rounding
-    rounding = _ROUNDING * len(without) * torch.finfo(without.dtype).eps * total
+    rounding = ROUNDING * len(without) * torch.finfo(without.dtype).eps * total
     return torch.where(total == 0, 1.0, total / without.where(without > rounding, 0.0))
 
 
 def _squares(samples: Tensor) -> Tensor:
     """Return squared deviations from the mean ``(runs, ...)``, zero where they are rounding."""
     deviations = samples - samples.mean(0)
-    rounding = _ROUNDING * torch.finfo(samples.dtype).eps * samples.abs().amax(0)
+    rounding = ROUNDING * torch.finfo(samples.dtype).eps * samples.abs().amax(0)
     return torch.where(deviations.abs() <= rounding, 0.0, deviations).square_()
 
 

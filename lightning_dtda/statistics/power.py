@@ -22,6 +22,12 @@ _T = (1e-6, 1e3)
 _DRAWS = 400
 """Number of simulated ensembles: the power is then known to 0.02."""
 
+_STEP = 0.25
+"""Distance of the simulated values of a logarithm: steps of an eighth in the standard error."""
+
+_LEAST_INDEPENDENT = 1e-12
+"""Share of the variance below which noise is none."""
+
 _LARGEST_RISE = math.log(1000)
 """Rise of a log standard deviation beyond which a search gives up."""
 
@@ -63,7 +69,8 @@ def detectable_spread(standard_error: float, runs: int, alpha: float, power: flo
 
     By simulation, since the test has no closed form: :math:`Y = k\, (\rho X + \sqrt{1 - \rho^2}\, \epsilon)` with
     Gaussian X and :math:`\epsilon` has a change of :math:`\log k`, whose standard error
-    :math:`\sqrt{(1 - \rho^2) / (S - 1)}` gives the correlation :math:`\rho`.
+    :math:`\sqrt{(1 - \rho^2) / (S - 1)}` gives the correlation :math:`\rho`. Simulated for a few values of
+    :math:`1 - \rho^2`, and interpolated between them.
 
     Args:
         standard_error: Standard error of the change.
@@ -74,9 +81,20 @@ def detectable_spread(standard_error: float, runs: int, alpha: float, power: flo
     Returns:
         The change, infinite if none is found.
     """
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, runs, _DRAWS, generator=generator, dtype=torch.float64)
     independent = min(standard_error**2 * (runs - 1), 1.0)
+    place = math.log(max(independent, _LEAST_INDEPENDENT)) / _STEP
+    below = math.floor(place)
+    low, high = (_detectable_spread(min(node, 0), runs, alpha, power) for node in (below, below + 1))
+    if math.isinf(high):  # at the border of what can be found
+        return high if place > below else low
+    return low * (high / low) ** (place - below)
+
+
+@cache
+def _detectable_spread(node: int, runs: int, alpha: float, power: float) -> float:
+    r"""Return :func:`detectable_spread` where :math:`1 - \rho^2` is ``exp(node * _STEP)``."""
+    generator, independent = torch.Generator().manual_seed(0), math.exp(node * _STEP)
+    x, noise = torch.randn(2, runs, _DRAWS, generator=generator, dtype=torch.float64)
     y = (1 - independent) ** 0.5 * x + independent**0.5 * noise
     missed, found = 0.0, _LARGEST_RISE
 
@@ -230,9 +248,10 @@ def _retrainings(
 
 def _left_out(difference: Difference, baseline: Tensor, predicted: Tensor) -> tuple[Tensor, Tensor]:
     """Return how far the difference is from its mean without each run in X, and in Y ``(runs, ...)``."""
-    keep = ~torch.eye(len(predicted), dtype=torch.bool, device=predicted.device)
-    of_x = torch.stack([difference(baseline[rows], predicted) for rows in keep])
-    of_y = torch.stack([difference(baseline, predicted[rows]) for rows in keep])
+    runs = torch.arange(len(predicted), device=predicted.device)
+    others = (runs + 1 + runs[:-1, None]) % len(runs)  # (runs - 1, runs): in each column, all but one
+    of_x = difference(baseline[others], predicted[:, None])
+    of_y = difference(baseline[:, None], predicted[others])
     return of_x - of_x.mean(0), of_y - of_y.mean(0)
 
 

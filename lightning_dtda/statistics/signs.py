@@ -16,8 +16,11 @@ _FLAT = 1e-12
 _CENTRE = 1e-3
 """Value of r below which, up to rounding, the correction is 0 / 0 and the p-value is 1."""
 
-_FOUND = 1e-9
-"""Relative distance from the root at which Newton's steps end."""
+_FOUND = 1e-5
+"""Distance from the total before the last of Newton's steps, which squares it, relative to it or to the largest sum."""
+
+_ROUNDING = 1e-12
+"""Relative difference below which two sums are equal."""
 
 
 def sign_test(terms: Tensor) -> Tensor:
@@ -43,17 +46,25 @@ def sign_test(terms: Tensor) -> Tensor:
         >>> sign_test(torch.tensor([1.0, 2.0, 4.0, 8.0]))  # of 16 choices, two reach 15 or -15
         tensor(0.1250, dtype=torch.float64)
     """
-    smallest = torch.finfo(torch.float64).tiny
-    w = terms.double() / terms.abs().amax(0).clamp_min(smallest)
+    w, tiny = terms.double(), torch.finfo(torch.float64).tiny
     total = w.sum(0).abs()
-    t = _saddlepoint(w.reshape(len(w), -1), total.reshape(-1)).reshape(total.shape)
-    large = (t * w).abs()
-    generating = (large + torch.log1p((-2 * large).exp()) - math.log(2)).sum(0)
+    w = w.abs()  # which signs make up the total does not matter to K
+    largest = w.amax(0).clamp_min(tiny)
+    w, total = w.div_(largest), total / largest
+    room = w.sum(0) - total  # to the largest sum, which only all terms of one sign make
+    single = room <= _ROUNDING * total
+    room = room.masked_fill(single, torch.inf)
+    t = _saddlepoint(w.reshape(len(w), -1), total.reshape(-1), room.reshape(-1)).reshape(total.shape)
+    large = t * w
+    small = (-2 * large).exp_()
+    curvature = (4 * w.square() * small).div_((1 + small).square_()).sum(0)
+    generating = (large + small.log1p_() - math.log(2)).sum(0)
     r = (2 * (t * total - generating)).clamp_min(0).sqrt()
-    u = t * (w / large.cosh()).square().sum(0).sqrt()
+    u = t * curvature.sqrt()
     skewed = torch.where(r > _CENTRE, r + (u / r).log() / r, r)
     bound, least = 2 * (-r.square() / 2).exp(), torch.exp2(1 - (w != 0).sum(0).double()).clamp_max(1)
-    return (2 * torch.special.ndtr(-skewed)).minimum(bound).clamp_max(1).maximum(least)
+    p = (2 * torch.special.ndtr(-skewed)).minimum(bound).clamp_max(1).maximum(least)
+    return torch.where(single, least, p)
 
 
 def fewest_to_flip(level: float) -> int:
@@ -61,22 +72,29 @@ def fewest_to_flip(level: float) -> int:
     return 1 + math.ceil(-math.log2(level))
 
 
-def _saddlepoint(w: Tensor, total: Tensor) -> Tensor:
+def _saddlepoint(w: Tensor, total: Tensor, room: Tensor) -> Tensor:
     r"""Return :math:`t \ge 0` where :math:`\sum_s w_s \tanh(t w_s)` is the total, for each column ``(columns,)``.
 
     Args:
-        w: Terms, at most 1 in absolute value ``(runs, columns)``.
+        w: Absolute terms, at most 1 ``(runs, columns)``.
         total: Totals ``(columns,)``.
+        room: How much larger the totals could be ``(columns,)``; infinite for columns that are not needed.
     """
-    t = total / w.square().sum(0).clamp_min(torch.finfo(w.dtype).tiny)
+    squares, small, slopes = w.square(), torch.empty_like(w), torch.empty_like(w)
+    t = total / squares.sum(0).clamp_min(torch.finfo(w.dtype).tiny)
     columns = torch.arange(len(total), device=w.device)
+    enough = (_FOUND * total.minimum(room)).masked_fill(room.isinf(), torch.inf)
     for _ in range(_NEWTON):  # K' is concave for t > 0 and the start is left of the root, so t only grows
-        slopes = (t[columns] * w).tanh_()
-        missing = (total[columns] - (w * slopes).sum(0)).clamp_min(0)
+        torch.mul(w, -2 * t[columns], out=small).exp_()
+        torch.sub(1, small, out=slopes).div_(small.add_(1))  # tanh, three times as fast
+        missing = (total[columns] - torch.mul(w, slopes, out=small).sum(0)).clamp_min(0)
+        curvature = torch.sub(1, slopes.square_(), out=small).mul_(squares).sum(0)
+        t[columns] += missing / curvature.clamp_min(_FLAT)
         # most columns converge in a few steps; only those with nearly all terms of one sign, which need many, go on
-        unfound = (missing > _FOUND * total[columns]).nonzero()[:, 0]
+        unfound = (missing > enough[columns]).nonzero()[:, 0]
         if not len(unfound):
             break
-        columns, w, slopes = columns[unfound], w[:, unfound], slopes[:, unfound]
-        t[columns] += missing[unfound] / (w.square() * (1 - slopes.square_())).sum(0).clamp_min(_FLAT)
+        if 2 * len(unfound) < len(columns):  # to copy the others costs as much as a step
+            columns, w, squares = columns[unfound], w[:, unfound], squares[:, unfound]
+            small, slopes = torch.empty_like(w), torch.empty_like(w)
     return t

@@ -85,11 +85,20 @@ def test_influences_that_are_not_a_number_are_not_significant_and_spoil_no_other
     whole = [tests.p_values for tests in each_tested(attribution, "spread")]
     attribution.responses[3, 1, 7] = torch.nan
     for position, tests in enumerate(each_tested(attribution, "spread")):
+        assert 0 < tests.silence.found_from < 1
         spoilt = torch.arange(EXAMPLES) == 7 if position == 1 else torch.zeros(EXAMPLES, dtype=torch.bool)
         for part in (tests.influence, tests.p_values, *tests.interval):
             assert torch.equal(part.isnan(), spoilt)
         assert not tests.significant[spoilt].any()
         torch.testing.assert_close(tests.p_values[~spoilt], whole[position][~spoilt], **ROUNDING)
+
+
+def test_where_no_influence_is_a_number_nothing_can_be_found():
+    attribution = make_attribution()
+    attribution.responses[3, 1] = torch.nan
+    for difference in ("mean", "spread"):
+        silence = list(each_tested(attribution, difference))[1].silence
+        assert (silence.none, silence.unknown, silence.found_from) == (0, EXAMPLES, float("inf"))
 
 
 def test_a_single_run_has_a_mean_and_nothing_else():

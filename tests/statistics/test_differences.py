@@ -196,6 +196,16 @@ def test_leaving_runs_out_by_the_formula_is_leaving_them_out():
     torch.testing.assert_close(Variance().leave_one_out(x, y), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1.0, 0.1, 1e-9])
+def test_the_distance_without_each_run_is_that_of_the_others(size):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(9, 2, 1, generator=generator, dtype=torch.float64)
+    y = x + size * torch.randn(9, 2, 40, generator=generator, dtype=torch.float64)
+    y[:3, 0, :5], y[:, 1, :5] = y[3, 0, :5], 7.0  # ties
+    expected = torch.stack(list(Difference.leave_one_out(Wasserstein(), x, y)))
+    torch.testing.assert_close(Wasserstein().leave_one_out(x, y), expected, rtol=1e-10, atol=1e-10 * size)
+
+
 def test_the_room_of_samples_needs_little_of_the_package():
     root = Path(statistics.__file__).parent
     found = {

@@ -79,9 +79,11 @@ class Mean(Difference):
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return ``E Y - E X``, or the location of ``Y - X`` over runs."""
-        if self.location == "mean":
+        if self.location == "mean" and len(predicted) != len(baseline):
             return predicted.mean(0) - baseline.mean(0)
         changes = predicted - baseline
+        if self.location == "mean":
+            return changes.mean(0)
         if self.location == "median":
             return changes.quantile(0.5, dim=0)
         cut = self._cut(len(changes))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lightning_dtda.statistics.differences.difference import Difference
-from lightning_dtda.statistics.moments import variance
+from lightning_dtda.statistics.moments import ROUNDING, variance
 
 
 class Variance(Difference):
@@ -33,8 +34,10 @@ class Variance(Difference):
     moments = ("variance",)
 
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
-        """Return ``Var Y - Var X`` with divisor S - 1."""
-        return variance(predicted) - variance(baseline)
+        """Return ``Var Y - Var X`` with divisor S - 1, zero where it is rounding."""
+        of_x = variance(baseline)
+        change = variance(predicted) - of_x
+        return change.masked_fill(change.abs() <= ROUNDING * torch.finfo(change.dtype).eps * of_x, 0.0)
 
     def no_interval(self, runs: int) -> str:
         """Return why there is none: no method holds its level with few runs."""
