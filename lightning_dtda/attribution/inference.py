@@ -5,7 +5,7 @@ Functions of an attribution, and methods of :class:`~lightning_dtda.Attribution`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ from lightning_dtda.statistics import power as power_of
 from lightning_dtda.statistics import reliability as ranking
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import Difference, Inference, resolve_difference
+from lightning_dtda.statistics.moments import Pairs
 from lightning_dtda.statistics.power import Needed
 
 if TYPE_CHECKING:
@@ -58,8 +59,8 @@ def interval(
     if reason := chosen.no_interval(len(selected.runs)):
         raise AttributionError(f"The {chosen.name} influence has no interval: {reason}")
     figures = selected._figures
-    if removed is None and figures is not None and (name := known_as(chosen)):
-        return figures.interval(name, level)
+    if removed is None and figures is not None and known_as(chosen):
+        return figures.inference(chosen, level)[3:]
     # an estimate, its standard error, both ends and what they are computed from
     return selected._each_query(partial(chosen.interval, level=level), removed, outputs=(2,), copies=4, kept=True)
 
@@ -91,51 +92,57 @@ def p_values(
     selected._enough(chosen, chosen.least_runs_to_test, "test")
     figures = selected._figures
     if removed is None and chosen.moments and figures is not None:
-        return significance.of_any([figures.p_values(moment) for moment in chosen.moments])
+        return figures.p_values(chosen.moments)
     return selected._each_query(chosen.p_values, removed)
 
 
-def inference(
-    attribution: Attribution, difference: str | Difference, level: float = 0.95, runs: Runs = "trusted"
-) -> Inference:
+def inferences(
+    attribution: Attribution, differences: Sequence[str | Difference], level: float = 0.95, runs: Runs = "trusted"
+) -> list[Inference]:
     """Return influence, standard error, p-values and interval of every removal, all in one pass over the responses.
 
-    It is faster than :meth:`Attribution.influence`, :meth:`Attribution.standard_error`, :func:`p_values` and
-    :func:`interval` in turn, and has NaN where these raise an error: where there are too few runs for one of them, or
-    no interval, and for removals whose responses were not kept.
+    For each difference. It is faster than :meth:`Attribution.influence`, :meth:`Attribution.standard_error`,
+    :func:`p_values` and :func:`interval` in turn, and has NaN where these raise an error: where there are too few runs,
+    or no interval, and for removals whose responses were not kept.
 
     Args:
         attribution: The attribution.
-        difference: As for :meth:`Attribution.influence`.
-        level: Confidence level of the interval.
+        differences: Differences, each as for :meth:`Attribution.influence`.
+        level: Confidence level of the intervals.
         runs: As for :meth:`Attribution.influence`.
 
     Returns:
-        Each ``(queries, removals)``, the interval ``(2, queries, removals)``; float64.
+        Each part ``(queries, removals)``, the interval ``(2, queries, removals)``; float64.
 
     Raises:
-        AttributionError: If the difference needs more runs, or the level is not between 0 and 1.
+        AttributionError: If the level is not between 0 and 1.
     """
     check_share(level, "level")
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
-    selected._enough(chosen, chosen.least_runs)
-    figures, number = selected._figures, len(selected.runs)
-    if figures is None or not (name := known_as(chosen)):
+    selected, chosen = attribution._selected(runs), [resolve_difference(each) for each in differences]
+    number, figures = len(selected.runs), selected._figures
+    names = [None if figures is None else known_as(each) for each in chosen]
+    computed = [e for e, name in zip(chosen, names, strict=True) if name is None and number >= e.least_runs]
 
-        def stacked(baseline: Tensor, predicted: Tensor) -> Tensor:
-            estimate, error, p, ends = chosen.inference(baseline, predicted, level)
-            return torch.stack([estimate, error, p, *ends])
+    def stacked(baseline: Tensor, predicted: Tensor) -> Tensor:
+        pairs = Pairs(baseline, predicted)
+        found = (each.inference(pairs, level) for each in computed)
+        return torch.stack([part for estimate, error, p, ends in found for part in (estimate, error, p, *ends)])
 
-        found = selected._each_query(stacked, None, outputs=(5,), copies=8, kept=True)
-        if figures is not None and chosen.moments and number >= chosen.least_runs_to_test:
-            found[2] = significance.of_any([figures.p_values(moment) for moment in chosen.moments])
-        return Inference(found[0], found[1], found[2], found[3:])
-    estimate, error = figures.of(f"{name}_influence"), figures.of(f"{name}_standard_error")
-    p = ends = torch.full_like(estimate, torch.nan)
-    if number >= chosen.least_runs_to_test:
-        p = significance.of_any([figures.p_values(moment) for moment in chosen.moments])
-    ends = ends.expand(2, *ends.shape) if chosen.no_interval(number) else figures.interval(name, level)
-    return Inference(estimate, error, p, ends)
+    parts: Iterator[Tensor] = iter(())
+    if computed:
+        parts = iter(selected._each_query(stacked, None, (5 * len(computed),), copies=8, kept=True).split(5))
+    found = []
+    for each, name in zip(chosen, names, strict=True):
+        if number < each.least_runs:
+            one = torch.full((5, *selected.responses.shape[1:]), torch.nan, dtype=torch.float64)
+        elif figures is not None and name is not None:
+            one = figures.inference(each, level)
+        else:
+            one = next(parts)
+            if figures is not None and each.moments and number >= each.least_runs_to_test:
+                one[2] = figures.p_values(each.moments)
+        found.append(Inference(one[0], one[1], one[2], one[3:]))
+    return found
 
 
 def significant(

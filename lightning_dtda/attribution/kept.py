@@ -15,6 +15,7 @@ from lightning_dtda.attribution.responses import StoredTable, of_each_dimension
 from lightning_dtda.compatibility import plain_results, shaped
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import DIFFERENCES, Difference
+from lightning_dtda.statistics.significance import of_any
 from lightning_dtda.statistics.student import extended_to_zero, student_ends, student_p_values
 
 if TYPE_CHECKING:
@@ -52,17 +53,25 @@ class Figures:
         place = FIGURES.index(name)
         return torch.stack([table[row][place].double() for table, row in self.rows])
 
-    def p_values(self, moment: str) -> Tensor:
-        """Return the p-values of a moment's test ``(queries, removals)``, float64."""
+    def p_values(self, moments: Sequence[str]) -> Tensor:
+        """Return the p-values of a change of any of the moments ``(queries, removals)``, float64."""
+        return of_any([self._p_values(moment) for moment in moments])
+
+    def _p_values(self, moment: str) -> Tensor:
         if moment == "variance":
             return self.of("spread_p")
         return student_p_values(self.of("mean_influence"), self.of("mean_standard_error"), len(self.runs) - 1)
 
-    def interval(self, name: str, level: float) -> Tensor:
-        """Return the interval of the mean or the spread ``(2, queries, removals)``, float64."""
-        estimate, standard_error = self.of(f"{name}_influence"), self.of(f"{name}_standard_error")
-        ends = student_ends(estimate, standard_error, len(self.runs) - 1, level)
-        return extended_to_zero(ends, self.p_values("mean" if name == "mean" else "variance"), level)
+    def inference(self, difference: Difference, level: float) -> Tensor:
+        """Return estimate, standard error, p-values and interval of a known difference ``(5, queries, removals)``."""
+        estimate, error = (self.of(f"{difference.name}_{what}") for what in ("influence", "standard_error"))
+        p = torch.full_like(estimate, torch.nan)
+        ends, number = torch.stack([p, p]), len(self.runs)
+        if number >= difference.least_runs_to_test:
+            p = self.p_values(difference.moments)
+        if not difference.no_interval(number):
+            ends = extended_to_zero(student_ends(estimate, error, difference.freedom(number), level), p, level)
+        return torch.stack([estimate, error, p, *ends])
 
     def read(self) -> Tensor:
         """Read all figures ``(queries, 7, removals)``, without a copy if they are one table in memory."""

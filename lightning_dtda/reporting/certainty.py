@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from scipy import special
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.inference import inference
+from lightning_dtda.attribution.inference import inferences
 from lightning_dtda.statistics import significance
 from lightning_dtda.statistics.differences import DIFFERENCES, Difference, Inference, resolve_difference
 from lightning_dtda.statistics.power import (
@@ -168,27 +168,22 @@ class Tested:
         )
 
 
-def each_tested(attribution: Attribution, difference: str | Difference) -> Iterator[Tested]:
-    """Yield the tests of every removal for one difference, query by query, in order.
+def each_tested(attribution: Attribution, differences: Sequence[str | Difference]) -> Iterator[tuple[Tested, ...]]:
+    """Yield, for one query after the other, the tests of every removal for each difference.
 
-    Queries are tested in blocks of bounded memory, so one result after the other can be used and dropped: each takes
-    48 bytes for each removal.
+    Queries are tested in blocks of bounded memory, and differences together, as they share tests. A result takes 48
+    bytes for each removal; it can be used and dropped before the next one.
 
     Args:
         attribution: The attribution, restricted to the runs to use.
-        difference: The difference to test.
+        differences: The differences to test.
     """
-    chosen, (runs, queries, removals) = resolve_difference(difference), attribution.responses.shape
+    chosen, (runs, queries, removals) = list(map(resolve_difference, differences)), attribution.responses.shape
     size = max(1, _AT_ONCE // (runs * removals))
     for start in range(0, queries, size):
         block = attribution.select(range(start, min(start + size, queries)))
-        found = _inference(block, chosen)
-        q = significance.q_values(found.p_values)
-        silences = _silences(block, chosen, found, q <= FDR)
-        for each in zip(*found[:3], found.interval.unbind(1), q, silences, strict=True):
-            influence, error, p, ends, of_query, silence = each
-            least = chosen.least_runs_to_test
-            yield Tested(chosen, runs, least, influence, error, ends, p, of_query, silence)
+        found = inferences(block, chosen, LEVEL, runs="all")
+        yield from zip(*(_tested(block, *each) for each in zip(chosen, found, strict=True)), strict=True)
 
 
 def tested(selected: Attribution, difference: str | Difference) -> Tested:
@@ -198,15 +193,17 @@ def tested(selected: Attribution, difference: str | Difference) -> Tested:
         selected: The attribution, restricted to the runs to use.
         difference: The difference to test.
     """
-    return next(each_tested(selected, difference))
+    return next(each_tested(selected, [difference]))[0]
 
 
-def _inference(block: Attribution, difference: Difference) -> Inference:
-    """Return what the runs say about every removal, in memory of the CPU; NaN for everything with too few runs."""
-    if len(block.runs) < difference.least_runs:
-        unknown = torch.full(block.responses.shape[1:], torch.nan, dtype=torch.float64)
-        return Inference(unknown, unknown, unknown, torch.stack([unknown, unknown]))
-    return Inference(*(part.cpu() for part in inference(block, difference, LEVEL, runs="all")))
+def _tested(block: Attribution, difference: Difference, found: Inference) -> Iterator[Tested]:
+    """Yield the tests of each query of a block."""
+    on_cpu = Inference(*(part.cpu() for part in found))
+    q = significance.q_values(on_cpu.p_values)
+    silences = _silences(block, difference, on_cpu, q <= FDR)
+    parts = on_cpu.estimate, on_cpu.standard_error, on_cpu.interval.unbind(1), on_cpu.p_values, q, silences
+    for each in zip(*parts, strict=True):
+        yield Tested(difference, len(block.runs), difference.least_runs_to_test, *each)
 
 
 def _silences(

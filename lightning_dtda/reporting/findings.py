@@ -157,7 +157,7 @@ def find(
         without_repeated_warnings(),
         progress_bar("statistics", "queries", len(trusted.queries), progress and size > _QUICK) as advance,
     ):
-        for position, tests in enumerate(zip(*(each_tested(trusted, each) for each in asked), strict=True)):
+        for position, tests in enumerate(each_tested(trusted, asked)):
             one = trusted.select([position])
             found = _on_query(one, position, tests[: len(chosen)], k)
             queries.append(found)

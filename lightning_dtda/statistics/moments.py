@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from lightning_dtda.statistics.significance import of_any
 from lightning_dtda.statistics.signs import sign_test
 from lightning_dtda.statistics.student import student_ends, student_p_values
 
@@ -180,3 +182,24 @@ def spread_test(baseline: Tensor, predicted: Tensor) -> Tensor:
 
 TESTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": mean_test, "variance": spread_test}
 """Test of the change of each moment, from samples of X and Y."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Samples of X and Y from the same runs, whose moments are tested once for all differences.
+
+    Args:
+        baseline: Samples of X, broadcastable against ``predicted`` ``(runs, ...)``.
+        predicted: Samples of Y ``(runs, ...)``.
+    """
+
+    baseline: Tensor
+    predicted: Tensor
+    _tested: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def p_values(self, moments: Sequence[str]) -> Tensor:
+        """Return p-values of a change of any of the moments ``(...)``, float64."""
+        for moment in moments:
+            if moment not in self._tested:
+                self._tested[moment] = TESTS[moment](self.baseline, self.predicted)
+        return of_any([self._tested[moment] for moment in moments])

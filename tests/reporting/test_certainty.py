@@ -6,13 +6,19 @@ import torch
 from scipy import stats
 
 from lightning_dtda.reporting import certainty
-from lightning_dtda.reporting.certainty import FDR, each_tested
+from lightning_dtda.reporting.certainty import FDR
 from lightning_dtda.reporting.facts import without_repeated_warnings
 from lightning_dtda.statistics.differences import Mean, Quantile, resolve_difference
 from tests.reporting.attributions import EXAMPLES, GROUPS, make_attribution
 
 ROUNDING = {"rtol": 1e-9, "atol": 1e-12}
 """Sums are made in another order; the spread is a difference of logarithms."""
+
+
+def each_tested(attribution, difference):
+    """Tests of one difference."""
+    return (tests for (tests,) in certainty.each_tested(attribution, [difference]))
+
 
 DIFFERENCES = ["mean", "spread", "variance", "wasserstein", Mean("median"), Quantile(0.9)]
 
@@ -48,6 +54,17 @@ def test_what_is_known_about_the_others_does_not_depend_on_the_other_queries(dif
             assert getattr(tests.silence, part) == pytest.approx(getattr(alone, part), rel=1e-6)
 
 
+def test_differences_tested_together_are_as_each_on_its_own():
+    attribution = make_attribution()
+    together = certainty.each_tested(attribution, DIFFERENCES)
+    alone = zip(*(each_tested(attribution, difference) for difference in DIFFERENCES), strict=True)
+    for found, expected in zip(together, alone, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            assert one.difference == other.difference
+            torch.testing.assert_close(one.interval, other.interval, equal_nan=True, **ROUNDING)
+            torch.testing.assert_close(one.q_values, other.q_values, **ROUNDING)
+
+
 def test_q_values_are_scipys_and_decide_what_is_significant():
     for tests in each_tested(make_attribution(), "mean"):
         np.testing.assert_allclose(tests.q_values, stats.false_discovery_control(tests.p_values.numpy()), rtol=1e-12)
@@ -58,13 +75,13 @@ def test_q_values_are_scipys_and_decide_what_is_significant():
 def test_blocks_of_queries_are_as_large_as_fit_and_give_the_same(monkeypatch):
     attribution, blocks = make_attribution(), []
     together = [tests.p_values for tests in each_tested(attribution, "spread")]
-    original = certainty.inference
+    original = certainty.inferences
 
     def counted(block, *arguments, **keywords):
         blocks.append(len(block.queries))
         return original(block, *arguments, **keywords)
 
-    monkeypatch.setattr(certainty, "inference", counted)
+    monkeypatch.setattr(certainty, "inferences", counted)
     for most, expected in ((2, [2, 1]), (1, [1, 1, 1]), (3, [3])):
         monkeypatch.setattr(certainty, "_AT_ONCE", most * len(attribution.runs) * EXAMPLES + 1)
         blocks.clear()
@@ -85,12 +102,23 @@ def test_influences_that_are_not_a_number_are_not_significant_and_spoil_no_other
     whole = [tests.p_values for tests in each_tested(attribution, "spread")]
     attribution.responses[3, 1, 7] = torch.nan
     for position, tests in enumerate(each_tested(attribution, "spread")):
-        assert 0 < tests.silence.found_from < 1
         spoilt = torch.arange(EXAMPLES) == 7 if position == 1 else torch.zeros(EXAMPLES, dtype=torch.bool)
         for part in (tests.influence, tests.p_values, *tests.interval):
             assert torch.equal(part.isnan(), spoilt)
         assert not tests.significant[spoilt].any()
         torch.testing.assert_close(tests.p_values[~spoilt], whole[position][~spoilt], **ROUNDING)
+
+
+def test_what_is_known_about_the_others_does_not_depend_on_one_that_is_not_a_number():
+    attribution = make_attribution(runs=4)
+    with without_repeated_warnings():
+        whole = [tests.silence for tests in each_tested(attribution, "mean")]
+        attribution.responses[0, :, 5] = torch.nan
+        spoilt = [tests.silence for tests in each_tested(attribution, "mean")]
+    for before, after in zip(whole, spoilt, strict=True):
+        assert before.unknown > 0
+        assert after.unknown == before.unknown + 1
+        assert after.found_from == pytest.approx(before.found_from)
 
 
 def test_where_no_influence_is_a_number_nothing_can_be_found():

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_dtda.statistics.moments import TESTS
+from lightning_dtda.statistics.moments import Pairs
 from lightning_dtda.statistics.resampling import bootstrap, jackknife
-from lightning_dtda.statistics.significance import exchange_test, fewest_to_exchange, of_any
+from lightning_dtda.statistics.significance import exchange_test, fewest_to_exchange
 from lightning_dtda.statistics.signs import fewest_to_flip
 from lightning_dtda.statistics.student import extended_to_zero, student_ends, student_p_values
 
@@ -165,7 +165,7 @@ class Difference(ABC):
             p-values ``(...)``, float64; 1 where no run's measurement changes, NaN where the difference is NaN.
         """
         if self.moments:
-            return of_any([TESTS[moment](baseline, predicted) for moment in self.moments])
+            return Pairs(baseline, predicted).p_values(self.moments)
         if freedom := self.freedom(len(predicted)):
             return student_p_values(self(baseline, predicted), self.standard_error(baseline, predicted), freedom)
         return exchange_test(self, baseline, predicted)
@@ -211,20 +211,20 @@ class Difference(ABC):
         if self.no_interval(len(predicted)):
             estimate = self(baseline, predicted)
             return torch.full_like(estimate, torch.nan).expand(2, *estimate.shape)
-        return self.inference(baseline, predicted, level).interval
+        return self.inference(Pairs(baseline, predicted), level).interval
 
-    def inference(self, baseline: Tensor, predicted: Tensor, level: float) -> Inference:
+    def inference(self, pairs: Pairs, level: float) -> Inference:
         """Return the difference, its standard error, p-values and interval, each computed once.
 
         Args:
-            baseline: Samples of X ``(runs, ...)``.
-            predicted: Samples of Y ``(runs, ...)``.
+            pairs: Samples of X and Y. Of the same ones, several differences share the tests.
             level: Confidence level of the interval.
         """
+        baseline, predicted = pairs.baseline, pairs.predicted
         runs, estimate = len(predicted), self(baseline, predicted)
         error, p = self.standard_error(baseline, predicted), torch.full_like(estimate, torch.nan)
         if runs >= self.least_runs_to_test:
-            p = self.p_values(baseline, predicted)
+            p = pairs.p_values(self.moments) if self.moments else self.p_values(baseline, predicted)
         if self.no_interval(runs):
             return Inference(estimate, error, p, torch.full_like(estimate, torch.nan).expand(2, *estimate.shape))
         ends = student_ends(estimate, error, self.freedom(runs), level)

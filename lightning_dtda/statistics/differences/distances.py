@@ -8,8 +8,7 @@ from torch import Tensor
 from lightning_dtda.statistics.differences.difference import Difference, Inference
 from lightning_dtda.statistics.differences.mean import Mean
 from lightning_dtda.statistics.differences.spread import Spread
-from lightning_dtda.statistics.moments import common_spread_interval, size_interval, spread_interval, variance
-from lightning_dtda.statistics.significance import of_any
+from lightning_dtda.statistics.moments import Pairs, common_spread_interval, size_interval, spread_interval, variance
 
 
 class Wasserstein(Difference):
@@ -69,7 +68,7 @@ class Wasserstein(Difference):
         """Return why there is no interval with a number of runs, or an empty text."""
         return Spread().no_interval(runs)
 
-    def inference(self, baseline: Tensor, predicted: Tensor, level: float) -> Inference:
+    def inference(self, pairs: Pairs, level: float) -> Inference:
         r"""Return the distance, its standard error, p-values, and an interval that is above zero if p is small.
 
         The estimate is biased upwards, so the interval comes from bounds of the distance itself:
@@ -84,15 +83,14 @@ class Wasserstein(Difference):
         eighth as often by Student's t, and so no more than promised for skewed samples.
 
         Args:
-            baseline: Samples of X ``(runs, ...)``.
-            predicted: Samples of Y ``(runs, ...)``.
+            pairs: Samples of X and Y.
             level: Confidence level of the interval.
         """
+        baseline, predicted = pairs.baseline, pairs.predicted
         if self.no_interval(len(predicted)):
-            return super().inference(baseline, predicted, level)
+            return super().inference(pairs, level)
         of_each = (1 + level) / 2
-        moments = [moment.inference(baseline, predicted, of_each) for moment in (Mean(), Spread())]
-        shift, change = (_away_from_zero(moment.interval) for moment in moments)
+        shift, change = (_away_from_zero(moment.inference(pairs, of_each).interval) for moment in (Mean(), Spread()))
         spread = common_spread_interval(baseline, predicted, of_each)[0]
         # where only one of both has a spread, the change is infinite, and that spread the difference
         lone = torch.maximum(*(spread_interval(each, of_each)[0] for each in (baseline, predicted)))
@@ -100,7 +98,7 @@ class Wasserstein(Difference):
         return Inference(
             self(baseline, predicted),
             self.standard_error(baseline, predicted),
-            of_any([moment.p_values for moment in moments]),
+            pairs.p_values(self.moments),
             torch.stack([lower, size_interval(predicted - baseline, (3 + level) / 4)[1]]),
         )
 
