@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.kept import KNOWN, known_as
+from lightning_dtda.attribution.responses import in_parts
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import power as power_of
 from lightning_dtda.statistics import reliability as ranking
@@ -321,7 +322,11 @@ def runs_for_stable_top(
 
 
 def _of_runs(selected: Attribution, difference: Difference, positions: Tensor) -> Tensor:
-    return selected._of(positions.tolist())._influence(difference)
+    """Return the influences over some runs on the only query ``(1, removals)``."""
+    baseline, responses = selected.baseline[positions], selected.responses[positions]
+    found = torch.empty(responses.shape[1:], dtype=torch.float64, device=responses.device)
+    in_parts(difference, baseline, responses, slice(None), found, selected.scale)
+    return found
 
 
 def check_share(value: float, name: str) -> None:
