@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.exporting import export
+from lightning_dtda.attribution.gallery import Gallery, Shown
 from lightning_dtda.attribution.suggesting import Suggestion, suggest_removals
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Attribution",
+    "Gallery",
+    "Shown",
     "Suggestion",
     "attribute",
     "export",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,9 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.answering import Answering
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.attribution_store import store_gallery
+from lightning_dtda.attribution.filling import Show, Showing, filled, resolve_show
+from lightning_dtda.attribution.gallery import Gallery
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
+from lightning_dtda.attribution.model_outputs import model_outputs
 from lightning_dtda.attribution.scales import ScaleName, check_scale
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError
@@ -37,10 +41,10 @@ from lightning_dtda.replay import (
     Measurement,
     dataset_fingerprint,
     query_examples,
-    query_names,
     resolve_measurement,
     training_examples,
 )
+from lightning_dtda.replay.examples import query_names as names_of_queries
 from lightning_dtda.replay.measuring import measure, nature
 from lightning_dtda.replay.ranges import EVERYTHING
 from lightning_dtda.trajectory import Ensemble
@@ -71,6 +75,8 @@ def attribute(
     device: torch.device | str | None = None,
     workers: int | Workers = 1,
     progress: bool = True,
+    show: str | Show | None = None,
+    query_names: Sequence[str] | None = None,
 ) -> Attribution: ...
 
 
@@ -93,6 +99,8 @@ def attribute(
     measurement_seed: int = Draws.seed,
     device: torch.device | str | None = None,
     progress: bool = True,
+    show: str | Show | None = None,
+    query_names: Sequence[str] | None = None,
 ) -> dict[Damping, Attribution]: ...
 
 
@@ -117,6 +125,8 @@ def attribute(
     device: torch.device | str | None = None,
     workers: int | Workers = 1,
     progress: bool = True,
+    show: str | Show | None = None,
+    query_names: Sequence[str] | None = None,
 ) -> Attribution | dict[Damping, Attribution]:
     r"""Predict how each query's measurement changes, in every run, when training examples are removed.
 
@@ -163,6 +173,12 @@ def attribute(
             a :class:`~lightning_dtda.execution.RayCluster`, whose nodes read the runs from a shared disk. The results
             are the same, up to rounding if batches have to be split to keep all workers busy.
         progress: Whether to show a progress bar and the plan.
+        show: Function, or its import path, that shows an item of the training data or the queries to people. It returns
+            a :class:`~lightning_dtda.attribution.Shown`, a PIL image, a tensor or array, a text, a dictionary, or a
+            figure of matplotlib or plotly. Without it, the usual kinds of items are shown; see
+            :attr:`Attribution.gallery <lightning_dtda.Attribution.gallery>`. A finished attribution in ``output`` is
+            shown in another way at once.
+        query_names: Names of the queries for people, in their order; by default those of the data set's items.
 
     Returns:
         The attribution, with baseline ``(S, Q)`` and responses ``(S, Q, K)`` to K removals; K = N for leave-one-out.
@@ -186,6 +202,7 @@ def attribute(
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals, step, device, draws, scale
     )
+    showing = Showing(question.examples, question.queries, data, resolve_show(show), query_names)
     path = None if output is None else Path(output)
     if path is not None and "<" in (name := about["measurement"]):
         raise AttributionError(
@@ -205,8 +222,14 @@ def attribute(
                 lambda numbers, scratch: answering.part(numbers).answer(scratch)[0],
             )
         ]
-    for answer in answers:
+    outputs = model_outputs(list(ensemble), question)
+    for number, answer in enumerate(answers):
         _log_trust(answer)
+        where = path if dampings is None else answer.path
+        gallery = filled(replace(answer, gallery=Gallery()), showing, outputs)
+        if where is not None:
+            store_gallery(where, gallery)
+        answers[number] = replace(answer, gallery=gallery, path=where)
     return answers[0] if dampings is None else dict(zip(dampings, answers, strict=True))
 
 
@@ -305,7 +328,7 @@ def _ask(
         "queries_fingerprint": dataset_fingerprint(question.queries.dataset),
         "version": __version__,
     }
-    return question, about, query_names(question.queries)
+    return question, about, names_of_queries(question.queries)
 
 
 def _usable_step(step: int | None, ensemble: Ensemble) -> int | None:

@@ -15,8 +15,15 @@ from torch import Tensor
 
 from lightning_dtda.attribution import inference, predicting, tables
 from lightning_dtda.attribution.about import About
-from lightning_dtda.attribution.attribution_store import OF_RUNS, AttributionStore, read_index, warn_unfinished
+from lightning_dtda.attribution.attribution_store import (
+    OF_RUNS,
+    AttributionStore,
+    read_index,
+    store_gallery,
+    warn_unfinished,
+)
 from lightning_dtda.attribution.gallery import Gallery
+from lightning_dtda.attribution.gallery_store import read_gallery
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, known_as
 from lightning_dtda.attribution.kept_store import KeptStore
@@ -338,7 +345,7 @@ class Attribution:
         return self._selected(runs)._jointly(partial(jackknife, resolve_joint(difference)), queries, removed)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
-        """Write the attribution to a directory: a safetensors file for each run, and ``attribution.json``.
+        """Write the attribution to a directory: a safetensors file for each run, ``attribution.json``, and the gallery.
 
         Args:
             path: Directory; it is created if it does not exist.
@@ -357,12 +364,14 @@ class Attribution:
             for start in range(0, len(self.queries), size := max(1, AT_ONCE // self.responses.shape[2])):
                 numbers = range(start, min(start + size, len(self.queries)))
                 kept.add(numbers.start, self.select(numbers))
-            return
-        store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
-        for number, run in enumerate(self.runs):
-            known = {key: self.about[key][run] for key in OF_RUNS if run in self.about.get(key, {})}
-            facts = {key: {} for key in OF_RUNS} | sizes(self.responses[number]) | known
-            store.add(run, self.baseline[number], self.responses[number], facts)
+        else:
+            store = AttributionStore.create(path, self.about, self.queries, self.responses.shape[2], wanted, overwrite)
+            for number, run in enumerate(self.runs):
+                known = {key: self.about[key][run] for key in OF_RUNS if run in self.about.get(key, {})}
+                facts = {key: {} for key in OF_RUNS} | sizes(self.responses[number]) | known
+                store.add(run, self.baseline[number], self.responses[number], facts)
+        if self.gallery != Gallery():
+            store_gallery(Path(path), self.gallery)
 
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
@@ -380,10 +389,13 @@ class Attribution:
             warn_unfinished(path, "queries", missing)
             if not kept.current:
                 raise TrajectoryError(f"{path} has no finished query. Call attribute again with this output.")
-            return replace(joined([cls(*kept.block(first)) for first in kept.current]), path=Path(path))
+            answer = joined([cls(*kept.block(first)) for first in kept.current])
+            return replace(answer, gallery=read_gallery(kept.path), path=kept.path)
         store = AttributionStore(Path(path), index)
         warn_unfinished(path, "runs", store.unfinished)
-        return cls(*store.read(), runs=store.finished, queries=store.queries, about=store.about, path=store.path)
+        baseline, responses = store.read()
+        gallery = read_gallery(store.path)
+        return cls(baseline, responses, store.finished, store.queries, store.about, gallery, store.path)
 
     def _predicted(self, baseline: Tensor, response: Tensor) -> Tensor:
         return predicted(self.scale, baseline, response)

@@ -13,6 +13,8 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from lightning_dtda.attribution.about import Index
+from lightning_dtda.attribution.gallery import Gallery
+from lightning_dtda.attribution.gallery_store import GALLERY, write_gallery
 from lightning_dtda.attribution.responses import StoredResponses, StoredTable
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError
@@ -87,7 +89,7 @@ class Store:
             if overwrite:
                 cls.clear_scratch(path)
             if not index[cls.parts]:  # files of an answer that is replaced: deleted only now, when no index lists them
-                for file in path.glob("*.safetensors"):
+                for file in (*path.glob("*.safetensors"), *path.glob(GALLERY)):
                     file.unlink()
         return cls(path, index)
 
@@ -212,6 +214,16 @@ def read_index(path: str | Path) -> dict[str, Any]:
     if ("runs" in index) == ("blocks" in index):
         raise TrajectoryError(f"{path} is damaged: it lists no runs, or blocks as well. Attribute again.")
     return index
+
+
+def store_gallery(path: Path, gallery: Gallery) -> None:
+    """Write the gallery of a stored attribution.
+
+    Raises:
+        AttributionError: If the directory cannot be written to.
+    """
+    with _ANSWERS.written(path):
+        write_gallery(path, gallery)
 
 
 def with_runs(about: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

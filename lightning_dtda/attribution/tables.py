@@ -71,7 +71,7 @@ def top(
     chosen = selected._difference(difference)
     rows: list[dict[str, Any]] = []
     for q in positions:
-        candidates, influence = _candidates(selected.select([q]), chosen)
+        candidates, influence = top_candidates(selected.select([q]), chosen)
         first = influence.abs().argsort(descending=True)[:k]
         order, influence = candidates[first], influence[first]
         of_query = selected.baseline[:, q, None].double()
@@ -139,7 +139,7 @@ def to_dataframe(attribution: Attribution) -> pd.DataFrame:
     return dataset.to_dataframe().reset_index()
 
 
-def _candidates(attribution: Attribution, difference: Difference) -> tuple[Tensor, Tensor]:
+def top_candidates(attribution: Attribution, difference: Difference) -> tuple[Tensor, Tensor]:
     """Return positions and influences of removals on a single query, including those at the top."""
     if attribution._figures is not None and known_as(difference) and isinstance(attribution.responses, KeptResponses):
         # from responses: the figures are rounded, which could change the order

@@ -80,6 +80,19 @@ class AttributeCLI(QuestionCLI):
         parser.add_argument(
             "--verbose", action="store_true", help="Print how the question was answered, and more of each query."
         )
+        parser.add_argument(
+            "--show",
+            type=str | None,
+            default=None,
+            help="Import path of a function that shows an item of the data to people: it returns a PIL image, a tensor "
+            "or array, a text, a dictionary, or a figure. Another call changes it at once.",
+        )
+        parser.add_argument(
+            "--query_names",
+            type=list[str] | str | None,
+            default=None,
+            help="Names of the queries for people, in their order: a list, or a JSON file with one.",
+        )
         parser.add_argument("--wandb", action="store_true", help="Log the result to W&B as one summary run.")
 
 
@@ -118,6 +131,8 @@ def run(arguments: Sequence[str]) -> None:
                 "keep_top": config.keep_top,
                 "scratch_budget": config.scratch_budget,
                 "workers": cli.workers(),
+                "show": config.show,
+                "query_names": read_names(config.query_names),
             }
         )
     answers = found if isinstance(found, dict) else {None: found}
@@ -153,6 +168,15 @@ def read_removals(removals: str) -> Any:
             "of indices by name, or a list with a label for each example."
         )
     return content
+
+
+def read_names(names: list[str] | str | None) -> Any:
+    """Return the ``query_names`` argument of :func:`lightning_dtda.attribute`: a list as it is, or that of a JSON file.
+
+    Raises:
+        AttributionError: If the file cannot be read.
+    """
+    return read_json_option("--query_names", names, AttributionError) if isinstance(names, str) else names
 
 
 def _project(root: Path) -> str | None:

@@ -32,7 +32,7 @@ def prediction(module: LightningModule, batch: Any) -> Tensor:
     Raises:
         AttributionError: If the output is not one number for each query.
     """
-    output = _forward(module, batch)
+    output = output_of(module, batch)
     if output.numel() != output.shape[0]:
         raise AttributionError(
             f'The measurement "prediction" needs one number for each query, but the module returns shape '
@@ -51,11 +51,11 @@ def margin(module: LightningModule, batch: Any) -> Tensor:
     Raises:
         AttributionError: If there are no class scores or no integer labels.
     """
-    scores, labels = _forward(module, batch), _labels(batch)
+    scores, labels = output_of(module, batch), labels_of(batch)
     if scores.ndim != 2 or not isinstance(labels, Tensor) or labels.is_floating_point():
         raise AttributionError(
             'The measurement "margin" needs class scores (B, C), and integer labels as the second element of the batch '
-            f"or as its entry {' or '.join(_LABELS)}. Give a callable (module, batch) -> (B,) instead."
+            f"or as its entry {' or '.join(LABELS)}. Give a callable (module, batch) -> (B,) instead."
         )
     # a comparison instead of one_hot, which reads the largest label and so cannot be vectorized
     correct = labels.reshape(-1, 1) == torch.arange(scores.shape[1], device=scores.device)
@@ -64,20 +64,26 @@ def margin(module: LightningModule, batch: Any) -> Tensor:
     return (scores * correct).sum(1) - torch.logsumexp(others, 1)
 
 
-_LABELS = ("labels", "label", "targets", "target", "y")
+LABELS = ("labels", "label", "targets", "target", "y")
 """Names under which the labels are looked up, as entries or attributes of a batch."""
 
 _OUTPUTS = ("logits", "prediction", "predictions", "preds", "output", "outputs")
 """Names under which the outputs are looked up, as entries or attributes of what a module returns."""
 
 
-def _labels(batch: Any) -> Any:
+def labels_of(batch: Any) -> Any:
+    """Return the second element of a batch, or its entry under one of :data:`LABELS`; ``None`` if there is neither."""
     if isinstance(batch, (tuple, list)):
         return batch[1] if len(batch) > 1 else None
-    return _entry(batch, _LABELS)
+    return _entry(batch, LABELS)
 
 
-def _forward(module: LightningModule, batch: Any) -> Tensor:
+def output_of(module: LightningModule, batch: Any) -> Tensor:
+    """Return what ``predict_step`` returns for a batch, or ``forward`` for its inputs.
+
+    Raises:
+        AttributionError: If that is no tensor.
+    """
     if overrides(module, "predict_step"):
         takes_index = is_param_in_hook_signature(module.predict_step, "batch_idx", min_args=2)
         output = module.predict_step(batch, 0) if takes_index else module.predict_step(batch)

@@ -105,7 +105,7 @@ def test_blocks_of_queries_answer_what_all_at_once_do(ensemble, tmp_path, estima
     if output:
         assert_same(Attribution.load(tmp_path / "kept"), full)
         names = sorted(file.name for file in (tmp_path / "kept").iterdir())
-        assert names == ["attribution.json", *(f"queries-{n:06d}.safetensors" for n in (0, 2, 4))]
+        assert names == ["attribution.json", "gallery.json", *(f"queries-{n:06d}.safetensors" for n in (0, 2, 4))]
 
 
 @pytest.mark.slow
