@@ -211,16 +211,16 @@ def _vector(value: Any) -> Tensor | None:
     if isinstance(value, list) and value and all(isinstance(one, (bool, int, float)) for one in value):
         value = np.array(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "buif":
-        value = torch.from_numpy(value.astype(np.float64 if value.dtype.kind == "f" else np.int64))
+        value = torch.from_numpy(value.astype({"b": np.bool_, "f": np.float64}.get(value.dtype.kind, np.int64)))
     is_vector = isinstance(value, Tensor) and value.ndim <= 1 and not value.is_complex()
     return value.detach().reshape(-1).cpu() if is_vector else None
 
 
 def _brief(value: Any) -> str:
     """Describe a value in a few words."""
-    if isinstance(value, str):
-        return value
-    with suppress(Exception):  # a description of the user's own class may fail
+    with suppress(Exception):  # whatever is asked of the user's own class may fail
+        if isinstance(value, str):
+            return value
         if (values := _vector(value)) is not None and len(values) <= _SHORT:
             return ", ".join(f"{one:.4g}" if isinstance(one, float) else str(one) for one in values.tolist())
         if isinstance(value, (Tensor, np.ndarray)):

@@ -379,6 +379,34 @@ def test_groups_are_read_from_a_file_and_a_step_is_asked_for(record, tmp_path, c
     torch.testing.assert_close(found.responses, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_examples_are_shown_by_a_function_and_queries_by_their_names(record, tmp_path, capsys, monkeypatch):
+    root = record("--seeds", "2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_showing.py").write_text("def show(item):\n    return f'{len(item[0])} measurements'\n")
+    (tmp_path / "names.json").write_text(json.dumps(["the first", "the second"]))
+    question = ["attribute", "--ensemble", str(root), "--queries.indices=[3,1]", "--output", "answer"]
+    question += ["--estimator", "GradientDot"]
+    main([*question, "--show", "my_showing.show", "--query_names", "names.json"])
+    gallery = Attribution.load("answer").gallery
+    assert [(shown.name, shown.text) for shown in gallery.queries.values()] == [
+        ("the first", "10 measurements"),
+        ("the second", "10 measurements"),
+    ]
+    assert all("over 2 runs" in shown.prediction for shown in gallery.queries.values())
+    main([*question, "--query_names=[a,b]"])
+    gallery = Attribution.load("answer").gallery
+    assert [(shown.name, len(shown.fields)) for shown in gallery.queries.values()] == [("a", 10), ("b", 10)]
+    for wrong, message in (
+        (["--query_names", "none.json"], "--query_names none.json cannot be read"),
+        (["--query_names=[a]"], "query_names has 1 names for 2 queries. Give one for each"),
+        (["--show", "my_showing.no"], "show='my_showing.no' is not the import path of a function"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*question, *wrong])
+        assert stop.value.code == 1
+        assert message in capsys.readouterr().err
+
+
 def test_predictions_take_a_scale_and_groups_are_removed_exactly(record, tmp_path, capsys):
     root = record("--seeds", "2")
     (tmp_path / "groups.json").write_text(json.dumps([list(range(40))]))

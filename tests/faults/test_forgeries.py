@@ -13,8 +13,10 @@ from lightning.pytorch import callbacks
 from safetensors.torch import load
 
 from lightning_dtda import Attribution, Ensemble, GroundTruth
+from lightning_dtda.attribution import Gallery, Shown
 from lightning_dtda.attribution.attribution_store import AttributionStore
 from lightning_dtda.attribution.kept_store import KeptStore
+from lightning_dtda.attribution.pictures import png
 from lightning_dtda.errors import DTDAError
 from lightning_dtda.replay.records import Records
 from lightning_dtda.retraining.task import Task
@@ -50,7 +52,10 @@ def an_attribution(dtype=torch.float32):
     }
     baseline = torch.randn(RUNS, QUERIES, generator=generator, dtype=dtype)
     responses = torch.randn(RUNS, QUERIES, REMOVALS, generator=generator, dtype=dtype)
-    return Attribution(baseline, responses, names, (4, 8, 15), about)
+    image = Shown(label="1", image=png(torch.zeros(3, 8, 8, dtype=torch.uint8)))
+    row = Shown("a name", "2", text="a text", fields=(("x1", "0.5"), ("x2", "3")), prediction="7 in 3 of 8 runs")
+    gallery = Gallery({0: image, 17: row}, {4: image, 15: row})
+    return Attribution(baseline, responses, names, (4, 8, 15), about, gallery)
 
 
 def a_truth():
@@ -81,7 +86,9 @@ def ask_attribution(path):
     kind = KeptStore if "keep_top" in attribution.about else AttributionStore
     about = an_attribution().about | ({"keep_top": 2} if kind is KeptStore else {})
     kind.create(path, about, (4, 8, 15), REMOVALS, dict.fromkeys(attribution.runs))
-    return found, repr(attribution), attribution.chaotic, attribution.ill_conditioned, attribution.members
+    shown = [*attribution.gallery.examples.values(), *attribution.gallery.queries.values()]
+    assert all(isinstance(value, str) for each in shown for field in each.fields for value in field)
+    return found, shown, repr(attribution), attribution.chaotic, attribution.ill_conditioned, attribution.members
 
 
 def ask_truth(path):
@@ -105,6 +112,7 @@ KINDS = {
     "process": ("run/process-1/manifest.json", None, ask_run),
     "attribution": ("attribution.json", "responses", ask_attribution),
     "kept": ("attribution.json", "figures", ask_attribution),
+    "gallery": ("gallery.json", None, ask_attribution),
     "truth": ("truth.json", None, ask_truth),
 }
 RECORDED = {
@@ -124,6 +132,7 @@ def sound(tmp_path_factory):
     manifest = root / "process" / "run" / "manifest.json"
     write_json(manifest, read_json(manifest) | {"processes": 2})
     an_attribution().save(root / "attribution")
+    an_attribution().save(root / "gallery")
     an_attribution().keep_top(2).save(root / "kept")
     a_truth().save(root / "truth")
     for kind, (_, _, ask) in KINDS.items():
