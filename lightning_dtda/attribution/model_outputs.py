@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_dtda.attribution.showing import class_name
-from lightning_dtda.errors import AttributionError
+from lightning_dtda.errors import AttributionError, DTDAError
 from lightning_dtda.estimators import Question
 from lightning_dtda.replay import Draws
 from lightning_dtda.replay.measurements import labels_of, output_of, prediction
@@ -20,8 +20,8 @@ from lightning_dtda.replay.measuring import measure
 from lightning_dtda.trajectory import Run
 
 MOST_PAIRS = 20_000
-"""Number of pairs of a run and a query whose output is computed: 0.2 s for the 400 of the demo. An attribution computes
-a gradient for each pair, which takes longer."""
+"""Largest number of pairs of a run and a query whose output is computed, unless there are more runs. An attribution
+computes a gradient for each pair, which takes longer."""
 
 _MOST_CLASSES = 3
 """Number of classes that are listed for a query."""
@@ -73,7 +73,7 @@ def model_outputs(runs: Sequence[Run], question: Question) -> ModelOutputs:
         try:
             _measured(runs[:1], asked, 1)
             values = _measured(runs, asked, number)
-        except AttributionError:  # the module has no such output
+        except DTDAError:  # the module has no such output
             continue
         return ModelOutputs(values, measurement is predicted_class)
     return ModelOutputs({})

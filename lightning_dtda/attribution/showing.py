@@ -205,14 +205,14 @@ def _features(values: Tensor, vocabulary: Vocabulary) -> tuple[tuple[str, str], 
 
 
 def _vector(value: Any) -> Tensor | None:
-    """Return the numbers of a scalar, a vector or a list of numbers ``(n,)``; ``None`` of anything else."""
+    """Return the numbers ``(n,)`` of a scalar, a list or a vector, also with axes of length one; else ``None``."""
     if isinstance(value, (bool, int, float, np.generic)):
         value = np.array(value)
     if isinstance(value, list) and value and all(isinstance(one, (bool, int, float)) for one in value):
         value = np.array(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "buif":
         value = torch.from_numpy(value.astype({"b": np.bool_, "f": np.float64}.get(value.dtype.kind, np.int64)))
-    is_vector = isinstance(value, Tensor) and value.ndim <= 1 and not value.is_complex()
+    is_vector = isinstance(value, Tensor) and value.squeeze().ndim <= 1 and not value.is_complex()
     return value.detach().reshape(-1).cpu() if is_vector else None
 
 

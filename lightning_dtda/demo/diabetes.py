@@ -24,8 +24,9 @@ class DiabetesData(pl.LightningDataModule):
         """Load and split the data, in the same way for every seed."""
         from sklearn.datasets import load_diabetes
 
-        inputs, targets = load_diabetes(return_X_y=True)
-        inputs, targets = (torch.as_tensor(array, dtype=torch.float32) for array in (inputs, targets))
+        data = load_diabetes()
+        self.feature_names = data.feature_names  # for the report
+        inputs, targets = (torch.as_tensor(array, dtype=torch.float32) for array in (data.data, data.target))
         validation = torch.arange(len(inputs)) % 5 == 0
         self.train, self.validation = (
             TensorDataset(

@@ -22,7 +22,7 @@ class Graph:
     """Lists its attributes, as a graph of PyTorch Geometric does."""
 
     def __init__(self):
-        self._store = {"x": torch.zeros(12, 7), "edge_index": torch.zeros(2, 30).long(), "y": torch.tensor([1.5])}
+        self._store = {"x": torch.zeros(12, 7), "edge_index": torch.zeros(2, 30).long(), "y": torch.tensor([[1.5]])}
 
     def to_dict(self):
         return self._store
