@@ -202,7 +202,7 @@ def attribute(
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals, step, device, draws, scale
     )
-    showing = Showing(question.examples, question.queries, data, resolve_show(show), query_names)
+    showing = Showing(question.examples, question.queries, (data, module), resolve_show(show), query_names)
     path = None if output is None else Path(output)
     if path is not None and "<" in (name := about["measurement"]):
         raise AttributionError(

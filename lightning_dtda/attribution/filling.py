@@ -6,6 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -51,7 +52,7 @@ class Showing:
     Args:
         training: The training examples, if they are at hand.
         queries: The queries, if they are at hand.
-        data: What the training examples came from.
+        known: A data module, or module, that may have names and a tokenizer, beside the data sets.
         show: The user's function; ``None`` to show the usual kinds of items.
         names: Names of the queries in their order; ``None`` for those of the data set.
 
@@ -61,7 +62,7 @@ class Showing:
 
     training: Examples | None
     queries: Examples | None
-    data: Any = None
+    known: tuple[Any, ...] = ()
     show: Show | None = None
     names: Sequence[str] | None = None
     _failures: list[str] = field(default_factory=list, init=False, repr=False)
@@ -75,24 +76,34 @@ class Showing:
             raise AttributionError(
                 f"query_names has {len(names)} names for {len(self.queries)} queries. Give one for each, in order."
             )
-        for what, examples in (("training example", self.training), ("query", self.queries)):
+        for what, examples, vocabulary in (
+            ("training example", self.training, self.of_examples),
+            ("query", self.queries, self.of_queries),
+        ):
             if self.show is not None and examples is not None and len(examples):
                 with isolate_rng():
-                    self._by_user(self.show, _item(examples, 0), f"{what} 0", self.vocabulary(examples))
+                    self._by_user(self.show, _item(examples, 0), f"{what} 0", vocabulary)
 
-    def vocabulary(self, examples: Examples) -> Vocabulary:
-        """Return the names that are known for some examples, or else for the training examples."""
-        return Vocabulary(examples.dataset, None if self.training is None else self.training.dataset, self.data)
+    @cached_property
+    def of_examples(self) -> Vocabulary:
+        """Names that are known for the training examples."""
+        return Vocabulary(*([] if self.training is None else [self.training.dataset]), *self.known)
+
+    @cached_property
+    def of_queries(self) -> Vocabulary:
+        """Names that are known for the queries, or else for the training examples."""
+        known = [examples.dataset for examples in (self.queries, self.training) if examples is not None]
+        return Vocabulary(*known, *self.known)
 
     def example(self, index: int) -> Shown:
         """Show a training example."""
         assert self.training is not None
-        return self._shown(self.training, index, "training example")
+        return self._shown(self.training, self.of_examples, index, "training example")
 
     def query(self, position: int) -> Shown:
         """Show a query."""
         assert self.queries is not None
-        shown = self._shown(self.queries, position, "query")
+        shown = self._shown(self.queries, self.of_queries, position, "query")
         return shown if self.names is None else bounded(replace(shown, name=self.names[position]))
 
     def warn(self) -> None:
@@ -104,8 +115,7 @@ class Showing:
                 self._failures[0],
             )
 
-    def _shown(self, examples: Examples, position: int, what: str) -> Shown:
-        vocabulary = self.vocabulary(examples)
+    def _shown(self, examples: Examples, vocabulary: Vocabulary, position: int, what: str) -> Shown:
         with isolate_rng():  # items may be random
             try:
                 item = _item(examples, position)
@@ -197,7 +207,7 @@ def gallery_of(
     training = None if data is None else training_examples(data)
     asked = None if queries is None else query_examples(queries, training)
     _refuse_others(attribution, training, asked)
-    showing = Showing(training, asked, data, resolve_show(show))
+    showing = Showing(training, asked, (data,), resolve_show(show))
     return filled(attribution, showing, examples=examples)
 
 
@@ -222,7 +232,7 @@ def filled(
         shown_examples |= {index: showing.example(index) for index in indices}
     if showing.queries is not None:
         positions = {name: position for position, name in enumerate(query_names(showing.queries))}
-        runs, classes = attribution.trusted().runs, showing.vocabulary(showing.queries).classes
+        runs, classes = attribution.trusted().runs, showing.of_queries.classes
         for name in attribution.queries[:MOST_QUERIES]:
             shown, before = showing.query(positions[name]), gallery.query(name)
             said = before.prediction if outputs is None else outputs.describe(positions[name], runs, classes)

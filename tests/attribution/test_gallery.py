@@ -236,6 +236,12 @@ def test_a_function_may_return_texts_arrays_and_dictionaries(ensemble, show):
     assert shown.label == f"{QUERIES[0][1]:.4g}"  # from the item
 
 
+def test_data_are_kept_out_by_showing_nothing(ensemble):
+    gallery = ask(ensemble, show=lambda item: Shown()).gallery
+    assert set(gallery.examples.values()) == {Shown()}
+    assert {replace(shown, prediction=None) for shown in gallery.queries.values()} == {Shown()}
+
+
 def test_a_function_may_return_a_figure(ensemble):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
