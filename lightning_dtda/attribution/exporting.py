@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.inference import Runs, check_share
+from lightning_dtda.attribution.inference import Runs, check_share, inferences
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import Difference
+from lightning_dtda.statistics.differences import Difference, Inference
 
 Format = Literal["parquet", "zarr", "netcdf"]
 
 _PACKAGES = {"parquet": ["pyarrow"], "zarr": ["zarr"], "netcdf": ["h5netcdf", "h5py"]}
 """Packages that each format needs."""
+
+_KINDS = ("influence", "standard_error", "low", "high", "p", "q")
+"""Columns of each difference."""
 
 
 def export(
@@ -128,8 +131,7 @@ class _Content:
     @property
     def columns(self) -> list[str]:
         """Names of the computed columns."""
-        kinds = ["influence", "standard_error", "low", "high", "p", "q"]
-        names = [f"{difference.name}_{kind}" for difference in self.differences for kind in kinds]
+        names = [f"{difference.name}_{kind}" for difference in self.differences for kind in _KINDS]
         return [*names, "out_of_range"] if self._has_range else names
 
     @property
@@ -140,22 +142,18 @@ class _Content:
         """Yield the computed columns of each query, arrays ``(removals,)``."""
         for position in range(len(self.attribution.queries)):
             one = self.attribution.select([position])
-            columns = {name: column for difference in self.differences for name, column in self._of(one, difference)}
+            found = zip(self.differences, inferences(one, self.differences, self.level, runs="all"), strict=True)
+            columns = {name: part.cpu().numpy() for each in found for name, part in _columns(*each, len(one.runs))}
             outside = {"out_of_range": one.out_of_range(runs="all")[0].cpu().numpy()} if self._has_range else {}
             yield columns | outside
 
-    def _of(self, one: Attribution, difference: Difference) -> Iterator[tuple[str, Any]]:
-        runs = len(one.runs)
-        unknown = torch.full(one.responses.shape[2:], torch.nan, dtype=torch.float64)
-        found = {"influence": one._influence(difference)[0], "standard_error": one._standard_error(difference)[0]}
-        found["low"] = found["high"] = found["p"] = found["q"] = unknown
-        if not difference.no_interval(runs):
-            found["low"], found["high"] = one.interval(difference, self.level, runs="all")[:, 0]
-        if runs >= difference.least_runs_to_test:
-            found["p"] = one.p_values(difference, runs="all")[0]
-            found["q"] = significance.q_values(found["p"])
-        for name, column in found.items():
-            yield f"{difference.name}_{name}", column.cpu().numpy()
+
+def _columns(difference: Difference, found: Inference, runs: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the columns of one difference on the only query ``(removals,)``, by name."""
+    estimate, error, p, ends = (part[..., 0, :] for part in found)
+    q = significance.q_values(p) if runs >= difference.least_runs_to_test else p
+    for kind, column in zip(_KINDS, (estimate, error, *ends, p, q), strict=True):
+        yield f"{difference.name}_{kind}", column
 
 
 def _write_parquet(path: Path, content: _Content) -> None:
