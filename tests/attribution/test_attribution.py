@@ -8,6 +8,7 @@ import torch
 
 from lightning_dtda import Attribution, suggest_removals
 from lightning_dtda.errors import AttributionError, TrajectoryError
+from lightning_dtda.statistics.differences import Mean
 from lightning_dtda.trajectory.storage import read_json, write_json
 
 RUNS, QUERIES, EXAMPLES = 10, 3, 7
@@ -21,6 +22,27 @@ def attribution():
     drift = {f"seed-{s:04d}": {"parameters": 1e-7 * s, "gradients": None} for s in range(RUNS)}
     about = {"measurement": "loss", "estimator": {"class": "E"}, "removal": "reweight", "drift": drift}
     return Attribution(baseline, responses, tuple(drift), (4, 8, 15), about)
+
+
+def test_samples_are_computed_in_parts_of_one_query_or_of_many(attribution, monkeypatch):
+    for module in ("responses", "attribution"):
+        monkeypatch.setattr(f"lightning_dtda.attribution.{module}.AT_ONCE", 4 * 2 * RUNS * EXAMPLES)
+    shapes = []
+
+    class Noted(Mean):
+        def interval(self, baseline, predicted, level):
+            assert baseline.shape == (RUNS, predicted.shape[1], 1)
+            shapes.append(tuple(predicted.shape[1:]))
+            return super().interval(baseline, predicted, level)
+
+    expected = attribution.interval("mean")  # which needs the memory of four samples
+    torch.testing.assert_close(attribution.interval(Noted()), expected)
+    assert shapes == [(2, EXAMPLES), (1, EXAMPLES)]
+    for module in ("responses", "attribution"):
+        monkeypatch.setattr(f"lightning_dtda.attribution.{module}.AT_ONCE", 4 * RUNS * (EXAMPLES - 1))
+    shapes.clear()
+    torch.testing.assert_close(attribution.interval(Noted()), expected)
+    assert shapes == QUERIES * [(1, EXAMPLES - 1), (1, 1)]
 
 
 def test_prediction_adds_the_responses_of_the_removed(attribution):

@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, stats
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import (
@@ -94,7 +94,26 @@ def test_shares_of_signs_are_those_that_one_counts(runs):
 
 def test_a_sum_of_one_sign_has_the_smallest_share_there_is():
     terms = torch.rand(30, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    terms[0] *= 1e-7  # hardly there, but it has that sign, too
     torch.testing.assert_close(sign_test(-terms), torch.full((1000,), 2.0**-29, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.5, 2.0])
+def test_shares_of_signs_are_those_of_the_saddlepoint_that_scipy_finds(shift):
+    generator = torch.Generator().manual_seed(0)
+    terms = (shift + torch.randn(10, 60, generator=generator, dtype=torch.float64)).numpy()
+    expected = []
+    for w in terms.T:
+        total, of_one_sign = abs(w.sum()), abs(w).sum()
+        if total > of_one_sign * (1 - 1e-12):
+            expected.append(2.0**-9)
+            continue
+        t = optimize.brentq(lambda t, w=w, total=total: (w * np.tanh(t * w)).sum() - total, 0, 1e6, xtol=1e-14)
+        generating = (np.logaddexp(t * w, -t * w) - np.log(2)).sum()
+        r, u = (2 * (t * total - generating)) ** 0.5, t * (w**2 * (1 - np.tanh(t * w) ** 2)).sum() ** 0.5
+        p = 2 * stats.norm.sf(r + np.log(u / r) / r)
+        expected.append(max(min(p, 2 * np.exp(-(r**2) / 2), 1), 2.0**-9))
+    np.testing.assert_allclose(sign_test(torch.as_tensor(terms)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["wasserstein", "energy", "gaussian_kl"])
