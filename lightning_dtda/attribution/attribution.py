@@ -417,7 +417,7 @@ class Attribution:
     def _standard_error(self, difference: Difference, removed: Sequence[int | str] | None = None) -> Tensor:
         if removed is None and (name := known_as(difference)) and self._figures is not None:
             return self._figures.of(f"{name}_standard_error")
-        return self._each_query(difference.standard_error, removed)
+        return self._each_query(difference.standard_error, removed, copies=4)
 
     @property
     def _figures(self) -> Figures | None:

@@ -94,7 +94,7 @@ def p_values(
     figures = selected._figures
     if removed is None and chosen.moments and figures is not None:
         return figures.p_values(chosen.moments)
-    return selected._each_query(chosen.p_values, removed)
+    return selected._each_query(chosen.p_values, removed, copies=8)
 
 
 def inferences(
