@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -155,7 +156,8 @@ class TrajectoryRecorder(StepCallback):
         micro_batch, collated = self._take_batch(trainer, batch_idx)
         if self._follower is None and self._averaging is None and (callback := averaging_callback(trainer)) is not None:
             self._writes_checkpoints = trainer.is_global_zero
-            self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, self._complete)
+            complete = partial(self._complete, trainer)
+            self._averaging = AveragingTap(callback, pl_module, self._steps_so_far, complete)
         if self._follower is None:
             # not at the start of the training: hooks before the first batch may still change parameters and modes
             self._follower = self._begin(trainer, pl_module, micro_batch, batch, collated)
@@ -190,13 +192,15 @@ class TrajectoryRecorder(StepCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._complete()
+        self._complete(trainer)
 
-    def _complete(self) -> None:
-        if self._follower is not None and self._averaging is not None and self._writes_checkpoints:
-            average = self._averaging.average(self._follower.layout)
-            if average is not None:
-                self._follower.add_average(average)
+    def _complete(self, trainer: pl.Trainer) -> None:
+        if self._follower is not None:
+            self._follower.add_metrics(trainer.callback_metrics)
+            if self._averaging is not None and self._writes_checkpoints:
+                average = self._averaging.average(self._follower.layout)
+                if average is not None:
+                    self._follower.add_average(average)
         self._close("complete", None)
 
     @override

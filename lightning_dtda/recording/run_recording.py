@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dtda.errors import RecordingError
@@ -78,6 +80,10 @@ class RunRecording:
     def add_average(self, average: Average) -> None:
         """Add the averaged parameters that the training ends with instead of its last ones."""
         self._writer.add_average(average.facts, average.tensors)
+
+    def add_metrics(self, metrics: Mapping[str, Tensor]) -> None:
+        """Add the metrics that the training ends with, as far as they are finite: JSON has no other numbers."""
+        self._writer.add_metrics({name: value.item() for name, value in metrics.items() if value.isfinite()})
 
     def close(self, status: Literal["complete", "incomplete"], reason: str | None) -> None:
         """Write the remaining records and close the run; a run that stops before its first step is deleted."""

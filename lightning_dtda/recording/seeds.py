@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
+from lightning_dtda.compatibility import is_a
 from lightning_dtda.errors import DiskSpaceError, DTDAError, RecordingError, TrajectoryError, UnknownFormatError
 from lightning_dtda.execution.fitting import fit
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
@@ -126,6 +127,9 @@ def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) ->
     pl.seed_everything(seed, workers=True, verbose=False)
     trainer, module, data = make()
     trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
+    for logger in trainer.loggers:
+        if is_a(logger, "loggers.WandbLogger"):
+            logger.log_hyperparams({"seed": seed})  # the column that tells the runs of the group apart
     fit(trainer, module, data)
 
 

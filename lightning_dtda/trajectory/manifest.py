@@ -124,6 +124,7 @@ class Manifest:
         planned_steps: Number of steps the Trainer was going to take; ``None`` if it is unknown.
         status: ``recording`` until the training ends; a run with this status is still running or was killed.
         reason: Why the run is incomplete.
+        metrics: What the training logged with ``self.log``, at its end: finite numbers by name.
         steps: Number of optimizer steps whose record is on disk.
         shards: Files of per-step records, each with its first and last step.
         checkpoints: Files of parameters and optimizer state, each with its step.
@@ -151,6 +152,7 @@ class Manifest:
     planned_steps: Count | None
     status: Status = "recording"
     reason: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     steps: Count = 0
     shards: list[Shard] = field(default_factory=list)
     checkpoints: list[CheckpointFile] = field(default_factory=list)

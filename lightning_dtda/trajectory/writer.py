@@ -90,6 +90,10 @@ class RunWriter:
         """Queue the averaged parameters that the training ended with."""
         self._put(AVERAGE, dict(facts), tensors)
 
+    def add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Note what the training logged, for the manifest that closes the run."""
+        self._manifest.metrics = dict(metrics)
+
     def sync(self) -> None:
         """Wait until everything added so far is on disk and listed."""
         self._queue.join()

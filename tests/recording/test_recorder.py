@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 
 from lightning_dtda import Run, TrajectoryRecorder
 from lightning_dtda.errors import RecordingError
-from tests.recording.modules import Regressor, loader
+from tests.recording.modules import IndexedExamples, Regressor, loader
 
 ARGUMENTS = {
     "root": "runs",
@@ -101,3 +101,24 @@ def test_validation_alone_records_nothing(fit, root):
     trainer.validate(Validated(), loader(), verbose=False)
 
     assert not root.exists()
+
+
+class Logs(Regressor):
+    """Logs a metric of the training, one of the validation, and one that is not a number."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log_dict({"val_loss": 10.0 + self.current_epoch, "val_ratio": float("nan")})
+
+
+def test_a_run_knows_the_metrics_that_its_training_ended_with(fit, root):
+    data = pl.LightningDataModule.from_datasets(IndexedExamples(), IndexedExamples(), batch_size=4)
+    trainer = fit(Logs(), data, TrajectoryRecorder(root, run="run"), max_epochs=3)
+
+    metrics = Run(root / "run").manifest.metrics
+
+    assert metrics == {"train_loss": trainer.callback_metrics["train_loss"].item(), "val_loss": 12.0}
