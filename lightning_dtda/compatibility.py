@@ -1,4 +1,4 @@
-"""All dependencies on private names of torch and Lightning, each with an error that says what is missing."""
+"""All dependencies on private names of torch, Lightning and W&B, each with an error that says what is missing."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ __all__ = [
     "is_view",
     "keep_index_sampler",
     "kinds",
+    "log_as_input",
     "onednn_linear",
     "overrides",
     "padding_of",
@@ -66,15 +67,14 @@ __all__ = [
     "unscales_gradients",
 ]
 
-_KNOWN = "torch 2.6 to 2.13 and lightning 2.5 to 2.6"
+_KNOWN = "torch 2.6 to 2.13, lightning 2.5 to 2.6 and wandb 0.19.10 to 0.31"
 """Versions in which these names are known to exist."""
 
 
 def missing(what: str, error: BaseException) -> CompatibilityError:
     """Return the error for a private name that no longer exists."""
-    versions = [
-        f"{name} {version(name)}" for name in ("torch", "lightning", "pytorch-lightning") if _is_installed(name)
-    ]
+    packages = ("torch", "lightning", "pytorch-lightning", "wandb")
+    versions = [f"{name} {version(name)}" for name in packages if _is_installed(name)]
     return CompatibilityError(
         f"{what} cannot be found in {' and '.join(versions)} ({error!r}). Install versions that lightning-dtda "
         f"supports: {_KNOWN}."
@@ -90,7 +90,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _private(owner: Any, name: str, what: str) -> Any:
-    """Return an attribute that is private to torch or Lightning.
+    """Return an attribute that is private to torch, Lightning or W&B.
 
     Args:
         owner: Object that has the attribute.
@@ -413,3 +413,16 @@ def overrides(instance: object, hook: str) -> bool:
         return False
     bases = kinds("LightningModule", "LightningDataModule", "Callback")
     return not any(own is getattr(base, hook, None) for base in bases)
+
+
+# -- W&B
+
+
+def log_as_input(run: Any, artifact: Any) -> None:
+    """Log an artifact as an input of an offline run of W&B.
+
+    ``use_artifact`` refuses offline runs, for the sake of names that only the server knows. An artifact that comes with
+    its content needs no server before the run is synced.
+    """
+    log = _private(run, "_log_artifact", "What logs an artifact as an input")
+    log(artifact, is_user_created=True, use_after_commit=True)

@@ -14,12 +14,14 @@ from lightning_dtda.attribution.answering import damping_path
 from lightning_dtda.attribution.attribution_store import AttributionStore, read_index
 from lightning_dtda.attribution.scales import ScaleName
 from lightning_dtda.cli import add_differences, say, stoppable
-from lightning_dtda.cli.configuration_cli import CONFIG, read_configuration, read_json_option
+from lightning_dtda.cli.configuration_cli import read_json_option
 from lightning_dtda.cli.question import QuestionCLI
+from lightning_dtda.cli.weights_and_biases import add_wandb, logger_of
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, UnrolledDifferentiation
 from lightning_dtda.estimators.removals import LEAVE_ONE_OUT
 from lightning_dtda.statistics.differences import resolve_difference
+from lightning_dtda.trajectory import Ensemble
 
 
 class AttributeCLI(QuestionCLI):
@@ -93,7 +95,7 @@ class AttributeCLI(QuestionCLI):
             default=None,
             help="Names of the queries for people, in their order: a list, or a JSON file with one.",
         )
-        parser.add_argument("--wandb", action="store_true", help="Log the result to W&B as one summary run.")
+        add_wandb(parser)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -108,7 +110,7 @@ def run(arguments: Sequence[str]) -> None:
         "that of the recording unless --config is given.",
         arguments,
     )
-    from lightning_dtda.reporting import log_to_wandb, print_summary  # imported here to keep --help fast
+    from lightning_dtda.reporting import print_summary  # imported here to keep --help fast
     from lightning_dtda.reporting.commands import keep_command
 
     for difference in cli.config.differences or ():
@@ -142,7 +144,10 @@ def run(arguments: Sequence[str]) -> None:
         print_summary(attribution, differences=config.differences, verbose=config.verbose, progress=True)
         say(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if config.wandb:
-            log_to_wandb(attribution, path, project=_project(Path(config.ensemble)), differences=config.differences)
+            from lightning_dtda.reporting import log_to_wandb
+
+            ensemble = Ensemble.open(config.ensemble)
+            log_to_wandb(attribution, path, ensemble=ensemble, differences=config.differences, **logger_of(ensemble))
 
 
 def _progress(output: Path) -> str:
@@ -177,15 +182,3 @@ def read_names(names: list[str] | str | None) -> Any:
         AttributionError: If the file cannot be read.
     """
     return read_json_option("--query_names", names, AttributionError) if isinstance(names, str) else names
-
-
-def _project(root: Path) -> str | None:
-    """Return the W&B project that the runs were logged to, for the summary to appear next to them."""
-    path = root / CONFIG
-    trainer = read_configuration(path).get("trainer") if path.exists() else None
-    loggers = trainer.get("logger") if isinstance(trainer, dict) else None
-    for logger in loggers if isinstance(loggers, list) else [loggers]:
-        if isinstance(logger, dict) and str(logger.get("class_path")).endswith("WandbLogger"):
-            arguments = logger.get("init_args")
-            return arguments.get("project") if isinstance(arguments, dict) else None
-    return None

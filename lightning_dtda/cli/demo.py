@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+from lightning_dtda.cli.weights_and_biases import add_wandb
 from lightning_dtda.errors import DTDAError
 
 QUERIES = 20
@@ -29,6 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--directory", type=str, default="lightning-dtda-demo", help="Directory for all output.")
     parser.add_argument("--seeds", type=int, default=20, help="Number of runs.")
     parser.add_argument("--workers", type=int, default=1, help="Number of processes that train at the same time.")
+    add_wandb(parser)
     options = parser.parse_args(list(arguments))
     if importlib.util.find_spec("sklearn") is None:
         raise DTDAError(
@@ -44,5 +46,6 @@ def run(arguments: Sequence[str]) -> None:
     record.run(["--config", str(configuration), "--ensemble", str(ensemble), *seeds])
     queries = f"--queries.indices={list(range(QUERIES))}"
     # a squared error, which the square root keeps from being predicted below zero
-    attribute.run(["--ensemble", str(ensemble), "--output", str(attribution), queries, "--scale", "sqrt"])
+    asked = ["--ensemble", str(ensemble), "--output", str(attribution), queries, "--scale", "sqrt"]
+    attribute.run([*asked, *(["--wandb"] if options.wandb else [])])
     report.run(["--attribution", str(attribution), "--output", str(directory / "report.html")])

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
 from lightning_dtda.cli import add_differences, say
+from lightning_dtda.cli.weights_and_biases import add_wandb, logger_of, recorded_runs
 from lightning_dtda.errors import AttributionError
-
-if TYPE_CHECKING:
-    from lightning_dtda.evaluation import Evaluation
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -33,6 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--truth", type=str, required=True, help="Directory of the ground truth.")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file to write all figures to.")
     add_differences(parser, "mean, variance and wasserstein")
+    add_wandb(parser)
     options = parser.parse_args(list(arguments))
     # imported here to keep --help fast
     from lightning_dtda import Attribution, GroundTruth, evaluate
@@ -41,13 +39,15 @@ def run(arguments: Sequence[str]) -> None:
     from lightning_dtda.trajectory.storage import replace_file
 
     truth = GroundTruth.load(options.truth)
-    evaluations = {path: evaluate(Attribution.load(path), truth, options.differences) for path in options.attribution}
-    print_evaluations(_by_short_name(evaluations))
+    attributions = {path: Attribution.load(path) for path in options.attribution}
+    evaluations = {path: evaluate(each, truth, options.differences) for path, each in attributions.items()}
+    short = _short_names(options.attribution)
+    print_evaluations({short[path]: evaluation for path, evaluation in evaluations.items()})
+    first = evaluations[options.attribution[0]]
+    gains = {path: compare(evaluation, first) for path, evaluation in evaluations.items()}
     if options.output is not None:
-        first = evaluations[options.attribution[0]]
         content = {
-            path: evaluation.content()
-            | {"less_first": {name: asdict(each) for name, each in compare(evaluation, first).items()}}
+            path: evaluation.content() | {"less_first": {name: asdict(each) for name, each in gains[path].items()}}
             for path, evaluation in evaluations.items()
         }
         try:
@@ -57,9 +57,22 @@ def run(arguments: Sequence[str]) -> None:
                 f"{options.output} cannot be written to ({error}). Choose another --output."
             ) from error
         say(f"All figures are in {options.output}.")
+    if options.wandb:
+        from lightning_dtda.reporting import log_evaluation_to_wandb
+
+        for path, evaluation in evaluations.items():
+            log_evaluation_to_wandb(
+                evaluation,
+                short[path],
+                attribution=path,
+                truth=options.truth,
+                gains=gains[path] if evaluation is not first else None,
+                ensemble=attributions[path].about.get("ensemble"),
+                **logger_of(recorded_runs(attributions[path])),
+            )
 
 
-def _by_short_name(evaluations: Mapping[str, Evaluation]) -> dict[str, Evaluation]:
-    """Shorten the names of attributions to the last part of their path if that is unique, as table columns are few."""
-    short = {Path(path).name: evaluation for path, evaluation in evaluations.items()}
-    return short if len(short) == len(evaluations) else dict(evaluations)
+def _short_names(paths: Sequence[str]) -> dict[str, str]:
+    """Shorten the paths of attributions to their last part if that is unique, as table columns are few."""
+    short = {path: Path(path).name for path in paths}
+    return short if len(set(short.values())) == len(short) else {path: path for path in paths}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 
 from lightning_dtda.cli import add_differences, say
+from lightning_dtda.cli.weights_and_biases import add_wandb, logger_of, recorded_runs
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -18,6 +19,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=str, default="report.html", help="File to write.")
     parser.add_argument("--k", type=int, default=10, help="Number of examples to show for each query and difference.")
     add_differences(parser)
+    add_wandb(parser)
     options = parser.parse_args(list(arguments))
     # imported here to keep --help fast
     from lightning_dtda import Attribution, report
@@ -25,3 +27,9 @@ def run(arguments: Sequence[str]) -> None:
     attribution = Attribution.load(options.attribution)
     path = report(attribution, options.output, k=options.k, differences=options.differences)
     say(f"The report is {path}; open it in a browser.")
+    if options.wandb:
+        from lightning_dtda.reporting import log_to_wandb
+
+        ensemble = recorded_runs(attribution)
+        settings = logger_of(ensemble)
+        log_to_wandb(attribution, ensemble=ensemble, k=options.k, differences=options.differences, **settings)

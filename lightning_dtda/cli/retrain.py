@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_dtda.cli import say, stoppable
 from lightning_dtda.cli.configuration_cli import read_json_option
 from lightning_dtda.cli.question import QuestionCLI, query_loader
+from lightning_dtda.cli.weights_and_biases import add_wandb, logger_of
 from lightning_dtda.errors import RetrainingError
 from lightning_dtda.execution.quiet import quiet_lightning
 from lightning_dtda.recording import run_name
@@ -82,6 +83,7 @@ class RetrainCLI(QuestionCLI):
         )
         self.add_workers_to_parser(parser)
         self.add_stacked_to_parser(parser, default="auto")
+        add_wandb(parser)
         parser.set_defaults(self._defaults)
 
     @override
@@ -181,6 +183,7 @@ def retrained(
     with quiet_lightning():
         module = configured.module()
     data = module if configured.cli.datamodule is None else configured.cli.datamodule
+    ensemble = None if config.ensemble is None else Ensemble.open(config.ensemble)
     with stoppable("retrain", lambda: _progress(config.output)):
         truth = retrain(
             module if config.removal == "reweight" else configured.module,
@@ -194,7 +197,7 @@ def retrained(
             measurement_seed=config.measurement_seed,
             removal=config.removal,
             trainer=configured.trainer,
-            ensemble=None if config.ensemble is None else Ensemble.open(config.ensemble),
+            ensemble=ensemble,
             output=config.output,
             overwrite=config.overwrite,
             workers=configured.cli.workers(),
@@ -203,6 +206,10 @@ def retrained(
             device=config.device,
         )
     say(f"{truth} is in {config.output}.")
+    if config.wandb:
+        from lightning_dtda.reporting import log_truth_to_wandb  # imported here to keep --help fast
+
+        log_truth_to_wandb(truth, config.output, ensemble=ensemble, **logger_of(ensemble))
     if truth.unfinished:
         raise SystemExit(1)
     return truth

@@ -12,7 +12,9 @@ from rich.table import Table
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.suggesting import Suggestion, effect_text, suggest_removals
 from lightning_dtda.cli.help import PlainHelp
+from lightning_dtda.cli.question import option_value
 from lightning_dtda.cli.retrain import retrained
+from lightning_dtda.cli.weights_and_biases import add_wandb, logger_of, recorded_runs
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation import Verification, verify
 from lightning_dtda.evaluation.evaluating import check_alignment
@@ -44,7 +46,8 @@ def run(arguments: Sequence[str]) -> None:
         action="store_true",
         help="Retrain with and without the suggested examples: --ensemble (or --config), --output, --seeds ...",
     )
-    own, others = _split(arguments, ("attribution", "queries", "verify", "h", "help", *settings))
+    add_wandb(parser)
+    own, others = _split(arguments, ("attribution", "queries", "verify", "wandb", "h", "help", *settings))
     options = parser.parse_args(own)
     if others and not options.verify:
         parser.error(f"unrecognized: {' '.join(others)}. Options of retrain need --verify")
@@ -52,8 +55,16 @@ def run(arguments: Sequence[str]) -> None:
     queries = _positions(attribution, options.queries)
     suggestion = suggest_removals(attribution, queries=queries, **{name: options[name] for name in settings})
     print_suggestion(suggestion)
+    verification = None
     if options.verify and suggestion.removed:
-        print_verification(suggestion, verify(suggestion, _retrained(attribution, suggestion, others)))
+        verification = verify(suggestion, _retrained(attribution, suggestion, others))
+        print_verification(suggestion, verification)
+    if options.wandb:
+        from lightning_dtda.reporting import log_suggestion_to_wandb
+
+        truth = option_value(others, "--output") if verification is not None else None
+        where = logger_of(recorded_runs(attribution))
+        log_suggestion_to_wandb(suggestion, attribution, verification=verification, truth=truth, **where)
 
 
 def _positions(attribution: Attribution, indices: int | list[int] | None) -> list[int] | None:

@@ -21,12 +21,21 @@ class Logged:
             records.setdefault(record.WhichOneof("record_type"), []).append(record)
         self.run = records["run"][0].run
         self.exit_code = records["exit"][0].exit.exit_code
-        self.artifacts = [record.artifact for record in records.get("artifact", [])]
-        self.config = {item.key: json.loads(item.value_json) for item in self.run.config.update}
-        for record in records.get("config", []):
-            self.config |= {item.key: json.loads(item.value_json) for item in record.config.update}
-        self.history = self._items(entry.history.item for entry in records["history"])
+        artifacts = [record.artifact for record in records.get("artifact", [])]
+        self.inputs = {artifact.name: artifact for artifact in artifacts if artifact.use_after_commit}
+        self.outputs = {artifact.name: artifact for artifact in artifacts if not artifact.use_after_commit}
+        updates = [item for record in records.get("config", []) for item in record.config.update]
+        settings = [item for item in [*self.run.config.update, *updates] if item.key]
+        self.config = {item.key: json.loads(item.value_json) for item in settings if item.key != "_wandb"}
+        charts = [item for item in updates if item.nested_key[:2] == ["_wandb", "visualize"]]
+        self.charts = {item.nested_key[2]: json.loads(item.value_json) for item in charts}
+        self.steps = [self._items([entry.history.item]) for entry in records["history"]]
+        self.history = {key: value for step in self.steps for key, value in step.items()}
         self.summary = self._items(entry.summary.update for entry in records["summary"])
+
+    def content(self, value):
+        """Return the JSON of a file that was logged, such as a table."""
+        return json.loads((self.files / value["path"]).read_text())
 
     @staticmethod
     def _items(groups):
