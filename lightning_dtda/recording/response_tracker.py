@@ -18,6 +18,7 @@ from lightning_dtda.recording import checks
 from lightning_dtda.recording.averaging import averaging_callback
 from lightning_dtda.recording.batch_tap import BatchTap
 from lightning_dtda.recording.data import TrainingData, read_batch
+from lightning_dtda.recording.response_logging import log_norms
 from lightning_dtda.recording.response_tracking import ResponseTracking, rows_of_batch
 from lightning_dtda.recording.step_callback import StepCallback
 from lightning_dtda.recording.trial import try_step
@@ -47,6 +48,10 @@ class ResponseTracker(StepCallback):
         groups: Data set indices of the examples in each of K removals.
         tolerance: Largest difference between a recomputed gradient and the applied one that is attributed to rounding,
             relative to the norm of the applied gradient.
+        log_responses: Whether to log the norms of the responses :math:`|r_{k,t}|` to the Trainer's loggers, every
+            ``log_every_n_steps`` steps: ``responses/median_norm`` and ``responses/largest_norm`` over groups, and
+            ``responses/largest_norm_in_batch`` over those with an example in the step's last batch. With a logger that
+            has tables (``WandbLogger``), ``responses/most_influential_in_batch`` lists up to five of these groups.
 
     Raises:
         RecordingError: At the start of ``fit``, if :class:`~lightning_dtda.TrajectoryRecorder` would refuse the
@@ -58,7 +63,7 @@ class ResponseTracker(StepCallback):
         >>> trainer = pl.Trainer(callbacks=[tracker], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
-    def __init__(self, groups: Sequence[Sequence[int]], tolerance: float = 1e-3) -> None:
+    def __init__(self, groups: Sequence[Sequence[int]], tolerance: float = 1e-3, log_responses: bool = False) -> None:
         super().__init__()
         if not (is_quantity(tolerance) and tolerance > 0):
             raise RecordingError(f"tolerance={tolerance!r} must be positive.")
@@ -68,6 +73,8 @@ class ResponseTracker(StepCallback):
         if not self.groups:
             raise RecordingError("groups must contain at least one list of data set indices.")
         self.tolerance = tolerance
+        self.log_responses = log_responses
+        self._batch: set[int] = set()
         self._follower: ResponseTracking | None
         self._tracking: ResponseTracking | None = None
 
@@ -166,6 +173,15 @@ class ResponseTracker(StepCallback):
             # not at the start of the training: hooks before the first batch may still change parameters and modes
             self._follower = self._tracking = self._begin(trainer, pl_module, micro_batch, collated)
         self._follower.begin_micro_batch(micro_batch, trainer.accumulate_grad_batches, collated)
+        self._batch = set(micro_batch.indices.tolist())
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        followed = self._follower is not None and self._followed.watch.is_between_steps
+        if self.log_responses and followed and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            log_norms(trainer, self.responses.norm(dim=1), self.groups, self._batch)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

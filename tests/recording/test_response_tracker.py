@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder
@@ -231,3 +232,69 @@ class Interferes(Callback):
 def test_parameters_that_change_between_steps_are_found(fit):
     with pytest.raises(RecordingError, match="step 1"):
         train(fit, sgd(), *weighted_data(), ResponseTracker(GROUPS), Interferes())
+
+
+class Logs(Logger):
+    """A logger that keeps what it is given, and has tables as W&B's has."""
+
+    name = version = "logs"
+
+    def __init__(self):
+        super().__init__()
+        self.metrics, self.tables = {}, {}
+
+    def log_hyperparams(self, *arguments):
+        pass
+
+    def log_metrics(self, metrics, step):
+        self.metrics.setdefault(step, {}).update(metrics)
+
+    def log_table(self, key, columns, data, step):
+        self.tables[step] = (key, columns, data)
+
+
+def test_norms_are_logged_on_demand_with_the_most_influential_groups_of_the_batch(tmp_path):
+    logs, tracker = Logs(), ResponseTracker(GROUPS, log_responses=True)
+    seen, batches = {}, {}
+
+    class Sees(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen[trainer.global_step] = tracker.responses.norm(dim=1)
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches[trainer.global_step + 1] = set(range(4 * batch_idx, 4 * batch_idx + 4))
+
+    go(tracker, Sees(), logger=logs, log_every_n_steps=2)
+    assert [*logs.tables] == [2, 4, 6]
+    for step, (key, columns, rows) in logs.tables.items():
+        norms = seen[step]
+        expected = {"median_norm": norms.median(), "largest_norm": norms.max()}
+        there = [number for number, group in enumerate(GROUPS) if batches[step] & {*group}]
+        expected["largest_norm_in_batch"] = norms[there].max()
+        logged = {name: logs.metrics[step][f"responses/{name}"] for name in expected}
+        assert logged == {name: norm.item() for name, norm in expected.items()}
+        assert key == "responses/most_influential_in_batch"
+        assert columns == ["group", "examples", "norm of the response"]
+        assert [row[0] for row in rows] == sorted(there, key=lambda number: -norms[number])
+        assert [row[1] for row in rows] == [", ".join(map(str, sorted(GROUPS[row[0]]))) for row in rows]
+
+
+def go(*callbacks, **arguments):
+    pl.seed_everything(3, verbose=False)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        callbacks=[*callbacks],
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **arguments,
+    )
+    trainer.fit(WeightedRegressor(of(torch.optim.Adam)), DataLoader(TensorDataset(*weighted_data()), batch_size=4))
+
+
+def test_nothing_is_logged_unless_it_is_asked_for(tmp_path):
+    logs = Logs()
+    go(ResponseTracker(GROUPS), logger=logs, log_every_n_steps=1)
+    assert not logs.tables
+    assert not [name for metrics in logs.metrics.values() for name in metrics if name.startswith("responses/")]

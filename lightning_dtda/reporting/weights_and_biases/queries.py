@@ -135,12 +135,12 @@ def _scatter(attribution: Attribution, query: QueryFindings, what: str, name: st
 
 def _pictures(attribution: Attribution, query: QueryFindings) -> list[wandb.Image]:
     """Return the pictures of a query and its top examples by the spread, or by the first difference there is."""
-    captions = [(query.shown, f"{query.name}: {query.as_trained}")]
+    items = [(query.shown, query.name, query.as_trained)]
     ranked = next((each for each in query.ranked if each.difference.name == "spread"), query.ranked[0])
-    captions += [(shown, f"{card.title}: {card.effect}") for card in ranked.cards for shown in card.shown]
+    items += [(shown, card.title, card.effect) for card in ranked.cards for shown in card.shown]
     return [
-        wandb.Image(image, caption=" · ".join(filter(None, [caption, shown.label])))
-        for shown, caption in captions
+        wandb.Image(image, caption=f"{', '.join(filter(None, [title, shown.label]))}: {said}")
+        for shown, title, said in items
         if (image := _image(shown)) is not None
     ]
 
