@@ -25,6 +25,9 @@ def tutorial(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], 
 def start(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that prepares the working directory and the names that a page starts from."""
     monkeypatch.chdir(tmp_path)
+    for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
 
     def prepare(page: Path) -> dict[str, Any]:
         notices = notes(page)

@@ -15,7 +15,7 @@ import pytest
 from lightning_dtda.cli import COMMANDS, main
 from tests.docs.pages import PAGES, ROOT, Block, blocks, run_page
 
-SLOW = ("README", "attribute", "estimators", "retrain", "start", "trust", "variance")
+SLOW = ("README", "attribute", "estimators", "retrain", "start", "trust", "variance", "weights-and-biases")
 """Pages whose blocks take more than ten seconds, the tutorial that they go on from not counted."""
 
 

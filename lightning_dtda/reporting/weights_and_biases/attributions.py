@@ -33,7 +33,7 @@ MOST_QUERIES = 20
 
 
 def log_to_wandb(
-    attribution: Attribution,
+    found: Attribution | Findings,
     directory: str | Path | None = None,
     *,
     ensemble: Ensemble | None = None,
@@ -55,12 +55,13 @@ def log_to_wandb(
     No key holds an index, so that the panels of two attributions line up.
 
     Args:
-        attribution: The attribution.
+        found: An attribution, or what :func:`~lightning_dtda.reporting.find` found in it.
         directory: Directory where the attribution is saved. Defaults to the one that it was loaded from.
         ensemble: The recorded runs: their logged metrics, with mean and standard deviation over seeds, and the lineage.
-        k: Number of examples, or groups, for each query and difference.
-        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
-            spread and Wasserstein. The last of them selects the example that the distributions are shown without.
+        k: Number of examples, or groups, for each query and difference, for an attribution.
+        differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`, for an attribution.
+            ``None`` means mean, spread and Wasserstein. The last of them selects the example that the distributions are
+            shown without.
         **settings: Arguments of ``wandb.init``, such as ``project``, ``entity`` or ``group``. Defaults are W&B's
             environment variables, then the project ``lightning-dtda`` and the name of the ensemble as the group.
 
@@ -71,10 +72,13 @@ def log_to_wandb(
         AttributionError: If the directory does not exist, ``k`` is less than one, a difference is unknown, or it needs
             more runs.
     """
+    attribution = found if isinstance(found, Attribution) else found.attribution
     path = attribution.path if directory is None else directory
     if path is None:
         raise AttributionError("The attribution is in no directory. Save it, and give the directory.")
-    found, trusted = find(attribution, k, differences), attribution.trusted()
+    if isinstance(found, Attribution):
+        found = find(found, k, differences)
+    trusted = attribution.trusted()
     queries = [found.queries[position] for position in found.most_interesting]
     facts = {"verdict": found.verdict.sentence, "usable": found.verdict.level} | dict(_facts(found))
     config = dict(_config(attribution))
@@ -94,7 +98,8 @@ def log_to_wandb(
         for query in reversed(shown):  # a panel with a slider first shows the last step
             run.log(panels(trusted, query))
         in_table = queries[: max(MOST_ROWS // sum(len(ranked.rows) for ranked in queries[0].ranked), 1)]
-        page = report(attribution, Path(temporary) / "report.html", k, differences)
+        names = [ranked.difference for ranked in queries[0].ranked]
+        page = report(attribution, Path(temporary) / "report.html", len(queries[0].ranked[0].rows), names)
         run.log(
             {
                 **charts(trusted, queries[0]),
@@ -116,10 +121,10 @@ def _notes(found: Findings) -> str:
     parts = [
         f"{found.verdict.sign} {found.verdict.sentence}",
         found.question,
-        found.answer,
-        *found.said,
         *(f"Caution: {caution}" for caution in found.cautions),
         *(["What to do now:", *steps] if steps else []),
+        *found.said,
+        found.answer,
     ]
     return "\n\n".join(parts)
 

@@ -135,7 +135,7 @@ def _scatter(attribution: Attribution, query: QueryFindings, what: str, name: st
 
 def _pictures(attribution: Attribution, query: QueryFindings) -> list[wandb.Image]:
     """Return the pictures of a query and its top examples by the spread, or by the first difference there is."""
-    items = [(query.shown, query.name, query.as_trained)]
+    items = [(query.shown, query.name, query.as_trained.sentence)]
     ranked = next((each for each in query.ranked if each.difference.name == "spread"), query.ranked[0])
     items += [(shown, card.title, card.effect) for card in ranked.cards for shown in card.shown]
     return [
