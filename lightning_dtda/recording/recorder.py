@@ -43,7 +43,7 @@ from lightning_dtda.recording.resuming import resume
 from lightning_dtda.recording.run_recording import RunRecording, make_directory
 from lightning_dtda.recording.step_callback import StepCallback
 from lightning_dtda.recording.trial import Trial, try_step
-from lightning_dtda.replay.batches import example_shapes, map_tensors, rows_of
+from lightning_dtda.replay.batches import example_types, map_tensors, rows_of
 from lightning_dtda.trajectory import Manifest, MicroBatch, Run, RunWriter
 from lightning_dtda.trajectory.run import process_path
 from lightning_dtda.units import is_quantity
@@ -126,7 +126,7 @@ class TrajectoryRecorder(StepCallback):
         self._follower: RunRecording | None
         self._averaging: AveragingTap | None = None
         self._progress: dict[str, Any] = {}
-        self._shapes: list[tuple[int, ...]] | None = None
+        self._types: list[str] | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -135,7 +135,7 @@ class TrajectoryRecorder(StepCallback):
         if sum(isinstance(callback, TrajectoryRecorder) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise RecordingError("The Trainer has several TrajectoryRecorders. Keep one of them.")
         checks.refuse_trainer(trainer, pl_module)
-        self._shapes = None
+        self._types = None
         self._tap = BatchTap(trainer, pl_module)
 
     @override
@@ -339,12 +339,12 @@ class TrajectoryRecorder(StepCallback):
                 f"examples; this batch of {examples} examples is different. Let the collate_fn stack tensors, or make "
                 'the data set deterministic and leave out batches="store".'
             )
-        if self._shapes is None:
-            self._shapes = example_shapes(batch)
-        if example_shapes(batch) != self._shapes:
+        if self._types is None:
+            self._types = example_types(batch)
+        if example_types(batch) != self._types:
             raise RecordingError(
-                f"The examples of a batch have the shapes {example_shapes(batch)}, but those of the first batch have "
-                f"{self._shapes}. Stored batches need the same shapes throughout: pad the examples."
+                f"The examples of a batch are {example_types(batch)}, but those of the first batch are {self._types}. "
+                "Stored batches need the same data types and shapes throughout: pad the examples, or convert them."
             )
         return tuple(leaf.clone() for leaf in tree_leaves(batch))
 

@@ -75,6 +75,6 @@ def stack_leaves(batches: Sequence[Any]) -> list[Tensor] | None:
     return [torch.stack(column) for column in columns] if alike else None
 
 
-def example_shapes(batch: Any) -> list[tuple[int, ...]]:
-    """Return the shape of one example in each tensor of a batch."""
-    return [tuple(leaf.shape[1:]) for leaf in tree_flatten(batch)[0]]
+def example_types(batch: Any) -> list[str]:
+    """Return data type and shape of one example in each tensor of a batch, such as ``"torch.float32 (8,)"``."""
+    return [f"{leaf.dtype} {tuple(leaf.shape[1:])}" for leaf in tree_flatten(batch)[0]]

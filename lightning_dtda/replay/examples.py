@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from lightning_dtda.compatibility import TreeSpec, is_a, kinds, tree_flatten, tree_unflatten
 from lightning_dtda.errors import AttributionError, ReplayError
-from lightning_dtda.replay.batches import example_shapes
+from lightning_dtda.replay.batches import example_types
 from lightning_dtda.replay.fingerprint import reader, refuse_changed_data
 from lightning_dtda.trajectory import Run
 
@@ -167,15 +167,13 @@ class Examples:
         Raises:
             ReplayError: If the batches of this data set consist of different tensors.
         """
-        wanted, structure = tree_flatten(self._template)
-        found = [tuple(leaf.shape[1:]) for leaf in leaves]
-        if len(leaves) != len(wanted) or found != example_shapes(self._template):
+        found, wanted = example_types(list(leaves)), example_types(self._template)
+        if found != wanted:
             raise ReplayError(
-                f"The stored batches hold {len(leaves)} tensors with shapes {found} per example; batches of the given "
-                f"data hold {len(wanted)} with shapes {example_shapes(self._template)}. Give the data that the runs "
-                "were trained on."
+                f"An example of the stored batches is {found}; one of the given data is {wanted}. Give the data that "
+                "the runs were trained on."
             )
-        return tree_unflatten(list(leaves), structure)
+        return tree_unflatten(list(leaves), tree_flatten(self._template)[1])
 
     @cached_property
     def _template(self) -> Any:

@@ -79,11 +79,13 @@ def pad_to_the_longest(items):
     return batch | {"tokens": torch.zeros(len(items), length)}
 
 
-def test_batches_of_different_shapes_are_refused(fit, root):
-    with pytest.raises(RecordingError, match="pad the examples"):
-        fit(
-            Regressor(),
-            loader(collate_fn=pad_to_the_longest),
-            TrajectoryRecorder(root, "run", batches="store"),
-            max_epochs=1,
-        )
+def sometimes_double(items):
+    batch = torch.utils.data.default_collate(items)
+    dtype = torch.float64 if 0 in batch["index"] else torch.float32
+    return batch | {"extra": torch.zeros(len(items), dtype=dtype)}
+
+
+@pytest.mark.parametrize("collate", [pad_to_the_longest, sometimes_double])
+def test_batches_of_different_shapes_or_types_are_refused(fit, root, collate):
+    with pytest.raises(RecordingError, match="the same data types and shapes throughout: pad the examples, or convert"):
+        fit(Regressor(), loader(collate_fn=collate), TrajectoryRecorder(root, "run", batches="store"), max_epochs=1)
