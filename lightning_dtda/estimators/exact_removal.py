@@ -84,7 +84,11 @@ class ExactRemoval(Estimator):
 
         # in another precision, the difference from the recorded training is not the effect of a removal
         again = self.precision != "recorded"
-        baseline = measured(*(without(replay, len(runs) * [()], end) if again else replay.trained(end)))
+        if again:
+            baseline = measured(*without(replay, len(runs) * [()], end))
+        else:
+            replay.check_step(end - 1)
+            baseline = measured(*replay.trained(end))
         groups = question.removals.groups or tuple((n,) for n in range(question.removals.examples))
         assert plan.removals_per_chunk is not None
         found, drift = [], replay.drift

@@ -250,26 +250,33 @@ class Replay:
         return self.ways.chosen.gradient(self.batch(step), theta, buffers, weights)
 
     def check_step(self, step: int) -> None:
-        """Compare the gradient of one step with the record, for callers that do not replay steps.
+        """Compare the stretch of a step with the record, for callers that use its checkpoints and replay no steps.
 
-        The step compared is the first after the checkpoint at or before ``step``, whose parameters are on disk. If
-        gradients were recorded in the precision of the parameters, the next checkpoint is rebuilt from them as well and
-        compared: its parameters are those that the caller uses. Does nothing if no gradients were recorded.
+        The stretch goes from the checkpoint at or before ``step`` to the next one, which must be reached again: from
+        the recorded gradients if they have the precision of the parameters, else from recomputed ones. Recorded
+        gradients are compared with a recomputed one at the first step.
 
         Raises:
             ReplayError: If the gradient or the checkpoint is not the recorded one. The message names run and step.
         """
-        if not self._records_gradients:
+        if not self.stretches:  # the training ended before a second checkpoint
             return
-        start = max(t for t in self.checkpoint_steps[:-1] if t <= step)
-        theta, states = self.checkpoint(start)
-        gradient = self.gradient(start, theta, self.buffers(start))
-        self._comparison.gradient(start, self.clipping.apply(gradient), self.records.gradient(start))
-        if all(run.has_exact_gradients for run in self.runs):
-            first, end = theta, min(t for t in self.checkpoint_steps if t > start)
-            for t in range(start, end):
-                theta, states = self.advance(t, self._recorded_point(t, theta, states))
-            self.compare(start, end, first, theta)
+        start, end = next(stretch for stretch in reversed(self.stretches) if stretch[0] <= step)
+        first, states = self.checkpoint(start)
+        theta, buffers = first, self.buffers(start)
+        if self._records_gradients:
+            gradient = self.gradient(start, theta, buffers)
+            self._comparison.gradient(start, self.clipping.apply(gradient), self.records.gradient(start))
+        has_exact_gradients = all(run.has_exact_gradients for run in self.runs)
+        if not has_exact_gradients:
+            self.expect(range(start, end))
+        for t in range(start, end):
+            if has_exact_gradients:
+                point = self._recorded_point(t, theta, states)
+            else:
+                point, buffers = self.point_at(t, theta, states, buffers)
+            theta, states = self.advance(t, point)
+        self.compare(start, end, first, theta)
 
     def retrain(
         self, weights: Tensor, start: int = 0, stop: int | None = None, *, averaged: bool = True

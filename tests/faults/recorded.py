@@ -42,7 +42,7 @@ def loader():
     return DataLoader(data, batch_size=5, shuffle=True)
 
 
-def record(root, batches="indices", averaged=False):
+def record(root, batches="indices", averaged=False, gradients="auto"):
     """Record two seeds."""
     for seed in range(2):
         pl.seed_everything(seed, verbose=False)
@@ -56,7 +56,7 @@ def record(root, batches="indices", averaged=False):
             enable_model_summary=False,
             callbacks=[
                 *([callbacks.EMAWeightAveraging(decay=0.7)] if averaged else []),
-                TrajectoryRecorder(root, batches=batches, checkpoint_every=3),
+                TrajectoryRecorder(root, batches=batches, gradients=gradients, checkpoint_every=3),
             ],
         )
         trainer.fit(Net(), loader())
