@@ -41,8 +41,8 @@ class Removals:
         names: Names of the groups, in the same order.
 
     Raises:
-        AttributionError: If a group is empty, contains an example twice or an index out of range, or if two groups
-            have the same name.
+        AttributionError: If a group is empty, contains an example twice or an index out of range, or has the name of
+            another or one that is no text.
 
     Example:
         >>> removals = Removals(4, ((0, 2), (1,)), ("cats", "dogs"))
@@ -174,6 +174,12 @@ def resolve_removals(removals: Any, examples: Examples) -> Removals:
 
 
 def _check_group(name: str, group: tuple[int, ...], examples: int) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise AttributionError(
+            f"The name {name!r} of a group of removals holds half of a surrogate pair, which is no text. Rename it."
+        ) from None
     if not group:
         raise AttributionError(f"Group {name!r} of removals is empty. Leave it out, or give it an example.")
     if outside := [index for index in group if not 0 <= index < examples]:

@@ -221,6 +221,8 @@ REFUSED = {
     "no group": ([], "0 labels for 4"),
     "no group in a mapping": ({}, "has no group"),
     "one name for two": ({1: [0], "1": [1]}, "2 groups of removals are called '1'"),
+    "a name that is no text": ({"ok": [0], "a\ud800": [1]}, "half of a surrogate pair, which is no text. Rename it"),
+    "a label that is no text": (["a", "a", "\ud800", "a"], "half of a surrogate pair"),
     "too few labels": ([3, 1], r"2 labels for 4 training examples.*\[\[3, 17\]\]"),
     "float labels": ([0.0, 1.0, 0.0, 1.0], "label of example 0 is 0.0, a float"),
     "a mask": (torch.tensor([True, False, True, True]), "label of example 0 is True, a bool"),
