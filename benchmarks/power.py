@@ -15,6 +15,7 @@ import torch
 from scipy import special, stats
 
 from lightning_dtda.attribution.trust import chaotic
+from lightning_dtda.reporting.certainty import FDR, NEGLIGIBLE, PLANNING, POWER
 from lightning_dtda.statistics import Mean, Spread
 from lightning_dtda.statistics.power import (
     detectable,
@@ -22,11 +23,11 @@ from lightning_dtda.statistics.power import (
     runs_for_significance,
     runs_to_detect,
 )
-from lightning_dtda.statistics.significance import discoveries, equivalence_p_values
+from lightning_dtda.statistics.significance import discoveries, without_effect
 
 RUNS = (8, 20, 64)
 EXAMPLES = 200
-ALPHA, POWER, LEVEL, NEGLIGIBLE = 0.05, 0.8, 0.8, 0.1
+ALPHA, LEVEL = FDR, PLANNING
 EFFECTS = (0.3, 0.6, 1.2)
 SHAPES = ("Gaussian", "Student's t", "exponential")
 
@@ -97,8 +98,9 @@ def _no_effect(shape, number, spread, runs, examples):
         x = noise(shape, generator, runs, 1)
         responses = spread * noise(shape, generator, runs, examples)
         responses[:, :number] += NEGLIGIBLE
-        p = equivalence_p_values(responses.mean(0), responses.std(0) / runs**0.5, runs - 1, NEGLIGIBLE * float(x.std()))
-        said = discoveries(p, ALPHA) & ~discoveries(Mean().p_values(x, x + responses), ALPHA)
+        found = discoveries(Mean().p_values(x, x + responses), FDR)
+        estimates, errors = responses.mean(0), responses.std(0) / runs**0.5
+        said = without_effect(estimates, errors, runs - 1, NEGLIGIBLE * float(x.std()), found, FDR)
         yield float(said[:number].sum() / said.sum().clamp_min(1)) if number else float(said.double().mean())
 
 

@@ -218,11 +218,11 @@ def _silences(
         negligible.fill_(math.log1p(NEGLIGIBLE))
     elif difference.unit == DIFFERENCES["mean"].unit:
         negligible = NEGLIGIBLE * block.baseline.double().std(0).cpu()[:, None]
-    p = significance.equivalence_p_values(found.estimate, found.standard_error, freedom, negligible)
-    small = significance.discoveries(p, FDR) & ~significant
-    unknown = ~(small | significant)
+    of_effects = found.estimate, found.standard_error, freedom
+    none = significance.without_effect(*of_effects, negligible, significant, FDR)
+    unknown = ~(none | significant)
     errors = found.standard_error.masked_fill(~unknown | found.standard_error.isnan(), -torch.inf).amax(1)
-    rows = zip(negligible[:, 0].tolist(), small.sum(1).tolist(), unknown.sum(1).tolist(), errors.tolist(), strict=True)
+    rows = zip(negligible[:, 0].tolist(), none.sum(1).tolist(), unknown.sum(1).tolist(), errors.tolist(), strict=True)
     return [
         None if every else _silence(difference, runs, significant.shape[1], *row)
         for every, row in zip(significant.all(1).tolist(), rows, strict=True)

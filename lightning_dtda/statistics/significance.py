@@ -102,6 +102,16 @@ def equivalence_p_values(estimate: Tensor, standard_error: Tensor, freedom: floa
     return torch.as_tensor(special.stdtr(freedom, -t.cpu().numpy()), device=t.device)
 
 
+def without_effect(
+    estimate: Tensor, standard_error: Tensor, freedom: float, bound: float | Tensor, significant: Tensor, fdr: float
+) -> Tensor:
+    """Return which effects along the last dimension are shown to be smaller than a bound, and are not significant.
+
+    On average, a share of ``fdr`` of them is larger. See :func:`equivalence_p_values` for the other arguments.
+    """
+    return discoveries(equivalence_p_values(estimate, standard_error, freedom, bound), fdr) & ~significant
+
+
 def q_values(p: Tensor) -> Tensor:
     """Return the smallest false discovery rate at which each p-value along the last dimension is a discovery.
 
