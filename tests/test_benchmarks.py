@@ -1,4 +1,4 @@
-"""Benchmarks run, small."""
+"""Benchmarks run, small: the tables of the documentation, and suggestions that retraining confirms."""
 
 import runpy
 import sys
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from benchmarks.suggestions import cases
+from lightning_dtda import UnrolledDifferentiation
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -21,3 +24,15 @@ def test_tables_are_printed_in_full(name, rows, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in printed) == rows
     assert not any("nan" in line for line in printed)
+
+
+@pytest.mark.slow
+def test_suggestions_do_on_fresh_seeds_what_the_verdict_says(tmp_path):
+    one = {"default": UnrolledDifferentiation()}
+    found = {each.suggestion.goal: each for each in cases(tmp_path, runs=20, seeds=40, estimators=one, cautions=(1.0,))}
+    # the mean falls by a quarter; a suggestion for another goal need not be made, but must not do harm
+    mean = found["improve_mean"]
+    assert mean.real[mean.suggestion.best].high < 0
+    for case in found.values():
+        if best := case.suggestion.best:
+            assert case.real[best].low < 0

@@ -152,13 +152,13 @@ class Suggestion:
         """What to do, in a sentence, with the predicted effect and its interval."""
         if not self.removals:
             return (
-                f"No removal helps: none is predicted to improve the {self.quantity} by more than its uncertainty over "
-                "the runs that choose."
+                f"No removal is shown to help: none is predicted to improve the {self.quantity} by more than its "
+                "uncertainty over the runs that choose."
             )
         where = f"{len(self.evaluated_on)} {'held-out runs' if self.held_out else 'runs that also chose'}"
         effect = f"{self.quantity} {self.effect(self._promising)} on {where}."
         if not self.best:
-            return f"No removal helps: at best, {effect}"
+            return f"No removal is shown to help: at best, {effect}"
         if not self.held_out:
             return f"No verdict without held-out runs: with the first {self.best}, {effect}"
         ones = ", ".join(map(str, self.removals[: self.best]))

@@ -183,9 +183,9 @@ def test_the_verdict_is_to_remove_what_helps_and_nothing_that_harms():
     harm = suggest_removals(attribution_of(x, noise), k=10, caution=0)
     assert harm.removals
     assert harm.removed == ()
-    assert harm.verdict.startswith("No removal helps: at best, standard deviation")
+    assert harm.verdict.startswith("No removal is shown to help: at best, standard deviation")
     nothing = suggest_removals(attribution_of(x, 0.1 * x[..., None]), k=1)
-    assert nothing.verdict.startswith("No removal helps: none is predicted")
+    assert nothing.verdict.startswith("No removal is shown to help: none is predicted")
 
 
 @pytest.mark.parametrize("where", ["baseline", "response"])

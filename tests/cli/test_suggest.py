@@ -42,10 +42,10 @@ def test_effects_on_the_runs_that_chose_are_called_too_good(saved, capsys):
 
 def test_that_nothing_helps_is_said_first(saved, capsys):
     main(["suggest", "--attribution", str(saved), "--goal", "improve_mean", "--caution", "2"])
-    assert printed(capsys).startswith("No removal helps: none is predicted")
+    assert printed(capsys).startswith("No removal is shown to help: none is predicted")
     main(["suggest", "--attribution", str(saved), "--goal", "improve_mean", "--caution", "0", "--verify"])
     out = printed(capsys)
-    assert out.startswith("No removal helps: at best, mean loss over seeds")
+    assert out.startswith("No removal is shown to help: at best, mean loss over seeds")
     assert "best " not in out.split("numbers of removals.")[1]  # no row is marked
     assert "Retrained" not in out
 

@@ -58,7 +58,7 @@ def test_what_is_not_suggested_is_verified_on_request():
     assert unclear.removals
     assert not unclear.removed
     data = replace(truth(range(9), range(9)), removed=((1, 2), tuple(sorted(unclear.sets[0]))))
-    with pytest.raises(AttributionError, match=r"no removals to verify .No removal helps: .* Give step=1 to"):
+    with pytest.raises(AttributionError, match=r"to verify .No removal is shown to help: .* Give step=1 to"):
         verify(unclear, data)
     found = verify(unclear, data, step=1)
     assert found.effect == pytest.approx(float((data.measurements[1] - data.baseline).mean()), rel=1e-9)
