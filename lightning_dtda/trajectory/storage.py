@@ -68,7 +68,7 @@ DAMAGED_TENSORS = (SafetensorError, ValueError, KeyError, TypeError, RuntimeErro
 _PIECE = 2**22
 """Number of bytes that are checksummed and written at a time."""
 
-_DIRECT_BYTES = 2**22
+_DIRECT_BYTES = 2**20
 """Minimum size in bytes of a tensor that bypasses the page cache. Smaller ones are written quickly, and are best read
 from the cache."""
 
@@ -106,21 +106,23 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def _write_directly(file: io.BufferedWriter, piece: memoryview) -> None:
-    """Write to disk, bypassing the page cache where possible."""
+    """Write to disk, bypassing the page cache where possible: for whole pages."""
+    whole, rest = piece[: len(piece) // PAGE * PAGE], piece[len(piece) // PAGE * PAGE :]
     if sys.platform == "linux":
         file.flush()
         flags = fcntl.fcntl(file, fcntl.F_GETFL)
         try:
             fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-            while piece:
-                piece = piece[file.raw.write(piece) :]
+            while whole:
+                whole = whole[file.raw.write(whole) :]
         except OSError as error:
-            # not whole pages, or a file system that does not support direct writes
+            # a file system that does not support direct writes, or larger sectors
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
             fcntl.fcntl(file, fcntl.F_SETFL, flags)
-    file.write(piece)
+    file.write(whole)
+    file.write(rest)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

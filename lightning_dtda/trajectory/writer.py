@@ -50,6 +50,8 @@ class RunWriter:
         self._queue: queue.Queue[tuple[str, dict[str, Any], Mapping[str, Tensor], Callable[[], None] | None] | None]
         self._queue = queue.Queue(_QUEUE_LENGTH)
         self._failure: Exception | None = None
+        self._is_late = False
+        """Whether the training had to wait for the disk."""
         self._lock = FileLock(directory / _LOCK)
         self._lock.acquire(timeout=0)
         manifest.save(directory)
@@ -141,6 +143,7 @@ class RunWriter:
         release: Callable[[], None] | None = None,
     ) -> None:
         self._raise_failure()
+        self._is_late = self._is_late or self._queue.full()
         self._queue.put((name, entry, tensors, release))
 
     def _raise_failure(self) -> None:
@@ -158,10 +161,10 @@ class RunWriter:
             try:
                 if self._failure is not None:
                     continue  # keep emptying the queue, so the training thread never blocks on it
-                # if another file is waiting, the disk is not keeping up: then write through the page cache, so the
-                # training need not wait for the disk
-                keeps_up = self._queue.empty()
-                written: Any = {**write_tensors(self._directory / name, tensors, keeps_up), **entry}
+                # a training that waited for the disk does not wait again: until no file is waiting, all go through the
+                # page cache, which is faster, but takes several times the CPU time
+                self._is_late = self._is_late and not self._queue.empty()
+                written: Any = {**write_tensors(self._directory / name, tensors, not self._is_late), **entry}
                 if name == EXAMPLES:
                     self._manifest.examples = written
                 elif name == AVERAGE:

@@ -152,10 +152,10 @@ def test_a_large_tensor_goes_past_the_cache_and_the_file_is_a_safetensors_file(t
 
     assert_read(tmp_path / "file", entry, tensors)
     assert entry["bytes"] == (tmp_path / "file").stat().st_size
-    # all but what is left beside whole pages, or sectors where the disk takes them, and of the last piece
-    assert sum(direct) % 512 == 0
+    # all but what is left beside whole pages
+    assert sum(direct) % mmap.PAGESIZE == 0
     if norms == 4 or dtype == torch.float32:
-        assert sum(direct) > tensors["gradients"].nbytes - storage._PIECE - 2 * mmap.PAGESIZE
+        assert sum(direct) > tensors["gradients"].nbytes - 2 * mmap.PAGESIZE
     else:  # then the norms, which come before what is narrower, end in the middle of 8 bytes, and all would be shifted
         assert not direct
 
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_is_an_error_past_the_cache_too(tmp_path, monkeypatc
 
 
 @on_linux
-@pytest.mark.parametrize("tensor", [large()[:, 1:], large()[:1, :1_000_000]], ids=["in parts", "small"])
+@pytest.mark.parametrize("tensor", [large()[:, 1:], large()[:1, :200_000]], ids=["in parts", "small"])
 def test_a_tensor_that_is_in_parts_or_small_goes_through_the_cache(tmp_path, direct, tensor):
     entry = write_tensors(tmp_path / "file", {"gradients": tensor, "indices": torch.arange(5)}, direct=True)
 

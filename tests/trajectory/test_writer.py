@@ -54,29 +54,32 @@ def test_the_caller_waits_only_when_too_many_files_are_under_way(directory, monk
     assert Run(directory).steps == writer._QUEUE_LENGTH
 
 
-def test_a_disk_that_does_not_keep_up_is_left_to_the_cache(directory, monkeypatch):
-    disk, begun, direct = threading.Event(), threading.Event(), []
+def test_a_training_that_waited_for_the_disk_is_written_through_the_cache(directory, monkeypatch):
+    disk, begun, added, direct = threading.Event(), threading.Event(), threading.Event(), []
     write = writer.write_tensors
 
     def note(path, tensors, past_the_cache):
         direct.append(past_the_cache)
         begun.set()
-        disk.wait()
+        (disk if len(direct) == 1 else added).wait()
         return write(path, tensors, past_the_cache)
 
     monkeypatch.setattr(writer, "write_tensors", note)
     run_writer = RunWriter(directory, manifest(gradients="none"))
     run_writer.add_shard(0, 1, records(0, 1, None))
     begun.wait()  # the others wait for the first one
-    run_writer.add_shard(1, 2, records(1, 2, None))
-    run_writer.add_shard(2, 3, records(2, 3, None))
-    disk.set()
+    for step in range(1, 1 + writer._QUEUE_LENGTH):
+        run_writer.add_shard(step, step + 1, records(step, step + 1, None))
+    put = run_writer._queue.put
+    monkeypatch.setattr(run_writer._queue, "put", lambda item: disk.set() or put(item))
+    run_writer.add_shard(step + 1, step + 2, records(step + 1, step + 2, None))  # waits for a place
+    added.set()
     run_writer.sync()
-    run_writer.add_shard(3, 4, records(3, 4, None))
-    run_writer.sync()
+    run_writer.add_shard(step + 2, step + 3, records(step + 2, step + 3, None))
     run_writer.close("complete")
 
-    assert direct == [True, False, True, True]
+    # once no file is waiting, past the cache again
+    assert direct == [True, *[False] * writer._QUEUE_LENGTH, True, True]
 
 
 @pytest.mark.parametrize("fails", [False, True])
