@@ -183,7 +183,9 @@ class Objective(ExampleGradients):
                 f"{float(values.min()):.2g}): its Gauss-Newton matrix has no root. Use Hessian(...) or ExactHessian()."
             )
 
-    def roots(self, columns: Tensor | None = None, layers: Sequence[str] = ()) -> Iterator[RootRows]:
+    def roots(
+        self, columns: Tensor | None = None, layers: Sequence[str] = (), among: Tensor | None = None
+    ) -> Iterator[RootRows]:
         r"""Yield rows of a root of the Gauss-Newton matrix, for B examples at a time.
 
         .. math:: A_n = \left(\nabla^2\ell_n(z_n)\right)^{1/2} J_n, \qquad
@@ -193,35 +195,55 @@ class Objective(ExampleGradients):
             columns: Indices of the parameters to differentiate by; ``None`` for all of them.
             layers: Names of submodules whose inputs and derivatives are returned as well; each must be called once,
                 with one tensor.
+            among: Columns of all calls, if there are several with some columns each, which then share a trace.
 
         Raises:
             AttributionError: If a loss is not convex in the outputs.
         """
-        width = (self.size if columns is None else len(columns)) + self.size // 4
+        if columns is not None and (among is None or not len(columns)):
+            among = columns
+        width = sum(self.layout.sizes[number] for number in self._containing(among)) + self.size // 4
         per_example = 3 * self.outputs * max(width, 1) * self.theta.itemsize
         chunk = min(LARGEST_CHUNK, max(1, int(self.memory / per_example)))
         for indices in torch.arange(self.examples).split(chunk):
-            yield self.root_rows(indices, columns, layers)
+            yield self.root_rows(indices, columns, layers, among)
 
-    def root_rows(self, indices: Tensor, columns: Tensor | None = None, layers: Sequence[str] = ()) -> RootRows:
+    def _containing(self, columns: Tensor | None) -> list[int]:
+        """Return the numbers of the parameter tensors that contain some columns; of all if not given."""
+        if columns is None:
+            return list(range(len(self.layout.names)))
+        ends = torch.tensor(self.layout.sizes, device=columns.device).cumsum(0)
+        return torch.searchsorted(ends, columns.contiguous(), right=True).unique().tolist()
+
+    def root_rows(
+        self,
+        indices: Tensor,
+        columns: Tensor | None = None,
+        layers: Sequence[str] = (),
+        among: Tensor | None = None,
+    ) -> RootRows:
         """Return what :meth:`roots` yields, for the given examples."""
         roots = self.loss_roots(indices)
+        numbers = self._containing(columns if among is None else among)
 
         def rows(loss: Tensor, outputs: Outputs, parameters: list[Tensor], extra: list[Tensor]) -> list[Tensor]:
             of_layers = [calls[name][0] for name in layers]
-            by = [*parameters, *(result for _, result in of_layers)]
+            by = [*(parameters[number] for number in numbers), *(result for _, result in of_layers)]
             found = [outputs.pull(outputs.split(column), by) for column in extra[0].unbind(1)]
-            of_parameters = torch.stack([self.layout.flatten(one[: len(parameters)]) for one in found])
+            nothing = extra[0].new_zeros(0)
+            of_parameters = torch.stack(
+                [torch.cat([nothing, *(part.reshape(-1) for part in one[: len(numbers)])]) for one in found]
+            )
             if len(extra) > 1:
                 of_parameters = of_parameters[:, extra[1]]
             derivatives = [
-                torch.stack([one[len(parameters) + n].reshape(-1) for one in found]) for n in range(len(layers))
+                torch.stack([one[len(numbers) + n].reshape(-1) for one in found]) for n in range(len(layers))
             ]
             return [of_parameters, *derivatives, *(value.reshape(-1) for value, _ in of_layers)]
 
-        key = f"roots {' '.join(layers)}"
+        key = f"roots {numbers} {' '.join(layers)}"
         # the columns are an input of each example, so one trace serves all choices
-        chosen = [] if columns is None else [columns.expand(len(indices), -1)]
+        chosen = [] if columns is None else [self._places(columns, numbers).expand(len(indices), -1)]
         with watched(self.module, layers) as calls:
             found = self._of_each(key, indices, self._seeds[0], rows, [roots, *chosen], calls=calls)
         of_parameters, *rest = found
@@ -230,6 +252,14 @@ class Objective(ExampleGradients):
             of_parameters = of_parameters * (self.scale if columns is None else self.scale[columns])
         pairs = [(of_one.flatten(0, 1), value) for of_one, value in zip(derivatives, inputs, strict=True)]
         return RootRows(indices, of_parameters.flatten(0, 1), pairs)
+
+    def _places(self, columns: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Return the places of columns in the vector of the given parameter tensors alone."""
+        sizes = torch.tensor(self.layout.sizes, device=columns.device)
+        left_out = torch.ones_like(sizes)
+        left_out[list(numbers)] = 0
+        before = (sizes * left_out).cumsum(0)
+        return columns - before[torch.searchsorted(sizes.cumsum(0), columns.contiguous(), right=True)]
 
     def calls(self, names: Sequence[str], examples: int = 1) -> dict[str, list[tuple[Tensor, Tensor]]]:
         """Return inputs and results of each call of some submodules, for the first examples."""

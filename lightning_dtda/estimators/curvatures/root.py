@@ -127,7 +127,8 @@ class Root:
         columns = self._plain if self.is_kept else self._plain[:0]
         plain = self.objective.theta.new_empty(self.rows, len(columns))
         parts = []
-        for place, rows, of_layers in self._rows(columns, [layer.name for layer in self._layers]):
+        names = [layer.name for layer in self._layers]
+        for place, rows, of_layers in self._rows(columns, names) if len(columns) or names else ():
             plain[place] = rows
             parts.append(of_layers)
         factors = [[torch.cat(factor) for factor in zip(*of_one, strict=True)] for of_one in zip(*parts, strict=True)]
@@ -205,7 +206,8 @@ class Root:
     ) -> Iterator[tuple[slice, Tensor, list[tuple[Tensor, Tensor]]]]:
         """Yield, some examples at a time, the place and the rows of some columns, and the layers of ``RootRows``."""
         chosen = columns if self._projection is None and len(columns) < self.size else None
-        for indices, rows, of_layers in self.objective.roots(chosen, layers):
+        among = None if chosen is None else self._plain
+        for indices, rows, of_layers in self.objective.roots(chosen, layers, among):
             projected = rows if self._projection is None else self._projection.forward(rows)[:, columns]
             yield self._place(indices), projected, of_layers
 

@@ -7,6 +7,7 @@ from torch import nn
 from lightning_dtda.estimators.curvatures import root
 from lightning_dtda.estimators.curvatures.diagonal import gauss_newton_diagonal
 from lightning_dtda.estimators.curvatures.root import Root
+from lightning_dtda.execution.memory import peak_memory
 from tests.estimators.small_runs import Classifier, Regressor
 
 TOLERANCE = 1e-11  # relative, double precision; reached: about 1e-15
@@ -107,6 +108,22 @@ def test_the_diagonal_is_that_of_the_matrix(trained, case):
 def _factors(found):
     """How many numbers the factors have."""
     return sum(layer.derivatives.numel() + layer.inputs.numel() for layer in found._kept[0])
+
+
+def wide():
+    return nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+
+
+def test_columns_of_some_parameters_take_the_memory_of_these_alone(trained):
+    objective = trained(Classifier(network=wide)).objective()
+    ends = torch.tensor(objective.layout.sizes).cumsum(0)
+    columns = torch.cat([torch.arange(ends[layer], ends[layer + 1]) for layer in (0, 2)])[::2]  # of two biases
+    whole, some = (torch.cat([part.rows for part in objective.roots(chosen)]) for chosen in (None, columns))
+    close(some, whole[:, columns])
+    of_whole, of_some = (
+        peak_memory(lambda chosen=chosen: list(objective.roots(chosen)), whole.device) for chosen in (None, columns)
+    )
+    assert of_some < of_whole / 4  # they are a 35th of the parameters
 
 
 def test_gram_matrices_of_parts_add_up(trained):
