@@ -4,11 +4,13 @@
 
 Uses the network of ``lightning-dtda demo``, and the CNN and the GPT of ``problems.py``. ``plan`` trains at
 least ten steps; then the runs are recorded, and each estimator runs in a separate process. Times are CPU seconds on one
-thread in both cases. Memory is the peak of the process's private memory (``RssAnon``) above its value before the call.
+thread in both cases. Memory is the peak of the process's private memory (``RssAnon``) above its value before the call;
+it is compared with what ``plan`` announces, and with what ``attribute`` itself logs before it starts.
 """
 
 import argparse
 import logging
+import re
 import tempfile
 import time
 import warnings
@@ -26,18 +28,26 @@ from benchmarks.ours import NetModule
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute, plan
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity, TracIn
+from lightning_dtda.estimators.estimator import labels
 
 EPOCHS = {"demo": 50, **problems.EPOCHS}
 
 
-def estimators(net: str) -> list[Estimator]:
-    """Return the estimators to measure for a net; conjugate gradients take too long for the larger nets."""
+def estimators(net: str, part: str) -> list[Estimator]:
+    """Return the estimators to measure for a net whose labels contain ``part``.
+
+    Conjugate gradients stop after a number of iterations, which is not known beforehand otherwise.
+    """
     some: list[Estimator] = [
         UnrolledDifferentiation(horizon=None),
-        InfluenceFunctions(EKFAC()),
+        UnrolledDifferentiation(horizon=None, compile=True),
         InfluenceFunctions(Identity()),
+        InfluenceFunctions(EKFAC()),
+        InfluenceFunctions(GaussNewton(iterations=10)),
+        InfluenceFunctions(GaussNewton("cg", iterations=6, preconditioner=EKFAC())),
+        TracIn(),
     ]
-    return [*some, TracIn(), InfluenceFunctions(GaussNewton())] if net == "demo" else some
+    return [one for name, one in zip(labels(some), some, strict=True) if part in name]
 
 
 def parts(net: str) -> tuple[pl.LightningModule, DataLoader[Any], Any]:
@@ -67,13 +77,22 @@ def quiet() -> None:
         logging.getLogger(log).setLevel(logging.ERROR)
 
 
-def announced(net: str, runs: int, queries: int, results: Any) -> None:
+class Logged(logging.Handler):
+    """Keeps the memory that ``attribute`` announces, such as ``1.5 GiB``."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take it from the message."""
+        if found := re.search(r"(about|up to) ([\d.]+) (\w+) of memory", record.getMessage()):
+            self.bytes = float(found[2]) * {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}[found[3]]
+
+
+def announced(net: str, part: str, runs: int, queries: int, results: Any) -> None:
     quiet()
     pl.seed_everything(0, verbose=False)
     module, data, asked = parts(net)
     found = plan(
         module, data, trainer=trainer(net), queries=Subset(asked, range(queries)), runs=runs,
-        estimators=estimators(net), progress=False,
+        estimators=estimators(net, part), progress=False,
     )  # fmt: skip
     results.put(found.content())
 
@@ -89,17 +108,21 @@ def recorded(net: str, runs: int, root: Path, results: Any) -> None:
     results.put({"seconds": seconds, "disk": sum(one.stat().st_size for one in root.rglob("*") if one.is_file())})
 
 
-def attributed(net: str, number: int, queries: int, root: Path, results: Any) -> None:
+def attributed(net: str, part: str, number: int, queries: int, root: Path, results: Any) -> None:
     quiet()
+    log, said = logging.getLogger("lightning_dtda.attribution.resources"), Logged()
+    log.setLevel(logging.INFO)
+    log.addHandler(said)
+    log.propagate = False
     module, data, asked = parts(net)
     with Peak() as peak:
         started = time.process_time()
         attribute(
-            Ensemble.open(root), module, data, queries=Subset(asked, range(queries)), estimator=estimators(net)[number],
-            progress=False,
+            Ensemble.open(root), module, data, queries=Subset(asked, range(queries)),
+            estimator=estimators(net, part)[number], progress=False,
         )  # fmt: skip
         seconds = time.process_time() - started
-    results.put({"seconds": seconds, "memory": peak.own})
+    results.put({"seconds": seconds, "memory": peak.own, "logged": said.bytes})
 
 
 def alone(function: Any, *arguments: Any) -> Any:
@@ -120,21 +143,23 @@ def line(net: str, name: str, unit: str, before: float, real: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nets", nargs="*", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--estimators", default="", help="Only those whose labels contain this.")
     parser.add_argument("--runs", type=int, default=4)
     parser.add_argument("--queries", type=int, default=10)
     options = parser.parse_args()
     print("| net | what | unit | announced | real | ratio |\n|---|---|---|---|---|---|", flush=True)
     for net in options.nets:
-        before = alone(announced, net, options.runs, options.queries)
+        before = alone(announced, net, options.estimators, options.runs, options.queries)
         with tempfile.TemporaryDirectory() as directory:
             root = Path(directory)
             real = alone(recorded, net, options.runs, root)
             line(net, "recording", "s", before["recording"]["seconds"], real["seconds"])
             line(net, "recording, disk", "MiB", before["recording"]["disk"] / 2**20, real["disk"] / 2**20)
             for number, (name, cost) in enumerate(before["estimators"].items()):
-                real = alone(attributed, net, number, options.queries, root)
+                real = alone(attributed, net, options.estimators, number, options.queries, root)
                 line(net, name, "s", cost["seconds"], real["seconds"])
                 line(net, f"{name}, memory", "MiB", cost["memory"] / 2**20, real["memory"] / 2**20)
+                line(net, f"{name}, memory logged", "MiB", real["logged"] / 2**20, real["memory"] / 2**20)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import Estimator, Plan, Question
-from lightning_dtda.execution.memory import available_memory
+from lightning_dtda.execution.memory import available_memory, resident_memory
 from lightning_dtda.trajectory import Run
 from lightning_dtda.units import human_bytes, human_seconds
 
@@ -47,13 +47,17 @@ def check_resources(
         AttributionError: If there is not enough memory or disk space.
     """
     answer = answers * len(runs) * len(question.queries) * len(question.removals) * response_bytes(runs[0], estimator)
-    memory = processes * plan.memory + (0 if path else answer)
+    stored = 0 if path else answer
+    memory = processes * plan.memory + stored
+    # what a process grows by includes freed memory, with less of which it would do
+    of_process = plan.memory if plan.is_bound else resident_memory(plan.memory, question.device, plan.objects)
     _log.info(
-        "Attributing %d runs, %d queries, %d removals: about %s of memory, %s of disk, %s.",
+        "Attributing %d runs, %d queries, %d removals: %s %s of memory, %s of disk, %s.",
         len(runs),
         len(question.queries),
         len(question.removals),
-        human_bytes(memory),
+        "up to" if plan.is_bound else "about",
+        human_bytes(processes * of_process + stored),
         human_bytes(answer if path else 0),
         human_seconds(plan.seconds / processes),
     )

@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators.curvatures.curvature import Curvature
 from lightning_dtda.estimators.estimator import Advance, Estimate, Estimator, Plan, Question, batches_of_equal_shape
+from lightning_dtda.estimators.example_gradients import LARGEST_CHUNK, Chunk
 from lightning_dtda.estimators.objective import Objective
 from lightning_dtda.execution.memory import kept_pages
 from lightning_dtda.replay import Precision, Replay
@@ -69,7 +70,7 @@ class CheckpointEstimator(Estimator):
             raise AttributionError(f"memory_budget={memory_budget!r} must be positive.")
         self.precision = precision
         self.memory_budget = memory_budget
-        self._chunks: dict[str, int] = {}
+        self._chunks: dict[str, Chunk] = {}
         self._kept: dict[Any, Any] = {}
 
     @override
@@ -78,6 +79,22 @@ class CheckpointEstimator(Estimator):
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}"} | {
             name: value.settings() if isinstance(value, Curvature) else value for name, value in values.items()
         }
+
+    def at_once(self, examples: int) -> int:
+        """Return how many of some examples the answers so far held at once, where they took most memory.
+
+        Args:
+            examples: Number of examples.
+        """
+        most = max(
+            self._chunks.values(), key=lambda chunk: min(chunk.examples, examples) * chunk.per_example, default=None
+        )
+        return min(examples, LARGEST_CHUNK if most is None else most.examples)
+
+    @property
+    def has_traced(self) -> bool:
+        """Whether the answers so far traced passes of single examples, and keep the traces."""
+        return any(trace is not None for trace in self._kept.values())
 
     def passes(self, runs: Sequence[Run], question: Question, objective: Objective) -> float:
         """Estimate the number of passes over the training examples for each chunk of queries."""
@@ -122,6 +139,7 @@ class CheckpointEstimator(Estimator):
             batches=batches_of_equal_shape(runs, _TOGETHER),
             queries_per_chunk=chunk,
             memory=int(budget),
+            is_bound=True,
             seconds=len(runs) * seconds * -(-len(question.queries) // chunk),
         )
 

@@ -15,6 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_dtda.estimators.removals import Removals
+from lightning_dtda.execution.memory import OBJECTS
 from lightning_dtda.replay import Draws, Drift, Examples, Measurement, Precision, Replay, shape_key
 from lightning_dtda.replay.measuring import measure_with_gradients
 from lightning_dtda.trajectory import Run
@@ -120,12 +121,14 @@ class Plan:
     Args:
         batches: Batches of runs that are processed together, in order.
         queries_per_chunk: Number of queries that are processed together.
-        memory: Peak memory in bytes.
+        memory: Peak memory of tensors in bytes.
         seconds: Estimated total time in seconds.
         removals_per_chunk: Number of removals that are processed together, if an estimator works removal by removal.
         stacked: Whether runs and directions are computed at once instead of one by one.
         compiled: Whether steps are compiled.
         held: Maximum number of steps of a run that are held in memory at once.
+        is_bound: Whether ``memory`` is a budget that is kept to, rather than what is expected.
+        objects: Bytes of what a process keeps besides tensors.
     """
 
     batches: tuple[tuple[Run, ...], ...]
@@ -136,6 +139,8 @@ class Plan:
     stacked: bool = False
     compiled: bool = False
     held: float = math.inf
+    is_bound: bool = False
+    objects: int = OBJECTS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
 from itertools import accumulate
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -46,6 +46,18 @@ LARGEST_CHUNK = 1024
 """Maximum number of examples in one pass; more save nothing."""
 
 
+class Chunk(NamedTuple):
+    """How many examples a computation takes at once.
+
+    Args:
+        examples: Maximum number of examples.
+        per_example: Bytes per example.
+    """
+
+    examples: int
+    per_example: int
+
+
 class ExampleGradients:
     """Passes of training examples through a run's module at one step, and the gradients of their losses.
 
@@ -58,7 +70,7 @@ class ExampleGradients:
         step: int | None = None,
         *,
         memory: float,
-        chunks: dict[str, int] | None = None,
+        chunks: dict[str, Chunk] | None = None,
         scale: Tensor | None = None,
         decay: Tensor | None = None,
         draws: Draws | None = None,
@@ -413,8 +425,8 @@ class ExampleGradients:
                     f"{human_bytes(self.memory)} can be used. Raise memory_budget, or use fewer queries at a time."
                 )
             some = few + (min(self.memory, max(enough, alone)) - alone) // per_example
-            self._chunks[what] = int(min(self.examples, LARGEST_CHUNK, some))
-        return self._chunks[what]
+            self._chunks[what] = Chunk(int(min(LARGEST_CHUNK, some)), int(per_example))
+        return min(self.examples, self._chunks[what].examples)
 
     def _descended(self, groups: Sequence[Hyperparameters]) -> float:
         """Return the sign of the loss in the objective that the optimizer minimizes."""

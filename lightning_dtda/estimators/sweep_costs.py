@@ -18,7 +18,7 @@ from lightning_dtda.estimators.diagnosis import STRETCH
 from lightning_dtda.estimators.forward import example_position
 from lightning_dtda.estimators.removals import Removals
 from lightning_dtda.estimators.sweep import no_state_cotangents
-from lightning_dtda.execution.memory import kept_pages, peak_memory
+from lightning_dtda.execution.memory import COMPILER, OBJECTS, TRACES, kept_pages, peak_memory
 from lightning_dtda.optimizers.clipping import NoClipping
 from lightning_dtda.replay import Replay
 from lightning_dtda.replay.pieces import FEWEST_HELD, rebuilt_steps
@@ -115,6 +115,7 @@ class Way:
         seconds: Seconds for a step of one run.
         tracing: Bytes while a step is traced and compared, in the precision of the sweep.
         compiled: Whether steps are compiled.
+        objects: Bytes of what this process keeps besides tensors.
     """
 
     stacked: bool
@@ -126,6 +127,7 @@ class Way:
     seconds: float
     tracing: float = 0.0
     compiled: bool = False
+    objects: int = OBJECTS + TRACES
 
     @property
     def memory(self) -> float:
@@ -348,6 +350,7 @@ def fastest_way(
         return best
     _log.info("Compiling a step, because about %s of work remains.", human_seconds(steps * costs.sweeps(best)))
     compiled = _compiled(make, costs, best)
+    best = replace(best, objects=best.objects + COMPILER)
     if compiled is None or compiled.memory > budget:
         return best
     share = costs.sweeps(compiled) / costs.sweeps(best)
@@ -375,13 +378,16 @@ def _compiled(make: Callable[[int], Replay], costs: Costs, way: Way) -> Way | No
     take()
     if not replay.ways.has_compiled:
         return None
-    peak = _peak(take, replay) / size
+    peak, objects = _peak(take, replay) / size, way.objects + COMPILER
     if way.stacked:
         per_run = max(way.per_run, costs.per_run + peak - directions * way.per_direction)
-        return replace(way, compiled=True, per_run=per_run, seconds=costs.seconds(replay, directions) / size)
+        return replace(
+            way, compiled=True, objects=objects, per_run=per_run, seconds=costs.seconds(replay, directions) / size
+        )
     return replace(
         way,
         compiled=True,
+        objects=objects,
         per_run=way.per_run + max(peak - costs.alone, 0),
         # each direction computes the gradient again
         per_direction=way.per_direction + replay.layout.size * replay.dtype.itemsize,

@@ -171,6 +171,7 @@ class UnrolledDifferentiation(Estimator):
             stacked=way.stacked,
             compiled=way.compiled,
             held=held,
+            objects=way.objects,
         )
 
     def estimate(self, runs: Sequence[Run], question: Question, plan: Plan, advance: Advance) -> Estimate:

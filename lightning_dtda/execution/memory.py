@@ -24,8 +24,9 @@ _LARGEST_THRESHOLD = 32 * 2**20
 """Bytes to which glibc raises the threshold of mmap as large blocks are freed, and half of that to which it raises the
 threshold of trimming. Once either was set by hand, glibc leaves both unchanged."""
 
-_OBJECTS = 16 * 2**20
-"""Bytes of traces, autograd graphs and other objects that are not tensors."""
+OBJECTS, TRACES, COMPILER = 4 * 2**20, 8 * 2**20, 128 * 2**20
+"""Bytes of autograd graphs and other objects that are not tensors; of traces, if passes are traced; and of torch's
+compiler with what it keeps of a step."""
 
 _KEEP_BYTES = 2**30
 """Bytes of freed memory to keep, and of the largest block taken from it: more than a sweep's temporaries."""
@@ -95,17 +96,18 @@ class _Storages(TorchDispatchMode):
         self._alive -= size
 
 
-def resident_memory(of_tensors: float, device: torch.device) -> float:
+def resident_memory(of_tensors: float, device: torch.device, objects: float = OBJECTS) -> float:
     """Return the number of bytes by which a process grows when it runs something within :func:`kept_pages`.
 
     On the CPU, freed memory is kept in addition to memory in use: about the same amount again for a CNN and a GPT with
-    0.1 and 0.8 million parameters (``benchmarks/announced.py``), up to the limit. Python objects come on top.
+    0.1 and 0.8 million parameters (``benchmarks/announced.py``), up to the limit. Objects come on top.
 
     Args:
         of_tensors: Peak number of bytes of the tensors.
         device: Device of the tensors.
+        objects: Bytes of objects that are not tensors.
     """
-    return of_tensors + min(of_tensors, _KEEP_BYTES) + _OBJECTS if device.type == "cpu" else of_tensors
+    return of_tensors + min(of_tensors, _KEEP_BYTES) + objects if device.type == "cpu" else of_tensors
 
 
 @contextmanager

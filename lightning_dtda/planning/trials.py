@@ -16,7 +16,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.estimators import KFAC, Estimator, GaussNewton, Plan, Question, Removals
 from lightning_dtda.estimators.at_checkpoints import CheckpointEstimator
 from lightning_dtda.estimators.curvatures.factors import combinations
-from lightning_dtda.execution.memory import peak_memory, resident_memory
+from lightning_dtda.execution.memory import OBJECTS, TRACES, peak_memory, resident_memory
 from lightning_dtda.planning.forecast import Cost
 from lightning_dtda.replay import Examples, Precision, Replay
 from lightning_dtda.trajectory import Run
@@ -39,9 +39,6 @@ _CHECKPOINTS = 2
 
 _STEEPER = 1.05
 """Exponent of the number of examples above which growth is not considered linear; timings vary by less than this."""
-
-_SATURATED = 1024
-"""Number of examples beyond which an estimator does not hold more of them at once, if its memory is linear in them."""
 
 _ANYTHING = 1e30
 """Tolerance of replays whose steps need not agree with the record, because the examples are different."""
@@ -74,11 +71,12 @@ def cost_of(estimator: Estimator, runs: Sequence[ProlongedRun], question: Questi
     planning = time.perf_counter() - started
     disk = len(runs) * len(question.queries) * len(question.removals) * response_bytes(runs[0], estimator)
     if not isinstance(estimator, CheckpointEstimator):
-        return Cost(planning + plan.seconds, resident_memory(plan.memory, question.device), disk)
+        return Cost(planning + plan.seconds, resident_memory(plan.memory, question.device, plan.objects), disk)
     estimator = _for_trials(estimator, runs[0], question)
     run, share = _shortened(estimator, runs[0], question)
     tried = _tried(estimator, run, question, plan)
-    memory = min(plan.memory, resident_memory(tried.memory, question.device))
+    objects = OBJECTS + (TRACES if estimator.has_traced else 0)
+    memory = min(plan.memory, resident_memory(tried.memory, question.device, objects))
     return Cost(planning + tried.at_first + len(runs) * tried.seconds / share, memory, disk)
 
 
@@ -135,7 +133,7 @@ def _tried(estimator: CheckpointEstimator, run: ProlongedRun, question: Question
             found[number] += max(0.0, last[number] - one) / (few - 1) * (wanted - few)
     if many < examples:
         fewer = many // _GROWTH
-        held = min(examples, max(_SATURATED, many))
+        held = max(many, estimator.at_once(examples))
         for number, (before, wanted) in enumerate(zip(trial(fewer, few).costs()[:2], (examples, held), strict=True)):
             found[number] *= _growth((fewer, before), (many, last[number]), examples, wanted)
     return Tried(found[0], found[1], at_first)

@@ -1,12 +1,22 @@
 """The post-hoc step: what is asked, what is kept after a crash, what is refused."""
 
+import re
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute
+from lightning_dtda import (
+    Attribution,
+    Ensemble,
+    InfluenceFunctions,
+    TrajectoryRecorder,
+    UnrolledDifferentiation,
+    attribute,
+)
 from lightning_dtda.errors import AttributionError, ExecutionError, TrajectoryError
+from lightning_dtda.estimators import Identity
 from lightning_dtda.trajectory.storage import read_json, write_json
 from tests.attribution.regressors import DATA, QUERIES, ask, module, recorded
 from tests.regression import WeightedRegressor, loader
@@ -26,6 +36,21 @@ def test_baseline_is_what_the_trained_models_measure(ensemble):
             predictions = trained(QUERIES.tensors[0])
             expected = (predictions - QUERIES.tensors[1]) ** 2 if measurement == "loss" else predictions
             torch.testing.assert_close(measured, expected.detach())
+
+
+@pytest.mark.parametrize(
+    ("estimator", "announced"),
+    [
+        (InfluenceFunctions(Identity(), memory_budget=0.5), r"up to 512\.0 MiB of memory"),
+        # objects and traces are 12 MiB, and tensors far below one
+        (UnrolledDifferentiation(compile=False), r"about 12\.\d MiB of memory"),
+    ],
+    ids=["a budget", "a step that was measured"],
+)
+def test_the_log_says_how_much_memory_is_needed(ensemble, caplog, estimator, announced):
+    with caplog.at_level("INFO", "lightning_dtda.attribution.resources"):
+        ask(ensemble, estimator=estimator)
+    assert re.search(announced, caplog.text)
 
 
 def root_mean_square(module, batch):

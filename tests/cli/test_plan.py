@@ -12,8 +12,9 @@ from lightning_dtda import Attribution, Ensemble, InfluenceFunctions, plan
 from lightning_dtda.cli import main
 from lightning_dtda.demo.diabetes import DiabetesData, DiabetesRegressor
 from lightning_dtda.errors import RecordingError, ReplayError
-from lightning_dtda.estimators import EKFAC
-from lightning_dtda.planning import planning
+from lightning_dtda.estimators import EKFAC, example_gradients
+from lightning_dtda.estimators.curvatures import factors
+from lightning_dtda.planning import planning, trials
 
 pytest.importorskip("sklearn")
 
@@ -177,6 +178,26 @@ def test_trials_take_as_many_combinations_of_outputs_as_all_examples(runs, monke
     )  # fmt: skip
     assert set(taken) == {3}  # 1,024 combinations over 353 examples, not over the few of a trial
     assert estimator.curvature.samples == "auto"
+
+
+def test_memory_grows_only_to_as_many_examples_as_are_held_at_once(runs, monkeypatch):
+    data = DiabetesData()
+    data.setup("fit")
+
+    def memory(examples):
+        found = plan(
+            DiabetesRegressor(width=4), data, queries=Subset(data.validation, [0]), ensemble=Ensemble.open(runs),
+            estimators=[InfluenceFunctions(EKFAC())], examples=examples, progress=False,
+        )  # fmt: skip
+        return found.estimators["InfluenceFunctions(EKFAC)"].memory
+
+    monkeypatch.setattr(trials, "_LONG_ENOUGH", 0.0)  # the first trial, of 64 examples, is the only one
+    unbounded = memory(1024) - memory(256)
+    monkeypatch.setattr(factors, "_ENOUGH_BYTES", 1)
+    monkeypatch.setattr(example_gradients, "_PAGES", 1)
+    bounded = memory(1024) - memory(256)
+    # what is left grows with all examples: an eighth of the memory is for columns of the root
+    assert bounded < unbounded / 2
 
 
 def test_other_data_than_those_of_the_runs_are_refused(runs):

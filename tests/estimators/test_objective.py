@@ -7,6 +7,7 @@ import torch
 from torch.func import functional_call
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.estimators.example_gradients import Chunk
 from lightning_dtda.estimators.layer_gradients import LayerGradients, OtherWayError
 from lightning_dtda.replay import Draws
 from tests.estimators.small_runs import Classifier, Regressor
@@ -97,7 +98,7 @@ def test_little_memory_means_few_examples_at_a_time(trained, vectors):
     assert len(list(chunked.gradients())) > len(list(whole.gradients())) == 1
     v = vectors(whole.size, 1)
     torch.testing.assert_close(chunked.slopes(v), whole.slopes(v), rtol=1e-12, atol=1e-14)
-    in_fives = run.objective(chunks={"Hessian products": 5, "Gauss-Newton products": 5})
+    in_fives = run.objective(chunks={"Hessian products": Chunk(5, 1), "Gauss-Newton products": Chunk(5, 1)})
     torch.testing.assert_close(in_fives.hessian_products(v), v @ run.hessian(), rtol=1e-10, atol=1e-12)
     products = in_fives.gauss_newton_products(v)
     torch.testing.assert_close(products, v @ run.gauss_newton(), rtol=1e-10, atol=1e-12)
