@@ -202,11 +202,27 @@ class Objective(ExampleGradients):
         """
         if columns is not None and (among is None or not len(columns)):
             among = columns
-        width = sum(self.layout.sizes[number] for number in self._containing(among)) + self.size // 4
-        per_example = 3 * self.outputs * max(width, 1) * self.theta.itemsize
-        chunk = min(LARGEST_CHUNK, max(1, int(self.memory / per_example)))
-        for indices in torch.arange(self.examples).split(chunk):
+        for indices in torch.arange(self.examples).split(self._rows_at_once(self.outputs, among)):
             yield self.root_rows(indices, columns, layers, among)
+
+    def squared_rows(self, indices: Tensor, roots: Tensor, columns: Tensor) -> Tensor:
+        """Return the sum of squares ``(n,)`` of some columns of the root of some examples.
+
+        Args:
+            indices: Indices of the examples.
+            roots: Roots of the Hessians of their losses by the outputs, or combinations of their columns ``(B, C, S)``.
+            columns: Indices of the parameters ``(n,)``.
+        """
+        total = self.theta.new_zeros(len(columns))
+        for some in torch.arange(len(indices)).split(self._rows_at_once(roots.shape[2], columns)):
+            total += self.root_rows(indices[some], columns, roots=roots[some]).rows.square_().sum(0)
+        return total
+
+    def _rows_at_once(self, rows: int, columns: Tensor | None) -> int:
+        """Return how many examples, each with a number of rows of the root, fit in the memory."""
+        width = sum(self.layout.sizes[number] for number in self._containing(columns)) + self.size // 4
+        per_example = 3 * rows * max(width, 1) * self.theta.itemsize
+        return min(LARGEST_CHUNK, max(1, int(self.memory / per_example)))
 
     def _containing(self, columns: Tensor | None) -> list[int]:
         """Return the numbers of the parameter tensors that contain some columns; of all if not given."""
@@ -221,9 +237,10 @@ class Objective(ExampleGradients):
         columns: Tensor | None = None,
         layers: Sequence[str] = (),
         among: Tensor | None = None,
+        roots: Tensor | None = None,
     ) -> RootRows:
-        """Return what :meth:`roots` yields, for the given examples."""
-        roots = self.loss_roots(indices)
+        """Return what :meth:`roots` yields, for the given examples; ``roots`` as in :meth:`squared_rows`."""
+        roots = self.loss_roots(indices) if roots is None else roots
         numbers = self._containing(columns if among is None else among)
 
         def rows(loss: Tensor, outputs: Outputs, parameters: list[Tensor], extra: list[Tensor]) -> list[Tensor]:

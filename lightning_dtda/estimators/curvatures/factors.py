@@ -242,11 +242,29 @@ class SampledRoot:
 
     def parts(self) -> Iterator[_Part]:
         """Iterate over batches of training examples, and over the columns of the root of each batch."""
-        size = self.objective.examples
-        if self.objective.has_root:  # otherwise batches have the size of those in training
-            size = self.objective.examples_at_once("Kronecker factors", self._trial, _ENOUGH_BYTES) // 2
-        for number, (indices, draw, factor) in enumerate(self.objective.parts(max(1, size))):
+        for number, (indices, draw, factor) in enumerate(self._batches()):
             yield from self._of_batch(indices, draw, factor, partial(self._columns, number))
+
+    def diagonal(self, columns: Tensor) -> Tensor:
+        """Return entries of the diagonal without the penalty ``(n,)``, from passes of single examples.
+
+        Args:
+            columns: Indices of the parameters.
+        """
+        total = columns.new_zeros(len(columns), dtype=self.objective.theta.dtype)
+        for number, (indices, draw, factor) in enumerate(self._batches()):
+            with self.objective.undifferentiated(indices, draw, nullcontext()) as (_, outputs):
+                found = list(self._columns(number, outputs, factor, len(indices)))
+            roots = torch.stack([torch.cat([part.reshape(len(indices), -1) for part in one], 1) for one in found], 2)
+            total += self.objective.squared_rows(indices, roots, columns)
+        return total / self.objective.examples
+
+    def _batches(self) -> Iterator[tuple[Tensor, int | None, float]]:
+        """Return the batches of all passes, which have the size of those in training if there is no root."""
+        size = self.objective.examples
+        if self.objective.has_root:
+            size = self.objective.examples_at_once("Kronecker factors", self._trial, _ENOUGH_BYTES) // 2
+        return self.objective.parts(max(1, size))
 
     def _trial(self, indices: Tensor) -> None:
         """Run a trial of the memory that examples take, including their gradients, one layer at a time."""

@@ -244,7 +244,10 @@ def _fitted(objective: Objective, root: SampledRoot | None, is_corrected: bool) 
         tensors = {f"{number}.{name}": one for number, of_layer in found.items() for name, one in of_layer.items()}
     columns = unknown.nonzero()[:, 0]
     if len(columns):
-        diagonal[columns] = gauss_newton_diagonal(objective, columns)
+        if root is not None and objective.has_root:
+            diagonal[columns] = root.diagonal(columns)
+        else:
+            diagonal[columns] = gauss_newton_diagonal(objective, columns)
     return {name: tensor.contiguous() for name, tensor in (tensors | {"diagonal": diagonal}).items()}
 
 

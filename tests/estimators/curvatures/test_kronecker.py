@@ -344,6 +344,24 @@ def test_samples_of_the_outputs_come_near_all_of_them(trained):
     assert sampled.mean_eigenvalue != exact.mean_eigenvalue
 
 
+def test_samples_of_the_outputs_serve_other_parameters_too(trained):
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.last = torch.nn.Parameter(torch.ones(4)), torch.nn.Linear(4, 3)
+
+        def forward(self, inputs):
+            return self.last(self.scale * inputs)
+
+    run = trained(Classifier(network=Scaled), examples=400)
+    where, v = places(run)["net.scale"], torch.ones(1, len(run.theta), dtype=torch.float64)
+    found = 1 / EKFAC(samples=1, rescale=False).fit(run.objective()).solve(v, 1e-3).vectors[0, where] - 1e-3
+    exact = run.gauss_newton().diagonal()[where]
+    # a mean over 400 squares, of which each varies by about 1.5 times the mean
+    torch.testing.assert_close(found, exact, rtol=0.25, atol=0)
+    assert not torch.equal(found, exact)
+
+
 @pytest.mark.slow
 def test_samples_of_many_outputs_come_near_the_matrix(trained):
     # 30 outputs of an example, more than are written out
