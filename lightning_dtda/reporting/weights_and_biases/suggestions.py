@@ -23,6 +23,9 @@ def log_suggestion_to_wandb(
 ) -> str:
     """Log suggested removals: one step for each number of removals, with its predicted effect and interval.
 
+    Effects are changes of the suggestion's quantity if the examples are removed; for a standard deviation, relative to
+    what it was.
+
     Args:
         suggestion: The suggestion.
         attribution: The attribution that it was made from; if it was loaded, its directory is the run's input.
