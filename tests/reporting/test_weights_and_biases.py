@@ -4,6 +4,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from lightning_dtda.attribution.gallery import Gallery, Shown
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import log_to_wandb
 from lightning_dtda.reporting.findings import find
-from lightning_dtda.reporting.weights_and_biases.summary_run import MOST_SETTINGS
+from lightning_dtda.reporting.weights_and_biases.summary_run import MOST_SETTINGS, use
 from lightning_dtda.trajectory import Ensemble, RunWriter
 from tests.reporting.attributions import GROUPS, QUERIES, make_attribution
 from tests.reporting.wandb_log import Logged
@@ -288,6 +289,12 @@ def test_the_lineage_goes_from_the_recorded_runs_to_the_attribution(attribution,
     assert (recording.type, found.type) == ("recording", "attribution")
     assert {entry.path for entry in recording.manifest.contents} == {f"{run.name}/manifest.json" for run in ensemble}
     assert {entry.path for entry in found.manifest.contents} == {path.name for path in saved.iterdir()}
+
+
+def test_an_online_run_takes_its_input_from_the_server():
+    used = []
+    use(SimpleNamespace(offline=False, disabled=False, use_artifact=used.append), "the artifact")
+    assert used == ["the artifact"]
 
 
 def test_an_attribution_that_was_loaded_is_logged_from_its_directory(saved, tmp_path):
