@@ -105,8 +105,9 @@ def test_a_suggestion_to_remove_nothing_is_logged(tmp_path):
     attribution.responses.zero_()
     suggestion = suggest_removals(attribution)
     logged = Logged(tmp_path, log_suggestion_to_wandb(suggestion, attribution))
-    assert logged.summary["verdict"].startswith("No removal helps")
-    assert logged.summary["removals"] == 0
+    assert logged.summary["verdict"] == suggestion.verdict
+    assert (logged.summary["removals"], logged.summary["examples_removed"]) == (0, 0)
+    assert "predicted_effect" not in logged.summary
 
 
 def test_directories_that_are_not_there_are_refused(attribution, truth, tmp_path):
