@@ -17,7 +17,7 @@ from lightning_dtda.compatibility import missing, replaced_recurrence, twice_dif
 from lightning_dtda.errors import CompatibilityError
 
 _PACKAGE = Path(lightning_dtda.__file__).parent
-_DOCUMENTED = {"_replace", "_fields", "_plot"}
+_DOCUMENTED = {"_replace", "_fields", "_asdict", "_plot"}
 """Names with an underscore that are documented: of named tuples, and of torchmetrics for metrics of one's own."""
 
 

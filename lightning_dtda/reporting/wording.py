@@ -82,7 +82,7 @@ def effect(difference: Difference, measurement: str, row: TopExample) -> str:
         >>> row = TopExample(1, 3, "3", 1, -12.3, 4.0, 0.1, -12.3, 0.0, -20.1, -4.5, 0.004, 0.03, True, 9.0, 40.0)
         >>> from lightning_dtda.statistics import Spread
         >>> effect(Spread(), "loss", row)
-        "Without it, the loss's standard deviation over runs falls (−12.3\xa0% [−20.1, −4.5])."
+        "Without it, the loss's standard deviation over runs falls (−12\xa0% [−20, −4])."
     """
     meaning = difference.meaning.format(measurement=measurement, removed="example").rstrip(",")
     size, low, high = supported(row.influence, row.interval_low, row.interval_high)
@@ -116,7 +116,7 @@ def as_trained(measurement: str, baseline: Tensor) -> AsTrained:
 
     Example:
         >>> as_trained("loss", torch.tensor([1.0, 2.0, 3.0])).sentence, as_trained("loss", torch.tensor([1.0])).sentence
-        ('loss 2.00 ± 1.00 over 3 runs', 'loss 1 in the single run')
+        ('loss 2.0 ± 1.0 over 3 runs', 'loss 1 in the single run')
     """
     values = baseline.double()
     if len(values) == 1:
