@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,7 +58,7 @@ class Ranked:
         words: What introduces it.
         outcome: What the tests say of all removals together.
         verdict: The same in sentences.
-        rows: The top examples, or groups.
+        rows: The top examples, or groups, and others that are listed.
         cards: The first of them, to be shown in full.
         no_interval: Why there are no intervals; empty if there are.
         planned: Whether numbers of retrainings are known.
@@ -135,6 +135,8 @@ def find(
     k: int = 10,
     differences: Sequence[str | Difference] | None = None,
     progress: bool = False,
+    listed: int | None = None,
+    watch: Callable[[int, Sequence[Tested]], None] | None = None,
 ) -> Findings:
     """Test every removal on every query, and put together what people need to know.
 
@@ -144,6 +146,9 @@ def find(
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
             spread and Wasserstein.
         progress: Whether to show a progress bar if it takes more than a few seconds.
+        listed: As for :func:`~lightning_dtda.reporting.rows.top_examples`.
+        watch: Function that is called with each query's position and its tests, before they are dropped: those of the
+            differences, then those of mean and spread if they are not among them.
 
     Raises:
         AttributionError: If ``k`` is less than one, a difference is unknown, or it needs more runs.
@@ -159,7 +164,9 @@ def find(
     ):
         for position, tests in enumerate(each_tested(trusted, asked)):
             one = trusted.select([position])
-            found = _on_query(one, position, tests[: len(chosen)], k)
+            found = _on_query(one, position, tests[: len(chosen)], k, listed)
+            if watch is not None:
+                watch(position, tests)
             queries.append(found)
             outcomes.append({each.difference.name: each.outcome for each in tests})
             outside += _leaves_range(one)
@@ -179,20 +186,20 @@ def find(
     )
 
 
-def _on_query(one: Attribution, position: int, tests: Sequence[Tested], k: int) -> QueryFindings:
+def _on_query(one: Attribution, position: int, tests: Sequence[Tested], k: int, listed: int | None) -> QueryFindings:
     name, number = one.gallery.query(one.queries[0]), one.queries[0]
     return QueryFindings(
         position,
         name.name or f"query {number}",
         name,
         wording.as_trained(one.measurement, one.baseline[:, 0]),
-        tuple(_ranked(one, each, k) for each in tests),
+        tuple(_ranked(one, each, k, listed) for each in tests),
     )
 
 
-def _ranked(one: Attribution, tests: Tested, k: int) -> Ranked:
+def _ranked(one: Attribution, tests: Tested, k: int, listed: int | None) -> Ranked:
     difference, runs = tests.difference, len(one.runs)
-    rows = top_examples(one, 0, difference, k, tests)
+    rows = top_examples(one, 0, difference, k, tests, listed)
     said = [verdict(one, tests.outcome), retraining_verdict(one, rows)]
     return Ranked(
         difference,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.predicting import share_outside
@@ -65,7 +66,12 @@ def significance_on(attribution: Attribution, query: int, difference: str | Diff
 
 
 def top_examples(
-    attribution: Attribution, query: int, difference: str | Difference, k: int, tests: Tested | None = None
+    attribution: Attribution,
+    query: int,
+    difference: str | Difference,
+    k: int,
+    tests: Tested | None = None,
+    listed: int | None = None,
 ) -> list[TopExample]:
     """Return the k examples, or groups, with the largest absolute influence on the query at a position.
 
@@ -75,6 +81,8 @@ def top_examples(
         difference: Difference to rank by.
         k: Number of examples or groups, at most :attr:`Attribution.most_listed`.
         tests: Result of :func:`significance_on`; ``None`` computes it.
+        listed: Number of rows in all. Beyond the k largest, significant ones come before larger ones that are not;
+            all are in the order of their size. ``None`` means k.
 
     Raises:
         AttributionError: If ``k`` is less than one.
@@ -85,8 +93,9 @@ def top_examples(
     tests = tested(selected, chosen) if tests is None else tests
     if not tests.possible and len(selected.runs) < chosen.least_runs:
         selected._difference(chosen)  # raises
-    order = tests.influence.abs().nan_to_num(-1).argsort(descending=True)[: min(k, selected.most_listed)]
-    shown = order.tolist()
+    order = tests.influence.abs().nan_to_num(-1).argsort(descending=True)[: selected.most_listed]
+    ranks = _ranks_listed(tests.significant[order], k, max(k, listed or 0))
+    shown = order[ranks].tolist()
     of_query, predicted = samples(selected, shown)
     unknown = torch.full((2, len(shown)), torch.nan)
     several = len(selected.runs) > 1
@@ -115,8 +124,15 @@ def top_examples(
             size=1 if members is None else len(members[position]),
             **dict(zip(columns, row, strict=True)),
         )
-        for rank, (position, row) in enumerate(zip(shown, zip(*figures, strict=True), strict=True), start=1)
+        for rank, position, row in zip((ranks + 1).tolist(), shown, zip(*figures, strict=True), strict=True)
     ]
+
+
+def _ranks_listed(significant: Tensor, k: int, listed: int) -> Tensor:
+    """Return the ranks, from 0, of the first k, and of others up to a number, the significant ones first."""
+    others = torch.arange(min(k, len(significant)), len(significant))
+    others = others[significant[others].logical_not().to(torch.uint8).argsort(stable=True)][: listed - k]
+    return torch.cat([torch.arange(min(k, len(significant))), others.sort().values])
 
 
 def _as_it_is(value: Any) -> Any:
