@@ -16,6 +16,7 @@ from lightning_dtda.text import printable
 from lightning_dtda.version import __version__
 
 if TYPE_CHECKING:
+    from lightning_dtda import plot
     from lightning_dtda.attribution import Attribution, attribute, export, suggest_removals
     from lightning_dtda.estimators import InfluenceFunctions, UnrolledDifferentiation
     from lightning_dtda.evaluation import check, evaluate
@@ -76,6 +77,7 @@ __all__ = [
     "evaluate",
     "export",
     "plan",
+    "plot",
     "record",
     "report",
     "retrain",
@@ -85,6 +87,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # on first use: importing lightning takes seconds, which --help and reading an error should not cost
+    if name == "plot":
+        return importlib.import_module("lightning_dtda.plot")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

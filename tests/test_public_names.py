@@ -13,6 +13,7 @@ NOUNS = {
     "TrajectoryRecorder",
     "UnrolledDifferentiation",
     "__version__",
+    "plot",
 }
 
 
