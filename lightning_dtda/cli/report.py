@@ -17,15 +17,21 @@ def run(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
     parser.add_argument("--output", type=str, default="report.html", help="File to write.")
-    parser.add_argument("--k", type=int, default=10, help="Number of examples to show for each query and difference.")
+    parser.add_argument(
+        "--k", type=int, default=10, help="Least number of examples to list for each query and difference."
+    )
+    parser.add_argument(
+        "--truth", type=str | None, default=None, help="Directory of a ground truth to show the predictions beside."
+    )
     add_differences(parser)
     add_wandb(parser)
     options = parser.parse_args(list(arguments))
     # imported here to keep --help fast
-    from lightning_dtda import Attribution, report
+    from lightning_dtda import Attribution, GroundTruth, report
 
     attribution = Attribution.load(options.attribution)
-    path = report(attribution, options.output, k=options.k, differences=options.differences)
+    truth = None if options.truth is None else GroundTruth.load(options.truth)
+    path = report(attribution, options.output, k=options.k, differences=options.differences, truth=truth)
     say(f"The report is {path}; open it in a browser.")
     if options.wandb:
         from lightning_dtda.reporting import log_to_wandb

@@ -50,7 +50,7 @@ def influence_figure(attribution: Attribution, query: int, most_points: int = MO
     what = noun(attribution)
     several = len(selected.runs) > 1
     points = _points(selected)
-    drawn, removals = _drawn(points, most_points), len(points.shift)
+    drawn, removals = points_to_draw(points.shift, points.change, most_points), len(points.shift)
     thinned = f" ({len(drawn)} of {removals} {what}s)" if len(drawn) < removals else ""
     change = f"change of the {measurement}'s standard deviation<br>if removed (SD Y / SD X {MINUS} 1, in %)"
     lines = f"; lines: {100 * LEVEL:g} % intervals" if several else ""
@@ -298,12 +298,18 @@ def _points(selected: Attribution) -> _Points:
     return _Points(shift, shift_ends, in_percent[0], in_percent[1:])
 
 
-def _drawn(points: _Points, most_points: int) -> np.ndarray:
-    """Return the removals to draw: those with the largest influences, and an evenly spaced choice of the rest."""
-    removals = np.arange(len(points.shift))
+def points_to_draw(shift: np.ndarray, change: np.ndarray, most_points: int) -> np.ndarray:
+    """Return the removals to draw: those with the largest influences, and an evenly spaced choice of the rest.
+
+    Args:
+        shift: Mean influences ``(removals,)``.
+        change: Spread influences ``(removals,)``.
+        most_points: Maximum number of removals.
+    """
+    removals = np.arange(len(shift))
     if len(removals) <= most_points:
         return removals
-    notable = np.union1d(_largest(points.shift, most_points // 4), _largest(points.change, most_points // 4))
+    notable = np.union1d(_largest(shift, most_points // 4), _largest(change, most_points // 4))
     rest = np.setdiff1d(removals, notable)
     even = np.linspace(0, len(rest) - 1, most_points - len(notable)).astype(int)
     return np.union1d(notable, rest[even])

@@ -3,109 +3,115 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.filling import Show, gallery_of
+from lightning_dtda.attribution.suggesting import Suggestion
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
-from lightning_dtda.reporting.certainty import FDR, LEVEL, NEGLIGIBLE, PLANNING, POWER, Tested
-from lightning_dtda.reporting.facts import about_in_brief, most_interesting, without_repeated_warnings
+from lightning_dtda.reporting.against_retraining import retrained, suggested
+from lightning_dtda.reporting.certainty import FDR, NEGLIGIBLE, PLANNING, POWER
+from lightning_dtda.reporting.facts import about_in_brief
 from lightning_dtda.reporting.figure_style import TEMPLATE
-from lightning_dtda.reporting.figures import (
-    adjoint_figure,
-    baseline_figure,
-    influence_figure,
-    removal_figure,
-    top_figure,
-)
-from lightning_dtda.reporting.formatting import capital, common_exponent, counts, number, p_value, unit
-from lightning_dtda.reporting.rows import TopExample, significance_on, top_examples
-from lightning_dtda.reporting.verdicts import retraining_verdict, verdict, verdict_on_all
+from lightning_dtda.reporting.findings import MOST_MEMBERS, Findings, find
+from lightning_dtda.reporting.formatting import capital
+from lightning_dtda.reporting.page_data import Overview, content, packed, rows_listed
+from lightning_dtda.retraining.ground_truth import GroundTruth
 from lightning_dtda.statistics.differences import Difference, resolve_difference
-from lightning_dtda.statistics.power import can_be_planned
 from lightning_dtda.trajectory.storage import replace_file
 from lightning_dtda.version import __version__
 
-MOST_QUERIES = 50
-"""Maximum number of queries in a report: with the points below and ten examples per table, at most about 12 MB."""
-
-MOST_POINTS = 100_000
-"""Maximum number of points in all figures of mean against spread influence together, about 50 bytes each."""
-
-
-@dataclass(frozen=True)
-class _Table:
-    """The top examples, or groups, by one difference, and what its tests say."""
-
-    key: str
-    difference: Difference
-    words: wording.Wording
-    tests: Tested
-    rows: list[TopExample]
-    verdicts: list[str]
-    no_interval: str
-    planned: bool
-
-
-@dataclass(frozen=True)
-class _Query:
-    """What the page shows for one query: tables, and the JSON of the figures by name."""
-
-    position: int
-    name: int
-    tables: list[_Table]
-    figures: Markup
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from torch.utils.data import DataLoader, Dataset
 
 
 def report(
-    attribution: Attribution, output: str | Path, k: int = 10, differences: Sequence[str | Difference] | None = None
+    attribution: Attribution,
+    output: str | Path,
+    k: int = 10,
+    differences: Sequence[str | Difference] | None = None,
+    truth: GroundTruth | None = None,
+    suggestion: Suggestion | None = None,
+    data: LightningDataModule | LightningModule | DataLoader[Any] | Dataset[Any] | None = None,
+    queries: DataLoader[Any] | Dataset[Any] | None = None,
+    show: str | Show | None = None,
+    progress: bool = True,
 ) -> Path:
     """Write a report on an attribution as one self-contained HTML file.
 
-    It states how many influences are significant and, if none is, how many more runs it would take. For each query and
-    difference it has a table of the top examples, or groups, with intervals over seeds, and interactive figures. It
-    opens without a network: plotly.js is included. If there are more than :data:`MOST_QUERIES` queries, it shows those
-    on which a single removal changes the spread most, and says so.
+    Its first screen says whether the attribution can be used, shows a query with the examples that matter most to it
+    and what happens without them, and what to do now, with commands to copy. All queries and examples are reached by
+    tables that can be searched, sorted and downloaded. It opens without a network.
+
+    Of each query and difference, at least the k examples, or groups, with the largest influences are listed, and up to
+    :data:`~lightning_dtda.reporting.page_data.MOST_NUMBERS` figures in all: of small attributions, everything.
 
     Args:
         attribution: The attribution.
         output: File to write; its folder is created if it does not exist.
-        k: Number of examples, or groups, in each table.
+        k: Number of examples, or groups, that are listed at least.
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
             spread and Wasserstein. Differences without a test of their own, such as quantiles, are tested by 2,000
             random exchanges of X and Y: about a second per query for 20 runs and 1000 examples.
+        truth: Ground truth to show predictions beside, for the same queries and measurement.
+        suggestion: Removals that were suggested, to show, with what retraining says of them if the truth has their set.
+        data: Training data, as for :func:`~lightning_dtda.attribute`, to show its examples where the attribution's own
+            gallery does not, or by another function.
+        queries: Data set or loader of the queries, to show them.
+        show: Function that shows an item, as for :func:`~lightning_dtda.attribute`.
+        progress: Whether to show a progress bar if it takes more than a few seconds.
 
     Returns:
         The path of the file.
 
     Raises:
-        AttributionError: If ``k`` is less than one, a difference is unknown or needs more runs, or the file cannot be
-            written.
+        AttributionError: If ``k`` is less than one, a difference is unknown or needs more runs, truth, data or queries
+            do not match, or the file cannot be written.
+        RetrainingError: If no part of the truth is complete.
 
     Example:
         >>> import tempfile, torch
         >>> attribution = Attribution(torch.randn(9, 2), torch.randn(9, 2, 30), tuple("abcdefghi"), (0, 1))
-        >>> report(attribution, Path(tempfile.mkdtemp()) / "report.html").name
+        >>> report(attribution, Path(tempfile.mkdtemp()) / "report.html", progress=False).name
         'report.html'
     """
+    if show is not None and data is None and queries is None:
+        raise AttributionError("show needs data or queries to show. Give data=, queries=, or both.")
+    if data is not None or queries is not None:
+        attribution = replace(attribution, gallery=gallery_of(attribution, data, queries, show))
     output, trusted = Path(output), attribution.trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
+    # first, as it may refuse the truth
+    compared = None if truth is None else retrained(trusted, truth, chosen)
+    overview = Overview(len(chosen), len(attribution.queries))
+    findings = find(attribution, k, chosen, progress, rows_listed(trusted, len(chosen), k), overview)
+    drawn = content(findings, overview)
+    drawn["retrained"] = None if compared is None else asdict(compared)
+    said = [] if suggestion is None else suggested(suggestion, truth)
+    drawn["suggestion"] = [] if suggestion is None else _suggested_cards(attribution, suggestion)
     environment = Environment(
         loader=PackageLoader("lightning_dtda.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(
-        capital=capital, number=number, unit=unit, p_value=p_value, counts=counts, exponent=_exponent
+    environment.filters.update(capital=capital, first_sentence=_first_sentence)
+    page = environment.get_template("report.html.jinja").render(
+        **_static(findings, trusted),
+        file=_file,
+        template=_script_safe(json.dumps(TEMPLATE.to_plotly_json())),
+        data=packed(drawn),
+        queries_shown=len(drawn["queries"]),
+        has_adjoints=bool(drawn["adjoints"]),
+        retrained=compared,
+        suggestion={"said": said} if suggestion is not None else None,
     )
-    with without_repeated_warnings():
-        page = environment.get_template("report.html.jinja").render(_content(attribution, trusted, k, chosen))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(output, page.encode())
@@ -116,84 +122,55 @@ def report(
     return output
 
 
-def _content(
-    everything: Attribution, attribution: Attribution, k: int, differences: list[Difference]
-) -> dict[str, Any]:
-    """Return what the page shows: the question for all runs, the results for the trusted ones."""
-    shown = most_interesting(attribution, MOST_QUERIES)
-    queries = [_query(attribution, position, k, MOST_POINTS // len(shown), differences) for position in shown]
-    of_differences = zip(*([table.tests.outcome for table in query.tables] for query in queries), strict=True)
+def _static(findings: Findings, trusted: Attribution) -> dict[str, Any]:
+    """Return what the page says without JavaScript: what was asked of all runs, found with the trusted ones."""
     return {
-        "question": wording.question(everything),
-        "answer": wording.answer(everything),
-        "estimator": wording.estimator(everything),
-        "drift": wording.drift(everything),
-        "diagnosis": wording.diagnosis(attribution),
-        "cautions": wording.cautions(everything),
-        "reliability": wording.reliability(attribution),
-        "attribution": attribution,
-        "removals": attribution.responses.shape[2],
-        "noun": wording.noun(attribution),
-        "out_of_range": wording.OUT_OF_RANGE,
-        "a_noun": "an example" if attribution.removals is None else "a group",
-        "about": json.dumps(about_in_brief(attribution), indent=2, default=str),
-        "k": k,
+        "findings": findings,
+        "runs": trusted.runs,
+        "estimator": wording.estimator(findings.attribution),
+        "drift": wording.drift(findings.attribution),
+        "diagnosis": wording.diagnosis(trusted),
+        "reliability": wording.reliability(trusted),
+        "removals": f"{trusted.responses.shape[2]:,}",
+        "noun": wording.noun(trusted),
+        "a_noun": "an example" if trusted.removals is None else "a group",
+        "about": json.dumps(about_in_brief(trusted), indent=2, default=str),
         "fdr": f"{100 * FDR:g} %",
         "power": f"{100 * POWER:g} %",
-        "level": f"{100 * LEVEL:g} %",
         "planning": f"{100 * PLANNING:g} %",
         "negligible": f"{100 * NEGLIGIBLE:g} %",
-        "verdicts": [verdict_on_all(attribution, tests) for tests in of_differences],
-        "queries": queries,
-        "has_adjoints": any(attribution.about.get("adjoint_norms", {}).values()),
-        "overview": _embedded({"baseline": baseline_figure(attribution, shown), "adjoint": adjoint_figure(everything)}),
-        "template": _script_safe(json.dumps(TEMPLATE.to_plotly_json())),
-        "plotly": Markup(get_plotlyjs()),
+        "by_chance": f"{round(trusted.responses.shape[2] * 0.05):,}",
         "version": __version__,
     }
 
 
-def _query(attribution: Attribution, position: int, k: int, most_points: int, differences: list[Difference]) -> _Query:
-    tables = [_table(attribution, position, k, number, difference) for number, difference in enumerate(differences)]
-    figures = {"influence": influence_figure(attribution, position, most_points)}
-    for table in tables:
-        figures[f"top-{table.key}"] = top_figure(attribution, position, table.difference, k, table.rows)
-        for row in table.rows:
-            figures[f"without-{row.position}"] = removal_figure(attribution, position, [row.position])
-    return _Query(position, attribution.queries[position], tables, _embedded(figures))
+def _suggested_cards(attribution: Attribution, suggestion: Suggestion) -> list[dict[str, Any]]:
+    """Return the suggested removals to show: their names, and the training examples that each adds to the set."""
+    before: tuple[int, ...] = ()
+    cards = []
+    number = suggestion.best or len(suggestion.removals)
+    for step, (name, removed) in enumerate(zip(suggestion.removals[:number], suggestion.sets, strict=False), start=1):
+        added = [index for index in removed if index not in before]
+        cards.append(
+            {
+                "name": f"{wording.noun(attribution)} {name}",
+                "examples": added[:MOST_MEMBERS],
+                "effect": f"After {step}: {suggestion.quantity} {suggestion.effect(step)}.",
+            }
+        )
+        before = removed
+    return cards
 
 
-def _table(attribution: Attribution, position: int, k: int, number: int, difference: Difference) -> _Table:
-    tests = significance_on(attribution, position, difference)
-    rows = top_examples(attribution, position, difference, k, tests)
-    verdicts = [verdict(attribution, tests.outcome), retraining_verdict(attribution, rows)]
-    words = wording.describe(difference, attribution.measurement, wording.noun(attribution))
-    # a key by number: a name may have any characters, and two settings of a class may share it
-    no_interval = difference.no_interval(len(attribution.runs))
-    said = [text for text in verdicts if text]
-    return _Table(
-        f"difference-{number}",
-        difference,
-        words,
-        tests,
-        rows,
-        said,
-        no_interval,
-        can_be_planned(difference, len(attribution.runs)),
-    )
+def _first_sentence(text: str) -> tuple[str, str]:
+    """Return a text's first sentence, and the rest."""
+    first, stop, rest = text.partition(". ")
+    return first + stop.strip(), rest
 
 
-def _exponent(rows: list[TopExample], *fields: str) -> int:
-    """Return the common power of ten of the columns of these fields."""
-    return common_exponent(getattr(row, field) for row in rows for field in fields)
-
-
-def _embedded(figures: dict[str, go.Figure]) -> Markup:
-    """Return figures as JSON for a script element; the page adds the template that they share."""
-    parts: Iterable[str] = (
-        f"{json.dumps(name)}: {figure.update_layout(template=None).to_json()}" for name, figure in figures.items()
-    )
-    return _script_safe("{" + ",\n".join(parts) + "}")
+def _file(name: str) -> Markup:
+    """Return a file of this package, as it is."""
+    return Markup((files("lightning_dtda.reporting") / name).read_text(encoding="utf-8"))
 
 
 def _script_safe(text: str) -> Markup:

@@ -1,10 +1,8 @@
 """One attribution, shown everywhere: the numbers are the same, and so is their sign."""
 
-import html
 import io
 import json
 import math
-import re
 from itertools import product
 
 import pytest
@@ -17,6 +15,7 @@ from lightning_dtda.reporting.figures import influence_figure, top_figure
 from lightning_dtda.reporting.formatting import common_exponent, number
 from lightning_dtda.statistics import DIFFERENCES, Difference, SlicedWasserstein, resolve_difference
 from tests.reporting.attributions import QUERIES
+from tests.reporting.page import data_of, rows_of
 from tests.reporting.wandb_log import Logged
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -56,7 +55,7 @@ def change(attribution, difference, query, example):
 
 def test_the_change_by_removal_is_the_same_number_everywhere(attribution, saved, tmp_path):
     text, (rows, _) = printed(attribution), logged(attribution, saved, tmp_path)
-    page = report(attribution, tmp_path / "report.html", k=K).read_text()
+    data = data_of(report(attribution, tmp_path / "report.html", k=K))
     frame = attribution.to_dataframe().set_index(["query", "example"])
     for query, difference in product(range(len(QUERIES)), ("mean", "spread")):
         top = attribution.top(K, difference, query=query)
@@ -71,9 +70,8 @@ def test_the_change_by_removal_is_the_same_number_everywhere(attribution, saved,
         assert frame[f"{difference}_influence"][QUERIES[query], example] == close
         [row] = [r for r in rows if (r["query"], r["difference"], r["rank"]) == (QUERIES[query], difference, 1)]
         assert (row["example"], row["influence"], row[f"{difference}_influence"]) == (example, close_shown, close_shown)
-        [article] = re.findall(rf'<article class="figures" data-query="{query}".*?</article>', page, re.DOTALL)
-        [table] = re.findall(rf'data-difference="difference-{difference == "spread":d}".*?</table>', article, re.DOTALL)
-        assert float(re.search(r'title="(\S+) ± ', table)[1]) == close_shown
+        shown_on_page = rows_of(data, query, difference == "spread")[0]
+        assert (shown_on_page["position"], shown_on_page["influence"]) == (example, close_shown)
         ends = attribution.interval(difference)[:, query, top["example"].tolist()].flatten().tolist()
         scale = common_exponent(map(DIFFERENCES[difference].shown, [*top["influence"], *ends]))
         assert f"{number(shown, scale)} [" in text
@@ -103,16 +101,17 @@ def test_a_new_difference_is_one_class_and_is_shown_everywhere(attribution, save
     assert "significant/range" in found.summary
 
     main(["report", "--attribution", str(saved), "--output", str(tmp_path / "new.html"), "--differences", path, "mean"])
-    page = html.unescape((tmp_path / "new.html").read_text())
-    for words in (
-        f"Range influence, <i>range Y less range X</i>: {head} on this query if the example is removed;",
-        "in the loss's unit.",
-        f"Which examples make the largest {head}?",
-        "Positive: removing the example raises it.",
-        f'title="{largest} ± ',
-        ">Mean influence</button>",
-    ):
-        assert words in page
+    new, mean = data_of(tmp_path / "new.html")["differences"]
+    assert (new["title"], new["formula"], mean["title"]) == (
+        "range influence",
+        "range Y less range X",
+        "mean influence",
+    )
+    assert new["meaning"] == f"{head} on this query if the example is removed"
+    assert new["unit"] == "the loss's unit"
+    assert new["question"] == f"Which examples make the largest {head}?"
+    assert new["reading"].startswith("Positive: removing the example raises it.")
+    assert rows_of(data_of(tmp_path / "new.html"), 0, 0)[0]["influence"] == pytest.approx(largest, rel=5e-6)
 
 
 def test_a_class_that_does_not_say_what_it_is_is_refused():

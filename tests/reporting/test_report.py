@@ -1,217 +1,142 @@
-"""The report as a file, and in a real browser."""
+"""The report as a file: what it says, and the numbers that its tables and figures are drawn from."""
 
-import html
-import importlib
-import json
+import base64
+import math
 import re
-import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from selenium import webdriver
-from selenium.webdriver.support.ui import Select, WebDriverWait
+import torch
+from torch.utils.data import TensorDataset
 
-from lightning_dtda.reporting import report
-from lightning_dtda.reporting.formatting import common_exponent, count, counts, number, p_value
+from lightning_dtda import suggest_removals
+from lightning_dtda.attribution.gallery import Gallery, Shown
+from lightning_dtda.cli import main
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.evaluation import evaluate
+from lightning_dtda.reporting import page_data, report
+from lightning_dtda.reporting.formatting import count, counts
 from lightning_dtda.statistics import Mean, Quantile
-from tests.reporting.attributions import QUERIES, make_attribution
+from tests.reporting.attributions import (
+    EXAMPLES,
+    GROUPS,
+    PNG,
+    QUERIES,
+    make_attribution,
+    many,
+    suggestible,
+    truth_of,
+)
+from tests.reporting.page import data_of, rows_of, text_of
 
-_WIDTH = "return document.documentElement.scrollWidth"
-_TABLE = "article:not([hidden]) .difference:not([hidden]) table"
 DIFFERENCES = ("mean", "spread", "wasserstein")
+_SIX_DIGITS = 5.1e-6  # half a unit of the last of the digits in the file
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("needs Chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--window-size=1280,2000",
-        f"--user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    # the driver's own path: selenium would look for one on the network
-    with webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)) as session:
-        yield session
+def test_tables_hold_influence_interval_and_significance_of_every_example(attribution, tmp_path):
+    data = data_of(report(attribution, tmp_path / "report.html"))
+    for position, (number, difference) in [(p, d) for p in range(3) for d in enumerate(DIFFERENCES)]:
+        rows = rows_of(data, position, number)
+        assert sorted(row["position"] for row in rows) == list(range(EXAMPLES))
+        examples = [row["position"] for row in rows]
+        influence, ends = attribution.influence(difference)[position], attribution.interval(difference)[:, position]
+        if difference == "spread":
+            influence, ends = 100 * influence.expm1(), 100 * ends.expm1()
+        columns = {"influence": influence, "low": ends[0], "high": ends[1]}
+        columns["p"] = attribution.p_values(difference)[position]
+        columns["significant"] = attribution.significant(difference)[position].double()
+        for name, expected in columns.items():
+            found = [math.nan if row[name] is None else row[name] for row in rows]
+            np.testing.assert_allclose(found, expected[examples], rtol=_SIX_DIGITS, atol=1e-12)
+        sizes = [abs(row["influence"]) for row in rows]
+        assert sizes == sorted(sizes, reverse=True)
+        assert [row["rank"] for row in rows] == list(range(1, EXAMPLES + 1))
 
 
-@pytest.fixture
-def page(browser, attribution, tmp_path):
-    return _open(browser, report(attribution, tmp_path / "report.html", k=5))
+def test_the_runs_without_an_example_are_those_of_predict(attribution, tmp_path):
+    query = data_of(report(attribution, tmp_path / "report.html"))["queries"][1]
+    for example, changes in zip(query["listed"], query["changes"], strict=True):
+        expected = attribution.predict([example])[:, 1] - attribution.baseline[:, 1]
+        # four digits, where a pixel has fewer; float32 samples
+        np.testing.assert_allclose(changes, expected, rtol=1e-3, atol=1e-6)
 
 
-def _open(browser, path):
-    browser.get_log("browser"), browser.get_log("performance")  # reading a log empties it
-    browser.get(path.as_uri())
-    WebDriverWait(browser, 30).until(lambda page: len(_figures(page)) == 5)
-    return browser
+def test_the_overview_counts_queries_and_finds_the_largest_influence(attribution, tmp_path):
+    across = data_of(report(attribution, tmp_path / "report.html"))["across"]
+    for number, difference in enumerate(DIFFERENCES):
+        influence = attribution.influence(difference)
+        largest, where = influence.abs().max(0)
+        assert across[number]["count"] == attribution.significant(difference).sum(0).tolist()
+        signed = influence[where, torch.arange(EXAMPLES)]
+        signed = 100 * signed.expm1() if difference == "spread" else signed
+        np.testing.assert_allclose(across[number]["largest"], signed, rtol=5.1e-4, atol=1e-9)
+        somewhere = largest > 0
+        assert torch.tensor(across[number]["where"])[somewhere].tolist() == where[somewhere].tolist()
 
 
-def _figures(page):
-    return page.find_elements("css selector", ".js-plotly-plot svg.main-svg:first-of-type")
+def test_if_not_all_fit_the_largest_and_the_significant_are_listed(attribution, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_data, "MOST_NUMBERS", 0)
+    data = data_of(report(attribution, tmp_path / "report.html", k=4))
+    for position, (number, difference) in [(p, d) for p in range(3) for d in enumerate(DIFFERENCES)]:
+        expected = attribution.top(4, difference, query=position).example.tolist()
+        assert [row["position"] for row in rows_of(data, position, number)] == expected
+    # the one significant example is the last but one by size: it comes before larger ones that are not
+    weak = make_attribution()
+    weak.responses[..., 11] = 2e-4 + 1e-6 * torch.randn(12, 3, generator=torch.Generator().manual_seed(0))
+    weak.responses[..., 23] = 0.0
+    monkeypatch.setattr(page_data, "MOST_NUMBERS", 3 * 25 * 6)
+    rows = rows_of(data_of(report(weak, tmp_path / "report.html", k=2, differences=["mean"])), 0, 0)
+    order = weak.influence("mean")[0].abs().argsort(descending=True).tolist()
+    assert len(rows) == 6
+    assert 11 in [row["position"] for row in rows]
+    assert order.index(11) > 5, "it would not have been listed by its size"
+    assert [row["rank"] for row in rows] == [1 + order.index(row["position"]) for row in rows]
 
 
-def _key(difference):
-    return f"difference-{DIFFERENCES.index(difference)}"
+def test_of_too_many_queries_the_page_says_which_are_shown(attribution, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_data, "MOST_QUERIES", 2)
+    path = report(attribution, tmp_path / "report.html")
+    assert "2 of 3 queries are on this page" in text_of(path)
+    # of the mean, one example is significant on each query; of the spread, on the last two
+    assert [query["id"] for query in data_of(path)["queries"]] == list(QUERIES[1:])
 
 
-def _choose(page, query=None, difference=None):
-    if query is not None:
-        Select(page.find_element("id", "query")).select_by_visible_text(str(query))
-    if difference is not None:
-        page.find_element("css selector", f"button[data-difference={_key(difference)}]").click()
-
-
-def _visible_rows(page):
-    rows = page.find_elements("css selector", f"{_TABLE} tbody tr")
-    return [[cell.text for cell in row.find_elements("css selector", "td")] for row in rows]
-
-
-def _expected_rows(attribution, position, difference, k=5):
-    top = attribution.top(k, difference, query=position)
-    low, high = attribution.interval(difference)[:, position, top.example.tolist()]
-    top["spread_influence"] = 100 * np.expm1(top["spread_influence"])
-    if difference == "spread":
-        top["influence"], low, high = top["spread_influence"], 100 * low.expm1(), 100 * high.expm1()
-    exponents = {column: common_exponent(top[column]) for column in ("mean_influence", "spread_influence")}
-    exponent = common_exponent([*top.influence, *low.tolist()])
-    p = attribution.p_values(difference)[position]
-    least, _, most = (each[position] for each in attribution.retrainings_needed(difference=difference))
-    rows = []
-    for at, row in enumerate(top.itertuples()):
-        cells = [str(row.rank), str(row.example), number(row.influence, exponent)]
-        cells += [f"{number(float(low[at]), exponent)} to {number(float(high[at]), exponent)}"]
-        cells += [p_value(float(p[row.example]))]
-        cells += [counts(float(least[row.example]), float(most[row.example]))]
-        # what the influence is already is not said again
-        if difference != "mean":
-            cells += [number(row.mean_influence, exponents["mean_influence"])]
-        if difference != "spread":
-            cells += [number(row.spread_influence, exponents["spread_influence"])]
-        rows.append(cells)
-    return rows
-
-
-@pytest.mark.browser
-def test_the_tables_show_the_top_examples_of_the_chosen_query_and_difference(page, attribution):
-    for position, query in enumerate(QUERIES):
-        for difference in DIFFERENCES:
-            _choose(page, query, difference)
-            assert _visible_rows(page) == _expected_rows(attribution, position, difference)
-
-
-@pytest.mark.browser
-def test_the_page_makes_no_request_and_logs_no_error(page):
-    for query in QUERIES:
-        _choose(page, query, "wasserstein")
-    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
-    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert [url for url in urls if not url.startswith(("file:", "data:", "blob:"))] == []
-    assert page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)") == []
-
-
-@pytest.mark.browser
-def test_choosing_an_example_shows_the_runs_without_it(page, attribution):
-    _choose(page, QUERIES[1], "spread")
-    example = attribution.top(5, "spread", query=1).example[2]
-    page.find_element("css selector", f"{_TABLE} tr[data-example='{example}'] button").click()
-    shown = page.execute_script(
-        "const slot = document.querySelector('article:not([hidden]) .removal');"
-        "return slot.calcdata.slice(0, 2).flat().map(point => point.y).filter(Number.isFinite)"
-    )
-    expected = [*attribution.baseline[:, 1].tolist(), *attribution.predict([example])[:, 1].tolist()]
-    assert sorted(shown) == pytest.approx(sorted(expected))
-
-
-@pytest.mark.browser
-def test_previous_and_next_walk_through_the_queries(page):
-    def chosen():
-        return page.execute_script("return document.getElementById('query').selectedOptions[0].text")
-
-    previous, following = page.find_element("id", "previous"), page.find_element("id", "next")
-    assert not previous.is_enabled()
-    following.click(), following.click()
-    assert chosen() == str(QUERIES[2])
-    assert not following.is_enabled()
-    previous.click()
-    assert chosen() == str(QUERIES[1])
-
-
-@pytest.mark.browser
-def test_a_click_on_a_baseline_goes_to_its_query(page):
-    page.execute_script("document.getElementById('baseline').emit('plotly_click', {points: [{data: {meta: 2}}]})")
-    assert page.find_element("css selector", "article:not([hidden])").get_attribute("data-query") == "2"
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [400, 1280])
-def test_the_page_is_never_wider_than_the_screen(page, width):
-    page.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-    )
-    # figures follow the window a moment later
-    WebDriverWait(page, 10).until(lambda page: page.execute_script(_WIDTH) <= width)
-    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-@pytest.mark.browser
-def test_names_are_shown_as_text_wherever_they_appear(browser, tmp_path):
-    name = "<b>m</b></script><script>document.title = 'taken over'</script>"
-    page = _open(browser, report(make_attribution(measurement=name, ensemble=name), tmp_path / "report.html"))
-    assert name in page.find_element("css selector", "h1").text
-    assert "taken over" in page.title
-    assert page.title.startswith("How does the <b>m</b>")
-    axis = page.find_element("css selector", "#baseline .ytitle")
-    assert axis.text == f"{name} on the query"
-
-
-def test_what_is_not_significant_is_muted_and_the_page_says_so(attribution, tmp_path):
-    page = report(attribution, tmp_path / "report.html", k=40).read_text()
-    rows = re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)
-    muted = [bool(unclear) for _, unclear in rows]
-    significant = {difference: attribution.significant(difference) for difference in DIFFERENCES}
-    expected = [
-        not significant[difference][position, example]
-        for position in range(len(QUERIES))
-        for difference in DIFFERENCES
-        for example in attribution.top(40, difference, query=position).example
+def test_the_page_says_first_whether_it_can_be_used_and_what_to_do(attribution, tmp_path):
+    text = text_of(report(attribution, tmp_path / "deep" / "report.html"))
+    parts = [
+        "How does the loss on 3 queries change",
+        "<strong>",
+        "One query",
+        ">Next<",
+        "How to read this",
+        "Diagnostics",
     ]
-    assert muted == expected
-    assert True in muted
-    assert False in muted
-    assert "Grey: not significant among 40 examples (false discovery rate 5 %)" in page
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    for words in (
+        "if one of 40 training examples is removed?",
+        "Verify: retrain without example",
+        "giving it weight zero: batch order, batch size and the",
+        "UnrolledDifferentiation (precision=float64)",
+        "parameters 1.2e-06, gradients 2e-06",
+        "change of the mean loss if removed",
+    ):
+        assert words in " ".join(text.split())
+    assert "Caution" not in text
 
 
-def test_the_page_says_first_whether_influences_are_more_than_seed_noise(attribution, tmp_path):
-    page = html.unescape(report(attribution, tmp_path / "report.html").read_text()).replace("\xa0", " ")
-    found = page[page.index("Is it more than seed noise?") : page.index("How to read this")]
-    numbers = {difference: attribution.significant(difference).sum(1).tolist() for difference in DIFFERENCES}
-    assert set(numbers["mean"]) == {1}
-    assert "On 3 of 3 queries, 1 of 40 examples has a significant mean influence (12 runs, " in found
-    assert numbers["spread"] == [0, 1, 1]
-    assert "On 2 of 3 queries, 1 of 40 examples has a significant spread influence (12 runs, " in found
+def test_sentences_say_how_many_are_significant(attribution, tmp_path):
+    path = report(attribution, tmp_path / "report.html")
+    text, data = text_of(path), data_of(path)
+    assert attribution.significant("mean").sum(1).tolist() == [1, 1, 1]
+    assert "On 3 of 3 queries, 1 of 40 examples has a significant mean influence (12 runs, " in text
+    assert attribution.significant("spread").sum(1).tolist() == [0, 1, 1]
+    assert "On 2 of 3 queries, 1 of 40 examples has a significant spread influence (12 runs, " in text
     low, _, high = (each[:, 11].tolist() for each in attribution.retrainings_needed(difference="mean"))
-    for ends in zip(low, high, strict=True):
-        assert f"To confirm example 11: retrain {counts(*ends)} times without it, and the same number of times" in page
-
-
-def test_where_there_is_no_interval_the_page_says_why_and_what_to_use(attribution, tmp_path):
-    page = html.unescape(report(attribution, tmp_path / "report.html", differences=["variance"]).read_text())
-    assert "interval <i>over seeds</i>" not in page
-    assert "No interval is shown: no method holds its level with few runs. Use the spread influence" in page
+    for query, *ends in zip(data["queries"], low, high, strict=True):
+        expected = f"To confirm example 11: retrain {counts(*ends)} times without it, and the same number of times"
+        assert expected in query["ranked"][0]["verdict"]
 
 
 def test_if_nothing_is_significant_the_page_says_how_many_runs_it_would_take(tmp_path):
@@ -219,20 +144,21 @@ def test_if_nothing_is_significant_the_page_says_how_many_runs_it_would_take(tmp
     noise.responses[..., [11, 23]] = noise.responses[..., [12, 24]]
     noise.responses[..., 30] += 0.0012
     noise.responses.mul_(1000)  # so that the runs cannot show that effects are small
-    page = html.unescape(report(noise, tmp_path / "report.html").read_text()).replace("\xa0", " ")
+    text = text_of(report(noise, tmp_path / "report.html"))
     assert not noise.significant("mean").any()
-    assert "No example has a significant mean influence on any of 3 queries with 12 runs (false discovery" in page
+    assert "No example has a significant mean influence on any of 3 queries with 12 runs (false discovery" in text
     p, (low, _, high) = noise.p_values("mean"), noise.runs_for_significance("mean")
     query, example = divmod(int(p.argmin()), 40)
     assert low[query, example] <= 12
     more = count(float(high[query, example]) - 12)
-    assert f"The clearest is example {example} (p = {p.min():.2g}): up to {more} more runs would make it" in page
-    assert "Cannot tell for 39 of 40 examples: with 12 runs, an effect is found with a probability of 80 %" in page
+    assert f"The clearest is example {example} (p = {p.min():.2g}): up to {more} more runs would make it" in text
+    assert "Cannot tell for 39 of 40 examples: with 12 runs, an effect is found with a probability of 80 %" in text
 
 
 def test_other_differences_are_shown_with_a_sentence_and_a_unit(attribution, tmp_path):
-    differences = ["energy", Quantile(0.1), Quantile(0.9), "tail", "gaussian_kl", Mean("median")]
-    page = html.unescape(report(attribution, tmp_path / "report.html", k=2, differences=differences).read_text())
+    differences = ["energy", Quantile(0.1), Quantile(0.9), "tail", "gaussian_kl", Mean("median"), "variance"]
+    data = data_of(report(attribution, tmp_path / "report.html", k=2, differences=differences))
+    said = " ".join(f"{each['meaning']}; {each['unit']}. {each['noInterval']}" for each in data["differences"])
     for words in (
         "in the square root of the loss's unit",
         "change of the loss that 10 % of the runs do not exceed, on this query",
@@ -240,103 +166,194 @@ def test_other_differences_are_shown_with_a_sentence_and_a_unit(attribution, tmp
         "change of the mean loss over the highest 10 % of the runs on this query",
         "in nats; a shift by one standard deviation is 0.5",
         "change of the loss, median over runs, on this query",
+        "no method holds its level with few runs. Use the spread influence",
     ):
-        assert words in page
-    assert page.count('class="difference"') == len(QUERIES) * len(differences)
-    keys = re.findall(r'<button type="button" data-difference="(.*?)"', page)
-    assert len(set(keys)) == len(differences)
-
-
-def test_the_page_says_what_was_asked_and_how_sure_it_is(attribution, tmp_path):
-    page = report(attribution, tmp_path / "deep" / "report.html").read_text()
-    for words in (
-        "How does the loss on 3 queries change if one of 40 training examples is removed?",
-        "giving it weight zero: batch order, batch size and the",
-        "UnrolledDifferentiation (precision=float64)",
-        "parameters 1.2e-06, gradients 2e-06",
-        "change of the mean loss on this query if the example is removed",
-    ):
-        assert words in page
-    assert "Caution" not in page
+        assert words.removeprefix("in ") in said
+    assert len({each["key"] for each in data["differences"]}) == len(differences)
+    assert {len(query["ranked"]) for query in data["queries"]} == {len(differences)}
+    assert set(data["queries"][0]["ranked"][-1]["rows"]["low"]) == {None}
 
 
 @pytest.mark.parametrize(
     ("runs", "caution"), [(1, "There is a single run"), (2, "There are only 2 runs"), (7, "7 runs")]
 )
 def test_few_runs_still_make_a_report_with_a_caution(runs, caution, tmp_path, recwarn):
-    page = report(make_attribution(runs), tmp_path / "report.html").read_text()
-    assert "Caution." in page
-    assert caution in page
+    path = report(make_attribution(runs), tmp_path / "report.html")
+    assert "Caution." in text_of(path)
+    assert caution in text_of(path)
+    assert (data_of(path)["queries"][0]["points"] is None) == (runs == 1), "there is no spread to draw"
     assert not [warning for warning in recwarn if "Influences of" in str(warning.message)]
-
-
-def test_of_too_many_queries_the_page_says_which_are_shown(attribution, tmp_path, monkeypatch):
-    # the package's attribute of that name is the function
-    monkeypatch.setattr(importlib.import_module("lightning_dtda.reporting.report"), "MOST_QUERIES", 2)
-    page = report(attribution, tmp_path / "report.html").read_text()
-    assert "2 of 3 queries are shown" in page
-    assert page.count("<article") == 2
 
 
 def test_a_report_is_of_the_trusted_runs(tmp_path):
     chaotic = make_attribution(chaotic=["seed-0002", "seed-0005"])
     chaotic.responses[[2, 5]] *= 1000
-    page = report(chaotic, tmp_path / "report.html").read_text()
-    assert "2 runs are left out of 12 as chaotic (seed-0002, seed-0005)" in page
-    assert "over 10 runs" in page
-    assert "Agreement between runs" in page
+    path = report(chaotic, tmp_path / "report.html")
+    assert "2 runs are left out of 12 as chaotic (seed-0002, seed-0005)" in text_of(path)
+    data = data_of(path)
+    assert data["runs"] == list(chaotic.trusted().runs)
+    assert [curve["run"] for curve in data["adjoints"] if curve["chaotic"]] == ["seed-0002", "seed-0005"]
 
 
 def test_ill_conditioned_runs_are_cautioned_against(tmp_path):
     diagnosis = {"seed-0002": {"finite_differences": 1e-6, "precision": 0.3}}
     estimator = {"class": "UnrolledDifferentiation", "precision": "recorded"}
-    text = report(make_attribution(diagnosis=diagnosis, estimator=estimator), tmp_path / "report.html").read_text()
-
+    text = text_of(report(make_attribution(diagnosis=diagnosis, estimator=estimator), tmp_path / "report.html"))
     assert "1 run is ill-conditioned (seed-0002)" in text
     assert "0.3 against double precision" in text
 
 
-def test_the_adjoints_are_drawn(page):
-    curves = page.execute_script("return document.querySelector('[data-figure=adjoint]').data.length")
-
-    assert curves == 12
-
-
 @pytest.mark.parametrize("norms", [{}, {"seed-0000": {}}], ids=["unknown", "of a forward sweep"])
 def test_without_adjoints_there_is_no_empty_figure(tmp_path, norms):
-    text = report(make_attribution(adjoint_norms=norms), tmp_path / "report.html").read_text()
-
+    text = text_of(report(make_attribution(adjoint_norms=norms), tmp_path / "report.html"))
     assert "How long an early change still matters" not in text
 
 
+def test_adjoints_are_ordered_by_step(attribution, tmp_path):
+    curves = data_of(report(attribution, tmp_path / "report.html"))["adjoints"]
+    assert len(curves) == 12
+    assert (curves[3]["steps"], curves[3]["norms"]) == ([0, 4, 9], [2.0, 0.8, 1.0])
+
+
 def test_groups_are_named_with_their_sizes(grouped, tmp_path):
-    page = report(grouped, tmp_path / "report.html", k=4).read_text()
-    rows = re.findall(
-        r'<button type="button" title="show the runs without this group">(.*?)</button></td>\s*<td>(\d+)', page
-    )
-    tops = [grouped.top(4, difference, query=q) for q in range(len(QUERIES)) for difference in DIFFERENCES]
-    expected = [(name, size) for top in tops for name, size in zip(top["removal"], top["size"], strict=True)]
-    assert [(html.unescape(name), int(size)) for name, size in rows] == expected
-    for words in (
-        "if one of 40 groups of training examples is removed?",
-        "measured after step 40 of 12 seeded runs",
-        "Groups of training examples",
-        "change of the mean loss on this query if the group is removed",
-        "Which groups make the largest change of the mean loss?",
-    ):
-        assert words in page
-    assert "<i>source" not in page
-    # the figures that a click shows are there, by the group's position
-    positions = {position for position, _ in re.findall(r'<tr data-example="(\d+)"( class="unclear")?>', page)}
-    assert all(f'"without-{position}": ' in page for position in positions)
-    assert "&quot;examples&quot;: [" not in page
+    path = report(grouped, tmp_path / "report.html", k=4)
+    data, text = data_of(path), text_of(path)
+    assert data["names"] == list(GROUPS)
+    assert data["sizes"] == [1 + n % 3 for n in range(EXAMPLES)]
+    assert "if one of 40 groups of training examples is removed?" in text
+    assert "measured after step 40 of 12 seeded runs" in text
+    assert "change of the mean loss on this query if the group is removed" in data["differences"][0]["meaning"]
+    assert "Which groups make the largest change of the mean loss?" in data["differences"][0]["question"]
+    assert "<i>source" not in path.read_text()
+    assert '"examples": [' not in text
 
 
 def test_a_top_that_was_kept_is_reported_as_all_responses_are(attribution, tmp_path):
-    of_all = report(attribution, tmp_path / "all.html", k=4, differences=["mean", "spread"]).read_text()
-    kept = report(attribution.keep_top(4), tmp_path / "kept.html", k=4).read_text()
-    # but for the last digits of p-values, which the titles have in full
-    pages = [re.sub(r'<td title="[^"]*"', "<td", page) for page in (kept, of_all)]
-    tables = [re.findall(r"<table.*?</table>", page, re.DOTALL) for page in pages]
-    assert len(tables[0]) >= 2 * len(QUERIES)
-    assert tables[0] == tables[1]
+    of_all = data_of(report(attribution, tmp_path / "all.html", differences=["mean", "spread"]))
+    kept = data_of(report(attribution.keep_top(4), tmp_path / "kept.html", k=4))
+    for query in range(3):
+        for number in range(2):
+            rows = rows_of(kept, query, number)
+            assert len(rows) >= 4
+            for row, expected in zip(rows, rows_of(of_all, query, number), strict=False):
+                exact = {name: value for name, value in row.items() if name not in ("p", "q")}
+                assert exact == {name: expected[name] for name in exact}
+                # p-values follow from rounded figures
+                assert (row["p"], row["q"]) == pytest.approx((expected["p"], expected["q"]), rel=1e-3)
+
+
+def test_examples_and_queries_are_shown_with_what_they_have(attribution, tmp_path):
+    examples = {11: Shown("patient 11", "ill", PNG, "a text", (("age", "54"),)), 2: Shown(text="another")}
+    queries = {4: Shown("the first", label="well", prediction="ill")}
+    data = data_of(report(replace(attribution, gallery=Gallery(examples, queries)), tmp_path / "report.html"))
+    shown = data["examples"]["11"]
+    assert shown["image"] == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+    expected = {"name": "patient 11", "label": "ill", "text": "a text", "fields": [["age", "54"]]}
+    assert {name: shown[name] for name in expected} == expected
+    assert data["examples"]["2"] == {"text": "another"}
+    assert data["queries"][0]["name"] == "the first"
+    assert data["queries"][0]["shown"] == {"name": "the first", "label": "well", "prediction": "ill"}
+
+
+def test_pictures_are_left_out_beyond_a_limit_those_of_the_first_ranks_last(attribution, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_data, "MOST_IMAGES", 2 * len(PNG))
+    gallery = Gallery({number: Shown(image=PNG) for number in range(EXAMPLES)})
+    one = replace(attribution, gallery=gallery).select([1])
+    data = data_of(report(one, tmp_path / "report.html", differences=["mean"]))
+    shown = {int(number) for number, parts in data["examples"].items() if "image" in parts}
+    assert shown == set(attribution.top(2, "mean", query=1).example)
+
+
+def test_predictions_stand_beside_retraining(attribution, tmp_path):
+    truth = truth_of(attribution, ((11,), (23,), (1, 2), (5, 6, 7, 8)), error=0.01)
+    path = report(attribution, tmp_path / "report.html", truth=truth)
+    text, found = text_of(path), data_of(path)["retrained"]
+    assert "Against retraining" in text
+    assert "4 removals were retrained with 12 seeds each, and with 12 on all data (drop: without the examples" in text
+    score = evaluate(attribution, truth, ["mean"]).scores["mean"]
+    assert f"rank correlation of predicted and retrained {score.score:.2f} [" in text
+    assert f"noise ceiling {score.ceiling:.2f}" in text
+    assert found["subsets"] == ["example 11", "example 23", "examples 1, 2", "examples 5, 6, 7 and 1 more"]
+    for number, difference in enumerate(DIFFERENCES):
+        for name, expected in (
+            ("retrained", truth.influence(difference)),
+            ("predicted", torch.stack([attribution.influence(difference, removed=s) for s in truth.removed], 1)),
+        ):
+            expected = 100 * expected.expm1() if difference == "spread" else expected
+            np.testing.assert_allclose(found["differences"][number][name], expected, rtol=1e-6)
+    mean = found["differences"][0]
+    # Student's interval of the mean of differences between trainings of the same seed, by hand
+    apart = (truth.measurements[0, :, 2] - truth.baseline[:, 2]).double()
+    half = 2.2009851601 * float(apart.std()) / 12**0.5
+    assert (mean["low"][2][0], mean["high"][2][0]) == pytest.approx(
+        (float(apart.mean()) - half, float(apart.mean()) + half)
+    )
+    assert set(found["differences"][2]["low"][0]) == {None}, "there is no interval for distances"
+
+
+def test_a_single_removal_is_compared_without_a_rank_correlation(attribution, tmp_path):
+    path = report(attribution, tmp_path / "report.html", truth=truth_of(attribution, ((11,),)))
+    assert "1 removal was retrained" in text_of(path)
+    assert "rank correlation" not in text_of(path)
+
+
+def test_a_truth_of_other_queries_is_refused(attribution, tmp_path):
+    truth = replace(truth_of(attribution, ((11,),)), queries=(1, 2, 3))
+    with pytest.raises(AttributionError, match="differ in their queries"):
+        report(attribution, tmp_path / "report.html", truth=truth)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_suggestion_is_shown_with_what_retraining_says(tmp_path):
+    attribution = suggestible()
+    suggestion = suggest_removals(attribution, k=3, goal="reduce_variance", queries=[2])
+    assert suggestion.best
+    path = report(attribution, tmp_path / "report.html", suggestion=suggestion)
+    assert suggestion.verdict.replace("\xa0", " ") in text_of(path)
+    assert "Retrained" not in text_of(path)
+    cards = data_of(path)["suggestion"]
+    assert [card["name"] for card in cards] == [f"example {name}" for name in suggestion.removals[: suggestion.best]]
+    truth = truth_of(attribution, (tuple(sorted(suggestion.removed)),))
+    verified = text_of(report(attribution, tmp_path / "report.html", suggestion=suggestion, truth=truth))
+    assert "Retrained 12 times without them and 12 times on all data" in verified
+
+
+def test_the_command_takes_a_truth(attribution, tmp_path, capsys):
+    attribution.save(tmp_path / "attribution")
+    truth_of(attribution, ((11,),)).save(tmp_path / "truth")
+    arguments = ["--attribution", str(tmp_path / "attribution"), "--truth", str(tmp_path / "truth")]
+    main(["report", *arguments, "--output", str(tmp_path / "report.html")])
+    assert f"The report is {tmp_path / 'report.html'}; open it in a browser." in capsys.readouterr().out
+    assert data_of(tmp_path / "report.html")["retrained"]["subsets"] == ["example 11"]
+
+
+def test_data_and_queries_are_shown_afterwards(attribution, tmp_path):
+    examples = TensorDataset(torch.arange(float(EXAMPLES))[:, None], torch.zeros(EXAMPLES))
+    queries = TensorDataset(torch.arange(10.0)[:, None], torch.zeros(10))
+    shown = report(
+        attribution, tmp_path / "report.html", data=examples, queries=queries, show=lambda item: f"x = {item[0][0]:g}"
+    )
+    data = data_of(shown)
+    assert data["examples"]["11"]["text"] == "x = 11"
+    assert data["queries"][1]["shown"]["text"] == "x = 7"
+    with pytest.raises(AttributionError, match="show needs data or queries"):
+        report(attribution, tmp_path / "report.html", show=str)
+
+
+def test_the_licences_of_what_draws_the_page_are_in_it(attribution, tmp_path):
+    page = report(attribution, tmp_path / "report.html").read_text()
+    assert len(re.findall(r"Permission is hereby granted, free of charge", page)) >= 2
+
+
+@pytest.mark.slow
+def test_200_queries_and_10000_examples_fit_in_10_megabytes(tmp_path):
+    large = many(200, 10_000)
+    path = report(large, tmp_path / "report.html", progress=False)
+    assert path.stat().st_size < 10e6
+    data = data_of(path)
+    assert len(data["queries"]) == 200
+    assert len(data["across"][0]["count"]) == 10_000
+    significant = large.select([123]).significant("mean")[0].nonzero()[:, 0].tolist()
+    listed = {row["position"] for row in rows_of(data, 123, 0)}
+    assert 0 < len(significant) <= len(listed)
+    assert set(significant) <= listed
