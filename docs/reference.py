@@ -23,6 +23,7 @@ ROOMS = {
     "lightning_dtda.retraining": "Retraining",
     "lightning_dtda.evaluation": "Evaluation",
     "lightning_dtda.reporting": "Reporting",
+    "lightning_dtda.plot": "Figures",
     "lightning_dtda.execution": "Where work runs",
     "lightning_dtda.trajectory": "Recorded runs",
     "lightning_dtda.optimizers": "Optimizers",

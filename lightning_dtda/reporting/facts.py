@@ -1,4 +1,4 @@
-"""What an attribution knows about itself: the queries to show, predictions out of range, errors of the replay."""
+"""What an attribution knows about itself: predictions out of range, errors of the replay."""
 
 from __future__ import annotations
 
@@ -18,24 +18,6 @@ def about_in_brief(attribution: Attribution) -> dict[str, Any]:
         return attribution.about
     sizes = [len(group) for group in attribution.members]
     return {**attribution.about, "removals": dict(zip(attribution.removals, sizes, strict=True))}
-
-
-def most_interesting(attribution: Attribution, most: int) -> list[int]:
-    """Return the positions, in order, of the queries on which a single removal changes the spread most.
-
-    With a single run, those on which it changes the mean most.
-
-    Args:
-        attribution: The attribution.
-        most: Maximum number of queries.
-    """
-    positions = range(len(attribution.queries))
-    if len(positions) <= most:
-        return list(positions)
-    difference = "spread" if "spread" in attribution.available_differences else "mean"
-    # query by query: all influences at once would take as much memory as the responses
-    largest = [float(attribution.select([query]).influence(difference).abs().max()) for query in positions]
-    return sorted(sorted(positions, key=lambda query: -largest[query])[:most])
 
 
 def predicted_out_of_range(attribution: Attribution) -> tuple[int, int]:

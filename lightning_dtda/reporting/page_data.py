@@ -38,6 +38,7 @@ MOST_IMAGES = 1_000_000
 
 _COLUMNS = 13  # numbers in a row of a table, beside the changes in each run
 _DIGITS, _FEW_DIGITS = 6, 4  # of numbers in tables; of points in figures, where a pixel has fewer
+_ROUNDED_AGAIN = 8  # of numbers that the page rounds to the digits that their intervals support, as Python would
 
 
 def rows_listed(attribution: Attribution, differences: int, k: int) -> int:
@@ -209,22 +210,22 @@ def _query(attribution: Attribution, query: QueryFindings, overview: Overview) -
 def _columns(rows: Sequence[TopExample]) -> dict[str, list[Any]]:
     """Return the rows of a table, column by column."""
     numbers = {
-        "influence": "influence",
-        "low": "interval_low",
-        "high": "interval_high",
-        "p": "p_value",
-        "q": "q_value",
-        "fewest": "retrainings_low",
-        "most": "retrainings_high",
-        "mean": "mean_influence",
-        "spread": "spread_influence",
-        "outside": "out_of_range",
+        "influence": ("influence", _ROUNDED_AGAIN),
+        "low": ("interval_low", _ROUNDED_AGAIN),
+        "high": ("interval_high", _ROUNDED_AGAIN),
+        "p": ("p_value", _DIGITS),
+        "q": ("q_value", _FEW_DIGITS),
+        "fewest": ("retrainings_low", _DIGITS),
+        "most": ("retrainings_high", _DIGITS),
+        "mean": ("mean_influence", _FEW_DIGITS),
+        "spread": ("spread_influence", _FEW_DIGITS),
+        "outside": ("out_of_range", _FEW_DIGITS),
     }
     return {
         "rank": [row.rank for row in rows],
         "position": [row.position for row in rows],
         "significant": [int(row.significant) for row in rows],
-        **{key: _rounded([getattr(row, name) for row in rows], _DIGITS) for key, name in numbers.items()},
+        **{key: _rounded([getattr(row, name) for row in rows], digits) for key, (name, digits) in numbers.items()},
     }
 
 

@@ -1,24 +1,10 @@
 import pytest
-import torch
 
-from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.reporting.facts import largest_drift, most_interesting, worst_diagnosis
+from lightning_dtda.reporting.facts import largest_drift, worst_diagnosis
 from lightning_dtda.reporting.formatting import common_exponent, number
 from lightning_dtda.reporting.rows import top_examples
 from tests.reporting.attributions import make_attribution
-
-
-def test_the_interesting_queries_are_those_where_an_example_changes_the_spread():
-    responses = torch.zeros(9, 5, 3)
-    responses[:, 3, 0] = torch.linspace(-2, 2, 9)
-    responses[:, 1, 2] = torch.linspace(-1, 1, 9)
-    responses[:, 0, 1] = 10.0  # moves the mean only
-    attribution = Attribution(
-        torch.linspace(-3, 3, 9)[:, None].expand(9, 5), responses, tuple("abcdefghi"), tuple(range(5))
-    )
-    assert most_interesting(attribution, 2) == [1, 3]
-    assert most_interesting(attribution, 5) == [0, 1, 2, 3, 4]
 
 
 def test_a_single_run_has_no_spread_influence():

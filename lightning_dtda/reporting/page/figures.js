@@ -192,7 +192,7 @@ function heatFigure(number) {
       hovertemplate: `${DATA.noun} %{y}, query %{x}<br>%{z:.3g}: %{customdata}<extra></extra>`,
     }],
     layout: {
-      title: { text: `${escaped(capital(difference.title))} of the ${top.length} ${DATA.noun}s that matter most often; •: significant` },
+      title: { text: `${escaped(capital(difference.title))} of the ${top.length} ${DATA.noun}s that matter most often${many ? "" : "; •: significant"}` },
       height: 180 + 18 * top.length,
       xaxis: { title: { text: "query" }, type: "category", showgrid: false, showticklabels: !many },
       yaxis: { title: { text: DATA.noun }, type: "category", autorange: "reversed", showgrid: false, dtick: 1 },
