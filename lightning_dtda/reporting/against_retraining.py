@@ -24,6 +24,9 @@ from lightning_dtda.statistics.student import student_interval
 FEWEST_TO_RANK = 3
 """Number of removals from which their order can be compared."""
 
+FEWEST_TO_VERIFY = 3
+"""Number of trainings with and without a set from which its effect has an interval."""
+
 _GOALS = {"mean": "improve_mean", "spread": "reduce_variance"}
 """Goals whose quantity, over retrainings, is that of a difference."""
 
@@ -49,14 +52,12 @@ def retrained(attribution: Attribution, truth: GroundTruth, differences: Sequenc
 
     Args:
         attribution: The attribution, restricted to the runs to use.
-        truth: Ground truth for the same queries and measurement; only its complete part is used.
+        truth: Ground truth for the same queries and measurement, without missing trainings.
         differences: Differences to compare.
 
     Raises:
         AttributionError: If the attribution and the truth do not match.
-        RetrainingError: If the truth has no complete part.
     """
-    truth = truth.finished() if truth.unfinished else truth
     check_alignment(attribution, truth)
     predicted = predicted_samples(attribution, truth)
     few = min(len(attribution.runs), len(truth.seeds), len(truth.baseline_seeds))
@@ -89,7 +90,9 @@ _MEANING = {
 def suggested(suggestion: Suggestion, truth: GroundTruth | None) -> list[str]:
     """Return what a suggestion says, and what retraining says of it if its set was retrained, in sentences."""
     said = [suggestion.verdict]
-    if truth is not None and suggestion.best and tuple(sorted(suggestion.removed)) in truth.removed:
+    if truth is None or min(len(truth.seeds), len(truth.baseline_seeds)) < FEWEST_TO_VERIFY:
+        return said
+    if suggestion.best and tuple(sorted(suggestion.removed)) in truth.removed:
         found = verify(suggestion, truth, LEVEL)
         real = effect_text(suggestion.goal, found.effect, found.low, found.high)
         said.append(
@@ -142,7 +145,7 @@ def _influences(
 def _interval(truth: GroundTruth, query: int, difference: Difference) -> Tensor:
     """Return intervals of what retraining found on a query ``(2, subsets)``; NaN if there are none."""
     goal = _GOALS.get(difference.name)
-    if goal is None or min(len(truth.seeds), len(truth.baseline_seeds)) < 3:
+    if goal is None or min(len(truth.seeds), len(truth.baseline_seeds)) < FEWEST_TO_VERIFY:
         return torch.full((2, len(truth.removed)), torch.nan, dtype=torch.float64)
     paired = truth.seeds == truth.baseline_seeds
     before = GOALS[goal].of_runs(truth.baseline[:, [query]].double())

@@ -62,7 +62,7 @@ def report(
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
             spread and Wasserstein. Differences without a test of their own, such as quantiles, are tested by 2,000
             random exchanges of X and Y: about a second per query for 20 runs and 1000 examples.
-        truth: Ground truth to show predictions beside, for the same queries and measurement.
+        truth: Ground truth to show predictions beside, for the same queries and measurement; its complete part is used.
         suggestion: Removals that were suggested, to show, with what retraining says of them if the truth has their set.
         data: Training data, as for :func:`~lightning_dtda.attribute`, to show its examples where the attribution's own
             gallery does not, or by another function.
@@ -90,6 +90,7 @@ def report(
         attribution = replace(attribution, gallery=gallery_of(attribution, data, queries, show))
     output, trusted = Path(output), attribution.trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
+    truth = truth.finished() if truth is not None and truth.unfinished else truth
     # first, as it may refuse the truth
     compared = None if truth is None else retrained(trusted, truth, chosen)
     overview = Overview(len(chosen), len(attribution.queries))

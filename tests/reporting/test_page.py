@@ -47,7 +47,7 @@ def shown():
     """An attribution whose examples have pictures, texts and features, one of them with markup in its text."""
     examples = {
         11: Shown("patient 11", "ill", PNG, "a <b>text</b>", (("age", "54"), ("bmi", "21"))),
-        23: Shown(label="well", text="another"),
+        23: Shown(label="=well", text="another"),
     }
     queries = {7: Shown("the second", label="ill", image=PNG, prediction="well")}
     return replace(suggestible(), gallery=Gallery(examples, queries))
@@ -202,6 +202,7 @@ def test_what_is_shown_can_be_downloaded_as_csv(page, path, downloads):
         rows = list(csv.DictReader(file))
     expected = rows_of(data_of(path), 2, 0)
     assert [float(row["influence"]) for row in rows] == [row["influence"] for row in expected]
+    assert "'=well" in [row["label"] for row in rows], "no formula"
     ends = [(float(row["95 % interval"]), float(row["interval, upper end"])) for row in rows if row["p"]]
     assert ends == [(row["low"], row["high"]) for row in expected if row["p"] is not None]
 

@@ -46,9 +46,14 @@ addEventListener("resize", () => {
 // the head of a column as a button: Tabulator's own heads are out of the keyboard's reach
 function headed({ title, hint, ...column }) {
   return {
-    headerWordWrap: true, headerHozAlign: column.hozAlign ?? "left", vertAlign: "middle", ...column, title,
+    accessorDownload: harmless, headerWordWrap: true, headerHozAlign: column.hozAlign ?? "left", vertAlign: "middle", ...column, title,
     titleFormatter: () => element("button", { type: "button", class: "head", title: hint }, title),
   };
+}
+
+// a name that a spreadsheet would take for a formula
+function harmless(value) {
+  return typeof value === "string" && /^[=+@\t\r-]/.test(value) ? `'${value}` : value;
 }
 
 // what Tabulator leaves without a name, or with a role that its content contradicts

@@ -61,8 +61,14 @@ function counts(low, high) {
 }
 
 async function unpacked(id) {
-  const text = atob(document.getElementById(id).textContent);
-  const bytes = Uint8Array.from(text, (character) => character.charCodeAt(0));
+  const packed = document.getElementById(id).textContent;
+  let bytes;
+  if (Uint8Array.fromBase64) bytes = Uint8Array.fromBase64(packed);
+  else { // browsers before 2025
+    const text = atob(packed);
+    bytes = new Uint8Array(text.length);
+    for (let at = 0; at < text.length; at += 1) bytes[at] = text.charCodeAt(at);
+  }
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Response(stream).json();
 }
