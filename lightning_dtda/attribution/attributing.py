@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_dtda.attribution.answering import Answering
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.attribution_store import store_gallery
-from lightning_dtda.attribution.filling import Show, Showing, filled, resolve_show
 from lightning_dtda.attribution.gallery import Gallery
+from lightning_dtda.attribution.gallery.filling import Show, Showing, filled, resolve_show
+from lightning_dtda.attribution.gallery.model_outputs import model_outputs
 from lightning_dtda.attribution.keeping import attribute_in_blocks
 from lightning_dtda.attribution.kept import check_keep_top
 from lightning_dtda.attribution.kept_store import KeptStore
-from lightning_dtda.attribution.model_outputs import model_outputs
 from lightning_dtda.attribution.scales import ScaleName, check_scale
 from lightning_dtda.compatibility import kinds
 from lightning_dtda.errors import AttributionError

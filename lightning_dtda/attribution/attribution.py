@@ -23,7 +23,7 @@ from lightning_dtda.attribution.attribution_store import (
     warn_unfinished,
 )
 from lightning_dtda.attribution.gallery import Gallery
-from lightning_dtda.attribution.gallery_store import read_gallery
+from lightning_dtda.attribution.gallery.store import read_gallery
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import Figures, KeptResponses, check_keep_top, joined, keep_top, known_as
 from lightning_dtda.attribution.kept_store import KeptStore

@@ -14,7 +14,7 @@ from typing_extensions import Self, override
 
 from lightning_dtda.attribution.about import Index
 from lightning_dtda.attribution.gallery import Gallery
-from lightning_dtda.attribution.gallery_store import GALLERY, write_gallery
+from lightning_dtda.attribution.gallery.store import GALLERY, write_gallery
 from lightning_dtda.attribution.responses import StoredResponses, StoredTable
 from lightning_dtda.attribution.trust import chaotic
 from lightning_dtda.errors import AttributionError, TrajectoryError

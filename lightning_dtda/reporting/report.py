@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.filling import Show, gallery_of
+from lightning_dtda.attribution.gallery.filling import Show, gallery_of
 from lightning_dtda.attribution.suggesting import Suggestion
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording

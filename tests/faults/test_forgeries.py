@@ -15,8 +15,8 @@ from safetensors.torch import load
 from lightning_dtda import Attribution, Ensemble, GroundTruth
 from lightning_dtda.attribution import Gallery, Shown
 from lightning_dtda.attribution.attribution_store import AttributionStore
+from lightning_dtda.attribution.gallery.pictures import png
 from lightning_dtda.attribution.kept_store import KeptStore
-from lightning_dtda.attribution.pictures import png
 from lightning_dtda.errors import DTDAError
 from lightning_dtda.estimators import ExactRemoval
 from lightning_dtda.replay.records import Records

@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, attribute
-from lightning_dtda.attribution import Gallery, Shown, filling, model_outputs
-from lightning_dtda.attribution.filling import gallery_of, most_influential
+from lightning_dtda.attribution import Gallery, Shown
+from lightning_dtda.attribution.gallery import filling, model_outputs
+from lightning_dtda.attribution.gallery.filling import gallery_of, most_influential
 from lightning_dtda.errors import AttributionError, TrajectoryError, UnknownFormatError
 from lightning_dtda.estimators import GradientDot, Identity, InfluenceFunctions
 from lightning_dtda.trajectory.storage import read_json, write_json

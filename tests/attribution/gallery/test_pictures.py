@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_dtda.attribution.pictures import as_image, figure_png, png, thumbnail
+from lightning_dtda.attribution.gallery.pictures import as_image, figure_png, png, thumbnail
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow, which reads the PNG files")
 

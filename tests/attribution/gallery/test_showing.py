@@ -9,8 +9,8 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from lightning_dtda.attribution import Shown
-from lightning_dtda.attribution.pictures import SIGNATURE
-from lightning_dtda.attribution.showing import Vocabulary, class_name, show_item
+from lightning_dtda.attribution.gallery.pictures import SIGNATURE
+from lightning_dtda.attribution.gallery.showing import Vocabulary, class_name, show_item
 
 
 class Named(TensorDataset):

@@ -9,7 +9,7 @@ import msgspec
 from typing_extensions import TypedDict
 
 from lightning_dtda.attribution.gallery import Gallery, Shown
-from lightning_dtda.attribution.pictures import SIGNATURE
+from lightning_dtda.attribution.gallery.pictures import SIGNATURE
 from lightning_dtda.errors import DTDAError, TrajectoryError, UnknownFormatError
 from lightning_dtda.trajectory.storage import read_json, write_json
 

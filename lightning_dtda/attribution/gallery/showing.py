@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.gallery import Shown
-from lightning_dtda.attribution.pictures import as_image, thumbnail
+from lightning_dtda.attribution.gallery.pictures import as_image, thumbnail
 from lightning_dtda.replay.measurements import LABELS
 
 _NAMES = ("name", "id", "idx")

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_dtda.attribution.showing import class_name
+from lightning_dtda.attribution.gallery.showing import class_name
 from lightning_dtda.errors import AttributionError, DTDAError
 from lightning_dtda.estimators import Question
 from lightning_dtda.replay import Draws

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.gallery import Gallery, Shown
-from lightning_dtda.attribution.gallery_store import check_image
-from lightning_dtda.attribution.model_outputs import ModelOutputs
-from lightning_dtda.attribution.pictures import as_image, figure_png
-from lightning_dtda.attribution.showing import Vocabulary, bounded, show_item
+from lightning_dtda.attribution.gallery.model_outputs import ModelOutputs
+from lightning_dtda.attribution.gallery.pictures import as_image, figure_png
+from lightning_dtda.attribution.gallery.showing import Vocabulary, bounded, show_item
+from lightning_dtda.attribution.gallery.store import check_image
 from lightning_dtda.attribution.tables import top_candidates
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay import Examples, dataset_fingerprint, query_examples, query_names, training_examples
