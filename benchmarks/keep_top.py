@@ -31,6 +31,7 @@ from lightning_dtda import (
     UnrolledDifferentiation,
     attribute,
 )
+from lightning_dtda.attribution.kept import FIGURES
 from lightning_dtda.estimators import EKFAC
 from lightning_dtda.units import GIB
 
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(ESTIMATORS), choices=ESTIMATORS)
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(dir=options.directory))
-    whole = 1.01 * options.queries * (options.runs + 5) * options.examples * 4 / GIB
+    whole = 1.01 * options.queries * (options.runs + len(FIGURES)) * options.examples * 4 / GIB
     ways = {
         "all responses": {},
         "keep_top, at once": {"keep_top": options.keep_top, "scratch_budget": whole},
