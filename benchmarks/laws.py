@@ -34,17 +34,30 @@ from lightning_dtda.estimators import EKFAC, Estimator, GaussNewton, Identity
 
 CLASSES, INPUTS = 10, 64
 
-MIDDLE = {"T": 64, "N": 1024, "Q": 8, "S": 2, "width": 256, "B": 32}
-"""Numbers of steps, examples, queries, runs, units in a hidden layer, and examples in a batch. A CNN has a quarter as
+MIDDLE = {
+    "mlp": {"T": 64, "N": 1024, "Q": 8, "S": 2, "width": 256, "B": 32},
+    "cnn": {"T": 32, "N": 512, "Q": 4, "S": 1, "width": 256, "B": 32},
+}
+"""Numbers of steps, examples, queries, runs, units in a hidden layer, and examples in a batch. A CNN has an eighth as
 many channels."""
 
 VALUES = {
-    "T": (16, 64, 256),
-    "N": (256, 1024, 4096),
-    "Q": (2, 8, 32),
-    "S": (1, 2, 4),
-    "width": (128, 256, 512),
-    "B": (8, 32, 128),
+    "mlp": {
+        "T": (16, 64, 256),
+        "N": (256, 1024, 4096),
+        "Q": (2, 8, 32),
+        "S": (1, 2, 4),
+        "width": (128, 256, 512),
+        "B": (8, 32, 128),
+    },
+    "cnn": {
+        "T": (8, 32, 128),
+        "N": (128, 512, 2048),
+        "Q": (1, 4, 16),
+        "S": (1, 2, 4),
+        "width": (128, 256, 512),
+        "B": (8, 32, 128),
+    },
 }
 
 ESTIMATORS: dict[str, Callable[[], Estimator]] = {
@@ -65,7 +78,7 @@ def mlp(width: int) -> nn.Module:
 
 def cnn(width: int) -> nn.Module:
     """Two convolutions of the inputs as an image of 8 x 8."""
-    channels = width // 4
+    channels = width // 8
     return nn.Sequential(
         *(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, channels, 3, padding=1), nn.ReLU()),
         *(nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
@@ -139,7 +152,7 @@ def case(net: str, name: str, size: dict[str, int]) -> dict[str, Any]:
     results = context.Queue()
     process = context.Process(target=trial, args=(net, name, size, results))
     process.start()
-    found = results.get(timeout=900)
+    found = results.get(timeout=3600)
     process.join()
     return found
 
@@ -158,22 +171,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", default="mlp", choices=list(NETS))
     parser.add_argument("--estimators", nargs="*", default=list(ESTIMATORS), choices=list(ESTIMATORS))
-    parser.add_argument("--variables", nargs="*", default=list(VALUES), choices=list(VALUES))
+    parser.add_argument("--variables", nargs="*", default=list(VALUES["mlp"]), choices=list(VALUES["mlp"]))
     parser.add_argument("--json", type=Path, default=None, help="Where all figures go.")
     options = parser.parse_args()
+    usual: dict[str, int] = MIDDLE[options.net]
     found: dict[str, Any] = {}
     print("| estimator | variable | range | time | memory | seconds | MiB |\n|---|---|---|---|---|---|---|", flush=True)
     for name in options.estimators:
-        middle = case(options.net, name, MIDDLE)
+        middle = case(options.net, name, usual)
         for variable in options.variables:
             cases = [
-                middle if value == MIDDLE[variable] else case(options.net, name, MIDDLE | {variable: value})
-                for value in VALUES[variable]
+                middle if value == usual[variable] else case(options.net, name, usual | {variable: value})
+                for value in VALUES[options.net][variable]
             ]
             is_width = variable == "width"
             values = [
                 float(one["parameters"]) if is_width else float(v)
-                for v, one in zip(VALUES[variable], cases, strict=True)
+                for v, one in zip(VALUES[options.net][variable], cases, strict=True)
             ]
             seconds, memory = ([one[key] for one in cases] for key in ("seconds", "memory"))
             label = "P" if is_width else variable
