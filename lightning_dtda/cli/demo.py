@@ -47,5 +47,6 @@ def run(arguments: Sequence[str]) -> None:
     queries = f"--queries.indices={list(range(QUERIES))}"
     # a squared error, which the square root keeps from being predicted below zero
     asked = ["--ensemble", str(ensemble), "--output", str(attribution), queries, "--scale", "sqrt"]
+    asked += ["--show", "lightning_dtda.demo.diabetes.show_patient"]
     attribute.run([*asked, *(["--wandb"] if options.wandb else [])])
     report.run(["--attribution", str(attribution), "--output", str(directory / "report.html")])

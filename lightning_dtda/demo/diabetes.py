@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda.attribution import Shown
+
+
+@cache
+def _loaded(scaled: bool = True) -> tuple[list[str], Tensor, Tensor]:
+    """Return the names of the measurements, the measurements of each patient, and the progression after a year."""
+    from sklearn.datasets import load_diabetes
+
+    data = load_diabetes(scaled=scaled)
+    inputs, targets = (torch.as_tensor(array, dtype=torch.float32) for array in (data.data, data.target))
+    return list(data.feature_names), inputs, targets
+
+
+def _validation(patients: int) -> Tensor:
+    return torch.arange(patients) % 5 == 0
+
+
+def _standards(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation over the training patients."""
+    training = values[~_validation(len(values))]
+    return training.mean(0), training.std(0)
+
+
+def show_patient(item: tuple[Tensor, Tensor]) -> Shown:
+    """Show a standardised item of :class:`DiabetesData` in the units in which it was measured."""
+    names, inputs, targets = _loaded(scaled=False)
+    (mean, deviation), (level, scale) = _standards(inputs), _standards(targets)
+    values = (item[0] * deviation + mean).tolist()
+    fields = tuple((name, f"{value:.4g}") for name, value in zip(names, values, strict=True))
+    return Shown(label=f"{float(item[1] * scale + level):.0f}", fields=fields)
 
 
 class DiabetesData(pl.LightningDataModule):
@@ -22,17 +55,11 @@ class DiabetesData(pl.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load and split the data, in the same way for every seed."""
-        from sklearn.datasets import load_diabetes
-
-        data = load_diabetes()
-        self.feature_names = data.feature_names  # for the report
-        inputs, targets = (torch.as_tensor(array, dtype=torch.float32) for array in (data.data, data.target))
-        validation = torch.arange(len(inputs)) % 5 == 0
+        _, inputs, targets = _loaded()
+        validation = _validation(len(inputs))
+        (mean, deviation), (level, scale) = _standards(inputs), _standards(targets)
         self.train, self.validation = (
-            TensorDataset(
-                (inputs[part] - inputs[~validation].mean(0)) / inputs[~validation].std(0),
-                (targets[part] - targets[~validation].mean()) / targets[~validation].std(),
-            )
+            TensorDataset((inputs[part] - mean) / deviation, (targets[part] - level) / scale)
             for part in (~validation, validation)
         )
 
@@ -67,6 +94,11 @@ class DiabetesRegressor(pl.LightningModule):
     def forward(self, inputs: Tensor) -> Tensor:
         """Predict the standardised progression ``(B,)`` from ten measurements ``(B, 10)``."""
         return self.network(inputs).squeeze(-1)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Predict the progression ``(B,)`` in the unit in which it was measured."""
+        level, scale = _standards(_loaded()[2])
+        return self(batch[0]) * scale + level
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return and log the mean squared error."""

@@ -113,8 +113,18 @@ def count(value: float, rounded: Callable[[float], int] = math.ceil) -> str:
     """
     if value > _MOST_COUNTED:
         return f"more than {_MOST_COUNTED:,}"
+    return f"{two_digits(value, rounded):,}"
+
+
+def two_digits(value: float, rounded: Callable[[float], int] = math.ceil) -> int:
+    """Round a number of trainings to two digits.
+
+    Example:
+        >>> two_digits(1234.0), two_digits(17.2)
+        (1300, 18)
+    """
     step = 10 ** max(math.floor(math.log10(max(value, 1))) - 1, 0)
-    return f"{rounded(value / step) * step:,.0f}"
+    return rounded(value / step) * step
 
 
 def counts(low: float, high: float) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.evaluation.self_checks import RELIABLE, CheckResult, chaos_check, kept_results, precision_check
-from lightning_dtda.reporting.certainty import Outcome
+from lightning_dtda.reporting.certainty import NEGLIGIBLE, Outcome
 from lightning_dtda.reporting.formatting import count
 from lightning_dtda.reporting.next_steps import further_runs
 from lightning_dtda.reporting.wording import counted, noun
@@ -54,7 +54,8 @@ def judge(attribution: Attribution, outcomes: Mapping[str, Sequence[Outcome]], a
     """Judge an attribution, by the thresholds of :func:`~lightning_dtda.check`.
 
     It is poor if a check failed (the stored ones of :func:`~lightning_dtda.check` included), if there are too few runs
-    to tell, or if the runs do not agree on the ranking and nothing is significant. It is good if the runs agree, and
+    to tell, or if the runs do not agree on the ranking and nothing is significant, unless all effects are known to be
+    too small to matter. It is good if the runs agree, and
     there are significant influences on mean and spread.
 
     Args:
@@ -75,6 +76,10 @@ def judge(attribution: Attribution, outcomes: Mapping[str, Sequence[Outcome]], a
     found, several = _found(outcomes, what), any(each.discoveries for each in outcomes.get("spread", ()))
     if agreed < RELIABLE:
         more = _more_runs(agreed, runs) + note
+        if not found and all(_negligible(each) for of_queries in outcomes.values() for each in of_queries):
+            least = f"{100 * NEGLIGIBLE:g}\N{NO-BREAK SPACE}% of the {attribution.measurement}'s standard deviation"
+            known = f"with {counted(runs, 'run')}, none has an effect larger than {least} over seeds"
+            return Verdict("partial", f"No single {what} matters", f"{known}. Attribute groups of examples.{note}")
         if not found:
             return Verdict("poor", "Not usable yet", f"the ranking is seed noise ({halves}); {more}")
         noise = f"the ranking of the others is seed noise ({halves})"
@@ -87,6 +92,11 @@ def judge(attribution: Attribution, outcomes: Mapping[str, Sequence[Outcome]], a
         none = f"no influence on the spread is significant with {counted(runs, 'run')}"
         return Verdict("partial", "Only the means are usable", f"{found}, and {agree}; {none}.{note}")
     return Verdict("good", "Usable", f"{found}, and {agree}.{note}")
+
+
+def _negligible(outcome: Outcome) -> bool:
+    """Return whether no removal has an effect that matters for practical purposes."""
+    return outcome.silence is not None and outcome.silence.none == outcome.removals
 
 
 def _failed(attribution: Attribution) -> CheckResult | None:

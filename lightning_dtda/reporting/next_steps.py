@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
 from lightning_dtda.evaluation.self_checks import RELIABLE, kept_results
 from lightning_dtda.reporting.commands import kept_command
-from lightning_dtda.reporting.formatting import counts
+from lightning_dtda.reporting.formatting import counts, two_digits
 from lightning_dtda.reporting.wording import counted, noun
 
 if TYPE_CHECKING:
@@ -108,9 +108,8 @@ def _verify(asked: _Asked, queries: Sequence[QueryFindings]) -> NextStep | None:
     high, low, row = min(rows, key=lambda each: each[:2])
     seeds = math.ceil(math.sqrt(low * min(high, _MOST_TRAININGS)))  # the middle of the range, in proportion
     what = noun(asked.attribution)
-    times = 2 * seeds / len(asked.attribution.runs)
     cost = (
-        f"{counted(seeds, 'training')} without it and {seeds} with all data, {times:.2g} times the recording "
+        f"{counted(seeds, 'training')} without it and {seeds} with all data, {_times(asked, 2 * seeds)} "
         f"({counts(low, high)} may be needed to show the effect)."
     )
     return NextStep(f"Verify: retrain without {what} {row.name}", cost, _retraining(asked, row, seeds))
@@ -139,13 +138,19 @@ def _more_runs(asked: _Asked, agreed: float) -> NextStep | None:
     wanted = further_runs(agreed, runs)
     if not 1 <= wanted < math.inf:
         return None
-    more = int(wanted)
-    cost = f"{counted(more, 'training')}, {more / runs:.2g} times the recording so far."
+    more = two_digits(wanted)
+    cost = f"{counted(more, 'training')}, {_times(asked, more)}."
     title = f"Record {counted(more, 'more run')}, and attribute again"
     if asked.arguments is None:
         return NextStep(title, cost, (f"record(..., seeds={runs + more})", "attribute(...)  # the same call continues"))
     again = shlex.join(["lightning-dtda", "attribute", *asked.arguments])
     return NextStep(title, cost, (f"lightning-dtda record --ensemble {asked.ensemble} --seeds {runs + more}", again))
+
+
+def _times(asked: _Asked, trainings: int) -> str:
+    """Return how long trainings take, in proportion to the recording."""
+    times = f"{trainings / len(asked.attribution.runs):.2g}"
+    return "as long as the recording" if times == "1" else f"{times} times as long as the recording"
 
 
 def further_runs(agreed: float, runs: int) -> float:

@@ -40,6 +40,14 @@ def test_the_verdict_says_what_can_be_used(attribution, level, headline):
     assert (verdict.level, verdict.headline) == (level, headline), verdict.sentence
 
 
+def test_effects_too_small_to_matter_do_not_call_for_more_runs():
+    attribution = simulated(20, 0.0)
+    attribution.responses.mul_(0.1)
+    verdict = find(attribution).verdict
+    assert (verdict.level, verdict.headline) == ("partial", "No single example matters")
+    assert "none has an effect larger than 10\N{NO-BREAK SPACE}% of the loss's standard deviation" in verdict.sentence
+
+
 def test_signs_of_verdicts_differ_without_colours():
     signs = [find(each).verdict.sign for each in (simulated(20, 2.0, -8.0), simulated(20, 2.0), simulated(20, 0.0))]
     assert len(set(signs)) == 3
