@@ -298,6 +298,14 @@ def test_the_page_is_never_wider_than_the_screen(page, width, view):
     page.until(lambda: page.js("return document.documentElement.scrollWidth") <= width)
 
 
+def test_a_screen_that_turns_while_a_table_is_made_does_no_harm(page):
+    page.go(view="query", q=4, d="mean")
+    page.js("addEventListener('hashchange', () => dispatchEvent(new Event('resize')), { once: true })")
+    page.go(view="examples")
+    page.until(lambda: len(page.column("name")) == 10)
+    assert page.severe() == []
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_everybody_can_use_the_page(page, dark, width):

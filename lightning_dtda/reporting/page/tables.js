@@ -40,7 +40,7 @@ function table(id, columns, rows, { csv, search, filter = null, listed, sort = [
 }
 
 addEventListener("resize", () => {
-  for (const made of tables.values()) if (made.element.offsetParent) made.redraw();
+  for (const made of tables.values()) if (made.initialized && made.element.offsetParent) made.redraw();
 });
 
 // the head of a column as a button: Tabulator's own heads are out of the keyboard's reach
