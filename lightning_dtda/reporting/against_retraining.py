@@ -96,8 +96,8 @@ def suggested(suggestion: Suggestion, truth: GroundTruth | None) -> list[str]:
         found = verify(suggestion, truth, LEVEL)
         real = effect_text(suggestion.goal, found.effect, found.low, found.high)
         said.append(
-            f"Retrained {found.seeds} times without them and {found.baseline_seeds} times on all data: the "
-            f"{suggestion.quantity} was {found.before:.3g} and changed by {real}; predicted was "
+            f"Retrained {found.seeds} times without the suggested examples and {found.baseline_seeds} times on all "
+            f"data: the {suggestion.quantity} was {found.before:.3g} and changed by {real}; predicted was "
             f"{suggestion.effect(suggestion.best)}."
         )
     return said

@@ -191,6 +191,7 @@ def _query(attribution: Attribution, query: QueryFindings, overview: Overview) -
         "name": query.name,
         "shown": shown_content(query.shown),
         "trained": query.as_trained.sentence,
+        "value": query.as_trained.value,
         "baseline": _rounded(baseline[:, 0].tolist(), _DIGITS),
         "ranked": [
             {

@@ -156,7 +156,7 @@ def _suggested_cards(attribution: Attribution, suggestion: Suggestion) -> list[d
             {
                 "name": f"{wording.noun(attribution)} {name}",
                 "examples": added[:MOST_MEMBERS],
-                "effect": f"After {step}: {suggestion.quantity} {suggestion.effect(step)}.",
+                "effect": f"After {wording.counted(step, 'removal')}: {suggestion.quantity} {suggestion.effect(step)}.",
             }
         )
         before = removed

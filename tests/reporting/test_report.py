@@ -315,7 +315,7 @@ def test_a_suggestion_is_shown_with_what_retraining_says(tmp_path):
     assert [card["name"] for card in cards] == [f"example {name}" for name in suggestion.removals[: suggestion.best]]
     truth = truth_of(attribution, (tuple(sorted(suggestion.removed)),))
     verified = text_of(report(attribution, tmp_path / "report.html", suggestion=suggestion, truth=truth))
-    assert "Retrained 12 times without them and 12 times on all data" in verified
+    assert "Retrained 12 times without the suggested examples and 12 times on all data" in verified
 
 
 def test_the_command_takes_a_truth(attribution, tmp_path, capsys):

@@ -71,7 +71,7 @@ const VIEWS = {
   queries() {
     if (rendered.view === "queries" && rendered.difference === state.difference) return;
     const rows = DATA.queries.map((query) => ({
-      id: query.id, name: query.name, label: query.shown.label ?? "", trained: query.trained,
+      id: query.id, name: query.name, label: query.shown.label ?? "", trained: query.value,
       spread: moments(query.baseline)[1], ...Object.fromEntries(query.ranked.map((each, n) => [`found${n}`, each.found])),
       largest: query.ranked[number()].rows.influence[0], significant: query.ranked.some((each) => each.found > 0),
       words: [query.name, query.id, query.shown.label, query.shown.text, query.shown.prediction].join(" ").toLowerCase(),
@@ -80,8 +80,8 @@ const VIEWS = {
       { field: "name", title: "query", formatter: (cell) => pick(cell.getValue(), address({ view: "query",
         query: DATA.queries.find((query) => query.id === cell.getData().id) })) },
       ...(rows.some((row) => row.label) ? [{ field: "label", title: "label", formatter: text }] : []),
-      numeric("spread", "as trained", (row) => row.trained, "sorted by the standard deviation over runs"),
-      ...DATA.differences.map((each, n) => numeric(`found${n}`, `significant: ${each.title}`, (row) => String(row[`found${n}`]))),
+      numeric("spread", `${DATA.measurement} as trained`, (row) => row.trained, "sorted by the standard deviation over runs"),
+      ...DATA.differences.map((each, n) => numeric(`found${n}`, `significant: ${each.name}`, (row) => String(row[`found${n}`]))),
       numeric("largest", `largest ${state.difference.title}`, (row) => amount(row.largest)),
     ], rows, { csv: "queries.csv", search: "Search queries by name, label or text", filter: "only with significant influences",
       listed: `${counted(rows.length, "query", "queries")}; choose one to see its ${DATA.noun}s.` });

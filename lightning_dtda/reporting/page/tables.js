@@ -14,7 +14,7 @@ function table(id, columns, rows, { csv, search, filter = null, listed, sort = [
     element("div", { class: "tools" }, input, filter && element("label", {}, only, ` ${filter}`), download, shown),
     element("p", { class: "soft" }, listed), body, pages);
   const made = new Tabulator(body, {
-    data: rows, columns: columns.map(headed), layout: "fitDataStretch", pagination: true, paginationSize: 10, paginationElement: pages,
+    data: rows, columns: columns.map(headed), layout: "fitDataTable", pagination: true, paginationSize: 10, paginationElement: pages,
     paginationSizeSelector: [10, 25, 100], initialSort: sort, headerSortClickElement: "header", columnHeaderSortMulti: false,
     // Tabulator's own way draws rows again when they come into view, and takes the focus from the link that led there
     autoResize: false,
