@@ -15,6 +15,8 @@ class ConcreteData(pl.LightningDataModule):
         batch_size: Number of examples in a batch.
     """
 
+    feature_names = ("cement", "slag", "ash", "water", "plasticizer", "gravel", "sand", "age")
+
     def __init__(self, path: str, batch_size: int = 32) -> None:
         super().__init__()
         self.path = path

@@ -1,0 +1,31 @@
+import json
+
+from lightning_dtda.reporting import find
+from lightning_dtda.reporting.machine_readable import as_json
+from tests.reporting.attributions import make_attribution
+
+
+def refused(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_findings_in_json_are_those_of_the_page(attribution):
+    found = find(attribution, k=4)
+    content = json.loads(as_json(found), parse_constant=refused)
+    assert content["verdict"]["sentence"] == found.verdict.sentence
+    assert content["verdict"]["level"] == found.verdict.level
+    assert [step["commands"] for step in content["next_steps"]] == [list(step.commands) for step in found.next_steps]
+    assert [query["query"] for query in content["queries"]] == [4, 7, 9]
+    for query, of_query in zip(found.queries, content["queries"], strict=True):
+        for ranked in query.ranked:
+            rows = of_query["differences"][ranked.difference.name]["rows"]
+            assert [(row["name"], row["influence"]) for row in rows] == [
+                (row.name, row.influence) for row in ranked.rows
+            ]
+            assert [row["significant"] for row in rows] == [row.significant for row in ranked.rows]
+
+
+def test_what_is_unknown_is_null():
+    content = json.loads(as_json(find(make_attribution(1))), parse_constant=refused)
+    assert content["agreement"] is None
+    assert content["queries"][0]["differences"]["mean"]["rows"][0]["p_value"] is None
