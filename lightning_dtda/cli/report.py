@@ -1,4 +1,4 @@
-"""``lightning-dtda report``: an attribution as one HTML file."""
+"""``lightning-dtda report``: an attribution as one HTML file, or its findings as JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from lightning_dtda.cli.weights_and_biases import add_wandb, logger_of, recorded
 def run(arguments: Sequence[str]) -> None:
     """Write the report and print its path."""
     parser = ArgumentParser(
-        prog="lightning-dtda report", description="Write an attribution as one HTML file that opens without a network."
+        prog="lightning-dtda report",
+        description="Write an attribution as one HTML file that opens without a network, or what was found as JSON.",
     )
     parser.add_argument("--attribution", type=str, required=True, help="Directory of the attribution.")
-    parser.add_argument("--output", type=str, default="report.html", help="File to write.")
+    parser.add_argument("--output", type=str, default="report.html", help="File to write; JSON if it ends in .json.")
     parser.add_argument(
         "--k", type=int, default=10, help="Least number of examples to list for each query and difference."
     )
@@ -32,7 +33,7 @@ def run(arguments: Sequence[str]) -> None:
     attribution = Attribution.load(options.attribution)
     truth = None if options.truth is None else GroundTruth.load(options.truth)
     path = report(attribution, options.output, k=options.k, differences=options.differences, truth=truth)
-    say(f"The report is {path}; open it in a browser.")
+    say(f"The report is {path}{'' if path.suffix == '.json' else '; open it in a browser'}.")
     if options.wandb:
         from lightning_dtda.reporting import log_to_wandb
 

@@ -7,13 +7,20 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from lightning_dtda.attribution.suggesting import Suggestion
+from lightning_dtda.reporting.against_retraining import Retrained
 from lightning_dtda.reporting.findings import Findings, Ranked
 
 
-def as_json(found: Findings) -> str:
+def as_json(found: Findings, compared: Retrained | None = None, suggestion: Suggestion | None = None) -> str:
     """Return findings as a JSON object: verdict, cautions, next steps, and the top examples, or groups, of each query.
 
     Influences are as they are shown, those of the spread in percent. Figures that are unknown or infinite are null.
+
+    Args:
+        found: The findings.
+        compared: Predictions beside retraining.
+        suggestion: Removals that were suggested.
     """
     content = {
         "question": found.question,
@@ -34,6 +41,10 @@ def as_json(found: Findings) -> str:
             }
             for query in found.queries
         ],
+        "retrained": None if compared is None else asdict(compared),
+        "suggestion": None
+        if suggestion is None
+        else {"verdict": suggestion.verdict, "best": suggestion.best, "removals": suggestion.removals},
     }
     return json.dumps(_finite(content), indent=1)
 

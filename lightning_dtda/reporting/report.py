@@ -23,6 +23,7 @@ from lightning_dtda.reporting.facts import about_in_brief
 from lightning_dtda.reporting.figure_style import TEMPLATE
 from lightning_dtda.reporting.findings import MOST_MEMBERS, Findings, find
 from lightning_dtda.reporting.formatting import capital
+from lightning_dtda.reporting.machine_readable import as_json
 from lightning_dtda.reporting.page_data import Overview, content, packed, rows_listed
 from lightning_dtda.retraining.ground_truth import GroundTruth
 from lightning_dtda.statistics.differences import Difference, resolve_difference
@@ -46,7 +47,7 @@ def report(
     show: str | Show | None = None,
     progress: bool = True,
 ) -> Path:
-    """Write a report on an attribution as one self-contained HTML file.
+    """Write a report on an attribution as one self-contained HTML file, or its findings as JSON.
 
     Its first screen says whether the attribution can be used, shows a query with the examples that matter most to it
     and what happens without them, and what to do now, with commands to copy. All queries and examples are reached by
@@ -57,7 +58,8 @@ def report(
 
     Args:
         attribution: The attribution.
-        output: File to write; its folder is created if it does not exist.
+        output: File to write; its folder is created if it does not exist. One that ends in ``.json`` has the verdict,
+            next steps and the k top examples of each query, for programs that decide by them.
         k: Number of examples, or groups, that are listed at least.
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
             spread and Wasserstein. Differences without a test of their own, such as quantiles, are tested by 2,000
@@ -93,6 +95,8 @@ def report(
     truth = truth.finished() if truth is not None and truth.unfinished else truth
     # first, as it may refuse the truth
     compared = None if truth is None else retrained(trusted, truth, chosen)
+    if output.suffix == ".json":
+        return _written(output, as_json(find(attribution, k, chosen, progress), compared, suggestion))
     overview = Overview(len(chosen), len(attribution.queries))
     findings = find(attribution, k, chosen, progress, rows_listed(trusted, len(chosen), k), overview)
     drawn = content(findings, overview)
@@ -113,9 +117,13 @@ def report(
         retrained=compared,
         suggestion={"said": said} if suggestion is not None else None,
     )
+    return _written(output, page)
+
+
+def _written(output: Path, text: str) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, page.encode())
+        replace_file(output, text.encode())
     except OSError as error:
         raise AttributionError(
             f"The report cannot be written to {output} ({error}). Give another file name."

@@ -1,5 +1,8 @@
 import json
 
+import torch
+
+from lightning_dtda import GroundTruth, report, suggest_removals
 from lightning_dtda.reporting import find
 from lightning_dtda.reporting.machine_readable import as_json
 from tests.reporting.attributions import make_attribution
@@ -29,3 +32,18 @@ def test_what_is_unknown_is_null():
     content = json.loads(as_json(find(make_attribution(1))), parse_constant=refused)
     assert content["agreement"] is None
     assert content["queries"][0]["differences"]["mean"]["rows"][0]["p_value"] is None
+
+
+def test_a_report_that_ends_in_json_has_retraining_and_suggestion(attribution, tmp_path):
+    suggestion = suggest_removals(attribution, k=2, held_out=0)
+    predicted = torch.stack([attribution.predict([n]) for n in (11, 23, 5)])
+    seeds = tuple(range(len(attribution.runs)))
+    about = {"measurement": "loss", "removal": "reweight"}
+    truth = GroundTruth(predicted, attribution.baseline, ((11,), (23,), (5,)), attribution.queries, seeds, seeds, about)
+    path = report(attribution, tmp_path / "findings.json", k=2, truth=truth, suggestion=suggestion)
+    content = json.loads(path.read_text(), parse_constant=refused)
+    assert content["suggestion"]["verdict"] == suggestion.verdict
+    assert content["suggestion"]["removals"] == list(suggestion.removals)
+    assert len(content["retrained"]["said"]) == 4  # what was retrained, and a score for each difference
+    assert len(content["retrained"]["subsets"]) == 3
+    assert len(content["queries"][0]["differences"]["mean"]["rows"]) == 2
