@@ -306,8 +306,13 @@ def test_a_screen_that_turns_while_a_table_is_made_does_no_harm(page):
     assert page.severe() == []
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        pytest.param(1440, True, id="1440-dark"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1440, False), (390, True), (390, False))),
+    ],
+)
 def test_everybody_can_use_the_page(page, dark, width):
     page.screen(width)
     page.dark(dark)
