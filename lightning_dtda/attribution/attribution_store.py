@@ -21,6 +21,9 @@ from lightning_dtda.errors import AttributionError, TrajectoryError
 from lightning_dtda.trajectory.answers import Answers
 from lightning_dtda.trajectory.schema import FLOATS, Expected
 
+BESIDE = (GALLERY, "check.json", "command.json")
+"""Files beside an attribution that are about it, and deleted with it."""
+
 OF_RUNS = ("drift", "adjoint_norms", "diagnosis", "response_norm", "largest_response")
 """Keys of ``about`` that have a value for each run."""
 
@@ -89,7 +92,7 @@ class Store:
             if overwrite:
                 cls.clear_scratch(path)
             if not index[cls.parts]:  # files of an answer that is replaced: deleted only now, when no index lists them
-                for file in (*path.glob("*.safetensors"), *path.glob(GALLERY)):
+                for file in (*path.glob("*.safetensors"), *(path / name for name in BESIDE if (path / name).exists())):
                     file.unlink()
         return cls(path, index)
 

@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments,
     )
     from lightning_dtda.reporting import print_summary  # imported here to keep --help fast
-    from lightning_dtda.reporting.commands import keep_command
+    from lightning_dtda.reporting.commands import Command, keep_command
 
     for difference in cli.config.differences or ():
         resolve_difference(difference)  # a wrong name is an error before the work, not after it
@@ -140,7 +140,7 @@ def run(arguments: Sequence[str]) -> None:
     answers = found if isinstance(found, dict) else {None: found}
     for damping, attribution in answers.items():
         path = output if damping is None else damping_path(output, damping)
-        keep_command(path, arguments)
+        keep_command(path, Command(tuple(arguments), str(config.ensemble)))
         print_summary(attribution, differences=config.differences, verbose=config.verbose, progress=True)
         say(f"The attribution is in {path}; lightning-dtda report --attribution {path} shows it.")
         if config.wandb:

@@ -26,12 +26,11 @@ def add_wandb(parser: ArgumentParser) -> None:
 def recorded_runs(attribution: Attribution) -> Ensemble | None:
     """Return the runs that a command attributed, if it is known and they are still there."""
     from lightning_dtda import Ensemble
-    from lightning_dtda.cli.question import option_value
     from lightning_dtda.reporting.commands import kept_command
 
-    root = option_value(kept_command(attribution) or [], "--ensemble")
+    command = kept_command(attribution)
     try:
-        return None if root is None else Ensemble.open(root)
+        return None if command is None else Ensemble.open(command.ensemble)
     except TrajectoryError:  # they were deleted, or moved
         return None
 

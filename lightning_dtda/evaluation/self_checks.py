@@ -51,6 +51,13 @@ class CheckResult:
     advice: str
 
 
+def unrolled(attribution: Attribution) -> bool:
+    """Return whether the responses are derivatives of the training, which finite differences can check."""
+    estimator = attribution.about.get("estimator")
+    name = estimator.get("class", "") if isinstance(estimator, dict) else str(estimator or "UnrolledDifferentiation")
+    return str(name).endswith("UnrolledDifferentiation")
+
+
 def self_checks(attribution: Attribution) -> list[CheckResult]:
     """Check the replay, the precision and the size of the responses, and with four trusted runs whether they agree."""
     checks = [replay_check(attribution), precision_check(attribution), chaos_check(attribution)]

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.evaluation.self_checks import RELIABLE, CheckResult, chaos_check, kept_results, precision_check
+from lightning_dtda.evaluation.self_checks import (
+    RELIABLE,
+    CheckResult,
+    chaos_check,
+    kept_results,
+    precision_check,
+    unrolled,
+)
 from lightning_dtda.reporting.certainty import NEGLIGIBLE, Outcome
 from lightning_dtda.reporting.formatting import count
 from lightning_dtda.reporting.next_steps import further_runs
@@ -64,22 +71,29 @@ def judge(attribution: Attribution, outcomes: Mapping[str, Sequence[Outcome]], a
         agreed: Agreement of halves of the trusted runs on the mean influence, median over queries; NaN if unknown.
         outside: Number of queries with predictions out of range.
     """
+    alone = attribution.responses.shape[2] == 1
     runs, queries, what = len(attribution.trusted().runs), len(attribution.queries), noun(attribution)
     if failed := _failed(attribution):
         return Verdict("poor", "Not usable", f"{failed.name} failed ({failed.figure}). {failed.advice}")
-    if math.isnan(agreed):
+    if math.isnan(agreed) and not (alone and runs > 1):
         more = counted(int(further_runs(agreed, runs)), "more run")
         few = f"{counted(runs, 'run')} cannot show which effects are more than seed noise"
         return Verdict("poor", "Not usable yet", f"{few}; record at least {more}.")
     halves = f"agreement of halves {agreed:.2f}"
     note = f" On {outside} of {counted(queries, 'query', 'queries')}, predictions are out of range." if outside else ""
-    found, several = _found(outcomes, what), any(each.discoveries for each in outcomes.get("spread", ()))
+    found = _found(outcomes, what)
+    means, spreads = (any(each.discoveries for each in outcomes.get(name, ())) for name in ("mean", "spread"))
+    if alone:  # there is no ranking to agree on
+        none = f"with {counted(runs, 'run')}, the effect of the {what} is not significant"
+        if not found:
+            return Verdict("partial", "No effect is shown", f"{none}.{note}")
+        return Verdict("good", "Usable", f"{found}.{note}")
     if agreed < RELIABLE:
-        more = _more_runs(agreed, runs) + note
+        more = _more_runs(agreed, runs, what) + note
         if not found and all(_negligible(each) for of_queries in outcomes.values() for each in of_queries):
             least = f"{100 * NEGLIGIBLE:g}\N{NO-BREAK SPACE}% of the {attribution.measurement}'s standard deviation"
             known = f"with {counted(runs, 'run')}, none has an effect larger than {least} over seeds"
-            return Verdict("partial", f"No single {what} matters", f"{known}. Attribute groups of examples.{note}")
+            return Verdict("partial", f"No single {what} matters", f"{known}. Attribute {_larger(what)}.{note}")
         if not found:
             return Verdict("poor", "Not usable yet", f"the ranking is seed noise ({halves}); {more}")
         noise = f"the ranking of the others is seed noise ({halves})"
@@ -88,7 +102,10 @@ def judge(attribution: Attribution, outcomes: Mapping[str, Sequence[Outcome]], a
     if not found:
         none = f"with {counted(runs, 'run')}, no {what} has a significant influence"
         return Verdict("partial", "Only the ranking is usable", f"{agree}, but {none}.{note}")
-    if not several:
+    if not means:
+        none = f"no influence on the mean is significant with {counted(runs, 'run')}"
+        return Verdict("partial", "Only the spreads are usable", f"{found}, and {agree}; {none}.{note}")
+    if not spreads:
         none = f"no influence on the spread is significant with {counted(runs, 'run')}"
         return Verdict("partial", "Only the means are usable", f"{found}, and {agree}; {none}.{note}")
     return Verdict("good", "Usable", f"{found}, and {agree}.{note}")
@@ -100,8 +117,12 @@ def _negligible(outcome: Outcome) -> bool:
 
 
 def _failed(attribution: Attribution) -> CheckResult | None:
-    """Return the first check that failed, other than the agreement, which the verdict weighs itself."""
-    kept = [result for result in kept_results(attribution) if result.name != "agreement between runs"]
+    """Return the first check that failed.
+
+    Of those that are stored, only those count that the attribution does not answer itself; they concern derivatives.
+    """
+    own = ("agreement between runs", "precision", "chaotic runs")
+    kept = [result for result in kept_results(attribution) if result.name not in own] if unrolled(attribution) else []
     results = [*kept, precision_check(attribution), chaos_check(attribution)]
     return next((result for result in results if not result.passed), None)
 
@@ -118,8 +139,12 @@ def _found(outcomes: Mapping[str, Sequence[Outcome]], what: str) -> str:
     return f"{what}s significantly change {' and '.join(parts)}" if parts else ""
 
 
-def _more_runs(agreed: float, runs: int) -> str:
+def _more_runs(agreed: float, runs: int, what: str) -> str:
     more = further_runs(agreed, runs)
     if math.isinf(more):
-        return "more runs may not help: remove groups of examples, whose effects are larger."
-    return f"record at least {count(more)} more runs."
+        return f"more runs may not help: remove {_larger(what)}, whose effects are larger."
+    return f"record at least {'1 more run' if more == 1 else f'{count(more)} more runs'}."
+
+
+def _larger(what: str) -> str:
+    return "groups of examples" if what == "example" else "larger groups"

@@ -37,7 +37,7 @@ def as_json(found: Findings, compared: Retrained | None = None, suggestion: Sugg
                 "label": query.shown.label,
                 "prediction": query.shown.prediction,
                 "as_trained": query.as_trained.sentence,
-                "differences": {ranked.difference.name: _ranked(ranked) for ranked in query.ranked},
+                "differences": [_ranked(ranked) for ranked in query.ranked],
             }
             for query in found.queries
         ],
@@ -51,6 +51,8 @@ def as_json(found: Findings, compared: Retrained | None = None, suggestion: Sugg
 
 def _ranked(ranked: Ranked) -> dict[str, Any]:
     return {
+        "name": ranked.difference.name,
+        "title": ranked.words.title,
         "meaning": ranked.words.meaning,
         "unit": ranked.words.unit,
         "verdict": ranked.verdict,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_dtda.attribution.attribution import ENOUGH_RUNS, Attribution
-from lightning_dtda.evaluation.self_checks import RELIABLE, kept_results
-from lightning_dtda.reporting.commands import kept_command
+from lightning_dtda.attribution.kept import KeptResponses
+from lightning_dtda.evaluation.self_checks import RELIABLE, kept_results, unrolled
+from lightning_dtda.replay.measurements import MEASUREMENTS
+from lightning_dtda.reporting.commands import Command, kept_command
 from lightning_dtda.reporting.formatting import counts, two_digits
 from lightning_dtda.reporting.wording import counted, noun
 
@@ -19,11 +22,25 @@ if TYPE_CHECKING:
     from lightning_dtda.reporting.findings import QueryFindings
     from lightning_dtda.reporting.rows import TopExample
 
-_QUESTION = ("--config", "-c", "--measurement", "--queries", "--device", "--measurement_draws", "--measurement_seed")
-"""Options of ``attribute`` that ``retrain`` and ``check`` have too, or their beginnings."""
+_CONFIGURATION = ("--config", "-c", "--model", "--data", "--trainer", "--optimizer", "--lr_scheduler")
+_QUESTION = (*_CONFIGURATION, "--measurement", "--queries", "--device")
+_DRAWS = ("--measurement_draws", "--measurement_seed")
+"""Options of ``attribute`` that other commands have, too."""
 
 _MOST_TRAININGS = 1000
-"""Number of trainings above which verification is not suggested."""
+"""Number of trainings above which neither verification nor more runs are suggested."""
+
+_MOST_REMOVED = 1000
+"""Number of examples above which a group is too long for a command."""
+
+_TOP = 5
+"""Number of top removals of each query among which one is chosen to be verified: the same for every report."""
+
+_CHECKED_QUERIES = 5
+"""Number of queries that ``check`` takes by default."""
+
+_FEWEST_TO_SUGGEST = 6
+"""Number of runs from which ``suggest`` has enough to choose by and to evaluate."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,8 @@ class NextStep:
     Args:
         title: What it does.
         cost: What it costs.
-        commands: Commands to copy, or calls in Python if the attribution was made by Python.
+        commands: Commands to copy, or calls in Python if the attribution was made by Python. Paths are relative to the
+            directory in which the attribution was made.
     """
 
     title: str
@@ -49,107 +67,105 @@ def next_steps(attribution: Attribution, queries: Sequence[QueryFindings], agree
         queries: What was found on each query.
         agreed: Agreement of halves of the trusted runs on the mean influence, median over queries; NaN if unknown.
     """
-    asked = _Asked(attribution, kept_command(attribution))
-    steps = [_verify(asked, queries), _more_runs(asked, agreed), _suggest(asked), _check(asked)]
+    command = kept_command(attribution)
+    steps = [
+        _verify(attribution, command, queries),
+        _more_runs(attribution, command, agreed),
+        _suggest(attribution),
+        _check(attribution, command),
+    ]
     return [step for step in steps if step is not None]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """An attribution, and the arguments of the command that made it, if a command did."""
-
-    attribution: Attribution
-    arguments: list[str] | None
-
-    @property
-    def path(self) -> str:
-        """The attribution's directory, as an argument."""
-        return shlex.quote(str(self.attribution.path))
-
-    @property
-    def ensemble(self) -> str:
-        """The ensemble's directory, as an argument."""
-        return shlex.quote(str(self.values("--ensemble")[0]))
-
-    def values(self, option: str) -> list[str]:
-        """Return the values of an option."""
-        arguments, found = self.arguments or [], []
-        for number, argument in enumerate(arguments):
-            if argument == option and number + 1 < len(arguments):
-                found.append(arguments[number + 1])
-            elif argument.startswith(f"{option}="):
-                found.append(argument.partition("=")[2])
-        return found
-
-    def shared(self) -> list[str]:
-        """Return the arguments that say what is measured, on which queries, of which ensemble."""
-        chosen: list[str] = []
-        taking = False
-        for argument in self.arguments or []:
-            if argument.startswith("-"):
-                name = argument.partition("=")[0]
-                taking = name == "--ensemble" or name.partition(".")[0] in _QUESTION
-            if taking:
-                chosen.append(argument)
-        return chosen
+def _quoted(attribution: Attribution) -> str:
+    return shlex.quote(str(attribution.path))
 
 
-def _verify(asked: _Asked, queries: Sequence[QueryFindings]) -> NextStep | None:
-    """Return how to confirm the effect that needs the fewest retrainings."""
+def _verify(attribution: Attribution, command: Command | None, queries: Sequence[QueryFindings]) -> NextStep | None:
+    """Return how to confirm the effect on a mean or spread that needs the fewest retrainings."""
+    members = attribution.members
+    if attribution.step is not None or isinstance(attribution.responses, KeptResponses):
+        return None  # such predictions cannot be compared with retraining
     rows = [
         (row.retrainings_high, row.retrainings_low, row)
         for query in queries
         for ranked in query.ranked
-        for row in ranked.rows
-        if row.significant and row.retrainings_low <= _MOST_TRAININGS
+        for row in ranked.rows[:_TOP]
+        if ranked.difference.name in ("mean", "spread")
+        and row.significant
+        and row.retrainings_low <= _MOST_TRAININGS
+        and (members is None or len(members[row.position]) <= _MOST_REMOVED)
     ]
     if not rows:
         return None
     high, low, row = min(rows, key=lambda each: each[:2])
     seeds = math.ceil(math.sqrt(low * min(high, _MOST_TRAININGS)))  # the middle of the range, in proportion
-    what = noun(asked.attribution)
     cost = (
-        f"{counted(seeds, 'training')} without it and {seeds} with all data, {_times(asked, 2 * seeds)} "
+        f"{counted(seeds, 'training')} without it and {seeds} with all data, {_times(attribution, 2 * seeds)} "
         f"({counts(low, high)} may be needed to show the effect)."
     )
-    return NextStep(f"Verify: retrain without {what} {row.name}", cost, _retraining(asked, row, seeds))
+    title = f"Verify: retrain without {noun(attribution)} {row.name}"
+    return NextStep(title, cost, _retraining(attribution, command, row, seeds))
 
 
-def _retraining(asked: _Asked, row: TopExample, seeds: int) -> tuple[str, ...]:
-    members = asked.attribution.members
+def _retraining(attribution: Attribution, command: Command | None, row: TopExample, seeds: int) -> tuple[str, ...]:
+    members = attribution.members
     subset = [row.position] if members is None else sorted(members[row.position])
-    if asked.arguments is None or asked.attribution.path is None:
-        measured = f'queries=queries, measurement="{asked.attribution.measurement}"'
+    if command is None or attribution.path is None:
+        draws = attribution.about.get("draws") or {}
+        drawn = "".join(f", measurement_{'draws' if key == 'number' else key}={draws[key]}" for key in draws)
         return (
-            f"truth = retrain(module, data, subsets=[{subset}], seeds={seeds}, {measured})",
+            f"truth = retrain(module, data, subsets=[{subset}], seeds={seeds}, queries=queries"
+            f"{_measured(attribution)}{drawn}, trainer=make_trainer)",
             'report(attribution, "verified.html", truth=truth)',
         )
-    output = shlex.quote(f"{asked.attribution.path}-verified")
-    return (
-        shlex.join(["lightning-dtda", "retrain", *asked.shared(), f"--removed={json.dumps([subset])}"])
-        + f" --seeds {seeds} --output {output}",
-        f"lightning-dtda report --attribution {asked.path} --truth {output} --output verified.html",
-    )
+    output = f"{attribution.path}-verified"
+    retrain = ["retrain", "--ensemble", command.ensemble, *command.given((*_QUESTION, *_DRAWS))]
+    retrain += [f"--removed={json.dumps([subset])}", "--seeds", str(seeds), "--output", output]
+    report = ["report", "--attribution", str(attribution.path), "--truth", output, "--output", "verified.html"]
+    return tuple(shlex.join(["lightning-dtda", *each]) for each in (retrain, report))
 
 
-def _more_runs(asked: _Asked, agreed: float) -> NextStep | None:
+def _measured(attribution: Attribution) -> str:
+    """Return the argument for the measurement, if it is not the default."""
+    name = attribution.measurement
+    return "" if name == "loss" else f', measurement="{name}"' if name in MEASUREMENTS else ", measurement=measurement"
+
+
+def _more_runs(attribution: Attribution, command: Command | None, agreed: float) -> NextStep | None:
     """Return how to record more runs, if there are too few."""
-    runs = len(asked.attribution.runs)
-    wanted = further_runs(agreed, runs)
-    if not 1 <= wanted < math.inf:
+    wanted = further_runs(agreed, len(attribution.trusted().runs))
+    if not 1 <= wanted <= _MOST_TRAININGS:
         return None
     more = two_digits(wanted)
-    cost = f"{counted(more, 'training')}, {_times(asked, more)}."
+    cost = f"{counted(more, 'training')}, {_times(attribution, more)}."
     title = f"Record {counted(more, 'more run')}, and attribute again"
-    if asked.arguments is None:
-        return NextStep(title, cost, (f"record(..., seeds={runs + more})", "attribute(...)  # the same call continues"))
-    again = shlex.join(["lightning-dtda", "attribute", *asked.arguments])
-    return NextStep(title, cost, (f"lightning-dtda record --ensemble {asked.ensemble} --seeds {runs + more}", again))
+    seeds = _seeds(attribution, more)
+    if command is None:
+        return NextStep(title, cost, (f"record(..., seeds={seeds})", "attribute(...)  # the same call continues"))
+    configuration = command.given(_CONFIGURATION)
+    if not any(each.startswith(("--config", "-c")) for each in configuration):
+        configuration = ["--config", f"{command.ensemble}/config.yaml", *configuration]
+    record = ["record", *configuration, "--ensemble", command.ensemble, f"--seeds={seeds}"]
+    again = ["attribute", *command.arguments]
+    if isinstance(attribution.responses, KeptResponses) and "--overwrite" not in again:
+        again.append("--overwrite")  # of kept responses, no part can be added
+    return NextStep(title, cost, tuple(shlex.join(["lightning-dtda", *each]) for each in (record, again)))
 
 
-def _times(asked: _Asked, trainings: int) -> str:
+def _seeds(attribution: Attribution, more: int) -> int | list[int]:
+    """Return all seeds to record: a number if they are the first ones, else a list with new ones at its end."""
+    found = [re.fullmatch(r"seed-(\d+)", run) for run in attribution.runs]
+    seeds = sorted(int(match[1]) for match in found if match is not None)
+    if seeds == list(range(len(attribution.runs))):
+        return len(seeds) + more
+    return [*seeds, *range(max(seeds, default=-1) + 1, max(seeds, default=-1) + 1 + more)]
+
+
+def _times(attribution: Attribution, trainings: int) -> str:
     """Return how long trainings take, in proportion to the recording."""
-    times = f"{trainings / len(asked.attribution.runs):.2g}"
+    ratio = trainings / len(attribution.runs)
+    times = f"{ratio:.2g}" if ratio < 99 else f"{ratio:,.0f}"
     return "as long as the recording" if times == "1" else f"{times} times as long as the recording"
 
 
@@ -168,25 +184,29 @@ def further_runs(agreed: float, runs: int) -> float:
     return max(0, math.ceil(round(runs * (times - 1), 6)))
 
 
-def _suggest(asked: _Asked) -> NextStep:
-    """Return how to find removals that make the training better, or more reproducible."""
-    goal = "reduce_variance" if len(asked.attribution.trusted().runs) > 2 else "improve_mean"
-    what = "less dependent on the seed" if goal == "reduce_variance" else "better"
-    title = f"Remove: find {noun(asked.attribution)}s whose removal makes the result {what}"
-    if asked.attribution.path is None:
-        return NextStep(title, "No training.", (f'suggest_removals(attribution, goal="{goal}")',))
-    command = f"lightning-dtda suggest --attribution {asked.path} --goal {goal}"
+def _suggest(attribution: Attribution) -> NextStep | None:
+    """Return how to find removals that make the training more reproducible, if there are enough runs."""
+    if len(attribution.trusted().runs) < _FEWEST_TO_SUGGEST or isinstance(attribution.responses, KeptResponses):
+        return None
+    title = f"Remove: find {noun(attribution)}s whose removal makes the result less dependent on the seed"
+    if attribution.path is None:
+        return NextStep(title, "No training.", ('suggest_removals(attribution, goal="reduce_variance")',))
+    command = f"lightning-dtda suggest --attribution {_quoted(attribution)} --goal reduce_variance"
     return NextStep(title, "No training.", (command,))
 
 
-def _check(asked: _Asked) -> NextStep | None:
-    """Return how to check the responses against retraining, if that was not done."""
-    if kept_results(asked.attribution):
+def _check(attribution: Attribution, command: Command | None) -> NextStep | None:
+    """Return how to check the responses against retraining, if that was not done, and they are derivatives."""
+    if kept_results(attribution) or not unrolled(attribution):
         return None
-    title, cost = "Check that the responses are derivatives of this training", "A few retrainings of the first run."
-    path = asked.attribution.path
-    if asked.arguments is not None and path is not None:
-        command = shlex.join(["lightning-dtda", "check", *asked.shared()])
-        return NextStep(title, cost, (f"{command} --attribution {asked.path}",))
-    store = () if path is None else (f"found.save({str(path)!r})",)
-    return NextStep(title, cost, ("found = check(ensemble, module, data, queries=queries)", *store))
+    title = "Check that the responses are derivatives of this training"
+    cost = "About as long as attributing."
+    path = attribution.path
+    if command is not None and path is not None:
+        question = command.given(_QUESTION)
+        if not command.given(("--queries",)) and len(attribution.queries) < _CHECKED_QUERIES:
+            question.append(f"--queries.indices={json.dumps(list(attribution.queries))}")
+        check = shlex.join(["lightning-dtda", "check", "--ensemble", command.ensemble, *question])
+        return NextStep(title, cost, (f"{check} --attribution {_quoted(attribution)}",))
+    call = f"found = check(ensemble, module, data, queries=queries{_measured(attribution)})"
+    return NextStep(title, cost, (call, *(() if path is None else (f"found.save({str(path)!r})",))))

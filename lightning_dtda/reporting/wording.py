@@ -87,7 +87,10 @@ def effect(difference: Difference, measurement: str, row: TopExample) -> str:
     meaning = difference.meaning.format(measurement=measurement, removed="example").rstrip(",")
     size, low, high = supported(row.influence, row.interval_low, row.interval_high)
     percent = "\N{NO-BREAK SPACE}%" * difference.relative
-    interval = "" if math.isnan(row.interval_low) else f" [{low}, {high}]"
+    if not math.isfinite(row.influence):
+        had = "; as trained, there is none" if row.influence == math.inf else ""
+        return f"Without it, the {meaning.partition(' by which ')[0].removeprefix('change of the ')} is not known{had}."
+    interval = f" [{low}, {high}]" if math.isfinite(row.interval_low) and math.isfinite(row.interval_high) else ""
     amount = f"{size}{percent}{interval}"
     if difference.signed and meaning.startswith("change of "):
         moves = "falls" if row.influence < 0 else "rises"

@@ -1,5 +1,6 @@
 """One account of what was found: the verdict, the cards, and what to do now."""
 
+import math
 import shlex
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from lightning_dtda import Attribution
 from lightning_dtda.attribution.gallery import Gallery, Shown
 from lightning_dtda.evaluation.self_checks import CheckResult, keep_results
-from lightning_dtda.reporting.commands import keep_command
+from lightning_dtda.reporting import wording
+from lightning_dtda.reporting.commands import Command, keep_command
 from lightning_dtda.reporting.findings import MOST_MEMBERS, find
+from lightning_dtda.reporting.rows import TopExample
 from lightning_dtda.statistics import DIFFERENCES
+from tests.reporting.attributions import make_attribution
 
 
 def simulated(runs, signal, spread=0.0, **about):
@@ -127,22 +131,91 @@ def test_cards_of_groups_show_some_of_their_members(grouped):
     assert [each.text for each in card.shown] == [f"text {n}" for n in range(min(card.row.size, MOST_MEMBERS))]
 
 
+ASKED = ("--ensemble", "runs/my runs", "--output", "found", "--queries.indices=[4, 7, 9]", "--scale", "sqrt")
+ASKED += ("--measurement", "loss", "--measurement_seed", "-1", "--model.width=4", "--estimator", "InfluenceFunctions")
+
+
+def commands_of(attribution, path, *more, runs="runs/my runs"):
+    """Return the commands for an attribution that a command made, by the first word of their step."""
+    attribution.save(path)
+    keep_command(path, Command((*ASKED, *more), runs))
+    found = find(Attribution.load(path))
+    return {
+        step.title.split()[0].rstrip(":"): [shlex.split(each) for each in step.commands] for step in found.next_steps
+    }
+
+
 def test_commands_repeat_the_question_that_was_asked(attribution, tmp_path):
-    attribution.save(tmp_path / "kept it")
-    kept = Attribution.load(tmp_path / "kept it")
-    asked = ["--ensemble", "runs/my runs", "--output", str(kept.path), "--queries.indices=[4, 7, 9]", "--scale", "sqrt"]
-    asked += ["--measurement", "loss", "--estimator", "InfluenceFunctions"]
-    keep_command(kept.path, asked)
-    by_title = {step.title.split()[0].rstrip(":"): step for step in find(kept).next_steps}
-    retrain, report = (shlex.split(command) for command in by_title["Verify"].commands)
-    assert retrain[:2] == ["lightning-dtda", "retrain"]
-    assert retrain[2:7] == ["--ensemble", "runs/my runs", "--queries.indices=[4, 7, 9]", "--measurement", "loss"]
-    assert "--scale" not in retrain
-    assert "--estimator" not in retrain
-    row = next(row for row in find(kept).queries[0].ranked[0].rows if row.significant)
-    assert f"--removed=[[{row.position}]]" in retrain
+    kept = tmp_path / "kept it"
+    commands = commands_of(attribution, kept)
+    retrain, report = commands["Verify"]
+    assert retrain[:4] == ["lightning-dtda", "retrain", "--ensemble", "runs/my runs"]
+    shared = ["--queries.indices=[4, 7, 9]", "--measurement", "loss", "--measurement_seed", "-1", "--model.width=4"]
+    assert retrain[4 : 4 + len(shared)] == shared
+    assert not {"--scale", "--estimator"} & set(retrain)
+    removed = [row.position for row in find(attribution).queries[0].ranked[0].rows if row.significant]
+    assert f"--removed=[[{removed[0]}]]" in retrain
     assert retrain[-1] == report[report.index("--truth") + 1]
-    assert shlex.split(by_title["Check"].commands[0])[-2:] == ["--attribution", str(kept.path)]
+    (check,) = commands["Check"]
+    assert check[-2:] == ["--attribution", str(kept)]
+    assert "--measurement_seed" not in check  # which check does not have
+    (suggest,) = commands["Remove"]
+    assert suggest[2:4] == ["--attribution", str(kept)]
+
+
+def test_more_runs_are_recorded_with_the_ensembles_configuration(tmp_path):
+    noise = simulated(9, 0.1)
+    record, again = commands_of(noise, tmp_path / "kept")["Record"]
+    assert record[2:4] == ["--config", "runs/my runs/config.yaml"]
+    assert record[record.index("--ensemble") + 1] == "runs/my runs"
+    assert int(record[-1].removeprefix("--seeds=")) > 9
+    assert again == ["lightning-dtda", "attribute", *ASKED]
+    record, _ = commands_of(noise, tmp_path / "other", "--config", "own.yaml")["Record"]
+    assert [*record[2:4], *record[4:6]] == ["--model.width=4", "--config", "own.yaml", "--ensemble"]
+    names = tuple(f"seed-{number:04d}" for number in (*range(1, 9), 103))
+    named = Attribution(noise.baseline, noise.responses, names, noise.queries, noise.about)
+    record, _ = commands_of(named, tmp_path / "named")["Record"]
+    assert record[-1].startswith("--seeds=[1, 2, 3, 4, 5, 6, 7, 8, 103, 104, ")
+
+
+def test_commands_that_would_fail_are_not_given(attribution, tmp_path):
+    assert "Remove" not in commands_of(simulated(5, 2.0), tmp_path / "few")
+    kept = commands_of(attribution.keep_top(4), tmp_path / "top")
+    assert not {"Verify", "Remove"} & kept.keys()
+    other_step = Attribution(
+        attribution.baseline, attribution.responses, attribution.runs, attribution.queries,
+        attribution.about | {"step": 7},
+    )  # fmt: skip
+    assert "Verify" not in commands_of(other_step, tmp_path / "step")
+    by_influence = attribution.about | {"estimator": {"class": "lightning_dtda.InfluenceFunctions"}}
+    influence = Attribution(
+        attribution.baseline, attribution.responses, attribution.runs, attribution.queries, by_influence
+    )
+    assert "Check" not in commands_of(influence, tmp_path / "influence")
+
+
+def test_other_settings_do_not_keep_what_was_said_of_the_first(attribution, tmp_path):
+    commands_of(attribution, tmp_path / "kept")
+    keep_results([CheckResult("finite differences", False, "0.3", "Report it.")], tmp_path / "kept")
+    make_attribution(ensemble="other").save(tmp_path / "kept", overwrite=True)
+    assert find(Attribution.load(tmp_path / "kept")).verdict == find(attribution).verdict
+    assert not (tmp_path / "kept" / "command.json").exists()
+
+
+def test_the_effect_of_one_group_needs_no_ranking(attribution):
+    about = attribution.about | {"removals": [{"name": "all", "examples": [1, 4, 5]}]}
+    single = Attribution(
+        attribution.baseline, attribution.responses[..., 11:12], attribution.runs, attribution.queries, about
+    )
+    verdict = find(single).verdict
+    assert (verdict.level, verdict.headline) == ("good", "Usable")
+    assert "ranking" not in verdict.sentence
+
+
+def test_effects_that_are_no_numbers_are_said_to_be_unknown():
+    spread = TopExample(1, 3, "3", 1, math.inf, math.nan, 0.1, math.inf, 0.0, math.nan, math.nan, 0.0, 0.0, True, 9, 40)
+    text = wording.effect(DIFFERENCES["spread"], "loss", spread)
+    assert text == "Without it, the loss's standard deviation over runs is not known; as trained, there is none."
 
 
 def test_an_attribution_from_python_gets_calls_in_python(attribution):

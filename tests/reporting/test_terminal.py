@@ -140,5 +140,6 @@ def test_a_single_group_is_shown_with_its_size():
 
 def test_of_a_top_that_was_kept_the_same_is_said(attribution):
     kept = attribution.keep_top(4)
-    assert _printed(kept, k=4, verbose=True) == _printed(attribution, k=4, verbose=True)
-    assert _printed(kept, k=10, verbose=True) == _printed(attribution, k=4, verbose=True)  # no more are listed
+    said = _printed(attribution, k=4, verbose=True).partition("Next")[0]  # fewer steps are possible
+    assert _printed(kept, k=4, verbose=True).partition("Next")[0] == said
+    assert _printed(kept, k=10, verbose=True).partition("Next")[0] == said  # no more are listed

@@ -3,7 +3,8 @@
 
 let DATA;
 const $ = (id) => document.getElementById(id);
-const shortened = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+// from the middle: names often begin alike
+const shortened = (text, most) => (text.length > most ? `${text.slice(0, Math.floor(most / 3))}…${text.slice(1 + Math.floor(most / 3) - most)}` : text);
 const nameOf = (position) => DATA.names?.[position] ?? DATA.examples[position]?.name ?? String(position);
 const SIGNIFICANT = "✓ significant", NOISE = "~ may be seed noise";
 let state = {}, rendered = {};
@@ -157,7 +158,7 @@ function queryTable() {
   const { query, difference } = state, { rows } = ranked();
   const percent = difference.relative ? ", %" : "";
   const ends = [...rows.low, ...rows.high, ...rows.influence, 0].filter(known);
-  const [least, most] = [Math.min(...ends), Math.max(...ends)];
+  const [least, most] = [ends.reduce((a, b) => Math.min(a, b), Infinity), ends.reduce((a, b) => Math.max(a, b), -Infinity)];
   const list = rows.position.map((position, at) => {
     const of = Object.fromEntries(Object.entries(rows).map(([name, values]) => [name, values[at]]));
     return {

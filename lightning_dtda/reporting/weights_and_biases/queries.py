@@ -54,8 +54,9 @@ def panels(attribution: Attribution, query: QueryFindings) -> dict[str, Any]:
     for ranked in query.ranked:
         logged[f"queries/significant_{ranked.difference.name}"] = ranked.outcome.discoveries
         logged[f"queries/largest_{ranked.difference.name}"] = known(ranked.rows[0].influence)
-    bins = np.histogram_bin_edges(np.concatenate([trained, without]), _BINS)  # shared, to be compared
-    for name, sample in {"as_trained": trained, "without_top_example": without}.items():
+    finite = [sample[np.isfinite(sample)] for sample in (trained, without)]
+    bins = np.histogram_bin_edges(np.concatenate(finite), _BINS)  # shared, to be compared
+    for name, sample in zip(("as_trained", "without_top_example"), finite, strict=True):
         logged[f"queries/{name}"] = wandb.Histogram(np_histogram=np.histogram(sample, bins))
     if pictures := _pictures(attribution, query):
         logged["queries/pictures"] = pictures
@@ -69,7 +70,7 @@ def charts(attribution: Attribution, query: QueryFindings) -> dict[str, Any]:
     for ranked in query.ranked:
         bars = [[_label(attribution, row), known(row.influence)] for row in ranked.rows]
         title = f"{name}: {ranked.words.short}{', in %' * ranked.difference.relative}"
-        chart = wandb.plot.bar(wandb.Table([what, "influence"], data=bars), what, "influence", title=title)
+        chart = wandb.plot.bar(wandb.Table(["removed", "influence"], data=bars), "removed", "influence", title=title)
         drawn[f"top_query/top_{ranked.difference.name}"] = chart
     trained, without = _samples(attribution, query)
     drawn["top_query/distribution"] = wandb.plot.line_series(

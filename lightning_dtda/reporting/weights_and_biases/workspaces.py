@@ -93,8 +93,8 @@ def _sections(panels: ModuleType, metrics: Sequence[str]) -> Iterator[tuple[str,
         "Its top examples, every example by its change of mean and spread, and the measurement in each run as trained "
         "and without the top example.",
         [
-            _chart(panels, "top_mean", "bar", f"{what}: mean", label="example", value="influence"),
-            _chart(panels, "top_spread", "bar", f"{what}: spread, in %", label="example", value="influence"),
+            _chart(panels, "top_mean", "bar", f"{what}: mean", label="removed", value="influence"),
+            _chart(panels, "top_spread", "bar", f"{what}: spread, in %", label="removed", value="influence"),
             _chart(
                 panels,
                 "mean_against_spread",
