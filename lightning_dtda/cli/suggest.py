@@ -19,6 +19,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation import Verification, verify
 from lightning_dtda.evaluation.evaluating import check_alignment
 from lightning_dtda.reporting.formatting import escape
+from lightning_dtda.reporting.wording import counted
 from lightning_dtda.retraining import GroundTruth
 
 
@@ -124,7 +125,7 @@ def print_suggestion(suggestion: Suggestion) -> None:
         "not used for the choice" if suggestion.held_out else "also used for the choice, so the effects are optimistic"
     )
     console.print(
-        f"Change of the {escape(suggestion.quantity)}, over {len(suggestion.queries)} queries. As trained, it is "
+        f"Change of the {escape(suggestion.quantity)}, over {counted(len(suggestion.queries), 'query', 'queries')}. As trained, it is "
         f"{suggestion.before:.3g}. Evaluated on {runs}. The {suggestion.level:.0%} intervals hold together, for all "
         "numbers of removals."
     )

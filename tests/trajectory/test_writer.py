@@ -55,19 +55,19 @@ def test_the_caller_waits_only_when_too_many_files_are_under_way(directory, monk
 
 
 def test_a_training_that_waited_for_the_disk_is_written_through_the_cache(directory, monkeypatch):
-    disk, begun, added, direct = threading.Event(), threading.Event(), threading.Event(), []
+    disk, started, added, direct = threading.Event(), threading.Event(), threading.Event(), []
     write = writer.write_tensors
 
     def note(path, tensors, past_the_cache):
         direct.append(past_the_cache)
-        begun.set()
+        started.set()
         (disk if len(direct) == 1 else added).wait()
         return write(path, tensors, past_the_cache)
 
     monkeypatch.setattr(writer, "write_tensors", note)
     run_writer = RunWriter(directory, manifest(gradients="none"))
     run_writer.add_shard(0, 1, records(0, 1, None))
-    begun.wait()  # the others wait for the first one
+    started.wait()  # the others wait for the first one
     for step in range(1, 1 + writer._QUEUE_LENGTH):
         run_writer.add_shard(step, step + 1, records(step, step + 1, None))
     put = run_writer._queue.put
