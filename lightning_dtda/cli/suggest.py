@@ -124,8 +124,9 @@ def print_suggestion(suggestion: Suggestion) -> None:
     runs = f"{len(suggestion.evaluated_on)} runs " + (
         "not used for the choice" if suggestion.held_out else "also used for the choice, so the effects are optimistic"
     )
+    queries = counted(len(suggestion.queries), "query", "queries")
     console.print(
-        f"Change of the {escape(suggestion.quantity)}, over {counted(len(suggestion.queries), 'query', 'queries')}. As trained, it is "
+        f"Change of the {escape(suggestion.quantity)}, over {queries}. As trained, it is "
         f"{suggestion.before:.3g}. Evaluated on {runs}. The {suggestion.level:.0%} intervals hold together, for all "
         "numbers of removals."
     )
