@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import override
@@ -17,7 +18,7 @@ from typing_extensions import override
 from lightning_dtda.cli import say, stoppable
 from lightning_dtda.cli.configuration_cli import CONFIG, ConfigurationCLI, save_configuration
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.recording import TrajectoryRecorder, record, run_name
+from lightning_dtda.recording import CrossedSeeds, TrajectoryRecorder, record, run_name
 from lightning_dtda.recording.recording import checked_seeds
 from lightning_dtda.recording.seeds import is_complete
 
@@ -37,13 +38,21 @@ class RecordCLI(ConfigurationCLI):
         )
         parser.add_argument(
             "--seeds",
-            type=int | list[int],
+            type=int | list[int] | CrossedSeeds,
             default=20,
-            help="Seeds to record: a number S for the seeds 0 to S-1, or a list: --seeds=[3,7].",
+            help="Seeds to record: a number S for the seeds 0 to S-1, or a list: --seeds=[3,7]; or seeds for each "
+            "source of randomness, to split the variance by source: --seeds.initialisation 8 --seeds.order 8 (and "
+            "--seeds.noise) record 64 runs.",
         )
         self.add_workers_to_parser(parser)
         self.add_stacked_to_parser(parser, default=False)
         parser.add_class_arguments(TrajectoryRecorder, "recorder", skip={"root", "run", "overwrite"}, instantiate=False)
+
+    def seeds(self) -> int | list[int] | CrossedSeeds:
+        """Return the chosen seeds."""
+        parser = ArgumentParser()
+        parser.add_argument("--seeds", type=int | list[int] | CrossedSeeds)
+        return parser.instantiate(parser.parse_object({"seeds": self.config.seeds})).seeds
 
     @property
     def root(self) -> Path:
@@ -108,7 +117,8 @@ def run(arguments: Sequence[str]) -> None:
     """
     cli = _cli(arguments)
     config, root = cli.config, cli.root
-    seeds = checked_seeds(config.seeds)
+    chosen = cli.seeds()
+    seeds = checked_seeds(chosen)
     # if a training uses several processes, the others run this command too
     tell = say if getattr(rank_zero_only, "rank", 0) == 0 else _log.debug
 
@@ -124,7 +134,7 @@ def run(arguments: Sequence[str]) -> None:
         failures = record(
             ConfiguredRecording(cli),
             TrajectoryRecorder(root.resolve(), **config.recorder.as_dict()),
-            seeds,
+            chosen,
             workers=cli.workers(),
             stacked=config.stacked,
             compile=config.compile,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dtda.compatibility import fetched, keep_index_sampler, missing, training_loaders
 from lightning_dtda.errors import RecordingError
+from lightning_dtda.recording.crossed_seeds import OrderStream, RunSeeds, seed_noise
 from lightning_dtda.replay.random_states import Generators
 
 
@@ -30,14 +32,20 @@ class BatchTap:
     Hooks may draw random numbers and change the batch on its way to the module (augmentation on the device). The first
     function called on a fetched batch is ``precision_plugin.convert_input``, so this is shadowed too.
 
+    With seeds set apart by source, this is also where they take over: what is drawn before the training data are loaded
+    belongs to the initialisation, what the samplers draw to the order, and the rest to the noise.
+
     Args:
         trainer: The Trainer, before it loads data.
         module: The module.
+        seeds: Seeds of the sources of randomness, if they are set apart.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, seeds: RunSeeds | None = None) -> None:
         self._trainer = trainer
         self._module = module
+        self._seeds = seeds
+        self._order: OrderStream | None = None
         self._tapped: list[tuple[DataLoader[Any], Any]] = []
         self._last: tuple[dict[str, torch.Tensor], Any] | None = None
         # instance attributes shadow the methods; `remove` deletes them again
@@ -110,10 +118,14 @@ class BatchTap:
     def _process_dataloader(self, loader: Any) -> Any:
         if self._trainer.state.stage == RunningStage.TRAINING:
             _refuse_unsupported(loader)
+            if self._seeds is not None and self._order is None:
+                self._order = OrderStream(self._seeds)
+                self._order.begin(loader)
+                seed_noise(self._seeds)
             sampler = _sampler_of(loader)
             if not isinstance(sampler, _TappedBatchSampler):
                 self._tapped.append((loader, sampler))
-                _set_batch_sampler(loader, _TappedBatchSampler(sampler))
+                _set_batch_sampler(loader, _TappedBatchSampler(sampler, self._order))
         return self._process(loader)
 
     @cached_property
@@ -143,34 +155,33 @@ def _set_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> None:
 class _TappedBatchSampler:
     """The user's batch sampler, with iterators that remember what they yielded."""
 
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
+    def __init__(self, inner: Any, order: OrderStream | None) -> None:
+        vars(self).update(_inner=inner, _order=order)
 
     def __iter__(self) -> _TappedIterator:
-        return _TappedIterator(iter(self._inner))
+        with _drawing(self._order):
+            return _TappedIterator(iter(self._inner), self._order)
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
         # set_epoch, batch_size, drop_last, ...; the guard prevents infinite recursion when copying and unpickling
-        if name == "_inner":
+        if name in ("_inner", "_order"):
             raise AttributeError(name)
         return getattr(self._inner, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # a callback may change the sampler during training: its batch_size or epoch
-        if name == "_inner":
-            super().__setattr__(name, value)
-        else:
-            setattr(self._inner, name, value)
+        setattr(self._inner, name, value)
 
 
 class _TappedIterator:
     """Remembers the batches of indices that were drawn but not yet requested, by their number."""
 
-    def __init__(self, inner: Iterator[Any]) -> None:
+    def __init__(self, inner: Iterator[Any], order: OrderStream | None) -> None:
         self._inner = inner
+        self._order = order
         self._count = 0
         self.drawn: dict[int, Any] = {}
 
@@ -178,11 +189,16 @@ class _TappedIterator:
         return self
 
     def __next__(self) -> Any:
-        indices = next(self._inner)
+        with _drawing(self._order):
+            indices = next(self._inner)
         # a copy: a sampler may refill and yield the same list again before this batch is trained on
         self.drawn[self._count] = indices.tolist() if isinstance(indices, torch.Tensor) else copy.copy(indices)
         self._count += 1
         return indices
+
+
+def _drawing(order: OrderStream | None) -> AbstractContextManager[None]:
+    return nullcontext() if order is None else order.drawing()
 
 
 def _refuse_unsupported(loader: Any) -> None:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_dtda.errors import CannotStackError
 from lightning_dtda.recording import TrajectoryRecorder
+from lightning_dtda.recording.crossed_seeds import RunSeeds
 from lightning_dtda.trajectory import Run
 
 _RUN = "first-step"
@@ -23,12 +24,13 @@ Fit = Callable[[Callable[[pl.Trainer], pl.Trainer]], object]
 
 
 @contextmanager
-def first_step_of(seed: int, fit: Fit) -> Iterator[Run]:
+def first_step_of(seed: int, fit: Fit, seeds: RunSeeds | None = None) -> Iterator[Run]:
     """Let the Trainer take the first step of a training.
 
     Args:
         seed: Seed of the training.
         fit: Function that sets the seed and trains.
+        seeds: Seeds of the sources of randomness, if they are set apart.
 
     Returns:
         Record of this step, which exists as long as the context.
@@ -38,6 +40,7 @@ def first_step_of(seed: int, fit: Fit) -> Iterator[Run]:
     """
     with tempfile.TemporaryDirectory() as directory:
         recorder = TrajectoryRecorder(directory, run=_RUN, gradients="none")
+        recorder.seeds = seeds
         recorder.runs_to_fit = 0  # the disk need not have space for the whole run
 
         def prepared(trainer: pl.Trainer) -> pl.Trainer:

@@ -28,6 +28,7 @@ from lightning_dtda.recording.configuration import (
     hyperparameters,
     versions,
 )
+from lightning_dtda.recording.crossed_seeds import RunSeeds
 from lightning_dtda.recording.data import TrainingData, check_batch, read_batch
 from lightning_dtda.recording.distributed import together
 from lightning_dtda.recording.extent import (
@@ -121,6 +122,8 @@ class TrajectoryRecorder(StepCallback):
         self.runs_to_fit = 1
         """Number of runs like this one that the disk must have space for. A loop over seeds sets it for the first run,
         which then fails early if space would run out later, and sets it to 0 for the others."""
+        self.seeds: RunSeeds | None = None
+        """Seeds of the sources of randomness, if :func:`~lightning_dtda.record` sets them apart."""
         self.needed: Needed | None = None
         """Disk space and memory that the recording needs; known from the first batch on."""
         self._follower: RunRecording | None
@@ -136,7 +139,13 @@ class TrajectoryRecorder(StepCallback):
             raise RecordingError("The Trainer has several TrajectoryRecorders. Keep one of them.")
         checks.refuse_trainer(trainer, pl_module)
         self._types = None
-        self._tap = BatchTap(trainer, pl_module)
+        if self.seeds is not None and trainer.world_size > 1:
+            raise RecordingError(
+                f"The Trainer spreads the training over {trainer.world_size} processes, but the seeds of "
+                "initialisation, order and noise can only be set apart in one. Set Trainer(devices=1, num_nodes=1), or "
+                "give plain seeds."
+            )
+        self._tap = BatchTap(trainer, pl_module, self.seeds)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -273,6 +282,7 @@ class TrajectoryRecorder(StepCallback):
         planned, seed = planned_steps(trainer), _global_seed()
         facts: dict[str, Any] = {
             "seed": seed,
+            "seeds": None if self.seeds is None else self.seeds.crossed,
             "configuration": configuration(trainer, pl_module, self._loader, self._data.description, optimizer, seed),
             "parameters": [
                 {"name": name, "shape": list(shape)} for name, shape in zip(layout.names, layout.shapes, strict=True)

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +17,8 @@ from lightning_dtda.errors import CannotStackError, RecordingError
 from lightning_dtda.execution import Lost, ThisProcess, Workers, workers_of
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import output_to, quiet_lightning
+from lightning_dtda.recording.crossed_runs import check_crossed, refuse_other_seeds
+from lightning_dtda.recording.crossed_seeds import CrossedSeeds
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.recording.seeds import Data, MakeTraining, is_complete, record_seeds, refuse_shared
 from lightning_dtda.recording.stacked_recording import record_stacked
@@ -27,7 +30,7 @@ _log = logging.getLogger(__name__)
 def record(
     make: MakeTraining,
     recorder: TrajectoryRecorder,
-    seeds: int | Sequence[int],
+    seeds: int | Sequence[int] | CrossedSeeds,
     *,
     workers: int | Workers = 1,
     stacked: Stacked = False,
@@ -47,7 +50,8 @@ def record(
         make: Function that creates Trainer, module and data: ``(trainer, module, data)``, called after each seed is
             set. ``data`` is a data module, a DataLoader, or ``None`` for modules with a ``train_dataloader`` method.
         recorder: How and where to record: each run is a sub-directory of its root.
-        seeds: A number S for the seeds 0 to S - 1, or a list.
+        seeds: A number S for the seeds 0 to S - 1, or a list; or :class:`~lightning_dtda.recording.CrossedSeeds`, to
+            split the variance by source: ``CrossedSeeds(initialisation=8, order=8)`` trains 64 runs.
         workers: Where the Trainer trains: a number of processes on this machine, or a
             :class:`~lightning_dtda.execution.RayCluster`, whose nodes must write to a shared disk. The output of
             trainings in other processes goes to ``logs/seed-0000.log`` and so on.
@@ -85,10 +89,12 @@ def record(
         ...     print(failures, len(Ensemble.open(root)), Ensemble.open(root)[4].steps)
         {} 5 10
     """
+    crossed = seeds if isinstance(seeds, CrossedSeeds) else None
     workers, wanted = workers_of(workers), checked_seeds(seeds)
     stacked = chosen_stacked(stacked, workers, compile)
     _refuse_recorder(recorder)
     missing = [seed for seed in wanted if not is_complete(recorder.root / run_name(seed))]
+    refuse_other_seeds(recorder.root, wanted, crossed)
     if not missing:
         return {}
     # if a training uses several processes, the others get here too
@@ -100,7 +106,10 @@ def record(
 
         if stacked:
             try:
-                return record_stacked(make, recorder, missing, device=device, compile=compile, finished=finished)
+                settings: dict[str, Any] = {"device": device, "compile": compile, "crossed": crossed}
+                failures = record_stacked(make, recorder, missing, finished=finished, **settings)
+                check_crossed(recorder.root, wanted)
+                return failures
             except CannotStackError as error:
                 if stacked is True:
                     raise
@@ -108,9 +117,11 @@ def record(
                 # a seed that failed with the Trainer is trained again, and reported again
                 missing = [seed for seed in missing if not is_complete(recorder.root / run_name(seed))]
         if isinstance(workers, ThisProcess):
-            return record_seeds(make, recorder, missing, finished)
-        failures: dict[int, str] = {}
-        results = workers.run(_Elsewhere(make, recorder, tuple(missing)), missing)
+            failures = record_seeds(make, recorder, missing, finished, crossed=crossed)
+            check_crossed(recorder.root, wanted)
+            return failures
+        failures = {}
+        results = workers.run(_Elsewhere(make, recorder, tuple(missing), crossed), missing)
         for tried, (seed, result) in enumerate(results, 1):
             reason = result.reason if isinstance(result, Lost) else result
             if reason is None and not is_complete(recorder.root / run_name(seed)):
@@ -121,6 +132,7 @@ def record(
                 failures[seed] = reason
                 refuse_shared(failures, tried, len(missing))
             finished(seed)
+    check_crossed(recorder.root, wanted)
     logs = {seed: _log_of(recorder, seed) for seed in failures}
     return {seed: f"{why} (see {logs[seed]})" if logs[seed].exists() else why for seed, why in failures.items()}
 
@@ -138,16 +150,18 @@ class _Elsewhere:
         make: As for :func:`record`.
         recorder: As for :func:`record`.
         seeds: All seeds; the first one checks whether all runs fit on the disk.
+        crossed: What the seeds combine, if the sources of randomness have seeds of their own.
     """
 
     make: MakeTraining
     recorder: TrajectoryRecorder
     seeds: tuple[int, ...]
+    crossed: CrossedSeeds | None
 
     def __call__(self, seed: int) -> str | None:
         to_fit = len(self.seeds) if seed == self.seeds[0] else 0
         with output_to(_log_of(self.recorder, seed)), quiet_lightning():
-            return record_seeds(self._make, self.recorder, [seed], to_fit=to_fit).get(seed)
+            return record_seeds(self._make, self.recorder, [seed], to_fit=to_fit, crossed=self.crossed).get(seed)
 
     def _make(self) -> tuple[pl.Trainer, pl.LightningModule, Data]:
         training = self.make()
@@ -159,12 +173,14 @@ class _Elsewhere:
         return training
 
 
-def checked_seeds(seeds: int | Sequence[int]) -> list[int]:
-    """Return seeds as a list.
+def checked_seeds(seeds: int | Sequence[int] | CrossedSeeds) -> list[int]:
+    """Return the seeds of the runs as a list.
 
     Raises:
         RecordingError: If there are no seeds, or one is given twice or is negative.
     """
+    if isinstance(seeds, CrossedSeeds):
+        return [of_run.run for of_run in seeds.runs()]
     try:
         chosen = list(range(seeds)) if isinstance(seeds, int) else [operator.index(seed) for seed in seeds]
     except TypeError:

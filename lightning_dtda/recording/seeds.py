@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_dtda.compatibility import is_a
 from lightning_dtda.errors import DiskSpaceError, DTDAError, RecordingError, TrajectoryError, UnknownFormatError
 from lightning_dtda.execution.fitting import fit
+from lightning_dtda.recording.crossed_seeds import CrossedSeeds, seed_training
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.trajectory import Run
 from lightning_dtda.trajectory.storage import is_disk_full
@@ -34,6 +35,7 @@ def record_seeds(
     finished: Callable[[int], None] = lambda seed: None,
     to_fit: int | None = None,
     reraised: tuple[type[Exception], ...] = (),
+    crossed: CrossedSeeds | None = None,
 ) -> dict[int, str]:
     """Train and record one run for each seed; a seed that fails does not stop the others, unless they would fail too.
 
@@ -47,6 +49,7 @@ def record_seeds(
         to_fit: Number of runs that the disk must have space for; by default the number of missing runs. Other processes
             may record into the same root at the same time.
         reraised: Types of errors that concern all seeds and are raised, not reported for one seed.
+        crossed: What the seeds combine, if the sources of randomness have seeds of their own.
 
     Returns:
         Reasons of failures, by seed.
@@ -69,7 +72,7 @@ def record_seeds(
         of_seed.runs_to_fit = to_fit
         try:
             with _weights_and_biases(root.name, name):
-                _record_seed(make, of_seed, seed)
+                _record_seed(make, of_seed, seed, crossed)
         except DiskSpaceError:  # it concerns all seeds
             raise
         except reraised:
@@ -123,8 +126,8 @@ def is_complete(directory: Path) -> bool:
         return False
 
 
-def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int) -> None:
-    pl.seed_everything(seed, workers=True, verbose=False)
+def _record_seed(make: MakeTraining, recorder: TrajectoryRecorder, seed: int, crossed: CrossedSeeds | None) -> None:
+    recorder.seeds = seed_training(seed, crossed)
     trainer, module, data = make()
     trainer.callbacks.append(recorder)  # type: ignore[attr-defined]
     for logger in trainer.loggers:

@@ -17,6 +17,7 @@ from lightning_dtda.execution.device import usable_device
 from lightning_dtda.execution.fitting import fit
 from lightning_dtda.recording import TrajectoryRecorder, run_name
 from lightning_dtda.recording.configuration import module_configuration, training_configuration
+from lightning_dtda.recording.crossed_seeds import CrossedSeeds, OrderStream, RunSeeds, seed_training
 from lightning_dtda.recording.data import describe_data
 from lightning_dtda.recording.extent import checkpoint_interval
 from lightning_dtda.recording.first_step import first_step_of
@@ -45,6 +46,7 @@ def record_stacked(
     device: torch.device | str | None,
     compile: bool | None,
     finished: Callable[[int], None],
+    crossed: CrossedSeeds | None = None,
 ) -> dict[int, str]:
     r"""Train many seeds at once and write, for each, the run that the recorder writes when its Trainer trains it.
 
@@ -65,6 +67,7 @@ def record_stacked(
         device: Device of stacked trainings.
         compile: Whether to use ``torch.compile``.
         finished: Function called after each seed that was trained or failed.
+        crossed: What the seeds combine, if the sources of randomness have seeds of their own.
 
     Returns:
         Reasons of failures with the Trainer, by seed. If the first seed fails, the next one takes its place.
@@ -82,19 +85,24 @@ def record_stacked(
         )
     device = None if device is None else usable_device(device)
     watch, missing = Watch(), list(seeds)
-    failures, reference = _record_reference(make, recorder, missing, watch, finished)
+    failures, reference = _record_reference(make, recorder, missing, watch, finished, crossed)
     if reference is None:
         return failures
     if len(missing) > 1:
-        stacking = _Stacking(make, recorder, reference, watch.device if device is None else device)
+        stacking = _Stacking(make, recorder, reference, watch.device if device is None else device, crossed)
         stacking.record(missing, compile, finished)
         return failures
     # one training needs no stack
-    return failures | record_seeds(make, recorder, missing, finished, to_fit=0)
+    return failures | record_seeds(make, recorder, missing, finished, to_fit=0, crossed=crossed)
 
 
 def _record_reference(
-    make: MakeTraining, recorder: TrajectoryRecorder, missing: list[int], watch: Watch, finished: Callable[[int], None]
+    make: MakeTraining,
+    recorder: TrajectoryRecorder,
+    missing: list[int],
+    watch: Watch,
+    finished: Callable[[int], None],
+    crossed: CrossedSeeds | None,
 ) -> tuple[dict[int, str], Run | None]:
     """Record seeds with the Trainer, removing them from the missing ones, until one is complete."""
 
@@ -109,7 +117,7 @@ def _record_reference(
     seeds = len(missing)
     while missing:
         to_fit, seed = len(missing), missing.pop(0)
-        failures |= record_seeds(watched, recorder, [seed], finished, to_fit, reraised=(CannotStackError,))
+        failures |= record_seeds(watched, recorder, [seed], finished, to_fit, (CannotStackError,), crossed)
         if is_complete(directory := recorder.root / run_name(seed)):
             return failures, Run(directory)
         refuse_shared(failures, seeds - len(missing), seeds)
@@ -124,10 +132,19 @@ class _Stacking:
         recorder: How to record.
         reference: Run recorded with the Trainer.
         device: Device to train on.
+        crossed: What the seeds combine, if the sources of randomness have seeds of their own.
     """
 
-    def __init__(self, make: MakeTraining, recorder: TrajectoryRecorder, reference: Run, device: torch.device) -> None:
+    def __init__(
+        self,
+        make: MakeTraining,
+        recorder: TrajectoryRecorder,
+        reference: Run,
+        device: torch.device,
+        crossed: CrossedSeeds | None,
+    ) -> None:
         self._make = make
+        self._crossed = crossed
         self._recorder = recorder
         self._reference = reference
         self._device = device
@@ -170,9 +187,11 @@ class _Stacking:
 
     def _begin(self, seed: int) -> tuple[pl.LightningModule, DataLoader[Any], pl.LightningDataModule | None]:
         """Run a training from setting the seed up to the creation of its loader."""
-        pl.seed_everything(seed, workers=True, verbose=False)
+        seeds = seed_training(seed, self._crossed)
         trainer, module, data = self._make()
         loader = _loader(trainer, module, data, seed)
+        if seeds is not None:
+            OrderStream(seeds).begin(loader)
         found = {
             "module": module_configuration(module, seed),
             "dataset": describe_data(loader),
@@ -188,15 +207,18 @@ class _Stacking:
             )
         return module, loader, data if isinstance(data, pl.LightningDataModule) else None
 
+    def _seeds(self, seed: int) -> RunSeeds | None:
+        return None if self._crossed is None else self._crossed.of_run(seed)
+
     def _check_another(self, stacks: Stacks, seed: int) -> None:
         """Take a step of another seed with the Trainer, as properties of the reference may be specific to its seed."""
 
         def begin(prepared: Callable[[pl.Trainer], pl.Trainer]) -> None:
-            pl.seed_everything(seed, workers=True, verbose=False)
+            seed_training(seed, self._crossed)
             trainer, module, data = self._make()
             fit(prepared(trainer), module, data)
 
-        with first_step_of(seed, begin) as run:
+        with first_step_of(seed, begin, self._seeds(seed)) as run:
             if changes := mismatch(self._reference.manifest.comparable, run.manifest.comparable):
                 raise CannotStackError(f"the configuration depends on the seed:\n{changes}")
             stacks.check_another(run)
@@ -211,7 +233,11 @@ class _Stacking:
                 directory = self._recorder.root / run_name(seed)
                 make_directory(directory, overwrite=directory.exists())
                 # new lists, because the writer appends to them
-                writers.append(RunWriter(directory, replace(manifest, seed=seed, shards=[], checkpoints=[])))
+                apart = self._seeds(seed)
+                own = replace(
+                    manifest, seed=seed, seeds=None if apart is None else apart.crossed, shards=[], checkpoints=[]
+                )
+                writers.append(RunWriter(directory, own))
                 if checksums is not None:
                     writers[-1].add_examples(checksums)
             return StackWriter(

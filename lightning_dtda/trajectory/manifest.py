@@ -22,9 +22,13 @@ MANIFEST = "manifest.json"
 EXAMPLES = "examples.safetensors"
 AVERAGE = "average.safetensors"
 
+_ADDED = frozenset({"seeds"})
+"""Fields that older files of this version lack."""
+
 Status = Literal["recording", "complete", "incomplete"]
 Float = Literal["float64", "float32", "float16", "bfloat16"]
 Sharing = Literal["none", "network", "loss"]
+Source = Literal["initialisation", "order", "noise"]
 
 
 class Dataset(TypedDict):
@@ -101,7 +105,7 @@ class Manifest:
     """Everything about a run that is not a tensor.
 
     Args:
-        seed: Argument of ``seed_everything``, if it was called.
+        seed: Argument of ``seed_everything``, if it was called; with ``seeds``, the number that combines them.
         configuration: Settings that all runs of an ensemble share: module class and hyperparameters, optimizer, data
             set, trainer settings. Runs that differ here are not samples of one distribution.
         parameters: Name and shape of every trained parameter, in the order of the flat vector.
@@ -131,6 +135,8 @@ class Manifest:
         average: File of the averaged parameters that the training ended with instead of its last ones, with the
             ``steps`` and ``coefficients`` of the average; ``None`` if it ended with the last ones.
         examples: File of the training examples' checksums; ``None`` if batches are stored.
+        seeds: Seed of each source of randomness that the ensemble crosses: ``initialisation``, ``order``, ``noise``;
+            ``None`` if the run has a single seed.
     """
 
     seed: Count | None
@@ -158,6 +164,7 @@ class Manifest:
     checkpoints: list[CheckpointFile] = field(default_factory=list)
     examples: FileEntry | None = None
     average: AverageFile | None = None
+    seeds: dict[Source, Count] | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -224,9 +231,9 @@ class Manifest:
             )
         conform(content, cls, path)
         known = {item.name for item in fields(cls)}
-        if missing := sorted(known - content.keys()):  # those with a default are not missed above
+        if missing := sorted(known - content.keys() - _ADDED):  # those with a default are not missed above
             raise TrajectoryError(f"{path} is missing {', '.join(missing)}. Record the run again.")
-        manifest = cls(**{name: content[name] for name in known})
+        manifest = cls(**{name: content[name] for name in known & content.keys()})
         if reason := manifest._contradiction():
             raise TrajectoryError(f"{path} is damaged: {reason}. Record the run again.")
         return manifest

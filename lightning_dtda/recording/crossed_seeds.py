@@ -1,0 +1,174 @@
+"""Seeds of the sources of a training's randomness, set apart, so that each can vary while the others stay."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_dtda.errors import RecordingError
+from lightning_dtda.replay.random_states import Generators
+from lightning_dtda.trajectory.manifest import Source
+
+LIMIT = 1000
+"""Seeds of a source are below it: the seed of a run has three decimal digits for each source."""
+
+
+@dataclass(frozen=True)
+class RunSeeds:
+    """Seeds of the sources for one run.
+
+    Args:
+        run: Seed of the run, which names it.
+        crossed: Seed of each source that the ensemble varies.
+    """
+
+    run: int
+    crossed: dict[Source, int]
+
+    def of(self, source: Source) -> int:
+        """Return the seed of a source; a source that is not crossed has one of its own in each run."""
+        seed = self.crossed.get(source, self.run)
+        if source == "initialisation":
+            return seed  # the same initial parameters as those of an ordinary run with this seed
+        # other numbers: with the same ones, initial parameters and order would depend on each other
+        return int.from_bytes(hashlib.sha256(f"{source} {seed}".encode()).digest()[:4], "big")
+
+
+@dataclass(frozen=True)
+class CrossedSeeds:
+    r"""Seeds of the sources of randomness, each combined with each: a crossed ensemble.
+
+    .. math:: m^{(i, j, k)}, \qquad i \in \text{initialisation},\; j \in \text{order},\; k \in \text{noise}
+
+    The runs with the same seed of a source share what it decides, so the variance of a measurement can be split by
+    source: :meth:`Attribution.variance_by_source <lightning_dtda.Attribution.variance_by_source>`.
+
+    Args:
+        initialisation: Seeds of the parameters' initial values, and of all that is drawn before the training data are
+            loaded: a number S for the seeds 0 to S - 1, or a list. ``None``: a seed of its own in each run.
+        order: Seeds of the batches: which examples, in which order. As above.
+        noise: Seeds of what is drawn during training: dropout, noise in ``training_step``, augmentation. As above.
+
+    Raises:
+        RecordingError: If no source is given, or seeds are invalid: not numbers from 0 to 999, or given twice.
+
+    Example:
+        >>> [(seeds.run, seeds.crossed) for seeds in CrossedSeeds(initialisation=2, order=[0, 7]).runs()]
+        ... # doctest: +NORMALIZE_WHITESPACE
+        [(0, {'initialisation': 0, 'order': 0}), (1, {'initialisation': 1, 'order': 0}),
+         (7000, {'initialisation': 0, 'order': 7}), (7001, {'initialisation': 1, 'order': 7})]
+    """
+
+    initialisation: int | list[int] | None = None
+    order: int | list[int] | None = None
+    noise: int | list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise RecordingError(
+                "No source of randomness has seeds. Give two or more of initialisation, order and noise a number of "
+                "seeds each, such as initialisation=5, order=4."
+            )
+
+    @property
+    def levels(self) -> dict[Source, list[int]]:
+        """Seeds of each source that is crossed."""
+        given: dict[Source, int | list[int] | None] = {
+            "initialisation": self.initialisation,
+            "order": self.order,
+            "noise": self.noise,
+        }
+        return {source: _checked(source, seeds) for source, seeds in given.items() if seeds is not None}
+
+    def runs(self) -> list[RunSeeds]:
+        """Return the seeds of each run; those of the first source vary fastest."""
+        levels = self.levels
+        found = []
+        for combined in itertools.product(*reversed(levels.values())):
+            crossed = dict(zip(levels, reversed(combined), strict=True))
+            found.append(RunSeeds(sum(seed * _PLACES[source] for source, seed in crossed.items()), crossed))
+        return found
+
+    def of_run(self, seed: int) -> RunSeeds:
+        """Return the seeds of the sources for the run with a seed."""
+        return RunSeeds(seed, {source: seed // _PLACES[source] % LIMIT for source in self.levels})
+
+    def __len__(self) -> int:
+        return math.prod(map(len, self.levels.values()))
+
+
+_PLACES = {source: LIMIT**number for number, source in enumerate(get_args(Source))}
+"""Factor of each source's seed in the seed of a run: 3 of initialisation and 12 of order make 12003."""
+
+
+def _checked(source: str, seeds: int | Sequence[int]) -> list[int]:
+    try:
+        chosen = list(range(seeds)) if isinstance(seeds, int) else [operator.index(seed) for seed in seeds]
+    except TypeError:
+        chosen = []
+    if not chosen or len(set(chosen)) != len(chosen) or min(chosen) < 0 or max(chosen) >= LIMIT:
+        raise RecordingError(
+            f"{source}={seeds!r} must be a number of seeds, at most {LIMIT}, or a list of different seeds from 0 to "
+            f"{LIMIT - 1}."
+        )
+    return chosen
+
+
+class OrderStream:
+    """The random numbers of the batches' order, apart from those of the training.
+
+    Args:
+        seeds: Seeds of the run.
+    """
+
+    def __init__(self, seeds: RunSeeds) -> None:
+        self._seed = seeds.of("order")
+        self._generators = Generators(nn.Module(), torch.device("cpu"))
+        self._states: dict[str, torch.Tensor] | None = None
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Let the global generators continue this stream inside, and what they had before afterwards."""
+        with self._generators.kept():
+            if self._states is None:
+                self._generators.seed(self._seed)
+            else:
+                self._generators.set(self._states)
+            yield
+            self._states = self._generators.states()
+
+    def begin(self, loader: DataLoader[Any]) -> None:
+        """Seed the generators that a loader and its samplers own, and the global ones, with the order's seed."""
+        owners = (loader, loader.sampler, loader.batch_sampler)
+        held = [value for owner in owners if owner is not None for value in vars(owner).values()]
+        for generator in {id(value): value for value in held if isinstance(value, torch.Generator)}.values():
+            generator.manual_seed(self._seed)
+        self._generators.seed(self._seed)
+
+
+def seed_training(seed: int, crossed: CrossedSeeds | None = None) -> RunSeeds | None:
+    """Set the seeds before a training is created, and return those of its sources if they are set apart."""
+    if crossed is None:
+        pl.seed_everything(seed, workers=True, verbose=False)
+        return None
+    seeds = crossed.of_run(seed)
+    pl.seed_everything(seeds.of("initialisation"), workers=True, verbose=False)
+    os.environ["PL_GLOBAL_SEED"] = str(seed)  # the run is named after it
+    return seeds
+
+
+def seed_noise(seeds: RunSeeds) -> None:
+    """Seed what is drawn during training."""
+    Generators(nn.Module(), torch.device("cpu")).seed(seeds.of("noise"))
