@@ -10,12 +10,14 @@ from lightning_dtda.statistics.differences.distances import Energy, GaussianKL, 
 from lightning_dtda.statistics.differences.mean import Location, Mean
 from lightning_dtda.statistics.differences.quantile import Quantile
 from lightning_dtda.statistics.differences.sliced_wasserstein import SlicedWasserstein
+from lightning_dtda.statistics.differences.source_variance import SourceVariance
 from lightning_dtda.statistics.differences.spread import Spread
 from lightning_dtda.statistics.differences.tail import Tail
 from lightning_dtda.statistics.differences.variance import Variance
 from lightning_dtda.text import did_you_mean
 
 __all__ = [
+    "BY_SOURCE",
     "DIFFERENCES",
     "PAPERS",
     "SHOWN",
@@ -28,6 +30,7 @@ __all__ = [
     "Moment",
     "Quantile",
     "SlicedWasserstein",
+    "SourceVariance",
     "Spread",
     "Tail",
     "Variance",
@@ -46,6 +49,11 @@ DIFFERENCES: dict[str, Difference] = {
     difference.name: difference
     for difference in (Mean(), Spread(), Variance(), Wasserstein(), Energy(), Quantile(), Tail(), GaussianKL())
 }
+
+BY_SOURCE: dict[str, Difference] = {
+    part.name: part for part in map(SourceVariance, ("initialisation", "order", "noise", "rest"))
+}
+"""Changes of the parts of the variance, for crossed ensembles, by name."""
 
 
 def resolve_difference(difference: str | Difference) -> Difference:
@@ -87,8 +95,8 @@ def resolve_joint(difference: Difference | None) -> Difference:
 
 
 def _imported(name: str) -> object:
-    if name in DIFFERENCES:
-        return DIFFERENCES[name]
+    if (known := DIFFERENCES.get(name) or BY_SOURCE.get(name)) is not None:
+        return known
     module, _, attribute = name.rpartition(".")
     try:
         return getattr(importlib.import_module(module), attribute)()

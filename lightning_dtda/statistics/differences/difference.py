@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,6 +64,8 @@ class Difference(ABC):
         smooth: Whether leaving one run out changes it little. If not, as for a median, its standard error comes from
             the bootstrap, and it has an interval only if :meth:`freedom` says so.
         paired: Whether it compares run by run, in which case X and Y must come from the same seeds.
+        crossed: Whether it is for runs of which some share a seed (a crossed ensemble). The others take runs to be
+            independent.
         joint: Whether it compares joint distributions of several measurements, which lie along the second dimension
             ``(runs, measurements, ...)``; see :meth:`Attribution.joint_influence
             <lightning_dtda.Attribution.joint_influence>`.
@@ -94,12 +96,17 @@ class Difference(ABC):
     moments: tuple[Moment, ...] = ()
     smooth: bool = True
     paired: bool = False
+    crossed: bool = False
     joint: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if missing := [part for part in _SAID if not hasattr(cls, part)]:
             raise TypeError(f"{cls.__name__} is a Difference without {', '.join(missing)}. Set them in the class.")
+
+    def of_runs(self, seeds: Mapping[str, Sequence[int]] | None) -> Difference:
+        """Return the difference for runs with known seeds of each source; itself unless it depends on them."""
+        return self
 
     @abstractmethod
     def __call__(self, baseline: Tensor, predicted: Tensor) -> Tensor:
