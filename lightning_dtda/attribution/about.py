@@ -52,6 +52,7 @@ class About(TypedDict, total=False):
     range: Annotated[list[float | None], msgspec.Meta(min_length=2, max_length=2)] | None
     scale: ScaleName
     chaotic: list[str]
+    seeds: dict[str, dict[str, Count]]
     keep_top: Annotated[int, msgspec.Meta(ge=1)]
     draws: Draws | None
     shared: dict[str, str] | None

@@ -328,6 +328,8 @@ def _ask(
         "queries_fingerprint": dataset_fingerprint(question.queries.dataset),
         "version": __version__,
     }
+    if seeds := {run.name: run.manifest.seeds for run in ensemble if run.manifest.seeds is not None}:
+        about["seeds"] = seeds
     return question, about, names_of_queries(question.queries)
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lightning_dtda.attribution import inference, predicting, tables
+from lightning_dtda.attribution import inference, predicting, sources, tables
 from lightning_dtda.attribution.about import About
 from lightning_dtda.attribution.attribution_store import (
     OF_RUNS,
@@ -32,7 +32,7 @@ from lightning_dtda.attribution.responses import AT_ONCE, in_parts
 from lightning_dtda.attribution.scales import predicted
 from lightning_dtda.attribution.trust import ill_conditioned, sizes
 from lightning_dtda.errors import AttributionError, TrajectoryError
-from lightning_dtda.statistics.differences import Difference, resolve_difference, resolve_joint
+from lightning_dtda.statistics.differences import Difference, resolve_joint
 from lightning_dtda.statistics.resampling import jackknife
 from lightning_dtda.trajectory.schema import FLOATS, Expected, FileName, check_tensors, conform
 
@@ -279,7 +279,7 @@ class Attribution:
         :meth:`Difference.standard_error <lightning_dtda.statistics.Difference.standard_error>`.
         """
         selected = self._selected(runs)
-        return selected._standard_error(selected._difference(difference), removed)
+        return selected._standard_error(selected._difference(difference, infers=True), removed)
 
     interval = inference.interval
     p_values = inference.p_values
@@ -288,6 +288,9 @@ class Attribution:
     retrainings_needed = inference.retrainings_needed
     reliability = inference.reliability
     runs_for_stable_top = inference.runs_for_stable_top
+
+    variance_by_source = sources.variance_by_source
+    independent = sources.independent
 
     top = tables.top
     to_xarray = tables.to_xarray
@@ -342,7 +345,9 @@ class Attribution:
         runs: Runs = "trusted",
     ) -> Tensor:
         """Return the jackknife standard error of :meth:`joint_influence`; same arguments and shape."""
-        return self._selected(runs)._jointly(partial(jackknife, resolve_joint(difference)), queries, removed)
+        selected = self._selected(runs)
+        sources.refuse_crossed(selected, "a standard error over runs")
+        return selected._jointly(partial(jackknife, resolve_joint(difference)), queries, removed)
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the attribution to a directory: a safetensors file for each run, ``attribution.json``, and the gallery.
@@ -434,8 +439,10 @@ class Attribution:
                 f"The {subject} influence needs {least} runs; there are {len(self.runs)}. Record more seeds."
             )
 
-    def _difference(self, difference: str | Difference) -> Difference:
-        chosen, runs = resolve_difference(difference), len(self.runs)
+    _resolved = sources.resolved
+
+    def _difference(self, difference: str | Difference, infers: bool = False) -> Difference:
+        chosen, runs = self._resolved(difference, infers), len(self.runs)
         self._enough(chosen, chosen.least_runs)
         if runs < ENOUGH_RUNS:
             warnings.warn(

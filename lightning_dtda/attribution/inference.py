@@ -18,7 +18,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import power as power_of
 from lightning_dtda.statistics import reliability as ranking
 from lightning_dtda.statistics import significance
-from lightning_dtda.statistics.differences import Difference, Inference, resolve_difference
+from lightning_dtda.statistics.differences import Difference, Inference
 from lightning_dtda.statistics.moments import Pairs
 from lightning_dtda.statistics.power import Needed
 
@@ -56,7 +56,8 @@ def interval(
         AttributionError: If the difference needs more runs or has no interval, or the level is not between 0 and 1.
     """
     check_share(level, "level")
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
+    selected = attribution._selected(runs)
+    chosen = selected._resolved(difference, infers=True)
     if reason := chosen.no_interval(len(selected.runs)):
         raise AttributionError(f"The {chosen.name} influence has no interval: {reason}")
     figures = selected._figures
@@ -89,7 +90,8 @@ def p_values(
     Raises:
         AttributionError: If the test needs more runs.
     """
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
+    selected = attribution._selected(runs)
+    chosen = selected._resolved(difference, infers=True)
     selected._enough(chosen, chosen.least_runs_to_test, "test")
     figures = selected._figures
     if removed is None and chosen.moments and figures is not None:
@@ -119,7 +121,8 @@ def inferences(
         AttributionError: If the level is not between 0 and 1.
     """
     check_share(level, "level")
-    selected, chosen = attribution._selected(runs), [resolve_difference(each) for each in differences]
+    selected = attribution._selected(runs)
+    chosen = [selected._resolved(each, infers=True) for each in differences]
     number, figures = len(selected.runs), selected._figures
     names = [None if figures is None else known_as(each) for each in chosen]
     computed = [e for e, name in zip(chosen, names, strict=True) if name is None and number >= e.least_runs]
@@ -198,7 +201,8 @@ def runs_for_significance(
     """
     for value, name in ((fdr, "fdr"), (power, "power"), (level, "level")):
         check_share(value, name)
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
+    selected = attribution._selected(runs)
+    chosen = selected._resolved(difference, infers=True)
     removals, p = attribution.responses.shape[2], selected.p_values(chosen)
     together = 1 - (1 - level) / removals
     return Needed(
@@ -241,7 +245,8 @@ def retrainings_needed(
     """
     for value, name in ((power, "power"), (alpha, "alpha"), (level, "level")):
         check_share(value, name)
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
+    selected = attribution._selected(runs)
+    chosen = selected._resolved(difference, infers=True)
     selected._enough(chosen, chosen.least_runs_to_test, "number of retrainings")
     if not power_of.can_be_planned(chosen, len(selected.runs)):
         raise AttributionError(
@@ -268,7 +273,8 @@ def reliability(attribution: Attribution, difference: str | Difference = "mean",
     Raises:
         AttributionError: If there are too few runs to split into halves.
     """
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
+    selected = attribution._selected(runs)
+    chosen = selected._resolved(difference, infers=True)
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
     figures = selected._figures
     if figures is not None and (name := known_as(chosen)):
@@ -311,7 +317,8 @@ def runs_for_stable_top(
     removals = attribution.responses.shape[2]
     if not 1 <= k < removals:
         raise AttributionError(f"k={k}; give a number from 1 to {removals - 1}, less than the number of removals.")
-    selected, chosen = attribution._selected(runs), resolve_difference(difference)
+    selected = attribution._selected(runs)
+    chosen = selected._resolved(difference, infers=True)
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "number of runs")
     half = len(selected.runs) // 2
     found = [

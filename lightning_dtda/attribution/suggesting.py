@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.inference import Runs, check_share
+from lightning_dtda.attribution.sources import refuse_crossed
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.simultaneous import simultaneous_intervals
 
@@ -267,6 +268,7 @@ def suggest_removals(
         Remove this one (0): standard deviation of the measurement over seeds −50 % [−50, −50] on 4 held-out runs.
     """
     selected = attribution._selected(runs)
+    refuse_crossed(selected, "a suggestion checked on held-out runs")
     removals = selected.responses.shape[2]
     k = min(_MOST, removals) if k is None else k
     _sensible(goal, k, held_out, level)

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str]) -> None:
     from lightning_dtda.trajectory.storage import replace_file
 
     truth = GroundTruth.load(options.truth)
-    attributions = {path: Attribution.load(path) for path in options.attribution}
+    attributions = {path: Attribution.load(path).independent() for path in options.attribution}
     evaluations = {path: evaluate(each, truth, options.differences) for path, each in attributions.items()}
     short = _short_names(options.attribution)
     print_evaluations({short[path]: evaluation for path, evaluation in evaluations.items()})

@@ -52,7 +52,7 @@ def run(arguments: Sequence[str]) -> None:
     options = parser.parse_args(own)
     if others and not options.verify:
         parser.error(f"unrecognized: {' '.join(others)}. Options of retrain need --verify")
-    attribution = Attribution.load(options.attribution)
+    attribution = Attribution.load(options.attribution).independent()
     queries = _positions(attribution, options.queries)
     suggestion = suggest_removals(attribution, queries=queries, **{name: options[name] for name in settings})
     print_suggestion(suggestion)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_dtda.attribution.attribution import Attribution, Runs
+from lightning_dtda.attribution.sources import refuse_crossed
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.evaluation.functional.agreement import REPLICATES, agreement
 from lightning_dtda.retraining.ground_truth import GroundTruth
@@ -152,6 +153,7 @@ def evaluate(
     check_alignment(attribution, truth)
     left_out = attribution.chaotic if runs == "trusted" else ()
     selected = attribution._selected(runs)
+    refuse_crossed(selected, "a score with an interval over runs")
     of_runs = [int(match[1]) if (match := _SEED.search(run)) else None for run in selected.runs]
     shared = tuple(sorted({*truth.seeds, *truth.baseline_seeds} & set(of_runs) - {None}))
     if shared:

@@ -61,8 +61,8 @@ def unrolled(attribution: Attribution) -> bool:
 def self_checks(attribution: Attribution) -> list[CheckResult]:
     """Check the replay, the precision and the size of the responses, and with four trusted runs whether they agree."""
     checks = [replay_check(attribution), precision_check(attribution), chaos_check(attribution)]
-    if len(attribution.trusted().runs) >= 4:
-        checks.append(_agreement(attribution))
+    if len((independent := attribution.independent()).trusted().runs) >= 4:
+        checks.append(_agreement(independent))
     return checks
 
 

@@ -13,6 +13,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.gallery import Shown
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.reporting import wording
+from lightning_dtda.reporting.by_source import BySource, by_source
 from lightning_dtda.reporting.certainty import Outcome, Tested, each_tested
 from lightning_dtda.reporting.facts import agreement, without_repeated_warnings
 from lightning_dtda.reporting.judging import Verdict, judge
@@ -107,6 +108,7 @@ class Findings:
         queries: What was found on each query.
         next_steps: What to do now.
         agreement: Agreement of halves of the runs on the mean influence, median over queries; NaN if unknown.
+        sources: Where the variance of a crossed ensemble comes from. All else is then of runs that share no seed.
     """
 
     attribution: Attribution
@@ -118,6 +120,7 @@ class Findings:
     queries: tuple[QueryFindings, ...]
     next_steps: tuple[NextStep, ...]
     agreement: float
+    sources: BySource | None = None
 
     @property
     def most_interesting(self) -> list[int]:
@@ -153,6 +156,8 @@ def find(
     Raises:
         AttributionError: If ``k`` is less than one, a difference is unknown, or it needs more runs.
     """
+    sources = by_source(attribution)
+    attribution = attribution.independent()
     trusted = attribution.trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
     judged = [resolve_difference(name) for name in ("mean", "spread") if name in trusted.available_differences]
@@ -183,6 +188,7 @@ def find(
         tuple(queries),
         tuple(next_steps(attribution, queries, agreed)),
         agreed,
+        sources,
     )
 
 

@@ -41,6 +41,7 @@ def as_json(found: Findings, compared: Retrained | None = None, suggestion: Sugg
             }
             for query in found.queries
         ],
+        "variance_by_source": None if found.sources is None else asdict(found.sources),
         "retrained": None if compared is None else asdict(compared),
         "suggestion": None
         if suggestion is None

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -138,15 +138,22 @@ def _more_runs(attribution: Attribution, command: Command | None, agreed: float)
     if not 1 <= wanted <= _MOST_TRAININGS:
         return None
     more = two_digits(wanted)
-    cost = f"{counted(more, 'training')}, {_times(attribution, more)}."
-    title = f"Record {counted(more, 'more run')}, and attribute again"
-    seeds = _seeds(attribution, more)
+    crossed = attribution.about.get("seeds")
+    chosen = _seeds(attribution, more) if not crossed else _crossed_seeds(crossed, more)
+    trainings = more if not isinstance(chosen, dict) else math.prod(map(_number, chosen.values())) - len(crossed or ())
+    if trainings > _MOST_TRAININGS:
+        return None
+    cost = f"{counted(trainings, 'training')}, {_times(attribution, trainings)}."
+    title = f"Record {counted(trainings, 'more run')}, and attribute again"
     if command is None:
-        return NextStep(title, cost, (f"record(..., seeds={seeds})", "attribute(...)  # the same call continues"))
+        given = f"CrossedSeeds({_arguments(chosen)})" if isinstance(chosen, dict) else chosen
+        return NextStep(title, cost, (f"record(..., seeds={given})", "attribute(...)  # the same call continues"))
     configuration = command.given(_CONFIGURATION)
     if not any(each.startswith(("--config", "-c")) for each in configuration):
         configuration = ["--config", f"{command.ensemble}/config.yaml", *configuration]
-    record = ["record", *configuration, "--ensemble", command.ensemble, f"--seeds={seeds}"]
+    options = chosen if isinstance(chosen, dict) else {"": chosen}
+    seeds = [f"--seeds{'.' * bool(source)}{source}={of_source}" for source, of_source in options.items()]
+    record = ["record", *configuration, "--ensemble", command.ensemble, *seeds]
     again = ["attribute", *command.arguments]
     if isinstance(attribution.responses, KeptResponses) and "--overwrite" not in again:
         again.append("--overwrite")  # of kept responses, no part can be added
@@ -156,15 +163,33 @@ def _more_runs(attribution: Attribution, command: Command | None, agreed: float)
 def _seeds(attribution: Attribution, more: int) -> int | list[int]:
     """Return all seeds to record: a number if they are the first ones, else a list with new ones at its end."""
     found = [re.fullmatch(r"seed-(\d+)", run) for run in attribution.runs]
-    seeds = sorted(int(match[1]) for match in found if match is not None)
-    if seeds == list(range(len(attribution.runs))):
+    return _extended([int(match[1]) for match in found if match is not None], more)
+
+
+def _crossed_seeds(recorded: Mapping[str, Mapping[str, int]], more: int) -> dict[str, int | list[int]]:
+    """Return all seeds of each source for a number of additional runs that share none."""
+    sources = next(iter(recorded.values()))
+    return {source: _extended({of_run[source] for of_run in recorded.values()}, more) for source in sources}
+
+
+def _extended(recorded: Collection[int], more: int) -> int | list[int]:
+    seeds = sorted(recorded)
+    if seeds == list(range(len(seeds))):
         return len(seeds) + more
     return [*seeds, *range(max(seeds, default=-1) + 1, max(seeds, default=-1) + 1 + more)]
 
 
+def _number(seeds: int | list[int]) -> int:
+    return seeds if isinstance(seeds, int) else len(seeds)
+
+
+def _arguments(seeds: Mapping[str, int | list[int]]) -> str:
+    return ", ".join(f"{source}={of_source}" for source, of_source in seeds.items())
+
+
 def _times(attribution: Attribution, trainings: int) -> str:
     """Return how long trainings take, in proportion to the recording."""
-    ratio = trainings / len(attribution.runs)
+    ratio = trainings / len(attribution.about.get("seeds") or attribution.runs)
     times = f"{ratio:.2g}" if ratio < 99 else f"{ratio:,.0f}"
     return "as long as the recording" if times == "1" else f"{times} times as long as the recording"
 

@@ -90,7 +90,7 @@ def report(
         raise AttributionError("show needs data or queries to show. Give data=, queries=, or both.")
     if data is not None or queries is not None:
         attribution = replace(attribution, gallery=gallery_of(attribution, data, queries, show))
-    output, trusted = Path(output), attribution.trusted()
+    output, trusted = Path(output), attribution.independent().trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
     truth = truth.finished() if truth is not None and truth.unfinished else truth
     # first, as it may refuse the truth

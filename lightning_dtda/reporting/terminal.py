@@ -64,7 +64,7 @@ def print_summary(
         AttributionError: If ``k`` is less than one, a difference is unknown, or it needs more runs.
     """
     if isinstance(found, Attribution):
-        names = [resolve_difference(name) for name in found.trusted().available_differences]
+        names = [resolve_difference(name) for name in found.independent().trusted().available_differences]
         found = find(found, k, differences or [each for each in names if each.signed], progress)
     console = console or Console()
     width = min(console.width, _COLUMNS)
@@ -82,6 +82,11 @@ def print_summary(
     for start in range(0, len(found.queries[0].ranked), _ABREAST):
         console.print()
         console.print(_table(found, [found.queries[query] for query in shown], start, width), width=width)
+    if found.sources is not None:
+        console.print()
+        say("Where the variance comes from", style="bold")
+        for sentence in found.sources.said:
+            say(sentence)
     what, size = wording.noun(found.attribution), found.attribution.responses.shape[2]
     fewer = f"The {len(shown)} of {len(found.queries)} queries with the most significant influences. "
     say(

@@ -78,6 +78,7 @@ def log_to_wandb(
         raise AttributionError("The attribution is in no directory. Save it, and give the directory.")
     if isinstance(found, Attribution):
         found = find(found, k, differences)
+    attribution = found.attribution
     trusted = attribution.trusted()
     queries = [found.queries[position] for position in found.most_interesting]
     facts = {"verdict": found.verdict.sentence, "usable": found.verdict.level} | dict(_facts(found))

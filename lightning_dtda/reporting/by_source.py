@@ -1,0 +1,136 @@
+"""Where the variance of a crossed ensemble comes from, and which removals change it, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_dtda.attribution.attribution import Attribution
+from lightning_dtda.attribution.sources import seeds_of
+from lightning_dtda.reporting.certainty import FDR, LEVEL
+from lightning_dtda.reporting.wording import noun
+from lightning_dtda.statistics.differences import SourceVariance
+from lightning_dtda.statistics.variance_components import REST
+
+_MOST_EFFECTS = 10
+"""Number of removals that are named for each part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source's part of the variance on one query.
+
+    Args:
+        source: The source, as :attr:`VarianceBySource.parts <lightning_dtda.attribution.sources.VarianceBySource>`.
+        share: Its share in the total variance, between 0 and 1.
+        variance: The estimate, in the square of the measurement's unit.
+        low: Lower end of its interval.
+        high: Upper end.
+    """
+
+    source: str
+    share: float
+    variance: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A removal that changes a part of the variance significantly.
+
+    Args:
+        query: Position of the query.
+        source: The part.
+        name: The example, or group.
+        change: Change of the part, in the square of the measurement's unit.
+        before: The part as trained.
+        p_value: Its p-value.
+        sentence: All this in words.
+    """
+
+    query: int
+    source: str
+    name: str
+    change: float
+    before: float
+    p_value: float
+    sentence: str
+
+
+@dataclass(frozen=True)
+class BySource:
+    """Where the variance comes from.
+
+    Args:
+        said: The answer in a few sentences.
+        parts: Parts of each query.
+        effects: Removals that change a part, the clearest first.
+    """
+
+    said: tuple[str, ...]
+    parts: tuple[tuple[Part, ...], ...]
+    effects: tuple[Effect, ...]
+
+
+def by_source(attribution: Attribution) -> BySource | None:
+    """Return where the variance comes from; ``None`` if the trusted runs are not crossed."""
+    trusted = attribution.trusted()
+    seeds = seeds_of(trusted)
+    if seeds is None or sum(len(set(of_source)) > 1 for of_source in seeds.values()) < 2:
+        return None
+    found = trusted.variance_by_source(level=LEVEL)
+    share = found.share
+    parts = tuple(
+        tuple(
+            Part(source, *(float(each[n, q]) for each in (share, found.variance, *found.interval)))
+            for n, source in enumerate(found.parts)
+        )
+        for q in range(len(trusted.queries))
+    )
+    effects = [each for source in found.parts for each in _effects(trusted, source)]
+    grid = " \N{MULTIPLICATION SIGN} ".join(f"{number} of the {source}" for source, number in found.seeds.items())
+    middle = share.nanmedian(1).values
+    said = [
+        f"{found.runs} runs combine seeds ({grid}). Median over queries: "
+        + ", ".join(f"{_named(s)} {100 * v:.0f} %" for s, v in zip(found.parts, middle.tolist(), strict=True))
+        + " of the variance."
+    ]
+    what = noun(trusted)
+    if effects:
+        said += [each.sentence for each in effects[:3]]
+    elif min(found.seeds.values()) < 3:
+        said.append(f"With two seeds of a source, no {what} can be tested. Record more seeds of each source.")
+    else:
+        said.append(
+            f"No single {what} changes a part significantly (false discovery rate {100 * FDR:g} %). Eight or more "
+            "seeds of each source show more than these."
+        )
+    return BySource(tuple(said), parts, tuple(effects))
+
+
+def _effects(trusted: Attribution, source: str) -> list[Effect]:
+    """Return the removals that change a part significantly, the clearest first."""
+    difference = SourceVariance(source)
+    change, p = trusted.influence(difference), trusted.p_values(difference)
+    queries, removals = trusted.significant(difference, FDR).nonzero().unbind(1)
+    order = p[queries, removals].argsort()[:_MOST_EFFECTS]
+    before = trusted.variance_by_source(level=LEVEL)
+    of_source = before.variance[before.parts.index(source)]
+    names, what = trusted.removals, noun(trusted)
+    found = []
+    for query, removal in torch.stack([queries, removals], 1)[order].tolist():
+        name = f"{what} {removal if names is None else names[removal]}"
+        amount, whole = float(change[query, removal]), float(of_source[query])
+        share = f" by {100 * abs(amount) / whole:.0f} %" if whole > 0 else ""
+        sentence = (
+            f"Without {name}, the part of query {trusted.queries[query]}'s variance that comes from {_named(source)} "
+            f"{'falls' if amount < 0 else 'rises'}{share} (p = {float(p[query, removal]):.1g})."
+        )
+        found.append(Effect(query, source, name, amount, whole, float(p[query, removal]), sentence))
+    return found
+
+
+def _named(source: str) -> str:
+    return "the rest" if source == REST else f"the {source}"

@@ -1,0 +1,214 @@
+"""The variance of a crossed ensemble by source, from recording to the page; and that its runs are not independent."""
+
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda import (
+    Attribution,
+    Ensemble,
+    TrajectoryRecorder,
+    UnrolledDifferentiation,
+    attribute,
+    record,
+    report,
+    retrain,
+    suggest_removals,
+)
+from lightning_dtda.errors import AttributionError
+from lightning_dtda.recording import CrossedSeeds
+from lightning_dtda.reporting import find
+from lightning_dtda.reporting.terminal import print_summary
+from lightning_dtda.statistics.variance_components import Crossed, components
+
+EXAMPLES, QUERIES = 24, 4
+
+
+class Regressor(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def forward(self, inputs):
+        return self.net(inputs)[:, 0]
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.2)
+
+
+def tensors(number, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(number, 2, generator=generator, dtype=torch.float64)
+    return TensorDataset(inputs, inputs.prod(1) + 0.3 * torch.randn(number, generator=generator, dtype=torch.float64))
+
+
+def loader():
+    return DataLoader(tensors(EXAMPLES, 0), batch_size=4, shuffle=True)
+
+
+def make():
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(max_epochs=3, accelerator="cpu", **quiet), Regressor(), loader()
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    root = tmp_path_factory.mktemp("crossed")
+    seeds = CrossedSeeds(initialisation=5, order=4)
+    assert record(make, TrajectoryRecorder(root), seeds, progress=False) == {}
+    return Ensemble.open(root)
+
+
+@pytest.fixture(scope="module")
+def attribution(ensemble):
+    return attribute(
+        ensemble,
+        Regressor(),
+        loader(),
+        queries=tensors(QUERIES, 1),
+        measurement="prediction",
+        estimator=UnrolledDifferentiation(horizon=None),
+        progress=False,
+    )
+
+
+def test_the_split_is_that_of_the_measured_values(attribution):
+    split = attribution.variance_by_source()
+    assert split.parts == ("initialisation", "order", "rest")
+    assert split.seeds == {"initialisation": 5, "order": 4}
+    # runs are named after both seeds: 3 of the initialisation and 1 of the order make 1003
+    names = [int(run.removeprefix("seed-")) for run in attribution.runs]
+    crossed = Crossed.of({"initialisation": [n % 1000 for n in names], "order": [n // 1000 for n in names]})
+    torch.testing.assert_close(split.variance, components(crossed, attribution.baseline.double()))
+    assert (split.interval[0] <= split.variance.clamp_min(0)).all()
+    assert (split.variance <= split.interval[1]).all()
+    torch.testing.assert_close(split.share.sum(0), torch.ones(QUERIES, dtype=torch.float64))
+
+
+def test_an_influence_on_a_part_is_what_the_split_without_the_example_says(attribution):
+    before, after = attribution.variance_by_source(), attribution.variance_by_source(removed=[5])
+    for number, name in enumerate(("initialisation_variance", "order_variance", "rest_variance")):
+        influence = attribution.influence(name)
+        torch.testing.assert_close(influence[:, 5], (after.variance - before.variance)[number])
+        assert ((attribution.p_values(name) >= 0) & (attribution.p_values(name) <= 1)).all()
+
+
+@pytest.mark.slow
+def test_influences_on_parts_agree_with_retraining_of_the_same_runs(ensemble, attribution):
+    truth = retrain(
+        Regressor(),
+        loader(),
+        ensemble=ensemble,
+        subsets=[[n] for n in range(EXAMPLES)],
+        seeds=[int(run.removeprefix("seed-")) for run in attribution.runs],
+        removal="reweight",
+        queries=tensors(QUERIES, 1),
+        measurement="prediction",
+        progress=False,
+    )
+    crossed = Crossed.of(_seeds(attribution))
+    before = components(crossed, truth.baseline)[..., None]
+    real = components(crossed, truth.measurements.permute(1, 2, 0)) - before
+    for number, name in enumerate(("initialisation_variance", "order_variance", "rest_variance")):
+        both = torch.stack([attribution.influence(name).flatten(), real[number].flatten()])
+        assert torch.corrcoef(both)[0, 1] > 0.8, name
+
+
+def _seeds(attribution):
+    recorded = [attribution.about["seeds"][run] for run in attribution.runs]
+    return {source: [of_run[source] for of_run in recorded] for source in recorded[0]}
+
+
+@pytest.mark.parametrize(
+    "infer",
+    [
+        lambda attribution: attribution.interval("mean"),
+        lambda attribution: attribution.standard_error("mean"),
+        lambda attribution: attribution.p_values("spread"),
+        lambda attribution: attribution.significant("mean"),
+        lambda attribution: attribution.runs_for_significance("mean"),
+        lambda attribution: attribution.retrainings_needed(),
+        lambda attribution: attribution.reliability(),
+        lambda attribution: attribution.joint_standard_error(),
+        suggest_removals,
+    ],
+)
+def test_runs_that_share_seeds_are_not_taken_for_independent_ones(attribution, infer):
+    with pytest.raises(AttributionError, match=r"Take the 4 runs that share none: attribution\.independent\(\)"):
+        infer(attribution)
+
+
+def test_independent_runs_share_no_seed(attribution):
+    some = attribution.independent()
+    assert some.runs == ("seed-0000", "seed-1001", "seed-2002", "seed-3003")
+    assert some.interval("mean").shape == (2, QUERIES, EXAMPLES)
+    assert some.independent() is some
+    with pytest.raises(AttributionError, match="each combined with each"):
+        some.variance_by_source()
+
+
+def test_an_ordinary_ensemble_is_independent(attribution):
+    ordinary = Attribution(attribution.baseline, attribution.responses, attribution.runs, attribution.queries)
+    assert ordinary.independent() is ordinary
+    with pytest.raises(AttributionError, match="each combined with each"):
+        ordinary.influence("order_variance")
+
+
+def test_a_part_has_no_interval_and_says_so(attribution):
+    with pytest.raises(AttributionError, match=r"few seeds of a source\. Use the p-value"):
+        attribution.interval("order_variance")
+
+
+def test_it_is_kept_on_disk(attribution, tmp_path):
+    attribution.save(tmp_path / "stored")
+    loaded = Attribution.load(tmp_path / "stored")
+    torch.testing.assert_close(loaded.variance_by_source().variance, attribution.variance_by_source().variance)
+
+
+def test_page_terminal_and_json_say_where_the_variance_comes_from(attribution, tmp_path, capsys):
+    report(attribution, tmp_path / "report.html", progress=False)
+    page = (tmp_path / "report.html").read_text()
+    assert "Where the variance comes from" in page
+    assert page.count('class="bar"') == 3 * QUERIES
+    print_summary(attribution)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "20 runs combine seeds (5 of the initialisation" in printed
+    report(attribution, tmp_path / "report.json", progress=False)
+    told = json.loads((tmp_path / "report.json").read_text())["variance_by_source"]
+    assert len(told["parts"]) == QUERIES
+    assert sum(part["share"] for part in told["parts"][0]) == pytest.approx(1)
+
+
+def test_what_else_is_found_is_of_independent_runs(attribution):
+    found = find(attribution)
+    assert found.attribution.runs == attribution.independent().runs
+
+
+def test_more_runs_are_more_seeds_of_each_source():
+    seeds = {f"seed-{n:04d}": {"initialisation": n % 3, "order": [0, 5][n // 3]} for n in range(6)}
+    made = Attribution(torch.randn(6, 1), torch.randn(6, 1, 4), tuple(seeds), (0,), {"seeds": seeds})
+    (step,) = [each for each in find(made).next_steps if each.title.startswith("Record")]
+    assert step.title == "Record 66 more runs, and attribute again"
+    assert step.commands[0] == "record(..., seeds=CrossedSeeds(initialisation=9, order=[0, 5, 6, 7, 8, 9, 10, 11]))"
+
+
+def test_an_example_that_sets_off_the_order_is_named():
+    # without example 0, the effects of the order are gone
+    seeds = {f"seed-{n:04d}": {"initialisation": n % 8, "order": n // 8} for n in range(64)}
+    generator = torch.Generator().manual_seed(0)
+    effects = [torch.randn(size, generator=generator, dtype=torch.float64) for size in (8, 8, 64)]
+    of_order = effects[1].repeat_interleave(8)
+    baseline = effects[0].repeat(8) + 2 * of_order + 0.3 * effects[2]
+    responses = 0.05 * torch.randn(64, 1, 30, generator=generator, dtype=torch.float64)
+    responses[:, 0, 0] -= 1.9 * of_order
+    made = Attribution(baseline[:, None], responses, tuple(seeds), (7,), {"seeds": seeds})
+    (effect,) = [each for each in find(made).sources.effects if each.source == "order"]
+    assert effect.name == "example 0"
+    assert "the part of query 7's variance that comes from the order falls by 100 %" in effect.sentence
