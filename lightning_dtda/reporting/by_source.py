@@ -9,6 +9,7 @@ import torch
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.sources import seeds_of
 from lightning_dtda.reporting.certainty import FDR, LEVEL
+from lightning_dtda.reporting.formatting import p_value
 from lightning_dtda.reporting.wording import noun
 from lightning_dtda.statistics.differences import SourceVariance
 from lightning_dtda.statistics.variance_components import REST
@@ -66,7 +67,7 @@ class BySource:
     Args:
         said: The answer in a few sentences.
         parts: Parts of each query.
-        effects: Removals that change a part, the clearest first.
+        effects: Removals that change a part, the clearest first; those that change the rest last.
     """
 
     said: tuple[str, ...]
@@ -90,6 +91,7 @@ def by_source(attribution: Attribution) -> BySource | None:
         for q in range(len(trusted.queries))
     )
     effects = [each for source in found.parts for each in _effects(trusted, source)]
+    effects.sort(key=lambda each: (each.source == REST, each.p_value))  # the rest is harder to act on
     grid = " \N{MULTIPLICATION SIGN} ".join(f"{number} of the {source}" for source, number in found.seeds.items())
     middle = share.nanmedian(1).values
     said = [
@@ -126,10 +128,15 @@ def _effects(trusted: Attribution, source: str) -> list[Effect]:
         share = f" by {100 * abs(amount) / whole:.0f} %" if whole > 0 else ""
         sentence = (
             f"Without {name}, the part of query {trusted.queries[query]}'s variance that comes from {_named(source)} "
-            f"{'falls' if amount < 0 else 'rises'}{share} (p = {float(p[query, removal]):.1g})."
+            f"{'falls' if amount < 0 else 'rises'}{share} (p {_p(float(p[query, removal]))})."
         )
         found.append(Effect(query, source, name, amount, whole, float(p[query, removal]), sentence))
     return found
+
+
+def _p(value: float) -> str:
+    shown = p_value(value)
+    return shown if shown.startswith("<") else f"= {shown}"
 
 
 def _named(source: str) -> str:

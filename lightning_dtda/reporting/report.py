@@ -1,4 +1,4 @@
-"""One HTML file to hand to colleagues: no server, no network, no other files."""
+"""One file to hand to colleagues: no server, no network, no other files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
@@ -25,6 +25,7 @@ from lightning_dtda.reporting.findings import MOST_MEMBERS, Findings, find
 from lightning_dtda.reporting.formatting import capital
 from lightning_dtda.reporting.machine_readable import as_json
 from lightning_dtda.reporting.page_data import Overview, content, packed, rows_listed
+from lightning_dtda.reporting.stability_card import stability_card
 from lightning_dtda.retraining.ground_truth import GroundTruth
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.trajectory.storage import replace_file
@@ -33,6 +34,8 @@ from lightning_dtda.version import __version__
 if TYPE_CHECKING:
     from lightning.pytorch import LightningDataModule, LightningModule
     from torch.utils.data import DataLoader, Dataset
+
+Format = Literal["html", "json", "card"]
 
 
 def report(
@@ -46,8 +49,9 @@ def report(
     queries: DataLoader[Any] | Dataset[Any] | None = None,
     show: str | Show | None = None,
     progress: bool = True,
+    format: Format | None = None,
 ) -> Path:
-    """Write a report on an attribution as one self-contained HTML file, or its findings as JSON.
+    """Write a report on an attribution: one self-contained HTML file, its findings as JSON, or a card in Markdown.
 
     Its first screen says whether the attribution can be used, shows a query with the examples that matter most to it
     and what happens without them, and what to do now, with commands to copy. All queries and examples are reached by
@@ -58,8 +62,7 @@ def report(
 
     Args:
         attribution: The attribution.
-        output: File to write; its folder is created if it does not exist. One that ends in ``.json`` has the verdict,
-            next steps and the k top examples of each query, for programs that decide by them.
+        output: File to write; its folder is created if it does not exist.
         k: Number of examples, or groups, that are listed at least.
         differences: As for :meth:`Attribution.influence <lightning_dtda.Attribution.influence>`. ``None`` means mean,
             spread and Wasserstein. Differences without a test of their own, such as quantiles, are tested by 2,000
@@ -71,6 +74,10 @@ def report(
         queries: Data set or loader of the queries, to show them.
         show: Function that shows an item, as for :func:`~lightning_dtda.attribute`.
         progress: Whether to show a progress bar if it takes more than a few seconds.
+        format: ``"html"``: a page for people. ``"json"``: the verdict, next steps and the k top examples of each query,
+            for programs that decide by them. ``"card"``: a section of Markdown for a model card, with the queries that
+            depend most on the seed and the examples behind it. ``None`` goes by the ending of ``output``: ``.json``,
+            ``.md``, or anything else for HTML.
 
     Returns:
         The path of the file.
@@ -90,13 +97,20 @@ def report(
         raise AttributionError("show needs data or queries to show. Give data=, queries=, or both.")
     if data is not None or queries is not None:
         attribution = replace(attribution, gallery=gallery_of(attribution, data, queries, show))
+    if format not in (None, *get_args(Format)):
+        raise AttributionError(f"format={format!r}; choose from {', '.join(get_args(Format))}.")
     output, trusted = Path(output), attribution.independent().trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
     truth = truth.finished() if truth is not None and truth.unfinished else truth
     # first, as it may refuse the truth
     compared = None if truth is None else retrained(trusted, truth, chosen)
-    if output.suffix == ".json":
+    if format is None:
+        format = {".json": "json", ".md": "card"}.get(output.suffix, "html")  # type: ignore[assignment]
+    if format == "json":
         return _written(output, as_json(find(attribution, k, chosen, progress), compared, suggestion))
+    if format == "card":
+        named = [each for each in chosen if each.signed]
+        return _written(output, stability_card(find(attribution, k, named, progress), compared))
     overview = Overview(len(chosen), len(attribution.queries))
     findings = find(attribution, k, chosen, progress, rows_listed(trusted, len(chosen), k), overview)
     drawn = content(findings, overview)

@@ -186,8 +186,8 @@ def component_intervals(crossed: Crossed, samples: Tensor, level: float = 0.95) 
     .. math:: \nu = \min\left(\nu_0,\; \frac{2 \nu_0}{\hat\gamma - (n - 3) / n}\right),
 
     with the kurtosis :math:`\hat\gamma` of their n values about the median (after Bonett, *Computational Statistics and
-    Data Analysis* 50, 2006). In simulations, 95 % intervals covered 96 to 98 % for Gaussian effects, 91 to 97 % for
-    Student's t with 5 degrees of freedom, and 88 to 99 % for exponential effects
+    Data Analysis* 50, 2006). In simulations, 95 % intervals covered 96 to 98 % for Gaussian effects, 91 to 99 % for
+    Student's t with 5 degrees of freedom, and 90 to 99 % for exponential effects
     (``benchmarks/variance_by_source.py``).
 
     Args:
@@ -219,6 +219,28 @@ def _effective(values: Tensor, freedom: int) -> Tensor:
     return (2 * freedom / (kurtosis - (number - 3) / number)).clamp_max(freedom)
 
 
+def deviation_interval(samples: Tensor, level: float = 0.95) -> Tensor:
+    r"""Return a confidence interval of the standard deviation of independent samples ``(2, ...)``.
+
+    .. math:: \left[ s \sqrt{\nu / \chi^2_{\nu, (1 + \ell) / 2}},\; s \sqrt{\nu / \chi^2_{\nu, (1 - \ell) / 2}} \right]
+
+    with the degrees of freedom :math:`\nu` of :func:`component_intervals` for n samples; it covers as those do.
+
+    Args:
+        samples: Samples ``(runs, ...)``, at least two.
+        level: Confidence level.
+
+    Example:
+        >>> deviation_interval(torch.tensor([1.0, 2.0, 3.0, 4.0])).round(decimals=2)
+        tensor([0.7300, 4.8100], dtype=torch.float64)
+    """
+    values = samples.double()
+    degrees = _effective(values, len(values) - 1)
+    squares = degrees * (values - values.mean(0)).square().sum(0) / (len(values) - 1)
+    ends = [special.chdtri(degrees.cpu().numpy(), share) for share in ((1 - level) / 2, (1 + level) / 2)]
+    return torch.stack([(squares / torch.as_tensor(end, device=samples.device)).sqrt() for end in ends])
+
+
 def component_changes(crossed: Crossed, baseline: Tensor, predicted: Tensor, effect: int) -> tuple[Tensor, Tensor]:
     r"""Return the change of a variance component and its standard error, each ``(...)``.
 
@@ -243,8 +265,8 @@ def component_change_p_values(crossed: Crossed, baseline: Tensor, predicted: Ten
     this is the test of Pitman and Morgan (*Biometrika* 31, 1939): without a change, u and v do not correlate, and
     :math:`M_{uv}` has the variance :math:`(M_{uu} M_{vv} - M_{uv}^2) / (\nu - 1)`. What the refining effects add to
     :math:`M_{uv}`, :math:`\epsilon`, adds :math:`2 \epsilon^2 / \nu`. In simulations with 4 to 16 seeds of a source,
-    tests at 5 % found a change where there was none in 0.3 to 6 % of cases for Gaussian effects and Student's t, and
-    in up to 7.3 % for exponential effects (``benchmarks/variance_by_source.py``).
+    tests at 5 % found a change where there was none in 0.8 to 5 % of cases for Gaussian effects, and in up to 6.4 %
+    for Student's t and 7 % for exponential effects (``benchmarks/variance_by_source.py``).
 
     Args:
         crossed: The crossed runs.
