@@ -126,12 +126,13 @@ def resolved(attribution: Attribution, difference: str | Difference, infers: boo
         infers: Whether it is used for inference from the runs to other seeds.
 
     Raises:
-        AttributionError: As :func:`~lightning_dtda.statistics.resolve_difference`; or for inference, if runs share a
-            seed and the difference takes them to be independent.
+        AttributionError: As :func:`~lightning_dtda.statistics.resolve_difference`; or if runs share a seed and the
+            difference takes them to be independent. Without inference, that of the mean is still right.
     """
     chosen = resolve_difference(difference).of_runs(seeds_of(attribution))
-    if infers and not chosen.crossed:
-        refuse_crossed(attribution, f"inference about the {chosen.name} influence")
+    if not chosen.crossed and (infers or chosen.moments != ("mean",)):
+        what = f"inference about the {chosen.name} influence" if infers else f"the {chosen.name} influence"
+        refuse_crossed(attribution, what)
     return chosen
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from lightning_dtda.attribution.inference import Runs
 from lightning_dtda.attribution.kept import KNOWN, KeptResponses, known_as
 from lightning_dtda.attribution.predicting import share_outside
+from lightning_dtda.attribution.sources import seeds_of, sharing_a_seed
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences import DIFFERENCES, SHOWN, Difference
+from lightning_dtda.statistics.differences import BY_SOURCE, DIFFERENCES, SHOWN, Difference, SourceVariance
 from lightning_dtda.statistics.samples import as_array
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 def available_differences(attribution: Attribution) -> list[str]:
     """Return :attr:`Attribution.available_differences`."""
+    if sharing_a_seed(attribution):
+        parts = SourceVariance.names(seeds_of(attribution.trusted()))
+        return [name for name in parts if name in BY_SOURCE]
     runs = len(attribution.runs) - len(attribution.chaotic)
     known = KNOWN if isinstance(attribution.responses, KeptResponses) else SHOWN
     return [name for name in SHOWN if name in known and runs >= DIFFERENCES[name].least_runs]
@@ -68,7 +72,7 @@ def top(
         )
     positions = range(len(attribution.queries)) if query is None else attribution._positions([query])
     selected = attribution._selected(runs)
-    chosen = selected._difference(difference)
+    chosen = selected._difference(difference, infers=True)
     rows: list[dict[str, Any]] = []
     for q in positions:
         candidates, influence = top_candidates(selected.select([q]), chosen)

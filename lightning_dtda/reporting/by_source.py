@@ -9,6 +9,7 @@ import torch
 from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.sources import seeds_of
 from lightning_dtda.reporting.certainty import FDR, LEVEL
+from lightning_dtda.reporting.facts import without_repeated_warnings
 from lightning_dtda.reporting.formatting import p_value
 from lightning_dtda.reporting.wording import noun
 from lightning_dtda.statistics.differences import SourceVariance
@@ -90,7 +91,8 @@ def by_source(attribution: Attribution) -> BySource | None:
         )
         for q in range(len(trusted.queries))
     )
-    effects = [each for source in found.parts for each in _effects(trusted, source)]
+    with without_repeated_warnings():
+        effects = [each for source in found.parts for each in _effects(trusted, source)]
     effects.sort(key=lambda each: (each.source == REST, each.p_value))  # the rest is harder to act on
     grid = " \N{MULTIPLICATION SIGN} ".join(f"{number} of the {source}" for source, number in found.seeds.items())
     middle = share.nanmedian(1).values

@@ -130,6 +130,9 @@ def _seeds(attribution):
     "infer",
     [
         lambda attribution: attribution.interval("mean"),
+        lambda attribution: attribution.influence("variance"),
+        lambda attribution: attribution.influence("wasserstein"),
+        lambda attribution: attribution.top(),
         lambda attribution: attribution.standard_error("mean"),
         lambda attribution: attribution.p_values("spread"),
         lambda attribution: attribution.significant("mean"),
@@ -164,6 +167,15 @@ def test_an_ordinary_ensemble_is_independent(attribution):
 def test_a_part_has_no_interval_and_says_so(attribution):
     with pytest.raises(AttributionError, match=r"few seeds of a source\. Use the p-value"):
         attribution.interval("order_variance")
+
+
+def test_tables_have_the_parts(attribution):
+    table = attribution.to_dataframe()
+    assert list(attribution.available_differences) == ["initialisation_variance", "order_variance", "rest_variance"]
+    assert len(table) == QUERIES * EXAMPLES
+    of_first = table[(table["query"] == 0) & (table["example"] == 5)]["order_variance_influence"]
+    assert float(of_first.iloc[0]) == pytest.approx(float(attribution.influence("order_variance")[0, 5]))
+    assert list(attribution.top(2, "order_variance", query=0)["rank"]) == [1, 2]
 
 
 def test_it_is_kept_on_disk(attribution, tmp_path):

@@ -24,7 +24,6 @@ from lightning_dtda.attribution.gallery.store import check_image
 from lightning_dtda.attribution.tables import top_candidates
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay import Examples, dataset_fingerprint, query_examples, query_names, training_examples
-from lightning_dtda.statistics.differences import resolve_difference
 
 _log = logging.getLogger(__name__)
 
@@ -248,7 +247,7 @@ def most_influential(attribution: Attribution) -> list[int]:
     the first members.
     """
     trusted, members = attribution.trusted(), attribution.members
-    differences = [resolve_difference(name) for name in trusted.available_differences]
+    differences = [trusted._resolved(name) for name in trusted.available_differences]
     ranks: list[list[int]] = [[] for _ in range(TOP)]
     for query in range(min(len(trusted.queries), MOST_QUERIES)):
         of_query = trusted.select([query])

@@ -55,6 +55,14 @@ class SourceVariance(Difference):
         self._runs: Crossed | None = None
         self._number = 0
 
+    @classmethod
+    def names(cls, seeds: Mapping[str, Sequence[int]] | None) -> list[str]:
+        """Return the names of the parts that runs with known seeds have; none if they are not crossed."""
+        try:
+            return [cls(part).name for part in Crossed.of(seeds or {}).parts]
+        except AttributionError:
+            return []
+
     @override
     def of_runs(self, seeds: Mapping[str, Sequence[int]] | None) -> SourceVariance:
         """Return the difference for runs with known seeds.
