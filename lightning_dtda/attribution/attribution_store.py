@@ -151,7 +151,7 @@ class AttributionStore(Store):
     """
 
     parts: ClassVar[str] = "runs"
-    _free: ClassVar[tuple[str, ...]] = ("range", "scale")
+    _free: ClassVar[tuple[str, ...]] = ("range", "scale", "seeds")
 
     @property
     def about(self) -> dict[str, Any]:

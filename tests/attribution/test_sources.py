@@ -184,6 +184,26 @@ def test_it_is_kept_on_disk(attribution, tmp_path):
     torch.testing.assert_close(loaded.variance_by_source().variance, attribution.variance_by_source().variance)
 
 
+def test_more_seeds_continue_a_stored_answer(tmp_path):
+    def grown(orders):
+        seeds = CrossedSeeds(initialisation=2, order=orders)
+        assert record(make, TrajectoryRecorder(tmp_path / "runs"), seeds, progress=False) == {}
+        return attribute(
+            Ensemble.open(tmp_path / "runs"),
+            Regressor(),
+            loader(),
+            queries=tensors(QUERIES, 1),
+            output=tmp_path / "answer",
+            progress=False,
+        )
+
+    few = grown(2)
+    print_summary(few)  # two seeds are too few to test, but not to split
+    assert few.variance_by_source().seeds == {"initialisation": 2, "order": 2}
+    assert few.p_values("order_variance").isnan().all()
+    assert grown(3).variance_by_source().seeds == {"initialisation": 2, "order": 3}
+
+
 def test_page_terminal_and_json_say_where_the_variance_comes_from(attribution, tmp_path, capsys):
     report(attribution, tmp_path / "report.html", progress=False)
     page = (tmp_path / "report.html").read_text()

@@ -101,8 +101,8 @@ class SourceVariance(Difference):
 
     @property
     def least_runs_to_test(self) -> int:
-        """Minimum number of runs: two seeds of one source, three of the other."""
-        return 6
+        """Minimum number of runs: two seeds of two sources. A source with fewer than three has p-values of NaN."""
+        return 4
 
     def _arguments(self, baseline: Tensor, predicted: Tensor) -> tuple[Crossed, Tensor, Tensor, int]:
         runs = self._runs
