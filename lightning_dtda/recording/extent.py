@@ -79,7 +79,9 @@ def needed(
 ) -> Needed:
     """Return the disk space and the memory that recording a run will need."""
     layout = manifest.layout
-    per_checkpoint = sum(buffer.nbytes for buffer in buffers(module, layout, step=0).values())
+    at_start, later = (sum(buffer.nbytes for buffer in buffers(module, layout, step).values()) for step in (0, 1))
+    frozen = at_start - later  # only in the first checkpoint
+    per_checkpoint = later
     states = sum(
         sum(sizes.values()) for sizes in checks.state_sizes(optimizer, map(module.get_parameter, layout.names))
     )
@@ -94,8 +96,8 @@ def needed(
         per_step += trainer.world_size * trainer.accumulate_grad_batches * of_batch
         per_shard += min(SHARD_BYTES, interval * trainer.accumulate_grad_batches * of_batch)
     steps = manifest.planned_steps
-    disk = math.inf if steps is None else steps * per_step + (steps // interval + 2) * per_checkpoint
-    return Needed(disk, FILES_IN_MEMORY * max(per_shard, per_checkpoint))
+    disk = math.inf if steps is None else steps * per_step + (steps // interval + 2) * per_checkpoint + frozen
+    return Needed(disk, FILES_IN_MEMORY * max(per_shard, per_checkpoint) + frozen)
 
 
 def check_disk(what: str, root: Path, disk: float, memory: int) -> None:

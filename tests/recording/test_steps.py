@@ -223,6 +223,20 @@ def test_what_a_recording_needs_is_announced_before_the_first_step(record, caplo
     assert f"about {human_bytes(disk)} of disk space and at most {human_bytes(memory)} of memory" in announced
 
 
+def test_frozen_parameters_are_announced_once(record, caplog):
+    caplog.set_level(logging.INFO, "lightning_dtda")
+    module = Regressor()
+    module.frozen = torch.nn.Parameter(torch.zeros(1000), requires_grad=False)
+
+    run = record(module, shuffled(), max_epochs=2, recorder={"gradients": "none", "checkpoint_every": 4})
+
+    [announced] = [message for message in caplog.messages if message.startswith("Recording ")]
+    assert f"about {human_bytes(5 * 2 * 36 * 4 + 4000)} of disk space" in announced
+    files = sorted(run.path.glob("checkpoint-*"), key=lambda file: file.stat().st_size)
+    assert len(files) == 4
+    assert files[-2].stat().st_size < 4000 < files[-1].stat().st_size
+
+
 def test_learning_rates_are_those_of_the_very_step(record):
     watch = Watch()
 
