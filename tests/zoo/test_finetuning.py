@@ -1,0 +1,126 @@
+"""Fine-tuning a sentence encoder, the example: its small version, with a random encoder of the same class."""
+
+import importlib.util
+from functools import partial
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_rel
+from torch.utils.data import DataLoader
+
+for package in ("transformers", "peft", "datasets", "cleanlab"):
+    pytest.importorskip(package)
+
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast  # noqa: E402
+
+from examples.finetuning import finetuning  # noqa: E402
+from examples.finetuning.finetuning import ASKED, REMOVED, figure, make_trainer, study  # noqa: E402
+from examples.finetuning.reviews import ENCODER, FILE, Classifier, Reviews  # noqa: E402
+from examples.finetuning.scores import holm, interval, precision  # noqa: E402
+from lightning_dtda import Ensemble, TrajectoryRecorder, attribute  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A folder as ``save_pretrained`` leaves it."""
+    path = str(tmp_path_factory.mktemp("encoder"))
+    words = sorted({word for line in FILE.read_text(encoding="utf-8").splitlines() for word in line.split()})
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(path)
+    return path
+
+
+def record(module, data, root, seeds, **settings):
+    for seed in range(seeds):
+        pl.seed_everything(seed, verbose=False)
+        trainer = make_trainer(3, "cpu", callbacks=[TrajectoryRecorder(root)], **settings)
+        trainer.fit(module(), datamodule=data())
+    return Ensemble.open(root)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Influences of 3 runs")
+def test_the_example_runs_on_a_tiny_encoder(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(finetuning, "VALIDATION", 8)
+    data = partial(Reviews, encoder, sentences=24)
+    module = partial(Classifier, encoder, learning_rate=1e-2)
+    ensemble = record(module, data, tmp_path / "runs", 3)
+
+    found = study(ensemble, module(), data(), partial(make_trainer, 3, "cpu"), 2, tmp_path / "study")
+
+    assert len(found["asked"]) == len(found["rows"]) == ASKED
+    for row in found["rows"]:
+        assert len(row["chosen"]) == len(row["random"]) == 2
+        assert row["predicted"] > 0  # of the sentences whose removal is to raise the loss
+    assert all(len(set(removed)) == REMOVED for pair in found["removals"] for removed in pair)
+    # a sentence's own loss rises without it: the order of queries and of training sentences is the same
+    assert (found["suspicions"]["self-influence"] > 0).all()
+    assert all(np.isfinite(rows).all() and rows.shape[1] == 24 for rows in found["suspicions"].values())
+    assert (tmp_path / "study" / "report.html").exists()
+    assert figure(found["rows"], ["a", "b", "c"], found["precision"]).data
+
+
+def test_wrong_labels_are_those_of_sentences_on_which_people_agree(encoder):
+    data, right = Reviews(encoder, wrong=0.1), Reviews(encoder, wrong=0.0)
+    data.setup("fit")
+    right.setup("fit")
+    turned = np.array(data.train["label"]) != np.array(right.train["label"])
+    assert turned.tolist() == data.wrong.tolist()
+    assert turned.sum() == 30
+    assert (np.abs(np.array(data.train["rating"])[turned]) >= 1).all()
+    assert not set(data.train["text"]) & set(data.validation["text"])
+
+
+def test_only_adapters_and_head_are_trained(encoder):
+    module = Classifier(encoder)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if not name.startswith("head")} == {
+        name for name, _ in module.named_parameters() if "lora_" in name
+    }
+    assert len(trained) == 2 * 2 * 2 + 2
+    assert all(layer.training for layer in module.modules())
+
+
+def test_scores():
+    wrong, generator = np.arange(40) < 8, np.random.default_rng(0)
+    best = wrong + generator.normal(0, 0.01, (5, 40))
+    found = precision({"best": best, "random": generator.normal(0, 1, (5, 40))}, wrong)
+    assert found["best"]["score"] == 1
+    assert found["random"]["high"] < 1
+    assert found["random"]["less"][1] < 0
+    assert found["random"]["p"] < 0.05
+    first, second = generator.normal(0.3, 1, 9), generator.normal(0, 1, 9)
+    mean, low, high, p = interval(first - second)
+    expected = ttest_rel(first, second)
+    assert (mean, p) == pytest.approx(((first - second).mean(), expected.pvalue))
+    assert (low, high) == pytest.approx(tuple(expected.confidence_interval()))
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+@pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason=f"needs {ENCODER}")
+def test_the_real_encoder_is_attributed(tmp_path):
+    data = partial(Reviews, sentences=32)
+    ensemble = record(Classifier, data, tmp_path / "runs", 1, limit_train_batches=2)
+    module = data()
+    module.setup("fit")
+    queries = DataLoader(module.validation.select([0]), collate_fn=module.collate)
+    attribution = attribute(ensemble, Classifier(), module, queries=queries, progress=False)
+    assert attribution.responses.shape == (1, 1, 32)
+    assert attribution.responses[:].abs().min() > 0
+    assert ensemble[0].layout.size == 6 * 2 * 2 * 4 * 384 + 2 * 384 + 2
