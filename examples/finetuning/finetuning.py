@@ -23,9 +23,9 @@ from examples.finetuning.reviews import Classifier, Reviews
 from examples.finetuning.scores import confirm, holm, interval, precision
 from lightning_dtda import Attribution, Ensemble, GroundTruth, InfluenceFunctions, attribute, report, retrain
 from lightning_dtda.attribution import Shown
-from lightning_dtda.estimators import TracIn
+from lightning_dtda.estimators import Estimator, TracIn
 
-VALIDATION, ASKED, REMOVED, FOLDS = 60, 3, 10, 5
+VALIDATION, ASKED, REMOVED, FOLDS = 60, 1, 10, 5
 FIRST_SEED = 1000
 """Of fresh trainings, which share no noise with recorded runs."""
 
@@ -36,14 +36,10 @@ def show(row: dict) -> Shown:
     return Shown(text=row["text"], label=Reviews.classes[row["label"]], fields=(("rating of 20 people", rating),))
 
 
-def estimate(ensemble: Ensemble, module: Classifier, data: Reviews, output: Path) -> dict[str, Attribution]:
+def estimate(ensemble: Ensemble, module: Classifier, data: Reviews, estimator: Estimator, output: Path) -> Attribution:
     """Attribute the loss on validation sentences, and on all training sentences: their self-influence."""
-    queries = concatenate_datasets([data.validation.select(range(min(VALIDATION, len(data.validation)))), data.train])
-    estimators = {"influence functions": InfluenceFunctions(), "TracIn": TracIn(checkpoints=1)}
-    return {
-        name: attribute(ensemble, module, data, queries=queries, estimator=estimator, output=output / name, show=show)
-        for name, estimator in estimators.items()
-    }
+    queries = concatenate_datasets([data.validation.select(range(VALIDATION)), data.train])
+    return attribute(ensemble, module, data, queries=queries, estimator=estimator, output=output, show=show)
 
 
 def split(attribution: Attribution, data: Reviews) -> tuple[Attribution, np.ndarray, np.ndarray]:
@@ -107,9 +103,8 @@ def figure(rows: list[dict], names: list[str], found: dict[str, dict]) -> go.Fig
 def study(ensemble: Ensemble, module: Classifier, data: Reviews, trainer: Callable, seeds: int, output: Path) -> dict:
     """Attribute, retrain and compare; return rows of queries, average precisions, and sentences by influence."""
     data.setup("fit")
-    attributions = estimate(ensemble, module, data, output)
-    of_queries, own, loss = split(attributions["influence functions"], data)
-    traced, traced_own, _ = split(attributions["TracIn"], data)
+    attribution = estimate(ensemble, module, data, InfluenceFunctions(), output / "influence")
+    of_queries, own, loss = split(attribution, data)
     report(of_queries, output / "report.html")
     # the queries on which the seed matters most, and the sentences whose removal is predicted to harm them most
     asked = of_queries.baseline.std(0).argsort(descending=True)[:ASKED].tolist()
@@ -135,12 +130,13 @@ def study(ensemble: Ensemble, module: Classifier, data: Reviews, trainer: Callab
         module_like,
         data,
         subsets=folds,
-        seeds=fresh[:2],
+        seeds=fresh[:1],
         queries=data.train,
         measurement="margin",
         output=output / "folds",
         **settings,
     )
+    traced, traced_own, _ = split(estimate(ensemble, module, data, TracIn(checkpoints=1), output / "TracIn"), data)
     suspicions = {
         "self-influence": own,
         "influence on validation": -of_queries.responses[:].double().mean(1).numpy(),
@@ -166,7 +162,7 @@ def main() -> None:
     parser.add_argument("--runs", required=True, help="Ensemble recorded with config.yaml.")
     parser.add_argument("--output", type=Path, default=Path("finetuning"))
     parser.add_argument("--epochs", type=int, default=2, help="As in config.yaml.")
-    parser.add_argument("--seeds", type=int, default=10, help="Number of fresh trainings without each set.")
+    parser.add_argument("--seeds", type=int, default=8, help="Number of fresh trainings without each set.")
     parser.add_argument("--accelerator", default="cpu", help="That of the recorded runs.")
     options = parser.parse_args()
     data, trainer = Reviews(), partial(make_trainer, options.epochs, options.accelerator)
