@@ -2,8 +2,11 @@
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
+
+from plotly.offline import get_plotlyjs
 
 from lightning_dtda.version import __version__
 
@@ -14,17 +17,29 @@ version = release = __version__
 sys.path.insert(0, str(Path(__file__).parent))
 extensions = [
     "reference",  # reference.py, beside this file
-    "myst_parser",
+    "myst_nb",  # Markdown pages as myst_parser does, and notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
 ]
-exclude_patterns = ["_build", "commands.md"]  # commands.md is included in cli.md
+# commands.md is included in cli.md; of Python files, only those in notebooks are pages
+exclude_patterns = ["_build", "commands.md", "conf.py", "reference.py"]
 templates_path = ["_templates"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# Notebooks are Python files (jupytext), run each time they or this file change, so that what they show is what this
+# version does. An error in a cell ends the build. "sphinx-build -D nb_execution_mode=off" leaves their outputs out.
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_output_stderr = "remove"  # progress
+os.environ["PLOTLY_RENDERER"] = "notebook_connected"  # figures without a copy of plotly.js in each
+os.environ["WANDB_MODE"] = "offline"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -56,3 +71,23 @@ if os.environ.get("DTDA_DOCS_INTERSPHINX") == "1":
         "pandas": ("https://pandas.pydata.org/docs", None),
         "xarray": ("https://docs.xarray.dev/en/stable", None),
     }
+
+
+def _own_plotly(app, page, template, context, doctree):
+    """Let figures take plotly.js from the built pages, where it was put beside them, instead of from a CDN."""
+    if "body" in context:
+        local = f'<script src="{"../" * page.count("/")}_static/plotly.min.js"></script>'
+        body = re.sub(r'<script[^>]*src="https://cdn\.plot\.ly/[^"]*"[^>]*></script>', local, context["body"])
+        context["body"] = re.sub(r'<script type="module">import "https://cdn\.plot\.ly/[^"]*"</script>', "", body)
+
+
+def _copy_plotly(app, error):
+    """Put plotly.js beside the pages."""
+    if error is None and app.builder.format == "html":
+        Path(app.outdir, "_static", "plotly.min.js").write_text(get_plotlyjs(), encoding="utf-8")
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("html-page-context", _own_plotly)
+    app.connect("build-finished", _copy_plotly)
