@@ -22,7 +22,7 @@ from examples.mnist_variance.digits import Classifier, Digits
 from lightning_dtda import Attribution, Ensemble, GroundTruth, UnrolledDifferentiation, attribute, retrain
 from lightning_dtda.statistics.differences import Mean, Spread
 
-QUERIES, REMOVED, SEEDS, FIRST_SEED = 4, 20, 256, 10_000
+QUERIES, REMOVED, SEEDS, FIRST_SEED = 2, 20, 256, 10_000
 Groups = list[dict[str, list[int]]]
 COLOURS = {"variance up": "#d55e00", "variance down": "#0072b2", "mean": "#000000", "random": "#999999"}
 
@@ -47,29 +47,33 @@ def undecided(ensemble: Ensemble, data: Digits, number: int = QUERIES) -> list[i
 def answer(ensemble: Ensemble, data: Digits, queries: list[int], output: Path | None) -> Attribution:
     """Predict what removing each image does to the margins of the queries."""
     asked = {"queries": Subset(data.validation, queries), "measurement": "margin", "output": output}
-    return attribute(ensemble, Classifier(), data, estimator=UnrolledDifferentiation(horizon=None), **asked)
+    return attribute(ensemble, Classifier(), data, estimator=UnrolledDifferentiation(), **asked)
+
+
+def balanced(mean: Tensor, gain: Tensor, number: int) -> list[int]:
+    """Take the images of the largest gain ``(N,)``, each against the shift of the mean by those taken before."""
+    order, group, shift = gain.argsort(descending=True).tolist(), [], 0.0
+    for _ in range(number):
+        image = next(image for image in order if image not in group and mean[image] * shift <= 0)
+        group.append(image)
+        shift += float(mean[image])
+    return group
 
 
 def choose(attribution: Attribution, number: int = REMOVED, seed: int = 0) -> Groups:
-    """Choose groups of images for each query, by the recorded runs alone.
-
-    For the variance, among the images whose influence on the mean is not significant on its own (p > 0.05).
-    """
+    """Choose groups of images for each query, by the recorded runs alone."""
     mean, variance = attribution.influence("mean"), attribution.influence("variance")
-    little = attribution.p_values("mean") > 0.05
     generator, groups = torch.Generator().manual_seed(seed), []
-    for query in range(len(attribution.queries)):
-        candidates = variance[query].where(little[query], 0)
-        top = mean[query].argsort(descending=True)
-        rising, falling = top[:number], top[-number:]
-        chosen = {
-            "variance up": candidates.topk(number).indices,
-            "variance down": (-candidates).topk(number).indices,
-            # of one sign, so that they add up
-            "mean": max(rising, falling, key=lambda group, query=query: mean[query, group].sum().abs()),
-            "random": torch.randperm(mean.shape[1], generator=generator)[:number],
+    for of_mean, of_variance in zip(mean, variance, strict=True):
+        top = of_mean.argsort(descending=True)
+        ends = top[:number], top[-number:]  # of one sign, so that they add up
+        group = {
+            "variance up": balanced(of_mean, of_variance, number),
+            "variance down": balanced(of_mean, -of_variance, number),
+            "mean": max(ends, key=lambda end, of_mean=of_mean: of_mean[end].sum().abs()).tolist(),
+            "random": torch.randperm(len(of_mean), generator=generator)[:number].tolist(),
         }
-        groups.append({name: group.tolist() for name, group in chosen.items()})
+        groups.append(group)
     return groups
 
 
@@ -92,8 +96,9 @@ def confirm(data: Digits, queries: list[int], groups: Groups, seeds: int, output
 def holm(p: Tensor) -> Tensor:
     """Return p-values ``(tests,)`` adjusted for all tests together."""
     order = p.argsort()
-    adjusted = (p[order] * torch.arange(len(p), 0, -1)).cummax(0).values.clamp_max(1)
-    return torch.empty_like(p).scatter_(0, order, adjusted)
+    return torch.empty_like(p).scatter_(
+        0, order, (p[order] * torch.arange(len(p), 0, -1)).cummax(0).values.clamp_max(1)
+    )
 
 
 def compare(attribution: Attribution, truth: GroundTruth, groups: Groups) -> list[dict]:
@@ -128,25 +133,22 @@ def compare(attribution: Attribution, truth: GroundTruth, groups: Groups) -> lis
     return rows
 
 
-def figure(data: Digits, queries: list[int], groups: Groups, rows: list[dict], shown: int = 8):
+def figure(data: Digits, queries: list[int], groups: Groups, rows: list[dict], shown: int = 10):
     """Draw each query beside the first images of two groups, and the retrained changes with their intervals."""
     (images, labels), (queried, true) = data.train.tensors, data.validation.tensors
     drawn = ("variance up", "variance down")
-    titles = ["query", *(f"{shown} of {len(groups[0][name])}: {name}" for name in drawn), "retrained"]
-    plot = make_subplots(
-        len(queries), 4, column_widths=[0.09, 0.29, 0.29, 0.33], subplot_titles=titles, horizontal_spacing=0.03
-    )
+    titles = ["query", *(f"{name}: {shown} of {len(groups[0][name])}" for name in drawn), "trained without the group"]
+    widths = [0.09, 0.29, 0.29, 0.33]
+    plot = make_subplots(len(queries), 4, column_widths=widths, subplot_titles=titles, horizontal_spacing=0.03)
     for row, (query, of_query) in enumerate(zip(queries, groups, strict=True), 1):
         plot.add_heatmap(z=queried[query, 0].flip(0).numpy(), row=row, col=1)
         plot.update_xaxes(title_text=f"label {true[query]}", title_standoff=2, row=row, col=1)
         for column, name in enumerate(drawn, 2):
-            strip = torch.cat([images[n, 0] for n in of_query[name][:shown]], 1)
-            plot.add_heatmap(z=strip.flip(0).numpy(), row=row, col=column)
+            rectangle = torch.cat([torch.cat([*half], 1) for half in images[of_query[name][:shown], 0].chunk(2)])
+            plot.add_heatmap(z=rectangle.flip(0).numpy(), row=row, col=column)
             text = " ".join(str(int(labels[n])) for n in of_query[name][:shown])
             plot.update_xaxes(title_text=f"labels {text}", title_standoff=2, row=row, col=column)
-        for each in rows:
-            if each["query"] != row - 1:
-                continue
+        for each in (each for each in rows if each["query"] == row - 1):
             (x, left, right), (y, low, high) = each["shift"], each["ratio"]
             ends = {"thickness": 1.2, "width": 0, "symmetric": False}
             plot.add_scatter(
@@ -157,18 +159,18 @@ def figure(data: Digits, queries: list[int], groups: Groups, rows: list[dict], s
             )  # fmt: skip
         plot.add_hline(1, line_dash="dot", line_color="grey", row=row, col=4)
         plot.add_vline(0, line_dash="dot", line_color="grey", row=row, col=4)
-        ticks = {"type": "log", "tickvals": [0.5, 0.7, 1, 1.4, 2], "title_text": "variance, times", "side": "right"}
+        ticks = {"type": "log", "tickvals": [0.5, 0.7, 1, 1.4, 2], "title_text": "variance ratio", "side": "right"}
         plot.update_yaxes(**ticks, row=row, col=4)
     plot.update_traces(colorscale="gray_r", showscale=False, selector={"type": "heatmap"})
     for column in range(1, 4):
-        plot.update_xaxes(showticklabels=False, constrain="domain", col=column)
-        plot.update_yaxes(showticklabels=False, col=column)
-    for number in range(1, 4 * len(queries) + 1):
-        if number % 4:
-            plot.update_yaxes(scaleanchor=f"x{number}", selector={"anchor": f"x{number}" if number > 1 else "x"})
+        plot.update_xaxes(showticklabels=False, showgrid=False, zeroline=False, constrain="domain", col=column)
+        plot.update_yaxes(visible=False, col=column)
+    for axis in (f"x{number}" if number > 1 else "x" for number in range(1, 4 * len(queries)) if number % 4):
+        plot.update_yaxes(scaleanchor=axis, selector={"anchor": axis})
     plot.update_xaxes(title_text="shift of the mean (standard deviations)", row=len(queries), col=4)
-    legend = {"orientation": "h", "y": -0.1, "x": 1, "xanchor": "right"}
-    return plot.update_layout(template="plotly_white", width=1300, height=190 * len(queries) + 80, legend=legend)
+    legend = {"orientation": "h", "y": -0.25, "x": 1, "xanchor": "right"}
+    size = {"width": 1200, "height": 190 * len(queries) + 120, "margin": {"t": 40, "l": 20}}
+    return plot.update_layout(template="plotly_white", legend=legend, **size)
 
 
 def main() -> None:
@@ -176,23 +178,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", required=True, help="Ensemble recorded with config.yaml.")
     parser.add_argument("--output", type=Path, default=Path("mnist_variance"))
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="Number of trainings without each group.")
-    options = parser.parse_args()
-    data, ensemble = Digits(), Ensemble.open(options.runs)
+    options, data = parser.parse_args(), Digits()
+    ensemble = Ensemble.open(options.runs)
     data.setup("fit")
     queries = undecided(ensemble, data)
     attribution = answer(ensemble, data, queries, options.output / "attribution")
     for name in ("mean", "spread"):
-        counts = attribution.significant(name).sum(1).tolist()
-        print(f"images with a significant influence on the {name}, of each query: {counts}")
+        print(f"images with a significant influence on the {name}: {attribution.significant(name).sum(1).tolist()}")
     groups = choose(attribution)
-    rows = compare(attribution, confirm(data, queries, groups, options.seeds, options.output / "truth"), groups)
+    rows = compare(attribution, confirm(data, queries, groups, SEEDS, options.output / "truth"), groups)
     for row in rows:
         ratio, shift = ("{:.2f} [{:.2f}, {:.2f}]".format(*row[key]) for key in ("ratio", "shift"))
         print(f"query {queries[row['query']]}, {row['group']}:")
         print(f"    variance times {ratio}, p {row['p of ratio']:.2g}, predicted {row['predicted ratio']:.2f}")
         print(f"    mean {shift}, p {row['p of shift']:.2g}, predicted {row['predicted shift']:.2f}")
-    figure(data, queries, groups, rows).write_html(options.output / "mnist_variance.html")
+    picture = figure(data, queries, groups, rows)
+    picture.write_html(options.output / "mnist_variance.html", config={"displayModeBar": False})
 
 
 if __name__ == "__main__":

@@ -26,13 +26,16 @@ def test_groups_for_the_variance_leave_the_mean_alone():
     baseline = torch.randn(64, 1, generator=generator)
     responses = 1e-3 * torch.randn(64, 1, 50, generator=generator)
     centred = baseline - baseline.mean()
-    responses[:, :, 3] += 0.1 * centred  # without it, the deviation is larger
-    responses[:, :, 7] -= 0.1 * centred
+    responses[:, :, 3] += 0.1 * centred - 0.01  # without it, the deviation is larger
+    responses[:, :, 7] -= 0.1 * centred - 0.01
+    responses[:, :, 8] -= 0.1 * centred + 0.01
     responses[:, :, 9] += 0.2 * centred + 0.5  # the largest change of the variance, but also of the mean
-    (groups,) = choose(Attribution(baseline, responses, RUNS, (0,)), number=1)
-    assert groups["variance up"] == [3]
-    assert groups["variance down"] == [7]
-    assert groups["mean"] == [9]
+    responses[:, :, 10] += 0.15 * centred + 0.5
+    responses[:, :, 11] += 0.7  # the mean alone
+    (groups,) = choose(Attribution(baseline, responses, RUNS, (0,)), number=2)
+    assert groups["variance up"] == [9, 3]  # and not 10, which moves the mean in the same direction
+    assert sorted(groups["variance down"]) == [7, 8]
+    assert 11 in groups["mean"]
 
 
 def test_a_change_of_the_variance_is_told_from_one_of_the_mean():
@@ -71,7 +74,7 @@ def test_everything_on_few_images(tmp_path):
     assert attribution.responses.shape == (8, 2, 200)
     share = (attribution.baseline > 0).double().mean(0)
     assert ((share > 0) & (share < 1)).all()  # the seed decides
-    groups = choose(attribution, number=5)
+    groups = choose(attribution, number=6)
     truth = confirm(data, queries, groups, 4, None, trainer)
     rows = compare(attribution, truth, groups)
     assert len(rows) == 2 * len(COLOURS)
