@@ -1,0 +1,172 @@
+"""Which training rows make this decision a coin toss?
+
+    python -m examples.coin_toss.coin_toss --config examples/coin_toss/patients.yaml --noise 0.1 --output coin_toss
+
+For each held-out quarter: record seeds, find the cases whose decision depends on the seed, attribute their margins,
+choose rows to leave out, and train fresh seeds on everything and without the rows of each method. Runs, attributions
+and retrainings are kept in the output directory; another call continues where the first one stopped.
+"""
+
+import argparse
+import json
+import logging
+from itertools import chain
+from pathlib import Path
+
+import torch
+from lightning.pytorch.cli import LightningCLI
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.data import Subset
+
+from examples.coin_toss.baselines import label_quality, out_of_fold, training_margins
+from examples.coin_toss.cases import Decider
+from examples.coin_toss.comparing import holm, interval, minority, resampled
+from examples.coin_toss.figure import draw
+from examples.coin_toss.flips import FlipRate, steadying, steadying_by_the_mean
+from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain, suggest_removals
+
+UNDECIDED, MOST = 0.1, 20
+"""A case is undecided if at least this share of seeds disagrees; at most so many in a quarter are attributed."""
+
+OURS, BASELINES = "flip rate", ("variance", "mean, correct", "mean, majority", "cleanlab", "AUM", "data map", "random")
+
+
+def training(config, fold: int, noise: float):
+    """Return functions that make a Trainer and a module, and the data module."""
+    arguments = [f"--config={config}", f"--data.init_args.fold={fold}", f"--data.init_args.noise={noise}"]
+    cli = LightningCLI(args=arguments, run=False, save_config_callback=None, seed_everything_default=False)
+    cli.datamodule.setup("fit")
+    return cli.instantiate_trainer, lambda: Decider(**vars(cli.config.model.init_args)), cli.datamodule
+
+
+def margins(ensemble, module, cases) -> Tensor:
+    """Return the margins of cases by recorded runs ``(runs, cases)``; a decision is right if its margin is positive."""
+    inputs, labels = cases.tensors
+    scores = torch.stack([functional_call(module, run.theta(run.steps), (inputs,)) for run in ensemble]).detach()
+    return (scores[..., 1] - scores[..., 0]) * (2 * labels - 1)
+
+
+def choose(attribution, ensemble, make, data, every: int, k: int, draws: int) -> dict[str, list[list[int]]]:
+    """Return the k rows that each method removes, in order; several sets for random ones."""
+    make_trainer, make_module = make
+    options = {"k": k, "held_out": 0.0}  # fresh seeds judge, so all runs may choose
+    quality = label_quality(data.train.tensors[1], out_of_fold(make_module, data, make_trainer, seeds=16))
+    of_training = training_margins(ensemble, make_module(), data, every)
+    generator = torch.Generator().manual_seed(0)
+    return {
+        OURS: [steadying(attribution, k)],
+        "variance": [list(suggest_removals(attribution, "reduce_variance", **options).removals)],
+        "mean, correct": [
+            list(suggest_removals(attribution, "improve_mean", lower_is_better=False, **options).removals)
+        ],
+        "mean, majority": [steadying_by_the_mean(attribution, k)],
+        "cleanlab": [quality.argsort()[:k].tolist()],
+        "AUM": [of_training.mean((0, 1)).argsort()[:k].tolist()],
+        "data map": [of_training.sigmoid().std(1).mean(0).argsort(descending=True)[:k].tolist()],
+        "random": [torch.randperm(len(data.train), generator=generator)[:k].tolist() for _ in range(draws)],
+    }
+
+
+def measure(options, fold: int) -> dict:
+    """Return what one quarter shows: undecided cases, sets of rows, margins with and without them on fresh seeds."""
+    root = options.output / f"{options.config.stem}-noise-{options.noise}-fold-{fold}"
+    make_trainer, make_module, data = training(options.config, fold, options.noise)
+    every = len(data.train) // data.hparams.batch_size
+    recorder = TrajectoryRecorder(root / "runs", checkpoint_every=every)
+    record(lambda: (make_trainer(), make_module(), data), recorder, options.runs, stacked=True, progress=False)
+    ensemble = Ensemble.open(root / "runs")
+    shares = minority((margins(ensemble, make_module(), data.held_out) > 0).double().mean(0))
+    undecided = (shares >= UNDECIDED).nonzero()[:, 0].tolist()  # held-out cases are in random order
+    queries = undecided[:MOST]
+    print(f"fold {fold}: {len(undecided)} of {len(shares)} cases are undecided, {len(queries)} attributed", flush=True)
+    attribution = attribute(
+        ensemble, make_module(), data, queries=Subset(data.held_out, queries), measurement="margin",
+        output=root / "attribution", progress=False,
+    )  # fmt: skip
+    wrong = set(data.wrong.tolist())
+    sizes = [max(1, round(share * len(data.train))) for share in options.shares]
+    if not (path := root / "rows.json").exists():
+        make = make_trainer, make_module
+        path.write_text(json.dumps(choose(attribution, ensemble, make, data, every, max(sizes), options.draws)))
+    rows = json.loads(path.read_text())
+    sets = {(name, k): [sorted(each[:k]) for each in several] for name, several in rows.items() for k in sizes}
+    first = int(shares[queries].argmax())  # the most undecided case, for the picture
+    alone = steadying(attribution.select([first]), sizes[0])
+    truth = retrain(
+        make_module(), data, trainer=make_trainer, subsets=[sorted(alone), *chain(*sets.values())], seeds=options.seeds,
+        queries=data.held_out, measurement="margin", ensemble=ensemble, stacked=True, output=root / "truth",
+        progress=False,
+    )  # fmt: skip
+    found = iter(truth.measurements.double()[1:])
+    return {
+        "queries": queries,
+        "rest": [n for n in range(len(shares)) if n not in queries],
+        "before": truth.baseline.double(),
+        "after": {key: torch.stack([next(found) for _ in several]) for key, several in sets.items()},
+        "sizes": sizes,
+        "wrong": {key: [len(wrong & set(each)) for each in several] for key, several in sets.items()},
+        "significant": {d: attribution.significant(FlipRate() if d == "flip rate" else d).sum(1).tolist()
+                        for d in ("flip rate", "spread", "mean")},
+        "alone": {"query": queries[first], "rows": alone, "margins": truth.measurements[0, :, queries[first]]},
+        "data": data,
+    }  # fmt: skip
+
+
+def summarise(folds: list[dict], shares: list[float]) -> dict:
+    """Print and return all statistics with their intervals, and how the flip rate compares with each baseline."""
+    results = {}
+    cases = sum(len(fold["queries"]) for fold in folds)
+    tests = {d: sum(sum(fold["significant"][d]) for fold in folds) / cases for d in folds[0]["significant"]}
+    print(f"{cases} undecided cases; significant rows for each: " + ", ".join(f"{d} {n:.1f}" for d, n in tests.items()))
+    for step, share in enumerate(shares):
+        samples = {name: resampled(folds, step, name, "queries") for name in (OURS, *BASELINES)}
+        for name, found in samples.items():
+            row = {key: interval(values, cases) for key, values in found.items()}
+            everywhere = resampled(folds, step, name, "rest")
+            rest = sum(len(fold["rest"]) for fold in folds)
+            row |= {
+                f"{key}, other cases": interval(everywhere[key], rest) for key in ("before", "flip rate", "accuracy")
+            }
+            wrong = sum(
+                sum(f["wrong"][name, f["sizes"][step]]) / len(f["wrong"][name, f["sizes"][step]]) for f in folds
+            )
+            if name != OURS:
+                row["difference"] = interval(samples[OURS]["flip rate"] - found["flip rate"], cases)
+            results[f"{share:g} {name}"] = row | {"wrong labels": wrong}
+        adjusted = holm([results[f"{share:g} {name}"]["difference"][3] for name in BASELINES])
+        for name, p in zip(BASELINES, adjusted, strict=True):
+            results[f"{share:g} {name}"]["adjusted p"] = p
+    for key, row in results.items():
+        texts = [
+            f"{n} {v[0]:+.4f} [{v[1]:+.4f}, {v[2]:+.4f}]" if isinstance(v, tuple) else f"{n} {v:.4f}"
+            for n, v in row.items()
+        ]
+        print(f"{key}: {'; '.join(texts)}")
+    return results | {"cases": cases, "significant rows": tests}
+
+
+def main():
+    """Measure, print the figures with their intervals, and write the picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--noise", type=float, default=0.0, help="share of the training labels that is made wrong")
+    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help="quarters to hold out, one by one")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05], help="shares of rows to remove")
+    parser.add_argument("--runs", type=int, default=64, help="recorded seeds")
+    parser.add_argument("--seeds", type=int, default=256, help="fresh seeds with and without the rows")
+    parser.add_argument("--draws", type=int, default=3, help="random sets of rows")
+    parser.add_argument("--output", type=Path, default=Path("coin_toss"))
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    folds = [measure(options, fold) for fold in options.folds]
+    results = summarise(folds, options.shares)
+    name = f"{options.config.stem}-noise-{options.noise}"
+    (options.output / f"{name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw(folds[0], results, (OURS, *BASELINES), options.shares).write_html(
+        options.output / f"{name}.html", config={"displayModeBar": False}
+    )
+
+
+if __name__ == "__main__":
+    main()
