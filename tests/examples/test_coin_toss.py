@@ -1,0 +1,72 @@
+"""Decisions that depend on the seed: the small version of the example."""
+
+import math
+
+import pytest
+import torch
+
+from examples.coin_toss.cases import Cases
+from examples.coin_toss.comparing import holm, interval, resampled
+from examples.coin_toss.flips import FlipRate, flip_rate, steadying, steadying_by_the_mean
+from lightning_dtda import Attribution
+
+
+def attribution(margins, responses):
+    return Attribution(margins, responses, tuple(f"seed-{s:04d}" for s in range(len(margins))), (0,))
+
+
+def test_the_flip_rate_is_the_minority_of_gaussian_seeds():
+    margins = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5
+    assert float(flip_rate(margins)) == pytest.approx(float((margins > 0).double().mean()), abs=0.01)
+    assert float(flip_rate(-margins)) == pytest.approx(float(flip_rate(margins)))
+
+
+def test_rows_that_spread_and_rows_that_shift_both_make_a_coin_toss():
+    margins = torch.linspace(-1, 1, 16, dtype=torch.float64)[:, None] + 0.1
+    spreads, shifts, nothing = -0.8 * margins + 0.08, torch.full_like(margins, 0.5), torch.zeros_like(margins)
+    found = attribution(margins, torch.stack([nothing, shifts, spreads], -1))
+    changes = found.influence(FlipRate())[0]
+    assert changes[0] == 0 and changes[1] < -0.1 and changes[2] < -0.1
+    # the spread alone is not seen by the mean
+    assert steadying_by_the_mean(found, 1) == [1]
+    assert set(steadying(found, 2)) == {1, 2}
+
+
+def test_rows_are_chosen_given_those_before():
+    margins = torch.linspace(-1, 1, 16, dtype=torch.float64)[:, None] + 0.1
+    half, also, shift = -0.9 * (margins - 0.1), -0.88 * (margins - 0.1), torch.full_like(margins, 0.02)
+    # the first two cancel the same spread: together they overshoot, and a small shift is better than the second
+    assert steadying(attribution(margins, torch.stack([half, also, shift], -1)), 2) == [0, 2]
+
+
+def fold(before, after):
+    return {"queries": [0, 1, 2, 3, 4], "sizes": [2], "before": before, "after": {("some", 2): after}}
+
+
+def test_intervals_find_a_change_and_none_where_there_is_none():
+    generator = torch.Generator().manual_seed(0)
+    before, same = torch.randn(2, 200, 5, generator=generator, dtype=torch.float64)
+    changed = resampled([fold(before, (same + 1)[None])], 0, "some", "queries", draws=200)
+    estimate, low, high, p = interval(changed["flip rate"], 5)
+    expected = 0.1587 - 0.5  # Phi(-1) instead of a half
+    assert low < expected < high and p < 0.001 and estimate == pytest.approx(expected, abs=0.05)
+    assert float(changed["by the mean"][0]) < -0.25 < -0.05 < float(changed["by the spread"][0])
+    null = resampled([fold(before, same[None])], 0, "some", "queries", draws=200)
+    estimate, low, high, p = interval(null["accuracy"], 5)
+    assert low < 0 < high and p > 0.05
+
+
+def test_holm():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert math.isclose(holm([0.9])[0], 0.9)
+
+
+def test_held_out_cases_are_never_trained_on_and_noise_is_the_same_for_every_seed():
+    first, second, clean = Cases(fold=1, noise=0.1), Cases(fold=1, noise=0.1), Cases(fold=1)
+    for data in (first, second, clean):
+        data.setup("fit")
+    assert not set(first.rows.tolist()) & set(first.held_out_rows.tolist())
+    assert len(first.rows) + len(first.held_out_rows) == 569
+    assert first.train.tensors[1].equal(second.train.tensors[1])
+    changed = (first.train.tensors[1] != clean.train.tensors[1]).nonzero()[:, 0]
+    assert sorted(first.wrong.tolist()) == changed.tolist() and len(changed) == round(0.1 * 426)
