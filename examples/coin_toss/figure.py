@@ -43,10 +43,11 @@ def draw(fold: dict, results: dict, methods: tuple[str, ...], shares: list[float
         )
     plot.add_vline(0, line_dash="dot", row=1, col=1)
     for share, colour, symbol in zip(shares, COLOURS, SYMBOLS, strict=False):
-        found = [results[f"{share:g} {method}"]["flip rate"] for method in methods]
+        shown = [method for method in methods if f"{share:g} {method}" in results]
+        found = [results[f"{share:g} {method}"]["flip rate"] for method in shown]
         plot.add_scatter(
             x=[100 * each[0] for each in found],
-            y=[methods.index(method) + 0.22 * (shares.index(share) - 1) for method in methods],
+            y=[methods.index(method) + 0.3 * (shares.index(share) / max(1, len(shares) - 1) - 0.5) for method in shown],
             error_x={"array": [100 * (each[2] - each[0]) for each in found], "width": 0, "thickness": 1.5},
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 9},
@@ -55,7 +56,9 @@ def draw(fold: dict, results: dict, methods: tuple[str, ...], shares: list[float
             col=2,
         )
     plot.add_vline(0, line_dash="dot", row=1, col=2)
-    plot.update_xaxes(title_text=f"margin: right if above 0<br><br><span style='font-size:11px'>{rows}</span>", col=1)
+    plot.update_xaxes(
+        title_text=f"margin: right if above 0<br><br><span style='font-size:11px'>without<br>{rows}</span>", col=1
+    )
     plot.update_xaxes(title_text="change of the flip rate (percentage points; 95 % intervals)", col=2)
     plot.update_yaxes(title_text="share of the seeds", col=1)
     plot.update_yaxes(tickvals=list(range(len(methods))), ticktext=list(methods), autorange="reversed", col=2)
