@@ -23,7 +23,7 @@ from examples.coin_toss.baselines import label_quality, out_of_fold, training_ma
 from examples.coin_toss.cases import Decider
 from examples.coin_toss.comparing import holm, interval, minority, resampled
 from examples.coin_toss.figure import draw
-from examples.coin_toss.flips import FlipRate, steadying, steadying_by_the_mean
+from examples.coin_toss.flips import FlipRate, flip_rate, steadying, steadying_by_the_mean
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain, suggest_removals
 
 UNDECIDED, MOST = 0.1, 20
@@ -112,12 +112,22 @@ def measure(options, fold: int) -> dict:
     own = torch.full_like(truth.measurements[:1], torch.nan).double()
     for rows, query in zip(alone, queries, strict=True):
         own[0, :, query] = retrained(rows)[:, query]
+    trusted = attribution.trusted()
+    usual = flip_rate(trusted.baseline.double())
+    predicted = {
+        key: torch.stack([flip_rate(trusted.predict(each).double()) for each in several]).mean(0) - usual
+        for key, several in sets.items()
+    }
+    predicted[ALONE, sizes[0]] = (
+        torch.stack([flip_rate(trusted.predict(rows).double())[n] for n, rows in enumerate(alone)]) - usual
+    )
     first = int(shares[queries].argmax())  # the most undecided case, for the picture
     return {
         "queries": queries,
         "rest": [n for n in range(len(shares)) if n not in queries],
         "before": truth.baseline.double(),
         "after": after | {(ALONE, sizes[0]): own},
+        "predicted": predicted,
         "sizes": sizes,
         "wrong": {key: [len(wrong & set(each)) for each in several]
                   for key, several in (sets | {(ALONE, sizes[0]): alone}).items()},
@@ -138,6 +148,7 @@ def summarise(folds: list[dict], shares: list[float]) -> dict:
         names = (OURS, *([ALONE] if step == 0 else []), *BASELINES)
         samples = {name: resampled(folds, step, name, "queries") for name in names}
         for name, found in samples.items():
+            found["predicted minus real"] = found["predicted"] - found["flip rate"]
             row = {key: interval(values, cases) for key, values in found.items()}
             if name != ALONE:  # on other cases, it is as many methods as there are cases
                 others, number = resampled(folds, step, name, "rest"), sum(len(fold["rest"]) for fold in folds)

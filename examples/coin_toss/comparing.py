@@ -50,6 +50,8 @@ def resampled(folds: list[dict], step: int, name: str, which: str, draws: int = 
         weights = torch.cat([torch.ones(1, seeds, dtype=torch.float64), counts]) / seeds
         after = fold["after"][name, fold["sizes"][step]]
         parts.append(statistics(fold["before"][:, cases], after[..., cases], weights))
+        if which == "queries":
+            parts[-1]["predicted"] = fold["predicted"][name, fold["sizes"][step]].expand(len(weights), -1)
     joined = {key: torch.cat([part[key] for part in parts], 1) for key in parts[0]}
     cases = next(iter(joined.values())).shape[1]
     chosen = torch.cat([torch.arange(cases)[None], torch.randint(cases, (draws, cases), generator=generator)])

@@ -41,7 +41,8 @@ def test_rows_are_chosen_given_those_before():
 
 
 def fold(before, after):
-    return {"queries": [0, 1, 2, 3, 4], "sizes": [2], "before": before, "after": {("some", 2): after}}
+    sets = {"after": {("some", 2): after}, "predicted": {("some", 2): torch.zeros(5)}}
+    return {"queries": [0, 1, 2, 3, 4], "sizes": [2], "before": before} | sets
 
 
 def test_intervals_find_a_change_and_none_where_there_is_none():
