@@ -19,17 +19,17 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import Subset
 
-from examples.coin_toss.baselines import label_quality, out_of_fold, training_margins
 from examples.coin_toss.cases import Decider
+from examples.coin_toss.choices import EACH, choose, for_each_case
 from examples.coin_toss.comparing import holm, interval, minority, resampled
 from examples.coin_toss.figure import draw
-from examples.coin_toss.flips import FlipRate, flip_rate, steadying, steadying_by_the_mean
-from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain, suggest_removals
+from examples.coin_toss.flips import FlipRate, flip_rate
+from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain
 
 UNDECIDED, MOST = 0.1, 20
 """A case is undecided if at least this share of seeds disagrees; at most so many in a quarter are attributed."""
 
-OURS, ALONE = "predicted flips", "predicted flips, each case"
+OURS = "predicted flips"
 BASELINES = ("variance", "mean, correct", "mean, majority", "cleanlab", "AUM", "data map", "random")
 
 
@@ -46,31 +46,6 @@ def margins(ensemble, module, cases) -> Tensor:
     inputs, labels = cases.tensors
     scores = torch.stack([functional_call(module, run.theta(run.steps), (inputs,)) for run in ensemble]).detach()
     return (scores[..., 1] - scores[..., 0]) * (2 * labels - 1)
-
-
-def choose(attribution, ensemble, make, data, every: int, k: int, draws: int) -> dict[str, list[list[int]]]:
-    """Return the k rows that each method removes, in order; several sets for random ones."""
-    make_trainer, make_module = make
-
-    def suggested(goal, **options):
-        """With a caution of one standard error, and if that names fewer than k rows, the rest without."""
-        # fresh seeds judge, so all runs may choose
-        ways = [suggest_removals(attribution, goal, k, held_out=0.0, caution=c, **options).removals for c in (1.0, 0.0)]
-        return list(dict.fromkeys(chain(*ways)))[:k]
-
-    quality = label_quality(data.train.tensors[1], out_of_fold(make_module, data, make_trainer, seeds=16))
-    of_training = training_margins(ensemble, make_module(), data, every)
-    generator = torch.Generator().manual_seed(0)
-    return {
-        OURS: [steadying(attribution, k)],
-        "variance": [suggested("reduce_variance")],
-        "mean, correct": [suggested("improve_mean", lower_is_better=False)],
-        "mean, majority": [steadying_by_the_mean(attribution, k)],
-        "cleanlab": [quality.argsort()[:k].tolist()],
-        "AUM": [of_training.mean((0, 1)).argsort()[:k].tolist()],
-        "data map": [of_training.sigmoid().std(1).mean(0).argsort(descending=True)[:k].tolist()],
-        "random": [torch.randperm(len(data.train), generator=generator)[:k].tolist() for _ in range(draws)],
-    }
 
 
 def measure(options, fold: int) -> dict:
@@ -97,9 +72,9 @@ def measure(options, fold: int) -> dict:
     rows = json.loads(path.read_text())
     sets = {(name, k): [sorted(each[:k]) for each in several] for name, several in rows.items() for k in sizes}
     # for each decision on its own, as few rows as the smallest share
-    alone = [steadying(attribution.select([q]), sizes[0]) for q in range(len(queries))]
+    each_case = for_each_case(attribution, sizes[0])
     # different methods may choose the same rows; they are retrained without once
-    without = list(dict.fromkeys(tuple(sorted(each)) for each in chain(alone, *sets.values())))
+    without = list(dict.fromkeys(tuple(sorted(each)) for each in chain(*each_case.values(), *sets.values())))
     truth = retrain(
         make_module(), data, trainer=make_trainer, subsets=without, seeds=options.seeds, queries=data.held_out,
         measurement="margin", ensemble=ensemble, stacked=True, output=root / "truth", progress=False,
@@ -109,31 +84,32 @@ def measure(options, fold: int) -> dict:
         return truth.measurements[without.index(tuple(sorted(rows)))].double()
 
     after = {key: torch.stack([retrained(each) for each in several]) for key, several in sets.items()}
-    own = torch.full_like(truth.measurements[:1], torch.nan).double()
-    for rows, query in zip(alone, queries, strict=True):
-        own[0, :, query] = retrained(rows)[:, query]
     trusted = attribution.trusted()
     usual = flip_rate(trusted.baseline.double())
     predicted = {
         key: torch.stack([flip_rate(trusted.predict(each).double()) for each in several]).mean(0) - usual
         for key, several in sets.items()
     }
-    predicted[ALONE, sizes[0]] = (
-        torch.stack([flip_rate(trusted.predict(rows).double())[n] for n, rows in enumerate(alone)]) - usual
-    )
+    for name, several in each_case.items():
+        after[name, sizes[0]] = own = torch.full((1, options.seeds, len(shares)), torch.nan, dtype=torch.float64)
+        predicted[name, sizes[0]] = change = -usual
+        for n, (rows, query) in enumerate(zip(several, queries, strict=True)):
+            own[0, :, query] = retrained(rows)[:, query]
+            change[n] += flip_rate(trusted.predict(rows).double())[n]
     first = int(shares[queries].argmax())  # the most undecided case, for the picture
     return {
         "queries": queries,
         "rest": [n for n in range(len(shares)) if n not in queries],
         "before": truth.baseline.double(),
-        "after": after | {(ALONE, sizes[0]): own},
+        "after": after,
         "predicted": predicted,
         "sizes": sizes,
         "wrong": {key: [len(wrong & set(each)) for each in several]
-                  for key, several in (sets | {(ALONE, sizes[0]): alone}).items()},
+                  for key, several in (sets | {(name, sizes[0]): each for name, each in each_case.items()}).items()},
         "significant": {d: attribution.significant(FlipRate() if d == "flip rate" else d).sum(1).tolist()
                         for d in ("flip rate", "spread", "mean")},
-        "alone": {"query": queries[first], "rows": alone[first], "margins": own[0, :, queries[first]]},
+        "alone": {"query": queries[first], "rows": each_case[EACH[0]][first],
+                  "margins": after[EACH[0], sizes[0]][0, :, queries[first]]},
         "data": data,
     }  # fmt: skip
 
@@ -145,22 +121,24 @@ def summarise(folds: list[dict], shares: list[float]) -> dict:
     tests = {d: sum(sum(fold["significant"][d]) for fold in folds) / cases for d in folds[0]["significant"]}
     print(f"{cases} undecided cases; significant rows for each: " + ", ".join(f"{d} {n:.1f}" for d, n in tests.items()))
     for step, share in enumerate(shares):
-        names = (OURS, *([ALONE] if step == 0 else []), *BASELINES)
+        # the methods that are compared with others: for all cases together and, with the fewest rows, for each
+        compared = {OURS: BASELINES} | ({EACH[0]: (*EACH[1:], *BASELINES)} if step == 0 else {})
+        names = (OURS, *(EACH if step == 0 else ()), *BASELINES)
         samples = {name: resampled(folds, step, name, "queries") for name in names}
         for name, found in samples.items():
             found["predicted minus real"] = found["predicted"] - found["flip rate"]
             row = {key: interval(values, cases) for key, values in found.items()}
-            if name != ALONE:  # on other cases, it is as many methods as there are cases
+            if name not in EACH:  # on other cases, it is as many methods as there are cases
                 others, number = resampled(folds, step, name, "rest"), sum(len(fold["rest"]) for fold in folds)
                 row |= {f"others' {key}": interval(others[key], number) for key in ("before", "flip rate", "accuracy")}
             counts = [fold["wrong"][name, fold["sizes"][step]] for fold in folds]
             row["wrong labels"] = sum(sum(each) / len(each) for each in counts) / len(folds)
-            for ours in names[: -len(BASELINES)]:
+            for ours in compared:
                 row[f"{ours} minus this"] = interval(samples[ours]["flip rate"] - found["flip rate"], cases)
             results[f"{share:g} {name}"] = row
-        for ours in names[: -len(BASELINES)]:
-            adjusted = holm([results[f"{share:g} {name}"][f"{ours} minus this"][3] for name in BASELINES])
-            for name, p in zip(BASELINES, adjusted, strict=True):
+        for ours, others in compared.items():
+            adjusted = holm([results[f"{share:g} {name}"][f"{ours} minus this"][3] for name in others])
+            for name, p in zip(others, adjusted, strict=True):
                 results[f"{share:g} {name}"][f"adjusted p, {ours}"] = p
     for key, row in results.items():
         texts = [
@@ -188,7 +166,7 @@ def main():
     results = summarise(folds, options.shares)
     name = f"{options.config.stem}-noise-{options.noise}"
     (options.output / f"{name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    draw(folds[0], results, (OURS, ALONE, *BASELINES), options.shares).write_html(
+    draw(folds[0], results, (OURS, *EACH, *BASELINES), options.shares).write_html(
         options.output / f"{name}.html", config={"displayModeBar": False}
     )
 
