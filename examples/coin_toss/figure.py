@@ -24,7 +24,10 @@ def draw(fold: dict, results: dict, methods: tuple[str, ...], shares: list[float
     plot = make_subplots(
         1,
         2,
-        subplot_titles=(f"One {truth} case, {len(before)} fresh seeds", f"{results['cases']} undecided cases"),
+        subplot_titles=(
+            f"the most undecided case: {truth}; {len(before)} fresh seeds",
+            f"all {results['cases']} undecided cases",
+        ),
         column_widths=[0.45, 0.55],
         horizontal_spacing=0.2,
     )
@@ -37,7 +40,7 @@ def draw(fold: dict, results: dict, methods: tuple[str, ...], shares: list[float
             nbinsx=40,
             opacity=0.55,
             marker_color=colour,
-            name=f"{name}: {100 * min(right, 1 - right):.0f} % of the seeds disagree",
+            name=f"{name}: right with {100 * right:.0f} % of the seeds",
             row=1,
             col=1,
         )
@@ -57,7 +60,7 @@ def draw(fold: dict, results: dict, methods: tuple[str, ...], shares: list[float
         )
     plot.add_vline(0, line_dash="dot", row=1, col=2)
     plot.update_xaxes(
-        title_text=f"margin: right if above 0<br><br><span style='font-size:11px'>without<br>{rows}</span>", col=1
+        title_text=f"margin: right if above 0<br><br><span style='font-size:11px'>rows removed<br>{rows}</span>", col=1
     )
     plot.update_xaxes(title_text="change of the flip rate (percentage points; 95 % intervals)", col=2)
     plot.update_yaxes(title_text="share of the seeds", col=1)
