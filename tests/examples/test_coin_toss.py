@@ -1,6 +1,9 @@
 """Decisions that depend on the seed: the small version of the example."""
 
+import argparse
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +79,26 @@ def test_held_out_cases_are_never_trained_on_and_noise_is_the_same_for_every_see
     changed = (first.train.tensors[1] != clean.train.tensors[1]).nonzero()[:, 0]
     assert sorted(first.wrong.tolist()) == changed.tolist()
     assert len(changed) == round(0.1 * 426)
+
+
+@pytest.mark.slow
+def test_all_methods_remove_equally_many_rows_and_are_measured_on_fresh_seeds(tmp_path):
+    pytest.importorskip("cleanlab")
+    from examples.coin_toss import coin_toss
+
+    config = Path(coin_toss.__file__).parent / "patients.yaml"
+    sizes = {"runs": 8, "seeds": 6, "draws": 2, "shares": [0.01]}
+    options = argparse.Namespace(config=config, noise=0.1, output=tmp_path, **sizes)
+    found = coin_toss.measure(options, 0)
+    methods = json.loads((tmp_path / "patients-noise-0.1-fold-0" / "rows.json").read_text())
+    assert set(methods) == {coin_toss.OURS, *coin_toss.BASELINES}
+    assert all(len(set(rows)) == 4 for several in methods.values() for rows in several)
+    assert len(found["alone"]["rows"]) == 4
+    assert found["before"].shape == (6, 143)
+    assert all(after[..., found["queries"]].isfinite().all() for after in found["after"].values())
+    # other seeds than the recorded ones, and other rows: nothing is what was recorded
+    assert not (found["after"][coin_toss.OURS, 4][0] == found["before"]).any()
+    results = coin_toss.summarise([found], [0.01])
+    for method in (coin_toss.OURS, *coin_toss.EACH, *coin_toss.BASELINES):
+        estimate, low, high, _ = results[f"0.01 {method}"]["flip rate"]
+        assert low <= estimate <= high <= 1
