@@ -10,6 +10,7 @@ and retrainings are kept in the output directory; another call continues where t
 import argparse
 import json
 import logging
+import warnings
 from itertools import chain
 from pathlib import Path
 
@@ -162,6 +163,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("coin_toss"))
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the options of this script are not the CLI's
     folds = [measure(options, fold) for fold in options.folds]
     results = summarise(folds, options.shares)
     name = f"{options.config.stem}-noise-{options.noise}"
