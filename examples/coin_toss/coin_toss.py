@@ -49,8 +49,8 @@ def margins(ensemble, module, cases) -> Tensor:
     return (scores[..., 1] - scores[..., 0]) * (2 * labels - 1)
 
 
-def measure(options, fold: int) -> dict:
-    """Return what one quarter shows: undecided cases, sets of rows, margins with and without them on fresh seeds."""
+def measure(options, fold: int) -> dict | None:
+    """Return what one quarter shows: margins of fresh seeds with and without rows. ``None`` if no case is undecided."""
     root = options.output / f"{options.config.stem}-noise-{options.noise}-fold-{fold}"
     make_trainer, make_module, data = training(options.config, fold, options.noise)
     every = len(data.train) // data.hparams.batch_size
@@ -61,6 +61,8 @@ def measure(options, fold: int) -> dict:
     undecided = (shares >= UNDECIDED).nonzero()[:, 0].tolist()  # held-out cases are in random order
     queries = undecided[:MOST]
     print(f"fold {fold}: {len(undecided)} of {len(shares)} cases are undecided, {len(queries)} attributed", flush=True)
+    if not queries:
+        return None
     attribution = attribute(
         ensemble, make_module(), data, queries=Subset(data.held_out, queries), measurement="margin",
         output=root / "attribution", progress=False,
@@ -164,7 +166,9 @@ def main():
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the options of this script are not the CLI's
-    folds = [measure(options, fold) for fold in options.folds]
+    folds = [found for fold in options.folds if (found := measure(options, fold))]
+    if not folds:
+        parser.exit(message="All decisions are the same with nine seeds in ten.\n")
     results = summarise(folds, options.shares)
     name = f"{options.config.stem}-noise-{options.noise}"
     (options.output / f"{name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
