@@ -11,6 +11,7 @@ against retraining, and writes ``diffusion.html`` and ``diffusion.json``. Attrib
 import argparse
 import json
 import logging
+import warnings
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
@@ -31,7 +32,7 @@ from lightning_dtda.evaluation import compare, evaluate
 ESTIMATORS = {
     "unrolled differentiation": UnrolledDifferentiation,
     "influence functions, EK-FAC": lambda: InfluenceFunctions(EKFAC()),
-    "TracIn, eight checkpoints": lambda: TracIn(checkpoints=8),
+    "TracIn, four checkpoints": lambda: TracIn(checkpoints=4),
 }
 FIRST, TOP, SPLITS, SHOWN = "unrolled differentiation", 10, 50, (0, 3, 4)
 RANKINGS = ("wasserstein", "mean", "one seed")
@@ -86,17 +87,16 @@ def compare_rankings(attribution):
             between.setdefault((a, b), []).append(agreement(first[a], second[b]))
     between = {pair: np.mean(values, 0) for pair, values in between.items()}
     rows = {f"{name}, itself": {"between halves": interval(between[name, name])} for name in RANKINGS}
-    pairs, values = list(combinations(RANKINGS, 2)), []
-    for a, b in pairs:
+    values = []
+    for a, b in combinations(RANKINGS, 2):
         crossed = (between[a, b] + between[b, a]) / 2
         excess = np.sqrt(between[a, a][0].clip(0) * between[b, b][0].clip(0)) - crossed[0]
         of_all = interval(agreement(found[a], found[b]))
         rows[f"{a}, {b}"] = {"all runs": of_all, "between halves": interval(crossed), "excess": interval(excess)}
         values.append(stats.ttest_1samp(excess, 0).pvalue)
-    order = np.argsort(values)
-    corrected = np.maximum.accumulate(np.minimum(np.array(values)[order] * (len(values) - np.arange(len(values))), 1))
-    for position, value in zip(order, corrected, strict=True):
-        rows[", ".join(pairs[position])]["p"] = float(value)
+    corrected = np.maximum.accumulate(np.sort(values) * (len(values) - np.arange(len(values)))).clip(max=1)
+    for position, value in zip(np.argsort(values), corrected, strict=True):
+        rows[list(rows)[len(RANKINGS) + position]]["p"] = float(value)
     return rows
 
 
@@ -136,24 +136,23 @@ def draw(queries, training, found, scores):
     plot.update_xaxes(visible=False, constrain="domain", row=1, col=1)
     for difference, colour, symbol in (("mean", "#0072b2", "circle"), ("wasserstein", "#d55e00", "diamond")):
         known = {name: each[difference] for name, each in scores.items() if difference in each}
-        above = [value["high"] - value["score"] for value in known.values()]
-        below = [value["score"] - value["low"] for value in known.values()]
+        score, low, high = (np.array([value[key] for value in known.values()]) for key in ("score", "low", "high"))
         plot.add_scatter(
-            x=[value["score"] for value in known.values()],
+            x=score,
             y=list(known),
-            error_x={"array": above, "arrayminus": below},
+            error_x={"array": high - score, "arrayminus": score - low},
+            orientation="h",
             mode="markers",
             marker={"color": colour, "size": 9, "symbol": symbol},
             name=difference.replace("w", "W"),
-            row=1,
-            col=2,
+            **{"row": 1, "col": 2},
         )
         plot.add_vline(known[FIRST]["ceiling"], line_dash="dot", line_color=colour, row=1, col=2)
     plot.add_scatter(x=[None], y=[None], mode="lines", line={"dash": "dot", "color": "grey"}, name="noise allows")
-    plot.update_xaxes(title_text="distributional LDS (rank correlation with retraining)", range=[0, 1], row=1, col=2)
+    plot.update_xaxes(title_text="distributional LDS (rank correlation with retraining)", range=[-0.1, 1], row=1, col=2)
     plot.update_yaxes(categoryorder="array", categoryarray=list(scores)[::-1], row=1, col=2)
-    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": -0.16}
-    return plot.update_layout(template="plotly_white", width=1250, height=600, legend=legend, margin_t=50)
+    plot.update_layout(legend={"orientation": "h", "x": 1, "xanchor": "right", "y": -0.16}, margin_t=50)
+    return plot.update_layout(template="plotly_white", width=1250, height=600, scattermode="group", scattergap=0.7)
 
 
 def main():
@@ -166,6 +165,7 @@ def main():
     parser.add_argument("--device", help="such as cuda; by default that of the recording")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # of options that are not meant for it
     cli = LightningCLI(run=False, args=["--config", options.config], seed_everything_default=False)
     data, truth = cli.datamodule, GroundTruth.load(options.truth)
     data.setup("fit")
@@ -190,10 +190,10 @@ def main():
     print(json.dumps(rows, indent=1))
     found = rankings(attributions[FIRST]) | {"pixels": attributions["pixel similarity"].responses[0]}
     scores = {name: each.content()["scores"] for name, each in evaluations.items()}
-    options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "diffusion.json").write_text(json.dumps({"scores": scores, "rankings": rows}, indent=1))
-    plot = draw(queries, data.train, found, scores)
-    plot.write_html(options.output / "diffusion.html", config={"displayModeBar": False})
+    draw(queries, data.train, found, scores).write_html(
+        options.output / "diffusion.html", config={"displayModeBar": False}
+    )
 
 
 if __name__ == "__main__":
