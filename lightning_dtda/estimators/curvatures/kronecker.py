@@ -232,7 +232,8 @@ def _fitted(objective: Objective, root: SampledRoot | None, is_corrected: bool) 
     """Compute eigenvectors and eigenvalues of the layers' blocks, and the diagonal of everything else."""
     if not objective.has_root:
         _log.info(
-            "The Kronecker factors use gradients of the training labels, because the loss is not a mean over examples."
+            "The Kronecker factors use gradients of the training labels, because the loss is random or not a mean over "
+            "single examples."
         )
     tensors: dict[str, Tensor] = {}
     diagonal, unknown = torch.zeros_like(objective.theta), torch.ones_like(objective.theta, dtype=torch.bool)
