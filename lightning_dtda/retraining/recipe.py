@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader
@@ -183,10 +186,16 @@ class Recipe:
 def data_facts(dataset: Any) -> dict[str, Any]:
     """Return a data set's class, length and fingerprint, which is ``None`` if examples differ at each call."""
     fingerprint = dataset_fingerprint(dataset)
+    with isolate_rng():
+        # the fingerprint restores the generators, so that random augmentation would be the same a second time
+        random.random()
+        np.random.random()
+        torch.rand(())
+        again = dataset_fingerprint(dataset)
     return {
         "class": class_path(type(dataset)),
         "length": len(dataset),
-        "fingerprint": fingerprint if fingerprint == dataset_fingerprint(dataset) else None,
+        "fingerprint": fingerprint if fingerprint == again else None,
     }
 
 

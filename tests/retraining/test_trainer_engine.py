@@ -129,6 +129,23 @@ def test_data_that_depend_on_the_seed_are_refused():
         retrained(data=Data(split_seed=None))
 
 
+def test_data_that_are_augmented_at_random_can_be_trained_on_again():
+    class Jittered(TensorDataset):
+        def __getitem__(self, index):
+            inputs, targets = super().__getitem__(index)
+            return inputs + 0.1 * torch.randn_like(inputs), targets
+
+    class Augmented(Data):
+        def setup(self, stage=None):
+            super().setup(stage)
+            self.train = Jittered(*self.train.tensors)
+
+    truth = retrained(data=Augmented())
+    assert truth.about["data"]["fingerprint"] is None
+    assert torch.equal(truth.measurements, retrained(data=Augmented()).measurements)
+    assert not torch.equal(truth.baseline, retrained(data=Data()).baseline)
+
+
 def test_a_generator_of_the_loader_starts_alike_for_every_training():
     generator = torch.Generator().manual_seed(5)
     before = generator.get_state()
