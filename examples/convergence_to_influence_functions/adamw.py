@@ -1,0 +1,208 @@
+"""To which influence functions does unrolling through Adam and AdamW converge?
+
+Linear regression and two linear layers on 64 patients of scikit-learn's diabetes data, in double precision, with all
+examples in each batch or eight: the distance of the unrolled responses of all parameters from three candidates.
+
+    python -m examples.convergence_to_influence_functions.adamw --output adamw
+"""
+
+import argparse
+import csv
+import logging
+import math
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from plotly.subplots import make_subplots
+from sklearn.datasets import load_diabetes
+from torch.func import functional_call, jacrev
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute, record
+
+EXAMPLES, COLUMNS = 64, (1, 2, 3, 8)  # sex, body mass index, blood pressure and s5, which are hardly collinear
+CANDIDATES = {"plain": "H⁺", "frozen": "(H + λP)⁻¹, P fixed", "full": "with dP"}
+COLOURS = ("#999999", "#e69f00", "#0072b2")
+MOMENTS = (0.05, 0.1, 0.25, 0.5, 1.0)
+SETTINGS = {
+    # width of the first layer, batch, weight decay, eps. In batches of all, Adam's steps stay at the edge of stability
+    # unless eps is large: the second moment then vanishes with the gradient.
+    "Adam, one layer, all": (0, 64, 0.0, 0.1),
+    "AdamW, one layer, all": (0, 64, 1.0, 0.1),
+    "Adam, one layer, batches of 8": (0, 8, 0.0, 1e-8),
+    "AdamW, one layer, batches of 8": (0, 8, 1.0, 1e-8),
+    "Adam, two layers, batches of 8": (2, 8, 0.0, 1e-8),
+    "AdamW, two layers, batches of 8": (2, 8, 0.3, 1e-8),
+}
+
+
+class Linear(pl.LightningModule):
+    """One linear layer, or two without a nonlinearity between them, trained by AdamW with a cosine schedule to zero."""
+
+    def __init__(self, width, decay, eps, steps):
+        super().__init__()
+        self.save_hyperparameters()
+        layers = [torch.nn.Linear(len(COLUMNS), width, bias=False)] if width else []
+        self.net = torch.nn.Sequential(*layers, torch.nn.Linear(width or len(COLUMNS), 1, bias=False))
+
+    def forward(self, inputs):
+        """Return a prediction for each input."""
+        return self.net(inputs)[:, 0]
+
+    def training_step(self, batch, batch_idx):
+        """Return half of the mean squared error."""
+        inputs, targets = batch
+        return 0.5 * (self(inputs) - targets).square().mean()
+
+    def configure_optimizers(self):
+        """Return AdamW; without decay it is Adam."""
+        betas = (0.9, 0.99)  # the second moment forgets the first steps
+        settings = {"betas": betas, "eps": self.hparams.eps, "weight_decay": self.hparams.decay}
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, **settings)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams.steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def patients():
+    """Return standardised columns and targets of the first patients, in double precision."""
+    inputs, targets = load_diabetes(return_X_y=True)
+    inputs = torch.tensor(inputs[:EXAMPLES, COLUMNS], dtype=torch.float64)
+    targets = torch.tensor(targets[:EXAMPLES], dtype=torch.float64)
+    return [(values - values.mean(0)) / values.std(0) for values in (inputs, targets)]
+
+
+def parameter(module, batch):
+    """Measure the parameter whose number is the query ``(B,)``."""
+    return torch.cat([each.flatten() for each in module.parameters()])[batch[0]]
+
+
+def predictions(module, theta, inputs):
+    """Return what the module with the parameters ``(P,)`` predicts."""
+    parts = theta.split([each.numel() for each in module.parameters()])
+    named = {name: part.view_as(each) for (name, each), part in zip(module.named_parameters(), parts, strict=True)}
+    return functional_call(module, named, (inputs,))
+
+
+def limit(module, theta, batch, candidate):
+    r"""Return the responses ``(P, N)`` of a fixed point of AdamW, for one of the candidates.
+
+    .. math:: F(\theta, w) = \bar g + \lambda P \theta = 0, \qquad P = \sqrt{E_b[g_b^2]} + \epsilon, \qquad
+        r_k = \Big( \frac{\partial F}{\partial \theta} \Big)^+ \frac{\partial F}{\partial w_k}
+
+    with the mean gradient and the second moment over batches that are drawn without replacement. ``"frozen"`` holds
+    P constant, ``"plain"`` has F = mean gradient.
+    """
+    inputs, targets = patients()
+    decay = 0.0 if candidate == "plain" else module.hparams.decay
+
+    def moments(theta, weights):
+        losses = lambda theta: 0.5 * (predictions(module, theta, inputs) - targets).square()  # noqa: E731
+        gradients = weights[:, None] * jacrev(losses)(theta)
+        mean = gradients.mean(0)
+        second = mean.square() + gradients.var(0) * (1 / batch - 1 / EXAMPLES)
+        return mean, second.sqrt() + module.hparams.eps
+
+    weights = theta.new_ones(EXAMPLES)
+    fixed = moments(theta, weights)[1]
+
+    def stationary(theta, weights):
+        mean, scale = moments(theta, weights)
+        return mean + decay * (scale if candidate == "full" else fixed) * theta
+
+    slopes, forces = jacrev(stationary, (0, 1))(theta, weights)
+    return torch.linalg.pinv(slopes, rtol=1e-6) @ forces
+
+
+def null_space_share(module, theta, responses):
+    """Return the share of the responses ``(P, N)`` outside the range of the Gauss-Newton matrix."""
+    jacobian = jacrev(partial(predictions, module), 0)(theta, patients()[0])
+    inside = torch.linalg.pinv(jacobian) @ jacobian @ responses
+    return float((responses - inside).square().sum() / responses.square().sum())
+
+
+def compare(setting, root, steps, seeds):
+    """Yield, for each point in time and run, the distance from each candidate and the share of the null space."""
+    width, batch, decay, eps = SETTINGS[setting]
+
+    def make():
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = pl.Trainer(max_steps=steps, max_epochs=-1, accelerator="cpu", precision="64-true", **quiet)
+        return trainer, Linear(width, decay, eps, steps), data
+
+    data, module = (
+        DataLoader(TensorDataset(*patients()), batch, shuffle=True),
+        Linear(width, decay, eps, steps).double(),
+    )
+    record(make, TrajectoryRecorder(root / "runs"), seeds, stacked=seeds > 1, progress=False)
+    ensemble = Ensemble.open(root / "runs")
+    for moment in MOMENTS:
+        step = round(moment * steps)
+        found = attribute(
+            ensemble,
+            module,
+            data,
+            queries=TensorDataset(torch.arange(sum(each.numel() for each in module.parameters()))),
+            measurement=parameter,
+            estimator=UnrolledDifferentiation(horizon=None),
+            step=step,
+            output=root / f"step-{step}",
+            progress=False,
+        )
+        for run, theta, unrolled in zip(found.runs, found.baseline, found.responses, strict=True):
+            row = {"setting": setting, "run": run, "step": step}
+            for candidate in CANDIDATES:
+                expected = limit(module, theta, batch, candidate)
+                row[candidate] = float((unrolled - expected).norm() / unrolled.norm())
+            yield row | {"null space": null_space_share(module, theta, unrolled)}
+
+
+def draw(rows):
+    """Draw the distances and the share of the null space, the mean over runs in logarithms, for each setting."""
+    names = list(dict.fromkeys(row["setting"] for row in rows))
+    plot = make_subplots(2, 3, subplot_titles=sorted(names, key=list(SETTINGS).index), vertical_spacing=0.17)
+    for index, name in enumerate(names):
+        place = {"row": index % 2 + 1, "col": index // 2 + 1}
+        for key, label, colour, dash in (
+            *(
+                (key, f"distance from {label}", c, "solid")
+                for (key, label), c in zip(CANDIDATES.items(), COLOURS, strict=True)
+            ),
+            ("null space", "share of the null space", "#cc79a7", "dot"),
+        ):
+            times = {}
+            for row in rows:
+                if row["setting"] == name:
+                    times.setdefault(row["step"], []).append(math.log10(max(row[key], 1e-12)))
+            means = [10 ** (sum(values) / len(values)) for values in times.values()]
+            line = {"color": colour, "dash": dash}
+            plot.add_scatter(x=list(times), y=means, name=label, line=line, showlegend=index == 0, **place)
+    plot.update_yaxes(type="log", exponentformat="power", dtick=1, title_text="relative distance", col=1)
+    plot.update_xaxes(title_text="steps", row=2)
+    return plot.update_layout(template="plotly_white", width=1200, height=640, legend={"orientation": "h", "y": -0.12})
+
+
+def main():
+    """Record, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("adamw"))
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    logging.getLogger("lightning").setLevel(logging.WARNING)
+    rows = []
+    for setting in SETTINGS:
+        root = options.output / setting.replace(", ", "-").replace(" ", "-")
+        for row in compare(setting, root, options.steps, options.seeds):
+            rows.append(row)
+            print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
+        with (options.output / "adamw.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    draw(rows).write_html(options.output / "adamw.html", config={"displayModeBar": False})
+
+
+if __name__ == "__main__":
+    main()
