@@ -7,13 +7,12 @@ examples in each batch or eight: the distance of the unrolled responses of all p
 """
 
 import argparse
-import csv
 import logging
-import math
 from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pandas
 import torch
 from plotly.subplots import make_subplots
 from sklearn.datasets import load_diabetes
@@ -23,9 +22,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation, attribute, record
 
 EXAMPLES, COLUMNS = 64, (1, 2, 3, 8)  # sex, body mass index, blood pressure and s5, which are hardly collinear
-CANDIDATES = {"plain": "H⁺", "frozen": "(H + λP)⁻¹, P fixed", "full": "with dP"}
-COLOURS = ("#999999", "#e69f00", "#0072b2")
-MOMENTS = (0.05, 0.1, 0.25, 0.5, 1.0)
+LINES = {
+    "plain": ("distance from H⁺", "#999999", "dash"),
+    "frozen": ("distance from (H + λP)⁻¹ with P held fixed", "#e69f00", "dashdot"),
+    "full": ("distance from the limit with the change of P", "#0072b2", "solid"),
+    "null space": ("size of the part in the null space", "#cc79a7", "dot"),
+}
+MOMENTS = (0.05, 0.1, 0.25, 0.5, 1.0)  # as shares of the steps
 SETTINGS = {
     # width of the first layer, batch, weight decay, eps. In batches of all, Adam's steps stay at the edge of stability
     # unless eps is large: the second moment then vanishes with the gradient.
@@ -115,15 +118,15 @@ def limit(module, theta, batch, candidate):
     return torch.linalg.pinv(slopes, rtol=1e-6) @ forces
 
 
-def null_space_share(module, theta, responses):
-    """Return the share of the responses ``(P, N)`` outside the range of the Gauss-Newton matrix."""
+def null_space_part(module, theta, responses):
+    """Return the size of the part of the responses ``(P, N)`` outside the range of the Gauss-Newton matrix."""
     jacobian = jacrev(partial(predictions, module), 0)(theta, patients()[0])
     inside = torch.linalg.pinv(jacobian) @ jacobian @ responses
-    return float((responses - inside).square().sum() / responses.square().sum())
+    return float((responses - inside).norm() / responses.norm())
 
 
 def compare(setting, root, steps, seeds):
-    """Yield, for each point in time and run, the distance from each candidate and the share of the null space."""
+    """Yield, for each point in time and run, the distance from each candidate and the part in the null space."""
     width, batch, decay, eps = SETTINGS[setting]
 
     def make():
@@ -152,33 +155,25 @@ def compare(setting, root, steps, seeds):
         )
         for run, theta, unrolled in zip(found.runs, found.baseline, found.responses, strict=True):
             row = {"setting": setting, "run": run, "step": step}
-            for candidate in CANDIDATES:
-                expected = limit(module, theta, batch, candidate)
-                row[candidate] = float((unrolled - expected).norm() / unrolled.norm())
-            yield row | {"null space": null_space_share(module, theta, unrolled)}
+            for candidate in ("plain", "frozen", "full"):
+                distance = unrolled - limit(module, theta, batch, candidate)
+                row[candidate] = float(distance.norm() / unrolled.norm())
+            yield row | {"null space": null_space_part(module, theta, unrolled)}
 
 
 def draw(rows):
-    """Draw the distances and the share of the null space, the mean over runs in logarithms, for each setting."""
-    names = list(dict.fromkeys(row["setting"] for row in rows))
-    plot = make_subplots(2, 3, subplot_titles=sorted(names, key=list(SETTINGS).index), vertical_spacing=0.17)
-    for index, name in enumerate(names):
+    """Draw the distances and the part in the null space, in the mean over runs, for each setting."""
+    plot = make_subplots(2, 3, subplot_titles=[*list(SETTINGS)[::2], *list(SETTINGS)[1::2]], vertical_spacing=0.17)
+    for index, name in enumerate(SETTINGS):
         place = {"row": index % 2 + 1, "col": index // 2 + 1}
-        for key, label, colour, dash in (
-            *(
-                (key, f"distance from {label}", c, "solid")
-                for (key, label), c in zip(CANDIDATES.items(), COLOURS, strict=True)
-            ),
-            ("null space", "share of the null space", "#cc79a7", "dot"),
-        ):
+        for key, (label, colour, dash) in LINES.items():
             times = {}
             for row in rows:
-                if row["setting"] == name:
-                    times.setdefault(row["step"], []).append(math.log10(max(row[key], 1e-12)))
-            means = [10 ** (sum(values) / len(values)) for values in times.values()]
-            line = {"color": colour, "dash": dash}
-            plot.add_scatter(x=list(times), y=means, name=label, line=line, showlegend=index == 0, **place)
-    plot.update_yaxes(type="log", exponentformat="power", dtick=1, title_text="relative distance", col=1)
+                if row["setting"] == name and row[key] > 1e-9:  # one layer has no null space
+                    times.setdefault(row["step"], []).append(row[key])
+            line, means = {"color": colour, "dash": dash}, [sum(values) / len(values) for values in times.values()]
+            plot.add_scatter(x=list(times), y=means, name=label, line=line, showlegend=index == 5, **place)
+    plot.update_yaxes(type="log", exponentformat="power", dtick=1, title_text="relative to the response", col=1)
     plot.update_xaxes(title_text="steps", row=2)
     return plot.update_layout(template="plotly_white", width=1200, height=640, legend={"orientation": "h", "y": -0.12})
 
@@ -197,10 +192,7 @@ def main():
         for row in compare(setting, root, options.steps, options.seeds):
             rows.append(row)
             print("  ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()))
-        with (options.output / "adamw.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        pandas.DataFrame(rows).to_csv(options.output / "adamw.csv", index=False)
     draw(rows).write_html(options.output / "adamw.html", config={"displayModeBar": False})
 
 
