@@ -26,12 +26,12 @@ LINES = {
     "plain": ("distance from H⁺", "#999999", "dash"),
     "frozen": ("distance from (H + λP)⁻¹ with P held fixed", "#e69f00", "dashdot"),
     "full": ("distance from the limit with the change of P", "#0072b2", "solid"),
-    "null space": ("size of the part in the null space", "#cc79a7", "dot"),
+    "null space": ("part in the null space", "#cc79a7", "dot"),
 }
 MOMENTS = (0.05, 0.1, 0.25, 0.5, 1.0)  # as shares of the steps
 SETTINGS = {
-    # width of the first layer, batch, weight decay, eps. In batches of all, Adam's steps stay at the edge of stability
-    # unless eps is large: the second moment then vanishes with the gradient.
+    # width of the first layer, batch, weight decay, eps: large where all examples are in the batch, since the second
+    # moment then vanishes with the gradient, and Adam's steps would stay at the edge of stability
     "Adam, one layer, all": (0, 64, 0.0, 0.1),
     "AdamW, one layer, all": (0, 64, 1.0, 0.1),
     "Adam, one layer, batches of 8": (0, 8, 0.0, 1e-8),
@@ -173,7 +173,8 @@ def draw(rows):
                     times.setdefault(row["step"], []).append(row[key])
             line, means = {"color": colour, "dash": dash}, [sum(values) / len(values) for values in times.values()]
             plot.add_scatter(x=list(times), y=means, name=label, line=line, showlegend=index == 5, **place)
-    plot.update_yaxes(type="log", exponentformat="power", dtick=1, title_text="relative to the response", col=1)
+    plot.update_yaxes(type="log", range=[-3, 0.5], tickvals=[0.001, 0.01, 0.1, 1])
+    plot.update_yaxes(title_text="relative to the response", col=1)
     plot.update_xaxes(title_text="steps", row=2)
     return plot.update_layout(template="plotly_white", width=1200, height=640, legend={"orientation": "h", "y": -0.12})
 
