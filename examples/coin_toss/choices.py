@@ -29,8 +29,8 @@ def for_each_case(attribution: Attribution, k: int) -> dict[str, list[list[int]]
 def choose(attribution, ensemble, make, data, every: int, k: int, draws: int) -> dict[str, list[list[int]]]:
     """Return the k rows that each method removes, in order; several sets for random ones.
 
-    AUM is the margin averaged over training, lowest first (Pleiss et al., NeurIPS 2020); a data map's variability is the
-    standard deviation over epochs of the given label's probability, highest first (Swayamdipta et al., EMNLP 2020).
+    AUM is the margin averaged over training, lowest first (Pleiss et al., NeurIPS 2020); a data map's variability is
+    the standard deviation over epochs of the given label's probability, highest first (Swayamdipta et al., EMNLP 2020).
     """
     make_trainer, make_module = make
     quality = label_quality(data.train.tensors[1], out_of_fold(make_module, data, make_trainer, seeds=16))
