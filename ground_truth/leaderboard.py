@@ -20,14 +20,13 @@ from ground_truth.benchmark import TRUTHS, load, score
 from ground_truth.make import mnist_trainer
 from ground_truth.mnist.mnist import MNISTClassifier
 from lightning_dtda import Ensemble, InfluenceFunctions, TrajectoryRecorder, UnrolledDifferentiation, attribute, record
-from lightning_dtda.estimators import EKFAC, TRAK, GaussNewton, GradientDot, Source, TracIn
+from lightning_dtda.estimators import EKFAC, TRAK, GaussNewton, GradientDot, TracIn
 from lightning_dtda.evaluation import Evaluation
 
 RUNS = 20
 ESTIMATORS = {
     "UnrolledDifferentiation(horizon=None)": lambda: UnrolledDifferentiation(horizon=None),
     "UnrolledDifferentiation()": UnrolledDifferentiation,
-    "Source()": Source,
     "GaussNewton()": lambda: InfluenceFunctions(GaussNewton()),
     "GaussNewton(damping=0.03)": lambda: InfluenceFunctions(GaussNewton(damping=0.03)),
     "EKFAC()": lambda: InfluenceFunctions(EKFAC()),
