@@ -1,7 +1,7 @@
 """To which influence functions does unrolling through Adam and AdamW converge?
 
-Linear regression and two linear layers on 64 patients of scikit-learn's diabetes data, in double precision, with all
-examples in each batch or eight: the distance of the unrolled responses of all parameters from three candidates.
+Linear regression, and two linear layers, on scikit-learn's diabetes data in double precision: the distance of the
+unrolled responses of all parameters from three candidates.
 
     python -m examples.convergence_to_influence_functions.adamw --output adamw
 """
@@ -60,8 +60,7 @@ class Linear(pl.LightningModule):
 
     def configure_optimizers(self):
         """Return AdamW; without decay it is Adam."""
-        betas = (0.9, 0.99)  # the second moment forgets the first steps
-        settings = {"betas": betas, "eps": self.hparams.eps, "weight_decay": self.hparams.decay}
+        settings = {"betas": (0.9, 0.99), "eps": self.hparams.eps, "weight_decay": self.hparams.decay}
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, **settings)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.hparams.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -120,9 +119,9 @@ def limit(module, theta, batch, candidate):
         return mean + decay * (scale if candidate == "full" else fixed) * theta
 
     slopes, forces = jacrev(stationary, (0, 1))(theta, weights)
-    if not decay:  # batch noise bends the directions that would be flat at the minimum: leave these out
-        slopes = projector(module, theta) @ slopes @ projector(module, theta)
-    return torch.linalg.pinv(slopes, rtol=1e-6) @ forces
+    # without decay, leave out directions that would be flat at the minimum, but that batch noise bends
+    within = torch.eye(len(theta)).to(theta) if decay else projector(module, theta)
+    return torch.linalg.pinv(within @ slopes @ within, rtol=1e-6) @ forces
 
 
 def compare(setting, root, steps, seeds):
@@ -175,7 +174,7 @@ def draw(rows):
             plot.add_scatter(x=list(times), y=means, name=label, line=line, showlegend=index == 5, **place)
     plot.update_yaxes(type="log", range=[-3, 1], tickvals=[0.001, 0.01, 0.1, 1, 10])
     plot.update_yaxes(title_text="relative to the response", col=1).update_xaxes(title_text="steps", row=2)
-    layout = {"template": "plotly_white", "width": 1200, "height": 640, "margin": {"t": 40}}
+    layout = {"template": "plotly_white", "width": 1200, "height": 640, "margin_t": 40}
     return plot.update_layout(legend={"orientation": "h", "y": -0.12}, **layout)
 
 
