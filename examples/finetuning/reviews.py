@@ -37,7 +37,7 @@ class Reviews(pl.LightningDataModule):
         wrong: Share of the training labels that are turned round, the same ones for every seed. Only sentences on which
             people agree are taken: their labels are then wrong, and not a matter of taste.
         batch_size: Number of sentences in a batch.
-        sentences: Number of training sentences; ``None`` takes all.
+        sentences: Number of training sentences, a divisor of 300; ``None`` takes all.
     """
 
     classes = ("negative", "positive")
@@ -57,7 +57,7 @@ class Reviews(pl.LightningDataModule):
                 for row in DictReader(file)
             ]
         train, validation = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
-        train = train[: self.hparams.sentences]
+        train = train[:: len(train) // (self.hparams.sentences or len(train))]
         clear = torch.tensor([abs(row["rating"]) >= 1 for row in train]).nonzero().squeeze(1)
         chosen = torch.randperm(len(clear), generator=torch.Generator().manual_seed(0))
         self.wrong = torch.zeros(len(train), dtype=torch.bool)

@@ -58,7 +58,7 @@ def record(module, data, root, seeds, **settings):
 @pytest.mark.filterwarnings("ignore:Influences of 3 runs")
 def test_the_example_runs_on_a_tiny_encoder(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(finetuning, "VALIDATION", 8)
-    data = partial(Reviews, encoder, sentences=24)
+    data = partial(Reviews, encoder, sentences=25)
     module = partial(Classifier, encoder, learning_rate=1e-2)
     ensemble = record(module, data, tmp_path / "runs", 3)
 
@@ -71,7 +71,8 @@ def test_the_example_runs_on_a_tiny_encoder(encoder, tmp_path, monkeypatch):
     assert all(len(set(removed)) == REMOVED for pair in found["removals"] for removed in pair)
     # a sentence's own loss rises without it: the order of queries and of training sentences is the same
     assert (found["suspicions"]["self-influence"] > 0).all()
-    assert all(np.isfinite(rows).all() and rows.shape[1] == 24 for rows in found["suspicions"].values())
+    assert all(np.isfinite(rows).all() and rows.shape[1] == 25 for rows in found["suspicions"].values())
+    assert all(0 < each["low"] <= each["score"] <= each["high"] for each in found["precision"].values())
     assert (tmp_path / "study" / "report.html").exists()
     assert figure(found["rows"], ["a", "b", "c"], found["precision"]).data
 
@@ -115,12 +116,12 @@ def test_scores():
 
 @pytest.mark.skipif(importlib.util.find_spec(ENCODER) is None, reason=f"needs {ENCODER}")
 def test_the_real_encoder_is_attributed(tmp_path):
-    data = partial(Reviews, sentences=32)
+    data = partial(Reviews, sentences=30)
     ensemble = record(Classifier, data, tmp_path / "runs", 1, limit_train_batches=2)
     module = data()
     module.setup("fit")
     queries = DataLoader(module.validation.select([0]), collate_fn=module.collate)
     attribution = attribute(ensemble, Classifier(), module, queries=queries, progress=False)
-    assert attribution.responses.shape == (1, 1, 32)
+    assert attribution.responses.shape == (1, 1, 30)
     assert attribution.responses[:].abs().min() > 0
     assert ensemble[0].layout.size == 6 * 2 * 2 * 4 * 384 + 2 * 384 + 2
