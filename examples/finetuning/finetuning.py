@@ -95,7 +95,7 @@ def figure(rows: list[dict], names: list[str], found: dict[str, dict]) -> go.Fig
     plot.add_scatter(x=x, y=y, error_x=error, mode="markers", marker=dots, showlegend=False, row=1, col=2)
     plot.update_xaxes(title_text="change of the loss (nats)", zerolinecolor="black", row=1, col=1)
     plot.update_xaxes(title_text="average precision, with 95 % interval", range=[0, 1], row=1, col=2)
-    plot.update_yaxes(tickvals=list(range(len(rows))), ticktext=names, row=1, col=1)
+    plot.update_yaxes(tickvals=list(range(len(rows))), ticktext=names, zeroline=False, row=1, col=1)
     legend = {"orientation": "h", "y": -0.2}
     return plot.update_layout(template="plotly_white", width=1200, height=480, legend=legend, margin={"t": 50, "r": 20})
 
