@@ -8,6 +8,7 @@ from examples.transport.transport import SCALES, by_quadrature, by_sampling, fig
 from lightning_dtda import Ensemble, TrajectoryRecorder, record
 
 
+@pytest.mark.slow
 def test_the_divergence_is_least_for_the_map_of_influence_functions():
     rows = by_quadrature()
     shifts, between = rows["shifts the wells"]
@@ -18,6 +19,7 @@ def test_the_divergence_is_least_for_the_map_of_influence_functions():
     assert between <= min(tilts) == pytest.approx(between, rel=0.01)
 
 
+@pytest.mark.slow
 def test_runs_without_the_example_are_predicted_in_distribution(tmp_path):
     def make():
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
