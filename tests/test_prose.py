@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parents[1]
-_PLACES = ("lightning_dtda", "docs", "examples", "benchmarks", "ground_truth", "README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+_PLACES = (
+    "lightning_dtda",
+    "docs",
+    "examples",
+    "benchmarks",
+    "ground_truth",
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+)
 _PROSE = {".md", ".jinja", ".yaml"}
 
 _INSTEAD = {

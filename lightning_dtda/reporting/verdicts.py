@@ -64,8 +64,9 @@ def retraining_verdict(attribution: Attribution, rows: Sequence[TopExample]) -> 
     if row is None or not math.isfinite(row.retrainings_low):
         return ""
     return (
-        f"To confirm {noun(attribution)} {row.name}: retrain {counts(row.retrainings_low, row.retrainings_high)} times "
-        "without it, and the same number of times with all data, with new seeds."
+        f"Trainings needed to confirm {noun(attribution)} {row.name}: "
+        f"{counts(row.retrainings_low, row.retrainings_high)} without it, and the same number with all data, with new "
+        "seeds."
     )
 
 

@@ -135,7 +135,7 @@ def test_sentences_say_how_many_are_significant(attribution, tmp_path):
     assert "On 2 of 3 queries, 1 of 40 examples has a significant spread influence (12 runs, " in text
     low, _, high = (each[:, 11].tolist() for each in attribution.retrainings_needed(difference="mean"))
     for query, *ends in zip(data["queries"], low, high, strict=True):
-        expected = f"To confirm example 11: retrain {counts(*ends)} times without it, and the same number of times"
+        expected = f"Trainings needed to confirm example 11: {counts(*ends)} without it, and the same number with all"
         assert expected in query["ranked"][0]["verdict"]
 
 

@@ -143,7 +143,7 @@ def test_without_any_effect_nothing_is_promised():
 def test_retrainings_are_those_of_the_attribution(attribution):
     [row] = top_examples(attribution, 1, "mean", 1)
     low, _, high = (each[1, row.position].item() for each in attribution.retrainings_needed(difference="mean"))
-    text = f"To confirm example 11: retrain {counts(low, high)} times without it, and the same number of times with all"
+    text = f"Trainings needed to confirm example 11: {counts(low, high)} without it, and the same number with all data"
     assert text in retraining_verdict(attribution, [row])
     [median] = top_examples(attribution, 1, Mean("median"), 1)
     assert math.isnan(median.retrainings_low)
