@@ -71,8 +71,9 @@ def measure(options, fold: int) -> dict | None:
     sizes = [max(1, round(share * len(data.train))) for share in options.shares]
     if not (path := root / "rows.json").exists():
         make = make_trainer, make_module
-        path.write_text(json.dumps(choose(attribution, ensemble, make, data, every, max(sizes), options.draws)))
-    rows = json.loads(path.read_text())
+        rows = choose(attribution, ensemble, make, data, every, max(sizes), options.draws)
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    rows = json.loads(path.read_text(encoding="utf-8"))
     sets = {(name, k): [sorted(each[:k]) for each in several] for name, several in rows.items() for k in sizes}
     # for each decision on its own, as few rows as the smallest share
     each_case = for_each_case(attribution, sizes[0])

@@ -190,10 +190,10 @@ def main():
     print(json.dumps(rows, indent=1))
     found = rankings(attributions[FIRST]) | {"pixels": attributions["pixel similarity"].responses[0]}
     scores = {name: each.content()["scores"] for name, each in evaluations.items()}
-    (options.output / "diffusion.json").write_text(json.dumps({"scores": scores, "rankings": rows}, indent=1))
-    draw(queries, data.train, found, scores).write_html(
-        options.output / "diffusion.html", config={"displayModeBar": False}
-    )
+    content = json.dumps({"scores": scores, "rankings": rows}, indent=1)
+    (options.output / "diffusion.json").write_text(content, encoding="utf-8")
+    figure = draw(queries, data.train, found, scores)
+    figure.write_html(options.output / "diffusion.html", config={"displayModeBar": False})
 
 
 if __name__ == "__main__":

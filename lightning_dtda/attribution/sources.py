@@ -96,6 +96,7 @@ def variance_by_source(
         AttributionError: If the ensemble is not crossed, or the level is not between 0 and 1.
 
     Example:
+        >>> import torch
         >>> from lightning_dtda import Attribution
         >>> runs = ("seed-0000", "seed-0001", "seed-1000", "seed-1001")
         >>> seeds = {run: {"initialisation": n % 2, "order": n // 2} for n, run in enumerate(runs)}
