@@ -202,6 +202,11 @@ def attribute(
     question, about, names = _ask(
         ensemble, module, data, queries, measurement, estimator, removals, step, device, draws, scale
     )
+    if keep_top is not None and "seeds" in about:
+        raise AttributionError(
+            "keep_top keeps what tests of independent runs need, but runs of this crossed ensemble share seeds. Leave "
+            "out keep_top."
+        )
     showing = Showing(question.examples, question.queries, (data, module), resolve_show(show), query_names)
     path = None if output is None else Path(output)
     if path is not None and "<" in (name := about["measurement"]):

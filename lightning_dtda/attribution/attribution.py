@@ -224,6 +224,7 @@ class Attribution:
         Raises:
             AttributionError: If k is less than 1.
         """
+        sources.refuse_crossed(self, "keep_top")
         return keep_top(self, check_keep_top(k))
 
     on_scale = predicting.on_scale
@@ -336,7 +337,9 @@ class Attribution:
             AttributionError: If the difference is not joint, a query does not exist, or the removals cannot be made
                 together.
         """
-        return self._selected(runs)._jointly(resolve_joint(difference), queries, removed)
+        selected = self._selected(runs)
+        sources.refuse_crossed(selected, "a joint distribution")
+        return selected._jointly(resolve_joint(difference), queries, removed)
 
     def joint_standard_error(
         self,

@@ -203,6 +203,7 @@ def runs_for_significance(
         check_share(value, name)
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
+    _refuse_part(chosen, "number of runs for significance")
     removals, p = attribution.responses.shape[2], selected.p_values(chosen)
     together = 1 - (1 - level) / removals
     return Needed(
@@ -275,6 +276,7 @@ def reliability(attribution: Attribution, difference: str | Difference = "mean",
     """
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
+    _refuse_part(chosen, "reliability")
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
     figures = selected._figures
     if figures is not None and (name := known_as(chosen)):
@@ -319,6 +321,7 @@ def runs_for_stable_top(
         raise AttributionError(f"k={k}; give a number from 1 to {removals - 1}, less than the number of removals.")
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
+    _refuse_part(chosen, "number of runs for a stable top")
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "number of runs")
     half = len(selected.runs) // 2
     found = [
@@ -326,6 +329,16 @@ def runs_for_stable_top(
         for query in range(len(selected.queries))
     ]
     return ranking.runs_for_stable_top(torch.cat(found), half, k, removals, agreement).clamp_min(chosen.least_runs)
+
+
+def _refuse_part(difference: Difference, what: str) -> None:
+    """Refuse a part of the variance, whose precision grows with the seeds of each source and not with the runs.
+
+    Raises:
+        AttributionError: If the difference is one.
+    """
+    if difference.crossed:
+        raise AttributionError(f"The {difference.title} has no {what}: it depends on the seeds of each source.")
 
 
 def _of_runs(selected: Attribution, difference: Difference, positions: Tensor) -> Tensor:

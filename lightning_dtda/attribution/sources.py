@@ -15,6 +15,7 @@ from lightning_dtda.attribution.inference import check_share
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.variance_components import Crossed, component_intervals, components
+from lightning_dtda.trajectory.independence import independent_runs
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution, Runs
@@ -64,10 +65,12 @@ def sharing_a_seed(attribution: Attribution) -> bool:
 def independent(attribution: Attribution) -> Attribution:
     """Return the attribution of runs of which no two share the seed of a source; itself if the ensemble is not crossed.
 
-    Of a grid of 8 seeds of the initialisation and 8 of the order, these are 8 runs.
+    Of a grid of 8 seeds of the initialisation and 8 of the order, these are 8 runs. Chaotic runs are not among them.
     """
-    positions = _independent(attribution)
-    return attribution if len(positions) == len(attribution.runs) else attribution._of(positions)
+    if not sharing_a_seed(attribution):
+        return attribution
+    trusted = attribution.trusted()
+    return trusted._of(_independent(trusted))
 
 
 def variance_by_source(
@@ -153,11 +156,4 @@ def refuse_crossed(attribution: Attribution, what: str) -> None:
 
 def _independent(attribution: Attribution) -> list[int]:
     recorded = attribution.about.get("seeds", {})
-    taken: set[tuple[str, int]] = set()
-    chosen = []
-    for position, run in enumerate(attribution.runs):
-        of_run = set(recorded.get(run, {}).items())
-        if not of_run & taken:
-            taken |= of_run
-            chosen.append(position)
-    return chosen
+    return independent_runs([recorded.get(run) for run in attribution.runs])

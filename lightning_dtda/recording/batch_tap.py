@@ -118,10 +118,11 @@ class BatchTap:
     def _process_dataloader(self, loader: Any) -> Any:
         if self._trainer.state.stage == RunningStage.TRAINING:
             _refuse_unsupported(loader)
-            if self._seeds is not None and self._order is None:
-                self._order = OrderStream(self._seeds)
+            if self._seeds is not None:
+                if self._order is None:
+                    self._order = OrderStream(self._seeds)
+                    seed_noise(self._seeds)
                 self._order.begin(loader)
-                seed_noise(self._seeds)
             sampler = _sampler_of(loader)
             if not isinstance(sampler, _TappedBatchSampler):
                 self._tapped.append((loader, sampler))

@@ -7,15 +7,17 @@ import itertools
 import math
 import operator
 import os
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.replay.random_states import Generators
@@ -62,7 +64,8 @@ class CrossedSeeds:
         noise: Seeds of what is drawn during training: dropout, noise in ``training_step``, augmentation. As above.
 
     Raises:
-        RecordingError: If no source is given, or seeds are invalid: not numbers from 0 to 999, or given twice.
+        RecordingError: If fewer than two sources have several seeds, or seeds are invalid: not numbers from 0 to 999,
+            or given twice.
 
     Example:
         >>> [(seeds.run, seeds.crossed) for seeds in CrossedSeeds(initialisation=2, order=[0, 7]).runs()]
@@ -76,10 +79,10 @@ class CrossedSeeds:
     noise: int | list[int] | None = None
 
     def __post_init__(self) -> None:
-        if not self.levels:
+        if sum(len(seeds) > 1 for seeds in self.levels.values()) < 2:
             raise RecordingError(
-                "No source of randomness has seeds. Give two or more of initialisation, order and noise a number of "
-                "seeds each, such as initialisation=5, order=4."
+                "The variance can be split only between sources that both vary. Give two or more of initialisation, "
+                "order and noise several seeds each, such as initialisation=8, order=8."
             )
 
     @property
@@ -129,33 +132,60 @@ def _checked(source: str, seeds: int | Sequence[int]) -> list[int]:
 class OrderStream:
     """The random numbers of the batches' order, apart from those of the training.
 
+    Only generators on the CPU take part: samplers draw from no others, and those of a GPU belong to the noise.
+
     Args:
         seeds: Seeds of the run.
     """
 
     def __init__(self, seeds: RunSeeds) -> None:
         self._seed = seeds.of("order")
+        self._loaders = 0
         self._generators = Generators(nn.Module(), torch.device("cpu"))
-        self._states: dict[str, torch.Tensor] | None = None
+        with self._generators.kept():
+            torch.default_generator.manual_seed(self._seed)  # torch.manual_seed would seed those of a GPU, too
+            np.random.seed(self._seed)
+            random.seed(self._seed)
+            self._states = self._generators.states()
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Let the global generators continue this stream inside, and what they had before afterwards."""
         with self._generators.kept():
-            if self._states is None:
-                self._generators.seed(self._seed)
-            else:
-                self._generators.set(self._states)
+            self._generators.set(self._states)
             yield
             self._states = self._generators.states()
 
     def begin(self, loader: DataLoader[Any]) -> None:
-        """Seed the generators that a loader and its samplers own, and the global ones, with the order's seed."""
-        owners = (loader, loader.sampler, loader.batch_sampler)
-        held = [value for owner in owners if owner is not None for value in vars(owner).values()]
-        for generator in {id(value): value for value in held if isinstance(value, torch.Generator)}.values():
-            generator.manual_seed(self._seed)
-        self._generators.seed(self._seed)
+        """Seed the generators that the samplers of a loader own.
+
+        Raises:
+            RecordingError: If workers draw from the same generator as the sampler.
+        """
+        if loader.generator is not None and loader.num_workers > 0:
+            raise RecordingError(
+                "The DataLoader has a generator of its own, from which both the order of the batches and the random "
+                "numbers of its workers come, so their seeds cannot be set apart. Leave out generator, or set "
+                "num_workers=0."
+            )
+        for generator in _owned(loader.sampler) | _owned(loader.batch_sampler):
+            generator.manual_seed(self._seed + self._loaders)
+        self._loaders += 1
+
+    def take_over(self) -> None:
+        """Let the global generators continue this stream from now on."""
+        self._generators.set(self._states)
+
+
+def _owned(sampler: Any) -> set[torch.Generator]:
+    """Return the generators that are attributes of a sampler, and of samplers inside of it."""
+    found = set()
+    for value in vars(sampler).values() if hasattr(sampler, "__dict__") else ():
+        if isinstance(value, torch.Generator):
+            found.add(value)
+        elif isinstance(value, Sampler):
+            found |= _owned(value)
+    return found
 
 
 def seed_training(seed: int, crossed: CrossedSeeds | None = None) -> RunSeeds | None:
@@ -170,5 +200,5 @@ def seed_training(seed: int, crossed: CrossedSeeds | None = None) -> RunSeeds | 
 
 
 def seed_noise(seeds: RunSeeds) -> None:
-    """Seed what is drawn during training."""
+    """Seed what is drawn during training, on the CPU and on GPUs."""
     Generators(nn.Module(), torch.device("cpu")).seed(seeds.of("noise"))

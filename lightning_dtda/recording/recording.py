@@ -96,6 +96,7 @@ def record(
     missing = [seed for seed in wanted if not is_complete(recorder.root / run_name(seed))]
     refuse_other_seeds(recorder.root, wanted, crossed)
     if not missing:
+        check_crossed(recorder.root, wanted)
         return {}
     # if a training uses several processes, the others get here too
     show = progress and getattr(rank_zero_only, "rank", 0) == 0

@@ -191,7 +191,9 @@ class _Stacking:
         trainer, module, data = self._make()
         loader = _loader(trainer, module, data, seed)
         if seeds is not None:
-            OrderStream(seeds).begin(loader)
+            order = OrderStream(seeds)
+            order.begin(loader)
+            order.take_over()
         found = {
             "module": module_configuration(module, seed),
             "dataset": describe_data(loader),

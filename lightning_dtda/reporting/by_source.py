@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from lightning_dtda.attribution.attribution import Attribution
-from lightning_dtda.attribution.sources import seeds_of
+from lightning_dtda.attribution.sources import VarianceBySource, seeds_of
+from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting.certainty import FDR, LEVEL
 from lightning_dtda.reporting.facts import without_repeated_warnings
 from lightning_dtda.reporting.formatting import p_value
 from lightning_dtda.reporting.wording import noun
-from lightning_dtda.statistics.differences import SourceVariance
+from lightning_dtda.statistics.differences import Difference, SourceVariance
 from lightning_dtda.statistics.variance_components import REST
 
 _MOST_EFFECTS = 10
@@ -76,11 +79,25 @@ class BySource:
     effects: tuple[Effect, ...]
 
 
+def refuse_parts(differences: Iterable[Difference]) -> None:
+    """Refuse parts of the variance among the differences of a report.
+
+    Raises:
+        AttributionError: If there is one.
+    """
+    for each in differences:
+        if each.crossed:
+            raise AttributionError(
+                f"The {each.title} is always shown for a crossed ensemble, under 'Where the variance comes from'. "
+                f"Leave {each.name} out of the differences."
+            )
+
+
 def by_source(attribution: Attribution) -> BySource | None:
     """Return where the variance comes from; ``None`` if the trusted runs are not crossed."""
     trusted = attribution.trusted()
     seeds = seeds_of(trusted)
-    if seeds is None or sum(len(set(of_source)) > 1 for of_source in seeds.values()) < 2:
+    if not SourceVariance.names(seeds):
         return None
     found = trusted.variance_by_source(level=LEVEL)
     share = found.share
@@ -92,7 +109,7 @@ def by_source(attribution: Attribution) -> BySource | None:
         for q in range(len(trusted.queries))
     )
     with without_repeated_warnings():
-        effects = [each for source in found.parts for each in _effects(trusted, source)]
+        effects = [each for source in found.parts for each in _effects(trusted, source, found)]
     effects.sort(key=lambda each: (each.source == REST, each.p_value))  # the rest is harder to act on
     grid = " \N{MULTIPLICATION SIGN} ".join(f"{number} of the {source}" for source, number in found.seeds.items())
     middle = share.nanmedian(1).values
@@ -104,8 +121,11 @@ def by_source(attribution: Attribution) -> BySource | None:
     what = noun(trusted)
     if effects:
         said += [each.sentence for each in effects[:3]]
-    elif min(found.seeds.values()) < 3:
-        said.append(f"With two seeds of a source, no {what} can be tested. Record more seeds of each source.")
+    elif few := [source for source, number in found.seeds.items() if number < 3]:
+        said.append(
+            f"No {what} changes a part significantly; with two seeds of {' and '.join(map(_named, few))}, changes of "
+            "its part cannot be tested. Record more seeds."
+        )
     else:
         said.append(
             f"No single {what} changes a part significantly (false discovery rate {100 * FDR:g} %). Eight or more "
@@ -114,20 +134,21 @@ def by_source(attribution: Attribution) -> BySource | None:
     return BySource(tuple(said), parts, tuple(effects))
 
 
-def _effects(trusted: Attribution, source: str) -> list[Effect]:
+def _effects(trusted: Attribution, source: str, split: VarianceBySource) -> list[Effect]:
     """Return the removals that change a part significantly, the clearest first."""
     difference = SourceVariance(source)
     change, p = trusted.influence(difference), trusted.p_values(difference)
     queries, removals = trusted.significant(difference, FDR).nonzero().unbind(1)
     order = p[queries, removals].argsort()[:_MOST_EFFECTS]
-    before = trusted.variance_by_source(level=LEVEL)
-    of_source = before.variance[before.parts.index(source)]
+    of_source = split.variance[split.parts.index(source)]
     names, what = trusted.removals, noun(trusted)
     found = []
     for query, removal in torch.stack([queries, removals], 1)[order].tolist():
         name = f"{what} {removal if names is None else names[removal]}"
         amount, whole = float(change[query, removal]), float(of_source[query])
-        share = f" by {100 * abs(amount) / whole:.0f} %" if whole > 0 else ""
+        # the estimate of a small part may fall below zero; more than all of it cannot go
+        least = min(abs(amount) / whole, 1.0 if amount < 0 else math.inf) if whole > 0 else 0.0
+        share = f" by {100 * least:.0f} %" if whole > 0 else ""
         sentence = (
             f"Without {name}, the part of query {trusted.queries[query]}'s variance that comes from {_named(source)} "
             f"{'falls' if amount < 0 else 'rises'}{share} (p {_p(float(p[query, removal]))})."

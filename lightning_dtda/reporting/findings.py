@@ -13,7 +13,7 @@ from lightning_dtda.attribution.attribution import Attribution
 from lightning_dtda.attribution.gallery import Shown
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.reporting import wording
-from lightning_dtda.reporting.by_source import BySource, by_source
+from lightning_dtda.reporting.by_source import BySource, by_source, refuse_parts
 from lightning_dtda.reporting.certainty import Outcome, Tested, each_tested
 from lightning_dtda.reporting.facts import agreement, without_repeated_warnings
 from lightning_dtda.reporting.judging import Verdict, judge
@@ -160,6 +160,7 @@ def find(
     attribution = attribution.independent()
     trusted = attribution.trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
+    refuse_parts(chosen)
     judged = [resolve_difference(name) for name in ("mean", "spread") if name in trusted.available_differences]
     asked = chosen + [each for each in judged if each.name not in {other.name for other in chosen}]
     queries, outcomes, outside, size = [], [], 0, math.prod(trusted.responses.shape)

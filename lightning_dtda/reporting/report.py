@@ -18,6 +18,7 @@ from lightning_dtda.attribution.suggesting import Suggestion
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.reporting import wording
 from lightning_dtda.reporting.against_retraining import retrained, suggested
+from lightning_dtda.reporting.by_source import refuse_parts
 from lightning_dtda.reporting.certainty import FDR, NEGLIGIBLE, PLANNING, POWER
 from lightning_dtda.reporting.facts import about_in_brief
 from lightning_dtda.reporting.figure_style import TEMPLATE
@@ -101,6 +102,7 @@ def report(
         raise AttributionError(f"format={format!r}; choose from {', '.join(get_args(Format))}.")
     output, trusted = Path(output), attribution.independent().trusted()
     chosen = [resolve_difference(each) for each in differences or trusted.available_differences]
+    refuse_parts(chosen)
     truth = truth.finished() if truth is not None and truth.unfinished else truth
     # first, as it may refuse the truth
     compared = None if truth is None else retrained(trusted, truth, chosen)

@@ -45,7 +45,7 @@ def stability_card(found: Findings, compared: Retrained | None = None) -> str:
     if several:
         parts += ["### Queries that depend most on the seed", _unstable(found, attribution.baseline)]
     if found.sources is not None:
-        parts += ["### Where the variance comes from", *found.sources.said]
+        parts += ["### Where the variance comes from", *map(_cell, found.sources.said)]
     parts += [f"### Training {what}s with significant influence", *_influential(found, what)]
     if compared is not None:
         parts += ["### Against retraining", "\n".join(f"- {sentence}" for sentence in compared.said)]

@@ -42,17 +42,27 @@ def fresh_seeds(argument: str, seeds: int | Sequence[int], recorded: Collection[
     return chosen
 
 
-def recorded_seeds(seeds: int | Sequence[int], recorded: Sequence[int], root: Path) -> tuple[int, ...]:
+def recorded_seeds(
+    seeds: int | Sequence[int], recorded: Sequence[int], root: Path, independent: Sequence[int] | None = None
+) -> tuple[int, ...]:
     """Return the seeds of some recorded runs.
 
     Args:
         seeds: Number of seeds, or a list of seeds.
         recorded: Seeds of all runs.
         root: Directory of the ensemble, for errors.
+        independent: Seeds of runs that share no seed of a source, if others do: a number of seeds means these.
 
     Raises:
         RetrainingError: If there is no run with one of the seeds.
     """
+    if isinstance(seeds, int) and independent is not None:
+        if not 1 <= seeds <= len(independent):
+            raise RetrainingError(
+                f"seeds={seeds}, but only {len(independent)} runs in {root} share no seed of initialisation, order or "
+                f"noise. Use 1 to {len(independent)}, or give a list of seeds."
+            )
+        return tuple(independent[:seeds])
     if isinstance(seeds, int):
         if not 1 <= seeds <= len(recorded):
             raise RetrainingError(f"seeds={seeds}, but {root} has {len(recorded)} runs. Use 1 to {len(recorded)}.")

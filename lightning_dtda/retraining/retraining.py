@@ -43,6 +43,7 @@ from lightning_dtda.retraining.trainer_engine import TrainerEngine
 from lightning_dtda.retraining.truth_store import TruthStore, gather
 from lightning_dtda.stacking.choice import Stacked, chosen_stacked
 from lightning_dtda.trajectory import Ensemble
+from lightning_dtda.trajectory.independence import independent_runs
 
 _log = logging.getLogger(__name__)
 
@@ -250,7 +251,10 @@ def _reweighted(
         raise RetrainingError("The baseline of reweighted runs is measured on the same runs. Leave out baseline_seeds.")
     made = module if isinstance(module, pl.LightningModule) else module()
     engine = Reweighting(ensemble, made, training_examples(made if data is None else data))
-    own = recorded_seeds(seeds, sorted(engine.runs), ensemble.root)
+    recorded = sorted(engine.runs)
+    crossed = [engine.runs[seed].manifest.seeds for seed in recorded]
+    few = [recorded[position] for position in independent_runs(crossed)]
+    own = recorded_seeds(seeds, recorded, ensemble.root, None if len(few) == len(recorded) else few)
     about = {
         "configuration": ensemble[0].manifest.configuration,
         "data": data_facts(engine.examples.dataset),

@@ -21,6 +21,9 @@ REST = "rest"
 _DRAWS = 2000
 """Number of draws behind an interval; with others, its ends change by less than 1 % of its length."""
 
+_AT_ONCE = 256
+"""Number of queries whose intervals are drawn at once: 30 MB for three parts."""
+
 
 @dataclass(frozen=True, eq=False)
 class Crossed:
@@ -195,6 +198,9 @@ def component_intervals(crossed: Crossed, samples: Tensor, level: float = 0.95) 
         samples: Samples ``(runs, queries)``.
         level: Confidence level.
     """
+    if samples.ndim > 1 and samples.shape[1] > _AT_ONCE:  # in parts, to save memory
+        parts = samples.split(_AT_ONCE, 1)
+        return torch.cat([component_intervals(crossed, part, level) for part in parts], 2)
     deviations = crossed.deviations(samples.double())
     squares = crossed.mean_products(deviations, deviations)
     generator = np.random.default_rng(0)
@@ -214,7 +220,7 @@ def _effective(values: Tensor, freedom: int) -> Tensor:
     """Return the degrees of freedom of the mean square of an effect's values ``(values, ...)``."""
     number = len(values)
     squares = (values - values.mean(0)).square().sum(0)
-    fourth = (values - values.median(0).values).pow(4).sum(0)
+    fourth = (values - values.quantile(0.5, 0)).pow(4).sum(0)
     kurtosis = (number * fourth / squares.square()).nan_to_num(3.0)
     return (2 * freedom / (kurtosis - (number - 3) / number)).clamp_max(freedom)
 

@@ -19,7 +19,7 @@ from lightning_dtda import (
     retrain,
     suggest_removals,
 )
-from lightning_dtda.errors import AttributionError
+from lightning_dtda.errors import AttributionError, RetrainingError
 from lightning_dtda.recording import CrossedSeeds
 from lightning_dtda.reporting import find
 from lightning_dtda.reporting.terminal import print_summary
@@ -140,6 +140,8 @@ def _seeds(attribution):
         lambda attribution: attribution.retrainings_needed(),
         lambda attribution: attribution.reliability(),
         lambda attribution: attribution.joint_standard_error(),
+        lambda attribution: attribution.joint_influence(),
+        lambda attribution: attribution.keep_top(3),
         suggest_removals,
     ],
 )
@@ -167,6 +169,47 @@ def test_an_ordinary_ensemble_is_independent(attribution):
 def test_a_part_has_no_interval_and_says_so(attribution):
     with pytest.raises(AttributionError, match=r"few seeds of a source\. Use the p-value"):
         attribution.interval("order_variance")
+
+
+@pytest.mark.parametrize("planned", ["runs_for_significance", "reliability", "runs_for_stable_top"])
+def test_numbers_of_runs_are_not_given_for_parts_which_depend_on_seeds(attribution, planned):
+    with pytest.raises(AttributionError, match="it depends on the seeds of each source"):
+        getattr(attribution, planned)("order_variance")
+
+
+def test_the_advice_of_the_refusal_works(attribution, tmp_path):
+    some = attribution.independent()
+    assert report(some, tmp_path / "some.html", progress=False).exists()
+    without_a_run = attribution.without_runs(["seed-0000"])
+    assert without_a_run.variance_by_source().seeds == {"initialisation": 4, "order": 4}
+    with pytest.raises(AttributionError, match="Leave order_variance out of the differences"):
+        report(attribution, tmp_path / "parts.html", differences=["order_variance"], progress=False)
+
+
+def test_a_number_of_repeated_runs_means_independent_ones(ensemble):
+    def repeated(seeds):
+        return retrain(
+            Regressor(),
+            loader(),
+            ensemble=ensemble,
+            subsets=[[0]],
+            seeds=seeds,
+            removal="reweight",
+            queries=tensors(QUERIES, 1),
+            measurement="prediction",
+            progress=False,
+        )
+
+    assert repeated(3).seeds == (0, 1001, 2002)
+    with pytest.raises(RetrainingError, match="Use 1 to 4, or give a list"):
+        repeated(5)
+
+
+def test_chaotic_runs_are_left_out_before_independent_ones_are_chosen(attribution):
+    about = attribution.about | {"chaotic": ["seed-0000"]}
+    some = Attribution(attribution.baseline, attribution.responses, attribution.runs, attribution.queries, about)
+    assert "seed-0000" not in some.independent().runs
+    assert len(some.independent().runs) == 4
 
 
 def test_tables_have_the_parts(attribution):

@@ -6,11 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, record
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import CrossedSeeds
+from lightning_dtda.recording.crossed_seeds import OrderStream, seed_noise
 
 EXAMPLES = TensorDataset(
     torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.randn(40, generator=torch.Generator())
@@ -96,7 +97,7 @@ def test_a_source_without_seeds_is_drawn_anew_in_each_run(tmp_path):
 
 
 def test_initial_parameters_are_those_of_an_ordinary_run_with_this_seed(tmp_path):
-    runs = recorded(tmp_path / "crossed", CrossedSeeds(initialisation=[4], order=2))
+    runs = recorded(tmp_path / "crossed", CrossedSeeds(initialisation=[4, 5], order=2))
     record(make_of(), TrajectoryRecorder(tmp_path / "plain"), [4], progress=False)
     assert torch.equal(start(runs[4, 0]), start(Ensemble.open(tmp_path / "plain")[0]))
 
@@ -123,6 +124,32 @@ def test_a_generator_of_the_loader_follows_the_order(tmp_path):
     assert shares(runs, order, 1)
 
 
+def test_a_generator_of_a_sampler_inside_another_follows_the_order(tmp_path):
+    def own():
+        inner = RandomSampler(EXAMPLES, generator=torch.Generator().manual_seed(5))
+        return DataLoader(EXAMPLES, batch_sampler=BatchSampler(inner, 8, drop_last=False))
+
+    runs = recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(data=own))
+    assert shares(runs, order, 1)
+
+
+def test_workers_that_draw_from_the_generator_of_the_order_are_refused():
+    data = DataLoader(EXAMPLES, shuffle=True, generator=torch.Generator(), num_workers=2)
+    with pytest.raises(RecordingError, match=r"Leave out generator, or set num_workers=0"):
+        OrderStream(CrossedSeeds(initialisation=2, order=2).of_run(0)).begin(data)
+
+
+def test_the_order_leaves_the_generators_of_a_gpu_to_the_noise(monkeypatch):
+    seeds, seeded = CrossedSeeds(initialisation=2, order=2).of_run(1001), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    stream = OrderStream(seeds)
+    seed_noise(seeds)
+    with stream.drawing():
+        torch.rand(())
+    assert seeded == [seeds.of("noise")]
+
+
 def test_more_seeds_continue_an_ensemble(tmp_path):
     few = recorded(tmp_path, CrossedSeeds(initialisation=2, order=2))
     written = {run.path: run.path.stat().st_mtime_ns for run in few.values()}
@@ -138,8 +165,9 @@ def test_runs_with_other_seeds_are_not_taken_for_these(tmp_path):
 
 
 def test_parameters_drawn_too_late_are_found(tmp_path):
-    with pytest.raises(RecordingError, match="same seed of the initialisation, 0, but do not start from the same"):
-        recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(Late))
+    for _ in range(2):  # the second time, all runs are there already
+        with pytest.raises(RecordingError, match="same seed of the initialisation, 0, but do not start from the same"):
+            recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(Late))
 
 
 def test_a_sampler_that_ignores_the_order_is_found(tmp_path):
@@ -159,7 +187,7 @@ def test_a_fixed_order_is_pointed_out(tmp_path, caplog):
 
 def test_several_processes_are_refused(tmp_path):
     recorder = TrajectoryRecorder(tmp_path)
-    recorder.seeds = CrossedSeeds(initialisation=1, order=1).of_run(0)
+    recorder.seeds = CrossedSeeds(initialisation=2, order=2).of_run(0)
     trainer, module, _ = make_of(devices=2, strategy="ddp_spawn", num_nodes=1)()
     with pytest.raises(RecordingError, match=r"over 2 processes.*devices=1"):
         recorder.setup(trainer, module, "fit")
@@ -168,7 +196,9 @@ def test_several_processes_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({}, "such as initialisation=5, order=4"),
+        ({}, "such as initialisation=8, order=8"),
+        ({"order": 8}, "such as initialisation=8, order=8"),
+        ({"initialisation": [7], "order": 8}, "several seeds each"),
         ({"order": 0}, "order=0 must be a number of seeds"),
         ({"order": [1, 1]}, "different seeds"),
         ({"noise": [1000]}, "from 0 to 999"),

@@ -126,6 +126,16 @@ def test_nothing_changes_where_nothing_changes():
     assert float(test.p_values(x, x)) == 1
 
 
+def test_intervals_do_not_depend_on_the_sign():
+    crossed, x = Crossed.of(seeds(8, 8)), normal(64, 5).exp()
+    torch.testing.assert_close(component_intervals(crossed, x), component_intervals(crossed, -x))
+
+
+def test_many_queries_have_the_intervals_that_each_has():
+    crossed, x = Crossed.of(seeds(3, 4)), normal(12, 300)
+    torch.testing.assert_close(component_intervals(crossed, x)[..., 299:], component_intervals(crossed, x[:, 299:]))
+
+
 def test_an_interval_of_constant_samples_is_zero():
     low, high = component_intervals(Crossed.of(seeds(3, 4)), torch.ones(12, 1))
     assert (low == 0).all()
