@@ -2,7 +2,7 @@
 
     python benchmarks/variance_by_source.py
 
-prints the tables of ``docs/statistics.md`` ("Variance by source") in a few minutes. Measurements are sums of effects of
+prints the tables of ``docs/sources.md`` in a quarter of an hour. Measurements are sums of effects of
 the initialisation, of the order, and of both together, with given standard deviations. Gaussian, Student's t with 5
 degrees of freedom, and exponential effects are scaled to mean zero and variance one. In the tests, an example is
 removed that changes every run's measurement: its effects afterwards correlate with those before by 0.95.

@@ -189,8 +189,8 @@ def component_intervals(crossed: Crossed, samples: Tensor, level: float = 0.95) 
     .. math:: \nu = \min\left(\nu_0,\; \frac{2 \nu_0}{\hat\gamma - (n - 3) / n}\right),
 
     with the kurtosis :math:`\hat\gamma` of their n values about the median (after Bonett, *Computational Statistics and
-    Data Analysis* 50, 2006). In simulations, 95 % intervals covered 96 to 98 % for Gaussian effects, 91 to 99 % for
-    Student's t with 5 degrees of freedom, and 90 to 99 % for exponential effects
+    Data Analysis* 50, 2006). In simulations, 95 % intervals covered 96 to 99 % for Gaussian effects, 91 to 99 % for
+    Student's t with 5 degrees of freedom, and 87 to 99 % for exponential effects
     (``benchmarks/variance_by_source.py``).
 
     Args:
