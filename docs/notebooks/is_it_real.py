@@ -73,12 +73,13 @@ plot.top(few, 0, "mean").show()
 # %% [markdown]
 # The bars are in order of size, the lines are 95 % intervals over seeds. An interval that leaves out zero is not yet a
 # discovery: of 353 examples *without any effect*, about 18 would have one. `significant` controls the false discovery
-# rate instead: of what it names, at most 5 % are there by chance.
+# rate instead: of what it names, at most 5 % are there by chance, on average.
 
 # %%
 p_values = few.p_values("mean")[0]
 print(
-    f"p below 0.05: {int((p_values < 0.05).sum())} examples, of which about {0.05 * 353:.0f} would be there by chance"
+    f"p below 0.05: {int((p_values < 0.05).sum())} examples, "
+    f"of which up to about {0.05 * 353:.0f} could be there by chance"
 )
 print(f"significant at a false discovery rate of 5 %: {int(few.significant('mean', fdr=0.05)[0].sum())} examples")
 
@@ -145,7 +146,7 @@ print(f"metasmoothness {found.metasmoothness:.2f}: how linear the training is, a
 # %% [markdown]
 # ## Does retraining agree?
 #
-# The last word has a training that never saw the examples. We leave out 16 random tenths of the patients, 24 fresh
+# The final test is a training that never saw the examples. We leave out 16 random tenths of the patients, 24 fresh
 # seeds each, and ask whether the predicted order of these 16 is the real one.
 
 # %%

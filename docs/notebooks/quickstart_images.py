@@ -160,7 +160,8 @@ show([described(k) for k in hurting])
 # ## How sure is that?
 #
 # Twenty-four networks are a sample. The bars show each influence with its interval over seeds; blue ones are
-# significant among all 400, with at most one in twenty of them there by chance. The others are not shown to matter.
+# significant among all 400: on average, at most one in twenty of them is there by chance. The others are not shown to
+# matter.
 
 # %%
 plot.top(attribution, asked, "mean").show()
