@@ -238,7 +238,7 @@ def deviation_interval(samples: Tensor, level: float = 0.95) -> Tensor:
 
     Example:
         >>> deviation_interval(torch.tensor([1.0, 2.0, 3.0, 4.0])).round(decimals=2)
-        tensor([0.6900, 6.6800], dtype=torch.float64)
+        tensor([0.7300, 4.8100], dtype=torch.float64)
     """
     values = samples.double()
     degrees = _effective(values, len(values) - 1)
