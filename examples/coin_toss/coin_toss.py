@@ -28,7 +28,7 @@ from examples.coin_toss.flips import FlipRate, flip_rate
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain
 
 UNDECIDED, MOST = 0.1, 20
-"""A case is undecided if at least this share of seeds disagrees; at most so many in a quarter are attributed."""
+"""Share of seeds that must disagree for a case to be undecided, and maximum number of such cases in a quarter."""
 
 OURS = "predicted flips"
 BASELINES = ("variance", "mean, correct", "mean, majority", "cleanlab", "AUM", "data map", "random")
