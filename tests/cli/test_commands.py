@@ -90,6 +90,7 @@ def test_processes_record_the_same_runs_in_parallel(record, config, tmp_path):
             torch.testing.assert_close(other.theta(12)[name], expected)
 
 
+@pytest.mark.slow
 def test_stacked_seeds_are_the_same_runs(record, config, tmp_path, capsys):
     root = record("--seeds", "2")
     record("--seeds", "5", "--stacked", "true")

@@ -180,6 +180,7 @@ def test_trials_take_as_many_combinations_of_outputs_as_all_examples(runs, monke
     assert estimator.curvature.samples == "auto"
 
 
+@pytest.mark.slow
 def test_memory_grows_only_to_as_many_examples_as_are_held_at_once(runs, monkeypatch):
     data = DiabetesData()
     data.setup("fit")

@@ -70,6 +70,7 @@ def test_options_of_retrain_without_verify_are_refused(saved, capsys):
     assert "unrecognized: --seeds 3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_suggestion_is_verified_by_retraining(tmp_path, capsys):
     pytest.importorskip("sklearn")
     config, root = tmp_path / "config.yaml", tmp_path / "runs"

@@ -15,19 +15,17 @@ import pytest
 from lightning_dtda.cli import COMMANDS, main
 from tests.docs.pages import PAGES, ROOT, Block, blocks, run_page
 
-SLOW = ("README", "attribute", "estimators", "retrain", "start", "trust", "variance", "weights-and-biases")
-"""Pages whose blocks take more than ten seconds, the tutorial that they go on from not counted."""
-
 
 def of_pages(language: str) -> list[Any]:
     """Return the pages that have blocks in a language, as parameters."""
     return [
-        pytest.param(page, id=name, marks=[pytest.mark.slow] if language == "python" and name in SLOW else [])
+        pytest.param(page, id=name)
         for name, page in PAGES.items()
         if blocks(page, language) and name != "first-attribution"
     ]
 
 
+@pytest.mark.slow  # the pages go on from this tutorial
 def test_the_first_tutorial_runs(tutorial: tuple[dict[str, Any], Path]) -> None:
     names, directory = tutorial
     assert names["mean"].argmin() == 3  # the page says that it is the most harmful example
@@ -36,6 +34,7 @@ def test_the_first_tutorial_runs(tutorial: tuple[dict[str, Any], Path]) -> None:
     assert (directory / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about small data
 @pytest.mark.parametrize("page", of_pages("python"))
 def test_python_blocks_run(page: Path, start: Any) -> None:

@@ -131,6 +131,7 @@ def single_precision(root):
         trainer.fit(module, data)
 
 
+@pytest.mark.slow
 def test_stacked_runs_rebuilt_from_recorded_gradients_agree_up_to_single_precision(tmp_path):
     single_precision(tmp_path)
     arguments = {"dtype": torch.float32, "queries": TensorDataset(*weighted_data(4, seed=1, dtype=torch.float32))}

@@ -55,6 +55,7 @@ def test_influences_on_ridge_regression_are_those_of_the_closed_form(converged):
     torch.testing.assert_close(found.baseline[0], queries.tensors[0] @ solution(data, ones), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_they_are_where_unrolled_differentiation_comes_to(converged):
     unrolled = ask(converged, UnrolledDifferentiation(horizon=None))
     influence = ask(converged, InfluenceFunctions(ExactHessian(damping=0)))

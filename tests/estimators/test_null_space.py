@@ -115,6 +115,7 @@ def test_gradients_of_predictions_on_training_examples_are_inside_the_range(trai
     torch.testing.assert_close(share, torch.ones_like(share), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_queries_are_measured_as_many_at_once_as_the_memory_holds(trained, monkeypatch):
     run, counts, measure = trained(Regressor()), [], Question.measure_with_gradients
 

@@ -316,6 +316,7 @@ def test_one_long_segment_is_an_influence_function(fit, tmp_path):
         torch.testing.assert_close(answer(Source(1, curvature)), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_where_there_is_no_curvature_it_goes_on_for_the_length_of_the_training(fit, tmp_path):
     start, data = torch.zeros(1, 4, dtype=torch.float64), regression(3)  # three examples for four parameters
     pl.seed_everything(0, verbose=False)

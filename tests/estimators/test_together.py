@@ -101,6 +101,7 @@ def test_stacked_runs_give_it_over_accumulated_and_clipped_gradients_too(recorde
     assert_same(responses(ensemble, make(), data, mode=mode), alone)
 
 
+@pytest.mark.slow
 def test_a_short_training_is_not_worth_a_trace_and_a_long_one_is(recorded, monkeypatch):
     plans, original = [], UnrolledDifferentiation.plan
     monkeypatch.setattr(UnrolledDifferentiation, "plan", lambda *a: plans.append(original(*a)) or plans[-1])

@@ -96,7 +96,7 @@ def times(monkeypatch):
     return seconds
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiled_steps_change_nothing_but_rounding(root, plans, times, stacked):
     times["stacked"] = 0.02 if stacked else 1.0
     plain, compiled = (attribution(root, compile=how).responses for how in (False, True))
@@ -104,6 +104,7 @@ def test_compiled_steps_change_nothing_but_rounding(root, plans, times, stacked)
     torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_announced_memory_covers_the_comparison_of_a_traced_step(fit, tmp_path, plans, times, monkeypatch):
     times["stacked"] = 0.02
     monkeypatch.setattr(responses, "_FREED", 0)  # a block that is never written to, and takes no memory
@@ -145,6 +146,7 @@ def test_steps_are_compiled_where_much_work_is_ahead(root, plans, times, seconds
     assert plans[0].compiled == compiled
 
 
+@pytest.mark.slow
 def test_compiled_steps_that_are_slower_are_not_used(root, plans, times, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("lightning_dtda"), "propagate", True)
     times |= {"stacked": 1.0, "compiled": 0.06}

@@ -22,6 +22,7 @@ def fixed_point(weights):
     return module, torch.cat([each.detach().flatten() for each in module.parameters()])
 
 
+@pytest.mark.slow
 def test_the_limit_on_all_examples_is_the_derivative_of_the_fixed_point():
     weights, step = torch.ones(EXAMPLES, dtype=torch.float64), 1e-4
     module, theta = fixed_point(weights)

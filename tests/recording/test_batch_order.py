@@ -102,7 +102,10 @@ def test_recorded_indices_are_those_that_training_step_saw(record, make, argumen
     assert micro_batches(run) == module.seen_indices
 
 
-@pytest.mark.parametrize(("make", "arguments"), LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * ("2 " in name)) for name, case in LOADERS.items()],
+)
 def test_training_is_the_same_with_and_without_the_recorder(fit, record, make, arguments):
     trained = []
     for train in (fit, record):
@@ -131,7 +134,7 @@ class SharedLoader(pl.LightningDataModule):
     ("shared", "arguments"),
     [
         (shuffled(), {"val_check_interval": 2}),
-        (shuffled(num_workers=2), {"val_check_interval": 2}),
+        pytest.param(shuffled(num_workers=2), {"val_check_interval": 2}, marks=pytest.mark.slow),
         # here both loops get one and the same iterator; the sanity check makes it before the training starts
         (shuffled(num_workers=2, persistent_workers=True), {}),
     ],

@@ -146,6 +146,7 @@ def test_stored_batches_are_replayed(tmp_path):
     assert ask(tmp_path).about["drift"]["seed-0003"]["parameters"] < 1e-12
 
 
+@pytest.mark.slow
 def test_statistics_of_batch_norm_are_those_of_the_first_process(tmp_path):
     train(TrajectoryRecorder(tmp_path / "runs"), network=with_batch_norm)
     answer = ask(tmp_path / "runs", network=with_batch_norm)

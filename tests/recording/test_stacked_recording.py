@@ -196,6 +196,7 @@ def test_stacked_runs_are_attributed_as_those_of_the_trainer(tmp_path, estimator
     assert wanted.responses.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_stacked_runs_in_single_precision_are_replayed_as_closely(tmp_path):
     inputs, targets = (tensor.float() for tensor in examples().tensors)
     make = maker(SinglePrecision, lambda: DataLoader(TensorDataset(inputs, targets), BATCH, shuffle=True))

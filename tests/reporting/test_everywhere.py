@@ -53,6 +53,7 @@ def change(attribution, difference, query, example):
     return float(y.mean() - x.mean() if difference == "mean" else (y.std() / x.std()).log())
 
 
+@pytest.mark.slow
 def test_the_change_by_removal_is_the_same_number_everywhere(attribution, saved, tmp_path):
     text, (rows, _) = printed(attribution), logged(attribution, saved, tmp_path)
     data = data_of(report(attribution, tmp_path / "report.html", k=K))
