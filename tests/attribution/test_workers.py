@@ -93,6 +93,7 @@ def test_runs_that_kill_every_worker_are_named(ray_cluster, ensemble, tmp_path):
         ask(ensemble, workers=RayCluster(retries=0), measurement=Unlucky(tmp_path / "unlucky", os.getpid()))
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_reported(ensemble, tmp_path):
     (tmp_path / "unlucky").touch()
     with pytest.raises(ExecutionError, match=r"A process was killed.*\d tasks were finished.*run the call again"):

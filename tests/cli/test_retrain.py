@@ -42,6 +42,7 @@ def test_random_subsets_are_trained_without_and_a_second_call_adds_seeds(config,
     assert torch.equal(more.measurements[:, :2], truth.measurements)
 
 
+@pytest.mark.slow
 def test_stacks_train_what_the_configuration_says(config, tmp_path):
     for choice in ("true", "false"):
         options = ["--subsets", "2", "--seeds", "3", "--stacked", choice, "--output", str(tmp_path / choice)]

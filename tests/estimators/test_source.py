@@ -110,7 +110,7 @@ def gauss_newton(run):
         (3, None, [0, 3, 6]),
         (3, 5, [0, 1, 3]),
         ([2, 7], None, [0, 2, 7]),
-        (9, None, list(range(9))),
+        pytest.param(9, None, list(range(9)), marks=pytest.mark.slow),
     ],
 )
 def test_responses_are_those_of_the_equations(classifiers, segments, step, starts):

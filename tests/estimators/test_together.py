@@ -82,8 +82,14 @@ def stacking(monkeypatch):
     return plans
 
 
-@pytest.mark.parametrize("mode", ["reverse", "forward"])
-@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+@pytest.mark.parametrize(
+    ("make", "mode"),
+    [
+        pytest.param(make, mode, id=f"{name}-{mode}", marks=[pytest.mark.slow] * (name != "a network"))
+        for name, make in MODULES.items()
+        for mode in ("reverse", "forward")
+    ],
+)
 def test_stacked_runs_give_what_runs_alone_give(recorded, request, make, mode):
     ensemble = recorded(make)
     alone = responses(ensemble, make(), mode=mode, runs_per_batch=1)

@@ -129,7 +129,10 @@ def test_the_announced_memory_covers_the_comparison_of_a_traced_step(fit, tmp_pa
     assert plans[0].memory / 1.5 < peak < 1.5 * plans[0].memory
 
 
-@pytest.mark.parametrize(("together", "traced"), [(4, {torch.float32}), (3, {torch.float32, torch.float64})])
+@pytest.mark.parametrize(
+    ("together", "traced"),
+    [(4, {torch.float32}), pytest.param(3, {torch.float32, torch.float64}, marks=pytest.mark.slow)],
+)
 def test_steps_are_traced_in_double_precision_only_to_diagnose_many_runs(root, times, monkeypatch, together, traced):
     times["stacked"] = 0.02
     monkeypatch.setattr(unrolled, "DIAGNOSED_TOGETHER", together)

@@ -82,7 +82,7 @@ def ask(root, network=None, **settings):
     )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_each_process_records_what_it_sees(tmp_path, workers):
     inputs, targets, weights = weighted_data(EXAMPLES)
     data = loader(inputs, targets, weights, workers=workers)
