@@ -13,6 +13,7 @@ from lightning_dtda import UnrolledDifferentiation
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "rows"), [("power", 61), ("significance", 25)])
 def test_tables_are_printed_in_full(name, rows, monkeypatch, capsys):
     threads = torch.get_num_threads()

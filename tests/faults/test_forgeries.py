@@ -161,7 +161,7 @@ def forged(sound, tmp_path, data, kind):
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None
 )
-LONG = settings(QUICK, max_examples=1000, print_blob=True)
+LONG = settings(QUICK, max_examples=500, print_blob=True)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -225,7 +225,7 @@ def test_stored_batches_of_another_type_are_refused(recordings, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(callbacks, "EMAWeightAveraging"), reason="lightning has no average of BatchNorm")
 @pytest.mark.parametrize("kind", RECORDED)
-@settings(LONG, max_examples=60)
+@settings(LONG, max_examples=30)
 @given(data=st.data())
 def test_what_a_forged_recording_answers_when_attributed(recordings, tmp_path, kind, data):
     forged(recordings, tmp_path, data, kind)

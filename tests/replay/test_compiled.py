@@ -63,11 +63,13 @@ def test_a_compiled_step_is_the_eager_one(case, way):
 
 
 QUICK = {"dropout", "mixup"}
+"""The cases that stand for all, where what is tested does not depend on the layers."""
 
 
-@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    ("case", "micro_batches"),
+    [(case, 1) if case in QUICK else pytest.param(case, 1, marks=pytest.mark.slow) for case in CASES]
+    + [pytest.param(case, 2, marks=pytest.mark.slow) for case in sorted(QUICK)],
 )
 def test_what_is_compiled_computes_the_eager_step(case, micro_batches, way, as_it_is):
     torch.manual_seed(0)

@@ -288,6 +288,7 @@ def test_random_data_sets_are_refused():
         retrained(data=data)
 
 
+@pytest.mark.slow
 def test_auto_leaves_to_the_trainer_what_cannot_be_stacked(caplog):
     caplog.set_level("INFO", logger="lightning_dtda")
     arguments = {"module": Dropping, "data": training_loader()}
