@@ -43,6 +43,9 @@ _RETURN = frozenset({"bernoulli", "rand", "rand_like", "randn", "randn_like", "n
 
 Generator: TypeAlias = "torch.Generator | np.random.Generator | np.random.RandomState | random.Random"
 
+GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+"""Types of generators that an object may own."""
+
 
 class Generators:
     """All generators that a module may draw from: the global ones of torch, NumPy and Python, and its own.
@@ -53,8 +56,7 @@ class Generators:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-        found = [value for layer in module.modules() for value in vars(layer).values() if isinstance(value, kinds)]
+        found = [value for layer in module.modules() for value in vars(layer).values() if isinstance(value, GENERATORS)]
         self._own: list[Any] = list({id(generator): generator for generator in found}.values())
         self._device = device
         self._numpy: tuple[bytes, Tensor] | None = None
@@ -106,17 +108,12 @@ class Generators:
             _set_state(self._own[int(name.removeprefix(_OWN))], state)
 
     def seed(self, seed: int) -> None:
-        """Seed all generators."""
+        """Seed all generators; the module's own get others, as they would draw the same numbers from the same seed."""
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
-        for generator in self._own:
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-            elif isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = type(generator.bit_generator)(seed).state
-            else:
-                generator.seed(seed % 2**32)
+        for number, generator in enumerate(self._own, 1):
+            seed_generator(generator, seed + number)
 
     @contextmanager
     def refusing_other_devices(self, states: Mapping[str, Tensor]) -> Iterator[None]:
@@ -173,6 +170,17 @@ class Generators:
             self._python = (content, packed) if is_known and content is not None else None
             return packed
         return self._python[1]
+
+
+def seed_generator(generator: Generator, seed: int) -> None:
+    """Seed a generator that is not a global one."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        fresh: Any = type(generator.bit_generator)
+        generator.bit_generator.state = fresh(seed).state
+    else:
+        generator.seed(seed % 2**32)
 
 
 def drawn_from(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
