@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dtda.compatibility import fetched, keep_index_sampler, missing, training_loaders
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.recording.crossed_seeds import OrderStream, RunSeeds, seed_noise
+from lightning_dtda.recording.crossed_seeds import NoiseStream, OrderStream, RunSeeds
 from lightning_dtda.replay.random_states import Generators
 
 
@@ -45,7 +45,7 @@ class BatchTap:
         self._trainer = trainer
         self._module = module
         self._seeds = seeds
-        self._order: OrderStream | None = None
+        self._streams: tuple[OrderStream, NoiseStream] | None = None
         self._tapped: list[tuple[DataLoader[Any], Any]] = []
         self._last: tuple[dict[str, torch.Tensor], Any] | None = None
         # instance attributes shadow the methods; `remove` deletes them again
@@ -61,6 +61,8 @@ class BatchTap:
         for loader, batch_sampler in self._tapped:
             _set_batch_sampler(loader, batch_sampler)
         self._tapped.clear()
+        if self._streams is not None:
+            self._streams[0].end()
 
     @property
     def loader(self) -> DataLoader[Any]:
@@ -119,14 +121,13 @@ class BatchTap:
         if self._trainer.state.stage == RunningStage.TRAINING:
             _refuse_unsupported(loader)
             if self._seeds is not None:
-                if self._order is None:
-                    self._order = OrderStream(self._seeds)
-                    seed_noise(self._seeds)
-                self._order.begin(loader)
+                if self._streams is None:
+                    self._streams = OrderStream(self._seeds), NoiseStream(self._seeds, self._module)
+                self._streams[0].begin(loader)
             sampler = _sampler_of(loader)
             if not isinstance(sampler, _TappedBatchSampler):
                 self._tapped.append((loader, sampler))
-                _set_batch_sampler(loader, _TappedBatchSampler(sampler, self._order))
+                _set_batch_sampler(loader, _TappedBatchSampler(sampler, self._streams))
         return self._process(loader)
 
     @cached_property
@@ -136,6 +137,8 @@ class BatchTap:
 
     def _convert_input(self, data: Any) -> Any:
         if self._trainer.state.stage == RunningStage.TRAINING:
+            if self._streams is not None:
+                self._streams[1].begin("batch", self._generators)
             self._last = self._generators.states(), data
         return self._convert(data)
 
@@ -156,19 +159,19 @@ def _set_batch_sampler(loader: DataLoader[Any], batch_sampler: Any) -> None:
 class _TappedBatchSampler:
     """The user's batch sampler, with iterators that remember what they yielded."""
 
-    def __init__(self, inner: Any, order: OrderStream | None) -> None:
-        vars(self).update(_inner=inner, _order=order)
+    def __init__(self, inner: Any, streams: tuple[OrderStream, NoiseStream] | None) -> None:
+        vars(self).update(_inner=inner, _streams=streams)
 
     def __iter__(self) -> _TappedIterator:
-        with _drawing(self._order):
-            return _TappedIterator(iter(self._inner), self._order)
+        with _drawing(self._streams, "workers"):
+            return _TappedIterator(iter(self._inner), self._streams)
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def __getattr__(self, name: str) -> Any:
         # set_epoch, batch_size, drop_last, ...; the guard prevents infinite recursion when copying and unpickling
-        if name in ("_inner", "_order"):
+        if name in ("_inner", "_streams"):
             raise AttributeError(name)
         return getattr(self._inner, name)
 
@@ -180,9 +183,9 @@ class _TappedBatchSampler:
 class _TappedIterator:
     """Remembers the batches of indices that were drawn but not yet requested, by their number."""
 
-    def __init__(self, inner: Iterator[Any], order: OrderStream | None) -> None:
+    def __init__(self, inner: Iterator[Any], streams: tuple[OrderStream, NoiseStream] | None) -> None:
         self._inner = inner
-        self._order = order
+        self._streams = streams
         self._count = 0
         self.drawn: dict[int, Any] = {}
 
@@ -190,7 +193,7 @@ class _TappedIterator:
         return self
 
     def __next__(self) -> Any:
-        with _drawing(self._order):
+        with _drawing(self._streams, "items"):
             indices = next(self._inner)
         # a copy: a sampler may refill and yield the same list again before this batch is trained on
         self.drawn[self._count] = indices.tolist() if isinstance(indices, torch.Tensor) else copy.copy(indices)
@@ -198,8 +201,15 @@ class _TappedIterator:
         return indices
 
 
-def _drawing(order: OrderStream | None) -> AbstractContextManager[None]:
-    return nullcontext() if order is None else order.drawing()
+@contextmanager
+def _drawing(streams: tuple[OrderStream, NoiseStream] | None, follows: Literal["items", "workers"]) -> Iterator[None]:
+    """Let the sampler draw the order; what the loader draws afterwards is noise."""
+    if streams is None:
+        yield
+        return
+    with streams[0].drawing():
+        yield
+    streams[1].begin(follows)
 
 
 def _refuse_unsupported(loader: Any) -> None:

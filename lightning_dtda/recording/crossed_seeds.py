@@ -11,16 +11,16 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.replay.random_states import Generators
+from lightning_dtda.replay.random_states import GENERATORS, Generator, Generators, seed_generator
 from lightning_dtda.trajectory.manifest import Source
 
 LIMIT = 1000
@@ -45,7 +45,7 @@ class RunSeeds:
         if source == "initialisation":
             return seed  # the same initial parameters as those of an ordinary run with this seed
         # other numbers: with the same ones, initial parameters and order would depend on each other
-        return int.from_bytes(hashlib.sha256(f"{source} {seed}".encode()).digest()[:4], "big")
+        return _hashed(f"{source} {seed}")
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,16 @@ class CrossedSeeds:
         return {source: _checked(source, seeds) for source, seeds in given.items() if seeds is not None}
 
     def runs(self) -> list[RunSeeds]:
-        """Return the seeds of each run; those of the first source vary fastest."""
+        """Return the seeds of each run, so ordered that the first ones combine few seeds of each source.
+
+        A recording that stops early then leaves combinations of all sources, and what goes wrong shows after few runs.
+        """
         levels = self.levels
         found = []
-        for combined in itertools.product(*reversed(levels.values())):
-            crossed = dict(zip(levels, reversed(combined), strict=True))
+        numbers = itertools.product(*(range(len(seeds)) for seeds in reversed(levels.values())))
+        for combined in sorted(numbers, key=max):
+            chosen = zip(levels.items(), reversed(combined), strict=True)
+            crossed = {source: seeds[number] for (source, seeds), number in chosen}
             found.append(RunSeeds(sum(seed * _PLACES[source] for source, seed in crossed.items()), crossed))
         return found
 
@@ -140,7 +145,8 @@ class OrderStream:
 
     def __init__(self, seeds: RunSeeds) -> None:
         self._seed = seeds.of("order")
-        self._loaders = 0
+        self._seeded = 0
+        self._without_generator: list[tuple[DataLoader[Any], torch.Generator]] = []
         self._generators = Generators(nn.Module(), torch.device("cpu"))
         with self._generators.kept():
             torch.default_generator.manual_seed(self._seed)  # torch.manual_seed would seed those of a GPU, too
@@ -157,35 +163,81 @@ class OrderStream:
             self._states = self._generators.states()
 
     def begin(self, loader: DataLoader[Any]) -> None:
-        """Seed the generators that the samplers of a loader own.
-
-        Raises:
-            RecordingError: If workers draw from the same generator as the sampler.
-        """
+        """Seed the generators that the samplers of a loader own."""
+        for generator in _owned(loader.sampler, loader.batch_sampler):
+            seed_generator(generator, self._seed + self._seeded)
+            self._seeded += 1
         if loader.generator is not None and loader.num_workers > 0:
-            raise RecordingError(
-                "The DataLoader has a generator of its own, from which both the order of the batches and the random "
-                "numbers of its workers come, so their seeds cannot be set apart. Leave out generator, or set "
-                "num_workers=0."
-            )
-        for generator in _owned(loader.sampler) | _owned(loader.batch_sampler):
-            generator.manual_seed(self._seed + self._loaders)
-        self._loaders += 1
+            # the seeds of the workers, which are noise, would be drawn from the generator of the order
+            self._without_generator.append((loader, loader.generator))
+            loader.generator = None
+
+    def end(self) -> None:
+        """Restore the loaders."""
+        for loader, generator in self._without_generator:
+            loader.generator = generator
+        self._without_generator.clear()
 
     def take_over(self) -> None:
         """Let the global generators continue this stream from now on."""
         self._generators.set(self._states)
 
 
-def _owned(sampler: Any) -> set[torch.Generator]:
-    """Return the generators that are attributes of a sampler, and of samplers inside of it."""
-    found = set()
-    for value in vars(sampler).values() if hasattr(sampler, "__dict__") else ():
-        if isinstance(value, torch.Generator):
-            found.add(value)
-        elif isinstance(value, Sampler):
-            found |= _owned(value)
-    return found
+class NoiseStream:
+    """The random numbers drawn during training, on the CPU and on GPUs.
+
+    Where several runs share them, they start anew with each batch. A step then draws the same numbers in all of them,
+    however many the steps before drew: padded to other lengths, batches drop out other numbers of values.
+
+    Args:
+        seeds: Seeds of the run.
+        module: The module, whose own generators belong to the noise, too.
+    """
+
+    def __init__(self, seeds: RunSeeds, module: nn.Module) -> None:
+        self._seed = seeds.of("noise")
+        self._is_shared = "noise" in seeds.crossed
+        self._counts = {"batch": 0, "items": 0, "workers": 0}
+        # without seeds of the noise, generators that the module owns are left as the module seeds them
+        Generators(module if self._is_shared else nn.Module(), torch.device("cpu")).seed(self._seed)
+        self._global = Generators(nn.Module(), torch.device("cpu"))
+
+    def begin(self, what: Literal["batch", "items", "workers"], generators: Generators | None = None) -> None:
+        """Start anew if runs share these numbers.
+
+        Args:
+            what: What draws next: the passing of a batch through the module, the reading of a batch's items in this
+                process, or the workers of a new iterator, which follow a number drawn here.
+            generators: The generators; by default the global ones.
+        """
+        if self._is_shared:
+            self._counts[what] += 1
+            (generators or self._global).seed(_hashed(f"{what} {self._counts[what]} of {self._seed}"))
+
+
+def _owned(*samplers: Any) -> list[Generator]:
+    """Return the generators that are attributes of samplers, and of samplers inside of them."""
+    found: dict[int, Generator] = {}
+    seen: set[int] = set()
+
+    def look(sampler: Any) -> None:
+        if id(sampler) in seen or not hasattr(sampler, "__dict__"):
+            return
+        seen.add(id(sampler))
+        for value in vars(sampler).values():
+            if isinstance(value, GENERATORS):
+                found[id(value)] = value
+            # any iterable can be a sampler
+            elif hasattr(type(value), "__iter__") and not isinstance(value, (Dataset, torch.Tensor, nn.Module)):
+                look(value)
+
+    for sampler in samplers:
+        look(sampler)
+    return list(found.values())
+
+
+def _hashed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
 def seed_training(seed: int, crossed: CrossedSeeds | None = None) -> RunSeeds | None:
@@ -197,8 +249,3 @@ def seed_training(seed: int, crossed: CrossedSeeds | None = None) -> RunSeeds | 
     pl.seed_everything(seeds.of("initialisation"), workers=True, verbose=False)
     os.environ["PL_GLOBAL_SEED"] = str(seed)  # the run is named after it
     return seeds
-
-
-def seed_noise(seeds: RunSeeds) -> None:
-    """Seed what is drawn during training, on the CPU and on GPUs."""
-    Generators(nn.Module(), torch.device("cpu")).seed(seeds.of("noise"))
