@@ -8,6 +8,7 @@ import msgspec
 from typing_extensions import NotRequired, TypedDict
 
 from lightning_dtda.attribution.scales import ScaleName
+from lightning_dtda.trajectory.manifest import Source
 from lightning_dtda.trajectory.schema import Count, FileEntry
 
 _Number = Annotated[str, msgspec.Meta(pattern=r"\A[0-9]{1,18}\Z")]
@@ -53,6 +54,7 @@ class About(TypedDict, total=False):
     scale: ScaleName
     chaotic: list[str]
     seeds: dict[str, dict[str, Count]]
+    fixed_sources: list[Source]
     keep_top: Annotated[int, msgspec.Meta(ge=1)]
     draws: Draws | None
     shared: dict[str, str] | None

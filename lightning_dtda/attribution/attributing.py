@@ -48,6 +48,7 @@ from lightning_dtda.replay.examples import query_names as names_of_queries
 from lightning_dtda.replay.measuring import measure, nature
 from lightning_dtda.replay.ranges import EVERYTHING
 from lightning_dtda.trajectory import Ensemble
+from lightning_dtda.trajectory.traces import FIXED, fixed_sources
 from lightning_dtda.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -335,6 +336,10 @@ def _ask(
     }
     if seeds := {run.name: run.manifest.seeds for run in ensemble if run.manifest.seeds is not None}:
         about["seeds"] = seeds
+        if len(seeds) == len(ensemble) and (fixed := fixed_sources(ensemble)):
+            about["fixed_sources"] = fixed
+            for source in fixed:
+                _log.warning("Runs that differ only in the seed of the %s %s.", source, FIXED[source])
     return question, about, names_of_queries(question.queries)
 
 

@@ -151,7 +151,7 @@ class AttributionStore(Store):
     """
 
     parts: ClassVar[str] = "runs"
-    _free: ClassVar[tuple[str, ...]] = ("range", "scale", "seeds")
+    _free: ClassVar[tuple[str, ...]] = ("range", "scale", "seeds", "fixed_sources")
 
     @property
     def about(self) -> dict[str, Any]:

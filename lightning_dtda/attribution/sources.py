@@ -5,7 +5,8 @@ Functions of an attribution, and methods of :class:`~lightning_dtda.Attribution`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics.differences import Difference, resolve_difference
 from lightning_dtda.statistics.variance_components import Crossed, component_intervals, components
 from lightning_dtda.trajectory.independence import independent_runs
+from lightning_dtda.trajectory.traces import FIXED
 
 if TYPE_CHECKING:
     from lightning_dtda.attribution.attribution import Attribution, Runs
@@ -49,12 +51,16 @@ class VarianceBySource:
 
 
 def seeds_of(attribution: Attribution) -> dict[str, list[int]] | None:
-    """Return the seeds of each source in each run; ``None`` if not all runs have them, for the same sources."""
+    """Return the seeds of each source in each run; ``None`` if not all runs have them, for the same sources.
+
+    Sources whose seeds change nothing are left out: what an analysis of variance says of them is noise.
+    """
     recorded = attribution.about.get("seeds", {})
     of_runs = [recorded.get(run, {}) for run in attribution.runs]
     if not of_runs[0] or any(of_run.keys() != of_runs[0].keys() for of_run in of_runs):
         return None
-    return {source: [of_run[source] for of_run in of_runs] for source in of_runs[0]}
+    fixed = attribution.about.get("fixed_sources", ())
+    return {source: [of_run[source] for of_run in of_runs] for source in of_runs[0] if source not in fixed}
 
 
 def sharing_a_seed(attribution: Attribution) -> bool:
@@ -96,7 +102,8 @@ def variance_by_source(
         runs: As for :meth:`Attribution.influence`.
 
     Raises:
-        AttributionError: If the ensemble is not crossed, or the level is not between 0 and 1.
+        AttributionError: If the ensemble is not crossed, all but one of its sources change nothing, or the level is not
+            between 0 and 1.
 
     Example:
         >>> import torch
@@ -110,7 +117,8 @@ def variance_by_source(
     """
     check_share(level, "level")
     selected = attribution._selected(runs)
-    crossed = Crossed.of(seeds_of(selected) or {})
+    with _naming_fixed(selected):
+        crossed = Crossed.of(seeds_of(selected) or {})
     samples = (selected.baseline if removed is None else selected.predict(removed)).double()
     return VarianceBySource(
         parts=crossed.parts,
@@ -119,6 +127,21 @@ def variance_by_source(
         seeds=dict(zip(crossed.sources, crossed.shape, strict=True)),
         runs=len(crossed.runs),
     )
+
+
+@contextmanager
+def _naming_fixed(attribution: Attribution) -> Iterator[None]:
+    """Say in an error about the parts of the variance which sources have none."""
+    try:
+        yield
+    except AttributionError as error:
+        if not (fixed := attribution.about.get("fixed_sources")):
+            raise
+        reasons = " ".join(
+            f"Runs that differ only in the seed of the {source} {FIXED[source]}, so it contributes nothing."
+            for source in fixed
+        )
+        raise AttributionError(f"{reasons} {error}") from error
 
 
 def resolved(attribution: Attribution, difference: str | Difference, infers: bool = False) -> Difference:
@@ -133,7 +156,8 @@ def resolved(attribution: Attribution, difference: str | Difference, infers: boo
         AttributionError: As :func:`~lightning_dtda.statistics.resolve_difference`; or if runs share a seed and the
             difference takes them to be independent. Without inference, that of the mean is still right.
     """
-    chosen = resolve_difference(difference).of_runs(seeds_of(attribution))
+    with _naming_fixed(attribution):
+        chosen = resolve_difference(difference).of_runs(seeds_of(attribution))
     if not chosen.crossed and (infers or chosen.moments != ("mean",)):
         what = f"inference about the {chosen.name} influence" if infers else f"the {chosen.name} influence"
         refuse_crossed(attribution, what)

@@ -1,12 +1,9 @@
-"""Checks of recorded runs with seeds set apart: runs that share a seed must share what it decides."""
+"""Checks of recorded runs with seeds set apart: runs that share a seed must share what it decides, and no others."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording.crossed_seeds import CrossedSeeds
@@ -14,8 +11,7 @@ from lightning_dtda.recording.recorder import run_name
 from lightning_dtda.recording.seeds import is_complete
 from lightning_dtda.trajectory import Run
 from lightning_dtda.trajectory.manifest import Source
-
-_log = logging.getLogger(__name__)
+from lightning_dtda.trajectory.traces import FIXED, Traces, agree, traces_of
 
 
 def refuse_other_seeds(root: Path, wanted: Sequence[int], crossed: CrossedSeeds | None) -> None:
@@ -36,68 +32,90 @@ def refuse_other_seeds(root: Path, wanted: Sequence[int], crossed: CrossedSeeds 
             )
 
 
-def check_crossed(root: Path, seeds: Sequence[int]) -> None:
-    """Check that complete runs with the same seed of a source share what this source decides.
+class CrossedRuns:
+    """Compares the runs of a crossed ensemble as they become complete.
 
-    Runs with the same initialisation must start from the same parameters, and runs with the same order must have the
-    same batches, at the first, the middle and the last step that both have.
+    Runs with the same seed of the initialisation must start from the same parameters and buffers; those with the same
+    seed of the order must have the same batches; and those with the same seed of the noise must draw the same numbers
+    at the same step. Two runs that differ in the seed of one source alone must differ in what it decides.
 
-    Raises:
-        RecordingError: If they do not, so the variance cannot be split by source.
+    Args:
+        root: Directory of the ensemble.
     """
-    directories = [root / run_name(seed) for seed in seeds]
-    runs = [Run(directory) for directory in directories if is_complete(directory)]
-    runs = [run for run in runs if run.manifest.seeds is not None]
-    _compare(runs, "initialisation", _same_start, "start from the same parameters", _INITIALISATION)
-    if _compare(runs, "order", _same_batches, "have the same batches", _ORDER) and len(runs) > 1:
-        _log.warning(
-            "The batches are the same for all seeds of the order, so it contributes nothing to the variance. If the "
-            "training data should be shuffled, set shuffle=True."
-        )
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._compared: set[int] = set()
+        self._same: dict[tuple[Source, int], tuple[Path, Traces]] = {}
+        self._others: dict[tuple[Source, frozenset[tuple[Source, int]]], tuple[Path, Traces]] = {}
+        self._varying: set[Source] = set()
+
+    def add(self, seed: int) -> None:
+        """Compare a run with those before, if it is complete and was not compared yet.
+
+        Raises:
+            RecordingError: If runs that share a seed differ, or the seeds of a source change nothing, so the variance
+                cannot be split by source.
+        """
+        directory = self._root / run_name(seed)
+        if seed in self._compared or not is_complete(directory):
+            return
+        self._compared.add(seed)
+        run = Run(directory)
+        seeds = run.manifest.seeds
+        if not seeds:
+            return
+        traces = traces_of(run)
+        for source, of_source in seeds.items():
+            path, first = self._same.setdefault((source, of_source), (directory, traces[source]))
+            if agree(first, traces[source]) is False:
+                does, remedy = _SHARED[source]
+                raise RecordingError(
+                    f"{directory} and {path} have the same seed of the {source}, {of_source}, but do not {does}. "
+                    f"{remedy}, or record plain seeds. Runs recorded so far do not fit those: choose another directory."
+                )
+        for source in seeds.keys() - self._varying:
+            rest = frozenset((other, number) for other, number in seeds.items() if other != source)
+            path, first = self._others.setdefault((source, rest), (directory, traces[source]))
+            if path == directory or (agreed := agree(first, traces[source])) is None:
+                continue
+            if agreed:
+                raise RecordingError(
+                    f"{path} and {directory} differ only in the seed of the {source}, but {FIXED[source]}: the "
+                    f"{source} contributes nothing to the variance. {_FIXED[source]}. Then record into another "
+                    "directory."
+                )
+            self._varying.add(source)
 
 
-_INITIALISATION = (
-    "A hook draws initial parameters after the training data are loaded; let __init__, setup or configure_model draw "
-    "them"
-)
-_ORDER = (
-    "The sampler draws from a generator of its own that depends on something else than the order's seed; let it draw "
-    "from torch's global generator, or from a torch.Generator that is an attribute of the sampler"
-)
+_SHARED: dict[Source, tuple[str, str]] = {
+    "initialisation": (
+        "start from the same parameters and buffers",
+        "A hook draws initial parameters after the training data are loaded, or the networks share layers that an "
+        "earlier training changed; let __init__, setup or configure_model make and draw all of them",
+    ),
+    "order": (
+        "have the same batches",
+        "The sampler draws when it is made, or from a generator with a seed of its own; let its __iter__ draw from the "
+        "global generators, or from a generator that is an attribute of the sampler",
+    ),
+    "noise": (
+        "draw the same numbers at the same step",
+        "They come from a generator with a seed of its own, or a hook seeds the generators; let training_step and the "
+        "data set draw from the global generators",
+    ),
+}
+"""What runs that share a seed have in common, and what to do if they do not."""
 
-
-def _compare(runs: Sequence[Run], source: Source, same: Callable[[Run, Run], bool], shared: str, remedy: str) -> bool:
-    """Compare each run with the first that has the same seed of a source; return whether all other seeds agree, too.
-
-    Raises:
-        RecordingError: If runs with the same seed differ.
-    """
-    first: dict[int, Run] = {}
-    for run in runs:
-        seed = (run.manifest.seeds or {}).get(source)
-        if seed is None:
-            continue
-        other = first.setdefault(seed, run)
-        if not same(run, other):
-            raise RecordingError(
-                f"{run.path} and {other.path} have the same seed of the {source}, {seed}, but do not {shared}. "
-                f"{remedy}, or record plain seeds."
-            )
-    found = list(first.values())
-    return len(found) > 1 and all(same(found[0], other) for other in found[1:])
-
-
-def _same_start(run: Run, other: Run) -> bool:
-    return run is other or torch.equal(run.checkpoint(0).theta, other.checkpoint(0).theta)
-
-
-def _same_batches(run: Run, other: Run) -> bool:
-    last = min(run.steps, other.steps) - 1
-    return run is other or all(
-        torch.equal(first.indices, second.indices)
-        for step in {0, last // 2, last}
-        for first, second in zip(run.micro_batches(step), other.micro_batches(step), strict=False)
-    )
+_FIXED: dict[Source, str] = {
+    "initialisation": "Leave out its seeds, or let the seed decide the initial parameters",
+    "order": (
+        "Set shuffle=True; let a sampler of your own draw from the global generators each time it is iterated over; or "
+        "leave out the seeds of the order"
+    ),
+    "noise": "Leave out its seeds, or let training_step and the data set draw from the global generators",
+}
+"""What to do about a source whose seeds change nothing."""
 
 
 def _said(seeds: Mapping[Source, int] | None) -> str:

@@ -17,7 +17,7 @@ from lightning_dtda.errors import CannotStackError, RecordingError
 from lightning_dtda.execution import Lost, ThisProcess, Workers, workers_of
 from lightning_dtda.execution.progress import progress_bar
 from lightning_dtda.execution.quiet import output_to, quiet_lightning
-from lightning_dtda.recording.crossed_runs import check_crossed, refuse_other_seeds
+from lightning_dtda.recording.crossed_runs import CrossedRuns, refuse_other_seeds
 from lightning_dtda.recording.crossed_seeds import CrossedSeeds
 from lightning_dtda.recording.recorder import TrajectoryRecorder, run_name
 from lightning_dtda.recording.seeds import Data, MakeTraining, is_complete, record_seeds, refuse_shared
@@ -67,7 +67,8 @@ def record(
 
     Raises:
         RecordingError: If the seeds or the recorder's settings are invalid; if the first two of more seeds fail for the
-            same reason; or, for stacks, if another process records one of these runs or a file cannot be written.
+            same reason; if runs that share the seed of a source differ in what it decides, or its seeds change nothing;
+            or, for stacks, if another process records one of these runs or a file cannot be written.
         DiskSpaceError: If the disk has not enough space for all runs, or becomes full.
         CannotStackError: If the trainings cannot be stacked although ``stacked=True``. Complete runs are kept.
         ExecutionError: If the workers or the device do not exist, or a process was lost.
@@ -95,8 +96,11 @@ def record(
     _refuse_recorder(recorder)
     missing = [seed for seed in wanted if not is_complete(recorder.root / run_name(seed))]
     refuse_other_seeds(recorder.root, wanted, crossed)
+    crossed_runs = None if crossed is None else CrossedRuns(recorder.root)
+    if crossed_runs is not None:
+        for seed in wanted:
+            crossed_runs.add(seed)
     if not missing:
-        check_crossed(recorder.root, wanted)
         return {}
     # if a training uses several processes, the others get here too
     show = progress and getattr(rank_zero_only, "rank", 0) == 0
@@ -104,13 +108,13 @@ def record(
 
         def finished(seed: int) -> None:
             advance(1)
+            if crossed_runs is not None:  # what goes wrong shows after few runs, not after all
+                crossed_runs.add(seed)
 
         if stacked:
             try:
                 settings: dict[str, Any] = {"device": device, "compile": compile, "crossed": crossed}
-                failures = record_stacked(make, recorder, missing, finished=finished, **settings)
-                check_crossed(recorder.root, wanted)
-                return failures
+                return record_stacked(make, recorder, missing, finished=finished, **settings)
             except CannotStackError as error:
                 if stacked is True:
                     raise
@@ -118,9 +122,7 @@ def record(
                 # a seed that failed with the Trainer is trained again, and reported again
                 missing = [seed for seed in missing if not is_complete(recorder.root / run_name(seed))]
         if isinstance(workers, ThisProcess):
-            failures = record_seeds(make, recorder, missing, finished, crossed=crossed)
-            check_crossed(recorder.root, wanted)
-            return failures
+            return record_seeds(make, recorder, missing, finished, crossed=crossed)
         failures = {}
         results = workers.run(_Elsewhere(make, recorder, tuple(missing), crossed), missing)
         for tried, (seed, result) in enumerate(results, 1):
@@ -133,7 +135,6 @@ def record(
                 failures[seed] = reason
                 refuse_shared(failures, tried, len(missing))
             finished(seed)
-    check_crossed(recorder.root, wanted)
     logs = {seed: _log_of(recorder, seed) for seed in failures}
     return {seed: f"{why} (see {logs[seed]})" if logs[seed].exists() else why for seed, why in failures.items()}
 

@@ -21,6 +21,8 @@ from lightning_dtda import (
 )
 from lightning_dtda.errors import AttributionError, RetrainingError
 from lightning_dtda.recording import CrossedSeeds
+from lightning_dtda.recording.recording import checked_seeds
+from lightning_dtda.recording.seeds import record_seeds
 from lightning_dtda.reporting import find
 from lightning_dtda.reporting.terminal import print_summary
 from lightning_dtda.statistics.variance_components import Crossed, components
@@ -245,6 +247,30 @@ def test_more_seeds_continue_a_stored_answer(tmp_path):
     assert few.variance_by_source().seeds == {"initialisation": 2, "order": 2}
     assert few.p_values("order_variance").isnan().all()
     assert grown(3).variance_by_source().seeds == {"initialisation": 2, "order": 3}
+
+
+def test_a_source_whose_seeds_change_nothing_has_no_part(tmp_path, caplog):
+    def unshuffled():
+        return make()[0], Regressor(), DataLoader(tensors(EXAMPLES, 0), batch_size=4)
+
+    def attributed(seeds):
+        root = tmp_path / f"{len(seeds)}"
+        assert record_seeds(unshuffled, TrajectoryRecorder(root), checked_seeds(seeds), crossed=seeds) == {}
+        return attribute(Ensemble.open(root), Regressor(), loader(), queries=tensors(1, 1), progress=False)
+
+    found = attributed(CrossedSeeds(initialisation=2, order=2))
+    said = "Runs that differ only in the seed of the order have the same batches"
+    assert said in caplog.text
+    for ask in (lambda: found.variance_by_source(), lambda: found.influence("order_variance")):
+        with pytest.raises(AttributionError, match=f"{said}, so it contributes nothing"):
+            ask()
+    assert find(found).sources is None
+    # of three sources, the other two are split
+    seeds = CrossedSeeds(initialisation=2, order=2, noise=2)
+    about = found.about | {"seeds": {f"run-{of_run.run}": of_run.crossed for of_run in seeds.runs()}}
+    values = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
+    three = Attribution(values, torch.zeros(8, 1, 1), tuple(about["seeds"]), (0,), about)
+    assert three.variance_by_source().parts == ("initialisation", "noise", "rest")
 
 
 def test_page_terminal_and_json_say_where_the_variance_comes_from(attribution, tmp_path, capsys):

@@ -6,12 +6,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import Ensemble, TrajectoryRecorder, record
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import CrossedSeeds
-from lightning_dtda.recording.crossed_seeds import OrderStream, seed_noise
+from lightning_dtda.recording.crossed_seeds import NoiseStream, OrderStream
 
 EXAMPLES = TensorDataset(
     torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.randn(40, generator=torch.Generator())
@@ -28,24 +28,6 @@ class Plain(pl.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Late(Plain):
-    """Draws its initial parameters after the training data are loaded."""
-
-    def on_train_start(self):
-        nn.init.normal_(self.net[0].weight)
-
-
-class Kept(RandomSampler):
-    """A sampler with a generator that follows the seed of the initialisation."""
-
-    def __init__(self, data):
-        super().__init__(data)
-        self.order = torch.randperm(len(data)).tolist()
-
-    def __iter__(self):
-        return iter(self.order)
 
 
 def loader():
@@ -116,35 +98,12 @@ def test_parallel_and_stacked_runs_are_the_same(tmp_path):
             )
 
 
-def test_a_generator_of_the_loader_follows_the_order(tmp_path):
-    def own():
-        return DataLoader(EXAMPLES, batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(5))
-
-    runs = recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(data=own))
-    assert shares(runs, order, 1)
-
-
-def test_a_generator_of_a_sampler_inside_another_follows_the_order(tmp_path):
-    def own():
-        inner = RandomSampler(EXAMPLES, generator=torch.Generator().manual_seed(5))
-        return DataLoader(EXAMPLES, batch_sampler=BatchSampler(inner, 8, drop_last=False))
-
-    runs = recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(data=own))
-    assert shares(runs, order, 1)
-
-
-def test_workers_that_draw_from_the_generator_of_the_order_are_refused():
-    data = DataLoader(EXAMPLES, shuffle=True, generator=torch.Generator(), num_workers=2)
-    with pytest.raises(RecordingError, match=r"Leave out generator, or set num_workers=0"):
-        OrderStream(CrossedSeeds(initialisation=2, order=2).of_run(0)).begin(data)
-
-
 def test_the_order_leaves_the_generators_of_a_gpu_to_the_noise(monkeypatch):
     seeds, seeded = CrossedSeeds(initialisation=2, order=2).of_run(1001), []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
     stream = OrderStream(seeds)
-    seed_noise(seeds)
+    NoiseStream(seeds, nn.Module())
     with stream.drawing():
         torch.rand(())
     assert seeded == [seeds.of("noise")]
@@ -162,27 +121,6 @@ def test_runs_with_other_seeds_are_not_taken_for_these(tmp_path):
     record(make_of(), TrajectoryRecorder(tmp_path), 2, progress=False)
     with pytest.raises(RecordingError, match=r"a single seed, not with initialisation 0 and order 0\. Choose"):
         record(make_of(), TrajectoryRecorder(tmp_path), CrossedSeeds(initialisation=2, order=2), progress=False)
-
-
-def test_parameters_drawn_too_late_are_found(tmp_path):
-    for _ in range(2):  # the second time, all runs are there already
-        with pytest.raises(RecordingError, match="same seed of the initialisation, 0, but do not start from the same"):
-            recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(Late))
-
-
-def test_a_sampler_that_ignores_the_order_is_found(tmp_path):
-    def own():
-        return DataLoader(EXAMPLES, batch_size=8, sampler=Kept(EXAMPLES))
-
-    with pytest.raises(RecordingError, match="same seed of the order, 0, but do not have the same batches"):
-        recorded(tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(data=own))
-
-
-def test_a_fixed_order_is_pointed_out(tmp_path, caplog):
-    recorded(
-        tmp_path, CrossedSeeds(initialisation=2, order=2), make_of(data=lambda: DataLoader(EXAMPLES, batch_size=8))
-    )
-    assert "set shuffle=True" in caplog.text
 
 
 def test_several_processes_are_refused(tmp_path):

@@ -147,6 +147,12 @@ def test_a_seed_is_one_for_all_of_them(module):
     assert all(drawn[0][name] != drawn[2][name] for name in DRAWS)
 
 
+def test_a_generator_of_the_module_does_not_repeat_the_global_one(module):
+    module.noise = torch.Generator()
+    Generators(module, CPU).seed(5)
+    assert not torch.equal(torch.rand(3), torch.rand(3, generator=module.noise))
+
+
 def test_states_are_bytes_that_can_be_stored(module):
     generators = Generators(module, CPU)
     states = generators.states()
