@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_dtda.compatibility import fetched, keep_index_sampler, missing, training_loaders
 from lightning_dtda.errors import RecordingError
-from lightning_dtda.recording.crossed_seeds import NoiseStream, OrderStream, RunSeeds
+from lightning_dtda.recording.crossed_seeds import NoiseStream, OrderStream, RunSeeds, draws_from_torch
 from lightning_dtda.replay.random_states import Generators
 
 
@@ -163,8 +163,8 @@ class _TappedBatchSampler:
         vars(self).update(_inner=inner, _streams=streams)
 
     def __iter__(self) -> _TappedIterator:
-        with _drawing(self._streams, "workers"):
-            return _TappedIterator(iter(self._inner), self._streams)
+        with _drawing(self._streams, self._inner, "workers"):
+            return _TappedIterator(self._inner, self._streams)
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -183,8 +183,9 @@ class _TappedBatchSampler:
 class _TappedIterator:
     """Remembers the batches of indices that were drawn but not yet requested, by their number."""
 
-    def __init__(self, inner: Iterator[Any], streams: tuple[OrderStream, NoiseStream] | None) -> None:
-        self._inner = inner
+    def __init__(self, sampler: Any, streams: tuple[OrderStream, NoiseStream] | None) -> None:
+        self._sampler = sampler
+        self._inner = iter(sampler)
         self._streams = streams
         self._count = 0
         self.drawn: dict[int, Any] = {}
@@ -193,7 +194,7 @@ class _TappedIterator:
         return self
 
     def __next__(self) -> Any:
-        with _drawing(self._streams, "items"):
+        with _drawing(self._streams, self._sampler, "items"):
             indices = next(self._inner)
         # a copy: a sampler may refill and yield the same list again before this batch is trained on
         self.drawn[self._count] = indices.tolist() if isinstance(indices, torch.Tensor) else copy.copy(indices)
@@ -202,14 +203,17 @@ class _TappedIterator:
 
 
 @contextmanager
-def _drawing(streams: tuple[OrderStream, NoiseStream] | None, follows: Literal["items", "workers"]) -> Iterator[None]:
+def _drawing(
+    streams: tuple[OrderStream, NoiseStream] | None, sampler: Any, follows: Literal["items", "workers"]
+) -> Iterator[None]:
     """Let the sampler draw the order; what the loader draws afterwards is noise."""
     if streams is None:
         yield
         return
-    with streams[0].drawing():
+    order, noise = streams
+    with order.drawing(all_generators=not draws_from_torch(sampler)):
         yield
-    streams[1].begin(follows)
+    noise.begin(follows)
 
 
 def _refuse_unsupported(loader: Any) -> None:

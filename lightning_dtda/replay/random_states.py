@@ -112,6 +112,10 @@ class Generators:
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
+        self.seed_own(seed)
+
+    def seed_own(self, seed: int) -> None:
+        """Seed the module's own generators."""
         for number, generator in enumerate(self._own, 1):
             seed_generator(generator, seed + number)
 
