@@ -4,6 +4,7 @@
     python benchmarks/recording.py --optimizer adamw --workers 2
     python benchmarks/recording.py --optimizer adamw --processes 2
     python benchmarks/recording.py --models "MLP of" --steps 400 --repeats 3
+    python benchmarks/recording.py --models "MLP of 1 M" --steps 300 --crossed
 
 Each repeat trains every variant once, in rotating order, so a busy machine slows all of them equally; ratios are taken
 within a repeat, then the median over repeats. A step's time is the time from the start of step ``WARM_UP`` until
@@ -11,7 +12,8 @@ within a repeat, then the median over repeats. A step's time is the time from th
 directory, caches) occurs once and is reported separately; waiting for the writer's thread at the end is included. The
 ratio of the whole ``fit`` includes the start-up. The CPU time is that of all threads of the process, user and system:
 on a machine with an idle core, it shows what the wall clock hides. With several processes (DDP on gloo), the figures
-are those of the first one; the others keep step with it.
+are those of the first one; the others keep step with it. ``--crossed`` compares recordings whose seeds of
+initialisation, order and noise are set apart with those of plain seeds.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dtda import TrajectoryRecorder
+from lightning_dtda.recording import CrossedSeeds
 
 WARM_UP = 20
 """Number of steps before the clock starts: by then, allocators and caches have settled and the first batch is checked.
@@ -52,6 +55,13 @@ VARIANTS = {
     'gradients="bfloat16"': "bfloat16",
     'gradients="float32"': "float32",
 }
+
+SHARING = {
+    "plain seeds": (),
+    "initialisation, order": ("initialisation", "order"),
+    "and noise": ("initialisation", "order", "noise"),
+}
+"""Sources of randomness with seeds of their own, for ``--crossed``."""
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.9),
@@ -67,6 +77,7 @@ class Setting:
     optimizer: str
     workers: int
     processes: int
+    crossed: bool = False
 
 
 class Supervised(pl.LightningModule):
@@ -173,12 +184,15 @@ class Stopwatch(pl.Callback):
             self.first_step = time.perf_counter()
 
 
-def train(make: Model, setting: Setting, gradients: str | None, root: Path) -> Timing:
-    """Train once from seed 0, with a recorder unless ``gradients`` is ``None``."""
+def train(make: Model, setting: Setting, variant: str, root: Path) -> Timing:
+    """Train once from seed 0, with a recorder unless the variant has none."""
     pl.seed_everything(0, verbose=False)
     module, data = make(setting)
     stopwatch = Stopwatch()
+    gradients = "none" if setting.crossed else VARIANTS[variant]
     recorders = [] if gradients is None else [TrajectoryRecorder(root, gradients=gradients)]
+    if setting.crossed and (sources := SHARING[variant]):
+        recorders[0].seeds = CrossedSeeds(**dict.fromkeys(sources, 2)).of_run(0)
     trainer = pl.Trainer(
         max_steps=setting.steps,
         callbacks=[stopwatch, *recorders],
@@ -209,19 +223,19 @@ def train(make: Model, setting: Setting, gradients: str | None, root: Path) -> T
 
 def compare(make: Model, setting: Setting, repeats: int, root: Path) -> dict[str, list[Timing]]:
     """Time every variant ``repeats`` times, interleaved."""
-    timings: dict[str, list[Timing]] = {variant: [] for variant in VARIANTS}
-    order = list(VARIANTS)
-    train(make, replace(setting, steps=WARM_UP + 1), None, root)
+    order = list(SHARING if setting.crossed else VARIANTS)
+    timings: dict[str, list[Timing]] = {variant: [] for variant in order}
+    train(make, replace(setting, steps=WARM_UP + 1), order[0], root)
     for repeat in range(repeats):
         for variant in order:
-            timings[variant].append(train(make, setting, VARIANTS[variant], root / f"{repeat} {variant}"))
+            timings[variant].append(train(make, setting, variant, root / f"{repeat} {variant}"))
         order = [*order[1:], order[0]]
     return timings
 
 
 def ratios(timings: dict[str, list[Timing]], variant: str, clock: str) -> list[float]:
-    """Return, for each repeat, the variant's time relative to that without a recorder."""
-    pairs = zip(timings[variant], timings["no recorder"], strict=True)
+    """Return, for each repeat, the variant's time relative to that of the first one: no recorder, or plain seeds."""
+    pairs = zip(timings[variant], timings[next(iter(timings))], strict=True)
     return [getattr(timing, clock) / getattr(baseline, clock) for timing, baseline in pairs]
 
 
@@ -272,6 +286,7 @@ def main() -> None:
     parser.add_argument("--models", default="", help="those whose names contain this")
     parser.add_argument("--workers", type=int, default=0, help="processes that load the data of each training")
     parser.add_argument("--processes", type=int, default=1, help="processes of each training (DDP)")
+    parser.add_argument("--crossed", action="store_true", help="compare crossed seeds with plain ones")
     parser.add_argument("--json", type=Path, help="file for all timings")
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
@@ -280,7 +295,7 @@ def main() -> None:
         parser.error(f"--models must be part of one of these: {'; '.join(MODELS)}")
     if arguments.repeats < 2:
         parser.error("--repeats must be at least 2, to tell a spread")
-    setting = Setting(arguments.steps, arguments.optimizer, arguments.workers, arguments.processes)
+    setting = Setting(arguments.steps, arguments.optimizer, arguments.workers, arguments.processes, arguments.crossed)
     about = {
         "torch": torch.__version__,
         "lightning": pl.__version__,

@@ -35,8 +35,8 @@ def traces_of(run: Run) -> dict[Source, Traces]:
     found: dict[Source, Traces] = {"initialisation": {0: _checksum([start.theta, *buffers])}}
     order: Traces = {}
     noise: Traces = {}
-    # the powers are for runs of different length
-    steps = {0, run.steps // 2, run.steps - 1, *(8**power for power in range(20))}
+    # few, as each may be in another file of 64 MiB; the powers are for runs of different length
+    steps = {0, run.steps // 2, run.steps - 1, *(64**power for power in range(1, 8))}
     for step in sorted(step for step in steps if step < run.steps):
         for number, part in enumerate(run.micro_batches(step)):
             order[step, number] = batch = _checksum([part.indices])
