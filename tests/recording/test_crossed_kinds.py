@@ -1,5 +1,6 @@
 """Seeds set apart for many kinds of trainings: what they decide, and what is said where they decide nothing."""
 
+import itertools
 import random
 
 import lightning.pytorch as pl
@@ -297,6 +298,28 @@ def test_generators_of_a_module_stay_as_they_are_without_seeds_of_the_noise(tmp_
     runs = recorded(tmp_path, OwnGenerators, loader)
     states = [run.micro_batches(0)[0].rng_states["own.0"] for run in runs]
     assert all(torch.equal(states[0], other) for other in states)
+
+
+class Adapted(Quiet):
+    """Trains a layer behind frozen ones, which are drawn, or loaded."""
+
+    def __init__(self, loaded=None):
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        if loaded is not None:
+            self.frozen.load_state_dict(loaded)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([self.frozen(batch[0]), batch[1]], batch_idx)
+
+
+@pytest.mark.parametrize("loaded", [None, {"weight": torch.eye(3), "bias": torch.zeros(3)}], ids=["drawn", "loaded"])
+def test_frozen_layers_follow_the_initialisation_unless_they_are_loaded(loaded, tmp_path):
+    runs = recorded(tmp_path, lambda: Adapted(loaded), loader)
+    frozen = [run.checkpoint(0).buffers["frozen.weight"] for run in runs]
+    seeds = [run.manifest.seeds["initialisation"] for run in runs]
+    for (one, first), (other, second) in itertools.combinations(zip(seeds, frozen, strict=True), 2):
+        assert torch.equal(first, second) == (one == other or loaded is not None)
 
 
 class Late(Module):
