@@ -5,7 +5,8 @@
 prints the tables of ``docs/sources.md`` in a quarter of an hour. Measurements are sums of effects of
 the initialisation, of the order, and of both together, with given standard deviations. Gaussian, Student's t with 5
 degrees of freedom, and exponential effects are scaled to mean zero and variance one. In the tests, an example is
-removed that changes every run's measurement: its effects afterwards correlate with those before by 0.95.
+removed that changes every run's measurement: its effects afterwards correlate with those before by 0.95. Last come
+tests of the mean.
 """
 
 import argparse
@@ -13,13 +14,15 @@ import argparse
 import torch
 
 from benchmarks.power import SHAPES, noise
-from lightning_dtda.statistics import SourceVariance
+from lightning_dtda.statistics import Mean, SourceVariance
 from lightning_dtda.statistics.variance_components import Crossed, component_intervals
 
 GRIDS = ((5, 4), (8, 8), (16, 16))
+GRIDS_OF_THE_MEAN = ((4, 4), (4, 8), (4, 16), (8, 8))
 PARTS = ((1.0, 1.0, 0.5), (0.3, 1.0, 1.0), (0.0, 1.0, 1.0))
 """Standard deviations of the effects of initialisation, order and rest."""
 
+PARTS_OF_THE_MEAN = ((1.0, 1.0, 0.5), (0.3, 1.0, 1.0), (0.0, 0.0, 1.0), (1.0, 0.0, 0.3))
 PERSISTENCE = 0.95
 LEVEL = 0.05
 
@@ -74,6 +77,26 @@ def found(shape, grid, deviations, factors, ensembles):
     return float((p < LEVEL).double().mean())
 
 
+def of_the_mean(shape, grid, deviations, ensembles):
+    """Return the share of tests that find a mean where there is none, the same of those that share no seed, and errors.
+
+    The last is the standard error relative to that of the runs that share no seed.
+    """
+    generator = torch.Generator().manual_seed(2)
+    seeds = crossed_seeds(*grid)
+    test, alone = Mean().of_runs(seeds), [n * (grid[0] + 1) for n in range(min(grid))]  # no two share a seed
+    found, without, errors = [], [], []
+    for part in torch.arange(ensembles).split(500):
+        samples = measurements(draw(shape, generator, *grid, len(part)), deviations)
+        zero = torch.zeros_like(samples)
+        found.append(test.p_values(zero, samples) < LEVEL)
+        without.append(Mean().p_values(zero[alone], samples[alone]) < LEVEL)
+        both = test.standard_error(zero, samples), Mean().standard_error(zero[alone], samples[alone])
+        errors.append(torch.stack(both).square())
+    crossed, independent = torch.cat(errors, 1).mean(1).sqrt()
+    return *(float(torch.cat(each).double().mean()) for each in (found, without)), float(crossed / independent)
+
+
 def main():
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,6 +118,18 @@ def main():
                 row = [f"{found(shape, grid, deviations, factors, ensembles):.3f}" for grid in GRIDS]
                 said = f"| {shape} | {', '.join(f'{d:g}' for d in deviations)} | {name} | "
                 print(said + " | ".join(row) + " |", flush=True)
+    print("\nTests of the mean at 5 %; the same of runs that share no seed; ratio of the standard errors\n")
+    print("| effects | SD of initialisation, order, rest | ", end="")
+    print(
+        " | ".join(f"{r} x {c} runs" for r, c in GRIDS_OF_THE_MEAN) + " |\n|---|---|" + "---|" * len(GRIDS_OF_THE_MEAN)
+    )
+    for shape in SHAPES:
+        for deviations in PARTS_OF_THE_MEAN:
+            row = [
+                "{:.3f}, {:.3f}, {:.2f}".format(*of_the_mean(shape, g, deviations, ensembles))
+                for g in GRIDS_OF_THE_MEAN
+            ]
+            print(f"| {shape} | {', '.join(f'{d:g}' for d in deviations)} | " + " | ".join(row) + " |", flush=True)
 
 
 if __name__ == "__main__":

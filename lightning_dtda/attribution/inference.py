@@ -203,7 +203,7 @@ def runs_for_significance(
         check_share(value, name)
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
-    _refuse_part(chosen, "number of runs for significance")
+    _refuse_crossed(chosen, "number of runs for significance")
     removals, p = attribution.responses.shape[2], selected.p_values(chosen)
     together = 1 - (1 - level) / removals
     return Needed(
@@ -248,6 +248,7 @@ def retrainings_needed(
         check_share(value, name)
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
+    _refuse_crossed(chosen, "number of retrainings")
     selected._enough(chosen, chosen.least_runs_to_test, "number of retrainings")
     if not power_of.can_be_planned(chosen, len(selected.runs)):
         raise AttributionError(
@@ -276,7 +277,7 @@ def reliability(attribution: Attribution, difference: str | Difference = "mean",
     """
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
-    _refuse_part(chosen, "reliability")
+    _refuse_crossed(chosen, "reliability")
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "reliability")
     figures = selected._figures
     if figures is not None and (name := known_as(chosen)):
@@ -321,7 +322,7 @@ def runs_for_stable_top(
         raise AttributionError(f"k={k}; give a number from 1 to {removals - 1}, less than the number of removals.")
     selected = attribution._selected(runs)
     chosen = selected._resolved(difference, infers=True)
-    _refuse_part(chosen, "number of runs for a stable top")
+    _refuse_crossed(chosen, "number of runs for a stable top")
     selected._enough(chosen, 2 * max(chosen.least_runs, 2), "number of runs")
     half = len(selected.runs) // 2
     found = [
@@ -331,14 +332,17 @@ def runs_for_stable_top(
     return ranking.runs_for_stable_top(torch.cat(found), half, k, removals, agreement).clamp_min(chosen.least_runs)
 
 
-def _refuse_part(difference: Difference, what: str) -> None:
-    """Refuse a part of the variance, whose precision grows with the seeds of each source and not with the runs.
+def _refuse_crossed(difference: Difference, what: str) -> None:
+    """Refuse what depends on the number of runs, where precision grows with the seeds of each source.
 
     Raises:
-        AttributionError: If the difference is one.
+        AttributionError: If the difference is one of crossed runs.
     """
     if difference.crossed:
-        raise AttributionError(f"The {difference.title} has no {what}: it depends on the seeds of each source.")
+        instead = " Take the runs that share none: attribution.independent()." if difference.name == "mean" else ""
+        raise AttributionError(
+            f"The {difference.title} has no {what} here: it depends on the seeds of each source.{instead}"
+        )
 
 
 def _of_runs(selected: Attribution, difference: Difference, positions: Tensor) -> Tensor:

@@ -216,6 +216,27 @@ def component_intervals(crossed: Crossed, samples: Tensor, level: float = 0.95) 
     return crossed.components(replaced).quantile(quantiles, dim=-1).clamp_min(0)
 
 
+def mean_variance(crossed: Crossed, samples: Tensor) -> Tensor:
+    r"""Return the variance of the mean over crossed runs ``(...)``.
+
+    The sum of the components, each divided by the number of its effect's values, where negative ones count as zero:
+
+    .. math:: \hat V = \frac{\hat\sigma_a^2}{I} + \frac{\hat\sigma_b^2}{J} + \frac{\hat\sigma_e^2}{I J}
+
+    Args:
+        crossed: The crossed runs.
+        samples: Samples ``(runs, ...)``.
+
+    Example:
+        >>> crossed = Crossed.of({"initialisation": [0, 0, 1, 1], "order": [0, 1, 0, 1]})
+        >>> mean_variance(crossed, torch.tensor([0.0, 1.0, 4.0, 5.0], dtype=torch.float64))  # 8 / 2 + 0.5 / 2 + 0 / 4
+        tensor(4.2500, dtype=torch.float64)
+    """
+    found = components(crossed, samples).clamp_min(0)
+    values = [math.prod(crossed.shape[axis] for axis in effect) for effect in crossed.effects]
+    return sum(component / number for component, number in zip(found, values, strict=True))
+
+
 def _effective(values: Tensor, freedom: int) -> Tensor:
     """Return the degrees of freedom of the mean square of an effect's values ``(values, ...)``."""
     number = len(values)

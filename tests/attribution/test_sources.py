@@ -3,8 +3,10 @@
 import json
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,6 +27,7 @@ from lightning_dtda.recording.recording import checked_seeds
 from lightning_dtda.recording.seeds import record_seeds
 from lightning_dtda.reporting import find
 from lightning_dtda.reporting.terminal import print_summary
+from lightning_dtda.statistics import Mean
 from lightning_dtda.statistics.variance_components import Crossed, components
 
 EXAMPLES, QUERIES = 24, 4
@@ -131,16 +134,10 @@ def _seeds(attribution):
 @pytest.mark.parametrize(
     "infer",
     [
-        lambda attribution: attribution.interval("mean"),
         lambda attribution: attribution.influence("variance"),
         lambda attribution: attribution.influence("wasserstein"),
-        lambda attribution: attribution.top(),
-        lambda attribution: attribution.standard_error("mean"),
+        lambda attribution: attribution.standard_error(Mean("trimmed")),
         lambda attribution: attribution.p_values("spread"),
-        lambda attribution: attribution.significant("mean"),
-        lambda attribution: attribution.runs_for_significance("mean"),
-        lambda attribution: attribution.retrainings_needed(),
-        lambda attribution: attribution.reliability(),
         lambda attribution: attribution.joint_standard_error(),
         lambda attribution: attribution.joint_influence(),
         lambda attribution: attribution.keep_top(3),
@@ -150,6 +147,68 @@ def _seeds(attribution):
 def test_runs_that_share_seeds_are_not_taken_for_independent_ones(attribution, infer):
     with pytest.raises(AttributionError, match=r"Take the 4 runs that share none: attribution\.independent\(\)"):
         infer(attribution)
+
+
+def test_the_mean_has_the_standard_error_of_runs_that_share_seeds(attribution):
+    # by hand, for one query and example
+    changes = attribution.responses[:, 0, 5].double().numpy()
+    names = np.array([int(run.removeprefix("seed-")) for run in attribution.runs])
+    y = np.empty((5, 4))
+    y[names % 1000, names // 1000] = changes
+    rows, columns, mean = y.mean(1), y.mean(0), y.mean()
+    squares = np.array(
+        [
+            4 * ((rows - mean) ** 2).sum() / 4,
+            5 * ((columns - mean) ** 2).sum() / 3,
+            ((y - rows[:, None] - columns + mean) ** 2).sum() / 12,
+        ]
+    )
+    coefficients = np.array([1.0, 1.0, -1.0]) / 20
+    if squares[0] < squares[2]:
+        coefficients += np.array([-1.0, 0.0, 1.0]) / 20
+    if squares[1] < squares[2]:
+        coefficients += np.array([0.0, -1.0, 1.0]) / 20
+    variance = coefficients @ squares
+    freedom = 3  # of the order
+    assert float(attribution.influence("mean")[0, 5]) == pytest.approx(mean)
+    assert float(attribution.standard_error("mean")[0, 5]) == pytest.approx(variance**0.5)
+    p = 2 * stats.t.sf(abs(mean) / variance**0.5, freedom)
+    assert float(attribution.p_values("mean")[0, 5]) == pytest.approx(p)
+    width = stats.t.ppf(0.975, freedom) * variance**0.5
+    low, high = attribution.interval("mean")[:, 0, 5].tolist()
+    assert (low, high) == pytest.approx((mean - width, mean + width))
+    assert attribution.top(3)["standard_error"].gt(0).all()
+    assert attribution.significant("mean").shape == (QUERIES, EXAMPLES)
+
+
+def test_the_mean_is_that_of_the_complete_grid(attribution):
+    without_a_run = attribution.without_runs(["seed-0000"])
+    left = [n for n, run in enumerate(attribution.runs) if int(run.removeprefix("seed-")) % 1000]  # 4 x 4 runs
+    expected = attribution.responses[left].double().mean(0)
+    torch.testing.assert_close(without_a_run.influence("mean"), expected)
+    # where most runs are not in a grid, as little is said as before
+    few = attribution.without_runs([run for run in attribution.runs if run not in _CROSS])
+    assert torch.allclose(few.influence("mean"), few.responses.double().mean(0))
+    with pytest.raises(AttributionError, match=r"attribution\.independent\(\)"):
+        few.standard_error("mean")
+
+
+_CROSS = ("seed-0000", "seed-0001", "seed-1000", "seed-1001", "seed-0002", "seed-0003", "seed-2004", "seed-3004")
+"""2 x 2 runs and four others."""
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        lambda attribution: attribution.runs_for_significance("mean"),
+        lambda attribution: attribution.retrainings_needed(),
+        lambda attribution: attribution.reliability(),
+        lambda attribution: attribution.runs_for_stable_top(),
+    ],
+)
+def test_plans_of_the_mean_need_independent_runs(attribution, plan):
+    with pytest.raises(AttributionError, match=r"Take the runs that share none: attribution\.independent\(\)"):
+        plan(attribution)
 
 
 def test_independent_runs_share_no_seed(attribution):

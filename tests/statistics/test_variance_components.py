@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from benchmarks.variance_by_source import coverage, found
+from benchmarks.variance_by_source import PARTS_OF_THE_MEAN, coverage, found, of_the_mean
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.statistics import SourceVariance, resolve_difference
 from lightning_dtda.statistics.variance_components import (
@@ -13,6 +13,7 @@ from lightning_dtda.statistics.variance_components import (
     component_changes,
     component_intervals,
     components,
+    mean_variance,
 )
 
 
@@ -148,3 +149,24 @@ def test_a_part_is_found_by_name_but_only_in_crossed_runs():
         difference(normal(12), normal(12, seed=1))
     with pytest.raises(AttributionError, match=r"no part 'noise'\. These runs vary initialisation, order"):
         resolve_difference("noise_variance").of_runs(seeds(3, 4))
+
+
+@pytest.mark.parametrize("deviations", PARTS_OF_THE_MEAN)
+@pytest.mark.parametrize("grid", [(2, 8), (4, 4), (4, 16), (8, 8)])
+def test_the_mean_of_crossed_runs_is_tested_at_its_level_and_is_surer_than_that_of_independent_ones(deviations, grid):
+    size, _, error = of_the_mean("Gaussian", grid, deviations, 2000)
+    assert size < 0.065  # three standard errors of 2000 ensembles
+    assert error < 1
+
+
+def test_the_variance_of_a_mean_over_three_sources_has_little_bias():
+    sizes, ensembles = (4, 3, 5), 20_000
+    effects = {(0,): 1.0, (1,): 0.7, (2,): 0.8, (0, 1): 0.5, (0, 2): 0.6, (1, 2): 0.6, (0, 1, 2): 0.3}
+    y, expected = torch.zeros(*sizes, ensembles, dtype=torch.float64), 0.0
+    for number, (axes, deviation) in enumerate(effects.items()):
+        shape = [size if axis in axes else 1 for axis, size in enumerate(sizes)]
+        y = y + deviation * normal(*shape, ensembles, seed=number)
+        expected += deviation**2 / np.prod(shape)
+    found = mean_variance(Crossed.of(seeds(*sizes)), y.flatten(0, 2)).mean()
+    assert y.mean((0, 1, 2)).var() == pytest.approx(expected, rel=0.05)
+    assert found == pytest.approx(expected, rel=0.05)

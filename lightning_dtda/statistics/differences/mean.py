@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dtda.errors import AttributionError
+from lightning_dtda.statistics.differences.crossed_mean import CrossedMean
 from lightning_dtda.statistics.differences.difference import Difference, Moment
+from lightning_dtda.statistics.variance_components import Crossed
 
 Location = Literal["mean", "median", "trimmed"]
 
@@ -52,6 +56,18 @@ class Mean(Difference):
             self.name, self.title = "trimmed_mean", "trimmed mean influence"
             self.formula = "trimmed mean of Y \N{MINUS SIGN} X"
             self.meaning = "change of the {measurement}, mean over runs without the fifths that change most and least,"
+
+    @override
+    def of_runs(self, seeds: Mapping[str, Sequence[int]] | None) -> Difference:
+        """Return the change of the mean for crossed runs, if they are, and most of them combine each seed with each."""
+        if self.location != "mean" or not seeds:
+            return self
+        try:
+            crossed = Crossed.of(seeds)
+        except AttributionError:
+            return self
+        runs = len(next(iter(seeds.values())))
+        return CrossedMean(crossed, runs) if 2 * len(crossed.runs) > runs else self
 
     def standard_error(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return the standard error of the mean response, or that of the location.
