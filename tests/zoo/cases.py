@@ -161,3 +161,9 @@ CASES: dict[str, Case] = {
         Case("tabular", "tables", ("pytorch_tabular",), random=("torch",), lightning="pytorch_lightning"),
     )
 }
+
+REFUSED = {"neuralforecast_nhits": "has a row for each example"}
+"""Its step draws windows of series across the batch, so that no row of the loss belongs to an example."""
+
+RANDOM_ITEMS = {"augmented_items"}
+"""The data set draws each time it is asked: the batches themselves are recorded."""

@@ -9,12 +9,7 @@ from lightning_dtda import Ensemble, TrajectoryRecorder, UnrolledDifferentiation
 from lightning_dtda.errors import RecordingError
 from lightning_dtda.estimators import InfluenceFunctions
 from lightning_dtda.replay import Replay, training_examples
-
-REFUSED = {"neuralforecast_nhits": "has a row for each example"}
-"""Its step draws windows of series across the batch, so that no row of the loss belongs to an example."""
-
-RANDOM_ITEMS = {"augmented_items"}
-"""The data set draws each time it is asked: the batches themselves are recorded."""
+from tests.zoo.cases import CASES, RANDOM_ITEMS, REFUSED
 
 DROPOUT_INSIDE_CUDNN = {"packed_lstm"}
 """On a GPU, cuDNN draws what these drop out."""
@@ -166,8 +161,6 @@ def test_answers_on_a_gpu_in_the_precision_of_the_training(case, device, precisi
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_attributed_is_refused_before_the_training(name, tmp_path):
-    from tests.zoo.cases import CASES
-
     case = CASES[name]
     case.skip_unless_installed()
     module, data = case.make(0)

@@ -9,8 +9,7 @@ from lightning_dtda.recording import CrossedSeeds
 from lightning_dtda.recording.crossed_runs import CrossedRuns
 from lightning_dtda.recording.seeds import record_seeds
 from lightning_dtda.trajectory.traces import agree, traces_of
-from tests.zoo.cases import CASES
-from tests.zoo.test_attribution import RANDOM_ITEMS, REFUSED
+from tests.zoo.cases import CASES, RANDOM_ITEMS, REFUSED
 
 ONE_AT_A_TIME = {"initialisation": 1, "order": 1000, "noise": 1000000}
 """Runs that differ from run 0 in the seed of one source."""
