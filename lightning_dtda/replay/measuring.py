@@ -150,8 +150,9 @@ def _at_once(
         with replica.swapped(eager._parameters(theta), buffers):
             return measurement(replica.module, replica.moved(tree_unflatten(leaves, structure)))
 
-    of_runs = vmap(of_one, in_dims=(0, 0, None))
-    of_all = vmap(of_runs, in_dims=(None, None, 0), out_dims=1, chunk_size=_QUERIES_AT_A_TIME)
+    # the runs outside: otherwise each query would get a copy of all models' weights
+    of_queries = vmap(of_one, in_dims=(None, None, 0), chunk_size=_QUERIES_AT_A_TIME)
+    of_all = vmap(of_queries, in_dims=(0, 0, None))
     before = replica.generators.states()
     try:
         found: Tensor = of_all(theta, dict(buffers), leaves).detach()

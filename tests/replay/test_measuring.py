@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
 
 from lightning_dtda.errors import AttributionError
 from lightning_dtda.replay import Draws, measurements
@@ -90,6 +92,29 @@ def test_it_is_that_of_each_query_by_each_model(measurement):
     expected = models.by_hand(lambda module, batch, _: measurement(module, batch)[0])
     for found in (models.measure(measurement), models.derivatives(measurement)[0]):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        found = function(*arguments, **(options or {}))
+        if isinstance(found, torch.Tensor):
+            self.elements = max(self.elements, found.numel())
+        return found
+
+
+def test_weights_are_not_copied_for_each_query():
+    queries, wide = 32, 50
+    data = TensorDataset(normal(queries, wide), torch.zeros(queries, dtype=torch.long))
+    step = Step(Stepping(lambda module, batch: module.net(batch[0]).mean(), net=nn.Linear(wide, 2).double()), data)
+    theta = step.theta + normal(RUNS, len(step.theta), seed=2)
+    with Largest() as largest:
+        found = measure(step.eager, theta, {}, Examples(data), prediction, Time(), Draws())
+    assert found.shape == (RUNS, queries)
+    assert largest.elements < queries * theta.numel() // 2
 
 
 def test_the_loss_is_that_of_the_training_step():
