@@ -57,6 +57,14 @@ class Cases(pl.LightningDataModule):
         """Return the held-out cases as one batch."""
         return DataLoader(self.held_out, len(self.held_out))
 
+    def described(self, row: int) -> str:
+        """Return the label of a training row and, for patients, some measurements in their own units."""
+        label = self.classes[int(self.train.tensors[1][row])] + (", wrong label" if row in self.wrong.tolist() else "")
+        if self.hparams.name == "digits":
+            return label
+        values = self.inputs[self.rows[row]]
+        return f"row {row}: radius {values[0]:.1f}, texture {values[1]:.1f}, concave points {values[7]:.3f}; {label}"
+
 
 def patients() -> tuple[Tensor, Tensor]:
     """Return measurements of cell nuclei ``(569, 30)`` in their own units, and whether the tumour is benign."""

@@ -20,15 +20,11 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import Subset
 
-from examples.coin_toss.cases import Decider
 from examples.coin_toss.choices import EACH, choose, for_each_case
 from examples.coin_toss.comparing import holm, interval, minority, resampled
 from examples.coin_toss.figure import draw
 from examples.coin_toss.flips import FlipRate, flip_rate
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain
-
-UNDECIDED, MOST = 0.1, 20
-"""Share of seeds that must disagree for a case to be undecided, and maximum number of such cases in a quarter."""
 
 OURS = "predicted flips"
 BASELINES = ("variance", "mean, correct", "mean, majority", "cleanlab", "AUM", "data map", "random")
@@ -39,7 +35,7 @@ def training(config, fold: int, noise: float):
     arguments = [f"--config={config}", f"--data.init_args.fold={fold}", f"--data.init_args.noise={noise}"]
     cli = LightningCLI(args=arguments, run=False, save_config_callback=None, seed_everything_default=False)
     cli.datamodule.setup("fit")
-    return cli.instantiate_trainer, lambda: Decider(**vars(cli.config.model.init_args)), cli.datamodule
+    return cli.instantiate_trainer, lambda: type(cli.model)(**vars(cli.config.model.init_args)), cli.datamodule
 
 
 def margins(ensemble, module, cases) -> Tensor:
@@ -58,8 +54,9 @@ def measure(options, fold: int) -> dict | None:
     record(lambda: (make_trainer(), make_module(), data), recorder, options.runs, stacked=True, progress=False)
     ensemble = Ensemble.open(root / "runs")
     shares = minority((margins(ensemble, make_module(), data.held_out) > 0).double().mean(0))
-    undecided = (shares >= UNDECIDED).nonzero()[:, 0].tolist()  # held-out cases are in random order
-    queries = undecided[:MOST]
+    lowest, highest = options.undecided
+    undecided = ((shares >= lowest) & (shares <= highest)).nonzero()[:, 0].tolist()  # in random order
+    queries = undecided[: options.cases]
     print(f"fold {fold}: {len(undecided)} of {len(shares)} cases are undecided, {len(queries)} attributed", flush=True)
     if not queries:
         return None
@@ -100,7 +97,6 @@ def measure(options, fold: int) -> dict | None:
         for n, (rows, query) in enumerate(zip(several, queries, strict=True)):
             own[0, :, query] = retrained(rows)[:, query]
             change[n] += flip_rate(trusted.predict(rows).double())[n]
-    first = int(shares[queries].argmax())  # the most undecided case, for the picture
     return {
         "queries": queries,
         "rest": [n for n in range(len(shares)) if n not in queries],
@@ -112,8 +108,9 @@ def measure(options, fold: int) -> dict | None:
                   for key, several in (sets | {(name, sizes[0]): each for name, each in each_case.items()}).items()},
         "significant": {d: attribution.significant(FlipRate() if d == "flip rate" else d).sum(1).tolist()
                         for d in ("flip rate", "spread", "mean")},
-        "alone": {"query": queries[first], "rows": each_case[EACH[0]][first],
-                  "margins": after[EACH[0], sizes[0]][0, :, queries[first]]},
+        "alone": [{"query": query, "share": float(shares[query]), "rows": rows, "margins": margins}
+                  for query, rows, margins in zip(queries, each_case[EACH[0]],
+                                                  after[EACH[0], sizes[0]][0, :, queries].T, strict=True)],
         "data": data,
     }  # fmt: skip
 
@@ -162,6 +159,9 @@ def main():
     parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05], help="shares of rows to remove")
     parser.add_argument("--runs", type=int, default=64, help="recorded seeds")
     parser.add_argument("--seeds", type=int, default=256, help="fresh seeds with and without the rows")
+    parser.add_argument("--undecided", type=float, nargs=2, default=[0.1, 0.5], help="flip rates of undecided cases")
+    # each costs three sets of fresh seeds: the rows chosen for it alone by three methods
+    parser.add_argument("--cases", type=int, default=20, help="maximum number of cases of a quarter to attribute")
     parser.add_argument("--draws", type=int, default=3, help="random sets of rows")
     parser.add_argument("--output", type=Path, default=Path("coin_toss"))
     options = parser.parse_args()
@@ -169,7 +169,7 @@ def main():
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the options of this script are not the CLI's
     folds = [found for fold in options.folds if (found := measure(options, fold))]
     if not folds:
-        parser.exit(message="All decisions are the same with nine seeds in ten.\n")
+        parser.exit(message="No case is undecided.\n")
     results = summarise(folds, options.shares)
     name = f"{options.config.stem}-noise-{options.noise}"
     (options.output / f"{name}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
