@@ -5,13 +5,15 @@ import json
 import math
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from examples.coin_toss.cases import Cases
 from examples.coin_toss.comparing import holm, interval, resampled
+from examples.coin_toss.conflicts import Conflicts, Logistic
 from examples.coin_toss.flips import FlipRate, flip_rate, steadying, steadying_by_the_mean
-from lightning_dtda import Attribution
+from lightning_dtda import Attribution, retrain
 
 
 def attribution(margins, responses):
@@ -81,20 +83,45 @@ def test_held_out_cases_are_never_trained_on_and_noise_is_the_same_for_every_see
     assert len(changed) == round(0.1 * 426)
 
 
+def test_contradictory_rows_spread_the_decisions_of_their_hospital_and_do_not_move_them():
+    data = Conflicts(fold=0, noise=0.1)
+    data.setup("fit")
+    inputs, given = data.train.tensors
+    of_b, of_c = ((inputs[:, column] != 0).nonzero()[:, 0].tolist() for column in (4, 5))
+    assert len(of_b) == len(of_c) == 8
+    assert inputs[of_b].equal(inputs[of_b[:1]].expand(8, -1))
+    assert given[of_b].sum() == given[of_c].sum() == 4
+    assert not data.held_out.tensors[0][:, 5].any()  # no case of hospital C is asked about
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    truth = retrain(
+        Logistic(), data, trainer=lambda: pl.Trainer(max_epochs=5, accelerator="cpu", **quiet),
+        subsets=[of_b, of_c], seeds=128, queries=data.held_out, measurement="margin", stacked=True, progress=False,
+    )  # fmt: skip
+    asked = data.held_out.tensors[0][:, 4] != 0
+    before, without_b, without_c = (each[:, asked].double() for each in (truth.baseline, *truth.measurements))
+    assert float((without_b.std(0) / before.std(0)).mean()) < 0.6
+    assert float((without_c.std(0) / before.std(0)).mean()) > 0.75
+    # half of the answers are on either side: an offset that moved would raise one half and lower the other
+    side = 2 * data.held_out.tensors[1][asked] - 1
+    moved = ((without_b - before).mean(0) * side).mean()
+    assert abs(float(moved)) < 0.4 * float(before.std(0).mean())
+
+
 @pytest.mark.slow
 def test_all_methods_remove_equally_many_rows_and_are_measured_on_fresh_seeds(tmp_path):
     pytest.importorskip("cleanlab")
     from examples.coin_toss import coin_toss
 
     config = Path(coin_toss.__file__).parent / "patients.yaml"
-    sizes = {"runs": 8, "seeds": 6, "draws": 2, "shares": [0.01]}
+    sizes = {"runs": 8, "seeds": 6, "draws": 2, "shares": [0.01], "cases": 3, "undecided": [0.1, 0.5]}
     options = argparse.Namespace(config=config, noise=0.1, output=tmp_path, **sizes)
     found = coin_toss.measure(options, 0)
     methods = json.loads((tmp_path / "patients-noise-0.1-fold-0" / "rows.json").read_text())
     assert set(methods) == {coin_toss.OURS, *coin_toss.BASELINES}
     assert all(len(set(rows)) == 4 for several in methods.values() for rows in several)
-    assert len(found["alone"]["rows"]) == 4
+    assert [len(case["rows"]) for case in found["alone"]] == [4, 4, 4]
     assert found["before"].shape == (6, 143)
+    assert len(found["queries"]) == 3
     assert all(after[..., found["queries"]].isfinite().all() for after in found["after"].values())
     # other seeds than the recorded ones, and other rows: nothing is what was recorded
     assert not (found["after"][coin_toss.OURS, 4][0] == found["before"]).any()
@@ -102,3 +129,22 @@ def test_all_methods_remove_equally_many_rows_and_are_measured_on_fresh_seeds(tm
     for method in (coin_toss.OURS, *coin_toss.EACH, *coin_toss.BASELINES):
         estimate, low, high, _ = results[f"0.01 {method}"]["flip rate"]
         assert low <= estimate <= high <= 1
+
+
+@pytest.mark.slow
+def test_rows_chosen_in_batches_are_as_many_and_others_than_those_chosen_at_once(tmp_path):
+    pytest.importorskip("cleanlab")
+    from examples.coin_toss import coin_toss, reestimation
+
+    config = Path(coin_toss.__file__).parent / "patients.yaml"
+    common = {"config": config, "noise": 0.1, "output": tmp_path, "seeds": 6}
+    assert reestimation.measure(argparse.Namespace(**common), 0) is None  # nothing is there yet
+    sizes = {"runs": 8, "draws": 1, "shares": [0.01], "cases": 3, "undecided": [0.1, 0.5]}
+    coin_toss.measure(argparse.Namespace(**common, **sizes), 0)
+    found = reestimation.measure(argparse.Namespace(**common, share=0.01, batches=2), 0)
+    assert found["sizes"] == [4]
+    assert set(found["rows"]) == {f"{name}, {way}" for name in reestimation.WAYS for way in ("at once", "in batches")}
+    for name in reestimation.WAYS:
+        at_once, anew = (found["rows"][f"{name}, {way}"] for way in ("at once", "in batches"))
+        assert len(set(anew)) == 4  # rows that have gone are not chosen again
+        assert anew[:2] == at_once[:2]  # the first batch comes from the same runs
