@@ -72,13 +72,13 @@ def _images(fold: dict, results: dict):
             for right in (float((m > 0).double().mean()) for m in (fold["before"][:, case["query"]], case["margins"]))
         )
         truth = data.classes[int(data.held_out.tensors[1][case["query"]])]
-        titles += [f"{truth}<br><b>{before:.0f} % → {after:.0f} %</b>", *names]
+        titles += [f"{truth}<br><b>flips: {before:.0f} → {after:.0f} %</b>", *names]
         titles += [f"all {results['cases']} undecided images"] if case is cases[0] else []
     empty = [None] * (columns - ROWS - 2)
     panels = [
         [{}] * (ROWS + 1) + empty + [{"rowspan": len(cases)} if number == 0 else None] for number in range(len(cases))
     ]
-    widths = [0.075] * (ROWS + 1) + [0.12, 0.43]
+    widths = [0.08] * (ROWS + 1) + [0.13, 0.39]
     plot = make_subplots(
         len(cases), columns, specs=panels, subplot_titles=titles, column_widths=widths, horizontal_spacing=0.008
     )
@@ -91,6 +91,6 @@ def _images(fold: dict, results: dict):
             plot.update_xaxes(visible=False, constrain="domain", **where)
             plot.update_yaxes(visible=False, scaleanchor=plot.data[-1].xaxis, constrain="domain", **where)
     of_rows = f"first {ROWS} of the {len(cases[0]['rows'])} rows removed for it"
-    for x, text in ((0, "undecided image,<br>its flip rate"), (0.16, of_rows)):
-        plot.add_annotation(x=x, y=1.15, xref="paper", yref="paper", xanchor="left", text=text, showarrow=False)
+    for x, text in ((0, "undecided image"), (0.13, of_rows)):
+        plot.add_annotation(x=x, y=1.18, xref="paper", yref="paper", xanchor="left", text=text, showarrow=False)
     return plot.update_annotations(font_size=12)
