@@ -10,19 +10,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Conflicts(pl.LightningDataModule):
-    """Cases from three hospitals, two of which sent training rows that contradict each other.
+    """Cases from three hospitals, two of which sent training records that contradict each other.
 
-    The label of a case follows from four measurements, in every hospital. But in the training rows of hospital B and of
-    hospital C the measurements are missing (0, their mean), and half of the labels are of each class. All that can be
-    learned from these rows is an offset of the hospital, up with one row and down with the next, and 0 on average.
-    Cases of hospitals A and B are asked about, of hospital C none.
+    Four measurements make a case more or less likely to be positive, in every hospital. But in the training rows of
+    hospital B and of hospital C the measurements are missing (0, their mean), and each record is in the table twice,
+    once with each label. All that can be learned from these rows is an offset of the hospital, up with one row and down
+    with the next, and 0 on average. Cases of hospitals A and B are asked about, of hospital C none.
 
     Args:
         fold: Seed of the table.
         noise: Share of hospital A's training labels that is made wrong.
         rows: Number of hospital A's training rows.
-        pairs: Number of pairs of rows with opposite labels of hospital B, and of hospital C.
-        offset: What marks a case of hospital B or C, in a column of its own; elsewhere that column is 0.
+        pairs: Number of records, each in two rows, of hospital B, and of hospital C.
+        marks: What marks a case of hospital B, and of hospital C, in a column of its own; elsewhere that column is 0.
         batch_size: Number of cases in a batch.
     """
 
@@ -34,7 +34,7 @@ class Conflicts(pl.LightningDataModule):
         noise: float = 0.0,
         rows: int = 400,
         pairs: int = 4,
-        offset: float = 4.0,
+        marks: tuple[float, float] = (4.0, 5.0),
         batch_size: int = 8,
     ) -> None:
         super().__init__()
@@ -44,24 +44,21 @@ class Conflicts(pl.LightningDataModule):
         """Make the table, in the same way for every seed."""
         options, generator = self.hparams, torch.Generator().manual_seed(self.hparams.fold)
 
-        def cases(number: int, hospital: int) -> tuple[Tensor, Tensor]:
+        def cases(number: int, mark: float) -> Tensor:
             values = torch.randn(number, 4, generator=generator)
-            marks = torch.zeros(number, 2)
-            if hospital:
-                marks[:, hospital - 1] = options.offset
-            return torch.cat([values, marks], 1), (values.sum(1) > 0).long()
+            return torch.cat([values, torch.tensor([[mark, 0.0]]).expand(number, -1)], 1)
 
-        ordinary, labels = cases(options.rows, 0)
+        ordinary = cases(options.rows, 0.0)
+        labels = torch.bernoulli(ordinary.sum(1).sigmoid(), generator=generator).long()
         self.wrong = torch.randperm(options.rows, generator=generator)[: round(options.noise * options.rows)]
         labels[self.wrong] = 1 - labels[self.wrong]
-        empty = torch.zeros(2 * options.pairs, 2, 6)
-        empty[:, 0, 4] = empty[:, 1, 5] = options.offset
-        halves = torch.arange(2).repeat(options.pairs)[:, None].expand(-1, 2)
-        inputs = torch.cat([ordinary, empty.flatten(0, 1)])
-        self.train = TensorDataset(inputs, torch.cat([labels, halves.flatten()]))
-        asked, answers = (torch.cat(each) for each in zip(cases(100, 0), cases(100, 1), strict=True))
-        order = torch.randperm(len(asked), generator=generator)
-        self.held_out = TensorDataset(asked[order], answers[order])
+        empty = torch.zeros(4 * options.pairs, 6)
+        empty[: 2 * options.pairs, 4], empty[2 * options.pairs :, 5] = options.marks
+        self.train = TensorDataset(torch.cat([ordinary, empty]), torch.cat([labels, torch.arange(len(empty)) % 2]))
+        self.pairs = torch.arange(options.rows, options.rows + len(empty)).view(-1, 2)  # those of hospital B first
+        asked = torch.cat([cases(100, 0.0), cases(300, options.marks[0])])
+        asked = asked[torch.randperm(len(asked), generator=generator)]
+        self.held_out = TensorDataset(asked, (asked[:, :4].sum(1) > 0).long())
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled batches of equal size."""

@@ -17,7 +17,8 @@ from lightning_dtda import Attribution, retrain
 
 
 def attribution(margins, responses):
-    return Attribution(margins, responses, tuple(f"seed-{s:04d}" for s in range(len(margins))), (0,))
+    seeds = tuple(f"seed-{s:04d}" for s in range(len(margins)))
+    return Attribution(margins, responses, seeds, tuple(range(margins.shape[1])))
 
 
 def test_the_flip_rate_is_the_minority_of_gaussian_seeds():
@@ -84,13 +85,14 @@ def test_held_out_cases_are_never_trained_on_and_noise_is_the_same_for_every_see
 
 
 def test_contradictory_rows_spread_the_decisions_of_their_hospital_and_do_not_move_them():
-    data = Conflicts(fold=0, noise=0.1)
+    data = Conflicts()
     data.setup("fit")
     inputs, given = data.train.tensors
-    of_b, of_c = ((inputs[:, column] != 0).nonzero()[:, 0].tolist() for column in (4, 5))
-    assert len(of_b) == len(of_c) == 8
-    assert inputs[of_b].equal(inputs[of_b[:1]].expand(8, -1))
-    assert given[of_b].sum() == given[of_c].sum() == 4
+    of_b, of_c = (data.pairs[part].flatten().tolist() for part in (slice(4), slice(4, None)))
+    for column, rows in ((4, of_b), (5, of_c)):
+        assert (inputs[:, column] != 0).nonzero()[:, 0].tolist() == rows
+        assert inputs[rows].equal(inputs[rows[:1]].expand(8, -1))
+        assert given[rows].tolist() == [0, 1] * 4
     assert not data.held_out.tensors[0][:, 5].any()  # no case of hospital C is asked about
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     truth = retrain(
@@ -105,6 +107,18 @@ def test_contradictory_rows_spread_the_decisions_of_their_hospital_and_do_not_mo
     side = 2 * data.held_out.tensors[1][asked] - 1
     moved = ((without_b - before).mean(0) * side).mean()
     assert abs(float(moved)) < 0.4 * float(before.std(0).mean())
+
+
+def test_the_response_of_a_record_is_the_sum_of_its_rows():
+    pytest.importorskip("cleanlab")
+    from examples.coin_toss.pairs import of_records, whole
+
+    responses = torch.arange(24, dtype=torch.float64).view(2, 2, 6)
+    found, units = of_records(attribution(torch.zeros(2, 2, dtype=torch.float64), responses), [[1, 4], [2, 5]])
+    assert units == [[0], [3], [1, 4], [2, 5]]
+    assert torch.as_tensor(found.responses)[0, 0].tolist() == [0, 3, 5, 7]
+    # the last record has no place any more
+    assert whole([2, 0, 3, 1], [[number] for number in range(2)] + [list(range(2, 9)), [9, 10]]) == [*range(2, 9), 0]
 
 
 @pytest.mark.slow
@@ -148,3 +162,15 @@ def test_rows_chosen_in_batches_are_as_many_and_others_than_those_chosen_at_once
         at_once, anew = (found["rows"][f"{name}, {way}"] for way in ("at once", "in batches"))
         assert len(set(anew)) == 4  # rows that have gone are not chosen again
         assert anew[:2] == at_once[:2]  # the first batch comes from the same runs
+
+
+@pytest.mark.slow
+def test_all_ways_remove_eight_rows_of_the_constructed_table(tmp_path):
+    pytest.importorskip("cleanlab")
+    from examples.coin_toss import pairs
+
+    found = pairs.measure(argparse.Namespace(output=tmp_path, runs=16, seeds=4), 0)
+    assert all(len(set(rows)) == pairs.ROWS for several in found["rows"].values() for rows in several)
+    assert found["of hospital B"][pairs.WHOLE] == 8
+    # hospital B has 2 % of the rows; the spread that they cause shows them
+    assert found["of hospital B"][pairs.OURS] >= 4
