@@ -156,7 +156,7 @@ def main():
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--noise", type=float, default=0.0, help="share of the training labels that is made wrong")
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3], help="quarters to hold out, one by one")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05], help="shares of rows to remove")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.02, 0.05], help="shares of rows to remove")
     parser.add_argument("--runs", type=int, default=64, help="recorded seeds")
     parser.add_argument("--seeds", type=int, default=256, help="fresh seeds with and without the rows")
     parser.add_argument("--undecided", type=float, nargs=2, default=[0.1, 0.5], help="flip rates of undecided cases")

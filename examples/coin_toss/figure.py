@@ -15,12 +15,12 @@ def draw(fold: dict, results: dict, methods: tuple[str, ...], shares: list[float
     images = len(fold["data"].held_out.tensors[0][0]) == 196
     plot = _images(fold, results) if images else _margins(fold, results)
     where = {"row": 1, "col": ROWS + 3 if images else 2}
-    for share, colour, symbol in zip(shares, COLOURS, SYMBOLS, strict=False):
+    for number, (share, colour, symbol) in enumerate(zip(shares, COLOURS, SYMBOLS, strict=False)):
         shown = [method for method in methods if f"{share:g} {method}" in results]
         found = [results[f"{share:g} {method}"]["flip rate"] for method in shown]
         plot.add_scatter(
             x=[100 * each[0] for each in found],
-            y=[methods.index(method) + 0.3 * (shares.index(share) / max(1, len(shares) - 1) - 0.5) for method in shown],
+            y=[methods.index(method) + 0.45 * (number / max(1, len(shares) - 1) - 0.5) for method in shown],
             error_x={"array": [100 * (each[2] - each[0]) for each in found], "width": 0, "thickness": 1.5},
             mode="markers",
             marker={"color": colour, "symbol": symbol, "size": 9},
