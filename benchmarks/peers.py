@@ -232,7 +232,7 @@ def dattri_llm_ekfac(problem: Problem, damping: float) -> Tensor:
     return torch.stack(scores)
 
 
-# -- TRAK, of problems with one output, which is the measurement
+# -- TRAK: of problems with one output, which is the measurement; and of classifiers, whose margin is the measurement
 
 
 def ridge(problem: Problem, enlarged: float) -> float:
@@ -269,6 +269,28 @@ def dattri_trak(problem: Problem) -> Tensor:
         attributor.cache(whole(problem.train))
         # (2 Phi^T Phi + N damping)^-1 is half of what is inverted there
         scores.append(attributor.attribute(whole(problem.asked)).T / 2)
+    return torch.stack(scores)
+
+
+@torch.no_grad()
+def dattri_trak_of_margins(problem: Problem) -> Tensor:
+    """TRAK with margins as model outputs, and dattri's defaults; the scores have no unit."""
+    from dattri.algorithm.trak import TRAKAttributor
+
+    def probability(parameters: Any, example: tuple[Tensor, Tensor], model: nn.Module) -> Tensor:
+        inputs, target = example
+        return (-problem.losses(functional_call(model, parameters, inputs[None]), target[None])).exp()
+
+    scores = []
+    for run in range(len(problem.final)):
+        attributor = TRAKAttributor(
+            dattri_task(problem, run, lambda outputs, targets: problem.measurement(outputs, targets).sum()),
+            partial(probability, model=problem.trained(run)),
+            projector_kwargs={"proj_seed": run},
+        )
+        attributor.cache(whole(problem.train))
+        # an example supports the margin that is larger with it
+        scores.append(-attributor.attribute(whole(problem.asked)).T)
     return torch.stack(scores)
 
 
@@ -409,6 +431,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "dattri-cg-50": ("dattri", partial(dattri_cg, iterations=50, damping=1e-1)),
     "dattri-ekfac": ("dattri", dattri_ekfac),
     "dattri-trak": ("dattri", dattri_trak),
+    "dattri-trak-of-margins": ("dattri", dattri_trak_of_margins),
     "trak": ("dattri", trak),
     "dattri-llm-ekfac": ("dattri-llm", partial(dattri_llm_ekfac, damping=0.1)),
     "bergson-unrolled": ("bergson", bergson_unrolled),
@@ -419,7 +442,7 @@ METHODS: dict[str, tuple[str, Method]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", required=True, choices=METHODS)
-    parser.add_argument("--problem", required=True, choices=("concrete", "cnn", "gpt"))
+    parser.add_argument("--problem", required=True, choices=("concrete", "mnist", "cnn", "gpt"))
     parser.add_argument("--task", required=True)
     parser.add_argument("--output", required=True)
     parser.add_argument("--runs", type=int, help="of the first runs only")

@@ -1,7 +1,8 @@
 """Problems for all packages: trained networks, data, losses and measurements. Does not use lightning_dtda.
 
-The concrete problem is that of ``examples/concrete``. The others are a CNN with GroupNorm (105,994 parameters, 2,000
-images, SGD with momentum) and a GPT (813,824 parameters, 400 sequences of 32 tokens, AdamW), both on synthetic data.
+The concrete problem is that of ``examples/concrete``, the mnist problem that of ``ground_truth/mnist``. The others are
+a CNN with GroupNorm (105,994 parameters, 2,000 images, SGD with momentum) and a GPT (813,824 parameters, 400 sequences
+of 32 tokens, AdamW), both on synthetic data.
 """
 
 from collections.abc import Callable, Iterable
@@ -71,6 +72,11 @@ class Problem:
 def network(width: int) -> nn.Sequential:
     """Return the network of ``examples/concrete``."""
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def classifier(width: int) -> nn.Sequential:
+    """Return the network of ``ground_truth/mnist``."""
+    return nn.Sequential(nn.Linear(196, width), nn.GELU(), nn.Linear(width, 10))
 
 
 def cnn() -> nn.Module:
@@ -153,11 +159,17 @@ def labels_of(scores: Tensor) -> Tensor:
     return torch.multinomial(scores.softmax(-1).flatten(0, -2), 1).reshape(scores.shape[:-1])
 
 
+def margins(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-odds of each example's correct class."""
+    correct = labels[:, None] == torch.arange(scores.shape[1])
+    return (scores * correct).sum(1) - scores.masked_fill(correct, -torch.inf).logsumexp(1)
+
+
 def load(name: str, path: str, queries: int | None = None) -> Problem:
     """Return the named problem, with the runs that :func:`tensors_of` read and the given number of queries."""
     tensors = load_file(path)
     orders, rates = list(tensors.pop("orders")), tensors.pop("rates")
-    data = {key: tensors.pop(key) for key in ("inputs", "targets", "queries") if key in tensors}
+    data = {key: tensors.pop(key) for key in ("inputs", "targets", "queries", "query_targets") if key in tensors}
 
     def of_runs(kind: str) -> list[dict[str, Tensor]]:
         names = [key for key in tensors if key.startswith(kind)]
@@ -176,6 +188,17 @@ def load(name: str, path: str, queries: int | None = None) -> Problem:
             # (f - y)^2 is the negative log likelihood of a normal distribution of variance 1/2
             sampled=lambda outputs: torch.normal(outputs.squeeze(-1), 0.5**0.5),
             criterion=nn.MSELoss(),
+            batch=len(data["inputs"]),
+        )
+    if name == "mnist":
+        return Problem(
+            *(lambda: classifier(len(final[0]["0.bias"])), final, initial, orders, rates, 0.9),
+            train=TensorDataset(data["inputs"], data["targets"]),
+            asked=TensorDataset(data["queries"][some], data["query_targets"][some]),
+            losses=cross_entropies,
+            measurement=margins,
+            sampled=labels_of,
+            criterion=nn.CrossEntropyLoss(),
             batch=len(data["inputs"]),
         )
     train, asked = parts(name)
