@@ -1,5 +1,6 @@
 """Benchmarks run, small: the tables of the documentation, and suggestions that retraining confirms."""
 
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -25,6 +26,23 @@ def test_tables_are_printed_in_full(name, rows, monkeypatch, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("| ") for line in printed) == rows
     assert not any("nan" in line for line in printed)
+
+
+def test_recording_with_seeds_apart_is_timed_beside_plain_seeds(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning_dtda")]
+    levels = [logger.level for logger in loggers]
+    options = ["--models", "8-64-64-1", "--steps", "24", "--repeats", "2", "--crossed"]
+    monkeypatch.setattr(sys, "argv", ["recording", *options])
+    try:
+        runpy.run_path(str(BENCHMARKS / "recording.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    rows = capsys.readouterr().out.splitlines()[-3:]
+    assert [row[:26].strip() for row in rows] == ["plain seeds", "initialisation, order", "and noise"]
+    assert "1.000 [1.000, 1.000]" in rows[0]
 
 
 @pytest.mark.slow
