@@ -169,8 +169,8 @@ def test_all_ways_remove_eight_rows_of_the_constructed_table(tmp_path):
     pytest.importorskip("cleanlab")
     from examples.coin_toss import pairs
 
-    found = pairs.measure(argparse.Namespace(output=tmp_path, runs=16, seeds=4), 0)
+    found = pairs.measure(argparse.Namespace(output=tmp_path, runs=64, seeds=4), 0)
     assert all(len(set(rows)) == pairs.ROWS for several in found["rows"].values() for rows in several)
     assert found["of hospital B"][pairs.WHOLE] == 8
-    # hospital B has 2 % of the rows; the spread that they cause shows them
-    assert found["of hospital B"][pairs.OURS] >= 4
+    # hospital B has 2 % of the rows; 64 runs show the spread that they cause, 16 do not
+    assert found["of hospital B"][pairs.OURS] >= 6
