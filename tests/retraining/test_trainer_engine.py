@@ -1,11 +1,13 @@
 """Trainings by the user's Trainer: what they measure, what fails, what is gone on with."""
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import weakref
 
 import lightning.pytorch as pl
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from lightning_dtda import GroundTruth, TrajectoryRecorder, retrain
 from lightning_dtda.errors import ExecutionError, RetrainingError
+from lightning_dtda.execution import fitting
 from lightning_dtda.retraining import Task
 from lightning_dtda.retraining.fresh_seeds import FIRST_SEED
 from lightning_dtda.trajectory import Ensemble
@@ -66,6 +69,28 @@ def test_a_training_on_everything_is_the_recorded_run(tmp_path):
         assert torch.equal(truth.baseline[s], expected)
     with pytest.raises(RetrainingError, match="training data are not those of"):
         retrained(data=DataLoader(queries(), 2), ensemble=ensemble, subsets=[[0]])
+
+
+def test_large_models_of_earlier_trainings_are_not_left_in_memory(monkeypatch):
+    made, alive = weakref.WeakSet(), []
+
+    class Watched(Regressor):
+        def __init__(self):
+            super().__init__()
+            made.add(self)
+
+    def trainer():
+        alive.append(len(made))
+        return make_trainer()
+
+    monkeypatch.setattr(fitting, "_LARGE", 0)
+    gc.disable()  # Python collects some of them now and then, by luck
+    try:
+        retrained(Watched, seeds=[3, 4, 5, 6], trainer=trainer)
+    finally:
+        gc.enable()
+    # the one of this training, the one before, and the one whose configuration was described before all
+    assert max(alive[-11:]) <= 3
 
 
 def test_fresh_seeds_are_none_of_the_recorded_ones():
