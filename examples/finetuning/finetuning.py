@@ -130,7 +130,7 @@ def run(study: Study, queries: int, seeds: int) -> dict:
     data = study.data
     data.setup("fit")
     influence, own, loss = study.attribute_all(InfluenceFunctions(), "influence")
-    traced, traced_own, _ = study.attribute_all(TracIn(), "tracin")
+    traced, traced_own, _ = study.attribute_all(TracIn(checkpoints=2), "tracin")
     report(influence, study.output / "report.html")
 
     asked, removals = choose(influence, queries)

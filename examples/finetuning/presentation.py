@@ -10,7 +10,7 @@ from examples.finetuning.scores import interval
 from lightning_dtda import Attribution
 
 GRAY, BLUE, ORANGE, GREEN = "#999999", "#0072b2", "#d55e00", "#009e73"
-"""Of Okabe and Ito, which colour-blind people tell apart."""
+"""Of Okabe and Ito, safe for colour-blind readers."""
 
 
 def print_sentences(asked: list[int], attributions: dict[str, Attribution], data: Reviews) -> None:
@@ -75,13 +75,13 @@ def figure(rows: list[dict], texts: list[str], sizes: dict[str, dict], found: di
             error_x={"array": [high - mean for mean, _, high, _ in middle], "thickness": 2},
             mode="markers",
             marker={"color": colour, "size": 10, "line": {"color": "black", "width": 1}},
-            name=f"{name}: real (small: one seed; bar: 95 %)",
+            name=f"{name}: real",
             row=1,
             col=1,
         )
     for estimator, name, symbol, colour in (
         ("influence", "influence functions", "x-thin", ORANGE),
-        ("unrolled", "unrolled differentiation", "diamond-open", GREEN),
+        ("exact", "unrolling all steps", "diamond-open", GREEN),
     ):
         plot.add_scatter(
             x=sizes[estimator]["chosen"],
@@ -110,7 +110,9 @@ def figure(rows: list[dict], texts: list[str], sizes: dict[str, dict], found: di
     plot.add_vline(x=chance, line={"color": GRAY, "dash": "dash"}, annotation_text="random order", row=1, col=2)
     names = [textwrap.fill(text, 34).replace("\n", "<br>") for text in texts]
     names = [*names, f"<b>average of the {len(texts)}</b>"]
-    plot.update_xaxes(title_text="change of the loss (nats)", zerolinecolor="black", row=1, col=1)
+    plot.update_xaxes(
+        title_text="change of the loss (nats); small: one seed; bars: 95 %", zerolinecolor="black", row=1, col=1
+    )
     plot.update_xaxes(title_text="average precision, with 95 % interval", range=[0, 1], row=1, col=2)
     plot.update_yaxes(tickvals=places, ticktext=names, zeroline=False, row=1, col=1)
     legend = {"orientation": "h", "y": -0.14}
