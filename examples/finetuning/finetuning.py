@@ -131,12 +131,12 @@ def run(study: Study, queries: int, seeds: int) -> dict:
     data.setup("fit")
     influence, own, loss = study.attribute_all(InfluenceFunctions(), "influence")
     traced, traced_own, _ = study.attribute_all(TracIn(checkpoints=2), "tracin")
-    report(influence, study.output / "report.html")
 
     asked, removals = choose(influence, queries)
     sentences = data.validation.select(asked)
     truth = study.retrain([each for pair in removals for each in pair], seeds, sentences, "truth")
     unrolled = {name: study.attribute(each, sentences, name) for name, each in UNROLLED.items()}
+    report(unrolled["exact"], study.output / "report.html")
     # the same sentences, but numbered as the truth numbers them
     same = {"queries": truth.queries, "about": influence.about | {"queries_fingerprint": None}}
     attributions = {
