@@ -301,7 +301,7 @@ class Attribution:
     def available_differences(self) -> list[str]:
         """Names of the differences that tables and reports show: mean, spread, Wasserstein, if there are enough runs.
 
-        For a crossed ensemble, whose runs are not independent, the parts of the variance.
+        For a crossed ensemble, whose runs are not independent, the mean and the parts of the variance.
         :meth:`influence` accepts others too. With :meth:`keep_top`, these are the ones known for every removal.
         """
         return tables.available_differences(self)

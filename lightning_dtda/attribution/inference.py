@@ -339,9 +339,13 @@ def _refuse_crossed(difference: Difference, what: str) -> None:
         AttributionError: If the difference is one of crossed runs.
     """
     if difference.crossed:
-        instead = " Take the runs that share none: attribution.independent()." if difference.name == "mean" else ""
+        instead = (
+            "Take the runs that share none: attribution.independent()."
+            if difference.name == "mean"
+            else "Its p-value says what these seeds show; with more seeds of each source it shows more."
+        )
         raise AttributionError(
-            f"The {difference.title} has no {what} here: it depends on the seeds of each source.{instead}"
+            f"The {difference.title} has no {what} here: it depends on the seeds of each source. {instead}"
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_dtda.attribution.inference import check_share
 from lightning_dtda.errors import AttributionError
-from lightning_dtda.statistics.differences import Difference, resolve_difference
+from lightning_dtda.statistics.differences import Difference, SourceVariance, resolve_difference
 from lightning_dtda.statistics.variance_components import Crossed, component_intervals, components
 from lightning_dtda.trajectory.independence import independent_runs
 from lightning_dtda.trajectory.traces import FIXED
@@ -156,8 +156,9 @@ def resolved(attribution: Attribution, difference: str | Difference, infers: boo
         AttributionError: As :func:`~lightning_dtda.statistics.resolve_difference`; or if runs share a seed and the
             difference takes them to be independent. Without inference, that of the mean is still right.
     """
+    named = resolve_difference(difference)
     with _naming_fixed(attribution):
-        chosen = resolve_difference(difference).of_runs(seeds_of(attribution))
+        chosen = named.of_runs(seeds_of(attribution))
     if not chosen.crossed and (infers or chosen.moments != ("mean",)):
         what = f"inference about the {chosen.name} influence" if infers else f"the {chosen.name} influence"
         refuse_crossed(attribution, what)
@@ -171,13 +172,17 @@ def refuse_crossed(attribution: Attribution, what: str) -> None:
         AttributionError: If two runs share the seed of a source.
     """
     if sharing_a_seed(attribution):
-        number = len(_independent(attribution))
+        number, parts = len(_independent(attribution)), SourceVariance.names(seeds_of(attribution))
+        instead = f"; or ask for a part of the variance, such as {parts[0]}" if parts else ""
         raise AttributionError(
             f"Runs of this crossed ensemble share seeds, but {what} needs independent ones. Take the {number} runs "
-            "that share none: attribution.independent(); or ask for a part of the variance, such as order_variance."
+            f"that share none: attribution.independent(){instead}."
         )
 
 
 def _independent(attribution: Attribution) -> list[int]:
-    recorded = attribution.about.get("seeds", {})
-    return independent_runs([recorded.get(run) for run in attribution.runs])
+    recorded, fixed = attribution.about.get("seeds", {}), attribution.about.get("fixed_sources", ())
+    of_runs = [recorded.get(run) for run in attribution.runs]
+    return independent_runs(
+        [of_run and {source: seed for source, seed in of_run.items() if source not in fixed} for of_run in of_runs]
+    )

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
 def available_differences(attribution: Attribution) -> list[str]:
     """Return :attr:`Attribution.available_differences`."""
     if sharing_a_seed(attribution):
-        parts = SourceVariance.names(seeds_of(attribution.trusted()))
-        return [name for name in parts if name in BY_SOURCE]
+        seeds = seeds_of(attribution.trusted())
+        parts = [name for name in SourceVariance.names(seeds) if name in BY_SOURCE]
+        mean = DIFFERENCES["mean"].of_runs(seeds)
+        return ["mean", *parts] if mean.crossed and not isinstance(attribution.responses, KeptResponses) else parts
     runs = len(attribution.runs) - len(attribution.chaotic)
     known = KNOWN if isinstance(attribution.responses, KeptResponses) else SHOWN
     return [name for name in SHOWN if name in known and runs >= DIFFERENCES[name].least_runs]
@@ -73,6 +75,8 @@ def top(
     positions = range(len(attribution.queries)) if query is None else attribution._positions([query])
     selected = attribution._selected(runs)
     chosen = selected._difference(difference, infers=True)
+    # of runs that share seeds, the spread would be too small
+    has_spread = len(selected.runs) > 1 and not sharing_a_seed(selected)
     rows: list[dict[str, Any]] = []
     for q in positions:
         candidates, influence = top_candidates(selected.select([q]), chosen)
@@ -80,7 +84,7 @@ def top(
         order, influence = candidates[first], influence[first]
         of_query = selected.baseline[:, q, None].double()
         samples = of_query, selected._predicted(of_query, selected.responses[:, q, order].double())
-        spread = DIFFERENCES["spread"](*samples) if len(selected.runs) > 1 else influence * torch.nan
+        spread = DIFFERENCES["spread"](*samples) if has_spread else influence * torch.nan
         columns = {
             "influence": influence,
             "standard_error": chosen.standard_error(*samples),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,25 +217,31 @@ def component_intervals(crossed: Crossed, samples: Tensor, level: float = 0.95) 
     return crossed.components(replaced).quantile(quantiles, dim=-1).clamp_min(0)
 
 
-def mean_variance(crossed: Crossed, samples: Tensor) -> Tensor:
-    r"""Return the variance of the mean over crossed runs ``(...)``.
+def mean_variance(crossed: Crossed, samples: Tensor, seeds: Mapping[str, Sequence[int]]) -> Tensor:
+    r"""Return the variance of the mean over all runs ``(...)``, whether or not they are in the complete grid.
 
-    The sum of the components, each divided by the number of its effect's values, where negative ones count as zero:
+    The sum of the components, where negative ones count as zero, each times the squared shares of the runs that have
+    the same value of its effect. For a complete grid of I and J seeds,
 
     .. math:: \hat V = \frac{\hat\sigma_a^2}{I} + \frac{\hat\sigma_b^2}{J} + \frac{\hat\sigma_e^2}{I J}
 
     Args:
-        crossed: The crossed runs.
+        crossed: The complete grid, from which the components are estimated.
         samples: Samples ``(runs, ...)``.
+        seeds: Seed of each source in each run.
 
     Example:
-        >>> crossed = Crossed.of({"initialisation": [0, 0, 1, 1], "order": [0, 1, 0, 1]})
-        >>> mean_variance(crossed, torch.tensor([0.0, 1.0, 4.0, 5.0], dtype=torch.float64))  # 8 / 2 + 0.5 / 2 + 0 / 4
+        >>> seeds = {"initialisation": [0, 0, 1, 1], "order": [0, 1, 0, 1]}
+        >>> samples = torch.tensor([0.0, 1.0, 4.0, 5.0], dtype=torch.float64)
+        >>> mean_variance(Crossed.of(seeds), samples, seeds)  # 8 / 2 + 0.5 / 2 + 0 / 4
         tensor(4.2500, dtype=torch.float64)
     """
     found = components(crossed, samples).clamp_min(0)
-    values = [math.prod(crossed.shape[axis] for axis in effect) for effect in crossed.effects]
-    return sum(component / number for component, number in zip(found, values, strict=True))
+    variance = torch.zeros_like(found[0])
+    for component, effect in zip(found, crossed.effects, strict=True):
+        counts = Counter(zip(*(seeds[crossed.sources[axis]] for axis in effect), strict=True))
+        variance = variance + component * (sum(count**2 for count in counts.values()) / len(samples) ** 2)
+    return variance
 
 
 def _effective(values: Tensor, freedom: int) -> Tensor:

@@ -181,11 +181,21 @@ def test_the_mean_has_the_standard_error_of_runs_that_share_seeds(attribution):
     assert attribution.significant("mean").shape == (QUERIES, EXAMPLES)
 
 
-def test_the_mean_is_that_of_the_complete_grid(attribution):
+def test_the_mean_is_that_of_all_runs_and_its_error_from_those_that_are_complete(attribution):
     without_a_run = attribution.without_runs(["seed-0000"])
-    left = [n for n, run in enumerate(attribution.runs) if int(run.removeprefix("seed-")) % 1000]  # 4 x 4 runs
-    expected = attribution.responses[left].double().mean(0)
+    expected = without_a_run.responses[:].double().mean(0)
     torch.testing.assert_close(without_a_run.influence("mean"), expected)
+    torch.testing.assert_close(
+        torch.tensor(without_a_run.top(1)["influence"]), torch.tensor(without_a_run.top(1)["mean_influence"])
+    )
+    names = [int(run.removeprefix("seed-")) for run in attribution.runs]
+    left = [n for n, name in enumerate(names) if name % 1000]  # 4 x 4 runs
+    grid = Crossed.of({"initialisation": [names[n] % 1000 for n in left], "order": [names[n] // 1000 for n in left]})
+    found = components(grid, attribution.responses[left].double()).clamp_min(0)
+    # of the 19 runs, 3 have one initialisation and 4 each of the other four; 4 have one order and 5 the others
+    shares = torch.tensor([9 + 4 * 16, 16 + 3 * 25, 19], dtype=torch.float64) / 19**2
+    variance = (shares[:, None, None] * found).sum(0)
+    torch.testing.assert_close(without_a_run.standard_error("mean"), variance.sqrt())
     # where most runs are not in a grid, as little is said as before
     few = attribution.without_runs([run for run in attribution.runs if run not in _CROSS])
     assert torch.allclose(few.influence("mean"), few.responses.double().mean(0))
@@ -275,7 +285,8 @@ def test_chaotic_runs_are_left_out_before_independent_ones_are_chosen(attributio
 
 def test_tables_have_the_parts(attribution):
     table = attribution.to_dataframe()
-    assert list(attribution.available_differences) == ["initialisation_variance", "order_variance", "rest_variance"]
+    parts = ["initialisation_variance", "order_variance", "rest_variance"]
+    assert list(attribution.available_differences) == ["mean", *parts]
     assert len(table) == QUERIES * EXAMPLES
     of_first = table[(table["query"] == 0) & (table["example"] == 5)]["order_variance_influence"]
     assert float(of_first.iloc[0]) == pytest.approx(float(attribution.influence("order_variance")[0, 5]))
@@ -325,11 +336,22 @@ def test_a_source_whose_seeds_change_nothing_has_no_part(tmp_path, caplog):
             ask()
     assert find(found).sources is None
     # of three sources, the other two are split
-    seeds = CrossedSeeds(initialisation=2, order=2, noise=2)
+    seeds = CrossedSeeds(initialisation=4, order=2, noise=4)
     about = found.about | {"seeds": {f"run-{of_run.run}": of_run.crossed for of_run in seeds.runs()}}
-    values = torch.randn(8, 1, generator=torch.Generator().manual_seed(0))
-    three = Attribution(values, torch.zeros(8, 1, 1), tuple(about["seeds"]), (0,), about)
+    cells = {
+        f"run-{of_run.run}": 4 * of_run.crossed["initialisation"] + of_run.crossed["noise"] for of_run in seeds.runs()
+    }
+    values = torch.randn(16, 1, 2, generator=torch.Generator().manual_seed(0))[list(cells.values())]
+    three = Attribution(values[..., 0], values[..., 1:], tuple(about["seeds"]), (0,), about)
     assert three.variance_by_source().parts == ("initialisation", "noise", "rest")
+    # runs that differ in the order alone are the same run, so twice as many say no more
+    one_order = three.without_runs([run for run, of_run in about["seeds"].items() if of_run["order"]])
+    torch.testing.assert_close(three.standard_error("mean"), one_order.standard_error("mean"))
+    assert len(three.independent().runs) == 4
+    with pytest.raises(AttributionError, match=r"\AUnknown difference"):
+        three.influence("wassserstein")
+    with pytest.raises(AttributionError, match="such as initialisation_variance"):
+        three.influence("wasserstein")
 
 
 def test_page_terminal_and_json_say_where_the_variance_comes_from(attribution, tmp_path, capsys):

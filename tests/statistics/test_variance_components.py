@@ -157,6 +157,8 @@ def test_the_mean_of_crossed_runs_is_tested_at_its_level_and_is_surer_than_that_
     size, _, error = of_the_mean("Gaussian", grid, deviations, 2000)
     assert size < 0.065  # three standard errors of 2000 ensembles
     assert error < 1
+    if deviations == (1, 0, 0.3) and grid != (2, 8):
+        assert size > 0.03  # where one source dominates, the test is not timid
 
 
 def test_the_variance_of_a_mean_over_three_sources_has_little_bias():
@@ -167,6 +169,6 @@ def test_the_variance_of_a_mean_over_three_sources_has_little_bias():
         shape = [size if axis in axes else 1 for axis, size in enumerate(sizes)]
         y = y + deviation * normal(*shape, ensembles, seed=number)
         expected += deviation**2 / np.prod(shape)
-    found = mean_variance(Crossed.of(seeds(*sizes)), y.flatten(0, 2)).mean()
+    found = mean_variance(Crossed.of(seeds(*sizes)), y.flatten(0, 2), seeds(*sizes)).mean()
     assert y.mean((0, 1, 2)).var() == pytest.approx(expected, rel=0.05)
     assert found == pytest.approx(expected, rel=0.05)

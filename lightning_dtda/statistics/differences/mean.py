@@ -59,15 +59,18 @@ class Mean(Difference):
 
     @override
     def of_runs(self, seeds: Mapping[str, Sequence[int]] | None) -> Difference:
-        """Return the change of the mean for crossed runs, if they are, and most of them combine each seed with each."""
-        if self.location != "mean" or not seeds:
+        """Return the change of the mean for crossed runs, if most of them combine each seed with each."""
+        if type(self) is not Mean or self.location != "mean" or not seeds:
             return self
         try:
             crossed = Crossed.of(seeds)
         except AttributionError:
             return self
-        runs = len(next(iter(seeds.values())))
-        return CrossedMean(crossed, runs) if 2 * len(crossed.runs) > runs else self
+        combined = set(zip(*seeds.values(), strict=True))
+        varied = {source for source, of_source in seeds.items() if len(set(of_source)) > 1}
+        # of a source that varies outside of the grid only, the component is not known
+        known = varied == set(crossed.sources) and 2 * len(crossed.runs) > len(combined)
+        return CrossedMean(crossed, seeds) if known else self
 
     def standard_error(self, baseline: Tensor, predicted: Tensor) -> Tensor:
         """Return the standard error of the mean response, or that of the location.
