@@ -123,7 +123,7 @@ def differences(scores: dict[str, Evaluation], reference: str) -> str:
     for estimator, each in by_mean(scores):
         found = compare(each, scores[reference])
         ones = [found.get(difference) for difference in DIFFERENCES]
-        cells = ["" if one is None else f"{one.gain:+.3f} [{one.low:+.2f}, {one.high:+.2f}]" for one in ones]
+        cells = ["" if one is None else f"{one.gain:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in ones]
         lines.append(f"| {' | '.join([shown(estimator), *cells])} |")
     return "\n".join(lines)
 
@@ -148,7 +148,7 @@ def main() -> None:
                 scores.setdefault(size, {})[method] = score(truth, *arrays)
         for size, of_methods in scores.items():
             print(table(name, size, of_methods), end="\n\n", flush=True)
-            for reference in options.reference:
+            for reference in (each for each in options.reference if each in of_methods):
                 print(differences(of_methods, reference), end="\n\n", flush=True)
             content[f"{name}, {size}"] = {method: each.content() for method, each in of_methods.items()}
     if options.output is not None:

@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--work", required=True, type=Path, help="a directory for runs and answers")
     parser.add_argument("--environments", required=True, type=Path, help="a directory for the packages' environments")
     parser.add_argument("--task", choices=list(TRUTHS), action="append", help="all by default")
-    parser.add_argument("--method", choices=sorted({*METHODS["concrete"], *METHODS["mnist"]}), action="append")
+    parser.add_argument(
+        "--method", choices=sorted({*METHODS["concrete"], *METHODS["mnist"]}), action="append", help="all by default"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.task or TRUTHS:
@@ -63,7 +65,7 @@ def main() -> None:
             package, output = peers.METHODS[method][0], outside / f"{method}.safetensors"
             if output.exists():
                 continue
-            # absolute: resolved, it is no environment
+            # absolute, not resolved: an environment's python is a link to one without its packages
             python, answer = environment(options.environments.absolute(), package), folder / f"{method}.safetensors"
             command = [python, "-m", "benchmarks.peers", "--problem", name, "--task", handed, "--method", method]
             figures = trial([*command, "--output", answer])

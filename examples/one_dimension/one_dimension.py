@@ -3,7 +3,7 @@
 32 points in one dimension, as in figure 5 of arXiv 2506.12965. Recorded runs predict what leaving out each of them does
 to the network's value in a gap; fresh seeds are then trained without each one.
 
-    python -m examples.one_dimension.one_dimension --runs one_dimension/runs --output one_dimension
+    python -m examples.one_dimension.one_dimension --runs examples/one_dimension/runs --output one_dimension
 
 Trainings are kept in the output directory; another call continues where the first one stopped.
 """

@@ -32,7 +32,7 @@ def test_a_file_of_responses_becomes_a_row(tmp_path):
     assert lines[3].startswith("| wrong-sign | -")
     assert lines[3].endswith("] |  |  |")  # without a baseline, no variance and no distance
     less = differences(scores, "with-unit").splitlines()
-    assert less[2].startswith("| with-unit | +0.000 [+0.00, +0.00]")
+    assert less[2].startswith("| with-unit | +0.000 [+0.000, +0.000]")
     assert less[3].startswith(f"| wrong-sign | {bad - good:+.3f} [")
 
 
