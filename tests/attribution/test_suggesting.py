@@ -149,6 +149,7 @@ def test_effects_on_runs_held_out_are_honest_and_those_on_all_runs_are_not():
     assert sum(flattered) / 150 < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("goal", "kind", "runs"),
     [

@@ -31,10 +31,10 @@ def assert_same(found, expected):
 
 # batches of two: none is parted for two places, so that the operations are the same, to the bit
 ESTIMATORS = [UnrolledDifferentiation(runs_per_batch=2), InfluenceFunctions()]
-SLOW = pytest.param(ESTIMATORS[1], marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("estimator", [ESTIMATORS[0], SLOW], ids=["unrolled", "influence functions"])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=["unrolled", "influence functions"])
 def test_processes_answer_what_this_one_does(ensemble, estimator):
     assert_same(ask(ensemble, estimator=estimator, workers=2), ask(ensemble, estimator=estimator))
 

@@ -70,11 +70,13 @@ def test_forward_mode_follows_the_trainer(fit, tmp_path, gradients, arguments):
     assert_forward_is_reverse(fit, tmp_path, of(torch.optim.AdamW, 0.02), gradients=gradients, **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", RANDOM_NETWORKS.values(), ids=RANDOM_NETWORKS.keys())
 def test_forward_mode_replays_dropout(fit, tmp_path, network):
     assert_forward_is_reverse(fit, tmp_path, of(torch.optim.AdamW, 0.01), network=network)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}], ids=["each batch", "accumulated"])
 @pytest.mark.parametrize("network", NORMALISED_NETWORKS.values(), ids=NORMALISED_NETWORKS.keys())
 def test_forward_mode_follows_batch_norm_through_its_statistics(fit, tmp_path, network, arguments):
@@ -170,6 +172,7 @@ def question(replay):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "network"),
     [(of(torch.optim.Adam, 0.02), None), (sgd(momentum=0.9), NORMALISED_NETWORKS["BatchNorm"])],

@@ -118,6 +118,7 @@ def test_the_response_of_a_group_is_the_derivative_of_retraining_with_its_weight
     assert_close_to_differences(responses, fit, GROUPS.values(), optimizer=optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["float32", "none"])
 @pytest.mark.parametrize("step", [1, 4, 6, 8, 10, 11])  # checkpoints at 0, 4, 8 and 11
 def test_a_step_is_attributed_like_a_run_that_was_trained_only_so_far(fit, tmp_path, step, gradients):

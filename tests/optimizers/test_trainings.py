@@ -57,6 +57,7 @@ def test_responses_are_the_derivatives_of_retraining(fit, tmp_path, optimizer, g
     assert_finite_differences_agree(fit, tmp_path, optimizer, gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_tracked_responses_are_those_of_the_record(fit, tmp_path, optimizer):
     assert_tracked_as_recorded(fit, tmp_path, optimizer)

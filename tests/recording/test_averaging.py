@@ -49,6 +49,7 @@ AVERAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 @pytest.mark.parametrize(("average", "network", "optimizer"), AVERAGES.values(), ids=AVERAGES)
 def test_responses_are_the_derivatives_of_the_average(fit, tmp_path, average, network, optimizer, mode):

@@ -107,6 +107,7 @@ ALIKE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["float32", "none"])
 @pytest.mark.parametrize("arguments", ALIKE.values(), ids=ALIKE)
 def test_responses_are_those_of_the_same_training_in_one_process(tmp_path, arguments, gradients):

@@ -28,6 +28,7 @@ from tests.trainings import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_tracked_responses_are_those_of_the_record_for_every_optimizer(fit, tmp_path, optimizer):
     assert_tracked_as_recorded(fit, tmp_path, optimizer)
@@ -38,11 +39,13 @@ def test_the_tracker_follows_the_trainer(fit, tmp_path, arguments):
     assert_tracked_as_recorded(fit, tmp_path, of(torch.optim.AdamW, 0.02), **arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", RANDOM_NETWORKS.values(), ids=RANDOM_NETWORKS.keys())
 def test_the_tracker_follows_dropout(fit, tmp_path, network):
     assert_tracked_as_recorded(fit, tmp_path, of(torch.optim.AdamW, 0.01), network=network, accumulate_grad_batches=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}], ids=["each batch", "accumulated"])
 @pytest.mark.parametrize("network", NORMALISED_NETWORKS.values(), ids=NORMALISED_NETWORKS.keys())
 def test_the_tracker_follows_batch_norm(fit, tmp_path, network, arguments):

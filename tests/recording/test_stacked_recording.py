@@ -129,17 +129,20 @@ def test_stacked_runs_are_those_of_the_trainer(tmp_path, module):
     assert_both_agree(tmp_path, maker(module))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropping", [True, False])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_stacks_and_the_trainer_agree_on_batches_of_different_sizes(tmp_path, dropping, shuffle):
     assert_both_agree(tmp_path, maker(data=lambda: training_loader(batch_size=5, drop_last=dropping, shuffle=shuffle)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", SETTINGS)
 def test_stacks_and_the_trainer_agree_on_clipping_accumulation_and_parts_of_epochs(tmp_path, arguments):
     assert_both_agree(tmp_path, maker(**arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -161,6 +164,7 @@ def test_shards_end_where_the_recorder_ends_them(tmp_path, monkeypatch):
     assert [entry["last_step"] for entry in Run(tmp_path / "stacked" / "seed-0009").manifest.shards] == [2, 4, 5, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "why"),
     [

@@ -56,6 +56,7 @@ def test_intervals_of_the_spread_hold_the_truth_as_often_as_they_say(shape, runs
         assert held < 0.985
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [8, 20])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_intervals_of_distance_and_quantiles_hold_the_truth_as_often_as_they_say(shape, runs):

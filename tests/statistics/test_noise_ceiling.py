@@ -25,6 +25,7 @@ def replicated(samples, correlation="spearman", number=200):
     return replicate(samples, Mean(), of_queries(samples, correlation), correlation, draws).scores()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", ["pearson", "spearman"])
 @pytest.mark.parametrize("seeds", [8, 9])
 def test_ceiling_is_what_the_true_influences_score(correlation, seeds):

@@ -158,6 +158,7 @@ def test_exchange_is_that_of_scipy():
     assert found == pytest.approx(expected.pvalue, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runs", [8, 20, 64])
 @pytest.mark.parametrize("kind", ["gaussian", "heavy-tailed", "bounded"])
 @pytest.mark.parametrize("difference", ["mean", "spread", "wasserstein"])
