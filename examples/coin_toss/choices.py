@@ -1,6 +1,9 @@
 """Which rows each method removes."""
 
+import json
+from collections.abc import Callable
 from itertools import chain
+from pathlib import Path
 
 import torch
 
@@ -24,6 +27,15 @@ def for_each_case(attribution: Attribution, k: int) -> dict[str, list[list[int]]
     cases = [attribution.select([q]) for q in range(len(attribution.queries))]
     ways = steadying, steadying_by_the_mean, lambda case, k: suggested(case, "reduce_variance", k)
     return {name: [way(case, k) for case in cases] for name, way in zip(EACH, ways, strict=True)}
+
+
+def kept(path: Path, k: int, draws: int, choose: Callable[[], dict]) -> dict[str, list[list[int]]]:
+    """Return the rows that an earlier call kept in a file, or choose and keep them if it chose fewer."""
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"random": []}
+    if len(rows["random"]) != draws or len(rows["random"][0]) < k:
+        rows = choose()
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    return rows
 
 
 def choose(attribution, ensemble, make, data, every: int, k: int, draws: int) -> dict[str, list[list[int]]]:

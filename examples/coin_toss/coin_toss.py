@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import Subset
 
-from examples.coin_toss.choices import EACH, choose, for_each_case
+from examples.coin_toss.choices import EACH, choose, for_each_case, kept
 from examples.coin_toss.comparing import holm, interval, minority, resampled
 from examples.coin_toss.figure import draw
 from examples.coin_toss.flips import FlipRate, flip_rate
@@ -32,7 +32,8 @@ BASELINES = ("variance", "mean, correct", "mean, majority", "cleanlab", "AUM", "
 
 def training(config, fold: int, noise: float):
     """Return functions that make a Trainer and a module, and the data module."""
-    arguments = [f"--config={config}", f"--data.init_args.fold={fold}", f"--data.init_args.noise={noise}"]
+    arguments = [f"--config={config}", f"--data.init_args.fold={fold}"]
+    arguments += [f"--data.init_args.noise={noise}"] if noise else []
     cli = LightningCLI(args=arguments, run=False, save_config_callback=None, seed_everything_default=False)
     cli.datamodule.setup("fit")
     return cli.instantiate_trainer, lambda: type(cli.model)(**vars(cli.config.model.init_args)), cli.datamodule
@@ -66,15 +67,12 @@ def measure(options, fold: int) -> dict | None:
     )  # fmt: skip
     wrong = set(data.wrong.tolist())
     sizes = [max(1, round(share * len(data.train))) for share in options.shares]
-    if not (path := root / "rows.json").exists():
-        make = make_trainer, make_module
-        rows = choose(attribution, ensemble, make, data, every, max(sizes), options.draws)
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    rows = json.loads(path.read_text(encoding="utf-8"))
+    make, asked = (make_trainer, make_module), (max(sizes), options.draws)
+    rows = kept(root / "rows.json", *asked, lambda: choose(attribution, ensemble, make, data, every, *asked))
     sets = {(name, k): [sorted(each[:k]) for each in several] for name, several in rows.items() for k in sizes}
     # for each decision on its own, as few rows as the smallest share
     each_case = for_each_case(attribution, sizes[0])
-    # different methods may choose the same rows; they are retrained without once
+    # sets that several methods choose are retrained without once
     without = list(dict.fromkeys(tuple(sorted(each)) for each in chain(*each_case.values(), *sets.values())))
     truth = retrain(
         make_module(), data, trainer=make_trainer, subsets=without, seeds=options.seeds, queries=data.held_out,
@@ -165,6 +163,7 @@ def main():
     parser.add_argument("--draws", type=int, default=3, help="random sets of rows")
     parser.add_argument("--output", type=Path, default=Path("coin_toss"))
     options = parser.parse_args()
+    options.shares.sort()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # the options of this script are not the CLI's
     folds = [found for fold in options.folds if (found := measure(options, fold))]

@@ -11,7 +11,9 @@ def minority(right: Tensor) -> Tensor:
 
 
 def statistics(before: Tensor, after: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Return changes of each case ``(draws, cases)`` for weights of the seeds ``(draws, seeds)``, over several sets.
+    """Return figures of each case ``(draws, cases)`` for weights of the seeds ``(draws, seeds)``, over several sets.
+
+    Of flip rate and share that is right: before, and the change.
 
     For a Gaussian margin, "by the mean" and "by the spread" are the changes of the flip rate if only that had changed.
     """

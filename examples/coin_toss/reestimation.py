@@ -57,6 +57,8 @@ def measure(options, fold: int) -> dict | None:
     size = max(1, round(options.share * len(data.train)))
     sizes = [len(part) for part in torch.arange(size).tensor_split(options.batches)]
     at_once = json.loads((root / "rows.json").read_text(encoding="utf-8"))
+    if len(at_once["random"][0]) < size:
+        raise SystemExit(f"{root} has fewer than {size} rows. Run coin_toss.py with --shares {options.share:g} first.")
     attribution = Attribution.load(root / "attribution").trusted()
     usual, queries = flip_rate(attribution.baseline.double()), list(attribution.queries)
     chosen, predicted = {}, {}

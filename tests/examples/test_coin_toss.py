@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from examples.coin_toss.cases import Cases
+from examples.coin_toss.choices import kept
 from examples.coin_toss.comparing import holm, interval, resampled
 from examples.coin_toss.conflicts import Conflicts, Logistic
 from examples.coin_toss.flips import FlipRate, flip_rate, steadying, steadying_by_the_mean
@@ -65,6 +66,23 @@ def test_intervals_find_a_change_and_none_where_there_is_none():
     estimate, low, high, p = interval(null["accuracy"], 5)
     assert low < 0 < high
     assert p > 0.05
+
+
+def test_rows_are_chosen_again_if_more_of_them_or_other_random_sets_are_asked_for(tmp_path):
+    calls = []
+
+    def rows(k, draws):
+        def choose():
+            calls.append((k, draws))
+            return {"AUM": [list(range(k))], "random": [list(range(k))] * draws}
+
+        return kept(tmp_path / "rows.json", k, draws, choose)
+
+    assert len(rows(4, 3)["AUM"][0]) == 4
+    assert len(rows(21, 3)["AUM"][0]) == 21
+    assert len(rows(9, 3)["AUM"][0]) == 21  # of which the first nine are taken
+    assert len(rows(9, 2)["random"]) == 2
+    assert calls == [(4, 3), (21, 3), (9, 2)]
 
 
 def test_holm():
