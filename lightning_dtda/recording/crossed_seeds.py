@@ -174,8 +174,8 @@ class OrderStream:
         _set(self._states[: len(before)])
         try:
             yield
+        finally:  # also at the end of an epoch, a StopIteration, before which a sampler may draw the next one
             self._states = _states(all_generators) + self._states[len(before) :]
-        finally:
             _set(before)
 
     def begin(self, loader: DataLoader[Any]) -> None:

@@ -179,6 +179,31 @@ class PlainBatches:
         return 3
 
 
+class DrawsNextEpoch(Sampler):
+    """Draws the order of the next epoch at the end of one."""
+
+    def __init__(self):
+        self.order = [*range(24)]
+
+    def __iter__(self):
+        yield from self.order
+        self.order = torch.randperm(24).tolist()
+
+    def __len__(self):
+        return 24
+
+
+class BatchesWithoutLength:
+    """Batches of the next epoch from NumPy's global generator, drawn when nothing is left of one."""
+
+    def __init__(self):
+        self.order = np.arange(24)
+
+    def __iter__(self):
+        yield from self.order.reshape(3, 8).tolist()
+        self.order = np.random.permutation(24)
+
+
 class SplitInSetup(pl.LightningDataModule):
     """Leaves out some examples at random."""
 
@@ -224,6 +249,11 @@ KINDS = {
     ),
     "batches from NumPy": (Module, lambda: DataLoader(examples(), batch_sampler=NumpyBatches())),
     "batches from Python": (Module, lambda: DataLoader(examples(), batch_sampler=PlainBatches())),
+    "next epoch drawn at the end of one": (
+        Module,
+        lambda: loader(shuffle=False, sampler=DrawsNextEpoch(), num_workers=1),
+    ),
+    "batches without a length": (Module, lambda: DataLoader(examples(), batch_sampler=BatchesWithoutLength())),
     "split with a generator": (Module, lambda: SplitInSetup(fixed_generator())),
     "augmentation": (Quiet, lambda: loader(Augmented())),
     "workers": (Quiet, lambda: loader(Augmented(), num_workers=2)),
@@ -235,14 +265,14 @@ KINDS = {
 }
 
 
-def trainer():
+def trainer(epochs=2):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(max_epochs=2, accelerator="cpu", **quiet)
+    return pl.Trainer(max_epochs=epochs, accelerator="cpu", **quiet)
 
 
-def recorded(root, module, data, seeds=TWO, chosen=None, **settings):
+def recorded(root, module, data, seeds=TWO, chosen=None, epochs=2, **settings):
     def make():
-        return trainer(), module(), data()
+        return trainer(epochs), module(), data()
 
     recorder = TrajectoryRecorder(root, **settings)
     if chosen is None:
@@ -279,6 +309,20 @@ def test_each_source_changes_what_it_decides_and_nothing_else(kind, tmp_path):
         # stored batches are other ones in another order
         follows = {source, 2} if source == 1 and batches == "store" else {source}
         assert same == [number not in follows for number in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["next epoch drawn at the end of one", "batches without a length"])
+def test_what_is_drawn_at_the_end_of_an_epoch_counts(kind, tmp_path):
+    (run,) = recorded(tmp_path, *KINDS[kind], TWO, [1], epochs=4)
+    seed = TWO.of_run(1).of("order")
+    torchs, numpys = torch.Generator().manual_seed(seed), np.random.RandomState(seed)
+    epochs = [[*range(24)]]
+    for _ in range(3):
+        if kind == "batches without a length":
+            epochs.append(numpys.permutation(24).tolist())
+        else:
+            epochs.append(torch.randperm(24, generator=torchs).tolist())
+    assert decided(run)[1].tolist() == list(itertools.chain.from_iterable(epochs))
 
 
 def test_a_step_draws_the_same_noise_however_many_numbers_others_drew(tmp_path):
