@@ -109,6 +109,28 @@ def test_the_order_leaves_the_generators_of_a_gpu_to_the_noise(monkeypatch):
     assert seeded == [seeds.of("noise")]
 
 
+class OwnsGenerator:
+    """A sampler with a generator, perhaps inside of something."""
+
+    def __init__(self, inside=lambda generator: generator):
+        self.generator = torch.Generator()
+        self.inside = inside(self.generator)
+
+    def __iter__(self):
+        return iter(torch.randperm(40, generator=self.generator).tolist())
+
+    def __len__(self):
+        return 40
+
+
+def test_a_sampler_draws_other_numbers_from_its_own_generator_than_from_the_global_one():
+    sampler = OwnsGenerator()
+    stream = OrderStream(CrossedSeeds(initialisation=2, order=2).of_run(1001))
+    stream.begin(DataLoader(EXAMPLES, sampler=sampler))
+    with stream.drawing():
+        assert torch.randperm(40).tolist() != list(sampler)
+
+
 def test_more_seeds_continue_an_ensemble(tmp_path):
     few = recorded(tmp_path, CrossedSeeds(initialisation=2, order=2))
     written = {run.path: run.path.stat().st_mtime_ns for run in few.values()}
