@@ -266,8 +266,12 @@ def draws_from_torch(sampler: Any) -> bool:
     return type(sampler.sampler if type(sampler) is BatchSampler else sampler) in _OF_TORCH
 
 
+_MOST_INSIDE = 1000
+"""Maximum number of entries of a list or dict in which generators are sought."""
+
+
 def _owned(*samplers: Any) -> list[Generator]:
-    """Return the generators that are attributes of samplers, and of samplers inside of them."""
+    """Return the generators that are attributes of samplers, of those inside of them, and in their lists and dicts."""
     found: dict[int, Generator] = {}
     seen: set[int] = set()
 
@@ -276,11 +280,14 @@ def _owned(*samplers: Any) -> list[Generator]:
             return
         seen.add(id(sampler))
         for value in vars(sampler).values():
-            if isinstance(value, GENERATORS):
-                found[id(value)] = value
-            # any iterable can be a sampler
-            elif hasattr(type(value), "__iter__") and not isinstance(value, (Dataset, torch.Tensor, nn.Module)):
-                look(value)
+            several = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            # few, as a list may have all indices of the data
+            for one in (value, *itertools.islice(several, _MOST_INSIDE)):
+                if isinstance(one, GENERATORS):
+                    found[id(one)] = one
+                # any iterable can be a sampler
+                elif hasattr(type(one), "__iter__") and not isinstance(one, (Dataset, torch.Tensor, nn.Module)):
+                    look(one)
 
     for sampler in samplers:
         look(sampler)

@@ -110,11 +110,10 @@ def test_the_order_leaves_the_generators_of_a_gpu_to_the_noise(monkeypatch):
 
 
 class OwnsGenerator:
-    """A sampler with a generator, perhaps inside of something."""
+    """A sampler with a generator of its own."""
 
-    def __init__(self, inside=lambda generator: generator):
+    def __init__(self):
         self.generator = torch.Generator()
-        self.inside = inside(self.generator)
 
     def __iter__(self):
         return iter(torch.randperm(40, generator=self.generator).tolist())
@@ -129,6 +128,33 @@ def test_a_sampler_draws_other_numbers_from_its_own_generator_than_from_the_glob
     stream.begin(DataLoader(EXAMPLES, sampler=sampler))
     with stream.drawing():
         assert torch.randperm(40).tolist() != list(sampler)
+
+
+class Joined:
+    """A sampler made of others."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda sampler: [sampler],
+        lambda sampler: ("first", sampler),
+        lambda sampler: {"first": sampler},
+        lambda sampler: [sampler.generator],
+    ],
+    ids=["list", "tuple", "dict", "generators"],
+)
+def test_generators_of_samplers_in_a_collection_follow_the_order(joined):
+    def seeded(run):
+        sampler = OwnsGenerator()
+        stream = OrderStream(CrossedSeeds(initialisation=2, order=2).of_run(run))
+        stream.begin(DataLoader(EXAMPLES, sampler=Joined(joined(sampler))))
+        return sampler.generator.initial_seed()
+
+    assert seeded(0) == seeded(1) != seeded(1000)
 
 
 def test_more_seeds_continue_an_ensemble(tmp_path):
