@@ -179,14 +179,18 @@ class OrderStream:
             _set(before)
 
     def begin(self, loader: DataLoader[Any]) -> None:
+        """Seed the generators that the samplers of a loader own, and let its workers' seeds be noise until the end."""
+        self.seed_samplers(loader)
+        if loader.generator is not None and loader.num_workers > 0:
+            # the seeds of the workers would be drawn from the generator of the order
+            self._without_generator.append((loader, loader.generator))
+            loader.generator = None
+
+    def seed_samplers(self, loader: DataLoader[Any]) -> None:
         """Seed the generators that the samplers of a loader own."""
         for generator in _owned(loader.sampler, loader.batch_sampler):
             self._seeded += 1  # the seed itself is that of the global ones
             seed_generator(generator, self._seed + self._seeded)
-        if loader.generator is not None and loader.num_workers > 0:
-            # the seeds of the workers, which are noise, would be drawn from the generator of the order
-            self._without_generator.append((loader, loader.generator))
-            loader.generator = None
 
     def end(self) -> None:
         """Restore the loaders."""

@@ -192,7 +192,7 @@ class _Stacking:
         loader = _loader(trainer, module, data, seed)
         if seeds is not None:
             order = OrderStream(seeds)
-            order.begin(loader)
+            order.seed_samplers(loader)
             order.take_over()
         found = {
             "module": module_configuration(module, seed),

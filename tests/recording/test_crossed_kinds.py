@@ -331,10 +331,28 @@ def test_a_step_draws_the_same_noise_however_many_numbers_others_drew(tmp_path):
     assert torch.equal(first[2], other[2])
 
 
-def test_a_loader_has_its_generator_again_after_a_recording(tmp_path):
-    data = loader(num_workers=2, generator=fixed_generator())
+class Failing(Quiet):
+    """Fails after a few steps."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if self.global_step == 2:
+            raise ValueError("two steps")
+
+
+@pytest.mark.parametrize("how", ["trained", "failing", "stacked"])
+def test_a_loader_has_its_generator_again_after_a_recording(how, tmp_path):
+    sampler = WeightedRandomSampler(WEIGHTS, 24)
+    data = loader(num_workers=1, shuffle=False, sampler=sampler, generator=fixed_generator())
     generator = data.generator
-    recorded(tmp_path, Module, lambda: data, ALL, [0])
+
+    def make():
+        return trainer(), Failing() if how == "failing" else Quiet(), data
+
+    if how == "stacked":
+        assert record(make, TrajectoryRecorder(tmp_path), TWO, stacked=True, progress=False) == {}
+    else:
+        failures = record_seeds(make, TrajectoryRecorder(tmp_path), [0], crossed=TWO)
+        assert failures == ({0: "ValueError: two steps"} if how == "failing" else {})
     assert data.generator is generator
 
 
