@@ -11,7 +11,7 @@ from lightning_dtda.recording.recorder import run_name
 from lightning_dtda.recording.seeds import is_complete
 from lightning_dtda.trajectory import Run
 from lightning_dtda.trajectory.manifest import Source
-from lightning_dtda.trajectory.traces import FIXED, Traces, agree, traces_of
+from lightning_dtda.trajectory.traces import FIXED, Outcome, agree
 
 
 def refuse_other_seeds(root: Path, wanted: Sequence[int], crossed: CrossedSeeds | None) -> None:
@@ -46,8 +46,8 @@ class CrossedRuns:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._compared: set[int] = set()
-        self._same: dict[tuple[Source, int], tuple[Path, Traces]] = {}
-        self._others: dict[tuple[Source, frozenset[tuple[Source, int]]], tuple[Path, Traces]] = {}
+        self._same: dict[tuple[Source, int], Outcome] = {}
+        self._others: dict[tuple[Source, frozenset[tuple[Source, int]]], Outcome] = {}
         self._varying: set[Source] = set()
 
     def add(self, seed: int) -> None:
@@ -62,26 +62,25 @@ class CrossedRuns:
             return
         self._compared.add(seed)
         run = Run(directory)
-        seeds = run.manifest.seeds
-        if not seeds:
+        if not run.manifest.seeds:
             return
-        traces = traces_of(run)
-        for source, of_source in seeds.items():
-            path, first = self._same.setdefault((source, of_source), (directory, traces[source]))
-            if agree(first, traces[source]) is False:
+        outcome = Outcome.of(run)
+        for source, of_source in outcome.seeds.items():
+            first = self._same.setdefault((source, of_source), outcome)
+            if agree(first.traces[source], outcome.traces[source]) is False:
                 does, remedy = _SHARED[source]
                 raise RecordingError(
-                    f"{directory} and {path} have the same seed of the {source}, {of_source}, but do not {does}. "
+                    f"{directory} and {first.path} have the same seed of the {source}, {of_source}, but do not {does}. "
                     f"{remedy}, or record plain seeds. Runs recorded so far do not fit those: choose another directory."
                 )
-        for source in seeds.keys() - self._varying:
-            rest = frozenset((other, number) for other, number in seeds.items() if other != source)
-            path, first = self._others.setdefault((source, rest), (directory, traces[source]))
-            if path == directory or (agreed := agree(first, traces[source])) is None:
+        for source in outcome.seeds.keys() - self._varying:
+            rest = frozenset((other, number) for other, number in outcome.seeds.items() if other != source)
+            first = self._others.setdefault((source, rest), outcome)
+            if first is outcome or (differs := first.differs(outcome, source)) is None:
                 continue
-            if agreed:
+            if not differs:
                 raise RecordingError(
-                    f"{path} and {directory} differ only in the seed of the {source}, but {FIXED[source]}: the "
+                    f"{first.path} and {directory} differ only in the seed of the {source}, but {FIXED[source]}: the "
                     f"{source} contributes nothing to the variance. {_FIXED[source]}. Then record into another "
                     "directory."
                 )

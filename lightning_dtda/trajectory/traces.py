@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from pathlib import Path
+from typing import TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +24,47 @@ FIXED: dict[Source, str] = {
     "noise": "draw no other random numbers in training",
 }
 """What is said of runs for which the seed of a source changes nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What decided a run, and what came of it.
+
+    Args:
+        path: Run directory.
+        seeds: Seed of each source that the ensemble crosses.
+        traces: Checksums of what each source decided.
+        end: Checksum of the last checkpoint.
+    """
+
+    path: Path
+    seeds: dict[Source, int]
+    traces: dict[Source, Traces]
+    end: int
+
+    @classmethod
+    def of(cls, run: Run) -> Outcome:
+        """Read the outcome of a complete run."""
+        return cls(run.path, dict(run.manifest.seeds or {}), traces_of(run), run.checksum)
+
+    def differs(self, other: Outcome, source: Source) -> bool | None:
+        """Return whether a source decided something else in another run, with other seeds of this source alone.
+
+        Traces that differ show it. Those that agree are of a few steps, and not of all that may be drawn: gradients may
+        get noise, and some batches only. If nothing changed, however, both runs end in the same parameters and buffers.
+
+        Returns:
+            ``None`` if it is unknown: a source without seeds of its own may be the reason for other ends, too. For the
+            initialisation and the order, the traces then suffice.
+        """
+        agreed = agree(self.traces[source], other.traces[source])
+        if not agreed:
+            return None if agreed is None else True
+        if self.end == other.end:
+            return False
+        if self.seeds.keys() == {*get_args(Source)}:
+            return True
+        return None if source == "noise" else False
 
 
 def traces_of(run: Run) -> dict[Source, Traces]:
@@ -62,7 +105,7 @@ def fixed_sources(runs: Sequence[Run]) -> list[Source]:
         runs: Its runs.
     """
     sources: list[Source] = [*(runs[0].manifest.seeds or {})]
-    traces: dict[str, dict[Source, Traces]] = {}
+    outcomes: dict[str, Outcome] = {}
     found = []
     for source in sources:
         alone: dict[frozenset[tuple[Source, int]], list[Run]] = {}  # runs that differ in this source alone
@@ -70,14 +113,15 @@ def fixed_sources(runs: Sequence[Run]) -> list[Source]:
             rest = frozenset((other, seed) for other, seed in (run.manifest.seeds or {}).items() if other != source)
             alone.setdefault(rest, []).append(run)
         compared = []
-        for first, second in (pair for together in alone.values() for pair in pairwise(together)):
-            for run in (first, second):
-                if run.name not in traces:
-                    traces[run.name] = traces_of(run)
-            compared.append(agree(traces[first.name][source], traces[second.name][source]))
-            if compared[-1] is False:  # usually the first two differ, and nothing more is read
+        for pair in (pair for together in alone.values() for pair in pairwise(together)):
+            for run in pair:
+                if run.name not in outcomes:
+                    outcomes[run.name] = Outcome.of(run)
+            first, second = (outcomes[run.name] for run in pair)
+            compared.append(first.differs(second, source))
+            if compared[-1] is not False:  # usually the first two differ, and nothing more is read
                 break
-        if compared and all(compared):
+        if compared and compared[-1] is False:
             found.append(source)
     return found
 

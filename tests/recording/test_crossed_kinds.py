@@ -25,6 +25,7 @@ from lightning_dtda.errors import RecordingError
 from lightning_dtda.recording import CrossedSeeds
 from lightning_dtda.recording.crossed_runs import CrossedRuns
 from lightning_dtda.recording.seeds import record_seeds
+from lightning_dtda.trajectory.traces import fixed_sources
 
 ALL = CrossedSeeds(initialisation=2, order=2, noise=2)
 ONE_AT_A_TIME = [0, 1, 1000, 1000000]
@@ -478,6 +479,35 @@ def test_a_split_without_a_generator_is_refused(tmp_path):
     failures = record(lambda: (trainer(), Module(), SplitInSetup()), TrajectoryRecorder(tmp_path), TWO, progress=False)
     assert sorted(failures) == [1, 1001]  # those with another seed of the initialisation
     assert "generator=torch.Generator().manual_seed(0)" in failures[1]
+
+
+class DropsOutAtFirst(Module):
+    """Drops out values in a few steps that no comparison of single steps sees."""
+
+    def training_step(self, batch, batch_idx):
+        self.net[2].train(1 <= self.global_step < 3)
+        return super().training_step(batch, batch_idx)
+
+
+class NoisyGradients(Quiet):
+    """Adds noise to gradients, after training_step."""
+
+    def on_after_backward(self):
+        for parameter in self.parameters():
+            parameter.grad += 0.1 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("module", [DropsOutAtFirst, NoisyGradients])
+@pytest.mark.parametrize("seeds", [CrossedSeeds(order=2, noise=2), ALL], ids=["two", "all"])
+def test_noise_that_comparisons_do_not_see_is_not_taken_for_none(module, seeds, tmp_path):
+    runs = recorded(tmp_path, module, loader, seeds)
+    assert len(runs) == len(seeds)
+    assert fixed_sources(runs) == []
+
+
+def test_a_source_that_changes_nothing_is_known_afterwards(tmp_path):
+    recorded(tmp_path, Quiet, loader, ALL, [0, 1, 1000, 1000000])
+    assert fixed_sources(Ensemble.open(tmp_path)) == ["noise"]
 
 
 REMEDIES = {
