@@ -37,18 +37,21 @@ class CrossedRuns:
 
     Runs with the same seed of the initialisation must start from the same parameters and buffers; those with the same
     seed of the order must have the same batches; and those with the same seed of the noise must draw the same numbers
-    at the same step. Two runs that differ in the seed of one source alone must differ in what it decides.
+    at the same step. Of the runs that differ in the seed of one source alone, some must differ in what it decides.
 
     Args:
         root: Directory of the ensemble.
+        crossed: The seeds that it combines.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, crossed: CrossedSeeds) -> None:
         self._root = root
+        self._levels = crossed.levels
         self._compared: set[int] = set()
         self._same: dict[tuple[Source, int], Outcome] = {}
         self._others: dict[tuple[Source, frozenset[tuple[Source, int]]], Outcome] = {}
         self._varying: set[Source] = set()
+        self._alike: dict[Source, set[frozenset[int]]] = {}
 
     def add(self, seed: int) -> None:
         """Compare a run with those before, if it is complete and was not compared yet.
@@ -78,14 +81,21 @@ class CrossedRuns:
             first = self._others.setdefault((source, rest), outcome)
             if first is outcome or (differs := first.differs(outcome, source)) is None:
                 continue
-            if not differs:
+            if differs:
+                self._varying.add(source)
+                continue
+            alike = self._alike.setdefault(source, set())
+            alike.add(frozenset((first.seeds[source], outcome.seeds[source])))
+            if len(alike) >= min(_ALIKE, len(self._levels[source]) - 1):
                 raise RecordingError(
-                    f"{first.path} and {directory} differ only in the seed of the {source}, but {FIXED[source]}: the "
-                    f"{source} contributes nothing to the variance. {_FIXED[source]}. Then record into another "
-                    "directory."
+                    f"Runs that differ only in the seed of the {source}, such as {first.path} and {directory}, "
+                    f"{FIXED[source]}: the {source} contributes nothing to the variance. {_FIXED[source]}. Then record "
+                    "into another directory."
                 )
-            self._varying.add(source)
 
+
+_ALIKE = 3
+"""Number of pairs of seeds that must be alike: a single one may be by chance, as where a seed picks one of three."""
 
 _SHARED: dict[Source, tuple[str, str]] = {
     "initialisation": (

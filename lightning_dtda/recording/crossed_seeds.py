@@ -111,7 +111,8 @@ class CrossedSeeds:
         levels = self.levels
         found = []
         numbers = itertools.product(*(range(len(seeds)) for seeds in reversed(levels.values())))
-        for combined in sorted(numbers, key=max):
+        # among those with a further seed, first the ones that differ from the first run in one source alone
+        for combined in sorted(numbers, key=lambda combined: (max(combined), sum(map(bool, combined)))):
             chosen = zip(levels.items(), reversed(combined), strict=True)
             crossed = {source: seeds[number] for (source, seeds), number in chosen}
             found.append(RunSeeds(sum(seed * _PLACES[source] for source, seed in crossed.items()), crossed))

@@ -96,7 +96,7 @@ def record(
     _refuse_recorder(recorder)
     missing = [seed for seed in wanted if not is_complete(recorder.root / run_name(seed))]
     refuse_other_seeds(recorder.root, wanted, crossed)
-    crossed_runs = None if crossed is None else CrossedRuns(recorder.root)
+    crossed_runs = None if crossed is None else CrossedRuns(recorder.root, crossed)
     if crossed_runs is not None:
         for seed in wanted:
             crossed_runs.add(seed)

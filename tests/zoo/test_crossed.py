@@ -33,8 +33,9 @@ def test_each_source_changes_what_it_decides_and_nothing_else(case, tmp_path):
     make, recorder = made(case, tmp_path)
     varied = {source: 2 for source in ONE_AT_A_TIME if source != "noise" or case.random}
     runs = [0, *(ONE_AT_A_TIME[source] for source in varied)]
-    assert record_seeds(make, recorder, runs, crossed=CrossedSeeds(**varied)) == {}
-    checks = CrossedRuns(tmp_path)
+    seeds = CrossedSeeds(**varied)
+    assert record_seeds(make, recorder, runs, crossed=seeds) == {}
+    checks = CrossedRuns(tmp_path, seeds)
     for seed in runs:
         checks.add(seed)
     first, *others = map(traces_of, Ensemble.open(tmp_path))
