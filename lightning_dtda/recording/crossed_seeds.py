@@ -221,9 +221,6 @@ class NoiseStream:
         self._counts = {"batch": 0, "items": 0, "workers": 0}
         # without seeds of the noise, generators that the module owns are left as the module seeds them
         Generators(module if self._is_shared else nn.Module(), torch.device("cpu")).seed(self._seed)
-        self._global = Generators(nn.Module(), torch.device("cpu"))
-        self._at_first = self._global.states()
-        self._only_torch = True
 
     def begin(self, what: Literal["batch", "items", "workers"], generators: Generators | None = None) -> None:
         """Start anew if runs share these numbers.
@@ -240,12 +237,9 @@ class NoiseStream:
         torch.default_generator.manual_seed(seed)
         if torch.cuda.is_initialized():  # torch.manual_seed would spend 0.1 ms on a GPU that is not used
             torch.cuda.manual_seed_all(seed)
-        if self._only_torch:  # until others are drawn from: each step would have to look at their new states, in 0.3 ms
-            now = self._global.states()
-            self._only_torch = all(now[name] is self._at_first[name] for name in ("numpy", "python"))
-        if not self._only_torch:
-            np.random.seed(seed)
-            random.seed(seed)
+        # also if they were not drawn from yet: in another run that shares these numbers they may have been
+        np.random.seed(seed)
+        random.seed(seed)
         if generators is not None:
             generators.seed_own(seed)
 

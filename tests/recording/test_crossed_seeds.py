@@ -1,8 +1,10 @@
 """Seeds of initialisation, order and noise, set apart: what runs share, and what is refused."""
 
 import itertools
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -155,6 +157,18 @@ def test_generators_of_samplers_in_a_collection_follow_the_order(joined):
         return sampler.generator.initial_seed()
 
     assert seeded(0) == seeded(1) != seeded(1000)
+
+
+def test_a_batch_has_the_same_noise_whether_or_not_batches_before_drew_any():
+    def noise(drawn_before):
+        stream = NoiseStream(CrossedSeeds(order=2, noise=2).of_run(1000), nn.Module())
+        for number in range(2):
+            stream.begin("batch")
+            if number or drawn_before:
+                found = [torch.rand(()), np.random.rand(), random.random()]
+        return found
+
+    assert noise(True) == noise(False)
 
 
 def test_more_seeds_continue_an_ensemble(tmp_path):
