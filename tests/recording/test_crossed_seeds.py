@@ -171,6 +171,14 @@ def test_a_batch_has_the_same_noise_whether_or_not_batches_before_drew_any():
     assert noise(True) == noise(False)
 
 
+@pytest.mark.parametrize(("device", "times"), [("cpu", 0), ("meta", 1)])
+def test_the_noise_starts_anew_on_other_devices_than_gpus_too(device, times, monkeypatch):
+    stream, seeded = NoiseStream(CrossedSeeds(order=2, noise=2).of_run(0), nn.Linear(1, 1, device=device)), []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    stream.begin("batch")
+    assert len(seeded) == times
+
+
 def test_more_seeds_continue_an_ensemble(tmp_path):
     few = recorded(tmp_path, CrossedSeeds(initialisation=2, order=2))
     written = {run.path: run.path.stat().st_mtime_ns for run in few.values()}
