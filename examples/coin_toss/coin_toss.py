@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils.data import Subset
 
 from examples.coin_toss.choices import EACH, choose, for_each_case, kept
-from examples.coin_toss.comparing import holm, interval, minority, resampled
+from examples.coin_toss.comparing import holm, interval, minority, printed, resampled
 from examples.coin_toss.figure import draw
 from examples.coin_toss.flips import FlipRate, flip_rate
 from lightning_dtda import Ensemble, TrajectoryRecorder, attribute, record, retrain
@@ -46,28 +46,49 @@ def margins(ensemble, module, cases) -> Tensor:
     return (scores[..., 1] - scores[..., 0]) * (2 * labels - 1)
 
 
+def attributed(root: Path, make, data, runs: int, between: tuple[float, float], most: int):
+    """Record runs, and attribute the margins of cases whose decision depends on the seed.
+
+    Args:
+        root: Directory for runs and attribution.
+        make: Functions that make a Trainer and a module.
+        data: The data module.
+        runs: Number of seeds to record.
+        between: Lowest and highest flip rate of an undecided case.
+        most: Maximum number of cases to attribute.
+
+    Returns:
+        The ensemble, flip rates of all held-out cases ``(cases,)``, and the attribution, ``None`` if none is undecided.
+    """
+    make_trainer, make_module = make
+    recorder = TrajectoryRecorder(root / "runs", checkpoint_every=len(data.train) // data.hparams.batch_size)
+    record(lambda: (make_trainer(), make_module(), data), recorder, runs, stacked=True, progress=False)
+    ensemble = Ensemble.open(root / "runs")
+    shares = minority((margins(ensemble, make_module(), data.held_out) > 0).double().mean(0))
+    undecided = ((shares >= between[0]) & (shares <= between[1])).nonzero()[:, 0].tolist()  # in random order
+    print(f"{root.name}: {len(undecided)} of {len(shares)} cases are undecided, at most {most} attributed", flush=True)
+    if not undecided:
+        return ensemble, shares, None
+    attribution = attribute(
+        ensemble, make_module(), data, queries=Subset(data.held_out, undecided[:most]), measurement="margin",
+        output=root / "attribution", progress=False,
+    )  # fmt: skip
+    return ensemble, shares, attribution
+
+
 def measure(options, fold: int) -> dict | None:
     """Return what one quarter shows: margins of fresh seeds with and without rows. ``None`` if no case is undecided."""
     root = options.output / f"{options.config.stem}-noise-{options.noise}-fold-{fold}"
     make_trainer, make_module, data = training(options.config, fold, options.noise)
     every = len(data.train) // data.hparams.batch_size
-    recorder = TrajectoryRecorder(root / "runs", checkpoint_every=every)
-    record(lambda: (make_trainer(), make_module(), data), recorder, options.runs, stacked=True, progress=False)
-    ensemble = Ensemble.open(root / "runs")
-    shares = minority((margins(ensemble, make_module(), data.held_out) > 0).double().mean(0))
-    lowest, highest = options.undecided
-    undecided = ((shares >= lowest) & (shares <= highest)).nonzero()[:, 0].tolist()  # in random order
-    queries = undecided[: options.cases]
-    print(f"fold {fold}: {len(undecided)} of {len(shares)} cases are undecided, {len(queries)} attributed", flush=True)
-    if not queries:
+    make = make_trainer, make_module
+    ensemble, shares, attribution = attributed(root, make, data, options.runs, options.undecided, options.cases)
+    if attribution is None:
         return None
-    attribution = attribute(
-        ensemble, make_module(), data, queries=Subset(data.held_out, queries), measurement="margin",
-        output=root / "attribution", progress=False,
-    )  # fmt: skip
+    queries = list(attribution.queries)
     wrong = set(data.wrong.tolist())
     sizes = [max(1, round(share * len(data.train))) for share in options.shares]
-    make, asked = (make_trainer, make_module), (max(sizes), options.draws)
+    asked = max(sizes), options.draws
     rows = kept(root / "rows.json", *asked, lambda: choose(attribution, ensemble, make, data, every, *asked))
     sets = {(name, k): [sorted(each[:k]) for each in several] for name, several in rows.items() for k in sizes}
     # for each decision on its own, as few rows as the smallest share
@@ -139,12 +160,7 @@ def summarise(folds: list[dict], shares: list[float]) -> dict:
             adjusted = holm([results[f"{share:g} {name}"][f"{ours} minus this"][3] for name in others])
             for name, p in zip(others, adjusted, strict=True):
                 results[f"{share:g} {name}"][f"adjusted p, {ours}"] = p
-    for key, row in results.items():
-        texts = [
-            f"{n} {v[0]:+.4f} [{v[1]:+.4f}, {v[2]:+.4f}]" if isinstance(v, tuple) else f"{n} {v:.4f}"
-            for n, v in row.items()
-        ]
-        print(f"{key}: {'; '.join(texts)}")
+    printed(results)
     return results | {"cases": cases, "significant rows": tests}
 
 

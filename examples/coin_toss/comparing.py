@@ -60,6 +60,19 @@ def resampled(folds: list[dict], step: int, name: str, which: str, draws: int = 
     return {key: values.gather(1, chosen).mean(1) for key, values in joined.items()}
 
 
+def printed(results: dict[str, dict]) -> None:
+    """Print rows of figures: those with an interval in percentage points."""
+    for key, row in results.items():
+        texts = []
+        for name, value in row.items():
+            if isinstance(value, tuple):
+                estimate, low, high = (100 * part for part in value[:3])
+                texts.append(f"{name} {estimate:+.1f} [{low:+.1f}, {high:+.1f}]")
+            else:
+                texts.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+        print(f"{key}: {'; '.join(texts)}")
+
+
 def interval(values: Tensor, cases: int) -> tuple[float, float, float, float]:
     """Return an estimate, its 95 % interval and p-value by Student's t with the bootstrap's standard error."""
     estimate, error = float(values[0]), float(values[1:].std().clamp_min(1e-12))

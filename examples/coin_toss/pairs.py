@@ -13,13 +13,12 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset
 
 from examples.coin_toss.choices import choose, suggested
-from examples.coin_toss.coin_toss import margins, training
-from examples.coin_toss.comparing import holm, interval, minority, resampled
+from examples.coin_toss.coin_toss import attributed, training
+from examples.coin_toss.comparing import holm, interval, printed, resampled
 from examples.coin_toss.flips import flip_rate, steadying, steadying_by_the_mean
-from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, attribute, record, retrain
+from lightning_dtda import Attribution, retrain
 
 ROWS, CASES, UNDECIDED = 8, 20, (0.05, 0.3)
 """Number of rows to remove and of cases to attribute, and flip rates of undecided cases: means that are not near 0."""
@@ -58,22 +57,14 @@ def measure(options, fold: int) -> dict | None:
     root = options.output / f"conflicts-{fold}"
     make_trainer, make_module, data = training(Path(__file__).with_name("conflicts.yaml"), fold, 0.0)
     every = len(data.train) // data.hparams.batch_size
-    recorder = TrajectoryRecorder(root / "runs", checkpoint_every=every)
-    record(lambda: (make_trainer(), make_module(), data), recorder, options.runs, stacked=True, progress=False)
-    ensemble = Ensemble.open(root / "runs")
-    shares = minority((margins(ensemble, make_module(), data.held_out) > 0).double().mean(0))
-    queries = ((shares >= UNDECIDED[0]) & (shares <= UNDECIDED[1])).nonzero()[:CASES, 0].tolist()  # in random order
-    print(f"draw {fold}: {len(queries)} undecided cases", flush=True)
-    if not queries:
+    make = make_trainer, make_module
+    ensemble, _, attribution = attributed(root, make, data, options.runs, UNDECIDED, CASES)
+    if attribution is None:
         return None
-    attribution = attribute(
-        ensemble, make_module(), data, queries=Subset(data.held_out, queries), measurement="margin",
-        output=root / "attribution", progress=False,
-    )  # fmt: skip
-    several = choose(attribution, ensemble, (make_trainer, make_module), data, every, ROWS, draws=3)
+    several = choose(attribution, ensemble, make, data, every, ROWS, draws=3)
     pairs = data.pairs.tolist()
-    attributed, units = of_records(attribution, pairs)
-    several |= {name: [whole(way(attributed, ROWS), units)] for name, way in WAYS.items()}
+    by_record, units = of_records(attribution, pairs)
+    several |= {name: [whole(way(by_record, ROWS), units)] for name, way in WAYS.items()}
     several[WHOLE] = [sorted(row for pair in pairs[: len(pairs) // 2] for row in pair)]
     without = [list(rows) for rows in dict.fromkeys(tuple(sorted(rows)) for each in several.values() for rows in each)]
     truth = retrain(
@@ -83,7 +74,7 @@ def measure(options, fold: int) -> dict | None:
     trusted = attribution.trusted()
     usual = flip_rate(trusted.baseline.double())
     return {
-        "queries": queries,
+        "queries": list(attribution.queries),
         "before": truth.baseline.double(),
         "sizes": [ROWS],
         "after": {(name, ROWS): torch.stack([truth.measurements[without.index(sorted(rows))].double() for rows in each])
@@ -116,10 +107,7 @@ def main():
     others = [name for name in results if name not in (OURS, WHOLE)]
     for name, p in zip(others, holm([results[name]["ours minus this"][3] for name in others]), strict=True):
         results[name]["adjusted p"] = p
-    for name, row in results.items():
-        texts = [f"{n} {100 * v[0]:+.1f} [{100 * v[1]:+.1f}, {100 * v[2]:+.1f}]" if isinstance(v, tuple)
-                 else f"{n} {v}" for n, v in row.items()]  # fmt: skip
-        print(f"{name}: {'; '.join(texts)}")
+    printed(results)
     (options.output / "conflicts.json").write_text(json.dumps(results | {"cases": cases}, indent=1), encoding="utf-8")
 
 

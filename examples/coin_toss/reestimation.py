@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Subset
 
 from examples.coin_toss.choices import suggested
 from examples.coin_toss.coin_toss import training
-from examples.coin_toss.comparing import holm, interval, resampled
+from examples.coin_toss.comparing import holm, interval, printed, resampled
 from examples.coin_toss.flips import flip_rate, steadying
 from lightning_dtda import Attribution, Ensemble, TrajectoryRecorder, attribute, record, retrain
 
@@ -111,10 +111,7 @@ def main():
     adjusted = holm([results[f"{name}, in batches"]["minus at once"][3] for name in WAYS])
     for name, p in zip(WAYS, adjusted, strict=True):
         results[f"{name}, in batches"]["adjusted p"] = p
-    for key, row in results.items():
-        texts = [f"{n} {100 * v[0]:+.1f} [{100 * v[1]:+.1f}, {100 * v[2]:+.1f}]" if isinstance(v, tuple)
-                 else f"{n} {v:.3g}" for n, v in row.items()]  # fmt: skip
-        print(f"{key}: {'; '.join(texts)}")
+    printed(results)
     path = options.output / f"{options.config.stem}-noise-{options.noise}-reestimation.json"
     path.write_text(json.dumps(results, indent=1), encoding="utf-8")
 

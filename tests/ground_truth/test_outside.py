@@ -1,4 +1,4 @@
-"""Methods of other packages: they are told of the same training, and their answers are scored from files."""
+"""Methods of other packages get the same training, and their answers are scored from files."""
 
 import pytest
 import torch
